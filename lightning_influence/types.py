@@ -1,0 +1,10 @@
+"""The names of types that the whole package shares, and the one exception of its own."""
+
+from typing import Any, TypeAlias
+
+Batch: TypeAlias = Any
+"""Whatever the user's ``collate_fn`` returns and ``training_step`` accepts."""
+
+
+class MissingEvidence(RuntimeError):
+    """A method needs something that this fit did not capture; the message says what and how to get it."""
