@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: the algorithms that know no model, no data and no Trainer."""

@@ -1,0 +1,187 @@
+"""The strongest few of many scores, kept while the score matrix goes by in tiles."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_TIE_BLOCK = 1 << 24  # scores looked at together where rows tie at their boundary: 64 MB of float32
+
+
+class StreamingTopK:
+    """The k highest and k lowest scores of each query, from tiles of a matrix that never exists as a whole.
+
+    Training examples stand in one order per query: by score, descending, and among equal scores the smaller id
+    higher. The top is the head of that order, the bottom its tail read backwards, so the result does not depend on how
+    the matrix was cut. Memory: O(query × k) beside the tile. An id must come only once per query.
+
+    Args:
+        n_queries: Rows of the matrix, at least 1.
+        k: How many to keep at either end, at least 1. Where fewer columns come, that many are kept.
+        dtype: Of the scores that are kept, a floating type that holds the tiles' numbers.
+
+    Raises:
+        ValueError: `n_queries` or `k` below 1.
+
+    Example:
+        >>> best = StreamingTopK(n_queries=1, k=2)
+        >>> best.update(torch.tensor([[0.5, -1.0]]), torch.tensor([0, 1]))
+        >>> best.update(torch.tensor([[2.0, 0.0]]), torch.tensor([2, 3]))
+        >>> best.result()[1].tolist(), best.result()[3].tolist()
+        ([[2, 0]], [[1, 3]])
+    """
+
+    def __init__(self, n_queries: int, k: int, dtype: torch.dtype = torch.float32) -> None:
+        for name, value in (("n_queries", n_queries), ("k", k)):
+            if value < 1:
+                raise ValueError(f"Expected `{name}` to be at least 1, got {value!r}.")
+        self.k = k
+        self._dtype = dtype
+        # Per row, since tiles may come for some queries only: (scores, ids) so far and how many columns were seen.
+        self._seen = torch.zeros(n_queries, dtype=torch.int64)
+        self._scores = {
+            largest: torch.full((n_queries, k), -torch.inf if largest else torch.inf, dtype=dtype)
+            for largest in (True, False)
+        }
+        # The empty places lose every comparison, also among equal scores.
+        worst = torch.iinfo(torch.int64)
+        self._ids = {
+            largest: torch.full((n_queries, k), worst.max if largest else worst.min) for largest in (True, False)
+        }
+
+    def update(self, tile: Tensor, ids: Tensor, first_query: int = 0) -> None:
+        """Take in the scores of some more training examples.
+
+        Args:
+            tile: [query, columns] finite scores on any device, of the queries from `first_query` on.
+            ids: [columns] int64, the training example of each column, in any order.
+            first_query: The row of the matrix that the tile's first row is.
+
+        Raises:
+            ValueError: Shapes that do not fit each other, or a score that is NaN or infinite.
+        """
+        n_queries = self._seen.numel()
+        if tile.ndim != 2 or first_query < 0 or first_query + tile.shape[0] > n_queries:
+            raise ValueError(
+                f"Expected `tile` to be [query, columns] with rows among {n_queries} queries, "
+                f"got shape {list(tile.shape)} from query {first_query!r} on."
+            )
+        if ids.shape != tile.shape[1:]:
+            raise ValueError(f"Expected `ids` to name {tile.shape[1]} columns, got shape {list(ids.shape)}.")
+        if not tile.numel():
+            return
+        rows = slice(first_query, first_query + tile.shape[0])
+        best = {largest: top_k(tile, ids, self.k, largest) for largest in (True, False)}
+        # `topk` ranks NaN above everything: a score that is not finite must stand first at one of the ends.
+        for scores, names in best.values():
+            _refuse_non_finite(scores[:, 0], names[:, 0], first_query)
+        for largest, (scores, names) in best.items():
+            joint_scores = torch.cat([self._scores[largest][rows], scores.to("cpu", self._dtype)], dim=1)
+            joint_ids = torch.cat([self._ids[largest][rows], names.cpu()], dim=1)
+            joint_scores, joint_ids = _in_order(joint_scores, joint_ids, largest)
+            self._scores[largest][rows] = joint_scores[:, : self.k]
+            self._ids[largest][rows] = joint_ids[:, : self.k]
+        self._seen[rows] += tile.shape[1]
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What was kept so far, sorted; `update` may go on afterwards.
+
+        Returns:
+            Scores of the top, descending, their ids, scores of the bottom, ascending, their ids: each
+            [query, min(k, columns seen)], on the CPU.
+
+        Raises:
+            ValueError: The queries have not all seen the same number of columns, or none.
+        """
+        least, most = int(self._seen.min()), int(self._seen.max())
+        if least != most or most == 0:
+            raise ValueError(
+                f"Expected every query to have seen the same training examples, got between {least} and {most} "
+                "columns. Call `update` for the missing tiles first."
+            )
+        kept = min(self.k, most)
+        top, bottom = self._scores[True], self._scores[False]
+        return (
+            top[:, :kept].clone(),
+            self._ids[True][:, :kept].clone(),
+            bottom[:, :kept].clone(),
+            self._ids[False][:, :kept].clone(),
+        )
+
+
+def top_k(scores: Tensor, ids: Tensor, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:
+    """The head (`largest`) or the reversed tail of each row's order: by score, descending, then by id, ascending.
+
+    Args:
+        scores: [query, columns].
+        ids: [columns] int64, distinct.
+        k: How many; all of a row where it has fewer.
+        largest: The highest, descending; otherwise the lowest, ascending.
+
+    Returns:
+        Scores and ids, each [query, min(k, columns)], on the scores' device.
+    """
+    columns = scores.shape[1]
+    kept = min(k, columns)
+    ids = ids.to(scores.device)
+    # One more than asked for shows whether the boundary's score also stands outside: only such rows need more work.
+    values, index = scores.topk(min(kept + 1, columns), dim=1, largest=largest)
+    names = ids[index[:, :kept]]
+    if columns > kept:
+        tied = (values[:, kept - 1] == values[:, kept]).nonzero().squeeze(1)
+        for rows in tied.split(max(1, _TIE_BLOCK // columns)):
+            names[rows] = _ids_at_tie(scores[rows], values[rows, :kept], names[rows], ids, largest)
+    return _in_order(values[:, :kept], names, largest)
+
+
+def both_ends(
+    ranked: int, best: Tensor, best_ids: Tensor, worst: Tensor, worst_ids: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The two ends of one ranking of `ranked` examples as one list, by rank, without NaN and what is in both.
+
+    Args:
+        ranked: How many examples the ranking has.
+        best: [k] scores, descending, of `best_ids`.
+        best_ids: [k].
+        worst: [k] scores, ascending, of `worst_ids`.
+        worst_ids: [k].
+
+    Returns:
+        Scores, ids and ranks (1 is the highest), each [at most 2 k].
+    """
+    place = torch.arange(best.numel())
+    rank = torch.cat([place + 1, (ranked - place).flip(0)])
+    scores, ids = torch.cat([best, worst.flip(0)]), torch.cat([best_ids, worst_ids.flip(0)])
+    once = ~scores.isnan()
+    once[best.numel() :] &= ~torch.isin(worst_ids.flip(0), best_ids)
+    return scores[once], ids[once], rank[once]
+
+
+def _ids_at_tie(scores: Tensor, values: Tensor, names: Tensor, ids: Tensor, largest: bool) -> Tensor:
+    """Ids of the best of each row where several columns share the boundary's score: the order's choice among them."""
+    kept = values.shape[1]
+    boundary = values[:, -1:]
+    limits = torch.iinfo(torch.int64)
+    candidates = torch.where(scores == boundary, ids, limits.max if largest else limits.min)
+    chosen = candidates.topk(kept, dim=1, largest=not largest).values
+    place = torch.arange(kept, device=scores.device)
+    before = (values != boundary).sum(dim=1, keepdim=True)
+    return torch.where(place >= before, chosen.gather(1, (place - before).clamp(min=0)), names)
+
+
+def _in_order(scores: Tensor, ids: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
+    """Rows sorted from the end asked for inwards: by score, then by id."""
+    ids, by_id = ids.sort(dim=1, descending=not largest)
+    scores, by_score = scores.gather(1, by_id).sort(dim=1, descending=largest, stable=True)
+    return scores, ids.gather(1, by_score)
+
+
+def _refuse_non_finite(scores: Tensor, ids: Tensor, first_query: int) -> None:
+    """Raise for the first row whose extreme score is NaN or infinite."""
+    bad = (~scores.isfinite()).nonzero().flatten()
+    if bad.numel():
+        row = int(bad[0])
+        raise ValueError(
+            f"Expected finite scores, got {scores[row].item()!r} for query row {first_query + row} and training "
+            f"example {int(ids[row])}, and in {bad.numel()} rows in all. Look at that example's loss and gradient."
+        )

@@ -1,0 +1,358 @@
+"""The answer: what each training example did to each query, readable, storable, drawable and loggable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from lightning_influence import loggers as trackers
+from lightning_influence import plotting, storage
+from lightning_influence.answer import (
+    BLOCK,
+    Answer,
+    BaseIds,
+    TopK,
+    ascending,
+    base_of,
+    checked_top,
+    floating,
+    name_of,
+    places,
+    refuse_non_finite,
+)
+from lightning_influence.numerics.topk import both_ends, top_k
+from lightning_influence.self_scores import SelfScores
+
+__all__ = ["BaseIds", "Scores", "SelfScores", "TopK"]
+
+
+class Scores(Answer):
+    """The influence of every training example on every query; positive means proponent.
+
+    Args:
+        values: [query, train] float32 or float64, or None where only the strongest were kept.
+        top: The strongest proponents and opponents of each query, where `values` is None.
+        train_ids: [train] int64, ascending: indices into the training `Dataset`. All that were scored, also with `top`.
+        query_ids: [query] int64, ascending: indices into the queries' `Dataset`.
+        method: Name of the method.
+        settings: Its hyper-parameters, JSON-able.
+        units: What one unit of a score is, in words.
+        notes: What a reader must know to trust the numbers.
+        checkpoints: Steps of the checkpoints that were used.
+        base: Indices of `train_ids` and of `query_ids` in the datasets under a `Subset`; None where they are the same.
+        allow_nan: NaN and infinite values are meant. A NaN then is an unknown score, and stands in no ranking.
+
+    Raises:
+        TypeError: `values` or ids of another dtype; `settings` that JSON cannot hold.
+        ValueError: Shapes that do not fit, ids not ascending, NaN or infinite values, both or none of `values`, `top`.
+
+    Example:
+        >>> scores = Scores(torch.tensor([[0.5, -1.0, 2.0]]), None, torch.arange(3), torch.tensor([7]), method="CP")
+        >>> scores.proponents(k=2).train_ids.tolist(), scores.opponents(k=1).scores.tolist()
+        ([[2, 0]], [[-1.0]])
+        >>> scores.group([0, 1]).tolist()
+        [-0.5]
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        values: Tensor | None,
+        top: tuple[TopK, TopK] | None,
+        train_ids: Tensor,
+        query_ids: Tensor,
+        *,
+        method: str,
+        settings: Mapping[str, Any] | None = None,
+        units: str = "loss",
+        notes: Sequence[str] = (),
+        checkpoints: Sequence[int] = (),
+        base: tuple[Tensor | None, Tensor | None] = (None, None),
+        allow_nan: bool = False,
+    ) -> None:
+        super().__init__(train_ids, method, settings, units, notes, checkpoints, base[0])
+        self.query_ids = ascending("query_ids", query_ids)
+        self._query_base = base_of("query_ids", base[1], self.query_ids)
+        self._allow_nan = allow_nan
+        if (values is None) == (top is None):
+            raise ValueError("Expected either `values` or `top`, got both or neither. Leave one of them None.")
+        self._values = None if values is None else floating(values)
+        self._top = None if top is None else checked_top(top, len(self), self.train_ids)
+        if self._values is None:
+            return
+        if self._values.shape != (len(self), self.train_ids.numel()):
+            raise ValueError(
+                f"Expected `values` to be [query, train] = {[len(self), self.train_ids.numel()]}, "
+                f"got {list(self._values.shape)}."
+            )
+        if not allow_nan:
+            refuse_non_finite(self._values, self.train_ids, self.query_ids)
+
+    @property
+    def values(self) -> Tensor:
+        """[query, train] scores on the CPU.
+
+        Raises:
+            RuntimeError: Only the strongest scores of each query were kept.
+        """
+        if self._values is None:
+            raise RuntimeError(
+                f"The full matrix was not kept, only the {self.top_k} strongest proponents and opponents of each query "
+                f"(`top_k={self.top_k}`). Read `proponents` and `opponents`, or score again with `top_k=None`."
+            )
+        return self._values
+
+    @property
+    def top_k(self) -> int | None:
+        """How many proponents and opponents of each query were kept; None where all scores are there."""
+        return None if self._top is None else self._top[0].scores.shape[1]
+
+    def __len__(self) -> int:
+        return self.query_ids.numel()
+
+    def base_ids(self) -> BaseIds:
+        """The ids as indices into the datasets under any `Subset`; the ids themselves where there is none."""
+        return BaseIds(
+            self.train_ids if self._train_base is None else self._train_base,
+            self.query_ids if self._query_base is None else self._query_base,
+        )
+
+    def proponents(self, k: int = 5) -> TopK:
+        """The k highest scores of each query, descending; among equal ones the smaller id comes first.
+
+        Raises:
+            ValueError: `k` is below 1 or beyond what there is.
+        """
+        return self._strongest(k, largest=True)
+
+    def opponents(self, k: int = 5) -> TopK:
+        """The k lowest scores of each query, most negative first: the ranking of `proponents` from its other end.
+
+        Raises:
+            ValueError: `k` is below 1 or beyond what there is.
+        """
+        return self._strongest(k, largest=False)
+
+    def group(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """[query] sums of the scores of some training examples: their joint influence to first order.
+
+        Args:
+            ids: Distinct training ids, in any order.
+
+        Raises:
+            ValueError: An id that was not scored, or one that comes twice.
+            RuntimeError: Only the strongest scores of each query were kept.
+        """
+        wanted = torch.as_tensor(ids, dtype=torch.int64).flatten()
+        distinct, counts = wanted.unique(return_counts=True)
+        if distinct.numel() < wanted.numel():
+            twice = distinct[counts > 1].tolist()
+            raise ValueError(f"Expected distinct ids in `ids`, got {twice[:5]!r} more than once.")
+        columns = places(self.train_ids, distinct, "ids")
+        rows = max(1, BLOCK // max(1, columns.numel()))
+        sums = [block[:, columns].double().sum(dim=1) for block in self.values.split(rows)]
+        return torch.cat(sums).to(self.values.dtype)
+
+    def to_batches(self, k: int | None = None) -> pa.RecordBatchReader:
+        """The long table as a stream, one batch a query, so that it need not fit in memory.
+
+        Columns: `query_id`, `train_id`, `score`, `rank` (1 is the highest score of that query), and `query_base_id`,
+        `train_base_id` where they differ from the ids. Rows stand by query, then by rank.
+
+        Args:
+            k: Only the k strongest proponents and k strongest opponents of each query. None: all that were kept.
+
+        Raises:
+            ValueError: `k` is below 1 or beyond what there is.
+        """
+        k = self.top_k if k is None else k
+        ends = None if k is None else (self.proponents(k), self.opponents(k))
+        kept = self.values if self._top is None else self._top[0].scores
+        types = {"query_id": pa.int64(), "train_id": pa.int64(), "score": storage.float_type(kept.dtype)}
+        types["rank"] = pa.int64()
+        bases = {"query_base_id": self._query_base, "train_base_id": self._train_base}
+        types |= {name: pa.int64() for name, base in bases.items() if base is not None}
+        return storage.stream(types, lambda row: self._long(row, ends), len(self))
+
+    def to_arrow(self, k: int | None = None) -> pa.Table:
+        """The long table of `to_batches`, read as a whole.
+
+        Raises:
+            ValueError: `k` is below 1 or beyond what there is.
+        """
+        return self.to_batches(k).read_all()
+
+    def to_pandas(self, k: int | None = None) -> Any:
+        """The long table of `to_batches` as a `pandas.DataFrame`.
+
+        Raises:
+            ValueError: `k` is below 1 or beyond what there is.
+            ImportError: pandas is not installed.
+        """
+        return storage.to_pandas(lambda: self.to_arrow(k))
+
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+        """Write all of this into one Arrow file, a row a query; see `storage.write_file` for what it raises."""
+        columns = {"query_id": self.query_ids}
+        if self._query_base is not None:
+            columns["query_base_id"] = self._query_base
+        if self._top is None:
+            columns["scores"] = self.values
+        else:
+            for name, end in zip(("proponent", "opponent"), self._top, strict=True):
+                columns[f"{name}_scores"], columns[f"{name}_ids"] = end.scores, end.train_ids
+        head = self._head() | {"allow_nan": self._allow_nan}
+        head |= {"train_ids": storage.pack_ids(self.train_ids), "train_base_ids": storage.pack_ids(self._train_base)}
+        return storage.write_file(path, "scores" if self._top is None else "top_k_scores", columns, head, overwrite)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Scores:
+        """Map a saved file back: `values` are the file's pages, read when they are looked at, and never copied.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is damaged, or something else.
+        """
+        _, columns, head = storage.read_file(path, ("scores", "top_k_scores"))
+        top = None
+        if "scores" not in columns:
+            best, worst = (TopK(columns[f"{e}_scores"], columns[f"{e}_ids"]) for e in ("proponent", "opponent"))
+            top = (best, worst)
+        base = (storage.unpack_ids(head.pop("train_base_ids")), columns.get("query_base_id"))
+        train_ids, allow_nan = storage.unpack_ids(head.pop("train_ids")), head.pop("allow_nan")
+        # What was checked when it was made is not read through once more: the file may be larger than memory.
+        made = cls(columns.get("scores"), top, train_ids, columns["query_id"], **head, base=base, allow_nan=True)
+        made._allow_nan = allow_nan
+        return made
+
+    def __repr__(self) -> str:
+        kept = "" if self._top is None else f", the {self.top_k} strongest proponents and opponents of each"
+        size = f"scores of {len(self):,} queries by {self.train_ids.numel():,} training examples{kept}"
+        best, worst = self._strongest(1, True, slice(3)), self._strongest(1, False, slice(3))
+        findings = []
+        for row, query in enumerate(self.query_ids[:3].tolist()):
+            ends = [
+                f"strongest {word} {self._train_name(int(end.train_ids[row, 0]))} ({float(end.scores[row, 0]):+.3g})"
+                if sign * float(end.scores[row, 0]) > 0
+                else f"no {word}"
+                for word, sign, end in (("proponent", 1, best), ("opponent", -1, worst))
+            ]
+            findings.append(f"Query {name_of(query, self.query_ids, self._query_base)}: {', '.join(ends)}.")
+        if len(self) > 3:
+            findings.append(f"And {len(self) - 3:,} more queries.")
+        return self._paragraph(size, findings)
+
+    def plot(
+        self,
+        query: int | None = None,
+        k: int = 5,
+        train: Any = None,
+        queries: Any = None,
+        render: plotting.Render | None = None,
+        labels: Sequence[str] | None = None,
+    ) -> tuple[Any, Any]:
+        """Draw a query with its strongest proponents above and opponents below.
+
+        Args:
+            query: Its id; the first one by default.
+            k: How many of either, fewer where there are not so many.
+            train: The training `Dataset`, indexed by `train_ids`. Without it, bars of the scores.
+            queries: The queries' `Dataset`.
+            render: Called with (axes, example) to draw an example that is neither an image nor text.
+            labels: Names of the classes, by number.
+
+        Returns:
+            A `matplotlib.figure.Figure` and its axes, known to no window; `figure.savefig(path)` writes it.
+
+        Raises:
+            ValueError: `query` was not scored, or `k` is below 1.
+            ImportError: matplotlib is not installed.
+        """
+        query = int(self.query_ids[0]) if query is None else query
+        row = int(places(self.query_ids, torch.tensor([query]), "query"))
+        k = min(k, self.top_k or self.train_ids.numel())
+        sides = []
+        for end in (self._strongest(k, True, slice(row, row + 1)), self._strongest(k, False, slice(row, row + 1))):
+            pairs = zip(end.train_ids[0].tolist(), end.scores[0].tolist(), strict=True)
+            sides.append([plotting.Item(self._train_name(i), s, None if train is None else train[i]) for i, s in pairs])
+        # A positive score is no opponent, however low it stands.
+        proponents = [item for item in sides[0] if item.score is not None and item.score > 0]
+        opponents = [item for item in sides[1] if item.score is not None and item.score < 0]
+        name = name_of(query, self.query_ids, self._query_base)
+        subject = plotting.Item(name, example=None if queries is None else queries[query])
+        return plotting.explanation(
+            subject, proponents, opponents, method=self.method, units=self.units, render=render, labels=labels
+        )
+
+    def log(self, loggers: Any, step: int | None = None, name: str | None = None, k: int = 5, **drawing: Any) -> None:
+        """Write scalars, a table of proponents and opponents and a figure into Lightning's loggers.
+
+        Args:
+            loggers: `trainer.loggers`, or one logger.
+            step: The x-axis; `trainer.global_step` after a fit.
+            name: What stands after `influence/`; the method by default.
+            k: Proponents and opponents per query, fewer where there are not so many.
+            drawing: For `plot`: `query`, `train`, `queries`, `render`, `labels`.
+
+        Raises:
+            ValueError: `k` is below 1.
+        """
+        if not trackers.listening(loggers):
+            return
+        k = min(k, self.top_k or self.train_ids.numel())
+        highest = self.proponents(1).scores[:, 0].double()
+        highest = highest[~highest.isnan()]
+        scalars = {}
+        if highest.numel():
+            scalars = {"top_proponent_mean": float(highest.mean()), "top_proponent_max": float(highest.max())}
+        if self._values is not None:
+            negative = sum(int((row < 0).sum()) for row in self._values)
+            scalars["opponents_share"] = negative / self._values.numel()
+        trackers.log_influence(
+            loggers,
+            name or self.method,
+            scalars,
+            table=storage.as_rows(self.to_arrow(k), side=lambda row: _side(row["score"])),
+            figure=trackers.drawn(lambda: self.plot(k=k, **drawing)[0]),
+            step=step,
+        )
+
+    def _strongest(self, k: int, largest: bool, rows: slice = slice(None)) -> TopK:
+        """One end of the ranking of some queries."""
+        available = self.top_k or self.train_ids.numel()
+        if not 1 <= k <= available:
+            what = "the number of training examples" if self._top is None else f"kept per query, `top_k={available}`"
+            raise ValueError(f"Expected `k` between 1 and {available} ({what}), got {k!r}.")
+        if self._top is not None:
+            scores, ids = self._top[0 if largest else 1]
+            return TopK(scores[rows, :k], ids[rows, :k])
+        values = self.values[rows]
+        if not self._allow_nan:
+            return TopK(*top_k(values, self.train_ids, k, largest))
+        known = values.masked_fill(values.isnan(), -torch.inf if largest else torch.inf)
+        ids = top_k(known, self.train_ids, k, largest)[1]
+        return TopK(values.gather(1, torch.searchsorted(self.train_ids, ids)), ids)
+
+    def _long(self, row: int, ends: tuple[TopK, TopK] | None) -> dict[str, Tensor]:
+        """The rows of one query in the long table: all of the ranking, or its two ends without what is in both."""
+        if ends is None:
+            scores, ids = (part[0] for part in self._strongest(self.train_ids.numel(), True, slice(row, row + 1)))
+            rank = torch.arange(1, ids.numel() + 1)
+        else:
+            ranked = self.train_ids.numel() if self._values is None else int((~self._values[row].isnan()).sum())
+            scores, ids, rank = both_ends(ranked, *(part[row] for end in ends for part in end))
+        made = {"query_id": self.query_ids[row].expand(ids.numel()), "train_id": ids, "score": scores, "rank": rank}
+        if self._query_base is not None:
+            made["query_base_id"] = self._query_base[row].expand(ids.numel())
+        if self._train_base is not None:
+            made["train_base_id"] = self._train_base[torch.searchsorted(self.train_ids, ids)]
+        return made
+
+
+def _side(score: float) -> str:
+    return "proponent" if score > 0 else "opponent" if score < 0 else "neither"
