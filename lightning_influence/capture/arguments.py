@@ -1,0 +1,88 @@
+"""What a user may pass to `Influence`; each function returns what was passed or says what was expected."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_influence.capture.recorder import Schedule
+
+
+def named_methods(methods: Any) -> dict[str, Any]:
+    """Methods by name."""
+    if isinstance(methods, Mapping):
+        named = dict(methods)
+    elif isinstance(methods, Sequence) and not isinstance(methods, str):
+        named = {}
+        for method in methods:
+            name = type(method).__name__
+            if name in named:
+                raise ValueError(
+                    f"Expected one method of each class in a list, got two of {name!r}."
+                    f" Name them in a dict: `methods={{'first': {name}(...), 'second': {name}(...)}}`."
+                )
+            named[name] = method
+    else:
+        raise TypeError(
+            f"Expected `methods` to be a list or a dict of methods, got {methods!r}. Write `[{methods!r}]`."
+        )
+    for name, method in named.items():
+        if isinstance(method, type) or not callable(getattr(method, "score", None)):
+            hint = f"Make one: `{method.__name__}()`." if isinstance(method, type) else "Pass instances of methods."
+            raise TypeError(f"Expected `methods` to hold methods with a `score`, got {method!r} as {name!r}. {hint}")
+    return named
+
+
+def checked_queries(queries: Any) -> Any:
+    """Queries as far as they can be judged before there is a Trainer."""
+    if isinstance(queries, str):
+        loader, _, number = queries.partition(":")
+        if loader not in ("train", "val", "test") or (":" in queries and not number.isdigit()):
+            raise ValueError(f"Expected `queries` to be 'train', 'val', 'test' or like 'val:1', got {queries!r}.")
+    elif queries is not None and not (hasattr(queries, "__getitem__") or hasattr(queries, "__iter__")):
+        raise TypeError(f"Expected `queries` to be a dataset, a loader or a word for one, got {queries!r}.")
+    return queries
+
+
+def schedule_of(every_n_epochs: Any, every_n_train_steps: Any) -> Schedule:
+    """The checkpoint schedule, `every_n_epochs` being the default."""
+    for name, value in (("every_n_epochs", every_n_epochs), ("every_n_train_steps", every_n_train_steps)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ValueError(f"Expected `{name}` to be a whole number of at least 0, got {value!r}.")
+    if not every_n_train_steps:
+        return Schedule(every_n_epochs or 0, 0)
+    if every_n_epochs not in (None, 0, 1):  # 1 is the default, which `every_n_train_steps` replaces
+        raise ValueError(
+            "Expected `every_n_epochs` or `every_n_train_steps`, got both"
+            f" ({every_n_epochs!r}, {every_n_train_steps!r}). Leave one of them out."
+        )
+    return Schedule(0, every_n_train_steps)
+
+
+def positive_integer(name: str, value: Any) -> Any:
+    """A number of at least 1, or None."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"Expected `{name}` to be a positive whole number or None, got {value!r}.")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"Expected `{name}` to be True or False, got {value!r}.")
+    return value
+
+
+def callable_or_none(name: str, value: Any) -> Any:
+    """A function, or None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"Expected `{name}` to be a function or None, got {value!r}.")
+    return value
+
+
+def patterns_of(parameters: Any) -> list[str] | None:
+    """Patterns over parameter names, or None."""
+    if parameters is None:
+        return None
+    patterns = [parameters] if isinstance(parameters, str) else list(parameters)
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"Expected `parameters` to be patterns such as 'head.*', got {parameters!r}.")
+    return patterns

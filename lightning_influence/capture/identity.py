@@ -1,0 +1,118 @@
+"""Which training examples stand in the batch that Lightning is about to train on."""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
+
+from lightning_influence.capture.loaders import Deliveries, Tracker, track, tracker_of, untrack
+
+_taps: "WeakKeyDictionary[Any, Tap]" = WeakKeyDictionary()
+
+
+class Tap:
+    """Watches the training loaders of one Trainer, for all callbacks that ask.
+
+    Lightning calls `strategy.process_dataloader` after it has put in a distributed sampler and before it starts the
+    iterator (fit_loop.setup_data, lightning 2.4 to 2.6); no hook of a callback lies between the two. The loader's
+    indices are written down as they are drawn and never computed again from a seed.
+    """
+
+    @classmethod
+    def acquire(cls, trainer: Any) -> "Tap":
+        """The Trainer's tap, wired on first use; every `acquire` asks for one `release`."""
+        tap = _taps.get(trainer)
+        if tap is None:
+            tap = _taps[trainer] = cls(trainer)
+        tap._users += 1
+        return tap
+
+    def __init__(self, trainer: Any) -> None:
+        self._users = 0
+        self._loaders: list[DataLoader] = []
+        self._trackers: list[Tracker | None] = []
+        self._passes: set[tuple[int, int]] = set()  # (loader, pass) of Lightning's own iterators
+        self._current: list[list[int] | None] = []
+        self._served: set[int] = set()
+        self._strategy = trainer.strategy
+        original = self._strategy.process_dataloader
+
+        def process_dataloader(dataloader: Any) -> Any:
+            # sanity checking and validation come through here too, and are not `training`
+            if trainer.training and isinstance(dataloader, DataLoader):
+                track(dataloader)
+                self._loaders.append(dataloader)
+            return original(dataloader)
+
+        self._strategy.process_dataloader = process_dataloader
+
+    def release(self, trainer: Any) -> None:
+        """Undo the wiring when the last user leaves."""
+        self._users -= 1
+        if self._users > 0:
+            return
+        _taps.pop(trainer, None)
+        self._strategy.__dict__.pop("process_dataloader", None)
+        for loader in self._loaders:
+            untrack(loader)
+        self._loaders, self._trackers = [], []
+
+    def epoch_starts(self, trainer: Any) -> None:
+        """Find out which loaders this epoch draws from: they may have been reloaded."""
+        leaves = tree_leaves(trainer.train_dataloader, is_leaf=lambda node: isinstance(node, DataLoader))
+        self._trackers = [tracker_of(leaf) for leaf in leaves]
+
+    def epoch_ends(self) -> None:
+        """Forget batches that were delivered and not trained on."""
+        for tracker in self._trackers:
+            if tracker is not None:
+                tracker.delivered.clear()
+
+    def take(self, trainer: Any, user: int) -> list[list[int] | None]:
+        """The indices of the next batch, one entry a loader; every user sees every batch once."""
+        if user in self._served or not self._served:
+            self._served.clear()
+            self._current = self._next(trainer)
+        self._served.add(user)
+        return self._current
+
+    def unknown(self) -> str | None:
+        """Why examples cannot be told, if they cannot."""
+        for tracker in self._trackers:
+            if tracker is None:
+                return "it is no `torch.utils.data.DataLoader`"
+            if tracker.unknown is not None:
+                return tracker.unknown
+        return None
+
+    def dataset_size(self) -> int | None:
+        """Length of the one training dataset."""
+        if len(self._trackers) != 1:
+            return None
+        loader = next((loader for loader in self._loaders if tracker_of(loader) is self._trackers[0]), None)
+        try:
+            return len(loader.dataset)  # type: ignore[union-attr, arg-type]
+        except (TypeError, AttributeError, NotImplementedError):
+            return None
+
+    def _next(self, trainer: Any) -> list[list[int] | None]:
+        """Pop one delivery of each loader, past those of passes that are not Lightning's (a user's own loop)."""
+        iterators = _iterators_of(trainer)
+        taken: list[list[int] | None] = []
+        for k, tracker in enumerate(self._trackers):
+            if tracker is None:
+                taken.append(None)
+                continue
+            if k < len(iterators) and isinstance(iterators[k], Deliveries):
+                self._passes.add((k, iterators[k].number))
+                while tracker.delivered and (k, tracker.delivered[0][0]) not in self._passes:
+                    tracker.delivered.popleft()
+            taken.append(tracker.delivered.popleft()[1] if tracker.delivered else None)
+        return taken
+
+
+def _iterators_of(trainer: Any) -> list[Any]:
+    """The iterators inside Lightning's CombinedLoader, which has no public name for them."""
+    combined = getattr(trainer.fit_loop, "_combined_loader", None)
+    return getattr(getattr(combined, "_iterator", None), "iterators", None) or []

@@ -1,0 +1,226 @@
+"""A `DataLoader` that tells which indices are in the batch it just delivered, and is otherwise itself."""
+
+from collections import deque
+from collections.abc import Iterator
+from operator import index as as_index
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+_KEY = "_influence_tracker"
+
+
+class Tracker:
+    """What is known of one loader: indices drawn, then delivered, then trained on.
+
+    Holds no reference to an iterator: a cycle through a multiprocessing iterator would be collected inside freshly
+    forked workers, which torch answers with "can only test a child process".
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.draws: deque[Any] = deque()  # by the newest pass, not delivered yet
+        self.delivered: deque[tuple[int, list[int] | None]] = deque()  # (pass, indices), not trained on yet
+        self.newest = 0  # number of the newest pass
+        self.exhausted = True
+        self.unknown: str | None = None  # why the indices cannot be told
+        if isinstance(loader.dataset, IterableDataset):
+            self.unknown = "its dataset is an `IterableDataset`, which has no indices"
+        elif loader.num_workers > 1 and not getattr(loader, "in_order", True):
+            self.unknown = "with `in_order=False` batches overtake one another"
+
+
+def track(loader: Any) -> Tracker:
+    """Start watching a loader in place; a loader already watched keeps its tracker."""
+    tracker = loader.__dict__.get(_KEY)
+    if tracker is None:
+        # persistent workers keep the iterator of an earlier pass, hence one tracker for the loader's life in a fit
+        tracker = loader.__dict__[_KEY] = Tracker(loader)
+    tracker.delivered.clear()
+    if not hasattr(type(loader), "_influence_original"):
+        loader.__class__ = _tracked(type(loader))
+    _rewire(loader)
+    return tracker
+
+
+def untrack(loader: Any) -> None:
+    """Make a loader what it was."""
+    original = getattr(type(loader), "_influence_original", None)
+    if original is not None:
+        loader.__class__ = original
+    loader.__dict__.pop(_KEY, None)
+    _rewire(loader)
+
+
+def tracker_of(loader: Any) -> Tracker | None:
+    """The tracker of a watched loader."""
+    return getattr(loader, "__dict__", {}).get(_KEY)
+
+
+def as_indices(drawn: Any) -> list[int] | None:
+    """What a sampler yielded for one batch as integers; None if it yields other keys."""
+    if isinstance(drawn, Tensor) or (hasattr(drawn, "tolist") and not isinstance(drawn, (list, tuple))):
+        drawn = drawn.tolist()
+    if not isinstance(drawn, (list, tuple)):
+        drawn = [drawn]  # batch_size=None draws single indices
+    try:
+        return [as_index(i) for i in drawn]
+    except TypeError:
+        return None
+
+
+class _Draws:
+    """Iterator over a sampler that writes down every draw."""
+
+    def __init__(self, iterator: Iterator, draws: deque) -> None:
+        self._iterator, self._draws = iterator, draws
+
+    def __iter__(self) -> "_Draws":
+        return self
+
+    def __next__(self) -> Any:
+        drawn = next(self._iterator)
+        self._draws.append(drawn)
+        return drawn
+
+
+class _StatefulDraws(_Draws):
+    """torchdata's `StatefulDataLoader` looks for these two methods, and they must be absent where they do nothing."""
+
+    def state_dict(self) -> dict:
+        return self._iterator.state_dict()  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: dict) -> None:
+        self._iterator.load_state_dict(state)  # type: ignore[attr-defined]
+
+
+class _Sampler:
+    """What `_index_sampler` of a watched loader returns; `loader.batch_sampler` itself is never replaced."""
+
+    def __init__(self, sampler: Any, tracker: Tracker) -> None:
+        self._sampler, self._tracker = sampler, tracker
+
+    def __iter__(self) -> Iterator:
+        iterator = iter(self._sampler)
+        # a new pass, also when persistent workers are reset: what was drawn ahead and not delivered is forgotten
+        self._tracker.draws = deque()
+        return (_StatefulDraws if _is_stateful(iterator) else _Draws)(iterator, self._tracker.draws)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+
+class _StatefulSampler(_Sampler):
+    def state_dict(self) -> dict:
+        return self._sampler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self._sampler.load_state_dict(state)
+
+
+class Deliveries:
+    """The loader's iterator; each batch that leaves it moves one draw to `Tracker.delivered`."""
+
+    def __init__(self, iterator: Iterator, tracker: Tracker) -> None:
+        self._iterator, self._tracker = iterator, tracker
+        self._draws, self.number = tracker.draws, tracker.newest
+        # a generator in a loader's own `__iter__` may hold back, merge or drop batches, and hides the workers
+        self._foreign = not isinstance(iterator, _BaseDataLoaderIter)
+
+    def __iter__(self) -> "Deliveries":
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_iterator":  # not there yet while unpickling
+            raise AttributeError(name)
+        return getattr(self._iterator, name)
+
+    def __next__(self) -> Any:
+        tracker = self._tracker
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            if tracker.newest == self.number:
+                tracker.exhausted = True
+            raise
+        tracker.delivered.append((self.number, self._match() if tracker.unknown is None else None))
+        return batch
+
+    def _match(self) -> list[int] | None:
+        """Loaders deliver in the order of drawing; workers were sent some batches ahead, which are the newest draws."""
+        ahead = getattr(self._iterator, "_send_idx", 0) - getattr(self._iterator, "_rcvd_idx", 0)
+        surplus = len(self._draws) - ahead - 1
+        if surplus > 0 and not self._foreign and _is_fast_forwarding(self._iterator):
+            for _ in range(surplus):
+                self._draws.popleft()
+            surplus = 0
+        if surplus != 0:
+            self._tracker.unknown = "its iterator delivers batches other than those its sampler draws, one by one"
+            return None
+        indices = as_indices(self._draws.popleft())
+        if indices is None:
+            self._tracker.unknown = "its sampler yields keys that are no integers"
+        return indices
+
+
+def _is_stateful(thing: Any) -> bool:
+    return hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
+
+
+def _is_fast_forwarding(iterator: Any) -> bool:
+    """Torchdata's stateful iterators skip, on resuming, what was already trained on."""
+    return hasattr(iterator, "state_dict")
+
+
+def _rewire(loader: Any) -> None:
+    """Persistent workers that the user already iterated hold the sampler of then."""
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is not None and hasattr(iterator, "_index_sampler"):
+        iterator._index_sampler = loader._index_sampler
+
+
+def _rebuild(cls: type, state: dict) -> Any:
+    loader: Any = object.__new__(cls)
+    loader.__dict__.update(state)
+    return loader
+
+
+_tracked_classes: dict[type, type] = {}
+
+
+def _tracked(cls: type) -> type:
+    """A subclass that overrides two members: what is drawn, and what is delivered."""
+    if cls in _tracked_classes:
+        return _tracked_classes[cls]
+
+    class Tracked(cls):  # type: ignore[misc, valid-type]
+        _influence_original = cls
+
+        @property
+        def _index_sampler(self) -> Any:
+            sampler = super()._index_sampler
+            tracker = tracker_of(self)
+            if tracker is None or isinstance(self.dataset, IterableDataset):
+                return sampler
+            return (_StatefulSampler if _is_stateful(sampler) else _Sampler)(sampler, tracker)
+
+        def __iter__(self) -> Iterator:
+            tracker = tracker_of(self)
+            if tracker is None:  # Lightning re-instantiates loaders by their type
+                return super().__iter__()
+            if not tracker.exhausted:
+                tracker.delivered.clear()  # the pass before was abandoned: reload, `return -1`, limit_train_batches
+            tracker.newest += 1
+            tracker.exhausted, tracker.draws = False, deque()
+            return Deliveries(super().__iter__(), tracker)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return _rebuild, (
+                cls,
+                {k: (None if k == "_iterator" else v) for k, v in self.__dict__.items() if k != _KEY},
+            )
+
+    Tracked.__name__, Tracked.__qualname__, Tracked.__module__ = cls.__name__, cls.__qualname__, cls.__module__
+    _tracked_classes[cls] = Tracked
+    return Tracked

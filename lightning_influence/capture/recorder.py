@@ -1,0 +1,259 @@
+"""Records one fit: ties example identity, steps and checkpoints to a run on disk."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import index as as_index
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_influence.capture.identity import Tap
+from lightning_influence.capture.loaders import as_indices
+from lightning_influence.capture.states import encode_state, fingerprint, gather_state
+from lightning_influence.capture.steps import Steps, batch_size
+from lightning_influence.capture.store import Link, Store
+from lightning_influence.compat import rank_zero_warn
+
+_ROWS_IN_MEMORY = 1024
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When checkpoints are written, in `ModelCheckpoint`'s words; 0 is never."""
+
+    every_n_epochs: int
+    every_n_train_steps: int
+
+
+class Recorder:
+    """The guest. Nothing it does draws from a random generator, and no write that fails ends the fit."""
+
+    def __init__(
+        self,
+        trainer: Any,
+        module: Any,
+        tap: Tap,
+        store: Store,
+        schedule: Schedule,
+        sample_id: str | Callable[[Any], Any] | None,
+        made: int,
+    ) -> None:
+        self._trainer, self._module, self._tap, self._store = trainer, module, tap, store
+        self._schedule, self._sample_id = schedule, sample_id
+        self._steps = Steps(trainer, module, made)
+        self._hooked = True
+        self._failed = False
+        self._written = -1  # step of the newest checkpoint
+        self._made_at_start = made
+        self._held: tuple[int, int, dict[str, dict]] | None = None  # raw weights before `on_train_end` of others
+        self._fingerprint: list[tuple[int, int]] | None = None
+        self._warned: set[str] = set()
+
+    @property
+    def made(self) -> int:
+        """Updates of weights so far."""
+        return self._steps.made
+
+    @property
+    def alive(self) -> bool:
+        """Whether recording goes on."""
+        return self._hooked and not self._failed
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the run says about itself by now."""
+        return self._store.manifest
+
+    def starts(self) -> None:
+        """The initial checkpoint."""
+        self._tap.epoch_starts(self._trainer)
+        self._checkpoint("initial", gather_state(self._trainer, self._module) if self._is_writer else None)
+
+    def epoch_starts(self) -> None:
+        """Loaders may have been reloaded and optimizers replaced."""
+        self._tap.epoch_starts(self._trainer)
+        self._steps.watch()
+
+    def batch_starts(self, batch: Any) -> None:
+        """Note which examples are about to be trained on."""
+        ids = self._identify(batch)
+        self._steps.batch_starts(ids, batch_size(batch, ids))
+        self._made_at_start = self._steps.made
+
+    def before_zero_grad(self, optimizer: Any) -> None:
+        """Forward to the steps."""
+        self._steps.before_zero_grad(optimizer)
+
+    def before_backward(self) -> None:
+        """Forward to the steps."""
+        self._steps.before_backward()
+
+    def before_step(self, optimizer: Any) -> None:
+        """Forward to the steps."""
+        self._steps.before_step(optimizer)
+
+    def batch_ended(self, batch: Any) -> None:
+        """Close the batch's steps; write a checkpoint where one is due."""
+        if batch is None:  # Lightning calls no `on_train_batch_start` for it
+            self._tap.take(self._trainer, id(self))
+        self._steps.batch_ended()
+        every = self._schedule.every_n_train_steps
+        if every and self._steps.made // every > self._made_at_start // every:
+            self._checkpoint("scheduled")
+        elif len(self._steps.rows) >= _ROWS_IN_MEMORY:
+            self.flush()
+
+    def epoch_ended(self) -> None:
+        """Write a checkpoint where one is due, else keep the raw weights if the fit is about to end."""
+        self._tap.epoch_ends()
+        if self._trainer.fit_loop._skip_backward:  # StochasticWeightAveraging has put averaged weights in
+            return
+        self._steps.batch_ended()
+        trainer, every = self._trainer, self._schedule.every_n_epochs
+        self._fingerprint = fingerprint(self._module)
+        if every and (trainer.current_epoch + 1) % every == 0:
+            self._checkpoint("scheduled")
+        elif self._is_writer and self._written != self.made and _is_ending(trainer):
+            self._held = (self.made, trainer.current_epoch, gather_state(trainer, self._module))
+
+    def ended(self) -> None:
+        """The final checkpoint: the raw weights after the last step, whatever averaging callbacks have done since."""
+        self._steps.batch_ended()
+        if self._written != self.made and self._is_writer:
+            if self._held is not None and self._held[0] == self.made:
+                self._checkpoint("final", self._held[2])
+            elif self._fingerprint not in (None, fingerprint(self._module)):
+                self._note(
+                    "Another callback changed the weights in `on_train_end` before `Influence` could read them, so the"
+                    " final checkpoint is missing. Put `Influence` before it in `callbacks`."
+                )
+            else:
+                self._checkpoint("final")
+        self._store.manifest["finished"] = True
+        self.flush()
+
+    def interrupted(self) -> None:
+        """Write the steps that were made; the weights may be in the middle of one."""
+        self._steps.batch_ended()
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is recorded so far."""
+        self._guarded(self._write_steps)
+
+    def close(self) -> None:
+        """Take all hooks out; harmless when repeated."""
+        if self._hooked:
+            self._hooked = False
+            self._steps.unwatch()
+
+    @property
+    def _is_writer(self) -> bool:
+        return bool(self._trainer.is_global_zero)
+
+    def _checkpoint(self, kind: str, state: dict[str, dict] | None = None) -> None:
+        """Write steps and state together; a step has one checkpoint at most."""
+        step, epoch = self.made, self._trainer.current_epoch
+        if step == self._written:
+            return
+
+        def write() -> None:
+            if self._is_writer:
+                content = encode_state(state or gather_state(self._trainer, self._module))
+                self._store.add_checkpoint(step, epoch, kind, content)
+            self._write_steps()
+
+        self._written = step
+        self._guarded(write)
+
+    def _write_steps(self) -> None:
+        manifest = self._store.manifest
+        manifest["settings"] = self._steps.settings
+        if manifest["dataset_size"] is None:
+            manifest["dataset_size"] = self._tap.dataset_size()
+        rows = self._steps.drain()
+        if rows:
+            self._store.add_steps(rows)
+        self._store.write_manifest()
+
+    def _guarded(self, write: Callable[[], None]) -> None:
+        """Training matters more than its record: a full disk ends the recording, not the fit."""
+        if self._failed:
+            return
+        try:
+            write()
+        except OSError as error:
+            self._failed = True
+            warnings.warn(
+                f"`Influence` could not write {error.filename or str(self._store.folder)!r}"
+                f" ({error.strerror or error}). The fit goes on without being recorded; what was written before can"
+                f" still be loaded from {str(self._store.folder)!r}.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _identify(self, batch: Any) -> list[list[int] | None]:
+        ids = self._tap.take(self._trainer, id(self))
+        if self._sample_id is not None:
+            return [self._ask(batch)]
+        if any(x is None for x in ids):
+            reason = self._tap.unknown() or "it delivered a batch that was never drawn"
+            self._note(
+                f"`Influence` cannot tell which examples are in a batch of the training loader: {reason}."
+                " Pass `sample_id=`, a key of the batch or a function of it that gives unique integers."
+            )
+        elif len(ids) > 1:
+            self._store.manifest["notes"] = self._store.manifest["notes"] or [
+                f"Each batch came from {len(ids)} loaders at once; `steps['loader_ids']` says which examples of each."
+            ]
+        return ids
+
+    def _ask(self, batch: Any) -> list[int] | None:
+        """Ids by the user's key or function."""
+        ask = self._sample_id
+        try:
+            answer = (
+                ask(batch) if callable(ask) else batch[ask] if isinstance(batch, dict) else getattr(batch, str(ask))
+            )
+            found = as_indices(answer)
+            if found is None:
+                found = [int(as_index(i.item() if isinstance(i, torch.Tensor) else i)) for i in answer]  # type: ignore[arg-type]
+            return found
+        except Exception as error:
+            self._note(
+                f"Expected `sample_id={ask!r}` to give one integer for each example of a batch, got"
+                f" {type(error).__name__}: {error}. Examples of this fit are recorded as unknown."
+            )
+            return None
+
+    def _note(self, text: str) -> None:
+        """Say it once, and write it where the reader of the run will see it."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self._store.manifest["notes"].append(text)
+            rank_zero_warn(text)
+
+
+def resume_point(state: dict[str, Any], trainer: Any) -> tuple[Link | None, int]:
+    """Where this fit continues: the link to the run before, and the updates made so far."""
+    if state:
+        return Link(**{name: state[name] for name in ("run", "path", "id", "step")}), int(state["step"])
+    if trainer.global_step > 0:
+        rank_zero_warn(
+            f"This fit resumes at step {trainer.global_step} from a checkpoint that knows nothing of an `Influence` run"
+            " (the callback was not there, or had other arguments). Its run begins there, without what came before."
+        )
+    return None, int(trainer.global_step)
+
+
+def folder_for_rank(run: Path, rank: int) -> Path:
+    """Each process writes into a folder of its own, rank 0 into the run itself."""
+    return run if rank == 0 else run / f"steps-rank{rank}"
+
+
+def _is_ending(trainer: Any) -> bool:
+    last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
+    last_step = trainer.max_steps not in (None, -1) and trainer.global_step >= trainer.max_steps
+    return bool(trainer.should_stop or last_epoch or last_step)

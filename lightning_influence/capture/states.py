@@ -1,0 +1,51 @@
+"""The state of a fit between two steps, as nested dicts of CPU tensors."""
+
+import io
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.capture.randomness import gather_random
+from lightning_influence.trajectory.checkpoint import strip_compiled
+
+
+def gather_state(trainer: Any, module: Any) -> dict[str, dict]:
+    """Raw weights, buffers, optimizer state and random state, copied; nothing is drawn or moved."""
+    return {
+        "parameters": {strip_compiled(name): _copy(p) for name, p in module.named_parameters()},
+        "buffers": {strip_compiled(name): _copy(b) for name, b in module.named_buffers()},
+        "optimizer": _optimizer_state(trainer, module),
+        "random": gather_random(trainer.strategy.root_device),
+    }
+
+
+def encode_state(state: dict[str, dict]) -> bytes:
+    """What `torch.load(weights_only=True)` reads."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def fingerprint(module: Any) -> list[tuple[int, int]]:
+    """Changes when any weight is written to or replaced."""
+    return [(p.data_ptr(), p._version) for p in module.parameters()]
+
+
+def _optimizer_state(trainer: Any, module: Any) -> dict[str, dict[str, Tensor]]:
+    names = {p: strip_compiled(name) for name, p in module.named_parameters()}
+    found: dict[str, dict[str, Tensor]] = {}
+    for optimizer in trainer.optimizers:
+        for parameter, values in optimizer.state.items():
+            if parameter not in names:
+                continue
+            # LBFGS keeps lists of tensors, which no method here reads
+            kept = {key: _copy(value) for key, value in values.items() if isinstance(value, (Tensor, int, float))}
+            found.setdefault(names[parameter], {}).update(kept)
+    return found
+
+
+def _copy(value: Tensor | float) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.tensor(value)
+    return value.detach().to("cpu", copy=True).contiguous()

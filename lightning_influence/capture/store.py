@@ -1,0 +1,87 @@
+"""Writes one run of one process to disk; what its manifest lists is whole at every moment."""
+
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from lightning_influence.trajectory.files import FORMAT, MANIFEST, STEPS, encode_manifest, runs_in, write_atomically
+
+
+@dataclass(frozen=True)
+class Link:
+    """Where a resumed fit came from. Tensors and builtins only go into a Lightning checkpoint, so this is a dict there.
+
+    ``step`` counts updates of weights, Lightning's ``global_step`` counts attempts.
+    """
+
+    run: str
+    path: str
+    id: str
+    step: int
+
+
+def claim_run(dirpath: Path) -> Path:
+    """A new `run-N`: making a folder succeeds for one process only, so two fits never share one."""
+    dirpath.mkdir(parents=True, exist_ok=True)
+    number = max((int(re.sub(r"\D", "", run.name)) for run in runs_in(dirpath)), default=-1) + 1
+    while True:
+        folder = dirpath / f"run-{number}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+            continue
+        return folder
+
+
+class Store:
+    """The files of one process: rank 0 writes checkpoints, every rank its own steps."""
+
+    def __init__(self, folder: Path, world_size: int, parent: Link | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._started = time.monotonic()
+        self.manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "id": os.urandom(16).hex(),  # not Python's or torch's generator: those belong to the training
+            "versions": {"torch": str(torch.__version__)},
+            "parent": None if parent is None else vars(parent),
+            "world_size": world_size,
+            "dataset_size": None,
+            "settings": [],
+            "checkpoints": [],
+            "steps": [],
+            "notes": [],
+            "finished": False,
+            "fit_seconds": 0.0,
+        }
+
+    def add_checkpoint(self, step: int, epoch: int, kind: str, content: bytes) -> None:
+        """Write a state; it counts once the manifest is written."""
+        (self.folder / "checkpoints").mkdir(exist_ok=True)
+        file = f"checkpoints/step-{step:08d}.pt"
+        entry = write_atomically(self.folder / file, content)
+        self.manifest["checkpoints"].append({"file": file, "step": step, "epoch": epoch, "kind": kind} | entry)
+
+    def add_steps(self, rows: list[dict[str, Any]]) -> None:
+        """Write a segment of steps; it counts once the manifest is written."""
+        (self.folder / "steps").mkdir(exist_ok=True)
+        file = f"steps/{len(self.manifest['steps']):08d}.arrow"
+        table = pa.Table.from_pylist(rows, schema=STEPS)
+        sink = pa.BufferOutputStream()
+        options = pa.ipc.IpcWriteOptions(compression="zstd" if pa.Codec.is_available("zstd") else None)
+        with pa.ipc.new_file(sink, STEPS, options=options) as writer:
+            writer.write_table(table)
+        entry = write_atomically(self.folder / file, sink.getvalue().to_pybytes())
+        self.manifest["steps"].append({"file": file, "rows": len(rows)} | entry)
+
+    def write_manifest(self) -> None:
+        """From here on a reader sees what was added."""
+        self.manifest["fit_seconds"] = time.monotonic() - self._started
+        write_atomically(self.folder / MANIFEST, encode_manifest(self.manifest))

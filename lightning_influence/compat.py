@@ -1,0 +1,35 @@
+"""One `Callback` for both copies of Lightning: ``pytorch_lightning`` and ``lightning.pytorch``."""
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+
+def _installed() -> list[ModuleType]:
+    found = []
+    for name in ("pytorch_lightning", "lightning.pytorch"):
+        try:
+            found.append(import_module(name))
+        except ModuleNotFoundError:
+            continue
+    if not found:
+        raise ModuleNotFoundError("Expected `pytorch-lightning` or `lightning` to be installed, got neither.")
+    return found
+
+
+_packages = _installed()
+
+# A Trainer takes a callback of its own package only (LightningCLI, `Trainer(callbacks=one)`, lightning < 2.6 always).
+CallbackBase: Any = type("CallbackBase", tuple(dict.fromkeys(p.Callback for p in _packages)), {})
+
+MisconfigurationException: Any = type(
+    "MisconfigurationException",
+    tuple(
+        dict.fromkeys(import_module(f"{p.__name__}.utilities.exceptions").MisconfigurationException for p in _packages)
+    ),
+    {"__module__": __name__},
+)
+
+__all__ = ["CallbackBase", "MisconfigurationException", "rank_zero_warn"]

@@ -1,0 +1,128 @@
+"""How a run lies on disk: the names, the Arrow schema, atomic writing and verified reading."""
+
+import contextlib
+import json
+import os
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from lightning_influence.types import MissingEvidence
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+GENERATORS = ("torch", "cuda", "python", "numpy")
+
+STEPS = pa.schema(
+    [
+        pa.field("step", pa.int64()),  # optimizer updates made so far, over all optimizers, this one included
+        pa.field("optimizer", pa.int32()),
+        pa.field("epoch", pa.int64()),
+        pa.field("ids", pa.list_(pa.list_(pa.int64()))),  # one list per micro-batch; null: unknown, or several loaders
+        pa.field("loader_ids", pa.list_(pa.list_(pa.list_(pa.int64())))),  # micro-batch, loader: where loaders combine
+        pa.field("sizes", pa.list_(pa.int64())),
+        pa.field("divisor", pa.int64()),
+        pa.field("lr", pa.list_(pa.float64())),
+        pa.field("settings", pa.int32()),
+        pa.field("clip", pa.float64()),
+        pa.field("skipped", pa.bool_()),
+        # state of each random generator before the forward of each micro-batch, where that forward drew from it
+        pa.field("rng", pa.list_(pa.struct([pa.field(name, pa.binary()) for name in GENERATORS]))),
+    ]
+)
+
+
+def write_atomically(path: Path, content: bytes) -> dict[str, int]:
+    """Write so that a reader finds the old file or the new one, never half of it; returns size and checksum."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    # the rename itself must survive a power cut; some file systems cannot sync a folder
+    with contextlib.suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    return {"size": len(content), "crc32": zlib.crc32(content)}
+
+
+def read_verified(path: Path, size: int, crc32: int) -> bytes:
+    """The content of a file that a manifest lists.
+
+    Raises:
+        MissingEvidence: the file is gone, truncated or changed.
+    """
+    way_out = "Load another run of this folder, or fit again."
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise MissingEvidence(f"Expected a file at `{path}`, got {error.strerror!r}. {way_out}") from error
+    if len(content) != size:
+        raise MissingEvidence(f"Expected {size} bytes in `{path}`, got {len(content)}: the file is damaged. {way_out}")
+    if (found := zlib.crc32(content)) != crc32:
+        raise MissingEvidence(f"Expected checksum {crc32} of `{path}`, got {found}: the file is damaged. {way_out}")
+    return content
+
+
+def encode_manifest(manifest: dict[str, Any]) -> bytes:
+    """JSON that carries its own checksum."""
+    body = json.dumps(manifest, sort_keys=True)
+    return json.dumps({"crc32": zlib.crc32(body.encode()), "manifest": manifest}, indent=1, sort_keys=True).encode()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a run says about itself.
+
+    Raises:
+        MissingEvidence: there is no manifest, it is damaged, or a newer version wrote it.
+    """
+    path = folder / MANIFEST
+    try:
+        outer = json.loads(path.read_bytes())
+        manifest = outer["manifest"]
+        whole = zlib.crc32(json.dumps(manifest, sort_keys=True).encode()) == outer["crc32"]
+    except OSError as error:
+        raise MissingEvidence(
+            f"Expected a run's manifest at `{path}`, got {error.strerror!r}. Pass the folder that `Influence` wrote."
+        ) from error
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise MissingEvidence(f"Expected a whole manifest at `{path}`, got a damaged file. Load another run of it.")
+    if manifest["format"] > FORMAT:
+        raise MissingEvidence(
+            f"Expected a run of format {FORMAT} or older in `{folder}`, got {manifest['format']!r}."
+            " Upgrade `lightning_influence`."
+        )
+    return manifest
+
+
+def runs_in(dirpath: Path) -> list[Path]:
+    """The runs of a folder, oldest first."""
+    found = []
+    for entry in dirpath.iterdir() if dirpath.is_dir() else ():
+        if match := re.fullmatch(r"run-(\d+)", entry.name):
+            found.append((int(match[1]), entry))
+    return [entry for _, entry in sorted(found)]
+
+
+def read_steps(folder: Path, entries: list[dict[str, Any]]) -> pa.Table:
+    """The step segments that a manifest lists, as one table."""
+    tables = []
+    for entry in entries:
+        content = read_verified(folder / entry["file"], entry["size"], entry["crc32"])
+        tables.append(pa.ipc.open_file(pa.BufferReader(content)).read_all())
+    return pa.concat_tables(tables) if tables else STEPS.empty_table()

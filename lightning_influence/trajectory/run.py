@@ -1,0 +1,128 @@
+"""A run as read from its folder, joined to the runs it was resumed from."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lightning_influence.trajectory.checkpoint import Checkpoint
+from lightning_influence.trajectory.files import MANIFEST, read_manifest, read_steps, runs_in
+from lightning_influence.types import MissingEvidence
+
+
+@dataclass
+class Run:
+    """Everything that a run's manifest leads to."""
+
+    path: Path
+    checkpoints: list[Checkpoint]
+    steps: pa.Table
+    settings: list[dict[str, Any]]
+    dataset_size: int | None
+    finished: bool
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+
+def find_run(dirpath: Path) -> tuple[Path, list[str]]:
+    """The folder itself if it is a run, else the newest run in it that has a manifest.
+
+    Raises:
+        MissingEvidence: there is none.
+    """
+    if (dirpath / MANIFEST).is_file():
+        return dirpath, []
+    notes: list[str] = []
+    for run in reversed(runs_in(dirpath)):
+        if (run / MANIFEST).is_file():
+            return run, notes
+        notes.append(f"{run.name} has no manifest (its fit stopped before the first checkpoint); an older run is read.")
+    raise MissingEvidence(
+        f"Expected a run of `Influence` in `{dirpath}`, got none. Pass `dirpath` of the callback, or one of its run-N."
+    )
+
+
+def read_run(folder: Path, until: int | None = None) -> Run:
+    """Read a run up to step ``until`` (None: all of it), with the runs before it."""
+    manifest = read_manifest(folder)
+    steps = _union_of_ranks(folder, manifest)
+    run = Run(
+        path=folder,
+        checkpoints=[
+            Checkpoint(c["step"], c["epoch"], folder / c["file"], c["size"], c["crc32"])
+            for c in manifest["checkpoints"]
+        ],
+        steps=steps,
+        settings=manifest["settings"],
+        dataset_size=manifest["dataset_size"],
+        finished=manifest["finished"],
+        seconds=manifest["fit_seconds"],
+        notes=list(manifest["notes"]),
+    )
+    if manifest["parent"] is not None:
+        _join(run, manifest["parent"], first_is_resumed=manifest["checkpoints"][:1])
+    if until is not None:
+        run.checkpoints = [c for c in run.checkpoints if c.step <= until]
+        run.steps = run.steps.filter(pc.field("step") <= until)
+    return run
+
+
+def _join(run: Run, link: dict[str, Any], first_is_resumed: list[dict[str, Any]]) -> None:
+    parent = _find_parent(run.path, link)
+    if parent is None:
+        run.notes.append(
+            f"{run.path.name} resumed {link['run']} at step {link['step']}, which is not in {link['path']!r} any more:"
+            f" nothing is known of the steps before."
+        )
+        return
+    older = read_run(parent, until=link["step"])
+    known = max((c.step for c in older.checkpoints), default=-1)
+    known = max(known, pc.max(older.steps["step"]).as_py() or 0) if len(older.steps) else known
+    if known < link["step"]:
+        run.notes.append(f"Steps {known + 1} to {link['step']} of {link['run']} were never written to disk.")
+    if older.dataset_size != run.dataset_size:
+        run.notes.append(f"The dataset had {older.dataset_size} examples in {link['run']}, {run.dataset_size} after.")
+    # the state that a resumed fit starts from belongs to no schedule: an undisturbed fit would not have it
+    own = run.checkpoints[1:] if first_is_resumed and first_is_resumed[0]["kind"] == "initial" else run.checkpoints
+    run.checkpoints = older.checkpoints + own
+    shift = pa.scalar(len(older.settings), pa.int32())
+    column = run.steps.schema.get_field_index("settings")
+    shifted = run.steps.set_column(column, "settings", pc.add(run.steps["settings"], shift))
+    run.steps = pa.concat_tables([older.steps, shifted])
+    run.settings = older.settings + run.settings
+    run.seconds += older.seconds
+    run.notes = [*older.notes, *run.notes]
+
+
+def _find_parent(folder: Path, link: dict[str, Any]) -> Path | None:
+    """A sibling first: the whole folder may have been moved."""
+    for candidate in (folder.parent / link["run"], Path(link["path"])):
+        try:
+            if read_manifest(candidate)["id"] == link["id"]:
+                return candidate
+        except MissingEvidence:
+            continue
+    return None
+
+
+def _union_of_ranks(folder: Path, manifest: dict[str, Any]) -> pa.Table:
+    """One row a step with the micro-batches of all ranks; gradients are means over ranks, hence the divisor."""
+    tables = [read_steps(folder, manifest["steps"])]
+    for rank in range(1, manifest["world_size"]):
+        try:
+            other = read_manifest(folder / f"steps-rank{rank}")
+            tables.append(read_steps(folder / f"steps-rank{rank}", other["steps"]))
+        except MissingEvidence:
+            tables.append(tables[0].slice(0, 0))
+    if len(tables) == 1:
+        return tables[0]
+    length = min(len(table) for table in tables)  # a rank that was killed may have written less
+    rows = [table.slice(0, length).to_pylist() for table in tables]
+    for row, *others in zip(*rows, strict=True):
+        for name in ("ids", "loader_ids", "sizes", "rng"):
+            parts = [row[name], *(other[name] for other in others)]
+            row[name] = None if any(part is None for part in parts) else [x for part in parts for x in part]
+        row["divisor"] *= len(tables)
+    return pa.Table.from_pylist(rows[0], schema=tables[0].schema)
