@@ -144,6 +144,11 @@ def name_of(one: int, ids: Tensor, base: Tensor | None) -> str:
     return f"{one} (base {int(base[int(torch.searchsorted(ids, one))])})"
 
 
+def side(score: float) -> str:
+    """The word for a score's sign."""
+    return "proponent" if score > 0 else "opponent" if score < 0 else "neither"
+
+
 def refuse_non_finite(values: Tensor, train_ids: Tensor, query_ids: Tensor | None) -> None:
     """Raise where a score is NaN or infinite, naming the examples. `values` are [query, train]."""
     width = max(1, values.shape[1])

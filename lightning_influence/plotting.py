@@ -14,7 +14,7 @@ Render: TypeAlias = Callable[[Any, Any], None]
 
 _PROPONENT, _OPPONENT = "#1b7f5c", "#c2452d"
 _CELL = 1.55  # inches a picture is wide
-_NAME = 22  # characters of an id or a label that fit above a picture
+_NAME = 20  # characters of an id or a label that fit above a picture
 
 
 class Item(NamedTuple):
@@ -56,15 +56,15 @@ def explanation(
         ImportError: matplotlib is not installed.
         ValueError: An example is neither an image nor a text and there is no `render`.
     """
-    title = f"{method}: what made the prediction on query {query.name}" if method else f"Query {query.name}"
+    title = f"{method + ': ' if method else ''}influence on query {query.name}"
     if all(item.example is None for item in (query, *proponents, *opponents)):
         return _bars([*proponents, *reversed(opponents)], title, units)
     columns = max(len(proponents), len(opponents), 1)
     figure = _figure(_CELL * (columns + 1.5) + 0.4, 2 * _CELL + 1.9)
-    figure.suptitle(_fit(title, 14 * (columns + 1)), fontsize=11)
+    figure.suptitle(textwrap.fill(_fit(title, 120), 15 * (columns + 1)), fontsize=11)
     grid = figure.add_gridspec(2, columns + 2, width_ratios=[1.35, 0.12, *[1.0] * columns])
     subject = figure.add_subplot(grid[:, 0])
-    _draw(subject, query, render, labels)
+    _draw(subject, query, render, labels, page=(31, 27))
     axes = [subject]
     for row, (side, colour, items) in enumerate(
         (("Proponents", _PROPONENT, proponents), ("Opponents", _OPPONENT, opponents))
@@ -107,25 +107,29 @@ def self_influence(
     low, high = float(values.min()), float(values.max())
     figure = _figure(6.4, 3.4)
     axes = figure.add_subplot()
-    if low == high:
-        low, high = low - 0.5, high + 0.5
     # An edge at the threshold, so that no bar stands half inside the tail.
-    width = (high - low) / min(60, max(10, values.numel() // 8))
-    below, above = _edges(low, threshold, width), _edges(threshold, high, width)
-    kept = values[values < threshold].double().numpy()
-    tail = values[values >= threshold].double().numpy()
-    if kept.size and len(below) > 1:
-        axes.hist(kept, bins=below, color="#7d8da1", label=f"{kept.size:,} others")
-    axes.hist(tail, bins=above, color=_OPPONENT, label=f"{tail.size:,} highest")
-    # The tail is what one looks for, and a thousand times rarer than the rest.
-    axes.set_yscale("symlog", linthresh=10)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel(_fit(f"self-influence ({units})" if units else "self-influence", 80))
+    width = (high - low) / min(60, max(10, values.numel() // 8)) or 1.0
+    parts = (
+        ("others", "#7d8da1", values[values < threshold], _edges(low, threshold, width)),
+        ("highest", _OPPONENT, values[values >= threshold], _edges(threshold, high, width)),
+    )
+    tallest = 0.0
+    for name, colour, part, edges in parts:
+        if part.numel():
+            bars = axes.hist(part.double().numpy(), bins=edges, color=colour, label=f"{part.numel():,} {name}")[0]
+            tallest = max(tallest, float(bars.max()))
+    if tallest > 100:
+        # The tail is what one looks for, and it may be a thousand times rarer than the rest.
+        axes.set_yscale("symlog", linthresh=10)
+        axes.set_ylim(bottom=0)
+    else:
+        axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel(_fit(f"self-influence ({units})" if units else "self-influence", 70))
     axes.set_ylabel("training examples")
     title = f"{method + ': ' if method else ''}self-influence of {values.numel():,} training examples"
     axes.set_title(_fit(title, 80), fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure, axes
 
 
@@ -141,9 +145,9 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _edges(low: float, high: float, width: float) -> list[float]:
-    count = max(1, round((high - low) / width))
     if high <= low:
-        return [low, low + width]
+        return [low - width / 2, low + width / 2]
+    count = max(1, round((high - low) / width))
     return [low + (high - low) * i / count for i in range(count)] + [high]
 
 
@@ -155,21 +159,27 @@ def _bars(items: Sequence[Item], title: str, units: str) -> tuple[Any, Any]:
     axes.set_yticks(range(len(items)), [_fit(item.name, 32) for item in items])
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel(_fit(f"score ({units})" if units else "score", 80))
+    axes.set_xlabel(_fit(f"score ({units})" if units else "score", 60))
     axes.set_ylabel("training example")
     axes.set_title(_fit(title, 70), fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _draw(axes: Any, item: Item, render: Render | None, labels: Sequence[str] | None, colour: str = "black") -> None:
+def _draw(
+    axes: Any,
+    item: Item,
+    render: Render | None,
+    labels: Sequence[str] | None,
+    colour: str = "black",
+    page: tuple[int, int] = (24, 11),
+) -> None:
     content, label = _parts(item.example)
     lines = [_fit(item.name if item.score is not None else f"query {item.name}", _NAME)]
     if item.score is not None:
         lines.append(f"{item.score:+.3g}")
     if label is not None:
-        known = labels is not None and isinstance(label, int) and 0 <= label < len(labels)
-        lines.append(_fit(str(labels[label] if labels is not None and known else f"label {label}"), _NAME))
+        lines.append(_fit(_class_name(label, labels), _NAME))
     axes.set_title("\n".join(lines), fontsize=8, color=colour)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -178,9 +188,19 @@ def _draw(axes: Any, item: Item, render: Render | None, labels: Sequence[str] | 
     elif render is not None:
         render(axes, item.example)
     elif isinstance(content, str):
-        axes.text(0.04, 0.96, _page(content), fontsize=7, va="top", ha="left", transform=axes.transAxes)
+        place = {"va": "top", "ha": "left", "transform": axes.transAxes}
+        # Clipped, since some letters are wider than those that the page was measured with.
+        axes.text(0.04, 0.97, _page(content, *page), fontsize=7, clip_on=True, **place)
     else:
         axes.imshow(_image(content), cmap="gray", interpolation="nearest")
+
+
+def _class_name(label: Any, labels: Sequence[str] | None) -> str:
+    if isinstance(label, str):
+        return label
+    if labels is not None and isinstance(label, int) and 0 <= label < len(labels):
+        return str(labels[label])
+    return f"label {label}"
 
 
 def _parts(example: Any) -> tuple[Any, Any]:
@@ -225,6 +245,9 @@ def _fit(text: str, width: int) -> str:
     return (text if len(text) <= width else text[: width - 1] + "…").replace("$", r"\$")
 
 
-def _page(text: str) -> str:
-    lines = textwrap.wrap(text, width=24, break_long_words=True) or [""]
-    return "\n".join(_fit(line, 24) for line in (lines if len(lines) <= 11 else [*lines[:10], lines[10][:22] + "…"]))
+def _page(text: str, width: int, height: int) -> str:
+    """The first lines of a text; blank ones and their breaks are kept."""
+    lines = [line for part in text.splitlines() for line in textwrap.wrap(part.strip(), width) or [""]]
+    if len(lines) > height:
+        lines = [*lines[: height - 1], lines[height - 1][: width - 1] + "…"]
+    return "\n".join(line.replace("$", r"\$") for line in lines)

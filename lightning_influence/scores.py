@@ -11,21 +11,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from lightning_influence import answer, plotting, storage
 from lightning_influence import loggers as trackers
-from lightning_influence import plotting, storage
-from lightning_influence.answer import (
-    BLOCK,
-    Answer,
-    BaseIds,
-    TopK,
-    ascending,
-    base_of,
-    checked_top,
-    floating,
-    name_of,
-    places,
-    refuse_non_finite,
-)
+from lightning_influence.answer import Answer, BaseIds, TopK
 from lightning_influence.numerics.topk import both_ends, top_k
 from lightning_influence.self_scores import SelfScores
 
@@ -76,13 +64,13 @@ class Scores(Answer):
         allow_nan: bool = False,
     ) -> None:
         super().__init__(train_ids, method, settings, units, notes, checkpoints, base[0])
-        self.query_ids = ascending("query_ids", query_ids)
-        self._query_base = base_of("query_ids", base[1], self.query_ids)
+        self.query_ids = answer.ascending("query_ids", query_ids)
+        self._query_base = answer.base_of("query_ids", base[1], self.query_ids)
         self._allow_nan = allow_nan
         if (values is None) == (top is None):
             raise ValueError("Expected either `values` or `top`, got both or neither. Leave one of them None.")
-        self._values = None if values is None else floating(values)
-        self._top = None if top is None else checked_top(top, len(self), self.train_ids)
+        self._values = None if values is None else answer.floating(values)
+        self._top = None if top is None else answer.checked_top(top, len(self), self.train_ids)
         if self._values is None:
             return
         if self._values.shape != (len(self), self.train_ids.numel()):
@@ -91,7 +79,7 @@ class Scores(Answer):
                 f"got {list(self._values.shape)}."
             )
         if not allow_nan:
-            refuse_non_finite(self._values, self.train_ids, self.query_ids)
+            answer.refuse_non_finite(self._values, self.train_ids, self.query_ids)
 
     @property
     def values(self) -> Tensor:
@@ -153,8 +141,8 @@ class Scores(Answer):
         if distinct.numel() < wanted.numel():
             twice = distinct[counts > 1].tolist()
             raise ValueError(f"Expected distinct ids in `ids`, got {twice[:5]!r} more than once.")
-        columns = places(self.train_ids, distinct, "ids")
-        rows = max(1, BLOCK // max(1, columns.numel()))
+        columns = answer.places(self.train_ids, distinct, "ids")
+        rows = max(1, answer.BLOCK // max(1, columns.numel()))
         sums = [block[:, columns].double().sum(dim=1) for block in self.values.split(rows)]
         return torch.cat(sums).to(self.values.dtype)
 
@@ -242,7 +230,7 @@ class Scores(Answer):
                 else f"no {word}"
                 for word, sign, end in (("proponent", 1, best), ("opponent", -1, worst))
             ]
-            findings.append(f"Query {name_of(query, self.query_ids, self._query_base)}: {', '.join(ends)}.")
+            findings.append(f"Query {answer.name_of(query, self.query_ids, self._query_base)}: {', '.join(ends)}.")
         if len(self) > 3:
             findings.append(f"And {len(self) - 3:,} more queries.")
         return self._paragraph(size, findings)
@@ -274,7 +262,7 @@ class Scores(Answer):
             ImportError: matplotlib is not installed.
         """
         query = int(self.query_ids[0]) if query is None else query
-        row = int(places(self.query_ids, torch.tensor([query]), "query"))
+        row = int(answer.places(self.query_ids, torch.tensor([query]), "query"))
         k = min(k, self.top_k or self.train_ids.numel())
         sides = []
         for end in (self._strongest(k, True, slice(row, row + 1)), self._strongest(k, False, slice(row, row + 1))):
@@ -283,7 +271,7 @@ class Scores(Answer):
         # A positive score is no opponent, however low it stands.
         proponents = [item for item in sides[0] if item.score is not None and item.score > 0]
         opponents = [item for item in sides[1] if item.score is not None and item.score < 0]
-        name = name_of(query, self.query_ids, self._query_base)
+        name = answer.name_of(query, self.query_ids, self._query_base)
         subject = plotting.Item(name, example=None if queries is None else queries[query])
         return plotting.explanation(
             subject, proponents, opponents, method=self.method, units=self.units, render=render, labels=labels
@@ -317,7 +305,7 @@ class Scores(Answer):
             loggers,
             name or self.method,
             scalars,
-            table=storage.as_rows(self.to_arrow(k), side=lambda row: _side(row["score"])),
+            table=storage.as_rows(self.to_arrow(k), side=lambda row: answer.side(row["score"])),
             figure=trackers.drawn(lambda: self.plot(k=k, **drawing)[0]),
             step=step,
         )
@@ -344,7 +332,9 @@ class Scores(Answer):
             scores, ids = (part[0] for part in self._strongest(self.train_ids.numel(), True, slice(row, row + 1)))
             rank = torch.arange(1, ids.numel() + 1)
         else:
-            ranked = self.train_ids.numel() if self._values is None else int((~self._values[row].isnan()).sum())
+            ranked = self.train_ids.numel()
+            if self._allow_nan and self._values is not None:
+                ranked -= int(self._values[row].isnan().sum())
             scores, ids, rank = both_ends(ranked, *(part[row] for end in ends for part in end))
         made = {"query_id": self.query_ids[row].expand(ids.numel()), "train_id": ids, "score": scores, "rank": rank}
         if self._query_base is not None:
@@ -352,7 +342,3 @@ class Scores(Answer):
         if self._train_base is not None:
             made["train_base_id"] = self._train_base[torch.searchsorted(self.train_ids, ids)]
         return made
-
-
-def _side(score: float) -> str:
-    return "proponent" if score > 0 else "opponent" if score < 0 else "neither"

@@ -106,7 +106,8 @@ def read_file(path: str | os.PathLike[str], kinds: Sequence[str]) -> tuple[str, 
             f"Expected {str(path)!r} to be a file written by `save`, but it is damaged, cut short or of another origin "
             f"({type(error).__name__}: {error}). Write it again."
         ) from error
-    return head.pop("kind"), columns, head
+    kind = head.pop("kind")
+    return kind, columns, {name: value for name, value in head.items() if name != "format"}
 
 
 def pack_ids(ids: Tensor | None) -> Any:

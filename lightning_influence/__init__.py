@@ -1,0 +1,38 @@
+"""What did each training example do to this model? Training-data influence for PyTorch Lightning.
+
+::
+
+    Trainer.fit ──▶ Influence ──▶ Trajectory (on disk) ─┐
+                    (callback)                          ├─▶ Attributor ──▶ Method ──▶ Scores ──▶ read · plot · log
+    LightningModule, training data ─────────────────────┘  (accelerator,     (× Curvature)
+                                                            per-sample gradients)
+
+Add ``Influence(...)`` to ``Trainer(callbacks=)``, train as usual, read ``influence.scores`` afterwards. A score is
+positive where having the example in the training set made the query better (a proponent), negative where it made it
+worse (an opponent).
+"""
+
+from lightning_influence.attributor import Attributor
+from lightning_influence.callback import Influence
+from lightning_influence.method import Evidence, Method
+from lightning_influence.methods.gradient_dot import GradientDot
+from lightning_influence.methods.tracin_cp import TracInCP
+from lightning_influence.scores import Scores, SelfScores, TopK
+from lightning_influence.trajectory import Trajectory
+from lightning_influence.types import MissingEvidence
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attributor",
+    "Evidence",
+    "GradientDot",
+    "Influence",
+    "Method",
+    "MissingEvidence",
+    "Scores",
+    "SelfScores",
+    "TopK",
+    "TracInCP",
+    "Trajectory",
+]

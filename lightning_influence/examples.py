@@ -1,0 +1,176 @@
+"""A dataset as blocks of examples in their own order, each example under a random state of its own."""
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, default_collate
+
+from lightning_influence.module import seed_for
+from lightning_influence.types import Batch
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some consecutive examples, collated.
+
+    Args:
+        start: id of the first.
+        size: how many.
+        batch: what the collate function made of them, on CPU.
+        one: gives the batch of one for an example's id.
+    """
+
+    start: int
+    size: int
+    batch: Batch
+    one: Callable[[int], Batch]
+
+    @property
+    def ids(self) -> range:
+        """Indices into the dataset."""
+        return range(self.start, self.start + self.size)
+
+
+class Examples:
+    """Reads ``dataset`` in order, in blocks of ``block_size``.
+
+    Args:
+        dataset: map-style: ``len`` and integer indices.
+        collate: the training loader's collate function.
+        block_size: examples per block.
+        workers: worker processes of the loader.
+        seed: with an example's id, sets the random state under which it is read.
+        cache_bytes: blocks are kept for the next pass (the next checkpoint) up to this size.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Callable[[list[Any]], Batch] | None,
+        block_size: int,
+        workers: int = 0,
+        seed: int = 0,
+        cache_bytes: int = 2**28,
+    ) -> None:
+        self.dataset = dataset
+        self.block_size = block_size
+        self._reader = _Reader(dataset, seed)
+        self._collate = collate or default_collate
+        self._workers = workers
+        self._seed = seed
+        self._cache: dict[int, Batch] = {}
+        self._cache_left = cache_bytes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def one(self, example: int) -> Batch:
+        """The batch of one for an example; the random state is left as the example's own."""
+        seed_for(self._seed, example)
+        return self._collate([self.dataset[example]])
+
+    def some(self, ids: Sequence[int]) -> Batch:
+        """A batch of any examples."""
+        items = self._reader.__getitems__(list(ids))
+        seed_for(self._seed, ids[0])
+        return self._collate(items)
+
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+        """Blocks of ids ``start`` to ``stop``; ``start`` is a multiple of ``block_size``."""
+        stop = len(self) if stop is None else stop
+        missing = [s for s in range(start, stop, self.block_size) if s not in self._cache]
+        loaded = self._load([range(s, min(s + self.block_size, stop)) for s in missing])
+        for first in range(start, stop, self.block_size):
+            batch = self._cache[first] if first in self._cache else self._keep(first, next(loaded))
+            yield Block(first, min(first + self.block_size, stop) - first, batch, self.one)
+
+    def _load(self, blocks: Sequence[range]) -> Iterator[Batch]:
+        if self._workers and len(blocks) > 1:
+            loader = DataLoader(
+                self._reader,
+                batch_sampler=[list(ids) for ids in blocks],
+                collate_fn=_SeededCollate(self._collate, self._seed),
+                num_workers=self._workers,
+            )
+            yield from loader
+        else:
+            for ids in blocks:
+                yield self.some(ids)
+
+    def _keep(self, first: int, batch: Batch) -> Batch:
+        size = sum(t.numel() * t.element_size() for t in tree_leaves(batch) if isinstance(t, torch.Tensor))
+        if size <= self._cache_left:
+            self._cache_left -= size
+            self._cache[first] = batch
+        return batch
+
+    def close(self) -> None:
+        """Forgets the kept blocks."""
+        self._cache.clear()
+
+
+class _SeededCollate:
+    """Collates in a worker under the same random state as in the main process."""
+
+    def __init__(self, collate: Callable[[list[Any]], Batch], seed: int) -> None:
+        self.collate, self.seed = collate, seed
+
+    def __call__(self, items: "_Items") -> Batch:
+        seed_for(self.seed, items.first)
+        return self.collate(list(items))
+
+
+class _Items(list[Any]):
+    """Examples that remember the id of the first."""
+
+    first: int
+
+
+class _Reader:
+    """Reads examples; seeds each one, unless the dataset draws no random number at all."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self._draws = False
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, example: int) -> Any:
+        return self.__getitems__([example])[0]
+
+    def __getitems__(self, ids: list[int]) -> "_Items":
+        if not self._draws:
+            seed_for(self.seed, ids[0])
+            before = _random_state()
+            items = self._items(ids)
+            if _same(before, _random_state()):
+                return items
+            self._draws = True
+        items = _Items()
+        items.first = ids[0]
+        for i in ids:
+            seed_for(self.seed, i)
+            items.append(self.dataset[i])
+        return items
+
+    def _items(self, ids: list[int]) -> "_Items":
+        items = _Items(self.dataset[i] for i in ids)
+        items.first = ids[0]
+        return items
+
+
+def _random_state() -> tuple[Any, ...]:
+    numpy = sys.modules.get("numpy")
+    return torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1:3] if numpy else None
+
+
+def _same(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
+    numpy_same = before[2] is None or (before[2][1] == after[2][1] and bool((before[2][0] == after[2][0]).all()))
+    return torch.equal(before[0], after[0]) and before[1] == after[1] and numpy_same

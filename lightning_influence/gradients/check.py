@@ -1,0 +1,207 @@
+"""The self-check: every trainable parameter, by name, against plain autograd, before anything is scored."""
+
+from collections.abc import Mapping, Sequence
+
+
+import torch
+from torch import Tensor
+
+from lightning_influence.examples import Block, Examples
+from lightning_influence.gradients.block import Names
+from lightning_influence.gradients.engine import Engine, Plan
+from lightning_influence.gradients.general import NotVectorisable, one_gradient, vectorised_rows
+from lightning_influence.gradients.layout import Layout, fits
+from lightning_influence.gradients.part import Part
+from lightning_influence.gradients.tape import Call
+
+# Two batches of unequal size: what has the size of the batch in both is the dimension of the examples.
+_SIZES = (3, 5)
+
+
+def make_plan(engine: Engine, examples: Examples, names: Sequence[str]) -> Plan:
+    """Finds for every parameter the cheapest path that agrees with one backward pass an example.
+
+    Args:
+        engine: at the weights where the check is made.
+        examples: a few of them are used, spread over the dataset.
+        names: the parameters that train.
+
+    Raises:
+        ValueError: a parameter's gradient is not finite.
+    """
+    blocks = _sample(examples)
+    try:
+        recorded = [engine.record(block, names, False) for block in blocks]
+        copy_leaves = False
+    except RuntimeError as error:
+        if "in-place" not in str(error):
+            raise
+        recorded = [engine.record(block, names, True) for block in blocks]
+        copy_leaves = True
+    apart = _apart(recorded)
+    candidates = {name: _candidates(name, recorded, blocks) for name in names}
+    attempts = [
+        _Attempt(engine, recorded, blocks, {n: c[i] for n, c in candidates.items() if i < len(c)}, apart)
+        for i in range(max((len(c) for c in candidates.values()), default=0))
+    ]
+    vectorised = _vectorised(engine, blocks, names, attempts)
+    _compare(engine, blocks, names, attempts, vectorised)
+    layouts: dict[str, Layout] = {}
+    for attempt in attempts:
+        layouts.update({n: attempt.layouts[n] for n in names if n in attempt.right and n not in layouts})
+    general = [name for name in names if name not in layouts]
+    missing = [name for name in general if vectorised is None or name not in vectorised.right]
+    fast = tuple(name for name in general if name not in missing)
+    return Plan({n: layouts[n] for n in names if n in layouts}, fast, tuple(missing), apart, copy_leaves)
+
+
+class _Attempt:
+    """Factored gradients of the sampled examples under one choice of layouts."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        recorded: Sequence[Sequence[Call]],
+        blocks: Sequence[Block],
+        layouts: dict[str, Layout],
+        apart: frozenset[str],
+    ) -> None:
+        self.layouts = layouts
+        self.parts: list[dict[Names, Part]] = []
+        self.right = set(layouts)
+        for calls, block in zip(recorded, blocks, strict=True):
+            parts, failed = engine.parts_of(calls, block.size, layouts, apart)
+            self.parts.append(parts)
+            self.right -= set(failed)
+
+    def row(self, block: int, example: int) -> dict[str, Tensor]:
+        """One example's gradient by every parameter still in question."""
+        rows: dict[str, Tensor] = {}
+        for names, part in self.parts[block].items():
+            if self.right & set(names):
+                dense = part.slice(slice(example, example + 1)).dense()
+                rows.update({name: row[0] for name, row in zip(names, dense, strict=True)})
+        return rows
+
+
+class _Vectorised(_Attempt):
+    """The same by ``torch.func``."""
+
+    def __init__(self, engine: Engine, blocks: Sequence[Block], names: Sequence[str]) -> None:
+        self.layouts = {}
+        self.right = set(names)
+        self.parts = [
+            {(n,): p for n, p in vectorised_rows(engine.task, block, names).items()} for block in blocks
+        ]
+
+
+def _vectorised(
+    engine: Engine, blocks: Sequence[Block], names: Sequence[str], attempts: Sequence[_Attempt]
+) -> _Vectorised | None:
+    """Prepared for every parameter that may fail the factored path; a cheap first look avoids it where none does."""
+    first = blocks[0]
+    truth = one_gradient(engine.task, first.one(first.start), names, engine.seed, first.start)
+    suspect = [n for n in names if not any(_agrees(a.row(0, 0).get(n), truth[n]) for a in attempts if n in a.right)]
+    try:
+        return _Vectorised(engine, blocks, suspect) if suspect else None
+    except NotVectorisable:
+        return None
+
+
+def _compare(
+    engine: Engine,
+    blocks: Sequence[Block],
+    names: Sequence[str],
+    attempts: Sequence[_Attempt],
+    vectorised: _Vectorised | None,
+) -> None:
+    """Strikes from every attempt the parameters that disagree with plain autograd on any example."""
+    everything = [*attempts, *([vectorised] if vectorised is not None else [])]
+    for b, block in enumerate(blocks):
+        for i in range(block.size):
+            example = _id_of(block, i)
+            truth = one_gradient(engine.task, block.one(example), names, engine.seed, example)
+            _refuse_nonfinite(truth, example)
+            for attempt in everything:
+                rows = attempt.row(b, i)
+                attempt.right = {n for n in attempt.right if _agrees(rows.get(n), truth[n])}
+
+
+def _agrees(row: Tensor | None, truth: Tensor) -> bool:
+    if row is None:
+        return not bool(truth.any())
+    tolerance = {torch.float64: 1e-9, torch.float32: 2e-4}.get(truth.dtype, 5e-2)
+    scale = truth.abs().max()
+    return bool((row - truth).abs().max() <= tolerance * scale + torch.finfo(truth.dtype).tiny)
+
+
+def _refuse_nonfinite(truth: Mapping[str, Tensor], example: int) -> None:
+    for name, gradient in truth.items():
+        if not gradient.isfinite().all():
+            raise ValueError(
+                f"Expected finite gradients, got NaN or infinity in `{name}` for training example or query {example}. "
+                "Look at its input and its loss, or leave it out."
+            )
+
+
+def _sample(examples: Examples) -> list[Block]:
+    """Two blocks of examples spread over the dataset (with repetition where it is tiny)."""
+    n = len(examples)
+    blocks = []
+    for b, size in enumerate(_SIZES):
+        ids = [(round((i + 0.5 * b) * n / size)) % n for i in range(size)]
+        blocks.append(_SampledBlock(ids[0], size, examples.some(ids), examples.one, ids))
+    return blocks
+
+
+class _SampledBlock(Block):
+    """A block whose ids are not consecutive."""
+
+    def __init__(self, start: int, size: int, batch: object, one: object, sampled: Sequence[int]) -> None:
+        super().__init__(start, size, batch, one)  # type: ignore[arg-type]
+        object.__setattr__(self, "sampled", list(sampled))
+
+
+def _id_of(block: Block, position: int) -> int:
+    sampled: list[int] = block.sampled  # type: ignore[attr-defined]
+    return sampled[position]
+
+
+def _candidates(name: str, recorded: Sequence[Sequence[Call]], blocks: Sequence[Block]) -> list[Layout]:
+    """Layouts that fit every call of a parameter in both batches."""
+    uses = [
+        (call.shape[: call.operands.positions], block.size)
+        for calls, block in zip(recorded, blocks, strict=True)
+        for call in calls
+        if name in call.names.values()
+    ]
+    return [layout for layout in Layout if uses and all(fits(shape, n, layout) for shape, n in uses)]
+
+
+def _apart(recorded: Sequence[Sequence[Call]]) -> frozenset[str]:
+    """Parameters that stand in calls with different partners: a weight tied between layers with their own biases."""
+    partners: dict[str, set[frozenset[str]]] = {}
+    for calls in recorded:
+        for call in calls:
+            together = frozenset(call.names.values())
+            for name in together:
+                partners.setdefault(name, set()).add(together)
+    return frozenset(name for name, sets in partners.items() if len(sets) > 1)
+
+
+
+
+def agreed(train: Plan, queries: Plan) -> Plan:
+    """One plan for both sides of a score: a parameter takes the slower of the two paths found for it."""
+    layouts = {n: layout for n, layout in train.layouts.items() if n in queries.layouts}
+    if any(queries.layouts[n] is not layout for n, layout in layouts.items()):
+        layouts = {n: layout for n, layout in layouts.items() if queries.layouts[n] is layout}
+    slow = {*train.one_by_one, *queries.one_by_one}
+    general = [n for n in train.names if n not in layouts]
+    return Plan(
+        layouts,
+        tuple(n for n in general if n not in slow),
+        tuple(n for n in general if n in slow),
+        train.apart | queries.apart,
+        train.copy_leaves or queries.copy_leaves,
+    )

@@ -1,0 +1,155 @@
+"""Per-sample gradients of an embedding table: rows of output gradients, added up per looked-up id."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_influence.gradients.outer import WORKSPACE, Outer
+from lightning_influence.gradients.part import Part, one_row_per_example
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup(Part):
+    """Row v of example n's gradient is the sum of ``outputs[n, t]`` over the positions t that looked up v.
+
+    Args:
+        ids: which rows were looked up, [example, position]; -1 marks a position that does not count (padding).
+        outputs: gradients by what was looked up, [example, position, width].
+        shape: the table's own shape, (rows, width).
+    """
+
+    ids: Tensor
+    outputs: Tensor
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def like(self) -> Tensor:
+        """Any tensor of this part: its dtype and device."""
+        return self.outputs
+
+    def slice(self, rows: slice) -> "Lookup":
+        """The same for some of the examples."""
+        return replace(self, ids=self.ids[rows], outputs=self.outputs[rows])
+
+    def scaled(self, factor: Tensor) -> "Lookup":
+        """Each example's gradient times its own number."""
+        return replace(self, outputs=self.outputs * one_row_per_example(factor, self.outputs))
+
+    @cached_property
+    def _merged(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, examples and summed gradients with one entry per (id, example), sorted by id."""
+        examples = torch.arange(len(self), device=self.ids.device)[:, None].expand_as(self.ids)
+        counts = self.ids >= 0
+        key = self.ids[counts] * max(1, len(self)) + examples[counts]
+        unique, inverse = key.unique(sorted=True, return_inverse=True)
+        summed = self.outputs.new_zeros(len(unique), self.outputs.shape[-1])
+        summed.index_add_(0, inverse, self.outputs[counts])
+        return unique // max(1, len(self)), unique % max(1, len(self)), summed
+
+    def dense(self) -> tuple[Tensor, ...]:
+        """[example, *table shape]: mostly zeros."""
+        table = self.outputs.new_zeros(len(self), *self.shape)
+        ids, examples, summed = self._merged
+        table[examples, ids] = summed
+        return (table,)
+
+    def accumulate_dot(self, other: Part, out: Tensor) -> None:
+        """``out[i, j] += <gradient i of self, gradient j of other>``: a join over the ids that both looked up."""
+        if isinstance(other, Outer):
+            self._accumulate_tied(other, out)
+            return
+        if not isinstance(other, Lookup):
+            other.accumulate_dot(self, out.T)
+            return
+        my_ids, my_examples, mine = self._merged
+        their_ids, their_examples, theirs = other._merged
+        mine_of, my_counts = my_ids.unique_consecutive(return_counts=True)
+        theirs_of, their_counts = their_ids.unique_consecutive(return_counts=True)
+        both, at = _intersection(mine_of, theirs_of)
+        if not len(both):
+            return
+        my_start = (my_counts.cumsum(0) - my_counts)[both]
+        their_start = (their_counts.cumsum(0) - their_counts)[at]
+        pairs = my_counts[both] * their_counts[at]
+        # An id that many examples share is one small matrix product; the long tail is gathered pair by pair.
+        frequent = pairs >= _PAIRS_FOR_A_PRODUCT
+        heads = torch.stack([my_start, my_counts[both], their_start, their_counts[at]], 1)[frequent].tolist()
+        for a, n_a, b, n_b in heads:
+            tile = mine[a : a + n_a] @ theirs[b : b + n_b].T
+            out.index_put_((my_examples[a : a + n_a, None], their_examples[None, b : b + n_b]), tile, accumulate=True)
+        rare = ~frequent
+        left, right = _pairs(my_start[rare], my_counts[both][rare], their_start[rare], their_counts[at][rare])
+        step = max(1, WORKSPACE // max(1, mine.shape[1]))
+        for start in range(0, len(left), step):
+            i, j = left[start : start + step], right[start : start + step]
+            values = torch.linalg.vecdot(mine[i], theirs[j])
+            out.index_put_((my_examples[i], their_examples[j]), values, accumulate=True)
+
+    def _accumulate_tied(self, other: Outer, out: Tensor) -> None:
+        """The table is also an output layer's weight: row v of ``other`` is the sum of its ``outputs[v]`` × inputs."""
+        ids, mine, s = self.ids.flatten(), self.outputs.flatten(0, 1), self.ids.shape[1]
+        counts = (ids >= 0).to(mine)[:, None]
+        t = other.outputs.shape[1]
+        step = max(1, WORKSPACE // max(1, len(ids) * t))
+        for start in range(0, len(other), step):
+            part = other.slice(slice(start, start + step))
+            product = (mine * counts) @ part.inputs.flatten(0, 1).T
+            product *= part.outputs.flatten(0, 1).T[ids.clamp_min(0)]
+            summed = product.view(len(self), s, len(part), t).sum((1, 3))
+            if part.factor is not None:
+                summed *= part.factor
+            out[:, start : start + step] += summed
+
+    def norm2(self) -> Tensor:
+        """[example]: squared length of each example's gradient."""
+        _, examples, summed = self._merged
+        norms = self.outputs.new_zeros(len(self))
+        return norms.index_add_(0, examples, summed.square().sum(1))
+
+    def times(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[example]: inner product of each example's gradient with one table-shaped vector."""
+        looked_up = vectors[0][self.ids.clamp_min(0)] * (self.ids >= 0)[..., None]
+        return (looked_up * self.outputs).sum((1, 2))
+
+    def total(self) -> tuple[Tensor, ...]:
+        """The sum over the examples, table-shaped."""
+        ids, _, summed = self._merged
+        return (self.outputs.new_zeros(self.shape).index_add_(0, ids, summed),)
+
+    def query_bytes(self, n_queries: int) -> int:
+        """Bytes that one example takes when its block stands on the query side."""
+        return 2 * self.outputs[0].numel() * self.outputs.element_size() if len(self) else 0
+
+    def joined(self, other: Part) -> Part | None:
+        """Two lookups in one table are one longer lookup."""
+        if not isinstance(other, Lookup):
+            return None
+        ids, outputs = torch.cat([self.ids, other.ids], 1), torch.cat([self.outputs, other.outputs], 1)
+        return replace(self, ids=ids, outputs=outputs)
+
+    def finite(self) -> Tensor:
+        """[example]: whether every number is finite."""
+        return self.outputs.isfinite().flatten(1).all(1)
+
+
+_PAIRS_FOR_A_PRODUCT = 512
+
+
+def _intersection(mine: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of the common entries of two sorted tensors of distinct ids."""
+    at = torch.searchsorted(theirs, mine).clamp_max(max(0, len(theirs) - 1))
+    hit = (theirs[at] == mine).nonzero()[:, 0] if len(theirs) else mine.new_zeros(0)
+    return hit, at[hit] if len(theirs) else hit
+
+
+def _pairs(my_start: Tensor, my_count: Tensor, their_start: Tensor, their_count: Tensor) -> tuple[Tensor, Tensor]:
+    """Every (mine, theirs) position pair within each id's two runs."""
+    sizes = my_count * their_count
+    run = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
+    within = torch.arange(len(run), device=sizes.device) - (sizes.cumsum(0) - sizes)[run]
+    return my_start[run] + within // their_count[run], their_start[run] + within % their_count[run]

@@ -1,0 +1,62 @@
+"""What one parameter, or a weight with its bias, contributes to a block of per-sample gradients."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+
+class Part(ABC):
+    """Per-sample gradients of one parameter (or weight and bias), in whatever form is cheapest to multiply."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def like(self) -> Tensor:
+        """Any tensor of this part: its dtype and device."""
+
+    @abstractmethod
+    def slice(self, rows: slice) -> "Part":
+        """The same for some of the examples."""
+
+    @abstractmethod
+    def scaled(self, factor: Tensor) -> "Part":
+        """Each example's gradient times its own number, ``factor`` [example]."""
+
+    @abstractmethod
+    def dense(self) -> tuple[Tensor, ...]:
+        """[example, *shape] for each parameter."""
+
+    @abstractmethod
+    def accumulate_dot(self, other: "Part", out: Tensor) -> None:
+        """``out[i, j] += <gradient i of self, gradient j of other>``."""
+
+    @abstractmethod
+    def norm2(self) -> Tensor:
+        """[example]: squared length of each example's gradient."""
+
+    @abstractmethod
+    def times(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[example]: inner product of each example's gradient with one parameter-shaped vector."""
+
+    @abstractmethod
+    def total(self) -> tuple[Tensor, ...]:
+        """The sum over the examples, parameter-shaped."""
+
+    @abstractmethod
+    def query_bytes(self, n_queries: int) -> int:
+        """Bytes that one example takes when its block stands on the query side."""
+
+    @abstractmethod
+    def joined(self, other: "Part") -> "Part | None":
+        """The sum of this and a second use of the same parameter, or None where their forms differ."""
+
+    @abstractmethod
+    def finite(self) -> Tensor:
+        """[example]: whether every number is finite."""
+
+
+def one_row_per_example(factor: Tensor, like: Tensor) -> Tensor:
+    """``factor`` [example] shaped to multiply ``like`` [example, ...]."""
+    return factor.to(like).view(-1, *[1] * (like.ndim - 1))

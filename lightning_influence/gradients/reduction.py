@@ -1,0 +1,114 @@
+"""How a batch's loss relates to the losses of its examples: found by probing, refused where it is neither."""
+
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lightning_influence.examples import Examples
+from lightning_influence.module import Task, seed_for
+
+_WAY_OUT = "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
+_PROBED = 32
+
+
+class Reduction(Enum):
+    """What ``training_step`` returns for a batch."""
+
+    MEAN = "mean"
+    SUM = "sum"
+    NONE = "none"
+    """``loss=`` gives per-sample losses."""
+
+    def total(self, loss: Tensor, examples: int) -> Tensor:
+        """The sum of per-sample losses, given what the step returned.
+
+        Raises:
+            ValueError: ``loss=`` returned another number of losses than there are examples.
+        """
+        if self is Reduction.MEAN:
+            return loss * examples
+        if self is Reduction.NONE and loss.numel() != examples:
+            raise ValueError(f"Expected `loss=` to return {examples} losses for {examples} examples, got {loss.numel()}.")
+        return loss.sum()
+
+    def coefficient(self) -> str:
+        """Whether a step divides by its batch size: ``"mean"`` or ``"sum"``, as the trajectory counts it."""
+        return "sum" if self is Reduction.SUM else "mean"
+
+
+def probe(task: Task, examples: Examples, seed: int) -> Reduction:
+    """Compares losses of batches of 1, 2 and up to 32 examples, spread evenly over the dataset.
+
+    Raises:
+        ValueError: the loss is neither the mean nor the sum over examples, or weights classes and divides by the
+            weights of its batch (a batch of one hides that weight).
+    """
+    if task.loss is not None:
+        return Reduction.NONE
+    count = min(_PROBED, len(examples))
+    ids = sorted({round(i * (len(examples) - 1) / max(1, count - 1)) for i in range(count)})
+    watch = _LossWatch()
+    with torch.no_grad(), watch:
+        singles = [_loss(task, examples.one(i), seed, i) for i in ids]
+        batches = {size: _loss(task, examples.some(ids[:size]), seed, ids[0]) for size in {min(2, len(ids)), len(ids)}}
+    watch.refuse()
+    if len(ids) == 1:
+        return Reduction.MEAN
+    found = [r for r in (Reduction.MEAN, Reduction.SUM) if all(_agrees(r, singles[:n], x) for n, x in batches.items())]
+    if not found:
+        raise ValueError(_refusal(singles, batches))
+    return found[0]
+
+
+def _loss(task: Task, batch: Any, seed: int, example: int) -> float:
+    batch = task.to_device(batch)
+    seed_for(seed, example)
+    return float(task(batch).double().sum())
+
+
+def _agrees(reduction: Reduction, singles: Sequence[float], batch: float) -> bool:
+    total = sum(singles) / (len(singles) if reduction is Reduction.MEAN else 1)
+    scale = max(abs(batch), max(abs(x) for x in singles) / len(singles), 1e-30)
+    return abs(total - batch) <= 1e-4 * scale
+
+
+def _refusal(singles: Sequence[float], batches: Mapping[int, float]) -> str:
+    size, loss = max(batches.items())
+    mean, total = sum(singles) / len(singles), sum(singles)
+    return (
+        f"Expected the loss of a batch to be the mean or the sum of the losses of its examples, got {loss:.6g} for "
+        f"{size} examples whose own losses have mean {mean:.6g} and sum {total:.6g}. Losses that mix examples "
+        "(contrastive, batch statistics), that average over tokens or pixels of the whole batch, or that draw random "
+        f"numbers in eval mode cannot be divided among them. {_WAY_OUT}"
+    )
+
+
+class _LossWatch(TorchFunctionMode):
+    """Notes class weights with ``reduction="mean"``: the weight of an example then depends on its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._weighted = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.cross_entropy, F.nll_loss):
+            weight = kwargs.get("weight", args[2] if len(args) > 2 else None)
+            if weight is not None and kwargs.get("reduction", "mean") == "mean":
+                self._weighted |= bool((weight != weight[0]).any())
+        return func(*args, **kwargs)
+
+    def refuse(self) -> None:
+        """Raises where class weights were seen."""
+        if self._weighted:
+            raise ValueError(
+                "Expected every example to weigh the same in the loss, got class weights with reduction='mean', which "
+                f"divides by the weights of whatever shares the batch. {_WAY_OUT}"
+            )

@@ -1,0 +1,66 @@
+"""Per-sample gradients written out, one row an example: small parameters, and whatever has no factored rule."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_influence.gradients.part import Part, one_row_per_example
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Part):
+    """Gradients as they are: ``rows`` holds [example, *shape] for each parameter of this part."""
+
+    rows: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows[0])
+
+    @property
+    def like(self) -> Tensor:
+        """Any tensor of this part: its dtype and device."""
+        return self.rows[0]
+
+    def slice(self, rows: slice) -> "Rows":
+        """The same for some of the examples."""
+        return Rows(tuple(r[rows] for r in self.rows))
+
+    def scaled(self, factor: Tensor) -> "Rows":
+        """Each example's gradient times its own number."""
+        return Rows(tuple(r * one_row_per_example(factor, r) for r in self.rows))
+
+    def dense(self) -> tuple[Tensor, ...]:
+        """[example, *shape] for each parameter."""
+        return self.rows
+
+    def accumulate_dot(self, other: Part, out: Tensor) -> None:
+        """``out[i, j] += <gradient i of self, gradient j of other>``."""
+        for mine, theirs in zip(self.rows, other.dense(), strict=True):
+            out.addmm_(mine.flatten(1), theirs.flatten(1).T)
+
+    def norm2(self) -> Tensor:
+        """[example]: squared length of each example's gradient."""
+        return torch.stack([r.flatten(1).square().sum(1) for r in self.rows]).sum(0)
+
+    def times(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[example]: inner product of each example's gradient with one parameter-shaped vector."""
+        return torch.stack([r.flatten(1) @ v.flatten() for r, v in zip(self.rows, vectors, strict=True)]).sum(0)
+
+    def total(self) -> tuple[Tensor, ...]:
+        """The sum over the examples, parameter-shaped."""
+        return tuple(r.sum(0) for r in self.rows)
+
+    def query_bytes(self, n_queries: int) -> int:
+        """Bytes that one example takes when its block stands on the query side."""
+        return sum(r[0].numel() * r.element_size() for r in self.rows if len(r))
+
+    def joined(self, other: Part) -> Part | None:
+        """A second use of the same parameter adds up."""
+        if not isinstance(other, Rows):
+            return None
+        return replace(self, rows=tuple(a + b for a, b in zip(self.rows, other.rows, strict=True)))
+
+    def finite(self) -> Tensor:
+        """[example]: whether every number is finite."""
+        return torch.stack([r.isfinite().flatten(1).all(1) for r in self.rows]).all(0)

@@ -1,0 +1,20 @@
+"""One file a kind of operation: how its call yields per-sample gradients of the parameters in it."""
+
+from collections.abc import Callable
+
+from lightning_influence.gradients.rules.convolution import CONVOLUTIONS
+from lightning_influence.gradients.rules.elementwise import ELEMENTWISE
+from lightning_influence.gradients.rules.embedding import EMBEDDINGS
+from lightning_influence.gradients.rules.linear import LINEAR
+from lightning_influence.gradients.rules.normalization import NORMALIZATIONS
+from lightning_influence.gradients.rules.rule import Operands, Rule
+
+RULES: dict[Callable[..., object], Rule] = {
+    **LINEAR,
+    **CONVOLUTIONS,
+    **EMBEDDINGS,
+    **NORMALIZATIONS,
+    **ELEMENTWISE,
+}
+
+__all__ = ["RULES", "Operands", "Rule"]

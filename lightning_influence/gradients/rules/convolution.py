@@ -1,0 +1,167 @@
+"""Convolutions and transposed convolutions in one to three dimensions, with groups, as products over patches."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_influence.gradients.layout import Layout, split
+from lightning_influence.gradients.outer import Outer
+from lightning_influence.gradients.part import Part
+from lightning_influence.gradients.rows import Rows
+from lightning_influence.gradients.rules.rule import Operands, Rule
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Unfolds maps [example, position, channel, *space] into the windows that a kernel sees.
+
+    Args:
+        kernel: size of the window in each spatial dimension.
+        stride: distance of neighbouring windows.
+        padding: zeros (before, after) each spatial dimension.
+        dilation: distance of neighbouring pixels of one window.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+
+    def __call__(self, maps: Tensor) -> Tensor:
+        """[example, window, channel x kernel]."""
+        examples, space = maps.shape[0], maps.shape[3:]
+        flat = maps.flatten(0, 1)
+        if any(before or after for before, after in self.padding):
+            flat = F.pad(flat, [size for pair in reversed(self.padding) for size in pair])
+        windows = flat
+        for axis in range(len(space)):
+            reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
+            windows = windows.unfold(2 + axis, reach, self.stride[axis])[..., :: self.dilation[axis]]
+        # [example x position, channel, *window, *kernel]: one copy brings it to [.., channel x kernel, window], which
+        # a matrix product reads transposed without another.
+        d = len(space)
+        order = (0, 1, *range(2 + d, 2 + 2 * d), *range(2, 2 + d))
+        width = maps.shape[2] * math.prod(self.kernel)
+        columns = windows.permute(order).reshape(len(flat), width, -1)
+        if maps.shape[1] == 1:
+            return columns.transpose(1, 2)
+        return columns.view(examples, -1, *columns.shape[1:]).transpose(2, 3).reshape(examples, -1, width)
+
+
+def _each(value: Any, dimensions: int) -> tuple[int, ...]:
+    sizes = (value,) * dimensions if isinstance(value, int) else tuple(int(v) for v in value)
+    return sizes * dimensions if len(sizes) == 1 else sizes
+
+
+def _padding(value: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    if value == "valid":
+        return ((0, 0),) * len(kernel)
+    if value == "same":
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    return tuple((size, size) for size in _each(value, len(kernel)))
+
+
+def _positions_last(maps: Tensor) -> Tensor:
+    """[example, position, channel, *space] as [example, position x space, channel]."""
+    return maps.flatten(3).transpose(2, 3).flatten(1, 2)
+
+
+def _grouped_rows(left: Tensor, right: Tensor, groups: int, shape: tuple[int, ...]) -> Tensor:
+    """Sum over positions of outer products within each group of channels, [example, *shape]."""
+    examples, positions = left.shape[:2]
+    left = left.reshape(examples, positions, groups, -1).permute(0, 2, 3, 1).flatten(0, 1)
+    right = right.reshape(examples, positions, groups, -1).transpose(1, 2).flatten(0, 1)
+    return torch.bmm(left, right).reshape(examples, *shape)
+
+
+class _Convolution:
+    def __init__(self, dimensions: int) -> None:
+        self.dimensions = dimensions
+
+    def operands(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Operands | None:
+        if input.ndim != self.dimensions + 2:
+            return None
+        kernel, dilation = tuple(weight.shape[2:]), _each(dilation, self.dimensions)
+        patches = Patches(kernel, _each(stride, self.dimensions), _padding(padding, kernel, dilation), dilation)
+        return Operands({"weight": weight, "bias": bias}, input, 1, {"patches": patches, "groups": groups})
+
+    def parts(
+        self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
+    ) -> dict[tuple[str, ...], Part]:
+        outputs = _positions_last(split(gradient, examples, layout))
+        if "weight" not in wanted:
+            return {("bias",): Rows((outputs.sum(1),))}
+        shape, groups, patches = tuple(operands["weight"].shape), operands.options["groups"], operands.options["patches"]
+        maps, bias = split(operands.input, examples, layout), "bias" in wanted
+        if groups == 1:
+            part: Part = Outer(maps, outputs, shape, bias, patches=patches)
+        else:
+            rows = _grouped_rows(outputs, patches(maps), groups, shape)
+            part = Rows((rows, outputs.sum(1)) if bias else (rows,))
+        return {("weight", "bias") if bias else ("weight",): part}
+
+
+class _TransposedConvolution:
+    """The adjoint of a convolution: the patches are those of the output gradient."""
+
+    def __init__(self, dimensions: int) -> None:
+        self.dimensions = dimensions
+
+    def operands(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Operands | None:
+        if input.ndim != self.dimensions + 2:
+            return None
+        kernel, dilation = tuple(weight.shape[2:]), _each(dilation, self.dimensions)
+        patches = Patches(kernel, _each(stride, self.dimensions), _padding(padding, kernel, dilation), dilation)
+        return Operands({"weight": weight, "bias": bias}, input, 1, {"patches": patches, "groups": groups})
+
+    def parts(
+        self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
+    ) -> dict[tuple[str, ...], Part]:
+        maps = split(gradient, examples, layout)
+        parts: dict[tuple[str, ...], Part] = {}
+        if "bias" in wanted:
+            parts["bias",] = Rows((maps.flatten(3).sum((1, 3)),))
+        if "weight" in wanted:
+            shape, groups = tuple(operands["weight"].shape), operands.options["groups"]
+            inputs = _positions_last(split(operands.input, examples, layout))
+            windows = operands.options["patches"](maps)[:, : inputs.shape[1]]
+            if groups == 1:
+                parts["weight",] = Outer(windows, inputs, shape)
+            else:
+                parts["weight",] = Rows((_grouped_rows(inputs, windows, groups, shape),))
+        return parts
+
+
+CONVOLUTIONS: dict[Callable[..., object], Rule] = {
+    F.conv1d: _Convolution(1),
+    F.conv2d: _Convolution(2),
+    F.conv3d: _Convolution(3),
+    F.conv_transpose1d: _TransposedConvolution(1),
+    F.conv_transpose2d: _TransposedConvolution(2),
+    F.conv_transpose3d: _TransposedConvolution(3),
+}

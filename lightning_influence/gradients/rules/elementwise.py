@@ -1,0 +1,78 @@
+"""Bare parameters that are added to, multiplied with, or expanded over the activations of a batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.gradients.layout import Layout, LayoutMismatch, split
+from lightning_influence.gradients.part import Part
+from lightning_influence.gradients.rows import Rows
+from lightning_influence.gradients.rules.rule import Operands, Rule
+
+
+def _reduced(gradient: Tensor, shape: tuple[int, ...], examples: int, layout: Layout) -> Tensor:
+    """Sums each example's ``gradient`` over the dimensions along which ``shape`` was broadcast: [example, *shape]."""
+    aligned = (1,) * (gradient.ndim - len(shape)) + shape
+    batch_axis = 1 if layout is Layout.SECOND else 0
+    if aligned[batch_axis] != 1:
+        raise LayoutMismatch(f"A parameter of shape {shape} is not shared by the {examples} examples of a batch.")
+    rows = split(gradient, examples, layout)
+    # [example, position, *rest]: in the first layout the position is a dimension of length one that stands for the
+    # example's own, in the second it is the time dimension, which the parameter may span.
+    target = (aligned[0] if layout is Layout.SECOND else 1, *aligned[(2 if layout is Layout.SECOND else 1) :])
+    axes = [1 + axis for axis, size in enumerate(target) if size == 1 and rows.shape[1 + axis] != 1]
+    return (rows.sum(axes, keepdim=True) if axes else rows).reshape(examples, *shape)
+
+
+class _Sum:
+    def operands(self, input: Any, other: Any, *rest: Any, **kwargs: Any) -> Operands | None:
+        if rest or kwargs or not (isinstance(input, Tensor) and isinstance(other, Tensor)):
+            return None
+        return Operands({"left": input, "right": other}, input, max(input.ndim, other.ndim))
+
+    def parts(
+        self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
+    ) -> dict[tuple[str, ...], Part]:
+        shapes = {role: _shape(operands, role) for role in wanted}
+        return {(role,): Rows((_reduced(gradient, shape, examples, layout),)) for role, shape in shapes.items()}
+
+
+class _Product:
+    operands = _Sum.operands
+
+    def parts(
+        self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
+    ) -> dict[tuple[str, ...], Part]:
+        parts: dict[tuple[str, ...], Part] = {}
+        for role in wanted:
+            other = operands["right" if role == "left" else "left"]
+            parts[role,] = Rows((_reduced(gradient * other, _shape(operands, role), examples, layout),))
+        return parts
+
+
+class _Expand:
+    """A parameter repeated for every example, as a class token is."""
+
+    parts = _Sum.parts
+
+    def operands(self, input: Tensor, *sizes: Any, **kwargs: Any) -> Operands | None:
+        return None if kwargs else Operands({"left": input}, input, 3)
+
+
+def _shape(operands: Operands, role: str) -> tuple[int, ...]:
+    return tuple(operands[role].shape)
+
+
+ELEMENTWISE: dict[Callable[..., object], Rule] = {
+    torch.add: _Sum(),
+    torch.Tensor.add: _Sum(),
+    torch.Tensor.__add__: _Sum(),
+    torch.Tensor.__radd__: _Sum(),
+    torch.mul: _Product(),
+    torch.Tensor.mul: _Product(),
+    torch.Tensor.__mul__: _Product(),
+    torch.Tensor.__rmul__: _Product(),
+    torch.Tensor.expand: _Expand(),
+}

@@ -1,0 +1,79 @@
+"""What a method is: a frozen record of hyper-parameters that turns a setting and queries into scores."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import fields
+from enum import Flag, auto
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lightning_influence.setting import Queries, Setting, stage_positions
+from lightning_influence.trajectory import Trajectory
+
+
+class Evidence(Flag):
+    """What a method must have."""
+
+    FINAL_WEIGHTS = auto()
+    """The weights after the last step, or the module as it stands."""
+    CHECKPOINTS = auto()
+    """Weights on the way, with learning rates."""
+    BATCH_ORDER = auto()
+    """Which examples were in each optimizer step."""
+    TRACKER = auto()
+    """Something that only a callback sees while training runs."""
+    REFIT = auto()
+    """Models trained again on parts of the data."""
+
+
+class Method(ABC):
+    """How influence is estimated. Subclass as a frozen dataclass: one file, passed as an instance, no registry.
+
+    A method sees gradient blocks with ``dot``, ``norm2``, ``times``, ``project`` and ``dense``; never a flat matrix,
+    a loader or a device. The driver calls it for one tile of training examples after another and puts them together.
+    """
+
+    needs: ClassVar[Evidence] = Evidence.FINAL_WEIGHTS
+
+    @abstractmethod
+    def score(self, setting: Setting, queries: Queries) -> Tensor:
+        """Scores of the queries against the training examples of the setting's tile.
+
+        Positive means that the training example made the query better (a proponent).
+
+        Returns:
+            [query, train].
+        """
+
+    def self_influence(self, setting: Setting) -> Tensor:
+        """Score of every training example of the tile on itself, [train].
+
+        Raises:
+            NotImplementedError: the method does not offer it.
+        """
+        raise NotImplementedError(f"`{type(self).__name__}` has no self-influence. Use `TracInCP()`, which has.")
+
+    def tracker(self) -> Any:
+        """What watches the fit while it runs, or None."""
+        return None
+
+    def unit(self, setting: Setting) -> str:
+        """What one unit of a score is."""
+        return "arbitrary"
+
+    def positions(self, trajectory: Trajectory | None) -> list[int]:
+        """Positions of the checkpoints that a score looks at (for the plan and the record)."""
+        if self.needs & Evidence.CHECKPOINTS:
+            return stage_positions(trajectory, getattr(self, "checkpoints", None))
+        return [] if trajectory is None else [len(trajectory.checkpoints) - 1]
+
+    def settings(self) -> dict[str, Any]:
+        """Hyper-parameters by name, for the record."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+
+def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raises ValueError where ``value`` is none of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, allowed))}, got {value!r}.")

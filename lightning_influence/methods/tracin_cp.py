@@ -1,0 +1,82 @@
+"""TracInCP: the loss decrease of a query, traced through checkpoints (Pruthi et al., 2020)."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from lightning_influence.method import Evidence, Method, one_of
+from lightning_influence.methods.gradient_dot import refuse_constant
+from lightning_influence.setting import Queries, Setting, Stage
+
+
+@dataclass(frozen=True)
+class TracInCP(Method):
+    r"""How much each training example lowered a query's loss at the moments it was seen, at a few checkpoints.
+
+    .. math:: s(q, z_i) = \sum_k c_{ki} \, \nabla\ell(w_k, q) \cdot \nabla\ell(w_k, z_i)
+
+    With ``units="loss"``, c is the sum of learning rate × weight in the batch / (1 - momentum) over the steps since the
+    checkpoint before in which example i was drawn. With ``units="paper"`` it is the learning rate at the checkpoint.
+
+    Source: Pruthi, Liu, Kale, Sundararajan. Estimating Training Data Influence by Tracing Gradient Descent.
+    NeurIPS 2020. ``normalize="cosine"`` is GAS, ``"layerwise"`` GAS-L of Hammoudeh and Lowd, Identifying a
+    Training-Set Attack's Target Using Renormalized Influence Estimation. CCS 2022.
+    Needs: checkpoints with learning rates.
+    Units: query loss, counted when the example was seen (not what remains of it at the end); arbitrary where gradients
+    are normalised or the optimizer rescales them.
+    Cost: one backward pass an example and checkpoint.
+    Departs from the paper: the coefficient, unless ``units="paper"``.
+
+    Args:
+        units: ``"loss"`` or ``"paper"``.
+        normalize: None, ``"cosine"`` or ``"layerwise"``.
+        checkpoints: positions among the trajectory's checkpoints (negative from the end); None: all but the initial.
+
+    Raises:
+        ValueError: other values; self-influence of a normalised method, which is constant.
+    """
+
+    units: Literal["loss", "paper"] = "loss"
+    normalize: Literal["cosine", "layerwise"] | None = None
+    checkpoints: tuple[int, ...] | None = None
+    needs: ClassVar[Evidence] = Evidence.CHECKPOINTS
+
+    def __post_init__(self) -> None:
+        one_of("units", self.units, ("loss", "paper"))
+        one_of("normalize", self.normalize, (None, "cosine", "layerwise"))
+
+    def score(self, setting: Setting, queries: Queries) -> Tensor:
+        """[query, train]."""
+        total = setting.zeros(queries)
+        for stage in setting.stages(self.checkpoints):
+            weights = self._weights(stage, total)
+            query = stage.gradients(queries)
+            query = query.normalized(self.normalize) if self.normalize else query
+            for columns, block in stage.train(weights.any(0)):
+                block = block.normalized(self.normalize) if self.normalize else block
+                total[:, columns] += query.dot(block, weights[:, columns])
+        return total
+
+    def self_influence(self, setting: Setting) -> Tensor:
+        """[train]: the same with the example as its own query."""
+        refuse_constant(self.normalize)
+        total = setting.zeros()
+        for stage in setting.stages(self.checkpoints):
+            weights = self._weights(stage, total)
+            for columns, block in stage.train(weights.any(0)):
+                total[columns] += block.norm2(weights[:, columns])
+        return total
+
+    def unit(self, setting: Setting) -> str:
+        """Loss, unless something took the scale away."""
+        adaptive = setting.trajectory is not None and setting.trajectory.adaptive
+        if self.normalize or self.units == "paper" or adaptive:
+            return "arbitrary"
+        return "loss (summed over the moments the example was seen)"
+
+    def _weights(self, stage: Stage, like: Tensor) -> Tensor:
+        """[group, train]."""
+        if self.units == "paper":
+            return stage.learning_rates.to(like)[:, None].expand_as(stage.exposure)
+        return stage.exposure.to(like)

@@ -1,0 +1,304 @@
+"""A LightningModule as a function of (weights, batch): quiet, in eval mode, and as it was afterwards."""
+
+import contextlib
+import inspect
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_influence.types import Batch
+
+Loss = Callable[[Any, Batch], Tensor]
+"""``loss(module, batch) -> [batch]``: per-sample losses."""
+
+
+class Task:
+    """What a LightningModule computes, inside ``quiet``: its loss on a batch, at weights of one's choice.
+
+    Args:
+        module: the user's LightningModule, already silenced and in eval mode.
+        loss: per-sample losses, or None for ``training_step``.
+        device: where batches go.
+        trainer: for batch transfer and true-precision plugins; None: ``module`` alone.
+    """
+
+    def __init__(self, module: nn.Module, loss: Loss | None, device: torch.device, trainer: Any) -> None:
+        self.module = module
+        self.loss = loss
+        self.device = device
+        self.trainer = trainer
+        self._step = _step_of(module)
+        self._untouched = _Attributes(module)
+
+    # ---- weights --------------------------------------------------------------------------------------------------
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter by its clean name, tied ones once."""
+        return {clean(name): p for name, p in self.module.named_parameters()}
+
+    def load(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        """Puts other weights in place. ``quiet`` puts the user's own back: the very tensors, never a copy of them."""
+        for name, parameter in self.named_parameters().items():
+            if name in parameters:
+                parameter.data = parameters[name].to(device=self.device, dtype=parameter.dtype)
+        for name, buffer in _named_buffers(self.module).items():
+            if name in buffers:
+                buffer.data = buffers[name].to(device=self.device, dtype=buffer.dtype).clone()
+        self._untouched = _Attributes(self.module)
+
+    # ---- the loss -------------------------------------------------------------------------------------------------
+
+    def to_device(self, batch: Batch) -> Batch:
+        """The batch as Lightning would hand it to ``training_step``."""
+        if self.trainer is not None:
+            batch = self._plugin_input(batch)
+        module: Any = self.module
+        if hasattr(module, "_apply_batch_transfer_handler"):
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            return module._apply_batch_transfer_handler(batch, device=self.device, dataloader_idx=0)
+        return batch
+
+    def _plugin_input(self, batch: Batch) -> Batch:
+        return batch if _is_mixed(self.trainer) else self.trainer.precision_plugin.convert_input(batch)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The loss on a batch: a scalar of ``training_step``, or [batch] of ``loss=``. Leaves no trace."""
+        try:
+            with self._precision():
+                output = self.loss(self.module, batch) if self.loss is not None else self._step(batch)
+        finally:
+            self._untouched.restore()
+        if isinstance(output, Mapping):
+            output = output.get("loss")
+        if not isinstance(output, Tensor):
+            source = "`loss=`" if self.loss is not None else "`training_step`"
+            raise TypeError(
+                f"Expected {source} to return a tensor (or a dict with 'loss'), got {type(output).__name__}. "
+                "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
+            )
+        if self.loss is None and output.numel() != 1:
+            raise ValueError(
+                f"Expected `training_step` to return a scalar loss, got shape {tuple(output.shape)}. "
+                "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
+            )
+        if self.loss is not None and output.ndim != 1:
+            raise ValueError(f"Expected `loss=` to return per-sample losses [batch], got shape {tuple(output.shape)}.")
+        return output
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if self.trainer is None or _is_mixed(self.trainer):
+            return contextlib.nullcontext()
+        return self.trainer.precision_plugin.forward_context()
+
+
+def clean(name: str) -> str:
+    """A parameter's name without what ``torch.compile`` puts into it."""
+    return name.replace("_orig_mod.", "")
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The LightningModule inside ``torch.compile``'s wrapper."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _named_buffers(module: nn.Module) -> dict[str, Tensor]:
+    return {clean(name): b for name, b in module.named_buffers()}
+
+
+def _is_mixed(trainer: Any) -> bool:
+    # Scores are taken in the weights' own precision: autocast would cost three digits.
+    return "mixed" in str(getattr(trainer.precision_plugin, "precision", ""))
+
+
+def _step_of(module: nn.Module) -> Callable[[Batch], Any]:
+    """``training_step`` as a function of the batch alone."""
+    context = getattr(module, "_compiler_ctx", None)  # `torch.compile(module)` replaced the step by a compiled one
+    step = context["original_training_step"] if context else getattr(module, "training_step", None)
+    if step is None:
+        raise TypeError(f"Expected a LightningModule with a `training_step`, got {type(module).__name__}.")
+    wants_index = "batch_idx" in inspect.signature(step).parameters
+    return (lambda batch: step(batch, batch_idx=0)) if wants_index else step
+
+
+class _Attributes:
+    """Remembers the attributes and buffers of every submodule, and puts them back."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._attributes = [(m, dict(m.__dict__), _contents(m.__dict__)) for m in module.modules()]
+        tensors = [b for m in module.modules() for b in m._buffers.values() if b is not None]
+        tensors += [
+            t
+            for _, attributes, _ in self._attributes
+            for value in attributes.values()
+            for t in (value if isinstance(value, (list, tuple)) else [value])
+            if isinstance(t, Tensor)
+        ]
+        self._tensors = [(t, t._version, None if _is_large(t) else t.detach().clone()) for t in tensors if not t.is_inference()]
+
+    def restore(self) -> None:
+        for module, attributes, contents in self._attributes:
+            now = module.__dict__
+            if len(now) != len(attributes) or any(now[key] is not value for key, value in attributes.items()):
+                now.clear()
+                now.update(attributes)
+            for key, content in contents.items():
+                _refill(now[key], content)
+        for i, (tensor, version, value) in enumerate(self._tensors):
+            if tensor._version != version and value is not None:
+                tensor.data.copy_(value)
+                self._tensors[i] = (tensor, tensor._version, value)
+
+
+def _is_large(tensor: Tensor) -> bool:
+    return tensor.numel() > 2**24
+
+
+def _contents(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.copy() for k, v in attributes.items() if isinstance(v, (list, dict, set)) and not _is_hooks(k)}
+
+
+def _is_hooks(name: str) -> bool:
+    return name.endswith("_hooks") or "_hooks_" in name or name == "_modules"
+
+
+def _refill(container: Any, content: Any) -> None:
+    if isinstance(container, list):
+        if len(container) != len(content) or any(a is not b for a, b in zip(container, content, strict=True)):
+            container[:] = content
+    elif len(container) != len(content) or (
+        isinstance(content, dict) and any(container.get(k, container) is not v for k, v in content.items())
+    ):
+        container.clear()
+        container.update(content)
+
+
+@contextlib.contextmanager
+def quiet(module: nn.Module, loss: Loss | None = None, trainer: Any = None) -> Iterator[Task]:
+    """Yields ``module`` as a ``Task`` on the trainer's accelerator; everything touched is put back, whatever happens.
+
+    Inside: eval mode, gradients enabled, ``self.log`` and the loggers silent, full float32 precision. Afterwards:
+    weights (the same tensors), buffers, attributes, metric states, modes, ``requires_grad``, device and random state
+    are as before.
+    """
+    module = unwrapped(module)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(isolated_random_state())
+        stack.enter_context(_full_precision())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_restored(module))
+        device = _enter_device(module, trainer)
+        if trainer is not None:
+            stack.enter_context(_silent_loggers(trainer))
+        _attach(module, trainer)
+        _silence(module)
+        module.eval()
+        yield Task(module, loss, device, trainer)
+
+
+@contextlib.contextmanager
+def isolated_random_state() -> Iterator[None]:
+    """Whatever is drawn inside, the random states of torch, NumPy and Python are as before."""
+    numpy = sys.modules.get("numpy")
+    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        if numpy is not None and states[2] is not None:
+            numpy.random.set_state(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def seed_for(seed: int, example: int) -> None:
+    """One random state an example, so that two calls agree even with random transforms."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + (example + 1) * 0xD1B54A32D192ED03) % 2**63
+    torch.manual_seed(mixed)
+    random.seed(mixed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(mixed % 2**32)
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32, no fused attention path that hides the layers inside, no compiled code."""
+    precision, fast = torch.get_float32_matmul_precision(), torch.backends.mha.get_fastpath_enabled()
+    cudnn = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.mha.set_fastpath_enabled(False)
+    eager = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else None
+    try:
+        with eager if eager is not None else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = cudnn
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def _restored(module: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for m in module.modules()]
+    attributes = _Attributes(module)
+    tensors = [(t, t.data, t.requires_grad) for t in (*module.parameters(), *module.buffers())]
+    try:
+        yield
+    finally:
+        for tensor, data, required in tensors:
+            tensor.data = data
+            tensor.requires_grad_(required)
+        attributes.restore()
+        for m, mode in modes:
+            m.training = mode
+
+
+def _enter_device(module: nn.Module, trainer: Any) -> torch.device:
+    """Where scoring runs. Moves by replacing data, so that going back is putting the old tensors back."""
+    first = next(iter((*module.parameters(), *module.buffers())), None)
+    here = torch.device("cpu") if first is None else first.device
+    device: torch.device = here if trainer is None else trainer.strategy.root_device
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device != device:
+            tensor.data = tensor.data.to(device)
+    return device
+
+
+def _attach(module: Any, trainer: Any) -> None:
+    if trainer is not None and hasattr(module, "_trainer") and module._trainer is None:
+        module.trainer = trainer
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Stands in for ``self.log`` and its like."""
+
+
+def _silence(module: nn.Module) -> None:
+    for part in module.modules():
+        if hasattr(type(part), "log_dict") and hasattr(type(part), "training_step"):
+            for name in ("log", "log_dict", "print"):
+                part.__dict__[name] = _nothing
+
+
+@contextlib.contextmanager
+def _silent_loggers(trainer: Any) -> Iterator[None]:
+    """What ``training_step`` writes to ``self.logger.experiment`` goes nowhere."""
+    loggers = trainer.loggers
+    package = type(trainer).__module__.partition(".trainer")[0]
+    dummy = sys.modules.get(f"{package}.loggers.logger")
+    if not loggers or dummy is None:
+        yield
+        return
+    trainer.loggers = [dummy.DummyLogger()]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers

@@ -1,0 +1,34 @@
+"""Progress of long work, shown the way the Trainer shows its own."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tqdm.auto import tqdm
+
+
+@contextlib.contextmanager
+def progress(trainer: Any, total: int, label: str) -> Iterator[Callable[[int], None]]:
+    """Yields a function that is told how many training examples are done.
+
+    Nothing is shown where the Trainer shows nothing, or without a Trainer where nobody looks at a terminal.
+    """
+    bar = None if trainer is None else trainer.progress_bar_callback
+    if trainer is not None and (bar is None or not bar.is_enabled or not trainer.is_global_zero):
+        yield lambda done: None
+        return
+    rich = getattr(bar, "progress", None)
+    if rich is not None and hasattr(rich, "add_task") and getattr(rich, "live", None) and rich.live.is_started:
+        task = rich.add_task(f"[white]{label}", total=total, visible=True)
+        try:
+            yield lambda done: rich.update(task, advance=done)
+        finally:
+            rich.update(task, visible=False)
+        return
+    with tqdm(total=total, desc=label, unit="example", leave=False, disable=bar is None and not sys.stderr.isatty()) as t:
+        yield lambda done: _advance(t, done)
+
+
+def _advance(bar: Any, done: int) -> None:
+    bar.update(done)
