@@ -121,17 +121,17 @@ def top_k(scores: Tensor, ids: Tensor, k: int, largest: bool = True) -> tuple[Te
     Returns:
         Scores and ids, each [query, min(k, columns)], on the scores' device.
     """
-    columns = scores.shape[1]
-    kept = min(k, columns)
     ids = ids.to(scores.device)
+    columns = scores.shape[1]
+    if k >= columns:
+        return _in_order(scores, ids.expand(scores.shape), largest)
     # One more than asked for shows whether the boundary's score also stands outside: only such rows need more work.
-    values, index = scores.topk(min(kept + 1, columns), dim=1, largest=largest)
-    names = ids[index[:, :kept]]
-    if columns > kept:
-        tied = (values[:, kept - 1] == values[:, kept]).nonzero().squeeze(1)
-        for rows in tied.split(max(1, _TIE_BLOCK // columns)):
-            names[rows] = _ids_at_tie(scores[rows], values[rows, :kept], names[rows], ids, largest)
-    return _in_order(values[:, :kept], names, largest)
+    values, index = scores.topk(k + 1, dim=1, largest=largest)
+    names = ids[index[:, :k]]
+    tied = (values[:, k - 1] == values[:, k]).nonzero().squeeze(1)
+    for rows in tied.split(max(1, _TIE_BLOCK // columns)):
+        names[rows] = _ids_at_tie(scores[rows], values[rows, :k], names[rows], ids, largest)
+    return _in_order(values[:, :k], names, largest)
 
 
 def both_ends(

@@ -1,0 +1,203 @@
+"""Figures hold what they should, without a window, a warning or two texts on one spot."""
+
+import builtins
+
+import numpy as np
+import pytest
+import torch
+
+matplotlib = pytest.importorskip("matplotlib")
+from lightning_influence import plotting
+from lightning_influence.plotting import Item
+from lightning_influence.scores import Scores, SelfScores
+
+
+def titles(axes):
+    return [cell.get_title() for cell in axes]
+
+
+def overlapping(figure):
+    """Pairs of texts in the drawn figure that share more than a rounding of ink."""
+    renderer = figure.canvas.get_renderer()
+    texts = [
+        t for t in figure.findobj(matplotlib.text.Text) if t.get_visible() and t.get_text() and not t.get_clip_on()
+    ]
+    boxes = [(t.get_text(), t.get_window_extent(renderer)) for t in texts]
+    return [
+        (one, other)
+        for i, (one, a) in enumerate(boxes)
+        for other, b in boxes[i + 1 :]
+        if min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1
+    ]
+
+
+def outside(figure):
+    """Texts that reach over the figure's edge."""
+    renderer = figure.canvas.get_renderer()
+    texts = [
+        t for t in figure.findobj(matplotlib.text.Text) if t.get_visible() and t.get_text() and not t.get_clip_on()
+    ]
+    whole = figure.bbox
+    boxes = [(t.get_text(), t.get_window_extent(renderer)) for t in texts]
+    return [t for t, b in boxes if b.x0 < -1 or b.y0 < -1 or b.x1 > whole.x1 + 1 or b.y1 > whole.y1 + 1]
+
+
+def drawn(figure):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure).draw()
+    assert overlapping(figure) == []
+    assert outside(figure) == []
+
+
+IMAGES = {
+    "CHW": torch.randn(3, 8, 6),
+    "HWC": np.random.default_rng(0).random((8, 6, 3)),
+    "HW": torch.randint(0, 255, (5, 9), dtype=torch.uint8),
+    "1HW": torch.full((1, 8, 8), 7.0),
+}
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_images_are_drawn_between_zero_and_one(kind):
+    items = [Item(str(i), 1.0 - i, (IMAGES[kind], i)) for i in range(3)]
+    figure, axes = plotting.explanation(Item("7", None, (IMAGES[kind], 4)), items[:1], items[2:])
+    drawn(figure)
+    assert titles(axes) == ["query 7\nlabel 4", "0\n+1\nlabel 0", "2\n-1\nlabel 2"]
+    shown = axes[1].images[0].get_array()
+    assert shown.shape[:2] == ((5, 9) if kind == "HW" else (8, 8) if kind == "1HW" else (8, 6))
+    assert 0 <= shown.min() <= shown.max() <= 1
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("long", [False, True])
+def test_nothing_overlaps_with_long_labels_and_unequal_images(k, long):
+    names = ["a class whose name nobody will ever read to its end"] * 3 if long else ["cat", "dog", "hen"]
+    items = [
+        Item(f"{10**12 + i} (base {10**12})" if long else str(i), 1e-7, (torch.rand(3, 5 + 9 * i, 40 - 4 * i), i % 3))
+        for i in range(k)
+    ]
+    figure, axes = plotting.explanation(
+        Item("3", None, (torch.rand(9, 30), 1)), items, items, method="A method of quite some name", labels=names
+    )
+    drawn(figure)
+    assert len(axes) == 1 + 2 * k
+    assert axes[0].get_title().endswith("…" if long else "dog")
+
+
+def test_text_is_wrapped_cut_and_no_formula():
+    text = "It costs $5 and $6.\n\n" + "words and more words " * 50
+    figure, axes = plotting.explanation(Item("0", None, {"text": text, "label": "pos"}), [Item("1", 2.0, text)], [])
+    drawn(figure)
+    page = axes[1].texts[0].get_text()
+    assert page.startswith("It costs \\$5 and \\$6.\n\nwords")
+    assert page.endswith("…")
+    assert len(page.splitlines()) == 11
+    assert titles(axes)[0] == "query 0\npos"
+
+
+def test_without_examples_the_scores_are_bars():
+    figure, axes = plotting.explanation(
+        Item("5"), [Item("1", 2.0), Item("2", 1.0)], [Item("9", -3.0)], method="TracInCP", units="loss"
+    )
+    drawn(figure)
+    assert [bar.get_width() for bar in axes.patches] == [2.0, 1.0, -3.0]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["1", "2", "9"]
+    assert axes.get_xlabel() == "score (loss)"
+
+
+def test_no_proponents_and_opponents_at_all_is_drawn():
+    drawn(plotting.explanation(Item("5"), [], [])[0])
+    drawn(plotting.explanation(Item("5", None, "hello"), [], [])[0])
+
+
+def test_a_render_of_ones_own_draws_anything():
+    seen = []
+    plotting.explanation(Item("5", None, {"a": 1}), [Item("1", 1.0, {"a": 2})], [], render=lambda _, e: seen.append(e))
+    assert seen == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize("example", [torch.zeros(4), (torch.zeros(2, 3, 4, 5), 1), object(), {"a": 1}, ()])
+def test_what_is_neither_image_nor_text_is_refused_with_the_way_out(example):
+    with pytest.raises(ValueError, match=r"Expected an image .* or a text .* Pass `render=`"):
+        plotting.explanation(Item("5", None, example), [], [])
+
+
+@pytest.mark.parametrize(
+    "values", [torch.rand(600) ** 6, torch.ones(3), torch.tensor([2.0]), torch.rand(50_000).double()]
+)
+def test_the_tail_of_self_influence_is_marked(values):
+    figure, axes = plotting.self_influence(values, 0.1, method="TracInCP", units="loss " * 40)
+    drawn(figure)
+    counts = sum(bar.get_height() for bar in axes.patches)
+    assert counts == values.numel()
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names[-1] == f"{3 if values.numel() == 3 else max(1, round(values.numel() * 0.1)):,} highest"
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -1])
+def test_a_fraction_outside_its_range_is_refused(fraction):
+    with pytest.raises(ValueError, match=f"`flagged_fraction` between 0 and 1, got {fraction}"):
+        plotting.self_influence(torch.ones(3), fraction)
+
+
+def test_pyplot_stays_untouched():
+    import sys
+
+    if "matplotlib.pyplot" in sys.modules:
+        before = sys.modules["matplotlib.pyplot"].get_fignums()
+        plotting.self_influence(torch.rand(30))
+        assert sys.modules["matplotlib.pyplot"].get_fignums() == before
+    else:
+        plotting.self_influence(torch.rand(30))
+        assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
+    real = builtins.__import__
+
+    def absent(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError("No module named 'matplotlib'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(ImportError, match=r'pip install "lightning-influence\[plot\]"'):
+        plotting.self_influence(torch.rand(3))
+
+
+SCORES = Scores(
+    torch.tensor([[0.5, -1.0, 2.0, 0.0], [1.0, 2.0, 3.0, 4.0]]),
+    None,
+    torch.tensor([1, 2, 5, 6]),
+    torch.tensor([3, 4]),
+    method="TracInCP",
+    base=(torch.tensor([1, 2, 5, 7]), None),
+)
+
+
+def test_scores_draw_their_proponents_and_opponents():
+    train = [(torch.rand(4, 4), i) for i in range(7)]
+    figure, axes = SCORES.plot(k=9, train=train, queries=train)
+    drawn(figure)
+    assert titles(axes) == [
+        "query 3\nlabel 3",
+        "5 (base 5)\n+2\nlabel 5",
+        "1 (base 1)\n+0.5\nlabel 1",
+        "2 (base 2)\n-1\nlabel 2",
+    ]
+    assert [bar.get_width() for bar in SCORES.plot(query=4, k=2)[1].patches] == [4.0, 3.0]
+
+
+def test_a_query_that_was_not_scored_is_refused():
+    with pytest.raises(ValueError, match=r"`query` to be among the 2 ids 3 to 4 that were scored, got \[0\]"):
+        SCORES.plot(query=0)
+    with pytest.raises(ValueError, match="`k` between 1 and 4"):
+        SCORES.plot(k=0)
+
+
+def test_self_scores_draw_their_distribution():
+    figure, axes = SelfScores(torch.arange(40), torch.rand(40), "TracInCP", units="arbitrary").plot(0.2)
+    drawn(figure)
+    assert axes.get_xlabel() == "self-influence (arbitrary)"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["32 others", "8 highest"]
