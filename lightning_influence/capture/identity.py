@@ -108,8 +108,15 @@ class Tap:
                 self._passes.add((k, iterators[k].number))
                 while tracker.delivered and (k, tracker.delivered[0][0]) not in self._passes:
                     tracker.delivered.popleft()
-            taken.append(tracker.delivered.popleft()[1] if tracker.delivered else None)
+            taken.append(_pop(tracker, alone=len(self._trackers) == 1))
         return taken
+
+
+def _pop(tracker: Tracker, alone: bool) -> list[int] | None:
+    if tracker.delivered:
+        return tracker.delivered.popleft()[1]
+    # among several loaders the shorter ones give nothing any more (CombinedLoader's mode "max_size")
+    return [] if tracker.exhausted and tracker.unknown is None and not alone else None
 
 
 def _iterators_of(trainer: Any) -> list[Any]:

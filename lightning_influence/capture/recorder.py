@@ -69,6 +69,11 @@ class Recorder:
     def starts(self) -> None:
         """The initial checkpoint."""
         self._tap.epoch_starts(self._trainer)
+        if self._steps.clips_untold:
+            self._store.manifest["notes"].append(
+                "Gradients were clipped in a way that is no single coefficient (by value, or by the module's own"
+                " `configure_gradient_clipping`); exposure takes them as not clipped."
+            )
         self._checkpoint("initial", gather_state(self._trainer, self._module) if self._is_writer else None)
 
     def epoch_starts(self) -> None:

@@ -169,7 +169,7 @@ class Steps:
 
     def _clip_coefficient(self, optimizer: Optimizer) -> Tensor | None:
         limit = self._trainer.gradient_clip_val
-        if not limit or not self._module.automatic_optimization or not self.clips_by_norm:
+        if not limit or not self._module.automatic_optimization or self.clips_untold:
             return None
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:
@@ -179,10 +179,10 @@ class Steps:
             return (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
 
     @property
-    def clips_by_norm(self) -> bool:
-        """Whether clipping multiplies all gradients by one number, which then is recorded."""
-        own = _is_own(type(self._module), "configure_gradient_clipping")
-        return not own and self._trainer.gradient_clip_algorithm in (None, "norm")
+    def clips_untold(self) -> bool:
+        """Whether gradients are clipped otherwise than by one number for all, which alone is recorded."""
+        by_value = self._trainer.gradient_clip_val and self._trainer.gradient_clip_algorithm not in (None, "norm")
+        return bool(by_value or _is_own(type(self._module), "configure_gradient_clipping"))
 
 
 def _is_own(cls: type, hook: str) -> bool:

@@ -80,9 +80,9 @@ def _read(path: Path) -> dict[str, Any]:
             f"Expected a checkpoint of tensors and builtins at `{path}`, got other objects, which are not safe to load"
             f" ({str(error).splitlines()[0]}). Allow their classes with `torch.serialization.add_safe_globals`."
         ) from error
-    except OSError as error:
-        raise MissingEvidence(f"Expected a checkpoint at `{path}`, got {error.strerror or str(error)!r}.") from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except FileNotFoundError as error:
+        raise MissingEvidence(f"Expected a checkpoint at `{path}`, got {error.strerror!r}. Correct `paths`.") from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise MissingEvidence(
             f"Expected a whole checkpoint at `{path}`, got a file that torch cannot read"
             f" ({str(error).splitlines()[0]}). Leave it out of `paths`."
