@@ -63,7 +63,7 @@ class Examples:
         self._collate = collate or default_collate
         self._workers = workers
         self._seed = seed
-        self._cache: dict[int, Batch] = {}
+        self._cache: dict[range, Batch] = {}
         self._cache_left = cache_bytes
 
     def __len__(self) -> int:
@@ -83,11 +83,11 @@ class Examples:
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
         """Blocks of ids ``start`` to ``stop``; ``start`` is a multiple of ``block_size``."""
         stop = len(self) if stop is None else stop
-        missing = [s for s in range(start, stop, self.block_size) if s not in self._cache]
-        loaded = self._load([range(s, min(s + self.block_size, stop)) for s in missing])
-        for first in range(start, stop, self.block_size):
-            batch = self._cache[first] if first in self._cache else self._keep(first, next(loaded))
-            yield Block(first, min(first + self.block_size, stop) - first, batch, self.one)
+        spans = [range(s, min(s + self.block_size, stop)) for s in range(start, stop, self.block_size)]
+        loaded = self._load([ids for ids in spans if ids not in self._cache])
+        for ids in spans:
+            batch = self._cache[ids] if ids in self._cache else self._keep(ids, next(loaded))
+            yield Block(ids.start, len(ids), batch, self.one)
 
     def _load(self, blocks: Sequence[range]) -> Iterator[Batch]:
         if self._workers and len(blocks) > 1:
@@ -102,11 +102,11 @@ class Examples:
             for ids in blocks:
                 yield self.some(ids)
 
-    def _keep(self, first: int, batch: Batch) -> Batch:
+    def _keep(self, ids: range, batch: Batch) -> Batch:
         size = sum(t.numel() * t.element_size() for t in tree_leaves(batch) if isinstance(t, torch.Tensor))
         if size <= self._cache_left:
             self._cache_left -= size
-            self._cache[first] = batch
+            self._cache[ids] = batch
         return batch
 
     def close(self) -> None:

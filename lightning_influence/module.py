@@ -57,10 +57,16 @@ class Task:
         if self.trainer is not None:
             batch = self._plugin_input(batch)
         module: Any = self.module
-        if hasattr(module, "_apply_batch_transfer_handler"):
+        if not hasattr(module, "_apply_batch_transfer_handler"):
+            return batch
+        owner = module._trainer
+        if owner is not None and getattr(owner._data_connector, "_datahook_selector", True) is None:
+            module._trainer = None  # a Trainer that has never run does not know whose hooks to call: the module's own
+        try:
             batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
             return module._apply_batch_transfer_handler(batch, device=self.device, dataloader_idx=0)
-        return batch
+        finally:
+            module._trainer = owner
 
     def _plugin_input(self, batch: Batch) -> Batch:
         return batch if _is_mixed(self.trainer) else self.trainer.precision_plugin.convert_input(batch)
