@@ -5,6 +5,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+from lightning_influence.attributor import Attributor
 from lightning_influence.capture.arguments import (
     callable_or_none,
     checked_queries,
@@ -18,7 +19,9 @@ from lightning_influence.capture.identity import Tap
 from lightning_influence.capture.places import check_strategy, check_training_step, check_writable, resolve_dirpath
 from lightning_influence.capture.recorder import Recorder, folder_for_rank, resume_point
 from lightning_influence.capture.store import Store, claim_run
-from lightning_influence.compat import CallbackBase, MisconfigurationException
+from lightning_influence.compat import CallbackBase, MisconfigurationException, rank_zero_warn
+from lightning_influence.end_of_fit import EndOfFit, Results, check_queries, offline_lines
+from lightning_influence.method import Evidence
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.types import MissingEvidence
 
@@ -65,6 +68,12 @@ class Influence(CallbackBase):
     ) -> None:
         super().__init__()
         self.methods = named_methods(methods)
+        for name, method in self.methods.items():
+            if method.needs & Evidence.REFIT:
+                raise ValueError(
+                    f"Expected `methods` that run when a fit ends, got {name!r}, which trains models again. "
+                    f"Ask for it afterwards: `influence.attributor.score({name}(...), queries=...)`."
+                )
         self.queries = checked_queries(queries)
         self.dirpath = None if dirpath is None else fspath(dirpath)
         self._schedule = schedule_of(every_n_epochs, every_n_train_steps)
@@ -77,8 +86,8 @@ class Influence(CallbackBase):
             raise ValueError(f"Expected `max_cost` to be a positive number, got {max_cost!r}.")
         self.max_cost = float(max_cost)
         self.log_scores = flag("log_scores", log_scores)
-        self.scores: dict[str, Any] = {}
-        self.self_scores: dict[str, Any] = {}
+        self.scores = Results()
+        self.self_scores = Results()
         self.run_dir: Path | None = None
         self._resolved: Path | None = None
         self._restored: dict[str, Any] = {}
@@ -106,15 +115,13 @@ class Influence(CallbackBase):
         return Trajectory.load(self.run_dir)
 
     @property
-    def attributor(self) -> Any:
+    def attributor(self) -> Attributor:
         """Asks further questions about the fit that was captured.
 
         Raises:
             MissingEvidence: no fit was recorded yet.
         """
         trajectory = self.trajectory
-        from lightning_influence.attributor import Attributor
-
         return Attributor(
             self._module,
             train=self._trainer.train_dataloader,
@@ -126,8 +133,21 @@ class Influence(CallbackBase):
 
     def _score_at_end(self, trainer: Any, module: Any) -> None:
         """Run the methods on what was captured."""
-        # the scoring half of the package fills this in
-        return
+        if not self.methods or self.run_dir is None:
+            return
+        if trainer.world_size > 1:
+            rank_zero_warn(
+                f"Under {trainer.world_size} processes a fit is captured and `methods` do not run yet. "
+                f"Ask in one process afterwards:\n{offline_lines(self.run_dir)}"
+            )
+            return
+        try:
+            attributor, seconds = self.attributor, self.trajectory.fit_seconds or 0.0
+        except Exception as error:
+            rank_zero_warn(f"Scores were not computed, the fit is complete: {type(error).__name__}: {error}")
+            self.scores.reasons |= {name: str(error) for name in self.methods}
+            return
+        EndOfFit(self, trainer, attributor, self.run_dir, seconds).run()
 
     # ---- hooks ----
 
@@ -145,6 +165,7 @@ class Influence(CallbackBase):
         check_training_step(pl_module)
         self._resolved = resolve_dirpath(trainer, self.dirpath)
         check_writable(trainer, self._resolved)
+        check_queries(self.queries)
         self._trainer, self._module = trainer, pl_module
         self._tap = Tap.acquire(trainer)
 

@@ -4,7 +4,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 
 def _installed() -> list[ModuleType]:
@@ -32,4 +32,4 @@ MisconfigurationException: Any = type(
     {"__module__": __name__},
 )
 
-__all__ = ["CallbackBase", "MisconfigurationException", "rank_zero_warn"]
+__all__ = ["CallbackBase", "MisconfigurationException", "rank_zero_info", "rank_zero_warn"]
