@@ -121,13 +121,12 @@ class EndOfFit:
     def _afford(self, name: str, seconds: float) -> None:
         """Raises where the estimate is beyond `max_cost` times the fit."""
         allowed = self.influence.max_cost * self.fit_seconds
-        rank_zero_info(
-            f"{name}: about {seconds:.1f} s ({seconds / max(self.fit_seconds, 1e-9):.2g} x the fit's {self.fit_seconds:.1f} s)."
-        )
+        share = seconds / max(self.fit_seconds, 1e-9)
+        rank_zero_info(f"{name}: about {seconds:.1f} s ({share:.2g} x the fit's {self.fit_seconds:.1f} s).")
         if seconds > allowed:
             raise _TooExpensiveError(
-                f"It would take about {seconds:.1f} s, more than `max_cost={self.influence.max_cost:g}` times the fit's "
-                f"{self.fit_seconds:.1f} s. Give fewer queries or fewer checkpoints (`{name.split()[0]}(checkpoints=(-1,))`), ask "
+                f"It would take about {seconds:.1f} s, more than `max_cost={self.influence.max_cost:g}` times the "
+                f"fit's {self.fit_seconds:.1f} s. Give fewer queries, fewer checkpoints (`checkpoints=(-1,)`), ask "
                 f"afterwards with `aggregate='mean'`, or raise `max_cost`:\n{offline_lines(self.run_dir)}"
             )
 

@@ -191,8 +191,20 @@ def _draw(
         place = {"va": "top", "ha": "left", "transform": axes.transAxes}
         # Clipped, since some letters are wider than those that the page was measured with.
         axes.text(0.04, 0.97, _page(content, *page), fontsize=7, clip_on=True, **place)
+    elif getattr(content, "ndim", None) == 1 and hasattr(content, "__array__"):
+        _row(axes, torch.as_tensor(content).detach().cpu().double(), page)
     else:
         axes.imshow(_image(content), cmap="gray", interpolation="nearest")
+
+
+def _row(axes: Any, values: torch.Tensor, page: tuple[int, int]) -> None:
+    """A short row of a table as its numbers, a longer signal as a curve."""
+    if len(values) > page[0]:
+        axes.plot(values.numpy(), linewidth=0.8)
+        return
+    text = "  ".join(f"{value:.3g}" for value in values.tolist())
+    place = {"va": "top", "ha": "left", "transform": axes.transAxes}
+    axes.text(0.04, 0.97, _page(text, *page), fontsize=7, clip_on=True, **place)
 
 
 def _class_name(label: Any, labels: Sequence[str] | None) -> str:

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 
 @contextlib.contextmanager
-def progress(trainer: Any, total: int, label: str) -> Iterator[Callable[[int], None]]:
+def progress(trainer: Any, total: int, label: str) -> Iterator[Callable[[int], Any]]:
     """Yields a function that is told how many training examples are done.
 
     Nothing is shown where the Trainer shows nothing, or without a Trainer where nobody looks at a terminal.
@@ -26,7 +26,9 @@ def progress(trainer: Any, total: int, label: str) -> Iterator[Callable[[int], N
         finally:
             rich.update(task, visible=False)
         return
-    with tqdm(total=total, desc=label, unit="example", leave=False, disable=bar is None and not sys.stderr.isatty()) as t:
+    with tqdm(
+        total=total, desc=label, unit="example", leave=False, disable=bar is None and not sys.stderr.isatty()
+    ) as t:
         yield lambda done: _advance(t, done)
 
 

@@ -95,7 +95,7 @@ class Setting:
     ids: range
     trajectory: Trajectory | None
     batches_per_epoch: int | None = None
-    on_block: Callable[[int], None] = lambda count: None
+    on_block: Callable[[int], Any] = lambda count: None
     notes: list[str] = field(default_factory=list)
 
     @property

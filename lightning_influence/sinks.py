@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_influence.answer import TopK
 from lightning_influence.numerics.topk import StreamingTopK
 
 
@@ -26,16 +27,25 @@ class MatrixSink:
         """Writes the tile in its place."""
         self.values[first_query : first_query + len(tile), first_id : first_id + tile.shape[1]] = tile
 
+    def kept(self) -> tuple[Tensor, None]:
+        """The matrix."""
+        return self.values, None
+
 
 class TopKSink:
     """Keeps the k strongest proponents and opponents of each query."""
 
     def __init__(self, n_queries: int, k: int, dtype: torch.dtype) -> None:
-        self.kept = StreamingTopK(n_queries, k, dtype)
+        self._best = StreamingTopK(n_queries, k, dtype)
 
     def take(self, tile: Tensor, first_query: int, first_id: int) -> None:
         """Merges the tile in."""
-        self.kept.update(tile, torch.arange(first_id, first_id + tile.shape[1]), first_query)
+        self._best.update(tile, torch.arange(first_id, first_id + tile.shape[1]), first_query)
+
+    def kept(self) -> tuple[None, tuple[TopK, TopK]]:
+        """The strongest proponents and opponents."""
+        high, high_ids, low, low_ids = self._best.result()
+        return None, (TopK(high, high_ids), TopK(low, low_ids))
 
 
 class GroupSink:

@@ -81,7 +81,9 @@ def source_of(data: Any, name: str, like: Source | None = None) -> Source:
     else:
         source = Source(data, like.collate if like else None, like.workers if like else 0)
     if len(source.dataset) == 0:
-        raise ValueError(f"Expected `{name}` to hold at least one example, got an empty {type(source.dataset).__name__}.")
+        raise ValueError(
+            f"Expected `{name}` to hold at least one example, got an empty {type(source.dataset).__name__}."
+        )
     return source
 
 

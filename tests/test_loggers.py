@@ -169,7 +169,7 @@ def test_a_subclass_is_served_as_its_parent(kinds, tmp_path):
 def test_a_picture_that_cannot_be_drawn_costs_a_warning_only():
     logger = Bare()
     with pytest.warns(UserWarning, match=r"No figure was logged \(ValueError: Expected an image .* Pass `render=`"):
-        SCORES.log(logger, train=[torch.zeros(3)] * 8, queries=[torch.zeros(3)] * 9)
+        SCORES.log(logger, train=[torch.zeros(2, 3, 4, 5)] * 8, queries=[torch.zeros(2, 3, 4, 5)] * 9)
     assert logger.got["saved"]
 
 

@@ -117,7 +117,15 @@ def test_a_render_of_ones_own_draws_anything():
     assert seen == [{"a": 1}, {"a": 2}]
 
 
-@pytest.mark.parametrize("example", [torch.zeros(4), (torch.zeros(2, 3, 4, 5), 1), object(), {"a": 1}, ()])
+def test_a_row_of_a_table_is_its_numbers_and_a_signal_is_a_curve():
+    _, axes = plotting.explanation(Item("5", None, torch.tensor([1.5, -2.0])), [Item("1", 1.0, torch.rand(100))], [])
+    texts = [t.get_text() for ax in axes.ravel() for t in ax.texts] if hasattr(axes, "ravel") else []
+    lines = [line for ax in axes.ravel() for line in ax.lines]
+    assert any("1.5" in text and "-2" in text for text in texts)
+    assert any(len(line.get_xdata()) == 100 for line in lines)
+
+
+@pytest.mark.parametrize("example", [torch.zeros(()), (torch.zeros(2, 3, 4, 5), 1), object(), {"a": 1}, ()])
 def test_what_is_neither_image_nor_text_is_refused_with_the_way_out(example):
     with pytest.raises(ValueError, match=r"Expected an image .* or a text .* Pass `render=`"):
         plotting.explanation(Item("5", None, example), [], [])

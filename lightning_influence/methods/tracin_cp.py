@@ -54,8 +54,8 @@ class TracInCP(Method):
             query = stage.gradients(queries)
             query = query.normalized(self.normalize) if self.normalize else query
             for columns, block in stage.train(weights.any(0)):
-                block = block.normalized(self.normalize) if self.normalize else block
-                total[:, columns] += query.dot(block, weights[:, columns])
+                gradients = block.normalized(self.normalize) if self.normalize else block
+                total[:, columns] += query.dot(gradients, weights[:, columns])
         return total
 
     def self_influence(self, setting: Setting) -> Tensor:

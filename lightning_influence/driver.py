@@ -1,0 +1,111 @@
+"""The driver's loops: blocks of queries × tiles of training examples, a method in the middle, a sink at the end."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.method import Method
+from lightning_influence.progress import progress
+from lightning_influence.session import Asked, Session
+from lightning_influence.setting import Setting
+from lightning_influence.sinks import NonFinite, Sink
+from lightning_influence.trajectory import Trajectory
+
+# Scores held at once while they are summed over checkpoints.
+_TILE = 2**25
+
+
+def setting_of(session: Session, trajectory: Trajectory | None, batches_per_epoch: int | None) -> Setting:
+    """The setting of a session, its tile being all training examples."""
+    return Setting(session.engine, session.examples, range(len(session.examples)), trajectory, batches_per_epoch)
+
+
+def run_scores(method: Method, setting: Setting, asked: Asked, sink: Sink, sign: float, trainer: Any) -> None:
+    """Scores every query against every training example, tile by tile, into ``sink``.
+
+    Raises:
+        ValueError: scores of another shape than promised, or gradients that are not finite.
+    """
+    block, columns = tiling(setting, asked)
+    n_train, n_queries = setting.n_train, len(asked)
+    visits = n_train * stages_of(method, setting.trajectory) * -(-n_queries // block)
+    bad = NonFinite()
+    with progress(trainer, visits, type(method).__name__) as done:
+        setting.on_block = done
+        for first in range(0, n_queries, block):
+            queries = asked[first : first + block]
+            for start in range(0, n_train, columns):
+                setting.ids = range(start, min(start + columns, n_train))
+                tile = method.score(setting, queries)
+                _check_shape(method, tile, len(queries), len(setting.ids))
+                if bad.clean(tile, first, start):
+                    sink.take(tile if sign > 0 else -tile, first, start)
+    bad.refuse()
+
+
+def run_self_influence(method: Method, setting: Setting, trainer: Any) -> Tensor:
+    """[train]: self-influence of every training example.
+
+    Raises:
+        ValueError: gradients that are not finite.
+    """
+    with progress(trainer, setting.n_train * stages_of(method, setting.trajectory), "self-influence") as done:
+        setting.on_block = done
+        values = method.self_influence(setting).cpu()
+    bad = NonFinite()
+    bad.train = (~values.isfinite()).nonzero()[:, 0].tolist()
+    bad.refuse()
+    return values
+
+
+def estimate(method: Method, session: Session, setting: Setting) -> float:
+    """Seconds that a run will take, by timing one block of each side: its self-check is already behind us."""
+    engine, examples, asked = session.engine, session.examples, session.asked
+    block = next(iter(examples.blocks(0, min(len(examples), examples.block_size))))
+    blocks = len(examples) / block.size
+    if asked is None:
+        seconds = _timed(lambda: engine.gradients(block).norm2()) * blocks
+    else:
+        held, columns = tiling(setting, asked)
+        some = asked[: min(held, asked.examples.block_size)]
+        gradients = some.gradients()
+        share = len(asked) / len(some)
+        backward = _timed(lambda: engine.gradients(block))
+        product = max(0.0, _timed(lambda: gradients.dot(engine.gradients(block))) - backward)
+        passes, tiles = -(-len(asked) // held), -(-len(examples) // columns)
+        seconds = (backward * passes + product * share) * blocks + _timed(some.gradients) * share * tiles
+    return seconds * stages_of(method, setting.trajectory)
+
+
+def stages_of(method: Method, trajectory: Trajectory | None) -> int:
+    """How many sets of weights a method looks at."""
+    return max(1, len(method.positions(trajectory)))
+
+
+def tiling(setting: Setting, asked: Asked) -> tuple[int, int]:
+    """Queries per block, and training examples per tile (whole blocks of the dataset)."""
+    block, size = asked.block(), setting.examples.block_size
+    return block, max(1, _TILE // min(block, len(asked)) // size) * size
+
+
+def _check_shape(method: Method, tile: Tensor, n_queries: int, n_train: int) -> None:
+    if tile.shape != (n_queries, n_train):
+        raise ValueError(
+            f"Expected `{type(method).__name__}.score` to return [query, train] = {[n_queries, n_train]}, "
+            f"got {list(tile.shape)}."
+        )
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    """Seconds of the faster of two runs."""
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

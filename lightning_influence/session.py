@@ -1,0 +1,183 @@
+"""A module made ready for one question: quiet, at its final weights, with engines that the self-check has planned."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.examples import Examples
+from lightning_influence.gradients import Engine, Plan, Reduction, make_plan, probe
+from lightning_influence.gradients.check import agreed
+from lightning_influence.module import Loss, Task, detached_trainer, quiet
+from lightning_influence.setting import Queries
+from lightning_influence.sources import Source
+from lightning_influence.trajectory import Trajectory
+
+# Bytes that the gradients of a block of queries may take.
+_QUERY_BYTES = 2**29
+
+
+@dataclass(frozen=True)
+class Asked:
+    """All queries, to be taken in slices.
+
+    Args:
+        engine: takes their gradients.
+        examples: their dataset.
+        mean: all of them count as one.
+    """
+
+    engine: Engine
+    examples: Examples
+    mean: bool
+
+    def __len__(self) -> int:
+        return 1 if self.mean else len(self.examples)
+
+    def __getitem__(self, part: slice) -> Queries:
+        every = range(len(self.examples))
+        return Queries(self.engine, self.examples, every if self.mean else every[part], self.mean)
+
+    def block(self) -> int:
+        """How many queries are held at once: as many whole blocks of the dataset as fit the memory set aside."""
+        if len(self) == 1:
+            return 1
+        some = next(iter(self.examples.blocks(0, min(4, len(self.examples)))))
+        each = self.engine.gradients(some).query_bytes(len(self))
+        fitting = max(1, _QUERY_BYTES // max(1, each))
+        size = self.examples.block_size
+        return fitting // size * size if fitting >= size else fitting
+
+
+@dataclass
+class Session:
+    """Engines for both sides of a score, under one plan.
+
+    Args:
+        task: the quiet module.
+        engine: takes gradients of training examples.
+        examples: the training dataset.
+        asked: the queries, where there are any.
+    """
+
+    task: Task
+    engine: Engine
+    examples: Examples
+    asked: Asked | None = None
+
+
+@dataclass
+class Sessions:
+    """Opens sessions on one module and training set; what the self-check found is kept from one to the next.
+
+    Args:
+        module: the LightningModule.
+        train: its training data.
+        trajectory: whose last weights are put in place; None: the module's own.
+        trainer: None: a silent one of the module's package stands in.
+        loss: per-sample losses, or None for ``training_step``.
+        names: the parameters that count.
+        batch_size: examples per block, or None.
+    """
+
+    module: Any
+    train: Source
+    trajectory: Trajectory | None
+    trainer: Any
+    loss: Loss | None
+    names: Sequence[str]
+    batch_size: int | None
+    _found: dict[tuple[Any, ...], tuple[Reduction, Plan]] = field(default_factory=dict)
+    _kept: list[Any] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[Task]:
+        """The module, silent and at its final weights."""
+        trainer = self.trainer if self.trainer is not None else detached_trainer(self.module)
+        with quiet(self.module, self.loss, trainer) as task:
+            if self.trajectory is not None:
+                state = self.trajectory.checkpoints[-1].load()
+                _check_same_model(task, state.parameters, self.trajectory)
+                task.load(state.parameters, state.buffers)
+            yield task
+
+    @contextlib.contextmanager
+    def open(
+        self, queries: Source | None = None, measurement: Loss | None = None, mean: bool = False
+    ) -> Iterator[Session]:
+        """Everything that a method needs, until the context ends.
+
+        Raises:
+            ValueError: a loss that cannot be divided among examples, queries that do not fit the module.
+        """
+        groups = self._groups()
+        with self.quiet() as task:
+            examples = self.train.examples(self.batch_size)
+            reduction, plan = self._planned(task, examples)
+            asked = None
+            if queries is not None:
+                theirs = queries.examples(self.batch_size)
+                other = task if measurement is None else Task(task.module, measurement, task.device, task.trainer)
+                their_reduction, plan = self._planned_for(other, theirs, queries, examples)
+                asked = Asked(Engine(other, their_reduction, groups, plan=plan), theirs, mean)
+            yield Session(task, Engine(task, reduction, groups, plan=plan), examples, asked)
+
+    def _planned(self, task: Task, examples: Examples) -> tuple[Reduction, Plan]:
+        """The self-check of the training side."""
+        if () not in self._found:
+            reduction = probe(task, examples, 0)
+            self._found[()] = reduction, make_plan(Engine(task, reduction, self._groups()), examples, self.names)
+        return self._found[()]
+
+    def _planned_for(self, task: Task, asked: Examples, queries: Source, examples: Examples) -> tuple[Reduction, Plan]:
+        """The self-check of the query side, and one plan for both."""
+        reduction, plan = self._found[()]
+        if queries is self.train and task.loss is self.loss:
+            return reduction, plan
+        key = (id(queries.dataset), task.loss)
+        if key not in self._found:
+            reduction = Reduction.NONE if task.loss is not None else reduction
+            try:
+                theirs = make_plan(Engine(task, reduction, self._groups()), asked, self.names)
+            except (RuntimeError, TypeError, IndexError, KeyError, ValueError, AttributeError) as error:
+                raise ValueError(_misfit(error, examples, asked)) from error
+            self._found[key] = reduction, agreed(plan, theirs)
+            self._kept.append(queries.dataset)  # while it lives, its id is its own
+        return self._found[key]
+
+    def _groups(self) -> Mapping[str, int]:
+        if self.trajectory is None or self.trajectory.n_groups == 1:
+            return {}
+        known = self.trajectory.parameter_groups
+        return {name: known[name] for name in self.names}
+
+
+def _check_same_model(task: Task, saved: Mapping[str, Tensor], trajectory: Trajectory) -> None:
+    """Raises where a checkpoint's parameters are not those of the module."""
+    mine = {name: tuple(p.shape) for name, p in task.named_parameters().items()}
+    theirs = {name: tuple(p.shape) for name, p in saved.items()}
+    missing = sorted(mine.keys() - theirs.keys())
+    other = [
+        f"`{n}` {theirs[n]} (module: {mine[n]})" for n in sorted(mine.keys() & theirs.keys()) if mine[n] != theirs[n]
+    ]
+    if missing or other:
+        found = [f"no {', '.join(f'`{n}`' for n in missing[:5])}"] * bool(missing) + other[:5]
+        where = trajectory.path or trajectory.checkpoints[-1].path
+        raise ValueError(
+            f"Expected checkpoints of this {type(task.module).__name__}, got a checkpoint in {str(where)!r} with "
+            f"{'; '.join(found)}. Pass the module that was trained, built with the same arguments."
+        )
+
+
+def _misfit(error: Exception, examples: Examples, asked: Examples) -> str:
+    def shapes(data: Examples) -> str:
+        leaves = torch.utils._pytree.tree_leaves(data.one(0))
+        return ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in leaves)
+
+    return (
+        f"Expected queries that the module's loss accepts (a training example as a batch of one: {shapes(examples)}), "
+        f"got {shapes(asked)}: {error}"
+    )
