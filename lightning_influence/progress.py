@@ -26,11 +26,6 @@ def progress(trainer: Any, total: int, label: str) -> Iterator[Callable[[int], A
         finally:
             rich.update(task, visible=False)
         return
-    with tqdm(
-        total=total, desc=label, unit="example", leave=False, disable=bar is None and not sys.stderr.isatty()
-    ) as t:
-        yield lambda done: _advance(t, done)
-
-
-def _advance(bar: Any, done: int) -> None:
-    bar.update(done)
+    hidden = bar is None and not sys.stderr.isatty()
+    with tqdm(total=total, desc=label, unit="example", leave=False, disable=hidden) as shown:
+        yield shown.update
