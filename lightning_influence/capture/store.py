@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from lightning_influence.trajectory.columns import encode_rows
 from lightning_influence.trajectory.files import FORMAT, MANIFEST, STEPS, encode_manifest, runs_in, write_atomically
 
 
@@ -73,11 +74,10 @@ class Store:
         """Write a segment of steps; it counts once the manifest is written."""
         (self.folder / "steps").mkdir(exist_ok=True)
         file = f"steps/{len(self.manifest['steps']):08d}.arrow"
-        table = pa.Table.from_pylist(rows, schema=STEPS)
         sink = pa.BufferOutputStream()
         options = pa.ipc.IpcWriteOptions(compression="zstd" if pa.Codec.is_available("zstd") else None)
         with pa.ipc.new_file(sink, STEPS, options=options) as writer:
-            writer.write_table(table)
+            writer.write_batch(encode_rows(rows, STEPS))
         entry = write_atomically(self.folder / file, sink.getvalue().to_pybytes())
         self.manifest["steps"].append({"file": file, "rows": len(rows)} | entry)
 

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lightning_influence.trajectory.checkpoint import Checkpoint
-from lightning_influence.trajectory.files import MANIFEST, read_manifest, read_steps, runs_in
+from lightning_influence.trajectory.columns import encode_rows
+from lightning_influence.trajectory.files import MANIFEST, STEPS, read_manifest, read_steps, runs_in
 from lightning_influence.types import MissingEvidence
 
 
@@ -125,4 +126,4 @@ def _union_of_ranks(folder: Path, manifest: dict[str, Any]) -> pa.Table:
             parts = [row[name], *(other[name] for other in others)]
             row[name] = None if any(part is None for part in parts) else [x for part in parts for x in part]
         row["divisor"] *= len(tables)
-    return pa.Table.from_pylist(rows[0], schema=tables[0].schema)
+    return pa.Table.from_batches([encode_rows(rows[0], STEPS)])

@@ -20,7 +20,7 @@ from lightning_influence.trajectory import Trajectory
 
 
 class ByEpoch(Sampler):
-    """An order that depends on nothing but the epoch, so that a resumed fit can have the order of an undisturbed one."""
+    """An order that depends on the epoch alone, so that a resumed fit can have that of an undisturbed one."""
 
     epoch = 0
 
@@ -53,8 +53,8 @@ def assert_same(one, other):
     assert [(c.step, c.epoch) for c in one.checkpoints] == [(c.step, c.epoch) for c in other.checkpoints]
     columns = ["step", "epoch", "ids", "lr", "divisor"]
     assert one.steps.select(columns).to_pylist() == other.steps.select(columns).to_pylist()
-    for mine, theirs in zip(one.checkpoints, other.checkpoints, strict=True):
-        mine, theirs = mine.load(), theirs.load()
+    for checkpoints in zip(one.checkpoints, other.checkpoints, strict=True):
+        mine, theirs = (checkpoint.load() for checkpoint in checkpoints)
         assert all(torch.equal(value, theirs.parameters[name]) for name, value in mine.parameters.items())
     for k in range(len(one.checkpoints)):
         torch.testing.assert_close(one.exposure(k, "mean", 23), other.exposure(k, "mean", 23))

@@ -282,3 +282,22 @@ def test_the_extra_epoch_of_swa_is_no_step(tmp_path):
     trajectory = influence.trajectory
     assert len(trajectory.steps) == 18
     assert [c.step for c in trajectory.checkpoints] == [0, 6, 12, 18]
+
+
+def test_draws_of_every_generator_are_noticed():
+    import random
+
+    import numpy as np
+
+    from lightning_influence.capture.randomness import gather_random, moved_since, read_generators
+
+    device = torch.device("cpu")
+    for name, draw in {"torch": lambda: torch.rand(1), "python": random.random, "numpy": np.random.rand}.items():
+        before, keys = read_generators(device), np.random.get_state()
+        assert moved_since(before, device) is None
+        draw()
+        moved = moved_since(before, device)
+        assert set(moved) == {name}
+        if name == "numpy":
+            assert np.frombuffer(moved[name], np.uint32).tolist() == [*keys[1].tolist(), keys[2]]
+    assert gather_random(device)["numpy"][:624].tolist() == np.random.get_state()[1].tolist()

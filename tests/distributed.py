@@ -1,0 +1,34 @@
+"""A fit in two processes: python distributed.py FOLDER STRATEGY WORKERS."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from fits import QUIET, Indexed, Net, loader, seeded
+from pytorch_lightning import Callback, Trainer
+
+from lightning_influence.callback import Influence
+
+
+class Write(Callback):
+    """Each rank writes down what it saw."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_end(self, trainer, pl_module):
+        torch.save((pl_module.seen, pl_module.layer.weight.detach()), self.folder / f"seen-{trainer.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    folder, strategy, workers = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    callbacks = [Write(folder)]
+    if "plain" not in sys.argv:
+        callbacks.insert(0, Influence(dirpath=None if "nowhere" in sys.argv else folder / "influence"))
+    options = QUIET | {"devices": 2, "strategy": strategy, "max_epochs": 2, "callbacks": callbacks}
+    trainer = Trainer(**options)
+    module = seeded(Net)
+    trainer.fit(module, loader(Indexed(23), num_workers=workers))
