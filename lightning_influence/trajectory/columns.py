@@ -1,4 +1,4 @@
-"""Python values as Arrow arrays, without `pa.array`: that imports pandas (0.4 s of a user's fit) where it is installed."""
+"""Python values as Arrow arrays without `pa.array`, which imports pandas where it can: 0.4 s of a user's fit."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -293,11 +293,14 @@ def test_draws_of_every_generator_are_noticed():
 
     device = torch.device("cpu")
     for name, draw in {"torch": lambda: torch.rand(1), "python": random.random, "numpy": np.random.rand}.items():
-        before, keys = read_generators(device), np.random.get_state()
+        before, keys, numbers = read_generators(device), np.random.get_state(), random.getstate()[1]
         assert moved_since(before, device) is None
         draw()
         moved = moved_since(before, device)
         assert set(moved) == {name}
         if name == "numpy":
             assert np.frombuffer(moved[name], np.uint32).tolist() == [*keys[1].tolist(), keys[2]]
+        if name == "python":  # the position comes first
+            assert np.frombuffer(moved[name], np.uint32).tolist() == [numbers[624], *numbers[:624]]
+    assert gather_random(device)["python"][1:626].tolist() == list(random.getstate()[1])
     assert gather_random(device)["numpy"][:624].tolist() == np.random.get_state()[1].tolist()
