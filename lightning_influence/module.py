@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import logging
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -143,7 +144,9 @@ class _Attributes:
             for t in (value if isinstance(value, (list, tuple)) else [value])
             if isinstance(t, Tensor)
         ]
-        self._tensors = [(t, t._version, None if _is_large(t) else t.detach().clone()) for t in tensors if not t.is_inference()]
+        self._tensors = [
+            (t, t._version, None if _is_large(t) else t.detach().clone()) for t in tensors if not t.is_inference()
+        ]
 
     def restore(self) -> None:
         for module, attributes, contents in self._attributes:
@@ -308,3 +311,25 @@ def _silent_loggers(trainer: Any) -> Iterator[None]:
         yield
     finally:
         trainer.loggers = loggers
+
+
+def detached_trainer(module: Any) -> Any:
+    """A silent Trainer of the module's own package, for modules that ask ``self.trainer`` outside a fit."""
+    for base in type(module).__mro__:
+        package = base.__module__.partition(".core")[0]
+        if base.__name__ == "LightningModule" and package in ("pytorch_lightning", "lightning.pytorch"):
+            logger = logging.getLogger(package)
+            level = logger.level
+            logger.setLevel(logging.ERROR)
+            try:
+                return sys.modules[package].Trainer(
+                    accelerator="cpu" if module.device.type == "cpu" else "auto",
+                    devices=1,
+                    logger=False,
+                    enable_checkpointing=False,
+                    enable_progress_bar=False,
+                    enable_model_summary=False,
+                )
+            finally:
+                logger.setLevel(level)
+    return None

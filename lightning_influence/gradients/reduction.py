@@ -1,8 +1,9 @@
 """How a batch's loss relates to the losses of its examples: found by probing, refused where it is neither."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,10 +34,11 @@ class Reduction(Enum):
         if self is Reduction.MEAN:
             return loss * examples
         if self is Reduction.NONE and loss.numel() != examples:
-            raise ValueError(f"Expected `loss=` to return {examples} losses for {examples} examples, got {loss.numel()}.")
+            got = loss.numel()
+            raise ValueError(f"Expected `loss=` to return {examples} losses for {examples} examples, got {got}.")
         return loss.sum()
 
-    def coefficient(self) -> str:
+    def coefficient(self) -> Literal["mean", "sum"]:
         """Whether a step divides by its batch size: ``"mean"`` or ``"sum"``, as the trajectory counts it."""
         return "sum" if self is Reduction.SUM else "mean"
 
@@ -45,16 +47,20 @@ def probe(task: Task, examples: Examples, seed: int) -> Reduction:
     """Compares losses of batches of 1, 2 and up to 32 examples, spread evenly over the dataset.
 
     Raises:
-        ValueError: the loss is neither the mean nor the sum over examples, or weights classes and divides by the
+        ValueError: no probed loss is finite; the loss is neither the mean nor the sum over examples, or weights classes and divides by the
             weights of its batch (a batch of one hides that weight).
     """
     if task.loss is not None:
         return Reduction.NONE
     count = min(_PROBED, len(examples))
-    ids = sorted({round(i * (len(examples) - 1) / max(1, count - 1)) for i in range(count)})
+    spread = sorted({round(i * (len(examples) - 1) / max(1, count - 1)) for i in range(count)})
     watch = _LossWatch()
     with torch.no_grad(), watch:
-        singles = [_loss(task, examples.one(i), seed, i) for i in ids]
+        losses = {i: _loss(task, examples.one(i), seed, i) for i in spread}
+        ids = [i for i, loss in losses.items() if math.isfinite(loss)]  # the others are named once scores are there
+        if not ids:
+            raise ValueError(f"Expected finite losses, got NaN or infinity for each of the examples {spread[:10]}.")
+        singles = [losses[i] for i in ids]
         batches = {size: _loss(task, examples.some(ids[:size]), seed, ids[0]) for size in {min(2, len(ids)), len(ids)}}
     watch.refuse()
     if len(ids) == 1:

@@ -1,0 +1,328 @@
+"""The driver: what a user asks, how it is cut into blocks and tiles, and every bad input with its way out."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+
+from lightning_influence import (
+    Attributor,
+    Evidence,
+    GradientDot,
+    Influence,
+    Method,
+    MissingEvidence,
+    TracInCP,
+    Trajectory,
+    driver,
+    session,
+)
+from tests.fits import QUIET
+
+
+class Net(pl.LightningModule):
+    def __init__(self, width=6):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.Tanh(), torch.nn.Linear(width, 3)).double()
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = F.cross_entropy(self.net(x), y)
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def data(n, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return TensorDataset(
+        torch.randn(n, 4, generator=draw, dtype=torch.float64), torch.randint(0, 3, (n,), generator=draw)
+    )
+
+
+TRAIN, QUERIES = data(23), data(7, seed=1)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    torch.manual_seed(0)
+    net, influence = Net(), Influence(dirpath=tmp_path_factory.mktemp("run"))
+    pl.Trainer(**QUIET, max_epochs=3, callbacks=[influence]).fit(net, DataLoader(TRAIN, 5, shuffle=True))
+    return net, influence
+
+
+def rows(net, dataset):
+    """One backward pass an example."""
+    found = []
+    for x, y in dataset:
+        loss = F.cross_entropy(net.net(x[None]), y[None])
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))]))
+    return torch.stack(found)
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
+
+
+def test_scores_equal_one_backward_pass_an_example(fitted):
+    net, _ = fitted
+    scores = Attributor(net, TRAIN).score(GradientDot(), QUERIES)
+    close(scores.values, rows(net, QUERIES) @ rows(net, TRAIN).T)
+    assert scores.train_ids.tolist() == list(range(23))
+    assert scores.query_ids.tolist() == list(range(7))
+
+
+def test_self_influence_is_the_diagonal(fitted):
+    _, influence = fitted
+    attributor = influence.attributor
+    close(attributor.self_influence(TracInCP()).values, attributor.score(TracInCP(), "train").values.diagonal())
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 23, 100])
+@pytest.mark.parametrize(("tile", "held"), [(2**25, 2**29), (40, 2**29), (2**25, 1), (40, 2000)])
+def test_blocks_and_tiles_change_nothing(fitted, monkeypatch, batch_size, tile, held):
+    net, influence = fitted
+    expected = influence.attributor.score(TracInCP(), QUERIES).values
+    monkeypatch.setattr(driver, "_TILE", tile)
+    monkeypatch.setattr(session, "_QUERY_BYTES", held)
+    attributor = Attributor(net, TRAIN, influence.trajectory, batch_size=batch_size)
+    close(attributor.score(TracInCP(), QUERIES).values, expected)
+    top = attributor.score(TracInCP(), QUERIES, top_k=4)
+    close(top.proponents(4).scores, expected.sort(descending=True).values[:, :4])
+    close(top.opponents(4).scores, expected.sort().values[:, :4])
+    assert top.proponents(4).train_ids.tolist() == expected.sort(descending=True).indices[:, :4].tolist()
+
+
+def test_the_mean_of_queries_is_one_query(fitted):
+    _, influence = fitted
+    attributor = influence.attributor
+    mean = attributor.score(TracInCP(), QUERIES, aggregate="mean")
+    close(mean.values, attributor.score(TracInCP(), QUERIES).values.mean(0, keepdim=True))
+    assert len(mean) == 1
+
+
+def test_the_mean_query_is_normalised_as_one(fitted):
+    net, _ = fitted
+    scores = Attributor(net, TRAIN).score(GradientDot(normalize="cosine"), QUERIES, aggregate="mean").values
+    query, train = rows(net, QUERIES).mean(0, keepdim=True), rows(net, TRAIN)
+    close(scores, F.normalize(query) @ F.normalize(train).T)
+
+
+def test_a_group_is_the_sum_of_its_members(fitted):
+    _, influence = fitted
+    attributor = influence.attributor
+    close(attributor.group(TracInCP(), [3, 9, 20], QUERIES), attributor.score(TracInCP(), QUERIES).group([3, 9, 20]))
+
+
+def test_a_measurement_takes_the_place_of_the_loss(fitted):
+    net, _ = fitted
+
+    def margin(module, batch):
+        x, y = batch
+        logits = module.net(x)
+        return logits.gather(1, y[:, None])[:, 0] - logits.mean(1)
+
+    attributor = Attributor(net, TRAIN)
+    low = attributor.score(GradientDot(), QUERIES, measurement=margin).values
+    high = attributor.score(GradientDot(), QUERIES, measurement=margin, higher_is_better=True).values
+    gradients = []
+    for x, y in QUERIES:
+        value = margin(net, (x[None], y[None])).sum()
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(value, list(net.parameters()))]))
+    close(low, torch.stack(gradients) @ rows(net, TRAIN).T)
+    close(high, -low)
+
+
+def test_losses_are_those_of_the_examples_alone(fitted):
+    net, _ = fitted
+    expected = torch.stack([F.cross_entropy(net.net(x[None]), y[None]) for x, y in TRAIN]).detach()
+    close(Attributor(net, TRAIN).losses(), expected)
+
+
+def test_a_fresh_process_asks_the_same(fitted):
+    _, influence = fitted
+    expected = influence.attributor.score(TracInCP(), QUERIES).values
+    later = Attributor(Net(), TRAIN, Trajectory.load(influence.run_dir))
+    close(later.score(TracInCP(), QUERIES).values, expected)
+
+
+def test_parameters_are_chosen_by_pattern(fitted):
+    net, _ = fitted
+    last = Attributor(net, TRAIN, parameters="net.2.*").score(GradientDot(), QUERIES).values
+    close(last, rows(net, QUERIES)[:, -21:] @ rows(net, TRAIN)[:, -21:].T)
+
+
+def test_subsets_name_their_base(fitted):
+    net, _ = fitted
+    scores = Attributor(net, Subset(TRAIN, [5, 9, 2])).score(GradientDot(), Subset(Subset(QUERIES, [6, 1, 0]), [2, 0]))
+    base = scores.base_ids()
+    assert base.train_ids.tolist() == [5, 9, 2]
+    assert base.query_ids.tolist() == [0, 6]
+
+
+def test_scores_are_saved_where_asked(fitted, tmp_path):
+    net, _ = fitted
+    attributor = Attributor(net, TRAIN)
+    scores = attributor.score(GradientDot(), QUERIES, path=tmp_path / "scores.arrow")
+    attributor.self_influence(GradientDot(), path=tmp_path / "self.arrow")
+    assert torch.equal(type(scores).load(tmp_path / "scores.arrow").values, scores.values)
+    assert (tmp_path / "self.arrow").is_file()
+
+
+def test_the_estimate_of_cost_is_a_time(fitted):
+    _, influence = fitted
+    attributor = influence.attributor
+    assert 0 < attributor.cost(TracInCP()) < 60
+    assert 0 < attributor.cost(TracInCP(), QUERIES) < 60
+    assert 0 < attributor.cost(TracInCP(), QUERIES, aggregate="mean") < 60
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(TRAIN)
+
+
+class Watches(Method):
+    needs = Evidence.TRACKER
+
+    def score(self, setting, queries):
+        raise NotImplementedError
+
+
+class Refits(Watches):
+    needs = Evidence.REFIT
+
+
+class Misshapen(Watches):
+    needs = Evidence.FINAL_WEIGHTS
+
+    def score(self, setting, queries):
+        return setting.zeros()
+
+    def settings(self):
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        (
+            {"train": Subset(TRAIN, [])},
+            ValueError,
+            r"Expected `train` to hold at least one example, got an empty Subset",
+        ),
+        ({"train": Stream()}, TypeError, r"Expected `train` to be a map-style Dataset .* got Stream"),
+        ({"train": DataLoader(Stream(), 2)}, TypeError, r"Expected `train` to be a map-style Dataset .* got Stream"),
+        (
+            {"train": DataLoader(TRAIN, batch_size=None)},
+            TypeError,
+            r"collates examples into batches, got `batch_size=None`",
+        ),
+        ({"train": 3}, TypeError, r"Expected `train` to be a map-style Dataset or a DataLoader of one, got int"),
+        ({"batch_size": 0}, ValueError, r"Expected `batch_size` to be a positive integer or None, got 0"),
+        ({"parameters": ["nett.*"]}, ValueError, r"got 'nett\.\*', which matches none of net\.0\.weight"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, error, text):
+    with pytest.raises(error, match=text):
+        Attributor(**({"module": Net(), "train": TRAIN} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"method": "TracInCP"}, TypeError, r"Expected `method` to be a Method such as `TracInCP\(\)`, got 'TracInCP'"),
+        ({"top_k": 0}, ValueError, r"Expected `top_k` to be a positive integer or None, got 0"),
+        ({"aggregate": "sum"}, ValueError, r"Expected `aggregate` to be None or 'mean', got 'sum'"),
+        ({"higher_is_better": True}, ValueError, r"Expected `measurement=` with `higher_is_better=True`"),
+        ({"queries": "val"}, ValueError, r"Expected `queries` to be a Dataset, a DataLoader or 'train', got 'val'"),
+        ({"queries": Subset(TRAIN, [])}, ValueError, r"Expected `queries` to hold at least one example"),
+        ({"queries": None}, TypeError, r"Expected `queries` to be a map-style Dataset .* got NoneType"),
+        ({"method": TracInCP()}, MissingEvidence, r"`TracInCP` needs checkpoints .* got `trajectory=None`"),
+        ({"method": Watches()}, MissingEvidence, r"`Watches` watches training as it happens"),
+        ({"method": Refits()}, MissingEvidence, r"`Refits` trains models again. Pass `Attributor\(\.\.\., refit="),
+        ({"method": Misshapen()}, ValueError, r"`Misshapen\.score` to return \[query, train\] = \[7, 23\], got \[23\]"),
+        (
+            {"queries": TensorDataset(torch.zeros(3, 5, dtype=torch.float64), torch.zeros(3, dtype=torch.int64))},
+            ValueError,
+            r"Expected queries that the module's loss accepts .*\(1, 4\), \(1,\)\), got \(1, 5\), \(1,\)",
+        ),
+    ],
+)
+def test_bad_questions_are_refused(arguments, error, text):
+    attributor = Attributor(Net(), TRAIN)
+    with pytest.raises(error, match=text):
+        attributor.score(**({"method": GradientDot(), "queries": QUERIES} | arguments))
+
+
+def test_self_influence_that_would_be_constant_is_refused():
+    with pytest.raises(ValueError, match=r"Expected `normalize=None` for self-influence, got 'cosine'"):
+        Attributor(Net(), TRAIN).self_influence(GradientDot(normalize="cosine"))
+
+
+def test_a_method_without_self_influence_says_which_has():
+    with pytest.raises(NotImplementedError, match=r"`Misshapen` has no self-influence\. Use `TracInCP\(\)`"):
+        Attributor(Net(), TRAIN).self_influence(Misshapen())
+
+
+def test_ids_of_a_group_must_exist():
+    with pytest.raises(ValueError, match=r"Expected `ids` below 23, got \[23\]"):
+        Attributor(Net(), TRAIN).group(GradientDot(), [1, 23], QUERIES)
+
+
+def test_another_dataset_length_is_refused(fitted):
+    net, influence = fitted
+    with pytest.raises(ValueError, match=r"Expected `train` to have the 23 examples .* got 7"):
+        Attributor(net, QUERIES, influence.trajectory)
+
+
+def test_checkpoints_of_another_model_are_refused(fitted):
+    _, influence = fitted
+    attributor = Attributor(Net(width=5), TRAIN, influence.trajectory)
+    with pytest.raises(
+        ValueError, match=r"Expected checkpoints of this Net, .*`net\.0\.weight` \(6, 4\) \(module: \(5, 4\)\)"
+    ):
+        attributor.score(GradientDot(), QUERIES)
+
+
+def test_a_frozen_module_is_refused():
+    with pytest.raises(ValueError, match=r"Expected parameters that train, got none"):
+        Attributor(Net().requires_grad_(False), TRAIN)
+
+
+@pytest.mark.parametrize(
+    ("train", "queries", "text"), [(True, False, r"training examples \[11\]"), (False, True, r"queries \[4\]")]
+)
+def test_gradients_that_are_not_finite_are_named(train, queries, text):
+    bad, asked = data(23), data(7, seed=1)
+    if train:
+        bad.tensors[0][11, 0] = torch.nan
+    if queries:
+        asked.tensors[0][4, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"Expected finite gradients, got NaN or infinity for " + text):
+        Attributor(Net(), bad).score(GradientDot(), asked)
+    if train:
+        with pytest.raises(ValueError, match=r"NaN or infinity for training examples \[11\]"):
+            Attributor(Net(), bad).self_influence(GradientDot())
+
+
+@pytest.mark.parametrize("checkpoints", [(-1,), (1, 2)])
+def test_chosen_checkpoints_are_used_and_recorded(fitted, checkpoints):
+    _, influence = fitted
+    scores = influence.attributor.score(TracInCP(checkpoints=checkpoints), QUERIES)
+    assert len(scores.checkpoints) == len(checkpoints)
+
+
+def test_checkpoints_that_do_not_exist_are_refused(fitted):
+    _, influence = fitted
+    with pytest.raises(ValueError, match=r"Expected `checkpoints` to be positions among 4 checkpoints, got \[7\]"):
+        influence.attributor.score(TracInCP(checkpoints=(7,)), QUERIES)
+
+
+@pytest.mark.parametrize("arguments", [{"normalize": "unit"}, {"units": "eta"}])
+def test_settings_of_methods_are_checked(arguments):
+    with pytest.raises(ValueError, match=r"Expected `(normalize|units)` to be one of"):
+        TracInCP(**arguments)

@@ -1,0 +1,202 @@
+"""What happens when a fit with `Influence(methods=...)` ends: scores, files, logs, and reasons where there are none."""
+
+import signal
+
+import lightning.pytorch
+import pytest
+import pytorch_lightning as pl
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_influence import Evidence, GradientDot, Influence, Method, Scores, SelfScores, TracInCP
+from tests.fits import QUIET
+
+
+def make_net(package):
+    class Net(package.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 3)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.layer(batch[0]), batch[1])
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            return None
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    torch.manual_seed(0)
+    return Net()
+
+
+def data(n):
+    draw = torch.Generator().manual_seed(n)
+    return TensorDataset(torch.randn(n, 4, generator=draw), torch.randint(0, 3, (n,), generator=draw))
+
+
+TRAIN, VAL, OTHER = data(24), data(6), data(5)
+
+
+def fit(influence, tmp_path, package=pl, loggers=False, **options):
+    net = make_net(package)
+    settings = {**QUIET, "max_epochs": 2, "default_root_dir": tmp_path, "callbacks": [influence], "logger": loggers}
+    trainer = package.Trainer(**(settings | options))
+    loaders = [DataLoader(VAL, 4), DataLoader(OTHER, 4)]
+    trainer.fit(net, DataLoader(TRAIN, 6, shuffle=True), loaders)
+    return trainer, net
+
+
+@pytest.mark.parametrize("package", [pl, lightning.pytorch])
+def test_scores_are_there_after_the_fit_and_on_disk(tmp_path, package):
+    influence = Influence([TracInCP(), GradientDot()], queries="val", self_influence=True, max_cost=1e6)
+    fit(influence, tmp_path, package)
+    assert set(influence.scores) == set(influence.self_scores) == {"TracInCP", "GradientDot"}
+    assert influence.scores["TracInCP"].values.shape == (6, 24)
+    saved = influence.run_dir / "scores"
+    assert torch.equal(Scores.load(saved / "TracInCP.arrow").values, influence.scores["TracInCP"].values)
+    assert len(SelfScores.load(saved / "TracInCP.self.arrow")) == 24
+
+
+def test_scores_at_the_end_equal_those_asked_afterwards(tmp_path):
+    influence = Influence({"cp": TracInCP()}, queries=VAL, max_cost=1e6)
+    fit(influence, tmp_path)
+    torch.testing.assert_close(influence.scores["cp"].values, influence.attributor.score(TracInCP(), VAL).values)
+
+
+@pytest.mark.parametrize(("queries", "count"), [("train", 24), ("val", 6), ("val:1", 5), (DataLoader(OTHER, 2), 5)])
+def test_queries_are_found_by_word(tmp_path, queries, count):
+    influence = Influence([GradientDot()], queries=queries, top_k=3, max_cost=1e6)
+    fit(influence, tmp_path)
+    assert len(influence.scores["GradientDot"]) == count
+    assert influence.scores["GradientDot"].top_k == 3
+
+
+def test_test_data_come_from_the_module(tmp_path):
+    influence = Influence([GradientDot()], queries="test", max_cost=1e6)
+    net = make_net(pl)
+    net.test_dataloader = lambda: DataLoader(OTHER, 2)
+    trainer = pl.Trainer(**QUIET, max_epochs=1, default_root_dir=tmp_path, callbacks=[influence])
+    trainer.fit(net, DataLoader(TRAIN, 6), DataLoader(VAL, 4))
+    assert len(influence.scores["GradientDot"]) == 5
+
+
+def test_scores_reach_tensorboard(tmp_path):
+    influence = Influence([TracInCP()], queries="val", self_influence=True, max_cost=1e6)
+    trainer, _ = fit(influence, tmp_path, loggers=pl.loggers.TensorBoardLogger(tmp_path))
+    events = EventAccumulator(trainer.logger.log_dir)
+    events.Reload()
+    tags = events.Tags()
+    assert any("influence/TracInCP" in tag for tag in tags["scalars"])
+    assert any("influence/TracInCP" in tag for tag in tags["images"])
+    assert any("influence/TracInCP" in tag for tag in tags["tensors"])
+
+
+def test_nothing_is_logged_when_not_wanted(tmp_path):
+    influence = Influence([TracInCP()], queries="val", log_scores=False, max_cost=1e6)
+    _trainer, _ = fit(influence, tmp_path, loggers=pl.loggers.CSVLogger(tmp_path))
+    assert not list((tmp_path / "lightning_logs").rglob("influence_*"))
+    assert "TracInCP" in influence.scores
+
+
+def test_a_missing_loader_is_a_reason_not_a_failure(tmp_path):
+    influence = Influence([GradientDot()], queries="val:4", max_cost=1e6)
+    with pytest.warns(UserWarning, match=r"`GradientDot` failed .* got 2 of that kind"):
+        fit(influence, tmp_path)
+    with pytest.raises(KeyError, match=r"'GradientDot' did not run: ValueError: Expected the Trainer to have a loader"):
+        influence.scores["GradientDot"]
+
+
+def test_an_unknown_key_lists_what_exists(tmp_path):
+    influence = Influence([GradientDot()], queries="val", max_cost=1e6)
+    assert dict(influence.scores) == {}
+    fit(influence, tmp_path)
+    with pytest.raises(KeyError, match=r"Expected one of the scores there are \('GradientDot'\), got 'EKFAC'"):
+        influence.scores["EKFAC"]
+
+
+def test_without_queries_the_reason_is_given(tmp_path):
+    influence = Influence([GradientDot()])
+    fit(influence, tmp_path)
+    with pytest.raises(KeyError, match=r"no `queries` were given"):
+        influence.scores["GradientDot"]
+
+
+def test_a_plan_beyond_the_budget_is_not_started(tmp_path):
+    influence = Influence([TracInCP()], queries="val", max_cost=1e-9)
+    with pytest.warns(UserWarning, match=r"was not started\. It would take about .*`max_cost=1e-09`"):
+        fit(influence, tmp_path)
+    with pytest.raises(KeyError, match=r"'TracInCP' did not run: It would take about"):
+        influence.scores["TracInCP"]
+
+
+class Fails(Method):
+    needs = Evidence.FINAL_WEIGHTS
+    error: BaseException = RuntimeError("no such luck")
+
+    def score(self, setting, queries):
+        raise self.error
+
+    def settings(self):
+        return {}
+
+
+def test_an_error_while_scoring_never_fails_the_fit(tmp_path):
+    influence = Influence([Fails(), GradientDot()], queries="val", max_cost=1e6)
+    with pytest.warns(UserWarning, match=r"`Fails` failed with RuntimeError .*: no such luck\n(.|\n)*Trajectory\.load"):
+        trainer, _ = fit(influence, tmp_path)
+    assert trainer.state.finished
+    assert "GradientDot" in influence.scores
+
+
+class Interrupts(Fails):
+    def score(self, setting, queries):
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the signal did not arrive")
+
+
+def test_ctrl_c_stops_the_scoring_only(tmp_path):
+    influence = Influence([Interrupts(), GradientDot()], queries="val", max_cost=1e6)
+    with pytest.warns(UserWarning, match=r"Scoring was interrupted; the fit itself is complete"):
+        trainer, net = fit(influence, tmp_path)
+    assert trainer.state.finished
+    assert "log" not in net.__dict__
+    assert dict(influence.scores) == {}
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(VAL)
+
+
+@pytest.mark.parametrize(
+    ("queries", "error", "text"),
+    [
+        (torch.utils.data.Subset(VAL, []), ValueError, r"Expected `queries` to hold at least one example"),
+        (Stream(), TypeError, r"Expected `queries` to be a map-style Dataset"),
+    ],
+)
+def test_queries_that_cannot_be_scored_are_refused_before_training(tmp_path, queries, error, text):
+    influence = Influence([GradientDot()], queries=queries)
+    with pytest.raises(error, match=text):
+        fit(influence, tmp_path)
+
+
+class Refits(Fails):
+    needs = Evidence.REFIT
+
+
+def test_methods_that_train_again_are_refused_at_once():
+    with pytest.raises(ValueError, match=r"Expected `methods` that run when a fit ends, got 'Refits'"):
+        Influence([Refits()])
+
+
+def test_scoring_leaves_training_bit_identical(tmp_path):
+    _, scored = fit(Influence([TracInCP()], queries="val", self_influence=True, max_cost=1e6), tmp_path)
+    net = make_net(pl)
+    trainer = pl.Trainer(**QUIET, max_epochs=2, default_root_dir=tmp_path)
+    trainer.fit(net, DataLoader(TRAIN, 6, shuffle=True), [DataLoader(VAL, 4), DataLoader(OTHER, 4)])
+    torch.testing.assert_close(scored.state_dict(), net.state_dict(), rtol=0, atol=0)
