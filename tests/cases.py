@@ -1,0 +1,8 @@
+"""Every case by name."""
+
+from cases_batches import BATCHES
+from cases_layers import LAYERS
+from cases_losses import LOSSES
+from cases_modules import MODULES
+
+CASES = {case.name: case for case in [*LAYERS, *MODULES, *LOSSES, *BATCHES]}

@@ -1,0 +1,252 @@
+"""Every case through the real ``Attributor``: right against brute force, or refused with cause and way out.
+
+``python tests/test_cases.py`` prints the table of the README.
+"""
+
+import contextlib
+import logging
+import random
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import oracles
+import pytest
+import pytorch_lightning as pl
+import torch
+from cases import CASES
+from fits import QUIET
+from torch.utils.data import DataLoader, default_collate
+
+from lightning_influence import Attributor, GradientDot, Influence, TracInCP, Trajectory
+
+BATCH = 3
+RIGHT = [name for name, case in CASES.items() if case.expected == "right"]
+REFUSED = [name for name, case in CASES.items() if case.expected == "refused"]
+WITH_WAY_OUT = [name for name in REFUSED if CASES[name].way_out is not None]
+
+
+class Asked:
+    """A case made ready: module, data, the Trainer where there is one, and what brute force says."""
+
+    def __init__(self, case, folder):
+        self.case = case
+        self.train, self.queries = case.train(), case.queries()
+        self.collate = case.collate or default_collate
+        torch.manual_seed(0)
+        self.module = case.make()
+        if case.dtype is torch.float64:
+            self.module = self.module.double()
+        self.trainer = made(**case.trainer) if case.trainer is not None else None
+        self.trajectory = self.fitted(folder) if case.fit else None
+        self.loader = DataLoader(self.train, BATCH, collate_fn=case.collate)
+        self.attributor = Attributor(
+            self.module, self.loader, self.trajectory, self.trainer, BATCH, loss=case.loss, parameters=case.parameters
+        )
+
+    def fitted(self, folder):
+        """Two epochs in the dataset's order, so that every coefficient is known without any record."""
+        capture = Influence(dirpath=folder)
+        trainer = made(**{"max_epochs": 2, "callbacks": [capture], **(self.case.trainer or {})})
+        loader = DataLoader(self.train, BATCH, shuffle=False, collate_fn=self.case.collate)
+        trainer.fit(self.module, loader)
+        return Trajectory.load(folder)
+
+    # ---- brute force ----------------------------------------------------------------------------------------------
+
+    @property
+    def inner_module(self):
+        return getattr(self.module, "_orig_mod", self.module)
+
+    @property
+    def names(self):
+        patterns = self.case.parameters
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        named = [oracles.clean(n) for n, p in self.module.named_parameters() if p.requires_grad]
+        return [n for n in named if patterns is None or any(__import__("fnmatch").fnmatchcase(n, p) for p in patterns)]
+
+    @property
+    def groups(self):
+        two = self.inner_module.two_groups and self.trajectory is not None
+        return {name: int(name.endswith("bias")) if two else 0 for name in self.names}
+
+    def windows(self):
+        """(weights, coefficient [group, train]) of both epochs: learning rate / size of the example's batch."""
+        if self.trajectory is None:
+            return [(None, torch.ones(1, len(self.train)))]
+        states = [checkpoint.load() for checkpoint in self.trajectory.checkpoints][1:]
+        n = len(self.train)
+        sizes = torch.tensor([min(BATCH, n - i // BATCH * BATCH) for i in range(n)], dtype=torch.float64)
+        share = torch.ones(n, dtype=torch.float64) if self.case.summed else 1 / sizes
+        rates = torch.tensor([[0.05], [0.2]] if self.inner_module.two_groups else [[0.05]], dtype=torch.float64)
+        return [
+            ({**state.parameters, **state.buffers}, rates * 0.5**epoch * share) for epoch, state in enumerate(states)
+        ]
+
+    def ones(self, dataset):
+        """Every example as a batch of one; of a random dataset, as it was when the package read it."""
+        given = getattr(dataset, "given", None)
+        return [self.collate([dataset[i] if given is None else given[i]]) for i in range(len(dataset))]
+
+    def expected(self):
+        train, queries, loss = self.ones(self.train), self.ones(self.queries), self.case.loss
+        about = self.inner_module, train, queries, self.names
+        last = [(self.windows()[-1][0], torch.ones(2, len(train)))]
+        return {
+            "gradient dot": oracles.tracin(*about, last, loss),
+            "tracin": oracles.tracin(*about, self.windows(), loss, self.groups),
+            "mean": oracles.tracin(*about, self.windows(), loss, self.groups, mean=True),
+            "self": oracles.tracin_self(self.inner_module, train, self.names, self.windows(), loss, self.groups),
+        }
+
+    # ---- the package ----------------------------------------------------------------------------------------------
+
+    def actual(self):
+        method = GradientDot() if self.trajectory is None else TracInCP()
+        ask = self.attributor
+        return {
+            "gradient dot": ask.score(GradientDot(), self.queries).values,
+            "tracin": ask.score(method, self.queries).values,
+            "mean": ask.score(method, self.queries, aggregate="mean").values,
+            "self": ask.self_influence(method).values,
+        }
+
+    def check(self):
+        with untouched(self.module, self.trainer):
+            actual = self.actual()
+        for question, expected in self.expected().items():
+            oracles.assert_scores(actual[question], expected, self.case.allowed)
+
+
+def made(**options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pl.Trainer(**{**QUIET, **options})
+
+
+# ---- nothing is touched ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def untouched(module, trainer=None):
+    """Asserts that the block leaves module, random states and loggers as they were."""
+    before = snapshot(module, trainer)
+    yield
+    after = snapshot(module, trainer)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert_same(after[name], value, name)
+
+
+def snapshot(module, trainer):
+    parts = dict(module.named_modules())
+    state = {f"state {name}": tensor.detach().clone() for name, tensor in module.state_dict(keep_vars=True).items()}
+    state |= {f"buffer {name}": tensor.clone() for name, tensor in module.named_buffers()}
+    state |= {f"tensor {name}": id(p) for name, p in module.named_parameters(remove_duplicate=False)}
+    state |= {f"memory {name}": p.data_ptr() for name, p in module.named_parameters()}
+    state |= {f"requires_grad {name}": p.requires_grad for name, p in module.named_parameters()}
+    state |= {f"grad {name}": p.grad for name, p in module.named_parameters()}
+    state |= {f"mode {name}": part.training for name, part in parts.items()}
+    state |= {f"attributes {name}": sorted(part.__dict__) for name, part in parts.items()}
+    for name, part in parts.items():
+        for key, value in part.__dict__.items():
+            if key.endswith("_hooks"):
+                state[f"hooks {name}.{key}"] = list(value)
+            elif isinstance(value, (int, float, str, list, dict, set, type(None), torch.Tensor)) and key[0] != "_":
+                state[f"value {name}.{key}"] = frozen(value)
+    state["trainer of module"] = id(getattr(module, "_trainer", None))
+    state["torch random"], state["python random"] = torch.get_rng_state(), random.getstate()
+    state["numpy random"] = [np.random.get_state()[1].tolist(), np.random.get_state()[2]]
+    state["settings"] = (torch.is_grad_enabled(), torch.get_float32_matmul_precision(), torch.get_default_dtype())
+    if trainer is not None:
+        state["loggers"], state["logged"] = list(trainer.loggers), frozen(dict(trainer.logged_metrics))
+    return state
+
+
+def frozen(value):
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: frozen(v) for key, v in value.items()}
+    return [frozen(v) for v in value] if isinstance(value, (list, tuple, set)) else value
+
+
+def assert_same(actual, expected, name):
+    if isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{name}: {m}")
+    elif isinstance(expected, (list, tuple)) and any(isinstance(e, (torch.Tensor, list, dict)) for e in expected):
+        assert len(actual) == len(expected), name
+        for a, e in zip(actual, expected, strict=True):
+            assert_same(a, e, name)
+    elif isinstance(expected, dict):
+        assert actual.keys() == expected.keys(), name
+        for key, value in expected.items():
+            assert_same(actual[key], value, f"{name} {key}")
+    else:
+        assert actual == expected, name
+
+
+# ---- the tests ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_scores_equal_brute_force(name, tmp_path):
+    Asked(CASES[name], tmp_path).check()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_right_is_refused_with_cause_and_way_out(name, tmp_path):
+    asked = Asked(CASES[name], tmp_path)
+    with untouched(asked.module), pytest.raises((ValueError, TypeError)) as caught:
+        asked.attributor.score(GradientDot(), asked.queries)
+    for fragment in asked.case.says:
+        assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize("name", WITH_WAY_OUT)
+def test_the_way_out_of_a_refusal_is_right(name, tmp_path):
+    case = CASES[name]
+    Asked(replace(case, loss=case.way_out, expected="right"), tmp_path).check()
+
+
+def test_random_transforms_give_the_same_scores_twice(tmp_path):
+    asked = Asked(CASES["random transforms"], tmp_path)
+    first = asked.attributor.score(GradientDot(), asked.queries).values
+    torch.manual_seed(99)
+    again = Attributor(asked.module, asked.loader, batch_size=5).score(GradientDot(), asked.queries).values
+    torch.testing.assert_close(again, first)
+
+
+def outcome(case):
+    """What happens, in words: for the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            Asked(case, Path(folder)).check()
+        except (ValueError, TypeError) as error:
+            text = str(error)
+            missing = [fragment for fragment in case.says if fragment not in text]
+            return "refused" if case.expected == "refused" and not missing else f"unexpected: {text}"
+        except (AssertionError, RuntimeError) as error:
+            return f"wrong: {error}"
+        return "right" if case.expected == "right" else "wrong: was to be refused"
+
+
+def table():
+    """Markdown: every case with its outcome."""
+    lines = ["| case | outcome |", "| --- | --- |"]
+    for name, case in CASES.items():
+        way_out = " (right with `loss=`)" if case.way_out is not None else ""
+        lines.append(f"| {name} | {outcome(case)}{way_out} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    start = time.perf_counter()
+    print(table())
+    print(f"{len(CASES)} cases in {time.perf_counter() - start:.0f} s", file=sys.stderr)
