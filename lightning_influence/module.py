@@ -229,7 +229,10 @@ def isolated_random_state() -> Iterator[None]:
 def seed_for(seed: int, example: int) -> None:
     """One random state an example, so that two calls agree even with random transforms."""
     mixed = (seed * 0x9E3779B97F4A7C15 + (example + 1) * 0xD1B54A32D192ED03) % 2**63
-    torch.manual_seed(mixed)
+    # Not `torch.manual_seed`: it queues a call with a stack trace for every kind of device that is not there (1 ms).
+    torch.default_generator.manual_seed(mixed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(mixed)
     random.seed(mixed)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
