@@ -153,6 +153,8 @@ class Setting:
         exposure = trajectory.exposure(
             index, self.engine.reduction.coefficient(), self.n_train, self.batches_per_epoch
         )[:, self.ids.start : self.ids.stop]
+        if not trajectory.has_batch_order:
+            self.note("The batch order is not known: every example counts with its expected share of the steps.")
         rates = torch.tensor(trajectory.learning_rates(index), dtype=torch.float64)
         return Stage(checkpoint.step, exposure, rates, self)
 

@@ -18,7 +18,7 @@ from lightning_influence import (
     driver,
     session,
 )
-from tests.fits import QUIET
+from fits import QUIET
 
 
 class Net(pl.LightningModule):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_influence import Evidence, GradientDot, Influence, Method, Scores, SelfScores, TracInCP
-from tests.fits import QUIET
+from fits import QUIET
 
 
 def make_net(package):
