@@ -34,7 +34,8 @@ torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 full = "full" in sys.argv
 influence = Influence(dirpath=folder / "influence", every_n_train_steps=4)
-keep = [] if full else [ModelCheckpoint(folder / "ckpt", every_n_train_steps=3, save_top_k=1, save_last=True)]
+# at the ends of epochs: a plain DataLoader begins an epoch anew when a fit resumes in the middle of it
+keep = [] if full else [ModelCheckpoint(folder / "ckpt", every_n_train_steps=6, save_top_k=1, save_last=True)]
 last = folder / "ckpt" / "last.ckpt"
 module = seeded(Net, momentum=0.9, schedule="epoch")
 fit(
