@@ -1,4 +1,4 @@
-"""A slow fit in a process of its own, to be killed or starved: python victim.py FOLDER [full]."""
+"""A slow fit in a process of its own, to be killed or starved: python victim.py FOLDER [full | alone]."""
 
 import resource
 import sys
@@ -32,7 +32,7 @@ def show(message, category, *_, **__):
 warnings.showwarning = show
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
-full = "full" in sys.argv
+full = "full" in sys.argv or "alone" in sys.argv  # without checkpoints of Lightning's own
 influence = Influence(dirpath=folder / "influence", every_n_train_steps=4)
 # at the ends of epochs: a plain DataLoader begins an epoch anew when a fit resumes in the middle of it
 keep = [] if full else [ModelCheckpoint(folder / "ckpt", every_n_train_steps=6, save_top_k=1, save_last=True)]

@@ -151,6 +151,16 @@ def test_two_fits_at_once_on_one_folder_are_two_runs(tmp_path):
     assert sorted(int(run.name[4:]) for run in runs) == list(range(40))
 
 
+@pytest.mark.slow
+def test_two_processes_at_once_on_one_folder_do_not_meet(tmp_path):
+    both = [victim(tmp_path, "alone"), victim(tmp_path, "alone")]
+    for process in both:
+        finish(process)
+    one, other = (Trajectory.load(tmp_path / "influence" / run) for run in ("run-0", "run-1"))
+    assert one.finished
+    assert_same(one, other)
+
+
 # ---- accidents, in processes of their own ----
 
 
