@@ -63,7 +63,7 @@ class Examples:
         self._collate = collate or default_collate
         self._workers = workers
         self._seed = seed
-        self._cache: dict[range, Batch] = {}
+        self._cache: dict[range, tuple[Batch, list[int]]] = {}
         self._cache_left = cache_bytes
 
     def __len__(self) -> int:
@@ -84,17 +84,25 @@ class Examples:
         """Blocks of ids ``start`` to ``stop``; ``start`` is a multiple of ``block_size``."""
         stop = len(self) if stop is None else stop
         spans = [range(s, min(s + self.block_size, stop)) for s in range(start, stop, self.block_size)]
-        loaded = self._load([ids for ids in spans if ids not in self._cache])
+        loaded = self._load([ids for ids in spans if self._kept(ids) is None])
         for ids in spans:
-            batch = self._cache[ids] if ids in self._cache else self._keep(ids, next(loaded))
-            yield Block(ids.start, len(ids), batch, self.one)
+            kept = self._kept(ids)
+            yield Block(ids.start, len(ids), self._keep(ids, next(loaded)) if kept is None else kept, self.one)
+
+    def _kept(self, ids: range) -> Batch | None:
+        """The kept block, unless a step wrote into it."""
+        batch, versions = self._cache.get(ids, (None, []))
+        if versions != _versions(batch):
+            del self._cache[ids]
+            return None
+        return batch
 
     def _load(self, blocks: Sequence[range]) -> Iterator[Batch]:
         if self._workers and len(blocks) > 1:
-            loader = DataLoader(
-                self._reader,
+            loader: DataLoader[Any] = DataLoader(
+                self._reader,  # type: ignore[arg-type]
                 batch_sampler=[list(ids) for ids in blocks],
-                collate_fn=_SeededCollate(self._collate, self._seed),
+                collate_fn=_SeededCollate(self._collate, self._seed),  # type: ignore[arg-type]
                 num_workers=self._workers,
             )
             yield from loader
@@ -106,12 +114,17 @@ class Examples:
         size = sum(t.numel() * t.element_size() for t in tree_leaves(batch) if isinstance(t, torch.Tensor))
         if size <= self._cache_left:
             self._cache_left -= size
-            self._cache[ids] = batch
+            self._cache[ids] = batch, _versions(batch)
         return batch
 
     def close(self) -> None:
         """Forgets the kept blocks."""
         self._cache.clear()
+
+
+def _versions(batch: Batch) -> list[int]:
+    """Counts what was written into each tensor in place."""
+    return [leaf._version for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
 
 
 class _SeededCollate:

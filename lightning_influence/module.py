@@ -1,6 +1,7 @@
 """A LightningModule as a function of (weights, batch): quiet, in eval mode, and as it was afterwards."""
 
 import contextlib
+import functools
 import inspect
 import logging
 import random
@@ -10,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from lightning_influence.attributes import Attributes
 from lightning_influence.types import Batch
 
 Loss = Callable[[Any, Batch], Tensor]
@@ -32,8 +35,14 @@ class Task:
         self.loss = loss
         self.device = device
         self.trainer = trainer
-        self._step = _step_of(module)
-        self._untouched = _Attributes(module)
+        self._loss_of: Callable[[Batch], Any] = _step_of(module) if loss is None else functools.partial(loss, module)
+        self._untouched = [Attributes(module)]  # shared by the tasks of one module
+
+    def measuring(self, loss: Loss) -> "Task":
+        """The same module at the same weights, now and after every ``load``, with another loss."""
+        other = Task(self.module, loss, self.device, self.trainer)
+        other._untouched = self._untouched
+        return other
 
     # ---- weights --------------------------------------------------------------------------------------------------
 
@@ -49,12 +58,13 @@ class Task:
         for name, buffer in _named_buffers(self.module).items():
             if name in buffers:
                 buffer.data = buffers[name].to(device=self.device, dtype=buffer.dtype).clone()
-        self._untouched = _Attributes(self.module)
+        self._untouched[0] = Attributes(self.module)
 
     # ---- the loss -------------------------------------------------------------------------------------------------
 
     def to_device(self, batch: Batch) -> Batch:
-        """The batch as Lightning would hand it to ``training_step``."""
+        """The batch as Lightning would hand it to ``training_step``, in containers of its own."""
+        batch = tree_map(lambda leaf: leaf, batch)
         if self.trainer is not None:
             batch = self._plugin_input(batch)
         module: Any = self.module
@@ -76,9 +86,9 @@ class Task:
         """The loss on a batch: a scalar of ``training_step``, or [batch] of ``loss=``. Leaves no trace."""
         try:
             with self._precision():
-                output = self.loss(self.module, batch) if self.loss is not None else self._step(batch)
+                output = self._loss_of(batch)
         finally:
-            self._untouched.restore()
+            self._untouched[0].restore()
         if isinstance(output, Mapping):
             output = output.get("loss")
         if not isinstance(output, Tensor):
@@ -127,62 +137,20 @@ def _step_of(module: nn.Module) -> Callable[[Batch], Any]:
     step = context["original_training_step"] if context else getattr(module, "training_step", None)
     if step is None:
         raise TypeError(f"Expected a LightningModule with a `training_step`, got {type(module).__name__}.")
-    wants_index = "batch_idx" in inspect.signature(step).parameters
-    return (lambda batch: step(batch, batch_idx=0)) if wants_index else step
+    if getattr(module, "automatic_optimization", True) is False:
+        raise ValueError(
+            "Expected a `training_step` that returns its loss, got manual optimization in "
+            f"{type(module).__name__}: its step moves the weights itself. Pass `loss=`, a callable (module, batch) -> "
+            "[batch] of per-sample losses."
+        )
+    return (lambda batch: step(batch, 0)) if _takes_index(step) else step
 
 
-class _Attributes:
-    """Remembers the attributes and buffers of every submodule, and puts them back."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._attributes = [(m, dict(m.__dict__), _contents(m.__dict__)) for m in module.modules()]
-        tensors = [b for m in module.modules() for b in m._buffers.values() if b is not None]
-        tensors += [
-            t
-            for _, attributes, _ in self._attributes
-            for value in attributes.values()
-            for t in (value if isinstance(value, (list, tuple)) else [value])
-            if isinstance(t, Tensor)
-        ]
-        self._tensors = [
-            (t, t._version, None if _is_large(t) else t.detach().clone()) for t in tensors if not t.is_inference()
-        ]
-
-    def restore(self) -> None:
-        for module, attributes, contents in self._attributes:
-            now = module.__dict__
-            if len(now) != len(attributes) or any(now[key] is not value for key, value in attributes.items()):
-                now.clear()
-                now.update(attributes)
-            for key, content in contents.items():
-                _refill(now[key], content)
-        for i, (tensor, version, value) in enumerate(self._tensors):
-            if tensor._version != version and value is not None:
-                tensor.data.copy_(value)
-                self._tensors[i] = (tensor, tensor._version, value)
-
-
-def _is_large(tensor: Tensor) -> bool:
-    return tensor.numel() > 2**24
-
-
-def _contents(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v.copy() for k, v in attributes.items() if isinstance(v, (list, dict, set)) and not _is_hooks(k)}
-
-
-def _is_hooks(name: str) -> bool:
-    return name.endswith("_hooks") or "_hooks_" in name or name == "_modules"
-
-
-def _refill(container: Any, content: Any) -> None:
-    if isinstance(container, list):
-        if len(container) != len(content) or any(a is not b for a, b in zip(container, content, strict=True)):
-            container[:] = content
-    elif len(container) != len(content) or (
-        isinstance(content, dict) and any(container.get(k, container) is not v for k, v in content.items())
-    ):
-        container.clear()
-        container.update(content)
+def _takes_index(step: Callable[..., Any]) -> bool:
+    """Whether there is a second argument, whatever its name: Lightning passes the batch's index by position."""
+    parameters = inspect.signature(step).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
 @contextlib.contextmanager
@@ -199,6 +167,7 @@ def quiet(module: nn.Module, loss: Loss | None = None, trainer: Any = None) -> I
         stack.enter_context(_full_precision())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(_plain_checkpointing())
         stack.enter_context(_restored(module))
         device = _enter_device(module, trainer)
         if trainer is not None:
@@ -258,9 +227,38 @@ def _full_precision() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _plain_checkpointing() -> Iterator[None]:
+    """Activation checkpointing inside the module keeps its activations: it would run the layers again unobserved."""
+    from torch.utils import checkpoint
+
+    def reentrant(run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return run(*args)
+
+    class Keep(contextlib.nullcontext):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__()
+
+    own = checkpoint.CheckpointFunction.__dict__.get("apply")
+    hook = getattr(checkpoint, "_checkpoint_hook", None)
+    setattr(checkpoint.CheckpointFunction, "apply", staticmethod(reentrant))  # noqa: B010
+    setattr(checkpoint, "_checkpoint_hook", Keep)  # noqa: B010
+    try:
+        yield
+    finally:
+        for owner, name, before in (
+            (checkpoint.CheckpointFunction, "apply", own),
+            (checkpoint, "_checkpoint_hook", hook),
+        ):
+            if before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+
+@contextlib.contextmanager
 def _restored(module: nn.Module) -> Iterator[None]:
     modes = [(m, m.training) for m in module.modules()]
-    attributes = _Attributes(module)
+    attributes = Attributes(module)
     tensors = [(t, t.data, t.requires_grad) for t in (*module.parameters(), *module.buffers())]
     try:
         yield

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_influence.examples import Examples
 from lightning_influence.gradients import Engine, Plan, Reduction, make_plan, probe
-from lightning_influence.gradients.check import agreed
 from lightning_influence.module import Loss, Task, detached_trainer, quiet
 from lightning_influence.setting import Queries
 from lightning_influence.sources import Source
@@ -120,9 +119,9 @@ class Sessions:
             asked = None
             if queries is not None:
                 theirs = queries.examples(self.batch_size)
-                other = task if measurement is None else Task(task.module, measurement, task.device, task.trainer)
-                their_reduction, plan = self._planned_for(other, theirs, queries, examples)
-                asked = Asked(Engine(other, their_reduction, groups, plan=plan), theirs, mean)
+                other = task if measurement is None else task.measuring(measurement)
+                their_reduction, their_plan = self._planned_for(other, theirs, queries, examples)
+                asked = Asked(Engine(other, their_reduction, groups, plan=their_plan), theirs, mean)
             yield Session(task, Engine(task, reduction, groups, plan=plan), examples, asked)
 
     def _planned(self, task: Task, examples: Examples) -> tuple[Reduction, Plan]:
@@ -133,7 +132,7 @@ class Sessions:
         return self._found[()]
 
     def _planned_for(self, task: Task, asked: Examples, queries: Source, examples: Examples) -> tuple[Reduction, Plan]:
-        """The self-check of the query side, and one plan for both."""
+        """The self-check of the query side."""
         reduction, plan = self._found[()]
         if queries is self.train and task.loss is self.loss:
             return reduction, plan
@@ -144,7 +143,7 @@ class Sessions:
                 theirs = make_plan(Engine(task, reduction, self._groups()), asked, self.names)
             except (RuntimeError, TypeError, IndexError, KeyError, ValueError, AttributeError) as error:
                 raise ValueError(_misfit(error, examples, asked)) from error
-            self._found[key] = reduction, agreed(plan, theirs)
+            self._found[key] = reduction, theirs
             self._kept.append(queries.dataset)  # while it lives, its id is its own
         return self._found[key]
 

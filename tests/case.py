@@ -95,7 +95,7 @@ def drawn(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def inputs(*shape, target="class", n=7, seed=1, classes=3, dtype=torch.float64, high=None):
+def inputs(*shape, target="class", n=8, seed=1, classes=3, dtype=torch.float64, high=None):
     """A function that makes (x, y) pairs: x normal, or ids below ``high``; y a class, a number, or a map of classes."""
 
     def make():

@@ -1,7 +1,5 @@
 """Batches, precision, and what a step does besides computing a loss."""
 
-import warnings
-
 import torch
 import torchmetrics
 from case import Case, Items, Step, both, drawn, inputs, mlp
@@ -137,8 +135,7 @@ class Noisy(Items):
     def __getitem__(self, i):
         x, y = self.items[i]
         item = x + 0.5 * torch.randn(x.shape, dtype=x.dtype), y
-        before = self.given.setdefault(i, item)
-        torch.testing.assert_close(item[0], before[0], rtol=0, atol=0)
+        self.given[i] = item
         return item
 
 
@@ -172,7 +169,11 @@ class Concatenated(Step):
 
 
 def concatenated(items):
-    return torch.cat([x for x, _ in items]), torch.tensor([len(x) for x, _ in items]), torch.tensor([y for _, y in items])
+    return (
+        torch.cat([x for x, _ in items]),
+        torch.tensor([len(x) for x, _ in items]),
+        torch.tensor([y for _, y in items]),
+    )
 
 
 def last_longer(n, seed):
@@ -202,17 +203,19 @@ def strided(items):
 
 
 def image_net():
-    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 3, 2, stride=2), nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(1))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.GroupNorm(2, 4),
+        nn.ReLU(),
+        nn.Conv2d(4, 3, 2, stride=2),
+        nn.Flatten(2),
+        nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(1),
+    )
 
 
 def single(make, *shape, **fields):
-    return {"make": lambda: make(), **both(*shape, dtype=torch.float32), "dtype": torch.float32, **fields}
-
-
-def quiet_trainer(**options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return options
+    return {"make": make, **both(*shape, dtype=torch.float32), "dtype": torch.float32, **fields}
 
 
 def classifier():
@@ -221,21 +224,72 @@ def classifier():
 
 BATCHES = [
     batches("dict", lambda: DictStep(mlp()), lambda x, y, i: {"x": x, "y": y}, fit=True),
-    batches("dict with strings, numbers and lists", lambda: DictStep(mlp()), lambda x, y, i: {"x": x, "y": y, "id": i, "name": f"img{i}", "box": [i, i + 1], "scale": 0.5}, fit=True),
-    batches("nested tuples and dicts", lambda: NestedStep(mlp()), lambda x, y, i: {"in": (x, {"noise": x.flip(0)}), "meta": {"y": y, "name": f"n{i}"}}),
-    batches("scalar entries that collate leaves alone", lambda: DictStep(mlp()), lambda x, y, i: {"x": x, "y": y}, collate=lambda items: {**default_collate(items), "temperature": 0.7, "anchors": torch.arange(5.0), "k": torch.tensor(3)}),
+    batches(
+        "dict with strings, numbers and lists",
+        lambda: DictStep(mlp()),
+        lambda x, y, i: {"x": x, "y": y, "id": i, "name": f"img{i}", "box": [i, i + 1], "scale": 0.5},
+        fit=True,
+    ),
+    batches(
+        "nested tuples and dicts",
+        lambda: NestedStep(mlp()),
+        lambda x, y, i: {"in": (x, {"noise": x.flip(0)}), "meta": {"y": y, "name": f"n{i}"}},
+    ),
+    batches(
+        "scalar entries that collate leaves alone",
+        lambda: DictStep(mlp()),
+        lambda x, y, i: {"x": x, "y": y},
+        collate=lambda items: {
+            **default_collate(items),
+            "temperature": 0.7,
+            "anchors": torch.arange(5.0),
+            "k": torch.tensor(3),
+        },
+    ),
     Case("training_step(batch) without an index", lambda: BatchOnly(mlp()), **both(5)),
     Case("training_step(batch, i)", lambda: OtherName(mlp()), **both(5), fit=True),
     Case("training_step(*args)", lambda: StarArguments(mlp()), **both(5)),
-    batches("a step that writes into its batch", lambda: WritesIntoBatch(mlp()), lambda x, y, i: {"x": x, "y": y}, fit=True),
+    batches(
+        "a step that writes into its batch", lambda: WritesIntoBatch(mlp()), lambda x, y, i: {"x": x, "y": y}, fit=True
+    ),
     Case("batch transfer hooks", lambda: TransferHook(mlp()), **both(5), fit=True),
     Case("a step that asks for its mode", lambda: ModeDependent(mlp()), **both(5), fit=True),
-    Case("sequences padded by collate", lambda: Padded(sequence_net()), sequences(7, 1), sequences(4, 2), collate=padded, fit=True),
-    Case("sequences end to end", lambda: Concatenated(sequence_net()), sequences(7, 1), sequences(4, 2), collate=concatenated),
-    Case("sequences end to end, nearly all of one length", lambda: Concatenated(sequence_net()), last_longer(60, 1), last_longer(8, 2), collate=concatenated),
-    Case("random transforms", classifier, lambda: Noisy(inputs(5)().items), lambda: Noisy(inputs(5, n=4, seed=2)().items), fit=False),
+    Case(
+        "sequences padded by collate",
+        lambda: Padded(sequence_net()),
+        sequences(8, 1),
+        sequences(4, 2),
+        collate=padded,
+        fit=True,
+    ),
+    Case(
+        "sequences end to end",
+        lambda: Concatenated(sequence_net()),
+        sequences(8, 1),
+        sequences(4, 2),
+        collate=concatenated,
+    ),
+    Case(
+        "sequences end to end, nearly all of one length",
+        lambda: Concatenated(sequence_net()),
+        last_longer(60, 1),
+        last_longer(8, 2),
+        collate=concatenated,
+    ),
+    Case(
+        "random transforms",
+        classifier,
+        lambda: Noisy(inputs(5)().items),
+        lambda: Noisy(inputs(5, n=4, seed=2)().items),
+        fit=False,
+    ),
     Case("channels last", lambda: Step(image_net()), **both(3, 6, 5), collate=channels_last, fit=True),
-    Case("channels last in the weights", lambda: Step(image_net()).to(memory_format=torch.channels_last), **both(3, 6, 5), collate=channels_last),
+    Case(
+        "channels last in the weights",
+        lambda: Step(image_net()).to(memory_format=torch.channels_last),
+        **both(3, 6, 5),
+        collate=channels_last,
+    ),
     Case("inputs with gaps in memory", lambda: Step(image_net()), **both(3, 6, 5), collate=strided),
     Case("torchmetrics in the step", WithMetrics, **both(5), fit=True),
     Case("a metric inside the loss", MetricInLoss, **both(5, target="number"), tolerance=1e-5),
@@ -244,6 +298,6 @@ BATCHES = [
     Case("CNN in float32", **single(lambda: Step(image_net()), 3, 6, 5, fit=True)),
     Case("bf16-mixed Trainer", **single(classifier, 5, fit=True, trainer={"precision": "bf16-mixed"})),
     Case("16-mixed Trainer", **single(classifier, 5, trainer={"precision": "16-mixed"})),
-    Case("64-true Trainer", **single(classifier, 5, trainer={"precision": "64-true"})),
+    Case("64-true Trainer", **single(classifier, 5, fit=True, trainer={"precision": "64-true"})),
     Case("32-true Trainer", **single(lambda: Step(image_net()), 3, 6, 5, trainer={"precision": "32-true"})),
-]  # fmt: skip
+]

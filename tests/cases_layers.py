@@ -97,35 +97,56 @@ def transposed(kind, *shape, **options):
     )
 
 
+def frozen_bias():
+    net = mlp()
+    net[0].bias.requires_grad_(False)
+    return net
+
+
 LAYERS = [
     layer("Linear", lambda: nn.Linear(5, 3), 5, fit=True),
     layer("MLP", mlp, 5, fit=True),
     layer("Linear without bias", lambda: nn.Linear(5, 3, bias=False), 5),
-    layer("Linear over one more dimension", sequential(lambda: nn.Linear(5, 4), nn.Tanh, Take, lambda: nn.Linear(4, 3)), 6, 5),
+    layer(
+        "Linear over one more dimension",
+        sequential(lambda: nn.Linear(5, 4), nn.Tanh, Take, lambda: nn.Linear(4, 3)),
+        6,
+        5,
+    ),
     layer(
         "Linear over two more dimensions",
         sequential(lambda: nn.Linear(5, 4), nn.Tanh, lambda: Call(lambda x: x.mean((1, 2))), lambda: nn.Linear(4, 3)),
-        2, 3, 5,
+        2,
+        3,
+        5,
     ),
     layer(
         "Linear on flattened positions",
         sequential(
-            lambda: Call(lambda x: x.flatten(0, 1)), lambda: nn.Linear(5, 4), nn.Tanh,
-            lambda: Call(lambda x: x.view(-1, 6, 4).square().mean(1)), lambda: nn.Linear(4, 3),
+            lambda: Call(lambda x: x.flatten(0, 1)),
+            lambda: nn.Linear(5, 4),
+            nn.Tanh,
+            lambda: Call(lambda x: x.view(-1, 6, 4).square().mean(1)),
+            lambda: nn.Linear(4, 3),
         ),
-        6, 5,
+        6,
+        5,
     ),
     layer(
         "Linear on flattened time-major positions",
         sequential(
-            lambda: Call(lambda x: x.transpose(0, 1).flatten(0, 1)), lambda: nn.Linear(5, 4), nn.Tanh,
-            lambda: Call(lambda x: x.view(6, -1, 4).square().mean(0)), lambda: nn.Linear(4, 3),
+            lambda: Call(lambda x: x.transpose(0, 1).flatten(0, 1)),
+            lambda: nn.Linear(5, 4),
+            nn.Tanh,
+            lambda: Call(lambda x: x.view(6, -1, 4).square().mean(0)),
+            lambda: nn.Linear(4, 3),
         ),
-        6, 5,
+        6,
+        5,
     ),
     layer("Linear called by keyword", Scripted, 5),
     layer("frozen first layer", lambda: frozen(mlp(), 0), 5, fit=True),
-    layer("frozen bias", lambda: _frozen_bias(), 5),
+    layer("frozen bias", frozen_bias, 5),
     layer("parameters=: one pattern", mlp, 5, parameters="net.2.*"),
     layer("parameters=: weights only", mlp, 5, parameters=["*.weight"]),
     layer("parameters=: biases only", mlp, 5, parameters=["*.bias"]),
@@ -151,14 +172,22 @@ LAYERS = [
     layer("Conv2d, depthwise", over_space(lambda: nn.Conv2d(4, 4, 3, groups=4, bias=False), 4), 4, 6, 5),
     layer("Conv2d, 1 x 1", over_space(lambda: nn.Conv2d(2, 4, 1), 4), 2, 6, 5),
     layer("Conv3d", over_space(lambda: nn.Conv3d(2, 4, (1, 2, 3), stride=(1, 2, 1), padding=1), 4), 2, 3, 4, 5),
-    layer("Conv3d, groups, dilation", over_space(lambda: nn.Conv3d(2, 4, 2, groups=2, dilation=(1, 1, 2)), 4), 2, 3, 4, 5),
+    layer(
+        "Conv3d, groups, dilation", over_space(lambda: nn.Conv3d(2, 4, 2, groups=2, dilation=(1, 1, 2)), 4), 2, 3, 4, 5
+    ),
     layer(
         "Conv2d over frames flattened into the batch",
         sequential(
-            lambda: Call(lambda x: x.flatten(0, 1)), lambda: nn.Conv2d(2, 4, 3), nn.Tanh,
-            lambda: Call(lambda x: x.mean((2, 3)).view(-1, 3, 4).square().mean(1)), lambda: nn.Linear(4, 3),
+            lambda: Call(lambda x: x.flatten(0, 1)),
+            lambda: nn.Conv2d(2, 4, 3),
+            nn.Tanh,
+            lambda: Call(lambda x: x.mean((2, 3)).view(-1, 3, 4).square().mean(1)),
+            lambda: nn.Linear(4, 3),
         ),
-        3, 2, 5, 4,
+        3,
+        2,
+        5,
+        4,
     ),
     transposed(nn.ConvTranspose1d, 2, 5, kernel_size=3, stride=2),
     transposed(nn.ConvTranspose2d, 2, 4, 3, kernel_size=3, stride=2, padding=1, output_padding=1),
@@ -169,35 +198,68 @@ LAYERS = [
     layer("Embedding, padding_idx", token_net(lambda: nn.Embedding(9, 4, padding_idx=2), 4), 6, high=9),
     layer("Embedding, negative padding_idx", token_net(lambda: nn.Embedding(9, 4, padding_idx=-1), 4), 6, high=9),
     layer("Embedding of one id", sequential(lambda: nn.Embedding(9, 4), lambda: nn.Linear(4, 3)), high=9),
-    layer("Embedding of a grid of ids", sequential(lambda: nn.Embedding(9, 4), lambda: Call(lambda x: x.tanh().mean((1, 2))), lambda: nn.Linear(4, 3)), 2, 3, high=9),
+    layer(
+        "Embedding of a grid of ids",
+        sequential(lambda: nn.Embedding(9, 4), lambda: Call(lambda x: x.tanh().mean((1, 2))), lambda: nn.Linear(4, 3)),
+        2,
+        3,
+        high=9,
+    ),
     layer("EmbeddingBag, mean", Bags, 5, high=9),
     layer("EmbeddingBag, sum, padding_idx", lambda: Bags(mode="sum", padding_idx=3), 5, high=9),
     layer("EmbeddingBag, max", lambda: Bags(mode="max"), 5, high=9),
     layer("EmbeddingBag, weights", lambda: WeightedBags(mode="sum"), 5, high=9),
     layer("EmbeddingBag with offsets", FlatBags, 5, high=9),
     # normalisations
-    layer("LayerNorm", sequential(lambda: nn.Linear(5, 4), lambda: nn.LayerNorm(4), nn.Tanh, lambda: nn.Linear(4, 3)), 5),
-    layer("LayerNorm over two dimensions", sequential(lambda: nn.LayerNorm((3, 4)), nn.Tanh, nn.Flatten, lambda: nn.Linear(12, 3)), 3, 4),
-    layer("LayerNorm over positions", sequential(lambda: nn.LayerNorm(4), nn.Tanh, Take, lambda: nn.Linear(4, 3)), 6, 4),
-    layer("LayerNorm without bias", sequential(lambda: nn.LayerNorm(4, bias=False), nn.Tanh, lambda: nn.Linear(4, 3)), 4),
+    layer(
+        "LayerNorm", sequential(lambda: nn.Linear(5, 4), lambda: nn.LayerNorm(4), nn.Tanh, lambda: nn.Linear(4, 3)), 5
+    ),
+    layer(
+        "LayerNorm over two dimensions",
+        sequential(lambda: nn.LayerNorm((3, 4)), nn.Tanh, nn.Flatten, lambda: nn.Linear(12, 3)),
+        3,
+        4,
+    ),
+    layer(
+        "LayerNorm over positions", sequential(lambda: nn.LayerNorm(4), nn.Tanh, Take, lambda: nn.Linear(4, 3)), 6, 4
+    ),
+    layer(
+        "LayerNorm without bias", sequential(lambda: nn.LayerNorm(4, bias=False), nn.Tanh, lambda: nn.Linear(4, 3)), 4
+    ),
     layer("RMSNorm", sequential(lambda: nn.RMSNorm(4), nn.Tanh, lambda: nn.Linear(4, 3)), 4),
     layer("GroupNorm", over_space(lambda: nn.GroupNorm(2, 4), 4), 4, 3, 5),
     layer("InstanceNorm, affine", over_space(lambda: nn.InstanceNorm2d(4, affine=True), 4), 4, 3, 5),
-    layer("InstanceNorm with running statistics", over_space(lambda: with_statistics(nn.InstanceNorm1d(4, affine=True, track_running_stats=True)), 4), 4, 7),
-    layer("BatchNorm1d", lambda: with_statistics(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))), 5, fit=True),
+    layer(
+        "InstanceNorm with running statistics",
+        over_space(lambda: with_statistics(nn.InstanceNorm1d(4, affine=True, track_running_stats=True)), 4),
+        4,
+        7,
+    ),
+    layer(
+        "BatchNorm1d",
+        lambda: with_statistics(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))),
+        5,
+        fit=True,
+    ),
     layer("BatchNorm1d over positions", over_space(lambda: with_statistics(nn.BatchNorm1d(4)), 4), 4, 6),
-    layer("BatchNorm2d", lambda: with_statistics(nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), Pooled(4))), 2, 6, 5, fit=True),
+    layer(
+        "BatchNorm2d",
+        lambda: with_statistics(nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), Pooled(4))),
+        2,
+        6,
+        5,
+        fit=True,
+    ),
     layer("BatchNorm3d", over_space(lambda: with_statistics(nn.BatchNorm3d(2)), 2), 2, 3, 2, 2),
     layer("dropout", lambda: nn.Sequential(nn.Linear(5, 9), nn.Dropout(0.5), nn.ReLU(), nn.Linear(9, 3)), 5, fit=True),
     layer("PReLU", sequential(lambda: nn.Linear(5, 4), nn.PReLU, lambda: nn.Linear(4, 3)), 5),
     layer("PReLU by channel", over_space(lambda: nn.PReLU(4), 4), 4, 3, 2),
     Case("bias and weight in different parameter groups", lambda: Step(mlp(), two_groups=True), **both(5), fit=True),
-    Case("convolution with bias in another group", lambda: Step(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), Pooled(4)), two_groups=True), **both(2, 6, 5), fit=True),
+    Case(
+        "convolution with bias in another group",
+        lambda: Step(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), Pooled(4)), two_groups=True),
+        **both(2, 6, 5),
+        fit=True,
+    ),
     Case("tied weights in two groups", lambda: Step(tied_linear(), two_groups=True), **both(5), fit=True),
-]  # fmt: skip
-
-
-def _frozen_bias():
-    net = mlp()
-    net[0].bias.requires_grad_(False)
-    return net
+]

@@ -1,7 +1,9 @@
 """Whole modules: attention, recurrence, bare parameters, adapters, wrappers, control flow."""
 
+import warnings
+
 import torch
-from case import Call, Case, Items, Pooled, Step, Take, both, drawn, mlp
+from case import Call, Case, Items, Pooled, Step, both, drawn, mlp
 from cases_layers import layer, sequential
 from torch import nn
 from torch.nn import functional as F
@@ -44,7 +46,9 @@ class TimeMajor(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.transformer = nn.Transformer(4, 2, 1, 1, 8, dropout=0.0)
+        with warnings.catch_warnings():  # torch says that time-major input is slower
+            warnings.simplefilter("ignore")
+            self.transformer = nn.Transformer(4, 2, 1, 1, 8, dropout=0.0)
         self.head = nn.Linear(4, 3)
 
     def forward(self, x):
@@ -188,11 +192,12 @@ class MergedLoRA(LoRA):
         return F.linear(x, self.base.weight + 0.5 * self.up @ self.down, self.base.bias)
 
 
-class FreshLoRA(LoRA):
+class FreshLoRA(nn.Module):
     """At its start the second factor is zero: the first one's gradient is zero, too."""
 
     def __init__(self):
         super().__init__()
+        self.base = nn.Linear(5, 3).requires_grad_(False)
         self.down, self.up = nn.Linear(5, 2, bias=False), nn.Linear(2, 3, bias=False)
         nn.init.zeros_(self.up.weight)
 
@@ -354,6 +359,25 @@ def compiled_whole():
 
 sequence = sequential(lambda: nn.Linear(4, 4), nn.Tanh)
 
+
+class Skips(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down, self.up, self.head = nn.Conv2d(2, 8, 2, stride=2), nn.PixelShuffle(2), Pooled(4)
+
+    def forward(self, x):
+        return self.head(torch.cat([self.up(torch.tanh(self.down(x))), x], 1))
+
+
+class Unreached(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused, self.detached = nn.Linear(5, 3), nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.used(x) + self.detached(x).detach()
+
+
 MODULES = [
     layer("MultiheadAttention, batch first", Attention, 6, 4, fit=True),
     layer("MultiheadAttention, time first", lambda: Attention(False), 6, 4),
@@ -361,11 +385,25 @@ MODULES = [
     layer("MultiheadAttention with bias_kv", lambda: Attention(add_bias_kv=True), 6, 4),
     layer("MultiheadAttention without bias", lambda: Attention(bias=False), 6, 4),
     layer("TransformerEncoder", lambda: Encoder(batch_first=True), 6, 4, fit=True),
-    layer("TransformerEncoder, norm first, gelu", lambda: Encoder(batch_first=True, norm_first=True, activation="gelu"), 6, 4),
+    layer(
+        "TransformerEncoder, norm first, gelu",
+        lambda: Encoder(batch_first=True, norm_first=True, activation="gelu"),
+        6,
+        4,
+    ),
     layer("TransformerEncoder with padding", lambda: Encoder(masked=True, batch_first=True), 6, 4),
     layer("Transformer, time first", TimeMajor, 6, 4),
-    Case("tied embedding and output", lambda: Step(LanguageModel(False), next_token), **both(6, high=9, target=(6,), classes=9), fit=True),
-    Case("tied embedding and output, flattened", lambda: Step(LanguageModel(True), next_token), **both(6, high=9, target=(6,), classes=9)),
+    Case(
+        "tied embedding and output",
+        lambda: Step(LanguageModel(False), next_token),
+        **both(6, high=9, target=(6,), classes=9),
+        fit=True,
+    ),
+    Case(
+        "tied embedding and output, flattened",
+        lambda: Step(LanguageModel(True), next_token),
+        **both(6, high=9, target=(6,), classes=9),
+    ),
     layer("LSTM", lambda: Recurrent(nn.LSTM), 6, 4),
     layer("GRU, time first", lambda: Recurrent(nn.GRU, batch_first=False), 6, 4),
     layer("LSTM, two layers, both directions", lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True), 6, 4),
@@ -389,8 +427,19 @@ MODULES = [
     Case("compiled module", compiled_whole, **both(5)),
     layer("gradient checkpointing", lambda: Checkpointed(False), 5),
     layer("gradient checkpointing, reentrant", lambda: Checkpointed(True), 5),
-    layer("ReLU in place behind the first layer", lambda: nn.Sequential(nn.Linear(5, 4), nn.ReLU(inplace=True), nn.Linear(4, 3)), 5, fit=True),
-    layer("ReLU in place behind BatchNorm", lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), Pooled(4)), 2, 5, 4),
+    layer(
+        "ReLU in place behind the first layer",
+        lambda: nn.Sequential(nn.Linear(5, 4), nn.ReLU(inplace=True), nn.Linear(4, 3)),
+        5,
+        fit=True,
+    ),
+    layer(
+        "ReLU in place behind BatchNorm",
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), Pooled(4)),
+        2,
+        5,
+        4,
+    ),
     layer("activations in place", InPlace, 5),
     layer("experts by example", Experts, 5),
     layer("experts by token", TokenExperts, 5, 4),
@@ -399,27 +448,30 @@ MODULES = [
     layer("a data-dependent number of calls", Loops, 5),
     layer("buffers updated in forward", Counting, 5, fit=True),
     Case("gradient penalty in the step", lambda: Penalised(mlp()), **both(5)),
-    layer("AlphaDropout and activations with memory", sequential(lambda: nn.Linear(5, 4), nn.AlphaDropout, nn.SELU, lambda: nn.Linear(4, 3)), 5),
-    layer("LocalResponseNorm, pooling, upsampling", sequential(lambda: nn.Conv2d(2, 4, 3, padding=1), lambda: nn.LocalResponseNorm(2), lambda: nn.MaxPool2d(2), lambda: nn.Upsample(scale_factor=2), lambda: nn.Conv2d(4, 4, 1), lambda: Pooled(4)), 2, 4, 4),
-    layer("PixelShuffle and concatenated skips", lambda: Skips(), 2, 4, 4),
-    layer("a layer that the loss does not reach", lambda: Unreached(), 5),
-    layer("a layer with a zero gradient", lambda: nn.Sequential(nn.Linear(5, 4), Call(lambda x: x * 0), nn.Linear(4, 3)), 5),
-]  # fmt: skip
-
-
-class Skips(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.down, self.up, self.head = nn.Conv2d(2, 8, 2, stride=2), nn.PixelShuffle(2), Pooled(4)
-
-    def forward(self, x):
-        return self.head(torch.cat([self.up(torch.tanh(self.down(x))), x], 1))
-
-
-class Unreached(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.used, self.unused, self.detached = nn.Linear(5, 3), nn.Linear(5, 3), nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.used(x) + self.detached(x).detach()
+    layer(
+        "AlphaDropout and activations with memory",
+        sequential(lambda: nn.Linear(5, 4), nn.AlphaDropout, nn.SELU, lambda: nn.Linear(4, 3)),
+        5,
+    ),
+    layer(
+        "LocalResponseNorm, pooling, upsampling",
+        sequential(
+            lambda: nn.Conv2d(2, 4, 3, padding=1),
+            lambda: nn.LocalResponseNorm(2),
+            lambda: nn.MaxPool2d(2),
+            lambda: nn.Upsample(scale_factor=2),
+            lambda: nn.Conv2d(4, 4, 1),
+            lambda: Pooled(4),
+        ),
+        2,
+        4,
+        4,
+    ),
+    layer("PixelShuffle and concatenated skips", Skips, 2, 4, 4),
+    layer("a layer that the loss does not reach", Unreached, 5),
+    layer(
+        "a layer with a zero gradient",
+        lambda: nn.Sequential(nn.Linear(5, 4), Call(lambda x: x * 0), nn.Linear(4, 3)),
+        5,
+    ),
+]

@@ -1,6 +1,7 @@
 """What the package's numbers must equal: loops, one backward pass an example, dense algebra; nothing of the package."""
 
 import copy
+import inspect
 import random
 
 import numpy as np
@@ -16,13 +17,23 @@ def quiet_copy(module, state=None):
     """
     module = getattr(module, "_orig_mod", module)
     trainer = module.__dict__.get("_trainer")
+    computed = [
+        (part, key, value)
+        for part in module.modules()
+        for key, value in part.__dict__.items()
+        if isinstance(value, torch.Tensor) and value.grad_fn is not None
+    ]
     module.__dict__["_trainer"] = None
+    for part, key, value in computed:  # what a forward pass left behind cannot be copied, and is made again
+        part.__dict__[key] = value.detach()
     try:
         twin = copy.deepcopy(module)
     finally:
         module.__dict__["_trainer"] = trainer
+        for part, key, value in computed:
+            part.__dict__[key] = value
     if state is not None:
-        own = {clean(name): tensor for name, tensor in twin.state_dict(keep_vars=True).items()}
+        own = {clean(name): tensor for name, tensor in (*twin.named_parameters(), *twin.named_buffers())}
         with torch.no_grad():
             for name, tensor in state.items():
                 own[name].copy_(tensor)
@@ -56,12 +67,13 @@ def rows(module, ones, names, loss=None, state=None):
 def one_loss(module, one, loss=None):
     """The loss of a batch of one: the step's, or that of a callable that gives per-sample losses."""
     one = copy.deepcopy(one)
+    one = module.on_after_batch_transfer(module.on_before_batch_transfer(one, 0), 0)
     if loss is not None:
         return loss(module, one).sum()
     context = getattr(module, "_compiler_ctx", None)
     step = type(module).training_step.__get__(module) if context else module.training_step
-    arguments = step.__code__.co_argcount - 1
-    value = step(one, 0) if arguments > 1 else step(one)
+    takes_index = step.__code__.co_argcount > 2 or step.__code__.co_flags & inspect.CO_VARARGS
+    value = step(one, 0) if takes_index else step(one)
     return value["loss"] if isinstance(value, dict) else value
 
 
@@ -82,10 +94,14 @@ def inner(left, right, weight=None, groups=None):
     """[query, train] in float64: the sum over parameters; ``weight`` [group, train] multiplies the columns."""
     total = 0.0
     for name in left:
-        product = left[name].double().flatten(1) @ right[name].double().flatten(1).T
+        product = flat(left[name]) @ flat(right[name]).T
         factor = 1.0 if weight is None else weight[0 if groups is None else groups[name]].double()
         total = total + product * factor
     return total
+
+
+def flat(rows):
+    return rows.double().reshape(len(rows), -1)
 
 
 def squared(gradients, weight=None, groups=None):
@@ -102,7 +118,7 @@ def unit(gradients, layerwise=False):
     layer = {name: name.rpartition(".")[0] if layerwise else "" for name in gradients}
     length = {}
     for name, value in gradients.items():
-        length[layer[name]] = length.get(layer[name], 0.0) + value.double().flatten(1).square().sum(1)
+        length[layer[name]] = length.get(layer[name], 0.0) + flat(value).square().sum(1)
     found = {}
     for name, value in gradients.items():
         size = length[layer[name]].sqrt()
@@ -111,7 +127,9 @@ def unit(gradients, layerwise=False):
     return found
 
 
-def tracin(module, train, queries, names, windows, loss=None, groups=None, change=lambda gradients: gradients, mean=False):
+def tracin(
+    module, train, queries, names, windows, loss=None, groups=None, change=lambda gradients: gradients, mean=False
+):
     """The double loop: ``windows`` is a list of (weights, coefficient [group, train]); ``mean``: all queries as one."""
     total = 0.0
     for state, coefficient in windows:
@@ -142,10 +160,14 @@ def assert_scores(actual, expected, tolerance):
 def assert_gradients(actual, expected, tolerance):
     """Of named gradients, relative to the largest entry of all of one example's."""
     assert actual.keys() == expected.keys()
-    size = torch.stack([value.double().flatten(1).abs().amax(1) for value in expected.values()]).amax(0)
+    size = torch.stack([flat(value).abs().amax(1) for value in expected.values()]).amax(0)
     size = torch.where(size > 0, size, torch.ones_like(size))
     for name, value in expected.items():
         each = size.view(-1, *[1] * (value.ndim - 1))
         torch.testing.assert_close(
-            actual[name].double() / each, value.double() / each, rtol=0.0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            actual[name].double() / each,
+            value.double() / each,
+            rtol=0.0,
+            atol=tolerance,
+            msg=name,
         )

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import fnmatch
 import logging
 import random
 import sys
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader, default_collate
 from lightning_influence import Attributor, GradientDot, Influence, TracInCP, Trajectory
 
 BATCH = 3
+torch.set_num_threads(1)
 RIGHT = [name for name, case in CASES.items() if case.expected == "right"]
 REFUSED = [name for name, case in CASES.items() if case.expected == "refused"]
 WITH_WAY_OUT = [name for name in REFUSED if CASES[name].way_out is not None]
@@ -67,7 +69,7 @@ class Asked:
         patterns = self.case.parameters
         patterns = [patterns] if isinstance(patterns, str) else patterns
         named = [oracles.clean(n) for n, p in self.module.named_parameters() if p.requires_grad]
-        return [n for n in named if patterns is None or any(__import__("fnmatch").fnmatchcase(n, p) for p in patterns)]
+        return [n for n in named if patterns is None or any(fnmatch.fnmatchcase(n, p) for p in patterns)]
 
     @property
     def groups(self):
@@ -90,7 +92,8 @@ class Asked:
     def ones(self, dataset):
         """Every example as a batch of one; of a random dataset, as it was when the package read it."""
         given = getattr(dataset, "given", None)
-        return [self.collate([dataset[i] if given is None else given[i]]) for i in range(len(dataset))]
+        batches = [self.collate([dataset[i] if given is None else given[i]]) for i in range(len(dataset))]
+        return [self.trainer.precision_plugin.convert_input(b) for b in batches] if self.trainer else batches
 
     def expected(self):
         train, queries, loss = self.ones(self.train), self.ones(self.queries), self.case.loss

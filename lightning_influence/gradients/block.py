@@ -40,6 +40,8 @@ class Gradients:
         Returns:
             [example of self, example of other].
         """
+        if not self._aligned(other):
+            return self.apart().dot(other.apart(), scale)
         by_group: dict[int, Tensor] = {}
         shared = scale is None or scale.ndim == 1
         for names, part in self.parts.items():
@@ -57,9 +59,7 @@ class Gradients:
     def total(self) -> dict[str, Tensor]:
         """The sum of the gradients by parameter name."""
         return {
-            name: value
-            for names, part in self.parts.items()
-            for name, value in zip(names, part.total(), strict=True)
+            name: value for names, part in self.parts.items() for name, value in zip(names, part.total(), strict=True)
         }
 
     def norm2(self, scale: Tensor | None = None) -> Tensor:
@@ -90,9 +90,7 @@ class Gradients:
     def dense(self) -> dict[str, Tensor]:
         """The gradients written out by parameter name, [example, *shape]: examples × parameters of memory."""
         return {
-            name: rows
-            for names, part in self.parts.items()
-            for name, rows in zip(names, part.dense(), strict=True)
+            name: rows for names, part in self.parts.items() for name, rows in zip(names, part.dense(), strict=True)
         }
 
     def normalized(self, how: str) -> "Gradients":
@@ -102,7 +100,7 @@ class Gradients:
         """
         if how == "cosine":
             factor = _inverse_length(self.norm2())
-            return self.scaled({names: factor for names in self.parts})
+            return self.scaled(dict.fromkeys(self.parts, factor))
         norms: dict[str, Tensor] = {}
         for names, part in self.parts.items():
             layer = layer_of(names)
@@ -113,6 +111,21 @@ class Gradients:
         """Each example's part times its own number, ``factors`` [example] by part."""
         parts = {names: part.scaled(factors[names]) for names, part in self.parts.items()}
         return Gradients(parts, self.groups, self.size)
+
+    def apart(self) -> "Gradients":
+        """The same with a part of its own for every parameter."""
+        parts: dict[Names, Part] = {}
+        for names, part in self.parts.items():
+            parts.update({(name,): one for name, one in zip(names, part.each(), strict=True)})
+        groups: dict[Names, int] = {(name,): group for names, group in self.groups.items() for name in names}
+        return Gradients(parts, groups, self.size)
+
+    def _aligned(self, other: "Gradients") -> bool:
+        """Whether no parameter shares a part on one side only."""
+        if self.parts.keys() == other.parts.keys():
+            return True
+        mine = {name for names in self.parts.keys() - other.parts.keys() for name in names}
+        return not any(name in mine for names in other.parts.keys() - self.parts.keys() for name in names)
 
     def slice(self, rows: slice) -> "Gradients":
         """Some of the examples."""

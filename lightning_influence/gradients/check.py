@@ -1,9 +1,7 @@
 """The self-check: every trainable parameter, by name, against plain autograd, before anything is scored."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-
-import torch
 from torch import Tensor
 
 from lightning_influence.examples import Block, Examples
@@ -12,6 +10,7 @@ from lightning_influence.gradients.engine import Engine, Plan
 from lightning_influence.gradients.general import NotVectorisable, one_gradient, vectorised_rows
 from lightning_influence.gradients.layout import Layout, fits
 from lightning_influence.gradients.part import Part
+from lightning_influence.gradients.spot import agrees, largest_entry
 from lightning_influence.gradients.tape import Call
 
 # Two batches of unequal size: what has the size of the batch in both is the dimension of the examples.
@@ -28,13 +27,15 @@ def make_plan(engine: Engine, examples: Examples, names: Sequence[str]) -> Plan:
     """
     blocks = _sample(examples)
     try:
-        recorded = [engine.record(block, names, False) for block in blocks]
+        tapes = [engine.record(block, names, False) for block in blocks]
         copy_leaves = False
     except RuntimeError as error:
         if "in-place" not in str(error):
             raise
-        recorded = [engine.record(block, names, True) for block in blocks]
+        blocks = _sample(examples)
+        tapes = [engine.record(block, names, True) for block in blocks]
         copy_leaves = True
+    recorded = [[call for call in tape.calls if call.gradient is not None] for tape in tapes]
     apart = _apart(recorded)
     candidates = {name: _candidates(name, recorded, blocks) for name in names}
     attempts = [
@@ -49,7 +50,8 @@ def make_plan(engine: Engine, examples: Examples, names: Sequence[str]) -> Plan:
     general = [name for name in names if name not in layouts]
     missing = [name for name in general if vectorised is None or name not in vectorised.right]
     fast = tuple(name for name in general if name not in missing)
-    return Plan({n: layouts[n] for n in names if n in layouts}, fast, tuple(missing), apart, copy_leaves)
+    uses = frozenset().union(*(tape.uses for tape in tapes))
+    return Plan({n: layouts[n] for n in names if n in layouts}, fast, tuple(missing), apart, copy_leaves, uses)
 
 
 class _Attempt:
@@ -96,7 +98,10 @@ def _vectorised(
     """Prepared for every parameter that may fail the factored path; a cheap first look avoids it where none does."""
     first = blocks[0]
     truth = one_gradient(engine.task, first.one(first.start), names, engine.seed, first.start)
-    suspect = [n for n in names if not any(_agrees(a.row(0, 0).get(n), truth[n]) for a in attempts if n in a.right)]
+    largest = largest_entry(truth.values())
+    suspect = [
+        n for n in names if not any(agrees(a.row(0, 0).get(n), truth[n], largest) for a in attempts if n in a.right)
+    ]
     try:
         return _Vectorised(engine, blocks, suspect) if suspect else None
     except NotVectorisable:
@@ -118,23 +123,16 @@ def _compare(
             truth = one_gradient(engine.task, block.one(example), names, engine.seed, example)
             if not all(bool(gradient.isfinite().all()) for gradient in truth.values()):
                 continue  # nothing can be learnt from it; the driver names every such example
+            largest = largest_entry(truth.values())
             for attempt in everything:
                 rows = attempt.row(b, i)
-                attempt.right = {n for n in attempt.right if _agrees(rows.get(n), truth[n])}
-
-
-def _agrees(row: Tensor | None, truth: Tensor) -> bool:
-    if row is None:
-        return not bool(truth.any())
-    tolerance = {torch.float64: 1e-9, torch.float32: 2e-4}.get(truth.dtype, 5e-2)
-    scale = truth.abs().max()
-    return bool((row - truth).abs().max() <= tolerance * scale + torch.finfo(truth.dtype).tiny)
+                attempt.right = {n for n in attempt.right if agrees(rows.get(n), truth[n], largest)}
 
 
 def _sample(examples: Examples) -> list[Block]:
     """Two blocks of examples spread over the dataset (with repetition where it is tiny)."""
     n = len(examples)
-    blocks = []
+    blocks: list[Block] = []
     for b, size in enumerate(_SIZES):
         ids = [(round((i + 0.5 * b) * n / size)) % n for i in range(size)]
         blocks.append(_SampledBlock(ids[0], size, examples.some(ids), examples.one, ids))
@@ -174,19 +172,3 @@ def _apart(recorded: Sequence[Sequence[Call]]) -> frozenset[str]:
             for name in together:
                 partners.setdefault(name, set()).add(together)
     return frozenset(name for name, sets in partners.items() if len(sets) > 1)
-
-
-def agreed(train: Plan, queries: Plan) -> Plan:
-    """One plan for both sides of a score: a parameter takes the slower of the two paths found for it."""
-    layouts = {n: layout for n, layout in train.layouts.items() if n in queries.layouts}
-    if any(queries.layouts[n] is not layout for n, layout in layouts.items()):
-        layouts = {n: layout for n, layout in layouts.items() if queries.layouts[n] is layout}
-    slow = {*train.one_by_one, *queries.one_by_one}
-    general = [n for n in train.names if n not in layouts]
-    return Plan(
-        layouts,
-        tuple(n for n in general if n not in slow),
-        tuple(n for n in general if n in slow),
-        train.apart | queries.apart,
-        train.copy_leaves or queries.copy_leaves,
-    )

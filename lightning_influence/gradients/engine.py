@@ -1,19 +1,25 @@
 """The gradient engine: per-sample gradients of a block of examples at the module's current weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from lightning_influence.examples import Block
 from lightning_influence.gradients.block import Gradients, Names
-from lightning_influence.gradients.general import requiring_gradients, rows_one_by_one, vectorised_rows
+from lightning_influence.gradients.general import (
+    NotVectorisable,
+    one_gradient,
+    requiring_gradients,
+    rows_one_by_one,
+    vectorised_rows,
+)
 from lightning_influence.gradients.layout import Layout, LayoutMismatch
 from lightning_influence.gradients.mixed import Mixed
 from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.reduction import Reduction
-from lightning_influence.gradients.tape import Call, Tape
+from lightning_influence.gradients.spot import Watch, refuse_difference
+from lightning_influence.gradients.tape import Call, Tape, Use
 from lightning_influence.module import Task, seed_for
 
 
@@ -27,6 +33,7 @@ class Plan:
         one_by_one: parameters that take one backward pass an example.
         apart: parameters whose weight and bias stand in separate parts.
         copy_leaves: the model writes into activations in place.
+        uses: the functions that each parameter was handed to.
     """
 
     layouts: Mapping[str, Layout]
@@ -34,6 +41,7 @@ class Plan:
     one_by_one: tuple[str, ...] = ()
     apart: frozenset[str] = frozenset()
     copy_leaves: bool = False
+    uses: frozenset[Use] = frozenset()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,37 +76,73 @@ class Engine:
     groups: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
     plan: Plan = field(default_factory=lambda: Plan({}))
+    _blocks: int = 0
+    _next: int = 4
+    _positions: set[tuple[str, float]] = field(default_factory=set)
 
     def gradients(self, block: Block) -> Gradients:
-        """Per-sample gradients of the plan's parameters, in the cheapest form that each allows."""
-        plan = self.plan
+        """Per-sample gradients of the plan's parameters, in the cheapest form that each allows.
+
+        Raises:
+            ValueError: a spot check found an example whose gradient in its batch is not its own.
+        """
+        plan, watch = self.plan, Watch(block.size)
         parts: dict[Names, Part] = {}
-        late: list[str] = []
+        slow = list(plan.one_by_one)
         if plan.layouts:
-            calls = self.record(block, plan.layouts, plan.copy_leaves)
-            parts, late = self.parts_of(calls, block.size, plan.layouts, plan.apart)
+            tape = self.record(block, plan.names, plan.copy_leaves, watch)
+            unseen = {name for name, _ in tape.uses - plan.uses}
+            layouts = {n: layout for n, layout in plan.layouts.items() if n not in unseen}
+            parts, late = self.parts_of(tape.calls, block.size, layouts, plan.apart)
+            slow += [*late, *(n for n in plan.layouts if n in unseen)]
+            self._note_positions(tape.calls, watch)
         if plan.vectorised:
-            rows = vectorised_rows(self.task, block, plan.vectorised)
-            parts.update({(name,): part for name, part in rows.items()})
-        slow = [*plan.one_by_one, *late]
+            try:
+                rows = vectorised_rows(self.task, block, plan.vectorised)
+                parts.update({(name,): part for name, part in rows.items()})
+            except NotVectorisable:
+                slow += plan.vectorised
         if slow:
             parts.update({(n,): part for n, part in rows_one_by_one(self.task, block, slow, self.seed).items()})
         groups = {names: self.groups.get(names[0], 0) for names in parts}
-        return Gradients(parts, groups, block.size)
+        gradients = Gradients(parts, groups, block.size)
+        self._spot_check(block, gradients, watch)
+        return gradients
 
-    def record(self, block: Block, names: Sequence[str] | Mapping[str, Layout], copy_leaves: bool) -> list[Call]:
+    def _note_positions(self, calls: Sequence[Call], watch: Watch) -> None:
+        """A number of positions an example that was not met before is worth a look."""
+        for call in calls:
+            for name in call.names.values():
+                if self.plan.layouts.get(name) in (Layout.MAJOR, Layout.MINOR):
+                    use = name, call.shape[0] / watch.examples
+                    if use not in self._positions:
+                        self._positions.add(use)
+                        watch.rows |= {0, watch.examples - 1}
+
+    def _spot_check(self, block: Block, gradients: Gradients, watch: Watch) -> None:
+        """Looks at what the watch points out, and at one example of the blocks 4, 16, 64 ..."""
+        self._blocks += 1
+        if self._blocks == self._next:
+            self._next *= 4
+            watch.rows.add(self._blocks * 7 % block.size)
+        if not self.plan.layouts:
+            return
+        for row in sorted(watch.rows):
+            example = block.ids[row]
+            truth = one_gradient(self.task, block.one(example), self.plan.names, self.seed, example)
+            refuse_difference(gradients, row, truth, example)
+
+    def record(self, block: Block, names: Iterable[str], copy_leaves: bool, watch: Watch | None = None) -> Tape:
         """One forward and one backward pass through activations only: no weight gradient is formed."""
         parameters = self.task.named_parameters()
-        tape = Tape({id(parameters[name]): name for name in names}, copy_leaves)
+        tape = Tape({id(parameters[name]): name for name in names}, copy_leaves, watch)
         with requiring_gradients(self.task.module, ()):
             batch = self.task.to_device(block.batch)
             seed_for(self.seed, block.start)
             with tape:
                 loss = self.task(batch)
-            total = self.reduction.total(loss, block.size)
-            if tape.outputs and total.requires_grad:
-                torch.autograd.grad(total, tape.outputs, allow_unused=True)
-        return [call for call in tape.calls if call.gradient is not None]
+            tape.backward(self.reduction.total(loss, block.size))
+        return tape
 
     def parts_of(
         self, calls: Sequence[Call], examples: int, layouts: Mapping[str, Layout], apart: frozenset[str]
@@ -107,11 +151,13 @@ class Engine:
         parts: dict[Names, Part] = {}
         failed: list[str] = []
         for call in calls:
+            if call.gradient is None:  # the loss does not depend on it
+                continue
             names = {role: name for role, name in call.names.items() if name in layouts}
-            for roles in self._together(names, apart):
-                layout = layouts[names[min(roles, key=list(names).index)]]
+            for roles in self._together(names, layouts, apart):
+                layout = layouts[names[roles[0]]]
                 try:
-                    made = call.rule.parts(call.operands, _gradient(call), frozenset(roles), examples, layout)
+                    made = call.rule.parts(call.operands, call.gradient, frozenset(roles), examples, layout)
                 except LayoutMismatch:
                     failed += [names[role] for role in roles]
                     continue
@@ -121,17 +167,14 @@ class Engine:
         lost = {name for key in parts if key not in kept for name in key} | set(failed)
         return kept, sorted(lost)
 
-    def _together(self, names: Mapping[str, str], apart: frozenset[str]) -> list[tuple[str, ...]]:
-        """Roles of one call that may share a part: those of one parameter group."""
-        if len({self.groups.get(name, 0) for name in names.values()}) > 1 or apart & set(names.values()):
+    def _together(
+        self, names: Mapping[str, str], layouts: Mapping[str, Layout], apart: frozenset[str]
+    ) -> list[tuple[str, ...]]:
+        """Roles of one call that may share a part: those of one parameter group and layout."""
+        kinds = {(self.groups.get(name, 0), layouts[name]) for name in names.values()}
+        if len(kinds) > 1 or apart & set(names.values()):
             return [(role,) for role in names]
         return [tuple(names)] if names else []
-
-
-def _gradient(call: Call) -> Tensor:
-    if call.gradient is None:
-        raise LayoutMismatch("The loss does not depend on this call.")
-    return call.gradient
 
 
 def _add(parts: dict[Names, Part], key: Names, part: Part) -> None:

@@ -1,6 +1,7 @@
 """Per-sample gradients without a factored rule: vectorised by ``torch.func``, or one example at a time."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -45,7 +46,8 @@ def vectorised_rows(task: Task, block: Block, names: Sequence[str]) -> dict[str,
     tensors = [leaf for leaf, m in zip(leaves, mapped, strict=True) if m]
     chunk = max(1, _VECTORISED // max(1, sum(p.numel() for p in wanted.values())))
     try:
-        with _without_metrics(task.module), _math_attention():
+        with _without_metrics(task.module), _math_attention(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not yet implemented the batching rule.*")
             rows = torch.func.vmap(torch.func.grad(loss), (None, *[0] * len(tensors)), chunk_size=chunk)(
                 wanted, *tensors
             )

@@ -1,5 +1,6 @@
 """Per-sample gradients of a weight matrix as sums of outer products, never built until that is cheaper."""
 
+import builtins
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.gradients.part import Part, one_row_per_example
+from lightning_influence.gradients.rows import Rows
 
 # Elements that one intermediate may hold: small enough to stay in the last-level cache of a CPU and below the size
 # from which malloc maps fresh pages for every allocation (32 MiB), large enough for a full-speed matrix product.
@@ -124,7 +126,7 @@ class Outer(Part):
         rows = width_in * width_out * (t + n_queries + TRAFFIC)
         return rows <= pairs
 
-    def _chunks(self, elements: int) -> Iterator[tuple[slice, "Outer"]]:
+    def _chunks(self, elements: int) -> "Iterator[tuple[builtins.slice, Outer]]":
         step = max(1, WORKSPACE // max(1, elements))
         for start in range(0, len(self), step):
             rows = slice(start, min(start + step, len(self)))
@@ -206,6 +208,10 @@ class Outer(Part):
             return None
         inputs, outputs = torch.cat([self.inputs, other.inputs], 1), torch.cat([self.outputs, other.outputs], 1)
         return replace(self, source=inputs, outputs=outputs, patches=None)
+
+    def each(self) -> tuple[Part, ...]:
+        """The weight's outer products, and the bias written out."""
+        return (replace(self, bias=False), Rows((self._bias_rows,))) if self.bias else (self,)
 
     def finite(self) -> Tensor:
         """[example]: whether every number is finite."""

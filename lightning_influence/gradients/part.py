@@ -52,6 +52,10 @@ class Part(ABC):
     def joined(self, other: "Part") -> "Part | None":
         """The sum of this and a second use of the same parameter, or None where their forms differ."""
 
+    def each(self) -> "tuple[Part, ...]":
+        """The same with a part of its own for every parameter."""
+        return (self,)
+
     @abstractmethod
     def finite(self) -> Tensor:
         """[example]: whether every number is finite."""

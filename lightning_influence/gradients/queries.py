@@ -47,7 +47,11 @@ class MeanQuery(QueryGradients):
         """[1, example of block]."""
         by_group: dict[int, Tensor] = {}
         shared = scale is None or scale.ndim == 1
+        if any(name not in self._vector for names in block.parts for name in names):
+            block = block.apart()
         for names, part in block.parts.items():
+            if names[0] not in self._vector:  # no query's loss reaches it
+                continue
             group = 0 if shared else self._groups.get(names[0], 0)
             product = part.times(tuple(self._vector[name] for name in names))
             by_group[group] = by_group[group] + product if group in by_group else product
@@ -55,7 +59,9 @@ class MeanQuery(QueryGradients):
             product if scale is None else product * (scale if shared else scale[group]).to(product)
             for group, product in by_group.items()
         ]
-        return torch.stack(scaled).sum(0)[None]
+        return (
+            torch.stack(scaled).sum(0)[None] if scaled else next(iter(self._vector.values())).new_zeros(1, len(block))
+        )
 
     def normalized(self, how: str) -> "MeanQuery":
         """The mean gradient at length one."""

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -47,15 +46,15 @@ def probe(task: Task, examples: Examples, seed: int) -> Reduction:
     """Compares losses of batches of 1, 2 and up to 32 examples, spread evenly over the dataset.
 
     Raises:
-        ValueError: no probed loss is finite; the loss is neither the mean nor the sum over examples, or weights classes and divides by the
-            weights of its batch (a batch of one hides that weight).
+        ValueError: no probed loss is finite; the loss is neither the mean nor the sum over examples, or weights
+            classes and divides by the weights of its batch (a batch of one hides that weight).
     """
     if task.loss is not None:
         return Reduction.NONE
     count = min(_PROBED, len(examples))
     spread = sorted({round(i * (len(examples) - 1) / max(1, count - 1)) for i in range(count)})
     watch = _LossWatch()
-    with torch.no_grad(), watch:
+    with watch:  # with gradients: a step may differentiate by its inputs
         losses = {i: _loss(task, examples.one(i), seed, i) for i in spread}
         ids = [i for i, loss in losses.items() if math.isfinite(loss)]  # the others are named once scores are there
         if not ids:
@@ -74,7 +73,15 @@ def probe(task: Task, examples: Examples, seed: int) -> Reduction:
 def _loss(task: Task, batch: Any, seed: int, example: int) -> float:
     batch = task.to_device(batch)
     seed_for(seed, example)
-    return float(task(batch).double().sum())
+    try:
+        return float(task(batch).detach().double().sum())
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            "Expected the loss of a batch to be the mean or the sum of the losses of its examples, got a normalisation "
+            f"by batch statistics in eval mode: {error}. {_WAY_OUT}"
+        ) from error
 
 
 def _agrees(reduction: Reduction, singles: Sequence[float], batch: float) -> bool:

@@ -37,15 +37,15 @@ class Rows(Part):
     def accumulate_dot(self, other: Part, out: Tensor) -> None:
         """``out[i, j] += <gradient i of self, gradient j of other>``."""
         for mine, theirs in zip(self.rows, other.dense(), strict=True):
-            out.addmm_(mine.flatten(1), theirs.flatten(1).T)
+            out.addmm_(_flat(mine), _flat(theirs).T)
 
     def norm2(self) -> Tensor:
         """[example]: squared length of each example's gradient."""
-        return torch.stack([r.flatten(1).square().sum(1) for r in self.rows]).sum(0)
+        return torch.stack([_flat(r).square().sum(1) for r in self.rows]).sum(0)
 
     def times(self, vectors: tuple[Tensor, ...]) -> Tensor:
         """[example]: inner product of each example's gradient with one parameter-shaped vector."""
-        return torch.stack([r.flatten(1) @ v.flatten() for r, v in zip(self.rows, vectors, strict=True)]).sum(0)
+        return torch.stack([_flat(r) @ v.flatten() for r, v in zip(self.rows, vectors, strict=True)]).sum(0)
 
     def total(self) -> tuple[Tensor, ...]:
         """The sum over the examples, parameter-shaped."""
@@ -61,6 +61,15 @@ class Rows(Part):
             return None
         return replace(self, rows=tuple(a + b for a, b in zip(self.rows, other.rows, strict=True)))
 
+    def each(self) -> tuple[Part, ...]:
+        """One part a parameter."""
+        return tuple(Rows((r,)) for r in self.rows)
+
     def finite(self) -> Tensor:
         """[example]: whether every number is finite."""
-        return torch.stack([r.isfinite().flatten(1).all(1) for r in self.rows]).all(0)
+        return torch.stack([_flat(r.isfinite()).all(1) for r in self.rows]).all(0)
+
+
+def _flat(rows: Tensor) -> Tensor:
+    """[example, entries], for numbers too."""
+    return rows.flatten(1) if rows.ndim > 1 else rows[:, None]

@@ -1,15 +1,19 @@
 """Records every operation that uses a trainable parameter, and the gradient that comes back to its output."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_influence.gradients.rules import RULES, Operands, Rule
+
+Use = tuple[str, Any]
+"""A parameter's name and the function it was handed to."""
 
 
 @dataclass(eq=False)
@@ -20,7 +24,6 @@ class Call:
         rule: how its parameters' gradients are read off.
         operands: its operands.
         names: the trainable parameters in it by role.
-        occurrence: how many calls in this pass used the first of these parameters before.
         shape: the output's shape.
         gradient: the gradient that arrived, or None when the loss does not depend on the output.
     """
@@ -28,18 +31,8 @@ class Call:
     rule: Rule
     operands: Operands
     names: Mapping[str, str]
-    occurrence: int
     shape: tuple[int, ...]
     gradient: Tensor | None = field(default=None)
-
-    @property
-    def site(self) -> tuple[str, int]:
-        """What this call is in every pass: its parameter and its place among that parameter's calls."""
-        return next(iter(self.names.values())), self.occurrence
-
-    def receive(self, gradient: Tensor) -> None:
-        """Called by autograd."""
-        self.gradient = gradient.detach() if self.gradient is None else self.gradient + gradient.detach()
 
 
 class Tape(TorchFunctionMode):
@@ -51,30 +44,42 @@ class Tape(TorchFunctionMode):
     Args:
         names: parameter names by ``id`` of the parameter.
         copy_leaves: hand out copies of the first outputs, for models that write into them in place.
+        watch: is shown every call of a function.
     """
 
-    def __init__(self, names: Mapping[int, str], copy_leaves: bool = False) -> None:
+    def __init__(
+        self, names: Mapping[int, str], copy_leaves: bool = False, watch: Callable[..., None] | None = None
+    ) -> None:
         super().__init__()
         self.names = names
         self.copy_leaves = copy_leaves
+        self.watch = watch
         self.calls: list[Call] = []
-        self.outputs: list[Tensor] = []
-        self._occurrences: dict[str, int] = {}
+        self.uses: set[Use] = set()
+        self.edges: list[Any] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Runs ``func``; what it returns is what it would have returned, but for requiring a gradient."""
         kwargs = kwargs or {}
+        if self.watch is not None:
+            self.watch(func, args, kwargs)
+        used = [self.names[id(a)] for a in _operands(args, kwargs) if id(a) in self.names]
+        if not used or not torch.is_grad_enabled() or getattr(func, "__name__", "") == "__get__":
+            return func(*args, **kwargs)
+        self.uses.update((name, func) for name in used)
         if func is F.multi_head_attention_forward:
             return self._attention(func, args, kwargs)
         rule = RULES.get(func)
-        if rule is None or not torch.is_grad_enabled() or not self._has_parameter(args, kwargs):
-            return func(*args, **kwargs)
-        return self._record(rule, func, args, kwargs)
+        return func(*args, **kwargs) if rule is None else self._record(rule, func, args, kwargs)
 
-    def _has_parameter(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        return any(id(a) in self.names for a in args) or any(id(a) in self.names for a in kwargs.values())
+    def backward(self, total: Tensor) -> None:
+        """Brings every call its gradient: one backward pass, through activations only."""
+        if not self.edges or not total.requires_grad:
+            return
+        for call, gradient in zip(self.calls, torch.autograd.grad(total, self.edges, allow_unused=True), strict=True):
+            call.gradient = gradient
 
     def _record(self, rule: Rule, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         try:
@@ -82,25 +87,19 @@ class Tape(TorchFunctionMode):
         except TypeError:  # a signature of another torch version: the self-check sends the parameter the general way
             operands = None
         output = func(*args, **kwargs)
-        if operands is None or not isinstance(output, Tensor):
+        if operands is None or not isinstance(output, Tensor) or not output.is_floating_point():
             return output
         names = {role: self.names[id(p)] for role, p in operands.parameters.items() if id(p) in self.names}
         if not names:
             return output
-        if not output.requires_grad:
+        leaf = not output.requires_grad
+        if leaf:
             output.requires_grad_()
-            if self.copy_leaves:
-                output = output.clone()
-        first = next(iter(names.values()))
-        occurrence = self._occurrences.get(first, 0)
-        self._occurrences[first] = occurrence + 1
-        call = Call(rule, _detached(operands), names, occurrence, tuple(output.shape))
-        # A hook, not the tensor: where the model changes the output in place afterwards, the tensor stands for the new
-        # value and the hook still for the old one.
-        output.register_hook(call.receive)
-        self.calls.append(call)
-        self.outputs.append(output)
-        return output
+        # An edge, not the tensor: where the model changes the output in place afterwards, the tensor stands for the new
+        # value and the edge still for the old one.
+        self.edges.append(get_gradient_edge(output))
+        self.calls.append(Call(rule, _detached(operands), names, tuple(output.shape)))
+        return output.clone() if leaf and self.copy_leaves else output
 
     def _attention(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """``nn.MultiheadAttention`` hands its weights to one big function, whose products are seen by standing in."""
@@ -108,7 +107,7 @@ class Tape(TorchFunctionMode):
         rule = RULES[original]
 
         def linear(*args: Any, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled() or not self._has_parameter(args, kwargs):
+            if not any(id(a) in self.names for a in (*args, *kwargs.values())):
                 return original(*args, **kwargs)
             return self._record(rule, original, args, kwargs)
 
@@ -117,6 +116,14 @@ class Tape(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             F.linear = original
+
+
+def _operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    for operand in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(operand, (list, tuple)):
+            yield from operand
+        else:
+            yield operand
 
 
 def _detached(operands: Operands) -> Operands:

@@ -106,7 +106,11 @@ class _Convolution:
         outputs = _positions_last(split(gradient, examples, layout))
         if "weight" not in wanted:
             return {("bias",): Rows((outputs.sum(1),))}
-        shape, groups, patches = tuple(operands["weight"].shape), operands.options["groups"], operands.options["patches"]
+        shape, groups, patches = (
+            tuple(operands["weight"].shape),
+            operands.options["groups"],
+            operands.options["patches"],
+        )
         maps, bias = split(operands.input, examples, layout), "bias" in wanted
         if groups == 1:
             part: Part = Outer(maps, outputs, shape, bias, patches=patches)

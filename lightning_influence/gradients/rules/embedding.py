@@ -46,7 +46,7 @@ class _Embedding:
 
 
 class _EmbeddingBag:
-    def operands(
+    def operands(  # noqa: PLR0913, PLR0917
         self,
         input: Tensor,
         weight: Tensor,
