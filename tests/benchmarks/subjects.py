@@ -1,0 +1,168 @@
+"""What is measured: three models with data, real where a path is given, and the fit that left their checkpoints."""
+
+import collections
+import logging
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_influence import Influence
+
+BATCH = 256
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+warnings.filterwarnings("ignore")
+for _name in ("pytorch_lightning", "lightning.pytorch"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
+
+class Classifier(pl.LightningModule):
+    """Cross-entropy, plain SGD."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+def mlp(width=256):
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(784, width),
+        nn.ReLU(),
+        nn.Linear(width, width // 2),
+        nn.ReLU(),
+        nn.Linear(width // 2, 10),
+    )
+
+
+def cnn():
+    return nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(64 * 49, 64), nn.ReLU(), nn.Linear(64, 10)),
+    )
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward network, normalised before."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        batch, tokens, width = x.shape
+        query, key, value = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(batch, tokens, width)
+        x = x + self.out(mixed)
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Encoder(nn.Module):
+    """A small Transformer encoder that classifies the mean of its tokens."""
+
+    def __init__(self, vocabulary=5000, width=128, heads=4, layers=2, classes=4):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, tokens):
+        return self.head(self.norm(self.blocks(self.embedding(tokens))).mean(1))
+
+
+def images(path, n_train, n_queries):
+    """Training examples and queries of MNIST (an npz with x_train, y_train, x_test, y_test), else random images."""
+    if path is None:
+        draw = torch.Generator().manual_seed(0)
+        x = torch.rand(n_train + n_queries, 1, 28, 28, generator=draw)
+        y = torch.randint(0, 10, (len(x),), generator=draw)
+        return TensorDataset(x[:n_train], y[:n_train]), TensorDataset(x[n_train:], y[n_train:])
+    with np.load(path) as arrays:
+        sides = []
+        for part, count in (("train", n_train), ("test", n_queries)):
+            x, y = (arrays[f"{kind}_{part}"][:count] for kind in ("x", "y"))
+            sides.append(TensorDataset(torch.tensor(x)[:, None] / 255, torch.tensor(y).long()))
+    return tuple(sides)
+
+
+def texts(folder, n_train, n_queries, tokens=32, vocabulary=5000):
+    """Training examples and queries of AG News (train*.parquet and test.parquet in a folder), else random tokens."""
+    draw = torch.Generator().manual_seed(0)
+    if folder is None:
+        x = torch.randint(0, vocabulary, (n_train + n_queries, tokens), generator=draw)
+        y = torch.randint(0, 4, (len(x),), generator=draw)
+        return TensorDataset(x[:n_train], y[:n_train]), TensorDataset(x[n_train:], y[n_train:])
+    import pyarrow.parquet as pq
+
+    def read(path, count):
+        table = pq.read_table(path)
+        picked = torch.randperm(len(table), generator=draw)[:count].tolist()
+        rows = table.take(picked).to_pylist()
+        words = [re.findall(r"[a-z0-9]+", f"{row['title']} {row['description']}".lower()) for row in rows]
+        return words, torch.tensor([row["label"] for row in rows])
+
+    train, labels = read(next(Path(folder).glob("train*.parquet")), n_train)
+    asked, asked_labels = read(Path(folder) / "test.parquet", n_queries)
+    common = collections.Counter(word for words in train for word in words).most_common(vocabulary - 2)
+    number = {word: i + 2 for i, (word, _) in enumerate(common)}  # 0 fills up, 1 is any other word
+
+    def encode(lines):
+        return torch.tensor([([number.get(w, 1) for w in line[:tokens]] + [0] * tokens)[:tokens] for line in lines])
+
+    return TensorDataset(encode(train), labels), TensorDataset(encode(asked), asked_labels)
+
+
+@dataclass
+class Subject:
+    """A fitted module, its data, and who answers questions about it."""
+
+    module: pl.LightningModule
+    train: TensorDataset
+    queries: TensorDataset
+    attributor: object
+
+    @property
+    def checkpoints(self):
+        """Those that TracInCP looks at."""
+        return self.attributor.trajectory.checkpoints[1:]
+
+    def at(self, checkpoint):
+        self.module.load_state_dict(checkpoint.load().parameters)
+        return self.module
+
+
+def fitted(net, data, folder, checkpoints=5):
+    """Train for as many epochs as there shall be checkpoints."""
+    torch.manual_seed(0)
+    influence = Influence(dirpath=folder)
+    trainer = pl.Trainer(max_epochs=checkpoints, callbacks=[influence], **QUIET)
+    module = Classifier(net)
+    trainer.fit(module, DataLoader(data[0], BATCH, shuffle=True))
+    return Subject(module, *data, influence.attributor)
