@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, default_collate
 
-from lightning_influence.module import seed_for
+from lightning_influence.module import foreign, seed_for
 from lightning_influence.types import Batch
 
 
@@ -111,8 +111,10 @@ class Examples:
                 yield self.some(ids)
 
     def _keep(self, ids: range, batch: Batch) -> Batch:
-        size = sum(t.numel() * t.element_size() for t in tree_leaves(batch) if isinstance(t, torch.Tensor))
-        if size <= self._cache_left:
+        leaves = tree_leaves(batch)
+        size = sum(t.numel() * t.element_size() for t in leaves if isinstance(t, torch.Tensor))
+        # Of somebody's own class neither the size is known nor whether a step wrote into it.
+        if size <= self._cache_left and not any(foreign(leaf) for leaf in leaves):
             self._cache_left -= size
             self._cache[ids] = batch, _versions(batch)
         return batch

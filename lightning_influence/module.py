@@ -1,6 +1,7 @@
 """A LightningModule as a function of (weights, batch): quiet, in eval mode, and as it was afterwards."""
 
 import contextlib
+import copy
 import functools
 import inspect
 import logging
@@ -64,7 +65,7 @@ class Task:
 
     def to_device(self, batch: Batch) -> Batch:
         """The batch as Lightning would hand it to ``training_step``, in containers of its own."""
-        batch = tree_map(lambda leaf: leaf, batch)
+        batch = tree_map(lambda leaf: copy.copy(leaf) if foreign(leaf) else leaf, batch)
         if self.trainer is not None:
             batch = self._plugin_input(batch)
         module: Any = self.module
@@ -85,7 +86,7 @@ class Task:
     def __call__(self, batch: Batch) -> Tensor:
         """The loss on a batch: a scalar of ``training_step``, or [batch] of ``loss=``. Leaves no trace."""
         try:
-            with self._precision():
+            with self._precision(), _training_stage(self.module):
                 output = self._loss_of(batch)
         finally:
             self._untouched[0].restore()
@@ -110,6 +111,11 @@ class Task:
         if self.trainer is None or _is_mixed(self.trainer):
             return contextlib.nullcontext()
         return self.trainer.precision_plugin.forward_context()
+
+
+def foreign(leaf: object) -> bool:
+    """Whether part of a batch is somebody's own class that moves itself between devices, as graphs do."""
+    return hasattr(leaf, "to") and not isinstance(leaf, Tensor)
 
 
 def clean(name: str) -> str:
@@ -253,6 +259,21 @@ def _plain_checkpointing() -> Iterator[None]:
                 delattr(owner, name)
             else:
                 setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def _training_stage(module: Any) -> Iterator[None]:
+    """A step may ask its Trainer whether this is training: it is, whatever the Trainer did last."""
+    state = getattr(getattr(module, "_trainer", None), "state", None)
+    if state is None:
+        yield
+        return
+    stage = state.stage
+    state.stage = sys.modules[type(state).__module__].RunningStage.TRAINING
+    try:
+        yield
+    finally:
+        state.stage = stage
 
 
 @contextlib.contextmanager

@@ -154,7 +154,9 @@ class Outer(Part):
     def norm2(self) -> Tensor:
         """[example]: squared length of each example's gradient."""
         t, width_in, width_out = self._sizes
-        if t == 1:
+        if len(self) == 0:
+            norms = self.outputs.new_zeros(0)
+        elif t == 1:
             norms = self.inputs[:, 0].square().sum(1)
             norms = (norms + 1 if self.bias else norms) * self.outputs[:, 0].square().sum(1)
         elif t * (width_in + width_out + TRAFFIC) < width_in * width_out * (1 + TRAFFIC / t):
@@ -186,8 +188,7 @@ class Outer(Part):
 
     def total(self) -> tuple[Tensor, ...]:
         """The sum over the examples, parameter-shaped: one matrix product over all positions."""
-        outputs = self.outputs if self.factor is None else self.outputs * one_row_per_example(self.factor, self.outputs)
-        left, right = outputs.flatten(0, 1), self.inputs.flatten(0, 1)
+        left, right = self._scaled_outputs().flatten(0, 1), self.inputs.flatten(0, 1)
         weight = (right.T @ left if self.transposed else left.T @ right).view(self.shape)
         return (weight, left.sum(0)) if self.bias else (weight,)
 
@@ -206,8 +207,12 @@ class Outer(Part):
             other.transposed,
         ):
             return None
-        inputs, outputs = torch.cat([self.inputs, other.inputs], 1), torch.cat([self.outputs, other.outputs], 1)
-        return replace(self, source=inputs, outputs=outputs, patches=None)
+        inputs = torch.cat([self.inputs, other.inputs], 1)
+        outputs = torch.cat([self._scaled_outputs(), other._scaled_outputs()], 1)
+        return replace(self, source=inputs, outputs=outputs, patches=None, factor=None)
+
+    def _scaled_outputs(self) -> Tensor:
+        return self.outputs if self.factor is None else self.outputs * one_row_per_example(self.factor, self.outputs)
 
     def each(self) -> tuple[Part, ...]:
         """The weight's outer products, and the bias written out."""

@@ -1,0 +1,191 @@
+"""The algebra of parts and blocks against the rows written out, whatever the shapes."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_influence.gradients.block import Gradients
+from lightning_influence.gradients.lookup import Lookup
+from lightning_influence.gradients.mixed import Mixed
+from lightning_influence.gradients.outer import Outer
+from lightning_influence.gradients.rows import Rows
+
+IN, OUT = 3, 4
+KINDS = ("outer", "outer with bias", "rows", "two rows", "lookup", "mixed", "number")
+many = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def normal(generator, *shape):
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def part(kind, n, positions, generator):
+    """One part; those of one kind are of the same parameters whatever their positions."""
+    if kind.startswith("outer"):
+        bias = kind.endswith("bias")
+        made = Outer(normal(generator, n, positions, IN), normal(generator, n, positions, OUT), (OUT, IN), bias)
+        return made.scaled(normal(generator, n)) if positions % 2 else made
+    if kind == "lookup":
+        ids = torch.randint(-1, OUT, (n, positions), generator=generator)
+        return Lookup(ids, normal(generator, n, positions, IN), (OUT, IN))
+    if kind == "mixed":
+        return Mixed((part("lookup", n, positions, generator), part("outer", n, 1 + positions, generator)))
+    if kind == "number":
+        return Rows((normal(generator, n),))
+    rows = normal(generator, n, OUT, IN)
+    return Rows((rows, normal(generator, n, OUT))) if kind == "two rows" else Rows((rows,))
+
+
+def written_out(made):
+    return torch.cat([r.reshape(len(r), -1) for r in made.dense()], 1)
+
+
+@st.composite
+def pairs(draw):
+    """Two parts of the same parameters, in any two forms."""
+    with_bias = draw(
+        st.sampled_from((("outer with bias", "two rows"), ("outer", "rows", "lookup", "mixed"), ("number",)))
+    )
+    kinds = draw(st.sampled_from(with_bias)), draw(st.sampled_from(with_bias))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    sizes = st.tuples(st.integers(1, 12), st.integers(1, 9))
+    return tuple(part(kind, *draw(sizes), generator) for kind in kinds)
+
+
+@many
+@given(pairs())
+def test_inner_products_of_any_two_forms_are_those_of_their_rows(two):
+    left, right = two
+    out = torch.ones(len(left), len(right), dtype=torch.float64)
+    left.accumulate_dot(right, out)
+    torch.testing.assert_close(out, 1 + written_out(left) @ written_out(right).T)
+
+
+@many
+@given(pairs(), st.integers(0, 999))
+def test_norms_totals_and_products_with_a_vector_are_those_of_the_rows(two, seed):
+    made, generator = two[0], torch.Generator().manual_seed(seed)
+    rows = written_out(made)
+    vectors = tuple(normal(generator, *r.shape[1:]) for r in made.dense())
+    torch.testing.assert_close(made.norm2(), rows.square().sum(1))
+    torch.testing.assert_close(torch.cat([t.flatten() for t in made.total()]), rows.sum(0))
+    torch.testing.assert_close(made.times(vectors), rows @ torch.cat([v.flatten() for v in vectors]))
+
+
+@many
+@given(pairs(), st.integers(0, 12), st.integers(0, 12), st.integers(0, 999))
+def test_slices_and_scaled_parts_are_slices_and_multiples_of_the_rows(two, start, length, seed):
+    made = two[0]
+    factor = normal(torch.Generator().manual_seed(seed), len(made))
+    rows, some = written_out(made), slice(start, start + length)
+    changed = made.scaled(factor).slice(some)
+    expected = (rows * factor[:, None])[some]
+    assert len(changed) == len(expected)
+    torch.testing.assert_close(
+        torch.cat([d.flatten(1) if d.ndim > 1 else d[:, None] for d in changed.dense()], 1), expected
+    )
+    torch.testing.assert_close(changed.norm2(), expected.square().sum(1))
+
+
+@many
+@given(st.sampled_from(KINDS), st.integers(1, 8), st.integers(1, 5), st.integers(1, 5), st.integers(0, 999))
+def test_a_second_use_of_a_parameter_adds_up(kind, n, first, second, seed):
+    generator = torch.Generator().manual_seed(seed)
+    one, two = part(kind, n, 2 * first, generator), part(kind, n, 2 * second, generator)
+    joined = one.joined(two)
+    assert joined is not None
+    torch.testing.assert_close(written_out(joined), written_out(one) + written_out(two))
+
+
+@many
+@given(st.integers(1, 8), st.integers(1, 5), st.integers(1, 5), st.integers(0, 999))
+def test_two_uses_under_their_own_factors_add_up(n, first, second, seed):
+    generator = torch.Generator().manual_seed(seed)
+    one = part("outer with bias", n, first, generator).scaled(normal(generator, n))
+    two = part("outer with bias", n, second, generator)
+    joined = one.joined(two)
+    assert joined is not None
+    torch.testing.assert_close(written_out(joined), written_out(one) + written_out(two))
+
+
+@many
+@given(pairs())
+def test_one_part_a_parameter_holds_the_same_gradients(two):
+    made = two[0]
+    for one, rows in zip(made.each(), made.dense(), strict=True):
+        torch.testing.assert_close(one.dense(), (rows,))
+
+
+def block(n, generator, together=True):
+    """A block of a layer with bias, a table and a number; weight and bias in one part or in two."""
+    layer = part("outer with bias", n, 3, generator)
+    parts = {("a.weight", "a.bias"): layer}
+    if not together:
+        parts = {("a.weight",): layer.each()[0], ("a.bias",): layer.each()[1]}
+    parts |= {("table.weight",): part("lookup", n, 4, generator), ("scale",): part("number", n, 1, generator)}
+    return Gradients(parts, {names: int(names[0] == "scale") for names in parts}, n)
+
+
+def of(gradients):
+    return torch.cat([v.reshape(len(gradients), -1) for _, v in sorted(gradients.dense().items())], 1)
+
+
+@many
+@given(st.integers(1, 6), st.integers(1, 6), st.booleans(), st.booleans(), st.integers(0, 999))
+def test_blocks_multiply_whichever_parts_their_parameters_share(n, m, mine, theirs, seed):
+    generator = torch.Generator().manual_seed(seed)
+    left, right = block(n, generator, mine), block(m, generator, theirs)
+    torch.testing.assert_close(left.dot(right), of(left) @ of(right).T)
+    scale = normal(generator, 2, m)
+    number = left.parts["scale",].dense()[0][:, None] * right.parts["scale",].dense()[0]
+    expected = (of(left) @ of(right).T - number) * scale[0] + number * scale[1]
+    torch.testing.assert_close(left.dot(right, scale), expected)
+
+
+@many
+@given(st.integers(1, 6), st.integers(0, 999))
+def test_block_norms_projections_and_vectors_are_those_of_the_rows(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    made = block(n, generator)
+    rows, scale = of(made), normal(generator, 2, n)
+    torch.testing.assert_close(made.norm2(), rows.square().sum(1))
+    number = made.parts["scale",].dense()[0].square()
+    torch.testing.assert_close(made.norm2(scale), (rows.square().sum(1) - number) * scale[0] + number * scale[1])
+    vector = {name: normal(generator, *value.shape[1:]) for name, value in made.dense().items()}
+    flat = torch.cat([v.reshape(-1) for _, v in sorted(vector.items())])
+    torch.testing.assert_close(made.times(vector), rows @ flat)
+    matrix = {name: normal(generator, value[0].numel(), 2) for name, value in made.dense().items()}
+    projected = made.project(lambda name, r: r.reshape(len(r), -1) @ matrix[name])
+    torch.testing.assert_close(projected, rows @ torch.cat([m for _, m in sorted(matrix.items())]))
+    total = torch.cat([v.reshape(-1) for _, v in sorted(made.total().items())])
+    torch.testing.assert_close(total, rows.sum(0))
+
+
+@many
+@given(st.integers(1, 6), st.integers(0, 999))
+def test_normalised_blocks_have_length_one(n, seed):
+    made = block(n, torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(made.normalized("cosine").norm2(), torch.ones(n, dtype=torch.float64))
+    layers = made.normalized("layerwise")
+    for names, one in layers.parts.items():
+        length = of(Gradients({names: made.parts[names]}, {}, n)).square().sum(1)
+        torch.testing.assert_close(one.norm2(), (length > 0).double())
+
+
+def test_a_gradient_of_zero_stays_zero_when_normalised():
+    made = Gradients({("w",): Rows((torch.zeros(2, 3),))}, {}, 2).normalized("cosine")
+    torch.testing.assert_close(made.norm2(), torch.zeros(2))
+
+
+def test_a_parameter_that_one_side_does_not_reach_counts_for_nothing():
+    left = Gradients({("w",): Rows((torch.ones(2, 3),)), ("v",): Rows((torch.ones(2, 3),))}, {}, 2)
+    right = Gradients({("w",): Rows((torch.ones(1, 3),))}, {}, 1)
+    torch.testing.assert_close(left.dot(right), torch.full((2, 1), 3.0))
+    torch.testing.assert_close(right.dot(left), torch.full((1, 2), 3.0))
+
+
+def test_examples_that_are_not_finite_are_named_with_their_parameter():
+    rows = torch.ones(3, 2)
+    rows[1, 0] = torch.nan
+    made = Gradients({("w",): Rows((torch.ones(3, 2),)), ("v",): Rows((rows,))}, {}, 3)
+    assert made.not_finite() == {1: "v"}
