@@ -129,6 +129,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds")
     parser.add_argument("--out", default="quickstart_output", help="where to write")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # the network is tiny: more threads only wait for one another
 
     shares = []
     for seed in range(arguments.seeds):
