@@ -10,8 +10,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, default_collate
 
-from lightning_influence.module import foreign, seed_for
-from lightning_influence.types import Batch
+from lightning_influence.module import seed_for
+from lightning_influence.types import Batch, foreign
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_influence.attributes import Attributes
-from lightning_influence.types import Batch
+from lightning_influence.types import Batch, foreign
 
 Loss = Callable[[Any, Batch], Tensor]
 """``loss(module, batch) -> [batch]``: per-sample losses."""
@@ -111,11 +111,6 @@ class Task:
         if self.trainer is None or _is_mixed(self.trainer):
             return contextlib.nullcontext()
         return self.trainer.precision_plugin.forward_context()
-
-
-def foreign(leaf: object) -> bool:
-    """Whether part of a batch is somebody's own class that moves itself between devices, as graphs do."""
-    return hasattr(leaf, "to") and not isinstance(leaf, Tensor)
 
 
 def clean(name: str) -> str:
@@ -251,29 +246,25 @@ def _plain_checkpointing() -> Iterator[None]:
     try:
         yield
     finally:
-        for owner, name, before in (
-            (checkpoint.CheckpointFunction, "apply", own),
-            (checkpoint, "_checkpoint_hook", hook),
-        ):
-            if before is None:
+        for owner, name, old in ((checkpoint.CheckpointFunction, "apply", own), (checkpoint, "_checkpoint_hook", hook)):
+            if old is None:
                 delattr(owner, name)
             else:
-                setattr(owner, name, before)
+                setattr(owner, name, old)
 
 
 @contextlib.contextmanager
 def _training_stage(module: Any) -> Iterator[None]:
     """A step may ask its Trainer whether this is training: it is, whatever the Trainer did last."""
     state = getattr(getattr(module, "_trainer", None), "state", None)
-    if state is None:
-        yield
-        return
-    stage = state.stage
-    state.stage = sys.modules[type(state).__module__].RunningStage.TRAINING
+    before = [] if state is None else [(state, state.stage)]
+    for state, _ in before:
+        state.stage = sys.modules[type(state).__module__].RunningStage.TRAINING
     try:
         yield
     finally:
-        state.stage = stage
+        for state, stage in before:
+            state.stage = stage
 
 
 @contextlib.contextmanager
