@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_influence.gradients.rules import RULES, Operands, Rule
+from lightning_influence.gradients.rules.shared import SHARED_SUM, SUMS, Shared, shared_by
 
 Use = tuple[str, Any]
 """A parameter's name and the function it was handed to."""
@@ -57,6 +58,7 @@ class Tape(TorchFunctionMode):
         self.calls: list[Call] = []
         self.uses: set[Use] = set()
         self.edges: list[Any] = []
+        self._shared: dict[int, Shared] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -65,14 +67,37 @@ class Tape(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.watch is not None:
             self.watch(func, args, kwargs)
-        used = [self.names[id(a)] for a in _operands(args, kwargs) if id(a) in self.names]
+        operands = list(_operands(args, kwargs))
+        shared = [self._shared[id(a)] for a in operands if id(a) in self._shared]
+        used = [self.names[id(a)] for a in operands if id(a) in self.names] + [s.name for s in shared]
         if not used or not torch.is_grad_enabled() or getattr(func, "__name__", "") == "__get__":
             return func(*args, **kwargs)
         self.uses.update((name, func) for name in used)
         if func is F.multi_head_attention_forward:
             return self._attention(func, args, kwargs)
+        if shared and func in SUMS and not kwargs:
+            return self._sum(func, args, shared)
+        return self._run(func, args, kwargs)
+
+    def _run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         rule = RULES.get(func)
-        return func(*args, **kwargs) if rule is None else self._record(rule, func, args, kwargs)
+        output = func(*args, **kwargs) if rule is None else self._record(rule, func, args, kwargs)
+        made = shared_by(func, args, kwargs, output, self._shared, self.names)
+        if made is not None:
+            self._shared[id(output)] = made
+        return output
+
+    def _sum(self, func: Callable[..., Any], args: Sequence[Any], shared: Sequence[Shared]) -> Any:
+        """A sum: its output, not that of what the batch shares, has a gradient for every example."""
+        shape = torch.broadcast_shapes(*(a.shape for a in args if isinstance(a, Tensor)))
+        shared = [s for s in shared if s.added_to(shape)]
+        own = {id(s.value): s.value.detach() for s in shared}
+        output = self._run(func, [own.get(id(a), a) for a in args], {})
+        for s in shared:
+            if not output.requires_grad:
+                output.requires_grad_()
+            self._note(SHARED_SUM, SHARED_SUM.operands(s, output), {"shared": s.name}, output)
+        return output
 
     def backward(self, total: Tensor) -> None:
         """Brings every call its gradient: one backward pass, through activations only."""
@@ -95,11 +120,14 @@ class Tape(TorchFunctionMode):
         leaf = not output.requires_grad
         if leaf:
             output.requires_grad_()
+        self._note(rule, operands, names, output)
+        return output.clone() if leaf and self.copy_leaves else output
+
+    def _note(self, rule: Rule, operands: Operands, names: Mapping[str, str], output: Tensor) -> None:
         # An edge, not the tensor: where the model changes the output in place afterwards, the tensor stands for the new
         # value and the edge still for the old one.
         self.edges.append(get_gradient_edge(output))
         self.calls.append(Call(rule, _detached(operands), names, tuple(output.shape)))
-        return output.clone() if leaf and self.copy_leaves else output
 
     def _attention(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """``nn.MultiheadAttention`` hands its weights to one big function, whose products are seen by standing in."""

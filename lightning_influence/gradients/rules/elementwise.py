@@ -12,7 +12,7 @@ from lightning_influence.gradients.rows import Rows
 from lightning_influence.gradients.rules.rule import Operands, Rule
 
 
-def _reduced(gradient: Tensor, shape: tuple[int, ...], examples: int, layout: Layout) -> Tensor:
+def reduced(gradient: Tensor, shape: tuple[int, ...], examples: int, layout: Layout) -> Tensor:
     """Sums each example's ``gradient`` over the dimensions along which ``shape`` was broadcast: [example, *shape]."""
     aligned = (1,) * (gradient.ndim - len(shape)) + shape
     batch_axis = 1 if layout is Layout.SECOND else 0
@@ -36,7 +36,7 @@ class _Sum:
         self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
     ) -> dict[tuple[str, ...], Part]:
         shapes = {role: _shape(operands, role) for role in wanted}
-        return {(role,): Rows((_reduced(gradient, shape, examples, layout),)) for role, shape in shapes.items()}
+        return {(role,): Rows((reduced(gradient, shape, examples, layout),)) for role, shape in shapes.items()}
 
 
 class _Product:
@@ -48,7 +48,7 @@ class _Product:
         parts: dict[tuple[str, ...], Part] = {}
         for role in wanted:
             other = operands["right" if role == "left" else "left"]
-            parts[role,] = Rows((_reduced(gradient * other, _shape(operands, role), examples, layout),))
+            parts[role,] = Rows((reduced(gradient * other, _shape(operands, role), examples, layout),))
         return parts
 
 

@@ -13,7 +13,8 @@ from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.rules.rule import Operands, Rule
 
 
-def _without_padding(ids: Tensor, padding_idx: int | None, rows: int) -> Tensor:
+def without_padding(ids: Tensor, padding_idx: int | None, rows: int) -> Tensor:
+    """Ids with -1 in place of the padding."""
     if padding_idx is None:
         return ids
     return torch.where(ids == padding_idx % rows, -1, ids)
@@ -40,7 +41,7 @@ class _Embedding:
     ) -> dict[tuple[str, ...], Part]:
         weight = operands["weight"]
         ids = split(operands.input, examples, layout).reshape(examples, -1)
-        ids = _without_padding(ids, operands.options["padding_idx"], len(weight))
+        ids = without_padding(ids, operands.options["padding_idx"], len(weight))
         outputs = split(gradient, examples, layout).reshape(examples, -1, gradient.shape[-1])
         return {("weight",): Lookup(ids, outputs, tuple(weight.shape))}
 
@@ -69,7 +70,7 @@ class _EmbeddingBag:
         self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
     ) -> dict[tuple[str, ...], Part]:
         weight, options = operands["weight"], operands.options
-        ids = _without_padding(operands.input, options["padding_idx"], len(weight))
+        ids = without_padding(operands.input, options["padding_idx"], len(weight))
         outputs = gradient[:, None, :].expand(*ids.shape, -1)
         if options["weights"] is not None:
             outputs = outputs * options["weights"][..., None]

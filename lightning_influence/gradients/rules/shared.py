@@ -1,0 +1,135 @@
+"""What a batch shares and adds to its examples: positions looked up once, a slice of a parameter, a relative bias."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_influence.gradients.layout import Layout
+from lightning_influence.gradients.lookup import Lookup
+from lightning_influence.gradients.part import Part
+from lightning_influence.gradients.rows import Rows
+from lightning_influence.gradients.rules.elementwise import reduced
+from lightning_influence.gradients.rules.embedding import without_padding
+from lightning_influence.gradients.rules.rule import Operands
+
+SUMS = frozenset({torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__})
+"""Operations behind which the gradient of a shared operand can be told apart by example."""
+
+VIEWS = frozenset(
+    {
+        torch.Tensor.__getitem__,
+        torch.Tensor.view,
+        torch.Tensor.reshape,
+        torch.Tensor.permute,
+        torch.Tensor.transpose,
+        torch.Tensor.unsqueeze,
+        torch.Tensor.contiguous,
+        torch.permute,
+        torch.transpose,
+        torch.unsqueeze,
+        torch.reshape,
+    }
+)
+"""Operations that a shared operand may have gone through."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """A tensor made of one parameter alone.
+
+    Args:
+        name: the parameter's.
+        parameter: itself.
+        value: the tensor.
+        make: gives the tensor for the parameter.
+        looked_up: whether a look-up is in it, which the rule of look-ups has noted already.
+        ids: for a look-up alone, the rows that it took (-1 for padding).
+    """
+
+    name: str
+    parameter: Tensor
+    value: Tensor
+    make: Callable[[Tensor], Tensor]
+    looked_up: bool
+    ids: Tensor | None = None
+
+    def added_to(self, shape: Sequence[int]) -> bool:
+        """Whether every example of a sum of that shape got the same; a look-up of each its own is left to its rule."""
+        aligned = (1,) * (len(shape) - self.value.ndim) + tuple(self.value.shape)
+        return not self.looked_up or (aligned[0] == 1 and shape[0] > 1)
+
+
+def shared_by(
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    output: Any,
+    known: Mapping[int, Shared],
+    names: Mapping[int, str],
+) -> Shared | None:
+    """What ``output`` is, where it is made of one parameter alone by a look-up or a view."""
+    if not isinstance(output, Tensor):
+        return None
+    if func is F.embedding:
+        return _looked_up(output, names, *args, **kwargs)
+    if func not in VIEWS or output is args[0]:
+        return None
+    rest = tuple(args[1:])
+
+    def view(tensor: Tensor) -> Tensor:
+        return func(tensor, *rest, **kwargs)  # type: ignore[no-any-return]
+
+    if id(args[0]) in names:
+        return Shared(names[id(args[0])], args[0], output, view, False)
+    before = known.get(id(args[0]))
+    if before is None:
+        return None
+    return Shared(before.name, before.parameter, output, lambda p: view(before.make(p)), before.looked_up)
+
+
+def _looked_up(
+    output: Tensor,
+    names: Mapping[int, str],
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Shared | None:
+    if id(weight) not in names or max_norm is not None or scale_grad_by_freq:
+        return None
+    ids = without_padding(input, padding_idx, len(weight)).detach()
+    return Shared(names[id(weight)], weight, output, lambda p: F.embedding(input, p, padding_idx), True, ids)
+
+
+class SharedSum:
+    """A shared operand of a sum: each example's share of the gradient goes back through what made the operand."""
+
+    def operands(self, shared: Shared, output: Tensor) -> Operands:
+        """Of the sum ``output``."""
+        return Operands({"shared": shared.parameter}, output, output.ndim, {"shared": shared})
+
+    def parts(
+        self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
+    ) -> dict[tuple[str, ...], Part]:
+        """One row of the parameter an example; for a look-up alone, the rows that it took."""
+        shared: Shared = operands.options["shared"]
+        parameter = operands["shared"]
+        rows = reduced(gradient, tuple(shared.value.shape), examples, layout)
+        if shared.ids is not None:
+            ids = shared.ids.reshape(1, -1).expand(examples, -1)
+            return {("shared",): Lookup(ids, rows.reshape(examples, -1, rows.shape[-1]), tuple(parameter.shape))}
+        with torch.enable_grad():
+            given = parameter.detach().requires_grad_()
+            value = shared.make(given)
+        (found,) = torch.autograd.grad(value, given, rows, is_grads_batched=True)
+        return {("shared",): Rows((found,))}
+
+
+SHARED_SUM = SharedSum()
