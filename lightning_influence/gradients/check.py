@@ -43,15 +43,19 @@ def make_plan(engine: Engine, examples: Examples, names: Sequence[str]) -> Plan:
         for i in range(max((len(c) for c in candidates.values()), default=0))
     ]
     vectorised = _vectorised(engine, blocks, names, attempts)
-    _compare(engine, blocks, names, attempts, vectorised)
+    nonzero = _compare(engine, blocks, names, attempts, vectorised)
     layouts: dict[str, Layout] = {}
     for attempt in attempts:
         layouts.update({n: attempt.layouts[n] for n in names if n in attempt.right and n not in layouts})
-    general = [name for name in names if name not in layouts]
+    reached = {name for calls in recorded for call in calls for name in call.names.values()}
+    unreached = tuple(name for name in names if name not in reached and name not in nonzero)
+    general = [name for name in names if name not in layouts and name not in unreached]
     missing = [name for name in general if vectorised is None or name not in vectorised.right]
     fast = tuple(name for name in general if name not in missing)
     uses = frozenset().union(*(tape.uses for tape in tapes))
-    return Plan({n: layouts[n] for n in names if n in layouts}, fast, tuple(missing), apart, copy_leaves, uses)
+    return Plan(
+        {n: layouts[n] for n in names if n in layouts}, fast, tuple(missing), apart, copy_leaves, uses, unreached
+    )
 
 
 class _Attempt:
@@ -114,19 +118,27 @@ def _compare(
     names: Sequence[str],
     attempts: Sequence[_Attempt],
     vectorised: _Vectorised | None,
-) -> None:
-    """Strikes from every attempt the parameters that disagree with plain autograd on any example."""
+) -> set[str]:
+    """Strikes from every attempt the parameters that disagree with plain autograd on any example.
+
+    Returns:
+        The parameters whose gradient is not always zero.
+    """
+    nonzero: set[str] = set()
     everything = [*attempts, *([vectorised] if vectorised is not None else [])]
     for b, block in enumerate(blocks):
         for i in range(block.size):
             example = _id_of(block, i)
             truth = one_gradient(engine.task, block.one(example), names, engine.seed, example)
             if not all(bool(gradient.isfinite().all()) for gradient in truth.values()):
-                continue  # nothing can be learnt from it; the driver names every such example
+                nonzero |= {name for name, gradient in truth.items() if bool(gradient.any())}
+                continue  # nothing more can be learnt from it; the driver names every such example
+            nonzero |= {name for name, gradient in truth.items() if bool(gradient.any())}
             largest = largest_entry(truth.values())
             for attempt in everything:
                 rows = attempt.row(b, i)
                 attempt.right = {n for n in attempt.right if agrees(rows.get(n), truth[n], largest)}
+    return nonzero
 
 
 def _sample(examples: Examples) -> list[Block]:

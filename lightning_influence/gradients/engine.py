@@ -34,6 +34,7 @@ class Plan:
         apart: parameters whose weight and bias stand in separate parts.
         copy_leaves: the model writes into activations in place.
         uses: the functions that each parameter was handed to.
+        unreached: parameters that the loss does not depend on.
     """
 
     layouts: Mapping[str, Layout]
@@ -42,18 +43,23 @@ class Plan:
     apart: frozenset[str] = frozenset()
     copy_leaves: bool = False
     uses: frozenset[Use] = frozenset()
+    unreached: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every parameter covered."""
-        return (*self.layouts, *self.vectorised, *self.one_by_one)
+        return (*self.layouts, *self.vectorised, *self.one_by_one, *self.unreached)
 
     def summary(self, parameters: Mapping[str, Tensor]) -> str:
         """One line that names what goes by which path."""
         total = sum(parameters[name].numel() for name in self.names)
         factored = sum(parameters[name].numel() for name in self.layouts)
         text = f"{factored:,} of {total:,} parameters by factored rules"
-        for label, names in (("torch.func", self.vectorised), ("one example at a time", self.one_by_one)):
+        for label, names in (
+            ("torch.func", self.vectorised),
+            ("one example at a time", self.one_by_one),
+            ("no path, the loss does not reach them", self.unreached),
+        ):
             if names:
                 shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
                 text += f"; by {label}: {shown}"
@@ -89,12 +95,13 @@ class Engine:
         plan, watch = self.plan, Watch(block.size)
         parts: dict[Names, Part] = {}
         slow = list(plan.one_by_one)
-        if plan.layouts:
+        if plan.layouts or plan.unreached:
             tape = self.record(block, plan.names, plan.copy_leaves, watch)
             unseen = {name for name, _ in tape.uses - plan.uses}
             layouts = {n: layout for n, layout in plan.layouts.items() if n not in unseen}
             parts, late = self.parts_of(tape.calls, block.size, layouts, plan.apart)
-            slow += [*late, *(n for n in plan.layouts if n in unseen)]
+            reached = unseen.union(*(call.names.values() for call in tape.calls if call.gradient is not None))
+            slow += [*late, *(n for n in plan.layouts if n in unseen), *(n for n in plan.unreached if n in reached)]
             self._note_positions(tape.calls, watch)
         if plan.vectorised:
             try:

@@ -88,7 +88,7 @@ def test_gas_does_not_see_the_scale_of_an_examples_loss(method):
 def test_normalised_scores_are_those_of_gradients_of_length_one(layerwise):
     train, queries, module = DATA["train"](), DATA["queries"](), model()
     names = [name for name, _ in module.named_parameters()]
-    ones = [[batch for batch in DataLoader(data, 1)] for data in (queries, train)]
+    ones = [list(DataLoader(data, 1)) for data in (queries, train)]
     left, right = (oracles.unit(oracles.rows(module, each, names), layerwise) for each in ones)
     method = GradientDot("layerwise" if layerwise else "cosine")
     oracles.assert_scores(score(method, train, queries, module), oracles.inner(left, right), 1e-10)
@@ -125,12 +125,12 @@ def test_scores_do_not_depend_on_the_size_of_blocks(size, kind):
     net, data = nets[kind]
     module, train, queries = model(net=net), data["train"](), data["queries"]()
     names = [name for name, _ in module.named_parameters()]
-    ones = [[batch for batch in DataLoader(each, 1)] for each in (queries, train)]
+    ones = [list(DataLoader(each, 1)) for each in (queries, train)]
     expected = oracles.inner(*(oracles.rows(module, each, names) for each in ones))
     oracles.assert_scores(score(GradientDot(), train, queries, module, batch_size=size), expected, 1e-10)
 
 
-# ---- TracInCP's scale -------------------------------------------------------------------------------------------------
+# ---- TracInCP's scale -----------------------------------------------------------------------------------------------
 
 
 def test_one_step_lowers_a_querys_loss_by_its_scores_up_to_second_order(tmp_path):
@@ -167,7 +167,7 @@ def test_scores_are_linear_in_the_learning_rate(tmp_path):
 def test_each_checkpoint_answers_for_the_steps_before_it(tmp_path):
     """Checkpoints after every second step of three examples: each counts just those six of the eight, in turn."""
     module, data, trajectory, _ = traced(tmp_path, 0.05, max_epochs=2, every_n_train_steps=2)
-    drawn_ids = [row for row in trajectory.steps["ids"].to_pylist()]
+    drawn_ids = trajectory.steps["ids"].to_pylist()
     queries = DATA["queries"]()
     steps = [checkpoint.step for checkpoint in trajectory.checkpoints]
     windows = []
@@ -178,7 +178,7 @@ def test_each_checkpoint_answers_for_the_steps_before_it(tmp_path):
                 coefficient[0, i] += 0.05 / len(row[0])
         windows.append((checkpoint.load().parameters, coefficient))
     names = [name for name, _ in module.named_parameters()]
-    ones = [[batch for batch in DataLoader(each, 1)] for each in (data, queries)]
+    ones = [list(DataLoader(each, 1)) for each in (data, queries)]
     expected = oracles.tracin(module, *ones, names, windows)
     actual = Attributor(module, data, trajectory).score(TracInCP(), queries).values
     oracles.assert_scores(actual, expected, 1e-10)
@@ -188,7 +188,7 @@ def test_each_checkpoint_answers_for_the_steps_before_it(tmp_path):
 def test_paper_units_take_the_learning_rate_alone(tmp_path):
     module, data, trajectory, _ = traced(tmp_path, 0.05, max_epochs=2)
     names = [name for name, _ in module.named_parameters()]
-    ones = [[batch for batch in DataLoader(each, 1)] for each in (data, DATA["queries"]())]
+    ones = [list(DataLoader(each, 1)) for each in (data, DATA["queries"]())]
     windows = [(c.load().parameters, torch.full((1, len(data)), 0.05)) for c in trajectory.checkpoints[1:]]
     actual = Attributor(module, data, trajectory).score(TracInCP(units="paper"), DATA["queries"]()).values
     oracles.assert_scores(actual, oracles.tracin(module, *ones, names, windows), 1e-6)

@@ -1,0 +1,61 @@
+"""Which path each parameter takes: the self-check heals a broken rule so well that scores alone would not show it."""
+
+import pytest
+import torch
+from cases import CASES
+from cases_layers import LAYERS
+from test_cases import Asked, replace
+
+from lightning_influence import GradientDot
+
+torch.set_num_threads(1)
+BY_TORCH_FUNC = {
+    "EmbeddingBag, max",
+    "EmbeddingBag with offsets",
+    "InstanceNorm with running statistics",
+    "PReLU",
+    "PReLU by channel",
+}
+ALSO = [
+    "MultiheadAttention, batch first",
+    "MultiheadAttention, time first",
+    "TransformerEncoder",
+    "TransformerEncoder with padding",
+    "tied embedding and output",
+    "class token and positions",
+    "positions of time-major activations",
+    "compiled module",
+    "gradient checkpointing",
+    "gradient checkpointing, reentrant",
+    "activations in place",
+    "buffers updated in forward",
+    "torchmetrics in the step",
+    "segmentation map",
+]
+FACTORED = [case.name for case in LAYERS if case.name not in BY_TORCH_FUNC] + ALSO
+
+
+def summary(name, folder):
+    asked = Asked(replace(CASES[name], fit=False), folder)
+    notes = asked.attributor.self_influence(GradientDot()).notes
+    return next(note for note in notes if "factored rules" in note)
+
+
+@pytest.mark.parametrize("name", FACTORED)
+def test_every_parameter_has_a_factored_rule(name, tmp_path):
+    assert ";" not in summary(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["weight norm", "LoRA", "EmbeddingBag, max", "regulariser inside the loss"])
+def test_what_has_no_rule_goes_by_torch_func_and_is_named(name, tmp_path):
+    assert "; by torch.func: net." in summary(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["experts by token", "examples sorted inside", "LSTM"])
+def test_what_torch_func_refuses_goes_one_example_at_a_time(name, tmp_path):
+    assert "; by one example at a time: net." in summary(name, tmp_path)
+
+
+def test_parameters_that_the_loss_does_not_reach_cost_nothing(tmp_path):
+    text = summary("a layer that the loss does not reach", tmp_path)
+    assert "does not reach them: net.unused.weight, net.unused.bias, net.detached.weight" in text
