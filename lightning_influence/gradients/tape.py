@@ -105,6 +105,7 @@ class Tape(TorchFunctionMode):
             return
         for call, gradient in zip(self.calls, torch.autograd.grad(total, self.edges, allow_unused=True), strict=True):
             call.gradient = gradient
+        self.edges.clear()  # they keep the graph alive
 
     def _record(self, rule: Rule, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         try:
