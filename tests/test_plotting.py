@@ -119,8 +119,8 @@ def test_a_render_of_ones_own_draws_anything():
 
 def test_a_row_of_a_table_is_its_numbers_and_a_signal_is_a_curve():
     _, axes = plotting.explanation(Item("5", None, torch.tensor([1.5, -2.0])), [Item("1", 1.0, torch.rand(100))], [])
-    texts = [t.get_text() for ax in axes.ravel() for t in ax.texts] if hasattr(axes, "ravel") else []
-    lines = [line for ax in axes.ravel() for line in ax.lines]
+    texts = [t.get_text() for ax in axes for t in ax.texts]
+    lines = [line for ax in axes for line in ax.lines]
     assert any("1.5" in text and "-2" in text for text in texts)
     assert any(len(line.get_xdata()) == 100 for line in lines)
 
