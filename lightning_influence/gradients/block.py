@@ -50,11 +50,13 @@ class Gradients:
                 by_group[group] = self._zeros(len(self), len(other))
             if names in other.parts:  # a parameter that an example's loss does not reach has no part there
                 part.accumulate_dot(other.parts[names], by_group[group])
-        total = self._zeros(len(self), len(other))
         for group, product in by_group.items():
-            factor = scale if scale is None or shared else scale[group]
-            total += product if factor is None else product * factor.to(product)
-        return total
+            if scale is not None:
+                product.mul_((scale if shared else scale[group]).to(product))
+        products = list(by_group.values()) or [self._zeros(len(self), len(other))]
+        for product in products[1:]:
+            products[0].add_(product)
+        return products[0]
 
     def total(self) -> dict[str, Tensor]:
         """The sum of the gradients by parameter name."""

@@ -29,7 +29,8 @@ class EachQuery(QueryGradients):
 
     def dot(self, block: Gradients, scale: Tensor | None = None) -> Tensor:
         """[query, example of block]."""
-        return torch.cat([queries.dot(block, scale) for queries in self._blocks])
+        products = [queries.dot(block, scale) for queries in self._blocks]
+        return products[0] if len(products) == 1 else torch.cat(products)
 
     def normalized(self, how: str) -> "EachQuery":
         """At length one, each query for itself."""
