@@ -1,8 +1,9 @@
 """The self-check: every trainable parameter, by name, against plain autograd, before anything is scored."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lightning_influence.examples import Block, Examples
 from lightning_influence.gradients.block import Names
@@ -12,6 +13,7 @@ from lightning_influence.gradients.layout import Layout, fits
 from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.spot import agrees, largest_entry
 from lightning_influence.gradients.tape import Call
+from lightning_influence.types import foreign
 
 # Two batches of unequal size: what has the size of the batch in both is the dimension of the examples.
 _SIZES = (3, 5)
@@ -172,7 +174,25 @@ def _candidates(name: str, recorded: Sequence[Sequence[Call]], blocks: Sequence[
         for call in calls
         if name in call.names.values()
     ]
-    return [layout for layout in Layout if uses and all(fits(shape, n, layout) for shape, n in uses)]
+    allowed = [Layout.FIRST, Layout.SECOND] if _run_together(blocks) else list(Layout)
+    return [layout for layout in allowed if uses and all(fits(shape, n, layout) for shape, n in uses)]
+
+
+def _run_together(blocks: Sequence[Block]) -> bool:
+    """Whether the batches may hold examples one behind the other, as graphs are, each with a length of its own.
+
+    That those of the self-check have one length says nothing of the others.
+    """
+    dimensions = []
+    for block in blocks:
+        leaves = [
+            x for leaf in tree_leaves(block.batch) for x in (leaf.values() if isinstance(leaf, Mapping) else [leaf])
+        ]
+        if any(foreign(leaf) for leaf in leaves):
+            return True
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0]
+        dimensions.append([{d for d, size in enumerate(t.shape[:2]) if size == block.size} for t in tensors])
+    return any(not set.intersection(*same) for same in zip(*dimensions, strict=False))
 
 
 def _apart(recorded: Sequence[Sequence[Call]]) -> frozenset[str]:
