@@ -1,19 +1,25 @@
 """One `Callback` for both copies of Lightning: ``pytorch_lightning`` and ``lightning.pytorch``."""
 
+import sys
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from lightning_utilities.core import rank_zero
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 
 def _installed() -> list[ModuleType]:
     found = []
+    # Each package makes itself the voice of both when it is imported: the user's own keeps it, or the first.
+    voice = rank_zero.log if {"pytorch_lightning", "lightning.pytorch"} & sys.modules.keys() else None
     for name in ("pytorch_lightning", "lightning.pytorch"):
         try:
             found.append(import_module(name))
         except ModuleNotFoundError:
             continue
+        voice = voice or rank_zero.log
+    rank_zero.log = voice
     if not found:
         raise ModuleNotFoundError("Expected `pytorch-lightning` or `lightning` to be installed, got neither.")
     return found

@@ -3,6 +3,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
+from fits import QUIET
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
@@ -18,7 +19,6 @@ from lightning_influence import (
     driver,
     session,
 )
-from fits import QUIET
 
 
 class Net(pl.LightningModule):

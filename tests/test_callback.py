@@ -1,6 +1,8 @@
 """What `Influence` takes and refuses, in both packages of Lightning."""
 
 import re
+import subprocess
+import sys
 
 import lightning.pytorch
 import pytest
@@ -151,3 +153,12 @@ def test_a_validation_run_records_nothing(tmp_path):
     trainer = pytorch_lightning.Trainer(logger=False, callbacks=[influence], enable_progress_bar=False)
     trainer.validate(seeded(Validates), loader(shuffle=False), verbose=False)
     assert not (tmp_path / "influence").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "voice"), [("pytorch_lightning", "pytorch_lightning"), ("lightning.pytorch", "lightning")]
+)
+def test_the_users_own_package_keeps_its_voice(first, voice):
+    program = f"import {first}, lightning_influence; from lightning_utilities.core import rank_zero; print(rank_zero.log.name)"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert said.startswith(voice)

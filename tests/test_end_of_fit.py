@@ -6,12 +6,12 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning as pl
 import torch
+from fits import QUIET
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_influence import Evidence, GradientDot, Influence, Method, Scores, SelfScores, TracInCP
-from fits import QUIET
 
 
 def make_net(package):
