@@ -19,7 +19,7 @@ def _installed() -> list[ModuleType]:
         except ModuleNotFoundError:
             continue
         voice = voice or rank_zero.log
-    rank_zero.log = voice
+    rank_zero.log = voice or rank_zero.log
     if not found:
         raise ModuleNotFoundError("Expected `pytorch-lightning` or `lightning` to be installed, got neither.")
     return found

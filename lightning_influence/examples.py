@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_influence.module import seed_for
 from lightning_influence.types import Batch, foreign
@@ -61,7 +61,9 @@ class Examples:
         self.block_size = block_size
         self._reader = _Reader(dataset, seed)
         self._collate = collate or default_collate
-        self._workers = workers
+        # Tensors are sliced: what torch's own collate would make of their rows, a hundred times faster.
+        self._sliced = type(dataset) is TensorDataset and self._collate is default_collate
+        self._workers = 0 if self._sliced else workers
         self._seed = seed
         self._cache: dict[range, tuple[Batch, list[int]]] = {}
         self._cache_left = cache_bytes
@@ -76,6 +78,10 @@ class Examples:
 
     def some(self, ids: Sequence[int]) -> Batch:
         """A batch of any examples."""
+        if self._sliced:
+            seed_for(self._seed, ids[0])
+            rows = torch.as_tensor(ids)
+            return [tensor[rows] for tensor in self.dataset.tensors]
         items = self._reader.__getitems__(list(ids))
         seed_for(self._seed, ids[0])
         return self._collate(items)

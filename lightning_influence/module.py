@@ -37,6 +37,7 @@ class Task:
         self.device = device
         self.trainer = trainer
         self._loss_of: Callable[[Batch], Any] = _step_of(module) if loss is None else functools.partial(loss, module)
+        self._parameters = {clean(name): p for name, p in module.named_parameters()}
         self._untouched = [Attributes(module)]  # shared by the tasks of one module
 
     def measuring(self, loss: Loss) -> "Task":
@@ -49,7 +50,7 @@ class Task:
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter by its clean name, tied ones once."""
-        return {clean(name): p for name, p in self.module.named_parameters()}
+        return self._parameters
 
     def load(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         """Puts other weights in place. ``quiet`` puts the user's own back: the very tensors, never a copy of them."""

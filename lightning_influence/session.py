@@ -17,6 +17,9 @@ from lightning_influence.trajectory import Trajectory
 
 # Bytes that the gradients of a block of queries may take.
 _QUERY_BYTES = 2**29
+# A block of training examples is enlarged up to this size while its factors take no more bytes than that.
+_BLOCK = 2048
+_BLOCK_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class Sessions:
     batch_size: int | None
     _found: dict[tuple[Any, ...], tuple[Reduction, Plan]] = field(default_factory=dict)
     _kept: list[Any] = field(default_factory=list)
+    _fitting: int | None = None
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[Task]:
@@ -122,7 +126,10 @@ class Sessions:
                 other = task if measurement is None else task.measuring(measurement)
                 their_reduction, their_plan = self._planned_for(other, theirs, queries, examples)
                 asked = Asked(Engine(other, their_reduction, groups, plan=their_plan), theirs, mean)
-            yield Session(task, Engine(task, reduction, groups, plan=plan), examples, asked)
+            engine = Engine(task, reduction, groups, plan=plan)
+            if self.batch_size is None:
+                examples.block_size = self._block_size(engine, examples)
+            yield Session(task, engine, examples, asked)
 
     def _planned(self, task: Task, examples: Examples) -> tuple[Reduction, Plan]:
         """The self-check of the training side."""
@@ -146,6 +153,14 @@ class Sessions:
             self._found[key] = reduction, theirs
             self._kept.append(queries.dataset)  # while it lives, its id is its own
         return self._found[key]
+
+    def _block_size(self, engine: Engine, examples: Examples) -> int:
+        """Larger blocks where an example's factors are small: fewer, larger matrix products."""
+        if self._fitting is None:
+            some = next(iter(examples.blocks(0, min(4, len(examples)))))
+            each = engine.gradients(some).query_bytes(1)
+            self._fitting = max(examples.block_size, min(_BLOCK, _BLOCK_BYTES // max(1, each)))
+        return self._fitting
 
     def _groups(self) -> Mapping[str, int]:
         if self.trajectory is None or self.trajectory.n_groups == 1:

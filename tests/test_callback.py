@@ -155,10 +155,9 @@ def test_a_validation_run_records_nothing(tmp_path):
     assert not (tmp_path / "influence").exists()
 
 
-@pytest.mark.parametrize(
-    ("first", "voice"), [("pytorch_lightning", "pytorch_lightning"), ("lightning.pytorch", "lightning")]
-)
-def test_the_users_own_package_keeps_its_voice(first, voice):
-    program = f"import {first}, lightning_influence; from lightning_utilities.core import rank_zero; print(rank_zero.log.name)"
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert said.startswith(voice)
+@pytest.mark.parametrize("first", ["pytorch_lightning", "lightning.pytorch"])
+def test_the_users_own_package_keeps_its_voice(first):
+    said = "from lightning_utilities.core import rank_zero; print(rank_zero.log.name)"
+    program = f"import {first}, lightning_influence; {said}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(first.partition(".")[0])
