@@ -34,8 +34,9 @@ torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 full = "full" in sys.argv or "alone" in sys.argv  # without checkpoints of Lightning's own
 influence = Influence(dirpath=folder / "influence", every_n_train_steps=4)
-# at the ends of epochs: a plain DataLoader begins an epoch anew when a fit resumes in the middle of it
-keep = [] if full else [ModelCheckpoint(folder / "ckpt", every_n_train_steps=6, save_top_k=1, save_last=True)]
+# At the ends of epochs: in the middle of one, or at its last batch, a plain DataLoader begins the epoch anew.
+at_ends = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
+keep = [] if full else [ModelCheckpoint(folder / "ckpt", **at_ends, save_top_k=1, save_last=True)]
 last = folder / "ckpt" / "last.ckpt"
 module = seeded(Net, momentum=0.9, schedule="epoch")
 fit(
@@ -44,7 +45,7 @@ fit(
     influence,
     Slow(),
     *keep,
-    max_epochs=10,
+    max_epochs=20,
     enable_checkpointing=not full,
     ckpt_path=last if last.exists() else None,
 )

@@ -180,15 +180,16 @@ def finish(process):
 
 
 def kill_and_resume(tmp_path, moments):
-    """Kill a fit so many times, resume each time from Lightning's last checkpoint, and let the last one finish."""
+    """Kill a fit so many times, resume each time from Lightning's last checkpoint, and let the last one finish.
+
+    The moments together are shorter than the fit: one killed behind its last batch trains on when it is resumed.
+    """
     finish(victim(tmp_path / "whole"))
     whole = Trajectory.load(tmp_path / "whole" / "influence")
     for delay in moments:
         with victim(tmp_path / "killed") as process:
-            line = process.stdout.readline()
-            while line and not line.startswith(("training", "finished")):  # a fit that was killed late may be whole
-                line = process.stdout.readline()
-            assert line, process.wait()
+            while "training" not in process.stdout.readline():
+                assert process.poll() is None
             time.sleep(delay)
             process.send_signal(signal.SIGKILL)
         for run in (tmp_path / "killed" / "influence").glob("run-*"):
@@ -209,7 +210,7 @@ def test_a_kill_leaves_what_was_whole(tmp_path):
 def test_twenty_kills_leave_what_was_whole(tmp_path):
     chance = random.Random(0)
     for k in range(5):
-        kill_and_resume(tmp_path / str(k), [chance.uniform(0, 0.8) for _ in range(4)])
+        kill_and_resume(tmp_path / str(k), [chance.uniform(0, 0.25) for _ in range(4)])
 
 
 def test_a_full_disk_ends_the_recording_and_not_the_fit(tmp_path):
