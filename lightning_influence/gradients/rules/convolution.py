@@ -67,6 +67,13 @@ def _padding(value: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> 
     return tuple((size, size) for size in _each(value, len(kernel)))
 
 
+def _patches(weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Patches:
+    """The windows of a convolution, or of the one whose adjoint a transposed convolution is."""
+    kernel = tuple(weight.shape[2:])
+    dilation = _each(dilation, len(kernel))
+    return Patches(kernel, _each(stride, len(kernel)), _padding(padding, kernel, dilation), dilation)
+
+
 def _positions_last(maps: Tensor) -> Tensor:
     """[example, position, channel, *space] as [example, position x space, channel]."""
     return maps.flatten(3).transpose(2, 3).flatten(1, 2)
@@ -96,9 +103,8 @@ class _Convolution:
     ) -> Operands | None:
         if input.ndim != self.dimensions + 2:
             return None
-        kernel, dilation = tuple(weight.shape[2:]), _each(dilation, self.dimensions)
-        patches = Patches(kernel, _each(stride, self.dimensions), _padding(padding, kernel, dilation), dilation)
-        return Operands({"weight": weight, "bias": bias}, input, 1, {"patches": patches, "groups": groups})
+        options = {"patches": _patches(weight, stride, padding, dilation), "groups": groups}
+        return Operands({"weight": weight, "bias": bias}, input, 1, options)
 
     def parts(
         self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
@@ -139,9 +145,8 @@ class _TransposedConvolution:
     ) -> Operands | None:
         if input.ndim != self.dimensions + 2:
             return None
-        kernel, dilation = tuple(weight.shape[2:]), _each(dilation, self.dimensions)
-        patches = Patches(kernel, _each(stride, self.dimensions), _padding(padding, kernel, dilation), dilation)
-        return Operands({"weight": weight, "bias": bias}, input, 1, {"patches": patches, "groups": groups})
+        options = {"patches": _patches(weight, stride, padding, dilation), "groups": groups}
+        return Operands({"weight": weight, "bias": bias}, input, 1, options)
 
     def parts(
         self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
