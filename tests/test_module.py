@@ -1,9 +1,12 @@
 """What a step may ask and write: its Trainer's stage, a batch of its own class."""
 
+import contextlib
+
 import oracles
+import pytest
 import pytorch_lightning as pl
 import torch
-from case import Items, drawn
+from case import Items, Step, drawn
 from fits import QUIET, fit, seeded
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -51,6 +54,35 @@ class Writing(pl.LightningModule):
         return F.cross_entropy(batch.x, batch.y)
 
 
+class Precise(pl.LightningModule):
+    """Notes under which precision its products are made."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.layer, self.note = torch.nn.Linear(4, 3), lambda: seen.add(precision())
+
+    def training_step(self, batch):
+        self.note()
+        return F.cross_entropy(self.layer(batch[0]), batch[1])
+
+
+def precision():
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
+@contextlib.contextmanager
+def coarse():
+    """TF32 and bfloat16 products wherever the hardware has them, as many scripts ask for."""
+    before = precision()
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
 def data(n=9):
     g = drawn(1)
     return Items(list(zip(torch.randn(n, 4, generator=g), torch.randint(3, (n,), generator=g), strict=True)))
@@ -80,3 +112,25 @@ def test_what_a_step_writes_into_a_batch_of_its_own_class_is_gone_at_the_next_pa
         expected = oracles.inner(*[oracles.rows(module, [Bag([pair]) for pair in data().items], names)] * 2)
         for _ in range(2):
             oracles.assert_scores(attributor.score(GradientDot(), data()).values, expected, 1e-5)
+
+
+def test_scores_are_taken_without_tf32_and_the_users_choice_comes_back():
+    seen = set()
+    with coarse():
+        Attributor(seeded(Precise, seen), DataLoader(data(), 3)).score(GradientDot(), data())
+        assert precision() == ("medium", True)
+    assert seen == {("highest", False)}
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_that_trains_in_tf32_scores_are_those_of_full_precision():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 256), torch.nn.Tanh(), torch.nn.Linear(256, 3))
+    module = seeded(Step, net)
+    ones = [next(iter(DataLoader([pair]))) for pair in data().items]
+    names = [name for name, _ in module.named_parameters()]
+    expected = oracles.inner(*[oracles.rows(module, ones, names)] * 2)
+    trainer = pl.Trainer(**{**QUIET, "accelerator": "gpu"})
+    with coarse():
+        scores = Attributor(module, DataLoader(data(), 3), trainer=trainer).score(GradientDot(), data())
+    oracles.assert_scores(scores.values, expected, 1e-5)
+    assert next(module.parameters()).device.type == "cpu"

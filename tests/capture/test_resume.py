@@ -163,13 +163,14 @@ def test_two_processes_at_once_on_one_folder_do_not_meet(tmp_path):
 
 # ---- accidents, in processes of their own ----
 
+PROGRAM = Path(__file__).parents[1] / "victim.py"
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
 
 def victim(tmp_path, *arguments):
     """Start the fit that accidents happen to."""
-    program = Path(__file__).parents[1] / "victim.py"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(program), str(tmp_path), *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    command = [sys.executable, str(PROGRAM), str(tmp_path), *arguments]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
 def finish(process):
@@ -221,3 +222,19 @@ def test_a_full_disk_ends_the_recording_and_not_the_fit(tmp_path):
     assert all(checkpoint.load() for checkpoint in trajectory.checkpoints)
     assert not trajectory.finished
     assert trajectory.checkpoints[-1].step < 60
+
+
+@pytest.mark.slow
+def test_a_full_file_system_ends_the_recording_and_not_the_fit(tmp_path):
+    small, kept = tmp_path / "small", tmp_path / "kept"
+    small.mkdir()
+    # A namespace of its own, where anybody may mount: what was mounted is gone with it, hence the copy.
+    script = 'mount -t tmpfs -o size=128k tmpfs "$1" && "$2" "$3" "$1" alone && cp -r "$1" "$4"'
+    program = [sys.executable, str(PROGRAM), str(kept)]
+    command = ["unshare", "-rm", "sh", "-ec", script, "sh", str(small), *program]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert "No space left on device" in finish(process)
+    trajectory = Trajectory.load(kept / "influence")
+    assert not trajectory.finished
+    assert 0 < trajectory.checkpoints[-1].step < 120
+    assert all(checkpoint.load() for checkpoint in trajectory.checkpoints)
