@@ -39,9 +39,10 @@ class Answer:
         notes: What a reader must know to trust the numbers.
         checkpoints: Steps of the checkpoints that were used.
         train_base: [train] int64, the ids in the dataset under a `Subset`; None where they are the same.
+        figures: Numbers that tell how far to trust the scores, by name, such as a solver's residual.
 
     Raises:
-        TypeError: `settings` that JSON cannot hold, or ids that are not int64.
+        TypeError: `settings` that JSON cannot hold, ids that are not int64, or `figures` that are no numbers.
         ValueError: Ids that are not ascending, or base ids of another number.
     """
 
@@ -54,6 +55,7 @@ class Answer:
         notes: Sequence[str],
         checkpoints: Sequence[int],
         train_base: Tensor | None,
+        figures: Mapping[str, float] | None,
     ) -> None:
         try:
             self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings or {})))
@@ -67,9 +69,10 @@ class Answer:
         self.checkpoints = tuple(int(step) for step in checkpoints)
         self.train_ids = ascending("train_ids", train_ids)
         self._train_base = base_of("train_ids", train_base, self.train_ids)
+        self.figures = numbers("figures", figures)
 
     def _head(self) -> dict[str, Any]:
-        names = ("method", "settings", "units", "notes", "checkpoints")
+        names = ("method", "settings", "units", "notes", "checkpoints", "figures")
         return {name: getattr(self, name) for name in names}
 
     def _paragraph(self, size: str, findings: Sequence[str]) -> str:
@@ -78,6 +81,8 @@ class Answer:
             first, last, count = min(self.checkpoints), max(self.checkpoints), len(self.checkpoints)
             steps = f"step {first}" if count == 1 else f"steps {first} to {last}"
             sentences.append(f"{count} checkpoint{'s' * (count > 1)} ({steps}).")
+        if self.figures:
+            sentences.append(", ".join(f"{name} {value:.3g}" for name, value in self.figures.items()) + ".")
         sentences += [f"Note: {note.rstrip('.')}." for note in self.notes]
         return textwrap.fill(" ".join([*sentences, *findings]), width=100)
 
@@ -114,6 +119,14 @@ def base_of(name: str, base: Tensor | None, ids: Tensor) -> Tensor | None:
         )
     base = base.detach().cpu()
     return None if torch.equal(base, ids) else base
+
+
+def numbers(name: str, figures: Mapping[str, float] | None) -> dict[str, float]:
+    """Figures by name as plain floats, or what is wrong with them."""
+    try:
+        return {str(key): float(value) for key, value in (figures or {}).items()}
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise TypeError(f"Expected `{name}` to map names to single numbers, got {figures!r}.") from error
 
 
 def floating(values: Tensor) -> Tensor:

@@ -219,6 +219,7 @@ class Attributor:
             "units": method.unit(setting),
             "notes": notes,
             "checkpoints": checkpoints,
+            "figures": setting.figures,
         }
 
 

@@ -35,9 +35,10 @@ class Scores(Answer):
         checkpoints: Steps of the checkpoints that were used.
         base: Indices of `train_ids` and of `query_ids` in the datasets under a `Subset`; None where they are the same.
         allow_nan: NaN and infinite values are meant. A NaN then is an unknown score, and stands in no ranking.
+        figures: Numbers that tell how far to trust the scores, by name, such as a solver's residual.
 
     Raises:
-        TypeError: `values` or ids of another dtype; `settings` that JSON cannot hold.
+        TypeError: `values` or ids of another dtype; `settings` that JSON cannot hold; `figures` that are no numbers.
         ValueError: Shapes that do not fit, ids not ascending, NaN or infinite values, both or none of `values`, `top`.
 
     Example:
@@ -62,8 +63,9 @@ class Scores(Answer):
         checkpoints: Sequence[int] = (),
         base: tuple[Tensor | None, Tensor | None] = (None, None),
         allow_nan: bool = False,
+        figures: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(train_ids, method, settings, units, notes, checkpoints, base[0])
+        super().__init__(train_ids, method, settings, units, notes, checkpoints, base[0], figures)
         self.query_ids = answer.ascending("query_ids", query_ids)
         self._query_base = answer.base_of("query_ids", base[1], self.query_ids)
         self._allow_nan = allow_nan
@@ -295,9 +297,9 @@ class Scores(Answer):
         k = min(k, self.top_k or self.train_ids.numel())
         highest = self.proponents(1).scores[:, 0].double()
         highest = highest[~highest.isnan()]
-        scalars = {}
+        scalars: dict[str, float] = dict(self.figures)
         if highest.numel():
-            scalars = {"top_proponent_mean": float(highest.mean()), "top_proponent_max": float(highest.max())}
+            scalars |= {"top_proponent_mean": float(highest.mean()), "top_proponent_max": float(highest.max())}
         if self._values is not None:
             negative = sum(int((row < 0).sum()) for row in self._values)
             scalars["opponents_share"] = negative / self._values.numel()

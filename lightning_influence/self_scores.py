@@ -31,9 +31,10 @@ class SelfScores(Answer):
         notes: What a reader must know to trust the numbers.
         checkpoints: Steps of the checkpoints that were used.
         base: [train] int64, the ids in the dataset under a `Subset`; None where they are the same.
+        figures: Numbers that tell how far to trust the scores, by name, such as a solver's residual.
 
     Raises:
-        TypeError: `values` or ids of another dtype; `settings` that JSON cannot hold.
+        TypeError: `values` or ids of another dtype; `settings` that JSON cannot hold; `figures` that are no numbers.
         ValueError: Shapes that do not fit, ids not ascending, NaN or infinite values.
 
     Example:
@@ -52,8 +53,9 @@ class SelfScores(Answer):
         notes: Sequence[str] = (),
         checkpoints: Sequence[int] = (),
         base: Tensor | None = None,
+        figures: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(train_ids, method, settings, units, notes, checkpoints, base)
+        super().__init__(train_ids, method, settings, units, notes, checkpoints, base, figures)
         self.values = floating(values)
         if self.values.shape != self.train_ids.shape:
             raise ValueError(
@@ -154,7 +156,7 @@ class SelfScores(Answer):
         trackers.log_influence(
             loggers,
             name or self.method,
-            {"self_mean": float(self.values.double().mean()), "self_top": float(self.values.max())},
+            self.figures | {"self_mean": float(self.values.double().mean()), "self_top": float(self.values.max())},
             self_table=storage.as_rows(self.to_arrow(min(_LOGGED, len(self)))),
             self_figure=trackers.drawn(lambda: self.plot(**drawing)[0]),
             histogram=self.values,

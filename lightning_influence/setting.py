@@ -1,5 +1,6 @@
 """What a method sees: the training examples of one tile, queries, and the stages of training to look at them."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,6 +90,7 @@ class Setting:
         batches_per_epoch: of the training loader, where it is known.
         on_block: called after each block with the number of training examples done.
         notes: what a reader of the scores must know; methods add to them.
+        figures: numbers that tell how far to trust the scores, by name; methods add to them.
     """
 
     engine: Engine
@@ -98,6 +100,7 @@ class Setting:
     batches_per_epoch: int | None = None
     on_block: Callable[[int], Any] = lambda count: None
     notes: list[str] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
 
     @property
     def n_train(self) -> int:
@@ -115,6 +118,18 @@ class Setting:
         """Adds a note, once."""
         if text not in self.notes:
             self.notes.append(text)
+
+    def figure(self, name: str, value: Any, keep: Callable[[float, float], float] = max) -> None:
+        """Adds a number for `Scores.figures` and the experiment trackers, such as a solver's residual.
+
+        Args:
+            name: What it is, in snake_case.
+            value: One number.
+            keep: Which of two to keep where a number is told again, for another tile or other queries: by default the
+                larger, the worse of two residuals. NaN is never forgotten.
+        """
+        new, old = float(value), self.figures.get(name)
+        self.figures[name] = new if old is None or math.isnan(new) else old if math.isnan(old) else keep(old, new)
 
     def final(self) -> Stage:
         """The module at the weights after the last step."""

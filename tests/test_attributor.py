@@ -19,6 +19,7 @@ from lightning_influence import (
     driver,
     session,
 )
+from lightning_influence.setting import Setting
 
 
 class Net(pl.LightningModule):
@@ -170,6 +171,36 @@ def test_scores_are_saved_where_asked(fitted, tmp_path):
     attributor.self_influence(GradientDot(), path=tmp_path / "self.arrow")
     assert torch.equal(type(scores).load(tmp_path / "scores.arrow").values, scores.values)
     assert (tmp_path / "self.arrow").is_file()
+
+
+class Telling(GradientDot):
+    """Tells a residual of each tile, as a solver would."""
+
+    def score(self, setting, queries):
+        setting.figure("residual", torch.tensor(1.0 / (1 + setting.ids.start)))
+        setting.figure("ids_seen", len(setting.ids), keep=lambda old, new: old + new)
+        return super().score(setting, queries)
+
+    def self_influence(self, setting):
+        setting.figure("residual", 0.5)
+        return super().self_influence(setting)
+
+
+def test_what_a_method_tells_in_figures_is_in_the_answer(fitted, monkeypatch):
+    net, _ = fitted
+    monkeypatch.setattr(driver, "_TILE", 40)
+    attributor = Attributor(net, TRAIN, batch_size=5)
+    assert attributor.score(Telling(), QUERIES).figures == {"residual": 1.0, "ids_seen": 23.0}
+    assert attributor.self_influence(Telling()).figures == {"residual": 0.5}
+    assert attributor.score(GradientDot(), QUERIES).figures == {}
+
+
+@pytest.mark.parametrize("told", [(1.0, float("nan")), (float("nan"), 1.0)])
+def test_a_figure_that_was_nan_stays_nan(told):
+    setting = Setting(None, (), range(0), None)
+    for value in told:
+        setting.figure("residual", value)
+    assert setting.figures["residual"] != setting.figures["residual"]
 
 
 def test_the_estimate_of_cost_is_a_time(fitted):

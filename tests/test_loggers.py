@@ -28,8 +28,9 @@ SCORES = Scores(
     torch.tensor([3, 8]),
     method="TracInCP",
     base=(torch.tensor([10, 14, 17]), None),
+    figures={"residual": 0.125},
 )
-SELF = SelfScores(torch.arange(20), torch.arange(20.0), "TracInCP")
+SELF = SelfScores(torch.arange(20), torch.arange(20.0), "TracInCP", figures={"self_residual": 0.25})
 
 
 def events(logger):
@@ -54,6 +55,8 @@ def test_tensorboard_holds_scalars_table_histogram_and_figures(kinds, tmp_path):
         "influence/TracInCP/top_proponent_mean": 2.5,
         "influence/TracInCP/top_proponent_max": 3.0,
         "influence/TracInCP/opponents_share": pytest.approx(1 / 6),
+        "influence/TracInCP/residual": 0.125,
+        "influence/TracInCP/self_residual": 0.25,
         "influence/TracInCP/self_mean": 9.5,
         "influence/TracInCP/self_top": 19.0,
     }
@@ -141,7 +144,12 @@ def test_an_unknown_logger_gets_scalars_and_a_note(caplog):
     logger = Bare()
     with caplog.at_level(logging.WARNING, "lightning_influence.loggers"):
         SELF.log([logger], name="my name")
-    assert logger.got == {"influence/my name/self_mean": 9.5, "influence/my name/self_top": 19.0, "saved": True}
+    assert logger.got == {
+        "influence/my name/self_mean": 9.5,
+        "influence/my name/self_top": 19.0,
+        "influence/my name/self_residual": 0.25,
+        "saved": True,
+    }
     assert [record.getMessage() for record in caplog.records] == [
         "`Bare` got the scalars of the influence of 'my name' only."
     ]

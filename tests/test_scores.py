@@ -31,6 +31,7 @@ def full(**changes):
         "units": "loss",
         "notes": ["the momentum 0.9 is in the learning rate."],
         "checkpoints": (10, 20, 30),
+        "figures": {"residual": 1.25e-4, "damping": 3},
     }
     return Scores(**{**given, **changes})
 
@@ -117,6 +118,7 @@ def test_repr_says_method_size_units_sign_checkpoints_notes_and_the_strongest():
         "TracInCP: scores of 3 queries by 6 training examples, units: loss.",
         "Positive is a proponent",
         "3 checkpoints (steps 10 to 30).",
+        "residual 0.000125, damping 3.",
         "Note: the momentum 0.9 is in the learning rate.",
         "Query 4: strongest proponent 3 (+2), strongest opponent 10 (-3).",
         "Query 5: strongest proponent 10 (+6), no opponent.",
@@ -168,6 +170,9 @@ def test_base_ids_of_another_number_are_refused():
         ({"values": VALUES.long()}, TypeError, "floating point, got torch.int64"),
         ({"values": None}, ValueError, "either `values` or `top`"),
         ({"settings": {"a": object()}}, TypeError, "`settings` to hold what JSON can"),
+        ({"figures": {"a": "much"}}, TypeError, r"`figures` to map names to single numbers, got \{'a': 'much'\}"),
+        ({"figures": {"a": torch.ones(2)}}, TypeError, "`figures` to map names to single numbers"),
+        ({"figures": [1.0]}, TypeError, r"`figures` to map names to single numbers, got \[1.0\]"),
     ],
 )
 def test_bad_parts_are_refused(changes, error, message):
@@ -260,6 +265,7 @@ def same(one, other):
     assert type(one) is type(other)
     assert repr(one) == repr(other)
     assert (one.settings, one.notes, one.checkpoints) == (other.settings, other.notes, other.checkpoints)
+    assert one.figures == other.figures
     assert one.to_arrow().equals(other.to_arrow())
 
 
@@ -272,7 +278,7 @@ def same(one, other):
         kept(2),
         kept(6, base=(TRAIN_IDS * 2, None)),
         itself(),
-        itself(values=VALUES[0].double(), base=TRAIN_IDS + 1, checkpoints=[3]),
+        itself(values=VALUES[0].double(), base=TRAIN_IDS + 1, checkpoints=[3], figures={"residual": float("inf")}),
     ],
 )
 def test_what_was_saved_comes_back(scores, tmp_path):
@@ -281,6 +287,13 @@ def test_what_was_saved_comes_back(scores, tmp_path):
     same(back, scores)
     assert os.listdir(path.parent) == ["scores.arrow"]
     assert pa.ipc.open_file(path).read_all().num_rows == len(scores)
+
+
+def test_a_file_from_before_there_were_figures_is_read(tmp_path):
+    path = full(figures={}).save(tmp_path / "s")
+    path.write_bytes(path.read_bytes().replace(b', "figures": {}', b" " * 15))
+    assert b"figures" not in path.read_bytes()
+    assert Scores.load(path).figures == {}
 
 
 def test_writing_into_a_loaded_matrix_does_not_change_the_file(tmp_path):
