@@ -20,7 +20,7 @@ LAYERS = (
     {"setting", "scores", "sinks"},
     {"method", "session"},
     {"methods", "driver"},
-    {"attributor"},
+    {"attributor", "metrics"},
     {"end_of_fit", "conformance"},
     {"callback"},
     {"__init__"},

@@ -1,0 +1,80 @@
+"""Do scores find the wrong labels?"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.metrics.judged import Judged
+from lightning_influence.numerics.statistics import auroc, average_precision, recall_at
+
+
+class MislabelDetection(Judged):
+    """How far up wrong labels stand in a ranking of training examples by suspicion.
+
+    ``compute`` gives ``auroc`` (ties count half), ``average_precision``, each with its 95 % bootstrap interval over
+    examples, and ``recall_at_F``: the share of the wrong labels in the most suspicious fraction F. The plain loss is
+    the baseline that a score has to beat.
+
+    Args:
+        fractions: of the training set that one would look through.
+        n_bootstrap: resamples that the intervals are taken from; 0: no interval.
+        seed: of the resampling.
+        kwargs: of ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: a fraction outside (0, 1]; shapes that do not fit; suspicions that are not finite.
+
+    Example:
+        >>> metric = MislabelDetection(fractions=(0.5,), n_bootstrap=0)
+        >>> metric.update(torch.tensor([0.1, 3.0, 0.2, 0.3]), torch.tensor([False, True, False, True]))
+        >>> {name: float(value) for name, value in metric.compute().items()}
+        {'auroc': 1.0, 'average_precision': 1.0, 'recall_at_0.5': 1.0}
+    """
+
+    def __init__(
+        self, fractions: Sequence[float] = (0.05, 0.1, 0.2), n_bootstrap: int = 500, seed: int = 0, **kwargs: Any
+    ) -> None:
+        super().__init__(n_bootstrap, seed, **kwargs)
+        wrong = [f for f in fractions if not 0 < f <= 1]
+        if wrong:
+            raise ValueError(f"Expected `fractions` above 0 and up to 1, got {wrong!r}.")
+        self.fractions = tuple(fractions)
+
+    def update(self, suspicion: Tensor, mislabelled: Tensor) -> None:
+        """Take in some training examples.
+
+        Args:
+            suspicion: [train], high where the label looks wrong: self-influence, the loss, or the negative influence
+                on clean queries.
+            mislabelled: [train], nonzero where it is.
+        """
+        if suspicion.ndim != 1 or suspicion.shape != mislabelled.shape:
+            raise ValueError(
+                f"Expected `suspicion` and `mislabelled` to be [train] both, got {list(suspicion.shape)} and "
+                f"{list(mislabelled.shape)}."
+            )
+        unknown = int((~suspicion.isfinite()).sum())
+        if unknown:
+            raise ValueError(f"Expected finite `suspicion`, got NaN or infinity for {unknown} of {len(suspicion)}.")
+        self._take(suspicion, mislabelled.ne(0))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Scalars by name."""
+        pairs = self._pairs()
+        found = self._interval("auroc", auroc, pairs)
+        found |= self._interval("average_precision", average_precision, pairs)
+        for fraction in self.fractions:
+            found[f"recall_at_{fraction:g}"] = partial(recall_at, fraction=fraction)(*pairs)
+        return found
+
+    def _draw(self, axes: Any) -> None:
+        pairs = self._pairs()
+        fractions = torch.linspace(0.005, 1, 200)
+        axes.plot(fractions, [float(recall_at(*pairs, fraction)) for fraction in fractions.tolist()], color="#1b7f5c")
+        axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":", label="random order")
+        axes.set_xlabel("fraction of the training set looked through")
+        axes.set_ylabel("share of the wrong labels found")
+        axes.legend(frameon=False)

@@ -1,0 +1,119 @@
+"""Rank statistics along the last dimension and their bootstrap intervals: what cannot be said is NaN, never 0."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Numbers that the resamples of one round of a bootstrap may hold.
+_ROUND = 2**22
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Ranks 1 to n, the mean of their ranks for equal values; all NaN where a value is."""
+    ordered = values.sort(-1).values.contiguous()
+    values = values.contiguous()
+    below = torch.searchsorted(ordered, values, right=False)
+    upto = torch.searchsorted(ordered, values, right=True)
+    mean = (below + upto + 1).to(torch.float64) / 2
+    return mean.masked_fill(values.isnan().any(-1, keepdim=True), torch.nan)
+
+
+def pearson(left: Tensor, right: Tensor) -> Tensor:
+    """Correlation of two tensors of one shape; NaN where one is constant."""
+    left, right = left.double(), right.double()
+    left_part, right_part = left - left.mean(-1, keepdim=True), right - right.mean(-1, keepdim=True)
+    product = (left_part * right_part).mean(-1)
+    found = product / (left_part.square().mean(-1) * right_part.square().mean(-1)).sqrt()
+    # Rounding in the mean makes tiny deviations of a constant, and those a correlation of anything.
+    constant = (left == left[..., :1]).all(-1) | (right == right[..., :1]).all(-1)
+    return found.clamp(-1.0, 1.0).masked_fill(constant, torch.nan)
+
+
+def spearman(left: Tensor, right: Tensor) -> Tensor:
+    """Correlation of ranks; NaN where one is constant."""
+    return pearson(ranks(left), ranks(right))
+
+
+def slope(predicted: Tensor, actual: Tensor) -> Tensor:
+    """Least-squares slope of what was predicted against what came, over all rows at once, each around its own mean.
+
+    Rows with NaN are left out; NaN where nothing that came differs.
+    """
+    predicted, actual = predicted.double(), actual.double()
+    whole = (predicted.isfinite() & actual.isfinite()).all(-1)[..., None]
+    predicted = torch.where(whole, predicted - predicted.mean(-1, keepdim=True), 0.0)
+    actual = torch.where(whole, actual - actual.mean(-1, keepdim=True), 0.0)
+    return (predicted * actual).sum((-1, -2)) / actual.square().sum((-1, -2))
+
+
+def auroc(scores: Tensor, positive: Tensor) -> Tensor:
+    """Chance that a positive stands above another one, ties counting half; NaN without either kind."""
+    n_positive = positive.sum(-1).double()
+    n_other = positive.shape[-1] - n_positive
+    above = (ranks(scores) * positive).sum(-1) - n_positive * (n_positive + 1) / 2
+    return above / (n_positive * n_other)
+
+
+def average_precision(scores: Tensor, positive: Tensor) -> Tensor:
+    """Mean over the positives of the precision among all that score at least as high; NaN without positives."""
+    descending, order = scores.sort(-1, descending=True)
+    found = positive.gather(-1, order).double().cumsum(-1)
+    # Equal scores cannot be told apart: each looks as far down as the last of its ties.
+    last = torch.searchsorted(-descending, -descending, right=True) - 1
+    precision = found.gather(-1, last) / (last + 1)
+    return (precision * positive.gather(-1, order)).sum(-1) / positive.sum(-1)
+
+
+def recall_at(scores: Tensor, positive: Tensor, fraction: float) -> Tensor:
+    """Share of the positives in the highest ``fraction`` of scores, in expectation over the order of ties."""
+    n = scores.shape[-1]
+    inspected = max(1, round(fraction * n))
+    descending, order = scores.sort(-1, descending=True)
+    first = torch.searchsorted(-descending, -descending, right=False)
+    beyond = torch.searchsorted(-descending, -descending, right=True)
+    chance = ((inspected - first).clamp(min=0).double() / (beyond - first)).clamp(max=1.0)
+    return (chance * positive.gather(-1, order)).sum(-1) / positive.sum(-1)
+
+
+def nanmean(values: Tensor) -> Tensor:
+    """Mean along the last dimension of what is not NaN; NaN where nothing is."""
+    return values.nanmean(-1)
+
+
+def bootstrap(
+    statistic: Callable[..., Tensor], data: tuple[Tensor, ...], n: int, seed: int, rows: bool, level: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Percentile interval of a statistic under resampling of columns, and of rows as well where ``rows``.
+
+    Args:
+        statistic: called with each of ``data`` as [round, ..., column]; returns [round].
+        data: [row, column] each, or [column]; resampled together.
+        n: resamples.
+        seed: of the resampling.
+        rows: the first of two dimensions is a sample too.
+        level: of the interval.
+
+    Returns:
+        Its two ends; NaN where the statistic is in half of the resamples or more.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    *front, width = data[0].shape
+    each = max(1, data[0].numel())
+    found = []
+    while n > 0:
+        count = min(n, max(1, _ROUND // each))
+        columns = torch.randint(width, (count, *[1] * len(front), width), generator=draw)
+        if rows and front:
+            chosen = torch.randint(front[0], (count, front[0]), generator=draw)
+            picked = [part[chosen] for part in data]
+        else:
+            picked = [part.expand(count, *part.shape) for part in data]
+        found.append(statistic(*(part.gather(-1, columns.expand(part.shape)) for part in picked)))
+        n -= count
+    values = torch.cat(found)
+    known = values[~values.isnan()]
+    if len(known) * 2 <= len(values):
+        return torch.tensor(torch.nan, dtype=torch.float64), torch.tensor(torch.nan, dtype=torch.float64)
+    ends = torch.quantile(known.double(), torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
+    return ends[0], ends[1]
