@@ -16,6 +16,7 @@ from lightning_influence.attributor import Attributor
 from lightning_influence.callback import Influence
 from lightning_influence.method import Evidence, Method
 from lightning_influence.methods.gradient_dot import GradientDot
+from lightning_influence.methods.representer_points import RepresenterPoints
 from lightning_influence.methods.tracin_cp import TracInCP
 from lightning_influence.scores import Scores, SelfScores, TopK
 from lightning_influence.trajectory import Trajectory
@@ -30,6 +31,7 @@ __all__ = [
     "Influence",
     "Method",
     "MissingEvidence",
+    "RepresenterPoints",
     "Scores",
     "SelfScores",
     "TopK",

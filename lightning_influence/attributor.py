@@ -104,7 +104,7 @@ class Attributor:
         self._check(method)
         _check_arguments(top_k, aggregate, measurement, higher_is_better)
         source = self._queries(queries)
-        with self._sessions.open(source, measurement, mean=aggregate == "mean") as session:
+        with self._sessions.open(source, measurement, aggregate == "mean", method.gradients) as session:
             setting, asked = self._ask(session)
             dtype, n_train = setting.zeros().dtype, setting.n_train
             sink: MatrixSink | TopKSink
@@ -132,7 +132,7 @@ class Attributor:
             ValueError: self-influence that would be constant; gradients that are not finite.
         """
         self._check(method)
-        with self._sessions.open() as session:
+        with self._sessions.open(gradients=method.gradients) as session:
             setting = setting_of(session, self.trajectory, self._train.batches)
             values = run_self_influence(method, setting, self.trainer)
         record = self._record(method, setting) | {"base": self._train.base_ids()}
@@ -151,7 +151,7 @@ class Attributor:
         wrong = [i for i in ids if not 0 <= i < len(self._train.dataset)]
         if wrong:
             raise ValueError(f"Expected `ids` below {len(self._train.dataset)}, got {wrong[:5]!r}.")
-        with self._sessions.open(self._queries(queries)) as session:
+        with self._sessions.open(self._queries(queries), gradients=method.gradients) as session:
             setting, asked = self._ask(session)
             sink = GroupSink(len(asked), ids)
             run_scores(method, setting, asked, sink, 1.0, self.trainer)
@@ -169,7 +169,7 @@ class Attributor:
         """Seconds that ``score`` (or, without queries, ``self_influence``) will take, by timing one block of each."""
         self._check(method)
         with self._sessions.open(
-            None if queries is None else self._queries(queries), mean=aggregate == "mean"
+            None if queries is None else self._queries(queries), None, aggregate == "mean", method.gradients
         ) as session:
             return estimate(method, session, setting_of(session, self.trajectory, self._train.batches))
 
@@ -210,7 +210,9 @@ class Attributor:
     def _record(self, method: Method, setting: Setting) -> dict[str, Any]:
         positions = [] if self.trajectory is None else method.positions(self.trajectory)
         checkpoints = [] if self.trajectory is None else [self.trajectory.checkpoints[i].step for i in positions]
-        notes = [*setting.notes, setting.engine.plan.summary(setting.engine.task.named_parameters())]
+        notes = list(setting.notes)
+        if method.gradients:
+            notes.append(setting.engine.plan.summary(setting.engine.task.named_parameters()))
         if self.trajectory is not None:
             notes += self.trajectory.notes
         return {

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_influence.examples import Block
+from lightning_influence.gradients import Engine, Gradients
 from lightning_influence.method import Method
 from lightning_influence.progress import progress
 from lightning_influence.session import Asked, Session
@@ -67,17 +69,24 @@ def estimate(method: Method, session: Session, setting: Setting) -> float:
     block = next(iter(examples.blocks(0, min(len(examples), examples.block_size))))
     blocks = len(examples) / block.size
     if asked is None:
-        seconds = _timed(lambda: engine.gradients(block).norm2()) * blocks
+        seconds = _timed(lambda: _pass(engine, block).norm2()) * blocks
     else:
         held, columns = tiling(setting, asked)
         some = asked[: min(held, asked.examples.block_size)]
         gradients = some.gradients()
         share = len(asked) / len(some)
-        backward = _timed(lambda: engine.gradients(block))
+        backward = _timed(lambda: _pass(engine, block))
         product = max(0.0, _timed(lambda: gradients.dot(engine.gradients(block))) - backward)
         passes, tiles = -(-len(asked) // held), -(-len(examples) // columns)
         seconds = (backward * passes + product * share) * blocks + _timed(some.gradients) * share * tiles
     return seconds * stages_of(method, setting.trajectory)
+
+
+def _pass(engine: Engine, block: Block) -> Gradients:
+    """Gradients of a block; where a method takes none, the loss alone."""
+    if not engine.plan.names:
+        engine.task(engine.task.to_device(block.batch))
+    return engine.gradients(block)
 
 
 def stages_of(method: Method, trajectory: Trajectory | None) -> int:

@@ -35,6 +35,8 @@ class Method(ABC):
     """
 
     needs: ClassVar[Evidence] = Evidence.FINAL_WEIGHTS
+    gradients: ClassVar[bool] = True
+    """Whether it takes gradients by the parameters; if not, no self-check of them is made."""
 
     @abstractmethod
     def score(self, setting: Setting, queries: Queries) -> Tensor:

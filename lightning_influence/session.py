@@ -95,6 +95,7 @@ class Sessions:
     _found: dict[tuple[Any, ...], tuple[Reduction, Plan]] = field(default_factory=dict)
     _kept: list[Any] = field(default_factory=list)
     _fitting: int | None = None
+    _reduction: Reduction | None = None
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[Task]:
@@ -109,9 +110,13 @@ class Sessions:
 
     @contextlib.contextmanager
     def open(
-        self, queries: Source | None = None, measurement: Loss | None = None, mean: bool = False
+        self,
+        queries: Source | None = None,
+        measurement: Loss | None = None,
+        mean: bool = False,
+        gradients: bool = True,
     ) -> Iterator[Session]:
-        """Everything that a method needs, until the context ends.
+        """Everything that a method needs, until the context ends; without ``gradients`` none are planned or checked.
 
         Raises:
             ValueError: a loss that cannot be divided among examples, queries that do not fit the module.
@@ -119,35 +124,45 @@ class Sessions:
         groups = self._groups()
         with self.quiet() as task:
             examples = self.train.examples(self.batch_size)
-            reduction, plan = self._planned(task, examples)
+            reduction, plan = self._planned(task, examples, gradients)
             asked = None
             if queries is not None:
                 theirs = queries.examples(self.batch_size)
                 other = task if measurement is None else task.measuring(measurement)
-                their_reduction, their_plan = self._planned_for(other, theirs, queries, examples)
+                their_reduction, their_plan = self._planned_for(other, theirs, queries, examples, gradients)
                 asked = Asked(Engine(other, their_reduction, groups, plan=their_plan), theirs, mean)
             engine = Engine(task, reduction, groups, plan=plan)
-            if self.batch_size is None:
+            if self.batch_size is None and gradients:
                 examples.block_size = self._block_size(engine, examples)
             yield Session(task, engine, examples, asked)
 
-    def _planned(self, task: Task, examples: Examples) -> tuple[Reduction, Plan]:
+    def _planned(self, task: Task, examples: Examples, gradients: bool) -> tuple[Reduction, Plan]:
         """The self-check of the training side."""
+        if self._reduction is None:
+            self._reduction = probe(task, examples, 0)
+        if not gradients:
+            return self._reduction, Plan({})
         if () not in self._found:
-            reduction = probe(task, examples, 0)
-            self._found[()] = reduction, make_plan(Engine(task, reduction, self._groups()), examples, self.names)
+            engine = Engine(task, self._reduction, self._groups())
+            self._found[()] = self._reduction, make_plan(engine, examples, self.names)
         return self._found[()]
 
-    def _planned_for(self, task: Task, asked: Examples, queries: Source, examples: Examples) -> tuple[Reduction, Plan]:
+    def _planned_for(
+        self, task: Task, asked: Examples, queries: Source, examples: Examples, gradients: bool
+    ) -> tuple[Reduction, Plan]:
         """The self-check of the query side."""
-        reduction, plan = self._found[()]
+        reduction, plan = self._planned(task, examples, gradients)
         if queries is self.train and task.loss is self.loss:
             return reduction, plan
-        key = (id(queries.dataset), task.loss)
+        key = (id(queries.dataset), task.loss, gradients)
         if key not in self._found:
             reduction = Reduction.NONE if task.loss is not None else reduction
             try:
-                theirs = make_plan(Engine(task, reduction, self._groups()), asked, self.names)
+                if gradients:
+                    theirs = make_plan(Engine(task, reduction, self._groups()), asked, self.names)
+                else:
+                    reduction.total(task(task.to_device(asked.one(0))), 1)
+                    theirs = plan
             except (RuntimeError, TypeError, IndexError, KeyError, ValueError, AttributeError) as error:
                 raise ValueError(_misfit(error, examples, asked)) from error
             self._found[key] = reduction, theirs

@@ -91,6 +91,7 @@ class Setting:
         on_block: called after each block with the number of training examples done.
         notes: what a reader of the scores must know; methods add to them.
         figures: numbers that tell how far to trust the scores, by name; methods add to them.
+        kept: what a method computes once for all tiles of one question, by a key of its own.
     """
 
     engine: Engine
@@ -101,6 +102,7 @@ class Setting:
     on_block: Callable[[int], Any] = lambda count: None
     notes: list[str] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
 
     @property
     def n_train(self) -> int:

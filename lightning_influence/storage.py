@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,32 @@ def write_file(
         FileExistsError: `path` exists and `overwrite` is False.
         IsADirectoryError: `path` is a folder.
     """
+    return write_batches(path, kind, [columns], metadata, overwrite)
+
+
+def write_batches(
+    path: str | os.PathLike[str],
+    kind: str,
+    batches: Iterable[Mapping[str, Tensor]],
+    metadata: Mapping[str, Any],
+    overwrite: bool = False,
+) -> Path:
+    """The same in batches of rows that are made while they are written: one at a time is in memory.
+
+    Args:
+        path: As in `write_file`.
+        kind: As in `write_file`.
+        batches: At least one; as `columns` of `write_file`, with the same names, types and widths in each.
+        metadata: As in `write_file`.
+        overwrite: As in `write_file`.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileExistsError: `path` exists and `overwrite` is False.
+        IsADirectoryError: `path` is a folder.
+    """
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"Expected `path` to name a file, got the folder {str(path)!r}. Add a file name to it.")
@@ -51,14 +78,15 @@ def write_file(
             f"Expected no file at {str(path)!r}, found one. Pass `overwrite=True` or choose another path."
         )
     head = json.dumps({"format": FORMAT, "kind": kind, **metadata})
-    batch = pa.record_batch({name: _to_arrow(tensor) for name, tensor in columns.items()})
-    batch = batch.replace_schema_metadata({_KEY: head.encode()})
+    records = (pa.record_batch({name: _to_arrow(tensor) for name, tensor in batch.items()}) for batch in batches)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            with pa.ipc.new_file(file, batch.schema) as writer:
-                writer.write_batch(batch)
+            first = next(records)
+            with pa.ipc.new_file(file, first.schema.with_metadata({_KEY: head.encode()})) as writer:
+                for record in itertools.chain((first,), records):
+                    writer.write_batch(record)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -83,6 +111,26 @@ def read_file(path: str | os.PathLike[str], kinds: Sequence[str]) -> tuple[str, 
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged, is not ours, is of another kind or of a later format.
     """
+    kind, batches, metadata = read_batches(path, kinds)
+    return kind, {name: _joined([batch[name] for batch in batches]) for name in batches[0]}, metadata
+
+
+def read_batches(
+    path: str | os.PathLike[str], kinds: Sequence[str]
+) -> tuple[str, list[dict[str, Tensor]], dict[str, Any]]:
+    """Map a file of `write_batches` into memory, batch by batch: pages are read when they are looked at.
+
+    Args:
+        path: The file.
+        kinds: The kinds that the caller can read.
+
+    Returns:
+        The kind, the columns of every batch, and the metadata.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, is not ours, is of another kind or of a later format.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"Expected a file of scores at {str(path)!r}, found none. `save` writes one.")
@@ -94,11 +142,10 @@ def read_file(path: str | os.PathLike[str], kinds: Sequence[str]) -> tuple[str, 
         reader = pa.ipc.open_file(whole)
         head = json.loads((reader.schema.metadata or {})[_KEY])
         _refuse_other(path, head, kinds)
-        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        columns = {
-            name: _joined([_to_tensor(batch[name], pages, whole.address) for batch in batches])
-            for name in reader.schema.names
-        }
+        records = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        batches = [
+            {name: _to_tensor(record[name], pages, whole.address) for name in reader.schema.names} for record in records
+        ]
     except _WrongFileError as error:
         raise ValueError(str(error)) from None
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
@@ -107,7 +154,7 @@ def read_file(path: str | os.PathLike[str], kinds: Sequence[str]) -> tuple[str, 
             f"({type(error).__name__}: {error}). Write it again."
         ) from error
     kind = head.pop("kind")
-    return kind, columns, {name: value for name, value in head.items() if name != "format"}
+    return kind, batches, {name: value for name, value in head.items() if name != "format"}
 
 
 def pack_ids(ids: Tensor | None) -> Any:

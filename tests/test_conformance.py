@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lightning_influence import Evidence, GradientDot, Method, TracInCP
+from lightning_influence import Evidence, GradientDot, Method, RepresenterPoints, TracInCP
 from lightning_influence.conformance import BrokenPromiseError, check_method
 
 METHODS = [
@@ -17,6 +17,7 @@ METHODS = [
     TracInCP(normalize="cosine"),
     TracInCP(normalize="layerwise"),
     TracInCP(checkpoints=(-1, 0)),
+    RepresenterPoints(),
 ]
 
 

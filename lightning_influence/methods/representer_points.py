@@ -1,0 +1,247 @@
+"""Representer points: a prediction as a sum over training examples, by the last layer alone (Yeh et al., 2018)."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_influence.head import Head, Seen, find_head, seen_by, writable
+from lightning_influence.method import Evidence, Method, one_of
+from lightning_influence.numerics.heads import Fit, Link, PenalisedHead
+from lightning_influence.setting import Queries, Setting
+from lightning_influence.storage import read_file, write_file
+
+
+@dataclass(frozen=True)
+class RepresenterPoints(Method):
+    r"""What each training example holds up of a prediction, by the final linear layer.
+
+    At the minimum W of the mean loss plus :math:`\frac{\lambda}{2}\lVert W\rVert^2`, bias included, with features f
+    (and a 1 for the bias), the pre-activations z of a query are a sum over the training examples:
+
+    .. math:: z_c(q) = \sum_i \alpha_{ic} \, f_i \cdot f_q, \qquad
+        \alpha_i = -\frac{1}{\lambda n} \frac{\partial \ell_i}{\partial z}, \qquad
+        s(q, z_i) = -\sum_c \frac{\partial\ell_q}{\partial z_c} \alpha_{ic} \, f_i \cdot f_q
+
+    Source: Yeh, Kim, Yen, Ravikumar. Representer Point Selection for Explaining Deep Neural Networks. NeurIPS 2018.
+    Needs: the final weights.
+    Units: query loss, to first order in the example's term; the pre-activation itself where ``of`` names a class.
+    Cost: one forward pass an example, once: features are kept on disk with the trajectory. Then the solve of the head,
+    and per score ``class + dim`` operations.
+    Departs from the paper: the head's minimum is found by Newton's method in float64; labels are the default targets.
+
+    Args:
+        of: ``"loss"``: influence on the query's loss. A class: the terms of the query's pre-activation of that class,
+            which sum to it. ``"label"``: of the query's own class.
+        weight_decay: λ in torch's sense, on the mean loss. Yeh et al. write the penalty as λ'‖W‖², with λ = 2 λ'; the
+            default is that of their code, λ' = 0.003.
+        refit: find the head's minimum. False: take the head as it was trained; what the sum then misses of the
+            pre-activations is in the notes.
+        target: ``"labels"``, or ``"model"`` for the model's own outputs, as in the paper's code.
+        head: name of the layer; None: the linear layer that is called last.
+        max_iterations: Newton steps at most; short of the minimum, a warning.
+
+    Raises:
+        ValueError: other values; a model without such a layer; a loss other than cross-entropy, binary cross-entropy
+            or squared error of what the layer gives; a class that it does not have.
+
+    Example:
+        >>> from lightning_influence import Attributor, RepresenterPoints
+        >>> attributor = Attributor(model, train=train, trajectory=trajectory)  # doctest: +SKIP
+        >>> attributor.score(RepresenterPoints(of=3), queries=test).values.sum(1)  # doctest: +SKIP
+    """
+
+    of: Literal["loss", "label"] | int = "loss"
+    weight_decay: float = 0.006
+    refit: bool = True
+    target: Literal["labels", "model"] = "labels"
+    head: str | None = None
+    max_iterations: int = 100
+    needs: ClassVar[Evidence] = Evidence.FINAL_WEIGHTS
+    gradients: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.of, int) or isinstance(self.of, bool) or self.of < 0:
+            one_of("of", self.of, ("loss", "label", "a class (0, 1, ...)"))
+        one_of("target", self.target, ("labels", "model"))
+        if not self.weight_decay > 0:
+            raise ValueError(
+                f"Expected `weight_decay` to be positive, got {self.weight_decay!r}. The decomposition divides by it: "
+                "pass the weight decay of the fit, or a small one such as 1e-3."
+            )
+        if self.max_iterations < 1:
+            raise ValueError(f"Expected `max_iterations` to be at least 1, got {self.max_iterations!r}.")
+
+    def score(self, setting: Setting, queries: Queries) -> Tensor:
+        """[query, train]."""
+        points, total = self._points(setting), setting.zeros(queries)
+        features, weights = self._asked(points, queries)
+        # The mean over the queries of (weight × feature), one matrix whatever their number.
+        mean = weights.T @ features / len(features)
+        for columns, rows in points.tile(setting.ids):
+            alpha, found = points.alpha(rows), points.head.augmented(rows.features)
+            if queries.mean:
+                product = ((alpha @ mean) * found).sum(1)[None]
+            else:
+                product = (weights @ alpha.T) * (features @ found.T)
+            total[:, columns] = product.to(total)
+            setting.on_block(len(found))
+        return total
+
+    def self_influence(self, setting: Setting) -> Tensor:
+        """[train]: never negative for the loss."""
+        points, total = self._points(setting), setting.zeros()
+        for columns, rows in points.tile(setting.ids):
+            found = points.head.augmented(rows.features)
+            z = found @ points.fit.weight.T
+            target = points.link.target(rows.outputs.double(), rows.gradients.double())
+            gradient = points.link.scale * (points.link.mean(z) - target)
+            weights = self._weights(gradient, target)
+            total[columns] = ((weights * points.alpha(rows)).sum(1) * found.square().sum(1)).to(total)
+            setting.on_block(len(found))
+        return total
+
+    def unit(self, setting: Setting) -> str:
+        """Loss or pre-activation."""
+        return "loss" if self.of == "loss" else "pre-activation"
+
+    def _asked(self, points: "Points", queries: Queries) -> tuple[Tensor, Tensor]:
+        """Features of the queries, [query, dim], and what each class of them counts, [query, class]."""
+        head = Head(points.head.name, points.head.layer, queries.engine.task, queries.engine.reduction)
+        features, weights = [], []
+        for block in queries.examples.blocks(queries.ids.start, queries.ids.stop):
+            seen = head.see(block.batch, block.size, points.fit.weight if self.refit else None)
+            gradient = seen.gradients.cpu().double()
+            features.append(head.augmented(seen.features))
+            weights.append(self._weights(gradient, points.link.target(seen.outputs.cpu().double(), gradient)))
+        return torch.cat(features), torch.cat(weights)
+
+    def _weights(self, gradient: Tensor, target: Tensor) -> Tensor:
+        """What each class counts in the score: [example, class]."""
+        if self.of == "loss":
+            return -gradient
+        classes = target.argmax(1) if self.of == "label" else torch.full((len(target),), int(self.of))
+        if int(classes.max()) >= target.shape[1]:
+            raise ValueError(f"Expected `of` to be a class below {target.shape[1]}, got {self.of!r}.")
+        return torch.nn.functional.one_hot(classes, target.shape[1]).double()
+
+    def _points(self, setting: Setting) -> "Points":
+        """The decomposition, made once a question."""
+        if "representer points" not in setting.kept:
+            setting.kept["representer points"] = self._decompose(setting)
+        return setting.kept["representer points"]  # type: ignore[no-any-return]
+
+    def _decompose(self, setting: Setting) -> "Points":
+        engine, trajectory = setting.engine, setting.trajectory
+        head = find_head(engine.task, engine.reduction, setting.examples, self.head)
+        link = head.link(setting.examples)
+        folder, passing = writable(
+            None if trajectory is None or trajectory.path is None else trajectory.path / "features"
+        )
+        step = 0 if trajectory is None else trajectory.checkpoints[-1].step
+        seen = seen_by(head, setting.examples, folder / f"{head.name}-step-{step}.arrow")
+        points = Points(head, link, seen, self.target == "model", self.weight_decay, setting.n_train, passing)
+        name = f"{head.name}-step-{step}-{self.target}-{self.weight_decay!r}.head.arrow"
+        points.solve(folder / name, self.max_iterations if self.refit else 0)
+        self._report(setting, points)
+        return points
+
+    def _report(self, setting: Setting, points: "Points") -> None:
+        """Says where the head stands, and what the decomposition misses."""
+        fit, missed = points.fit, points.missed()
+        how = f"solved in {fit.iterations} Newton steps" if self.refit else "as it was trained"
+        setting.note(
+            f"Head `{points.head.name}` {how}: gradient norm {fit.gradient_norm:.1e} with weight decay "
+            f"{self.weight_decay:g}; the sum over training examples misses a training example's pre-activations by at "
+            f"most {missed:.1e}."
+        )
+        if self.refit and not fit.converged:
+            text = (
+                f"The head `{points.head.name}` stopped after {fit.iterations} Newton steps at gradient norm "
+                f"{fit.gradient_norm:.1e}: the decomposition is not exact. Raise `max_iterations` or `weight_decay`."
+            )
+            setting.note(text)
+            warnings.warn(text, stacklevel=2)
+
+
+@dataclass
+class Points:
+    """The training examples at the head, and the head's weights that they hold up.
+
+    Args:
+        head: the layer.
+        link: the loss behind it.
+        seen: the training examples, batch by batch.
+        own: the model's own outputs are the targets.
+        weight_decay: λ.
+        n_train: training examples.
+        passing: whatever must live as long as this.
+    """
+
+    head: Head
+    link: Link
+    seen: list[Seen]
+    own: bool
+    weight_decay: float
+    n_train: int
+    passing: Any = None
+    fit: Fit = field(init=False)
+
+    def target(self, rows: Seen) -> Tensor:
+        """[example, class]."""
+        outputs = rows.outputs.double()
+        return self.link.mean(outputs) if self.own else self.link.target(outputs, rows.gradients.double())
+
+    def alpha(self, rows: Seen) -> Tensor:
+        """The coefficients of some training examples, [example, class]."""
+        z = self.head.augmented(rows.features) @ self.fit.weight.T
+        return (self.target(rows) - self.link.mean(z)) * (self.link.scale / (self.weight_decay * self.n_train))
+
+    def tile(self, ids: range) -> Iterator[tuple[slice, Seen]]:
+        """Rows of a range of training examples, with their columns in it."""
+        start = 0
+        for batch in self.seen:
+            low, high = max(ids.start, start), min(ids.stop, start + len(batch.features))
+            if low < high:
+                yield slice(low - ids.start, high - ids.start), batch[low - start : high - start]
+            start += len(batch.features)
+
+    def solve(self, path: Path, max_iterations: int) -> None:
+        """Puts the head at its minimum; a head kept in the file is taken if it is one."""
+        objective = PenalisedHead(self._rows, self.link, self.weight_decay)
+        weight = self.head.weight()
+        if max_iterations == 0:
+            self.fit = Fit(weight, float(objective.gradient(weight).norm()), 0, False)
+            return
+        if path.is_file():
+            self.fit = self._stored(path, weight, objective)
+            if self.fit.converged:
+                return
+        self.fit = objective.fit(weight, max_iterations=max_iterations)
+        if self.fit.converged:
+            write_file(path, "head", {"weight": self.fit.weight}, {"iterations": self.fit.iterations}, overwrite=True)
+
+    def _stored(self, path: Path, like: Tensor, objective: PenalisedHead) -> Fit:
+        """The minimum is unique: weights whose gradient vanishes are the right ones, whatever wrote them."""
+        try:
+            _, columns, metadata = read_file(path, ["head"])
+        except ValueError:
+            return Fit(like, 0.0, 0, False)
+        weight = columns["weight"].clone()
+        if weight.shape != like.shape:
+            return Fit(like, 0.0, 0, False)
+        norm = float(objective.gradient(weight).norm())
+        return Fit(weight, norm, metadata["iterations"], objective.is_minimum(weight, norm))
+
+    def missed(self) -> float:
+        """What the decomposition misses of any training example's pre-activations, at most."""
+        longest = max(float(self.head.augmented(rows.features).norm(dim=1).max()) for rows in self.seen)
+        return self.fit.gradient_norm / self.weight_decay * longest
+
+    def _rows(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for rows in self.seen:
+            yield self.head.augmented(rows.features), self.target(rows)
