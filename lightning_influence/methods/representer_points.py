@@ -159,6 +159,8 @@ class RepresenterPoints(Method):
             f"{self.weight_decay:g}; the sum over training examples misses a training example's pre-activations by at "
             f"most {missed:.1e}."
         )
+        setting.figure("head_gradient_norm", fit.gradient_norm)
+        setting.figure("reconstruction_error", missed)
         if self.refit and not fit.converged:
             text = (
                 f"The head `{points.head.name}` stopped after {fit.iterations} Newton steps at gradient norm "

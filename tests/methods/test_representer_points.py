@@ -97,6 +97,7 @@ def test_influence_on_the_loss_is_the_double_loop(kind):
     scores = problem.score(RepresenterPoints())
     oracles.assert_scores(scores.values, expected, 1e-8)
     assert scores.units == "loss"
+    assert scores.figures["reconstruction_error"] < 1e-9
     assert "solved in" in scores.notes[0]
 
 
