@@ -1,0 +1,74 @@
+"""Gradient clipping by norm and by value, and how a small change of the gradient passes through it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Named = Mapping[str, Tensor]
+"""Tensors by parameter name."""
+
+
+@dataclass(frozen=True)
+class Clipping(ABC):
+    """What clips the gradients of all parameters of one optimizer together.
+
+    Args:
+        limit: the largest norm or absolute value.
+    """
+
+    limit: float
+
+    @abstractmethod
+    def __call__(self, gradients: Named) -> dict[str, Tensor]:
+        """The clipped gradients."""
+
+    @abstractmethod
+    def pull(self, gradients: Named, changes: Named) -> dict[str, Tensor]:
+        """The derivative at ``gradients``, which is symmetric: the same for tangents and for cotangents.
+
+        Args:
+            gradients: before clipping, [*shape].
+            changes: [k, *shape].
+        """
+
+
+class ByNorm(Clipping):
+    """``torch.nn.utils.clip_grad_norm_``: all gradients times min(1, limit / (norm + 1e-6))."""
+
+    def __call__(self, gradients: Named) -> dict[str, Tensor]:
+        """The clipped gradients."""
+        factor = (self.limit / (_norm(gradients) + 1e-6)).clamp(max=1.0)
+        return {name: gradient * factor for name, gradient in gradients.items()}
+
+    def pull(self, gradients: Named, changes: Named) -> dict[str, Tensor]:
+        """The factor times the change, less what the change does to the factor."""
+        norm = _norm(gradients)
+        factor = self.limit / (norm + 1e-6)
+        active = (factor < 1.0).to(factor)
+        along = sum(changes[name].flatten(1) @ gradients[name].flatten() for name in changes)
+        length = torch.where(norm > 0, norm, torch.ones_like(norm))  # at zero nothing is clipped
+        less = active * along * self.limit / ((norm + 1e-6).square() * length)
+        factor = factor.clamp(max=1.0)
+        return {
+            name: factor * change - less.reshape(-1, *[1] * gradients[name].ndim) * gradients[name]
+            for name, change in changes.items()
+        }
+
+
+class ByValue(Clipping):
+    """``torch.nn.utils.clip_grad_value_``: every entry between -limit and limit."""
+
+    def __call__(self, gradients: Named) -> dict[str, Tensor]:
+        """The clipped gradients."""
+        return {name: gradient.clamp(-self.limit, self.limit) for name, gradient in gradients.items()}
+
+    def pull(self, gradients: Named, changes: Named) -> dict[str, Tensor]:
+        """Nothing passes where an entry is clipped."""
+        return {name: change * (gradients[name].abs() <= self.limit) for name, change in changes.items()}
+
+
+def _norm(gradients: Named) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
