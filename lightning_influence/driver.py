@@ -11,7 +11,7 @@ from lightning_influence.examples import Block
 from lightning_influence.gradients import Engine, Gradients
 from lightning_influence.method import Method
 from lightning_influence.progress import progress
-from lightning_influence.session import Asked, Session
+from lightning_influence.session import Asked, Session, whole_blocks
 from lightning_influence.setting import Setting
 from lightning_influence.sinks import NonFinite, Sink
 from lightning_influence.trajectory import Trajectory
@@ -31,7 +31,7 @@ def run_scores(method: Method, setting: Setting, asked: Asked, sink: Sink, sign:
     Raises:
         ValueError: scores of another shape than promised, or gradients that are not finite.
     """
-    block, columns = tiling(setting, asked)
+    block, columns = tiling(method, setting, asked)
     n_train, n_queries = setting.n_train, len(asked)
     visits = n_train * stages_of(method, setting.trajectory) * -(-n_queries // block)
     bad = NonFinite()
@@ -71,7 +71,7 @@ def estimate(method: Method, session: Session, setting: Setting) -> float:
     if asked is None:
         seconds = _timed(lambda: _pass(engine, block).norm2()) * blocks
     else:
-        held, columns = tiling(setting, asked)
+        held, columns = tiling(method, setting, asked)
         some = asked[: min(held, asked.examples.block_size)]
         gradients = some.gradients()
         share = len(asked) / len(some)
@@ -94,9 +94,12 @@ def stages_of(method: Method, trajectory: Trajectory | None) -> int:
     return max(1, len(method.positions(trajectory)))
 
 
-def tiling(setting: Setting, asked: Asked) -> tuple[int, int]:
+def tiling(method: Method, setting: Setting, asked: Asked) -> tuple[int, int]:
     """Queries per block, and training examples per tile (whole blocks of the dataset)."""
     block, size = asked.block(), setting.examples.block_size
+    most = method.at_once(setting)
+    if most is not None:
+        block = min(block, whole_blocks(max(1, most), asked.examples.block_size))
     return block, max(1, _TILE // min(block, len(asked)) // size) * size
 
 

@@ -60,6 +60,10 @@ class Method(ABC):
         """What watches the fit while it runs, or None."""
         return None
 
+    def at_once(self, setting: Setting) -> int | None:
+        """How many queries may be held at once; None: as many as their gradients' factors allow."""
+        return None
+
     def unit(self, setting: Setting) -> str:
         """What one unit of a score is."""
         return "arbitrary"

@@ -50,8 +50,12 @@ class Asked:
         some = next(iter(self.examples.blocks(0, min(4, len(self.examples)))))
         each = self.engine.gradients(some).query_bytes(len(self))
         fitting = max(1, _QUERY_BYTES // max(1, each))
-        size = self.examples.block_size
-        return fitting // size * size if fitting >= size else fitting
+        return whole_blocks(fitting, self.examples.block_size)
+
+
+def whole_blocks(count: int, size: int) -> int:
+    """At most ``count`` examples that are whole blocks of ``size``, where one fits."""
+    return count // size * size if count >= size else count
 
 
 @dataclass

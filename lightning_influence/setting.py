@@ -1,18 +1,20 @@
 """What a method sees: the training examples of one tile, queries, and the stages of training to look at them."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_influence.examples import Examples
 from lightning_influence.gradients import Engine, Gradients
-from lightning_influence.gradients.queries import EachQuery, MeanQuery, QueryGradients
+from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.types import MissingEvidence
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Queries:
     examples: Examples
     ids: range
     mean: bool = False
+    _made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __len__(self) -> int:
         return 1 if self.mean else len(self.ids)
@@ -43,7 +46,16 @@ class Queries:
         for block in blocks:
             for name, value in block.total().items():
                 total[name] = total[name] + value if name in total else value
-        return MeanQuery({name: value / len(self.ids) for name, value in total.items()}, self.engine.groups)
+        return DenseQueries({name: value[None] / len(self.ids) for name, value in total.items()}, self.engine.groups)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` gave the first time, for as long as these queries are scored: ``score`` is called once a tile.
+
+        Args:
+            key: what it is, with the method and the stage that it belongs to.
+            make: makes it.
+        """
+        return _once(self._made, key, make)
 
 
 @dataclass(frozen=True)
@@ -51,12 +63,14 @@ class Stage:
     """The module at one set of weights, for as long as the loop over stages stands here.
 
     Args:
+        position: of its checkpoint in the trajectory; None where there is no trajectory.
         step: optimizer steps taken before these weights.
         exposure: how strongly each training example of the tile moved the weights since the stage before, in units
             of learning rate: [group, train]. See ``Trajectory.exposure``.
         learning_rates: the learning rate at this stage, [group].
     """
 
+    position: int | None
     step: int
     exposure: Tensor
     learning_rates: Tensor
@@ -102,7 +116,7 @@ class Setting:
     on_block: Callable[[int], Any] = lambda count: None
     notes: list[str] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
-    kept: dict[str, Any] = field(default_factory=dict)
+    kept: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
     def n_train(self) -> int:
@@ -133,11 +147,15 @@ class Setting:
         new, old = float(value), self.figures.get(name)
         self.figures[name] = new if old is None or math.isnan(new) else old if math.isnan(old) else keep(old, new)
 
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` gave the first time, for all tiles and queries of one question. See ``Queries.once``."""
+        return _once(self.kept, key, make)
+
     def final(self) -> Stage:
         """The module at the weights after the last step."""
         if self.trajectory is None:
             ones = torch.ones(1, len(self.ids), dtype=torch.float64)
-            return Stage(0, ones, torch.ones(1, dtype=torch.float64), self)
+            return Stage(None, 0, ones, torch.ones(1, dtype=torch.float64), self)
         return self._stage(len(self.trajectory.checkpoints) - 1)
 
     def stages(self, checkpoints: Sequence[int] | None = None) -> Iterator[Stage]:
@@ -173,7 +191,7 @@ class Setting:
         if not trajectory.has_batch_order:
             self.note("The batch order is not known: every example counts with its expected share of the steps.")
         rates = torch.tensor(trajectory.learning_rates(index), dtype=torch.float64)
-        return Stage(checkpoint.step, exposure, rates, self)
+        return Stage(index, checkpoint.step, exposure, rates, self)
 
 
 def stage_positions(trajectory: Trajectory | None, checkpoints: Sequence[int] | None = None) -> list[int]:
@@ -195,3 +213,10 @@ def _required(trajectory: Trajectory | None) -> Trajectory:
             "`Trainer(callbacks=[Influence()])`, or read existing files by `Trajectory.from_checkpoints(paths)`."
         )
     return trajectory
+
+
+def _once(made: dict[Hashable, Any], key: Hashable, make: Callable[[], T]) -> T:
+    if key not in made:
+        made[key] = make()
+    found: T = made[key]
+    return found

@@ -18,7 +18,7 @@ LAYERS = (
     {"examples", "answer", "capture"},
     {"gradients", "sources", "self_scores"},
     {"setting", "scores", "sinks", "head"},
-    {"method", "session"},
+    {"method", "session", "curvature"},
     {"methods", "driver"},
     {"attributor", "metrics"},
     {"end_of_fit", "conformance"},

@@ -186,6 +186,31 @@ class Outer(Part):
             result = result + self.outputs.sum(1) @ vectors[1]
         return result if self.factor is None else result * self.factor
 
+    def against(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[vector, example]: the rows written out, or the vectors times the inputs first, whichever is cheaper."""
+        t, width_in, width_out = self._sizes
+        n_vectors = len(vectors[0])
+        rows = width_in * width_out * (t + n_vectors + TRAFFIC)
+        if rows <= n_vectors * t * width_out * (width_in + TRAFFIC):
+            flat = vectors[0].reshape(n_vectors, -1)
+            tiles = [flat @ part._weight_rows().T for _, part in self._chunks(width_in * width_out)]
+            product = torch.cat(tiles, 1) if tiles else flat.new_zeros(n_vectors, 0)
+            return product + vectors[1] @ self._bias_rows.T if self.bias else product
+        matrices = vectors[0].reshape(n_vectors, self.shape[0], -1)
+        matrices = (matrices.transpose(1, 2) if self.transposed else matrices).reshape(n_vectors * width_out, width_in)
+        tiles = [part._against(matrices, n_vectors) for _, part in self._chunks(t * n_vectors * width_out)]
+        product = torch.cat(tiles, 1) if tiles else matrices.new_zeros(n_vectors, 0)
+        if self.bias:
+            product += vectors[1] @ self.outputs.sum(1).T
+        return product if self.factor is None else product * self.factor.to(product)
+
+    def _against(self, matrices: Tensor, n_vectors: int) -> Tensor:
+        """[vector, example] without bias and factor: ``matrices`` [vector x out, in] times the inputs first."""
+        t, _, width_out = self._sizes
+        carried = (self.inputs.flatten(0, 1) @ matrices.T).view(-1, n_vectors, width_out)
+        product = torch.bmm(carried, self.outputs.flatten(0, 1)[:, :, None])
+        return product.view(len(self), t, n_vectors).sum(1).T
+
     def total(self) -> tuple[Tensor, ...]:
         """The sum over the examples, parameter-shaped: one matrix product over all positions."""
         left, right = self._scaled_outputs().flatten(0, 1), self.inputs.flatten(0, 1)

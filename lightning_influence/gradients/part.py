@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 
@@ -39,6 +40,10 @@ class Part(ABC):
     @abstractmethod
     def times(self, vectors: tuple[Tensor, ...]) -> Tensor:
         """[example]: inner product of each example's gradient with one parameter-shaped vector."""
+
+    def against(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[vector, example]: inner products with several vectors, [vector, *shape] for each parameter."""
+        return torch.stack([self.times(tuple(v[i] for v in vectors)) for i in range(len(vectors[0]))])
 
     @abstractmethod
     def total(self) -> tuple[Tensor, ...]:

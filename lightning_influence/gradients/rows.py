@@ -47,6 +47,10 @@ class Rows(Part):
         """[example]: inner product of each example's gradient with one parameter-shaped vector."""
         return torch.stack([_flat(r) @ v.flatten() for r, v in zip(self.rows, vectors, strict=True)]).sum(0)
 
+    def against(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[vector, example]: one matrix product a parameter."""
+        return torch.stack([_flat(v) @ _flat(r).T for v, r in zip(vectors, self.rows, strict=True)]).sum(0)
+
     def total(self) -> tuple[Tensor, ...]:
         """The sum over the examples, parameter-shaped."""
         return tuple(r.sum(0) for r in self.rows)

@@ -8,6 +8,7 @@ from lightning_influence.gradients.block import Gradients
 from lightning_influence.gradients.lookup import Lookup
 from lightning_influence.gradients.mixed import Mixed
 from lightning_influence.gradients.outer import Outer
+from lightning_influence.gradients.queries import DenseQueries, EachQuery
 from lightning_influence.gradients.rows import Rows
 
 IN, OUT = 3, 4
@@ -189,3 +190,94 @@ def test_examples_that_are_not_finite_are_named_with_their_parameter():
     rows[1, 0] = torch.nan
     made = Gradients({("w",): Rows((torch.ones(3, 2),)), ("v",): Rows((rows,))}, {}, 3)
     assert made.not_finite() == {1: "v"}
+
+
+@many
+@given(pairs(), st.integers(1, 20), st.integers(0, 999))
+def test_products_with_several_vectors_are_those_of_the_rows(two, count, seed):
+    made, generator = two[0], torch.Generator().manual_seed(seed)
+    vectors = tuple(normal(generator, count, *r.shape[1:]) for r in made.dense())
+    flat = torch.cat([v.reshape(count, -1) for v in vectors], 1)
+    torch.testing.assert_close(made.against(vectors), flat @ written_out(made).T)
+
+
+def test_both_orders_of_a_product_with_several_vectors_are_taken_and_chunked(monkeypatch):
+    monkeypatch.setattr("lightning_influence.gradients.outer.WORKSPACE", 40)
+    generator = torch.Generator().manual_seed(0)
+    taken = set()
+    monkeypatch.setattr(Outer, "_against", spied(Outer._against, taken, "inputs first"))
+    monkeypatch.setattr(Outer, "_weight_rows", spied(Outer._weight_rows, taken, "rows"))
+    for count, positions in ((1, 1), (30, 1), (2, 6)):
+        for transposed in (False, True):
+            shape = (IN, OUT) if transposed else (OUT, IN)
+            inputs, outputs = normal(generator, 5, positions, IN), normal(generator, 5, positions, OUT)
+            made = Outer(inputs, outputs, shape, bias=True, transposed=transposed, factor=normal(generator, 5))
+            weight, bias = normal(generator, count, *shape), normal(generator, count, OUT)
+            order = "nti,nto->nio" if transposed else "nti,nto->noi"
+            rows = torch.einsum(order, inputs, outputs) * made.factor[:, None, None]
+            bias_rows = outputs.sum(1) * made.factor[:, None]
+            expected = torch.einsum("qab,nab->qn", weight, rows) + bias @ bias_rows.T
+            torch.testing.assert_close(made.against((weight, bias)), expected)
+    assert taken == {"inputs first", "rows"}
+
+
+def spied(function, taken, word):
+    def call(*args):
+        taken.add(word)
+        return function(*args)
+
+    return call
+
+
+@many
+@given(st.integers(0, 999), st.integers(1, 5), st.sampled_from((None, 1, 2)))
+def test_vectors_written_out_are_queries_like_their_factors(seed, size, scaled):
+    generator = torch.Generator().manual_seed(seed)
+    groups = {("a.weight", "a.bias"): 0, ("b",): 1, ("c",): 0}
+    queries = Gradients(
+        {("a.weight", "a.bias"): part("outer with bias", 4, 3, generator), ("b",): part("lookup", 4, 2, generator)},
+        groups,
+        4,
+    )
+    block = Gradients(
+        {
+            ("a.weight", "a.bias"): part("outer with bias", size, 2, generator),
+            ("b",): part("mixed", size, 2, generator),
+            ("c",): part("number", size, 1, generator),
+        },
+        groups,
+        size,
+    )
+    factored = EachQuery([queries.slice(slice(0, 3)), queries.slice(slice(3, 4))])
+    dense = DenseQueries(factored.dense(), {"b": 1})
+    scale = {None: None, 1: normal(generator, size), 2: normal(generator, 2, size)}[scaled]
+    expected = queries.dot(block, scale)
+    torch.testing.assert_close(dense.dot(block, scale), expected)
+    torch.testing.assert_close(factored.dot(block, scale), expected)
+    torch.testing.assert_close(dense.norm2(), queries.norm2())
+    torch.testing.assert_close(factored.norm2(), queries.norm2())
+    vector = {name: normal(generator, *rows.shape[1:]) for name, rows in dense.dense().items()}
+    torch.testing.assert_close(dense.times(vector), queries.times(vector))
+    torch.testing.assert_close(factored.times(vector), queries.times(vector))
+    for how in ("cosine", "layerwise"):
+        torch.testing.assert_close(dense.normalized(how).dot(block), queries.normalized(how).dot(block))
+    own = queries.slice(slice(0, len(queries)))
+    torch.testing.assert_close(dense.diagonal(own), queries.norm2())
+
+
+def test_a_parameter_that_no_query_reaches_counts_as_zero():
+    generator = torch.Generator().manual_seed(0)
+    block = Gradients({("c",): part("number", 3, 1, generator)}, {}, 3)
+    queries = DenseQueries({"b": normal(generator, 2, 4)}, {})
+    assert queries.dot(block).shape == (2, 3)
+    assert not queries.dot(block).any()
+
+
+def test_blocks_that_reach_different_parameters_are_written_out_with_zeros():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (Gradients({(n,): part("rows", 2, 1, generator)}, {}, 2) for n in "ab")
+    dense = EachQuery([first, second]).dense()
+    torch.testing.assert_close(dense["a"][:2], first.dense()["a"])
+    torch.testing.assert_close(dense["b"][2:], second.dense()["b"])
+    assert not dense["a"][2:].any()
+    assert not dense["b"][:2].any()
