@@ -241,8 +241,11 @@ def _selected(module: Any, trajectory: Trajectory | None, patterns: Sequence[str
         ValueError: nothing trains, or a pattern matches nothing.
     """
     trained = None if trajectory is None else trajectory.parameter_groups
+    captured = trajectory is not None and trajectory.captured  # a fit may have frozen and thawed on the way
     names = [
-        clean(n) for n, p in module.named_parameters() if p.requires_grad and (trained is None or clean(n) in trained)
+        clean(n)
+        for n, p in module.named_parameters()
+        if (captured or p.requires_grad) and (trained is None or clean(n) in trained)
     ]
     if not names:
         raise ValueError(

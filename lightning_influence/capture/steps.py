@@ -149,16 +149,19 @@ class Steps:
 
     def _settings_entry(self, i: int, optimizer: Optimizer) -> int:
         groups = optimizer.param_groups
-        seen = [({k: v for k, v in g.items() if k not in ("params", "lr")}, len(g["params"])) for g in groups]
+        options = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in groups]
+        seen = options, [[(id(p), p.requires_grad) for p in g["params"]] for g in groups]
         known = self._settings_of.get(i)
         if known is not None and known[0] == (id(optimizer), seen):
             return known[1]
         described = [
-            {key: _plain(value) for key, value in options.items() if key != "param_names"}
+            {key: _plain(value) for key, value in of_group.items() if key != "param_names"}
             | {"parameters": [self._name_of(p) for p in group["params"]]}
-            for (options, _), group in zip(seen, groups, strict=True)
+            for of_group, group in zip(options, groups, strict=True)
         ]
-        self.settings.append({"optimizer": i, "kind": type(optimizer).__name__, "groups": described})
+        frozen = [self._name_of(p) for group in groups for p in group["params"] if not p.requires_grad]
+        entry = {"optimizer": i, "kind": type(optimizer).__name__, "groups": described, "frozen": frozen}
+        self.settings.append(entry)
         self._settings_of[i] = ((id(optimizer), seen), len(self.settings) - 1)
         return len(self.settings) - 1
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -18,28 +19,52 @@ Reduction = Literal["mean", "sum"]
 
 @dataclass(frozen=True)
 class Groups:
-    """All parameter groups of all optimizers, numbered through."""
+    """Parameters that every step treated alike, numbered through over all optimizers.
 
-    offsets: dict[int, int]  # optimizer -> flat index of its first group
-    count: int
+    Args:
+        places: for each entry of the settings, the optimizer's group in which each of these stood, or -1 for none: not
+            this optimizer's, not yet added, or frozen.
+        of_parameter: the number of every parameter that any step trained.
+    """
+
+    places: tuple[np.ndarray, ...]
     of_parameter: dict[str, int]
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.places[0]) if self.places else 0
 
     @classmethod
     def of(cls, settings: Sequence[dict[str, Any]]) -> "Groups":
-        """Number the groups; where they changed during the fit, the last word counts."""
-        width: dict[int, int] = {}
-        for entry in settings:
-            width[entry["optimizer"]] = max(width.get(entry["optimizer"], 0), len(entry["groups"]))
-        offsets, count = {}, 0
-        for optimizer in sorted(width):
-            offsets[optimizer], count = count, count + width[optimizer]
-        of_parameter = {
-            name: offsets[entry["optimizer"]] + index
-            for entry in settings
-            for index, group in enumerate(entry["groups"])
-            for name in group["parameters"]
-        }
-        return cls(offsets, count, of_parameter)
+        """Parameters that were frozen, added or moved during the fit stand apart from those that were not."""
+        layouts = [_layout(entry) for entry in settings]
+        distinct = sorted(dict.fromkeys(layouts), key=itemgetter(0))  # few, however often a setting changed
+        places: dict[str | tuple[int, int], list[int]] = {}
+        for k, (optimizer, groups, frozen) in enumerate(distinct):
+            for index, names in enumerate(groups):
+                # a file may not name a group's parameters: it stands for itself
+                for name in [name for name in names if name not in frozen] or [(optimizer, index)] * (not names):
+                    places.setdefault(name, [-1] * len(distinct))[k] = index
+        numbers: dict[tuple[int, ...], int] = {}
+        of_name = {name: numbers.setdefault(tuple(where), len(numbers)) for name, where in places.items()}
+        table = np.array(list(numbers), dtype=np.int64).reshape(len(numbers), len(distinct))
+        row_of = {layout: table[:, k] for k, layout in enumerate(distinct)}
+        named = {name: number for name, number in of_name.items() if isinstance(name, str) and name}
+        return cls(tuple(row_of[layout] for layout in layouts), named)
+
+    def spread(self, entry: int, values: Sequence[float]) -> np.ndarray:
+        """[group]: what the optimizer's own groups have, where an entry of the settings puts them; else 0."""
+        place = self.places[entry]
+        return np.where(place < 0, 0.0, np.append(values, 0.0)[place])
+
+
+_Layout = tuple[int, tuple[tuple[str, ...], ...], frozenset[str]]
+
+
+def _layout(entry: dict[str, Any]) -> _Layout:
+    groups = tuple(tuple(group["parameters"]) for group in entry["groups"])
+    return entry["optimizer"], groups, frozenset(entry.get("frozen", ()))
 
 
 def gain(group: dict[str, Any]) -> float:
@@ -57,9 +82,8 @@ def pulls(rows: pa.Table, settings: Sequence[dict[str, Any]], groups: Groups) ->
     gains = [[gain(group) for group in entry["groups"]] for entry in settings]
     columns = (rows[name].to_pylist() for name in ("lr", "settings", "clip", "divisor"))
     for row, (rates, entry, clip, divisor) in enumerate(zip(*columns, strict=True)):
-        first = groups.offsets[settings[entry]["optimizer"]]
         scale = (1.0 if clip is None else clip) / divisor
-        pull[row, first : first + len(rates)] = np.multiply(rates, gains[entry][: len(rates)]) * scale
+        pull[row] = groups.spread(entry, np.multiply(rates, gains[entry]) * scale)
     return pull
 
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -24,7 +26,8 @@ class Trajectory:
     """What a fit left on disk. Make one with ``load`` or ``from_checkpoints``.
 
     ``steps`` has one row per optimizer step (empty where no fit was captured); ``parameter_groups`` says in which
-    group, counted over all optimizers, each parameter is trained; ``fit_seconds`` lasts up to the last write.
+    group, counted over all optimizers, each parameter was trained (parameters frozen, added or moved on the way have
+    groups of their own); ``fit_seconds`` lasts up to the last write.
     """
 
     path: Path | None
@@ -86,6 +89,11 @@ class Trajectory:
         )
 
     @property
+    def captured(self) -> bool:
+        """Whether the steps of a fit are known, and so what each of them trained."""
+        return len(self.steps) > 0
+
+    @property
     def has_batch_order(self) -> bool:
         """Whether it is known which examples stood in every step."""
         moved = self._moved
@@ -93,14 +101,14 @@ class Trajectory:
 
     @property
     def parameter_groups(self) -> Mapping[str, int]:
-        """Parameter name -> flat group index over all optimizers."""
+        """Every parameter that was trained -> its group: those that all steps treated alike share one."""
         if self._stored_rates is not None and not self._groups.of_parameter:
             return _AlwaysFirst()
         return MappingProxyType(self._groups.of_parameter)
 
     @property
     def n_groups(self) -> int:
-        """How many parameter groups all optimizers have together."""
+        """How many of these groups there are."""
         return self._groups.count
 
     @property
@@ -144,18 +152,16 @@ class Trajectory:
         index = range(len(self.checkpoints))[index]
         if self._stored_rates is not None:
             return list(self._stored_rates[index])
-        rates: list[float | None] = [None] * self.n_groups
-        moved = self._moved
+        groups, moved = self._groups, self._moved
         step, optimizer_of = self.checkpoints[index].step, [entry["optimizer"] for entry in self.settings]
+        applied: dict[int, Any] = {}
         columns = zip(*(moved[name].to_pylist() for name in ("step", "settings", "lr")), strict=True)
-        for made, entry, applied in columns:
-            first = self._groups.offsets[optimizer_of[entry]]
-            for group, rate in enumerate(applied, start=first):
-                if made <= step or rates[group] is None:
-                    rates[group] = rate
-        return [0.0 if rate is None else rate for rate in rates]
+        for made, entry, rates in columns:
+            if made <= step or optimizer_of[entry] not in applied:
+                applied[optimizer_of[entry]] = groups.spread(entry, rates)
+        return [float(rate) for rate in sum(applied.values(), np.zeros(groups.count))]
 
-    @property
+    @cached_property
     def _groups(self) -> _exposure.Groups:
         return _exposure.Groups.of(self.settings)
 
