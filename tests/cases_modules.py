@@ -79,23 +79,47 @@ class Recurrent(nn.Module):
         super().__init__()
         self.first = batch_first
         self.recurrent = kind(4, 3, batch_first=batch_first, **options)
-        self.head = nn.Linear(3 * (2 if options.get("bidirectional") else 1), 3)
+        width = options.get("proj_size", 3)
+        self.head = nn.Linear(width * (2 if options.get("bidirectional") else 1), 3)
 
     def forward(self, x):
         h = self.recurrent(x if self.first else x.transpose(0, 1))[0]
         return self.head(h.mean(1 if self.first else 0))
 
 
+RECTIFIERS = {"nonlinearity": "relu", "bidirectional": True}
+
+
+def half_frozen(net):
+    for name, parameter in net.recurrent.named_parameters():
+        parameter.requires_grad_(not name.endswith("reverse"))
+    return net
+
+
 class Cells(nn.Module):
-    def __init__(self):
+    def __init__(self, kind):
         super().__init__()
-        self.cell, self.head = nn.GRUCell(4, 3), nn.Linear(3, 3)
+        self.cell, self.head = kind(4, 3), nn.Linear(3, 3)
 
     def forward(self, x):
-        h = x.new_zeros(len(x), 3)
+        state = None
         for t in range(x.shape[1]):
-            h = self.cell(x[:, t], h)
-        return self.head(h)
+            state = self.cell(x[:, t], state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
+class LastStates(nn.Module):
+    """Starts from states that train, and looks at the last ones of both layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent, self.head = nn.LSTM(4, 3, num_layers=2), nn.Linear(12, 3)
+        self.initial = nn.Parameter(torch.randn(2, 2, 1, 3))
+
+    def forward(self, x):
+        h, c = self.initial.expand(2, 2, len(x), 3)
+        _, states = self.recurrent(x.transpose(0, 1), (h.contiguous(), c.contiguous()))
+        return self.head(torch.cat([*states[0], *states[1]], -1))
 
 
 class Packed(nn.Module):
@@ -408,7 +432,13 @@ MODULES = [
     layer("GRU, time first", lambda: Recurrent(nn.GRU, batch_first=False), 6, 4),
     layer("LSTM, two layers, both directions", lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True), 6, 4),
     layer("RNN with dropout", lambda: Recurrent(nn.RNN, num_layers=2, dropout=0.5), 6, 4),
-    layer("GRUCell in a loop", Cells, 6, 4),
+    layer("RNN of rectifiers, one direction frozen", lambda: half_frozen(Recurrent(nn.RNN, **RECTIFIERS)), 6, 4),
+    layer("LSTM with projections", lambda: Recurrent(nn.LSTM, proj_size=2), 6, 4),
+    layer("GRU without bias", lambda: Recurrent(nn.GRU, bias=False), 6, 4),
+    layer("LSTM, first and last states", LastStates, 6, 4),
+    layer("GRUCell in a loop", lambda: Cells(nn.GRUCell), 6, 4),
+    layer("LSTMCell in a loop", lambda: Cells(nn.LSTMCell), 6, 4),
+    layer("RNNCell in a loop", lambda: Cells(nn.RNNCell), 6, 4),
     layer("packed sequences sorted by length", Packed, 4, 4),
     layer("bare parameters", Bare, 5, fit=True),
     layer("class token and positions", Vision, 5, 4),

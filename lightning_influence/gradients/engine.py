@@ -155,7 +155,7 @@ class Engine:
         self, calls: Sequence[Call], examples: int, layouts: Mapping[str, Layout], apart: frozenset[str]
     ) -> tuple[dict[Names, Part], list[str]]:
         """The parts that recorded calls yield, and the parameters whose shapes did not fit their layouts."""
-        parts: dict[Names, Part] = {}
+        uses: dict[Names, list[Part]] = {}
         failed: list[str] = []
         for call in calls:
             if call.gradient is None:  # the loss does not depend on it
@@ -169,9 +169,9 @@ class Engine:
                     failed += [names[role] for role in roles]
                     continue
                 for key, part in made.items():
-                    _add(parts, tuple(names[role] for role in key), part)
-        kept = {key: part for key, part in parts.items() if not set(key) & set(failed)}
-        lost = {name for key in parts if key not in kept for name in key} | set(failed)
+                    uses.setdefault(tuple(names[role] for role in key), []).append(part)
+        kept = {key: _sum(of_key) for key, of_key in uses.items() if not set(key) & set(failed)}
+        lost = {name for key in uses if key not in kept for name in key} | set(failed)
         return kept, sorted(lost)
 
     def _together(
@@ -184,8 +184,10 @@ class Engine:
         return [tuple(names)] if names else []
 
 
-def _add(parts: dict[Names, Part], key: Names, part: Part) -> None:
-    if key not in parts:
-        parts[key] = part
-        return
-    parts[key] = parts[key].joined(part) or Mixed((parts[key], part))
+def _sum(parts: Sequence[Part]) -> Part:
+    """All uses of one parameter as one; halves of halves, so that the steps of a sequence are copied a few times."""
+    if len(parts) == 1:
+        return parts[0]
+    half = len(parts) // 2
+    left, right = _sum(parts[:half]), _sum(parts[half:])
+    return left.joined(right) or Mixed((left, right))

@@ -11,7 +11,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_influence.gradients.rules import RULES, Operands, Rule
+from lightning_influence.gradients.rules.recurrent import RECURRENT, spelled_out
 from lightning_influence.gradients.rules.shared import SHARED_SUM, SUMS, Shared, shared_by
+
+_LINEAR = F.linear
 
 Use = tuple[str, Any]
 """A parameter's name and the function it was handed to."""
@@ -75,6 +78,9 @@ class Tape(TorchFunctionMode):
         self.uses.update((name, func) for name in used)
         if func is F.multi_head_attention_forward:
             return self._attention(func, args, kwargs)
+        if func in RECURRENT and not kwargs:
+            output = spelled_out(self._linear, func, args)
+            return func(*args) if output is None else output
         if shared and func in SUMS and not kwargs:
             return self._sum(func, args, shared)
         return self._run(func, args, kwargs)
@@ -107,6 +113,12 @@ class Tape(TorchFunctionMode):
             call.gradient = gradient
         self.edges.clear()  # they keep the graph alive
 
+    def _linear(self, *args: Any, **kwargs: Any) -> Any:
+        """A product with a weight inside of an operation that takes several."""
+        if not any(id(a) in self.names for a in (*args, *kwargs.values())):
+            return _LINEAR(*args, **kwargs)
+        return self._record(RULES[_LINEAR], _LINEAR, args, kwargs)
+
     def _record(self, rule: Rule, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         try:
             operands = rule.operands(*args, **kwargs)
@@ -132,19 +144,11 @@ class Tape(TorchFunctionMode):
 
     def _attention(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """``nn.MultiheadAttention`` hands its weights to one big function, whose products are seen by standing in."""
-        original = F.linear
-        rule = RULES[original]
-
-        def linear(*args: Any, **kwargs: Any) -> Any:
-            if not any(id(a) in self.names for a in (*args, *kwargs.values())):
-                return original(*args, **kwargs)
-            return self._record(rule, original, args, kwargs)
-
-        F.linear = linear
+        F.linear = self._linear
         try:
             return func(*args, **kwargs)
         finally:
-            F.linear = original
+            F.linear = _LINEAR
 
 
 def _operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:

@@ -28,6 +28,12 @@ ALSO = [
     "gradient checkpointing",
     "gradient checkpointing, reentrant",
     "activations in place",
+    "LSTM",
+    "GRU, time first",
+    "LSTM, two layers, both directions",
+    "LSTM with projections",
+    "GRUCell in a loop",
+    "LSTMCell in a loop",
     "buffers updated in forward",
     "torchmetrics in the step",
     "segmentation map",
@@ -51,7 +57,7 @@ def test_what_has_no_rule_goes_by_torch_func_and_is_named(name, tmp_path):
     assert "; by torch.func: net." in summary(name, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["experts by token", "examples sorted inside", "LSTM"])
+@pytest.mark.parametrize("name", ["experts by token", "examples sorted inside", "packed sequences sorted by length"])
 def test_what_torch_func_refuses_goes_one_example_at_a_time(name, tmp_path):
     assert "; by one example at a time: net." in summary(name, tmp_path)
 
