@@ -56,7 +56,7 @@ def unrolled(kind, settings, start, gradients):
         if kind == "AdamW" or o.get("decoupled_weight_decay"):
             w = w - lr * o["weight_decay"] * w
         else:
-            g = g + o["weight_decay"] * w  # noqa: PLW2901
+            g = g + o["weight_decay"] * w
         b1, b2 = o["betas"]
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
         w = w - lr * (m / (1 - b1**k)) / ((v / (1 - b2**k)).sqrt() + o["eps"])
