@@ -1,15 +1,19 @@
 """A block of per-sample gradients: what methods see instead of a matrix of examples × parameters."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_influence.gradients.part import Part
+from lightning_influence.numerics.projections import Sketch
 
 Names = tuple[str, ...]
 """The parameters of one part: a weight, or a weight with its bias."""
+
+SketchOf = Callable[[str, Sequence[int], Tensor], Sketch]
+"""Gives the sketch of a parameter by its name and shape, for gradients like the tensor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,14 +84,13 @@ class Gradients:
             total += part.times(tuple(vector[name] for name in names))
         return total
 
-    def project(self, projection: Callable[[str, Tensor], Tensor]) -> Tensor:
-        """[example, dim]: the sum over parameters of ``projection(name, rows)``, rows being [example, *shape]."""
-        total: Tensor | None = None
+    def project(self, sketch_of: SketchOf) -> "Gradients":
+        """The gradients under a sketch for each parameter; ``dense`` of it is what there is to store."""
+        parts: dict[Names, Part] = {}
         for names, part in self.parts.items():
-            for name, rows in zip(names, part.dense(), strict=True):
-                projected = projection(name, rows)
-                total = projected if total is None else total + projected
-        return torch.zeros(len(self), 0) if total is None else total
+            sketches = [sketch_of(name, shape, part.like) for name, shape in zip(names, part.shapes(), strict=True)]
+            parts.update({(n,): one for n, one in zip(names, part.projected(sketches), strict=True)})
+        return Gradients(parts, self._groups_apart(), self.size)
 
     def dense(self) -> dict[str, Tensor]:
         """The gradients written out by parameter name, [example, *shape]: examples × parameters of memory."""
@@ -119,8 +122,10 @@ class Gradients:
         parts: dict[Names, Part] = {}
         for names, part in self.parts.items():
             parts.update({(name,): one for name, one in zip(names, part.each(), strict=True)})
-        groups: dict[Names, int] = {(name,): group for names, group in self.groups.items() for name in names}
-        return Gradients(parts, groups, self.size)
+        return Gradients(parts, self._groups_apart(), self.size)
+
+    def _groups_apart(self) -> dict[Names, int]:
+        return {(name,): group for names, group in self.groups.items() for name in names}
 
     def _aligned(self, other: "Gradients") -> bool:
         """Whether no parameter shares a part on one side only."""

@@ -1,5 +1,6 @@
 """Per-sample gradients of an embedding table: rows of output gradients, added up per looked-up id."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from lightning_influence.gradients.outer import WORKSPACE, Outer
 from lightning_influence.gradients.part import Part, one_row_per_example
+from lightning_influence.gradients.rows import Rows
+from lightning_influence.numerics.projections import Kronecker, Sketch
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +134,19 @@ class Lookup(Part):
             return None
         ids, outputs = torch.cat([self.ids, other.ids], 1), torch.cat([self.outputs, other.outputs], 1)
         return replace(self, ids=ids, outputs=outputs)
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The table's shape."""
+        return (self.shape,)
+
+    def projected(self, sketches: Sequence[Sketch]) -> tuple[Part, ...]:
+        """Outer products: of the sketch's columns that were looked up, and the projected gradients."""
+        sketch = sketches[0]
+        if not isinstance(sketch, Kronecker) or sketch.left is None:
+            return Rows(self.dense()).projected(sketches)
+        columns = sketch.left.to(self.outputs).T[self.ids.clamp_min(0)] * (self.ids >= 0)[..., None]
+        inputs = sketch.on_right(self.outputs)
+        return (Outer(inputs, columns, (columns.shape[2], inputs.shape[2])),)
 
     def finite(self) -> Tensor:
         """[example]: whether every number is finite."""

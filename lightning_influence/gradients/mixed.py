@@ -1,11 +1,13 @@
 """A parameter used in unlike ways (an embedding table that is also the output layer): a sum of unlike parts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_influence.gradients.part import Part
+from lightning_influence.numerics.projections import Sketch
 
 # Examples per block when squared lengths are read off the diagonal of a block's own inner products.
 _DIAGONAL = 8
@@ -72,6 +74,18 @@ class Mixed(Part):
             if merged is not None:
                 return Mixed((*self.terms[:i], merged, *self.terms[i + 1 :]))
         return Mixed((*self.terms, other))
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shape of the parameter."""
+        return self.terms[0].shapes()
+
+    def projected(self, sketches: Sequence[Sketch]) -> tuple[Part, ...]:
+        """Each term under the parameter's sketch."""
+        terms = [term.projected(sketches)[0] for term in self.terms]
+        summed: Part = terms[0]
+        for term in terms[1:]:
+            summed = summed.joined(term) or Mixed((summed, term))
+        return (summed,)
 
     def finite(self) -> Tensor:
         """[example]: whether every number is finite."""

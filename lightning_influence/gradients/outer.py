@@ -2,7 +2,7 @@
 
 import builtins
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_influence.gradients.part import Part, one_row_per_example
 from lightning_influence.gradients.rows import Rows
+from lightning_influence.numerics.projections import Kronecker, Sketch
 
 # Elements that one intermediate may hold: small enough to stay in the last-level cache of a CPU and below the size
 # from which malloc maps fresh pages for every allocation (32 MiB), large enough for a full-speed matrix product.
@@ -242,6 +243,25 @@ class Outer(Part):
     def each(self) -> tuple[Part, ...]:
         """The weight's outer products, and the bias written out."""
         return (replace(self, bias=False), Rows((self._bias_rows,))) if self.bias else (self,)
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shape of the weight, and of the bias."""
+        return (self.shape, (self.outputs.shape[2],)) if self.bias else (self.shape,)
+
+    def projected(self, sketches: Sequence[Sketch]) -> tuple[Part, ...]:
+        """Outer products of projected factors, and the bias; the rows where the sketch has no sides."""
+        weight, sketch = replace(self, bias=False), sketches[0]
+        bias = Rows((self._bias_rows,)).projected(sketches[1:]) if self.bias else ()
+        if not isinstance(sketch, Kronecker):
+            chunks = [sketch.rows(part.dense()[0]) for _, part in weight._chunks(math.prod(self.shape))]
+            return (Rows((torch.cat(chunks),)), *bias)
+        of_inputs, of_outputs = sketch.on_right, sketch.on_left
+        if self.transposed:
+            of_inputs, of_outputs = of_outputs, of_inputs
+        inputs, outputs = of_inputs(self.inputs), of_outputs(self.outputs)
+        shape = (outputs.shape[2], inputs.shape[2])
+        shape = shape[::-1] if self.transposed else shape
+        return (replace(weight, source=inputs, outputs=outputs, shape=shape, patches=None), *bias)
 
     def finite(self) -> Tensor:
         """[example]: whether every number is finite."""

@@ -1,9 +1,12 @@
 """What one parameter, or a weight with its bias, contributes to a block of per-sample gradients."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from lightning_influence.numerics.projections import Sketch
 
 
 class Part(ABC):
@@ -60,6 +63,14 @@ class Part(ABC):
     def each(self) -> "tuple[Part, ...]":
         """The same with a part of its own for every parameter."""
         return (self,)
+
+    @abstractmethod
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shape of each parameter."""
+
+    @abstractmethod
+    def projected(self, sketches: Sequence[Sketch]) -> "tuple[Part, ...]":
+        """The gradients under a sketch for each parameter, with a part of its own for every parameter."""
 
     @abstractmethod
     def finite(self) -> Tensor:

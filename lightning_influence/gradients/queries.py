@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_influence.gradients.block import Gradients, layer_of
+from lightning_influence.gradients.block import Gradients, SketchOf, layer_of
 from lightning_influence.gradients.part import one_row_per_example
 
 
@@ -20,6 +20,10 @@ class QueryGradients(ABC):
     @abstractmethod
     def normalized(self, how: str) -> "QueryGradients":
         """At length one, whole (``"cosine"``) or within every layer (``"layerwise"``)."""
+
+    @abstractmethod
+    def project(self, sketch_of: SketchOf) -> "QueryGradients":
+        """Under the sketches that the training examples' gradients are under."""
 
     @abstractmethod
     def dense(self) -> dict[str, Tensor]:
@@ -52,6 +56,10 @@ class EachQuery(QueryGradients):
     def normalized(self, how: str) -> "EachQuery":
         """At length one, each query for itself."""
         return EachQuery([queries.normalized(how) for queries in self._blocks])
+
+    def project(self, sketch_of: SketchOf) -> "EachQuery":
+        """Each query's sketch."""
+        return EachQuery([queries.project(sketch_of) for queries in self._blocks])
 
     def dense(self) -> dict[str, Tensor]:
         """[query, *shape] by parameter name; zeros for a query whose loss does not reach it."""
@@ -122,6 +130,11 @@ class DenseQueries(QueryGradients):
             for name, rows in self._vectors.items()
         }
         return DenseQueries(vectors, self._groups)
+
+    def project(self, sketch_of: SketchOf) -> "DenseQueries":
+        """Each vector's sketch."""
+        sketched = {n: sketch_of(n, rows.shape[1:], rows).rows(rows) for n, rows in self._vectors.items()}
+        return DenseQueries(sketched, self._groups)
 
     def dense(self) -> dict[str, Tensor]:
         """[query, *shape] by parameter name."""

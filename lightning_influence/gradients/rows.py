@@ -1,11 +1,13 @@
 """Per-sample gradients written out, one row an example: small parameters, and whatever has no factored rule."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_influence.gradients.part import Part, one_row_per_example
+from lightning_influence.numerics.projections import Sketch
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +70,14 @@ class Rows(Part):
     def each(self) -> tuple[Part, ...]:
         """One part a parameter."""
         return tuple(Rows((r,)) for r in self.rows)
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shape of each parameter."""
+        return tuple(tuple(r.shape[1:]) for r in self.rows)
+
+    def projected(self, sketches: Sequence[Sketch]) -> tuple[Part, ...]:
+        """The rows under a sketch for each parameter."""
+        return tuple(Rows((sketch.rows(r),)) for sketch, r in zip(sketches, self.rows, strict=True))
 
     def finite(self) -> Tensor:
         """[example]: whether every number is finite."""
