@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from enum import Flag, auto
 from typing import Any, ClassVar
 
@@ -76,7 +76,14 @@ class Method(ABC):
 
     def settings(self) -> dict[str, Any]:
         """Hyper-parameters by name, for the record."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+
+
+def _plain(value: Any) -> Any:
+    """A setting that is a record itself, such as a projection, with its name."""
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    return {"name": type(value).__name__} | {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:

@@ -116,6 +116,7 @@ def test_public_names():
         "Influence",
         "Method",
         "MissingEvidence",
+        "RandomProjection",
         "RepresenterPoints",
         "Scores",
         "SelfScores",

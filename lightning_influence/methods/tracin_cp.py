@@ -6,7 +6,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from lightning_influence.method import Evidence, Method, one_of
-from lightning_influence.methods.gradient_dot import refuse_constant
+from lightning_influence.methods.gradient_dot import Sides, check_projection, refuse_constant
+from lightning_influence.numerics.projections import RandomProjection
 from lightning_influence.setting import Queries, Setting, Stage
 
 
@@ -32,6 +33,7 @@ class TracInCP(Method):
         units: ``"loss"`` or ``"paper"``.
         normalize: None, ``"cosine"`` or ``"layerwise"``.
         checkpoints: positions among the trajectory's checkpoints (negative from the end); None: all but the initial.
+        projection: multiply random projections of the gradients instead: the same on average.
 
     Raises:
         ValueError: other values; self-influence of a normalised method, which is constant.
@@ -40,32 +42,32 @@ class TracInCP(Method):
     units: Literal["loss", "paper"] = "loss"
     normalize: Literal["cosine", "layerwise"] | None = None
     checkpoints: tuple[int, ...] | None = None
+    projection: RandomProjection | None = None
     needs: ClassVar[Evidence] = Evidence.CHECKPOINTS
 
     def __post_init__(self) -> None:
         one_of("units", self.units, ("loss", "paper"))
         one_of("normalize", self.normalize, (None, "cosine", "layerwise"))
+        check_projection(self.projection)
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """[query, train]."""
-        total = setting.zeros(queries)
+        total, sides = setting.zeros(queries), Sides(self.normalize, self.projection)
         for stage in setting.stages(self.checkpoints):
             weights = self._weights(stage, total)
-            query = stage.gradients(queries)
-            query = query.normalized(self.normalize) if self.normalize else query
+            query = sides(stage.gradients(queries))
             for columns, block in stage.train(weights.any(0)):
-                gradients = block.normalized(self.normalize) if self.normalize else block
-                total[:, columns] += query.dot(gradients, weights[:, columns])
+                total[:, columns] += query.dot(sides(block), weights[:, columns])
         return total
 
     def self_influence(self, setting: Setting) -> Tensor:
         """[train]: the same with the example as its own query."""
         refuse_constant(self.normalize)
-        total = setting.zeros()
+        total, sides = setting.zeros(), Sides(None, self.projection)
         for stage in setting.stages(self.checkpoints):
             weights = self._weights(stage, total)
             for columns, block in stage.train(weights.any(0)):
-                total[columns] += block.norm2(weights[:, columns])
+                total[columns] += sides(block).norm2(weights[:, columns])
         return total
 
     def unit(self, setting: Setting) -> str:

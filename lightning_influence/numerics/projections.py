@@ -84,8 +84,8 @@ _DRAWS = {"gaussian": gaussian, "orthogonal": orthogonal}
 class RandomProjection:
     """Gradients as ``dim`` numbers a parameter, whose inner products are on average those of the gradients.
 
-    A gradient of a layer is never built at full size with ``structure="kronecker"``: the inputs and the output gradients
-    it is made of are projected, each by its own matrix. Parameters with no more than ``dim`` entries stay as they are.
+    With ``structure="kronecker"`` a layer's gradient is never built at full size: the inputs and the output gradients
+    that it is made of are projected, each by its own matrix. A parameter of no more than ``dim`` entries stays as it is.
 
     Source: Pruthi, Liu, Kale, Sundararajan. Estimating Training Data Influence by Tracing Gradient Descent.
     NeurIPS 2020, appendix (plain, and per layer); Choe et al. What is Your Data Worth to GPT? 2024 (both sides).

@@ -10,6 +10,7 @@ from lightning_influence.gradients.mixed import Mixed
 from lightning_influence.gradients.outer import Outer
 from lightning_influence.gradients.queries import DenseQueries, EachQuery
 from lightning_influence.gradients.rows import Rows
+from lightning_influence.numerics.projections import Kronecker, Plain, Projector, RandomProjection
 
 IN, OUT = 3, 4
 KINDS = ("outer", "outer with bias", "rows", "two rows", "lookup", "mixed", "number")
@@ -155,9 +156,6 @@ def test_block_norms_projections_and_vectors_are_those_of_the_rows(n, seed):
     vector = {name: normal(generator, *value.shape[1:]) for name, value in made.dense().items()}
     flat = torch.cat([v.reshape(-1) for _, v in sorted(vector.items())])
     torch.testing.assert_close(made.times(vector), rows @ flat)
-    matrix = {name: normal(generator, value[0].numel(), 2) for name, value in made.dense().items()}
-    projected = made.project(lambda name, r: r.reshape(len(r), -1) @ matrix[name])
-    torch.testing.assert_close(projected, rows @ torch.cat([m for _, m in sorted(matrix.items())]))
     total = torch.cat([v.reshape(-1) for _, v in sorted(made.total().items())])
     torch.testing.assert_close(total, rows.sum(0))
 
@@ -171,6 +169,54 @@ def test_normalised_blocks_have_length_one(n, seed):
     for names, one in layers.parts.items():
         length = of(Gradients({names: made.parts[names]}, {}, n)).square().sum(1)
         torch.testing.assert_close(one.norm2(), (length > 0).double())
+
+
+@many
+@given(pairs(), st.sampled_from(("none", "left", "right", "both", "plain")), st.integers(0, 999))
+def test_projected_parts_are_projected_rows(two, kind, seed):
+    generator = torch.Generator().manual_seed(seed)
+    left, right = normal(generator, 2, OUT), normal(generator, 2, IN)
+    for made in two:
+        shapes = [r.shape[1:] for r in made.dense()]
+        assert [tuple(shape) for shape in shapes] == list(made.shapes())
+        if made.shapes() == ((),):
+            continue
+        eye_out, eye_in = (torch.eye(n, dtype=torch.float64) for n in (OUT, IN))
+        matrix = {
+            "none": torch.kron(eye_out, eye_in),
+            "left": torch.kron(left, eye_in),
+            "right": torch.kron(eye_out, right),
+            "both": torch.kron(left, right),
+            "plain": normal(generator, 5, OUT * IN),
+        }[kind]
+        sketch = (
+            Plain(matrix)
+            if kind == "plain"
+            else Kronecker(left if kind in ("left", "both") else None, right if kind in ("right", "both") else None)
+        )
+        of_bias = normal(generator, 3, OUT)
+        weight, *bias = made.projected((sketch, Plain(of_bias))[: len(shapes)])
+        torch.testing.assert_close(written_out(weight), made.dense()[0].flatten(1) @ matrix.T)
+        for one in bias:
+            torch.testing.assert_close(written_out(one), made.dense()[1] @ of_bias.T)
+
+
+@many
+@given(
+    st.integers(1, 6), st.integers(1, 6), st.booleans(), st.sampled_from(("kronecker", "plain")), st.integers(0, 999)
+)
+def test_products_of_projected_blocks_are_those_of_projected_rows(n, m, together, structure, seed):
+    generator = torch.Generator().manual_seed(seed)
+    left, right = block(n, generator, together), block(m, generator)
+    sketches = Projector(RandomProjection(4, structure))
+    scale = normal(generator, 2, m)
+    mine, theirs = ({k: sketches(k, v.shape[1:], v).rows(v) for k, v in b.dense().items()} for b in (left, right))
+    expected = sum((mine[k].reshape(n, -1) @ theirs[k].reshape(m, -1).T) * scale[int(k == "scale")] for k in mine)
+    assert mine["a.weight"].shape[1:].numel() <= 4 < left.dense()["a.weight"][0].numel()
+    torch.testing.assert_close(left.project(sketches).dot(right.project(sketches), scale), expected)
+    mean = DenseQueries({k: v.mean(0, keepdim=True) for k, v in left.dense().items()}, {"scale": 1})
+    found = mean.project(sketches).dot(right.project(sketches), scale)
+    torch.testing.assert_close(found, expected.mean(0, keepdim=True))
 
 
 def test_a_gradient_of_zero_stays_zero_when_normalised():
