@@ -252,12 +252,22 @@ def _selected(module: Any, trajectory: Trajectory | None, patterns: Sequence[str
             "Expected parameters that train, got none: all are frozen, or the trajectory is of another module. "
             "Call `requires_grad_(True)` on those that were trained."
         )
-    if patterns is None:
-        return names
-    for pattern in patterns:
+    for pattern in patterns or ():
         if not fnmatch.filter(names, pattern):
             raise ValueError(
                 f"Expected `parameters` to match trainable parameters, got {pattern!r}, which matches none of "
                 f"{', '.join(names[:10])}{' ...' if len(names) > 10 else ''}."
             )
-    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    if patterns is not None:
+        names = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    _refuse_complex(module, names)
+    return names
+
+
+def _refuse_complex(module: Any, names: Sequence[str]) -> None:
+    complex_ = [clean(n) for n, p in module.named_parameters() if p.is_complex() and clean(n) in names]
+    if complex_:
+        raise ValueError(
+            f"Expected real parameters, got complex numbers in {', '.join(f'`{n}`' for n in complex_[:5])}. Leave them "
+            "out with `parameters=`, or keep them as real numbers and call `torch.view_as_complex` in the module."
+        )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_influence.attributes import Attributes
+from lightning_influence.stage import clock_restored, set_clock, silent_loggers, training_stage
 from lightning_influence.types import Batch, foreign
 
 Loss = Callable[[Any, Batch], Tensor]
@@ -52,8 +53,14 @@ class Task:
         """Every parameter by its clean name, tied ones once."""
         return self._parameters
 
-    def load(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-        """Puts other weights in place. ``quiet`` puts the user's own back: the very tensors, never a copy of them."""
+    def load(
+        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], step: int = -1, epoch: int = -1
+    ) -> None:
+        """Puts other weights in place. ``quiet`` puts the user's own back: the very tensors, never a copy of them.
+
+        ``self.global_step`` and ``self.current_epoch`` are those of the weights where ``step`` and ``epoch`` are given.
+        """
+        set_clock(self.module, step, epoch)
         for name, parameter in self.named_parameters().items():
             if name in parameters:
                 parameter.data = parameters[name].to(device=self.device, dtype=parameter.dtype)
@@ -73,13 +80,13 @@ class Task:
         if not hasattr(module, "_apply_batch_transfer_handler"):
             return batch
         owner = module._trainer
-        if owner is not None and getattr(owner._data_connector, "_datahook_selector", True) is None:
-            module._trainer = None  # a Trainer that has never run does not know whose hooks to call: the module's own
-        try:
+        with training_stage(module):
+            if owner is not None and getattr(owner._data_connector, "_datahook_selector", True) is None:
+                # a Trainer that has never run does not know whose hooks to call: the module's own
+                batch = module.on_before_batch_transfer(batch, 0)
+                return module.on_after_batch_transfer(module.transfer_batch_to_device(batch, self.device, 0), 0)
             batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
             return module._apply_batch_transfer_handler(batch, device=self.device, dataloader_idx=0)
-        finally:
-            module._trainer = owner
 
     def _plugin_input(self, batch: Batch) -> Batch:
         return batch if _is_mixed(self.trainer) else self.trainer.precision_plugin.convert_input(batch)
@@ -87,7 +94,7 @@ class Task:
     def __call__(self, batch: Batch) -> Tensor:
         """The loss on a batch: a scalar of ``training_step``, or [batch] of ``loss=``. Leaves no trace."""
         try:
-            with self._precision(), _training_stage(self.module):
+            with self._precision(), training_stage(self.module):
                 output = self._loss_of(batch)
         finally:
             self._untouched[0].restore()
@@ -173,8 +180,9 @@ def quiet(module: nn.Module, loss: Loss | None = None, trainer: Any = None) -> I
         stack.enter_context(_restored(module))
         device = _enter_device(module, trainer)
         if trainer is not None:
-            stack.enter_context(_silent_loggers(trainer))
+            stack.enter_context(silent_loggers(trainer))
         _attach(module, trainer)
+        stack.enter_context(clock_restored(module))
         _silence(module)
         module.eval()
         yield Task(module, loss, device, trainer)
@@ -255,24 +263,15 @@ def _plain_checkpointing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _training_stage(module: Any) -> Iterator[None]:
-    """A step may ask its Trainer whether this is training: it is, whatever the Trainer did last."""
-    state = getattr(getattr(module, "_trainer", None), "state", None)
-    before = [] if state is None else [(state, state.stage)]
-    for state, _ in before:
-        state.stage = sys.modules[type(state).__module__].RunningStage.TRAINING
-    try:
-        yield
-    finally:
-        for state, stage in before:
-            state.stage = stage
-
-
-@contextlib.contextmanager
 def _restored(module: nn.Module) -> Iterator[None]:
     modes = [(m, m.training) for m in module.modules()]
     attributes = Attributes(module)
     tensors = [(t, t.data, t.requires_grad) for t in (*module.parameters(), *module.buffers())]
+    for m in module.modules():
+        if (
+            isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
+        ):  # a look-up shortens the rows of its table in place
+            m.weight.data = m.weight.data.clone()
     try:
         yield
     finally:
@@ -309,22 +308,6 @@ def _silence(module: nn.Module) -> None:
         if hasattr(type(part), "log_dict") and hasattr(type(part), "training_step"):
             for name in ("log", "log_dict", "print"):
                 part.__dict__[name] = _nothing
-
-
-@contextlib.contextmanager
-def _silent_loggers(trainer: Any) -> Iterator[None]:
-    """What ``training_step`` writes to ``self.logger.experiment`` goes nowhere."""
-    loggers = trainer.loggers
-    package = type(trainer).__module__.partition(".trainer")[0]
-    dummy = sys.modules.get(f"{package}.loggers.logger")
-    if not loggers or dummy is None:
-        yield
-        return
-    trainer.loggers = [dummy.DummyLogger()]
-    try:
-        yield
-    finally:
-        trainer.loggers = loggers
 
 
 def detached_trainer(module: Any) -> Any:

@@ -107,9 +107,10 @@ class Sessions:
         trainer = self.trainer if self.trainer is not None else detached_trainer(self.module)
         with quiet(self.module, self.loss, trainer) as task:
             if self.trajectory is not None:
-                state = self.trajectory.checkpoints[-1].load()
+                last = self.trajectory.checkpoints[-1]
+                state = last.load()
                 _check_same_model(task, state.parameters, self.trajectory)
-                task.load(state.parameters, state.buffers)
+                task.load(state.parameters, state.buffers, last.step, last.epoch)
             yield task
 
     @contextlib.contextmanager

@@ -124,9 +124,11 @@ class Setting:
         return len(self.examples)
 
     def zeros(self, queries: Queries | None = None) -> Tensor:
-        """[query, train] of zeros for this tile ([train] without queries), in the weights' precision."""
-        like = next(iter(self.engine.task.named_parameters().values()))
-        dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
+        """[query, train] of zeros for this tile ([train] without queries), float64 where weights are, else float32."""
+        parameters = self.engine.task.named_parameters()
+        counting = [parameters[name] for name in self.engine.plan.names] or list(parameters.values())
+        like = counting[0]
+        dtype = torch.float64 if any(p.dtype is torch.float64 for p in counting) else torch.float32
         shape = (len(self.ids),) if queries is None else (len(queries), len(self.ids))
         return torch.zeros(shape, dtype=dtype, device=like.device)
 
@@ -184,7 +186,7 @@ class Setting:
         trajectory = _required(self.trajectory)
         checkpoint = trajectory.checkpoints[index]
         state = checkpoint.load()
-        self.engine.task.load(state.parameters, state.buffers)
+        self.engine.task.load(state.parameters, state.buffers, checkpoint.step, checkpoint.epoch)
         exposure = trajectory.exposure(
             index, self.engine.reduction.coefficient(), self.n_train, self.batches_per_epoch
         )[:, self.ids.start : self.ids.stop]

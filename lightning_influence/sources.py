@@ -1,7 +1,8 @@
 """What the user hands over as data, as a dataset of examples with the training loader's way of collating."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -72,7 +73,11 @@ def source_of(data: Any, name: str, like: Source | None = None) -> Source:
         source = data
     elif isinstance(data, DataLoader):
         source = _from_loader(data, name)
-    elif isinstance(data, IterableDataset) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+    elif (
+        isinstance(data, IterableDataset)
+        or not (hasattr(data, "__getitem__") and hasattr(data, "__len__"))
+        or _holds_loaders(data)
+    ):
         raise TypeError(
             f"Expected `{name}` to be a map-style Dataset or a DataLoader of one, got {type(data).__name__}, which has "
             "no examples by number. Pass a Dataset with `__len__` and `__getitem__` (for several loaders at once, the "
@@ -85,6 +90,12 @@ def source_of(data: Any, name: str, like: Source | None = None) -> Source:
             f"Expected `{name}` to hold at least one example, got an empty {type(source.dataset).__name__}."
         )
     return source
+
+
+def _holds_loaders(data: Any) -> bool:
+    """Whether these are the several loaders of a Trainer, which look like a list or dict of examples."""
+    values = data.values() if isinstance(data, Mapping) else data if isinstance(data, (list, tuple)) else ()
+    return any(isinstance(value, DataLoader) for value in islice(values, 8))
 
 
 def _from_loader(loader: DataLoader[Any], name: str) -> Source:

@@ -57,6 +57,17 @@ def tied_linear():
     return net
 
 
+class Odd(nn.Module):
+    """A parameter of a rare kind, beside a usual network."""
+
+    def __init__(self, odd):
+        super().__init__()
+        self.net, self.odd = mlp(), nn.Parameter(odd)
+
+    def forward(self, x):
+        return self.net(x) * (1 + self.odd.abs().sum())
+
+
 def reused():
     shared = nn.Linear(5, 5)
     return nn.Sequential(shared, nn.Tanh(), shared, nn.Tanh(), nn.Linear(5, 3))
@@ -205,6 +216,8 @@ LAYERS = [
         3,
         high=9,
     ),
+    layer("Embedding, sparse gradients", token_net(lambda: nn.Embedding(9, 4, sparse=True), 4), 6, high=9),
+    layer("Embedding, max_norm", token_net(lambda: nn.Embedding(9, 4, max_norm=0.5), 4), 6, high=9),
     layer("EmbeddingBag, mean", Bags, 5, high=9),
     layer("EmbeddingBag, sum, padding_idx", lambda: Bags(mode="sum", padding_idx=3), 5, high=9),
     layer("EmbeddingBag, max", lambda: Bags(mode="max"), 5, high=9),
@@ -262,4 +275,11 @@ LAYERS = [
         fit=True,
     ),
     Case("tied weights in two groups", lambda: Step(tied_linear(), two_groups=True), **both(5), fit=True),
+    Case("a parameter without entries", lambda: Step(Odd(torch.zeros(0, 3))), **both(5)),
+    Case(
+        "complex parameter left out",
+        lambda: Step(Odd(torch.ones(3, dtype=torch.complex128))),
+        **both(5),
+        parameters="net.net.*",
+    ),
 ]

@@ -60,7 +60,7 @@ def rows(module, ones, names, loss=None, state=None):
             value.backward()
         for name in names:
             gradient = parameters[name].grad
-            found[name].append(torch.zeros_like(parameters[name]) if gradient is None else gradient.detach())
+            found[name].append(torch.zeros_like(parameters[name]) if gradient is None else gradient.detach().to_dense())
     return {name: torch.stack(of_name) for name, of_name in found.items()}
 
 

@@ -3,6 +3,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
+from case import Step
 from fits import QUIET
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
@@ -251,6 +252,16 @@ class Misshapen(Watches):
             {"train": DataLoader(TRAIN, batch_size=None)},
             TypeError,
             r"collates examples into batches, got `batch_size=None`",
+        ),
+        (
+            {"train": [DataLoader(TRAIN), DataLoader(TRAIN)]},
+            TypeError,
+            r"got list.*\(for several loaders at once, the one whose examples are meant, with `loss=`\)",
+        ),
+        (
+            {"module": Step(torch.nn.ParameterList([torch.ones(3, dtype=torch.complex64)]))},
+            ValueError,
+            r"Expected real parameters, got complex numbers in `net\.0`\. Leave them out with `parameters=`",
         ),
         ({"train": 3}, TypeError, r"Expected `train` to be a map-style Dataset or a DataLoader of one, got int"),
         ({"batch_size": 0}, ValueError, r"Expected `batch_size` to be a positive integer or None, got 0"),

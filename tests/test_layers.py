@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 # A room is a file, or a folder as a whole. It imports rooms of the lines above it, never its neighbours.
 LAYERS = (
     {"types", "compat"},
-    {"numerics", "attributes"},
+    {"numerics", "attributes", "stage"},
     {"module", "trajectory", "plotting", "loggers", "storage", "progress"},
     {"examples", "answer", "capture"},
     {"gradients", "sources", "self_scores"},

@@ -6,12 +6,12 @@ import oracles
 import pytest
 import pytorch_lightning as pl
 import torch
-from case import Items, Step, drawn
+from case import Items, Step, drawn, mlp
 from fits import QUIET, fit, seeded
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_influence import Attributor, GradientDot
+from lightning_influence import Attributor, GradientDot, Influence, TracInCP, Trajectory
 
 
 class Asking(pl.LightningModule):
@@ -112,6 +112,55 @@ def test_what_a_step_writes_into_a_batch_of_its_own_class_is_gone_at_the_next_pa
         expected = oracles.inner(*[oracles.rows(module, [Bag([pair]) for pair in data().items], names)] * 2)
         for _ in range(2):
             oracles.assert_scores(attributor.score(GradientDot(), data()).values, expected, 1e-5)
+
+
+class Annealed(Step):
+    """Its loss grows with every step and every epoch."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (1 + self.global_step + 10 * self.trainer.current_epoch)
+
+
+class Doubles(Step):
+    """Its inputs are doubled while its Trainer trains."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return [batch[0] * (2 if self.trainer.training else 1), batch[1]]
+
+
+def test_a_loss_that_follows_the_step_is_that_of_each_checkpoint(tmp_path):
+    module = seeded(Annealed, mlp(4))
+    trainer = fit(module, DataLoader(data(), 3), Influence(dirpath=tmp_path))
+    clock = trainer.global_step, trainer.current_epoch
+    trajectory, ones = Trajectory.load(tmp_path), [next(iter(DataLoader([pair]))) for pair in data().items]
+    expected, plain = 0.0, seeded(Step, mlp(4))
+    for checkpoint, factor in zip(trajectory.checkpoints[1:], (1 + 3 + 0, 1 + 6 + 10), strict=True):
+        state = checkpoint.load().parameters
+        rate = 0.05 * 0.5**checkpoint.epoch
+        found = oracles.rows(plain, ones, sorted(state), state=state)
+        expected = expected + oracles.inner(found, found) * factor**2 * rate / 3
+    for asked in (module, Annealed(mlp(4))):  # with the Trainer of its fit, and with none
+        scores = Attributor(asked, data(), trajectory).score(TracInCP(), data())
+        oracles.assert_scores(scores.values, expected, 1e-5)
+    assert (trainer.global_step, trainer.current_epoch) == clock
+
+
+def test_a_hook_on_the_batch_finds_its_trainer_training_at_the_end_of_a_fit_and_without_one(tmp_path):
+    influence = Influence([TracInCP()], queries=data(), dirpath=tmp_path, max_cost=1e9, log_scores=False)
+    fit(seeded(Doubles, mlp(4)), DataLoader(data(), 3), influence)
+    doubled = Items([(2 * x, y) for x, y in data().items])
+    offline = Attributor(Doubles(mlp(4)), data(), influence.trajectory)
+    plain = Attributor(Step(mlp(4)), doubled, influence.trajectory).score(TracInCP(), doubled)
+    for scores in (influence.scores["TracInCP"], offline.score(TracInCP(), data())):
+        oracles.assert_scores(scores.values, plain.values, 1e-5)
+
+
+def test_a_table_that_look_ups_shorten_is_left_alone():
+    module = seeded(Step, torch.nn.Sequential(torch.nn.Embedding(5, 4, max_norm=0.1), torch.nn.Linear(4, 3)))
+    before = module.net[0].weight.detach().clone()
+    pairs = Items([(torch.tensor(i), torch.tensor(i % 3)) for i in range(5)])
+    Attributor(module, DataLoader(pairs, 3)).score(GradientDot(), pairs)
+    torch.testing.assert_close(module.net[0].weight, before, rtol=0, atol=0)
 
 
 def test_scores_are_taken_without_tf32_and_the_users_choice_comes_back():

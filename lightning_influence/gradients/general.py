@@ -73,7 +73,7 @@ def one_gradient(task: Task, batch: Any, names: Sequence[str], seed: int, exampl
             return {name: torch.zeros_like(parameters[name]) for name in names}
         values = torch.autograd.grad(loss, [parameters[name] for name in names], allow_unused=True)
     return {
-        name: torch.zeros_like(parameters[name]) if value is None else value
+        name: torch.zeros_like(parameters[name]) if value is None else value.to_dense()  # tables may have sparse ones
         for name, value in zip(names, values, strict=True)
     }
 

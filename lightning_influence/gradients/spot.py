@@ -70,7 +70,7 @@ def agrees(row: Tensor | None, truth: Tensor, largest: Tensor) -> bool:
 
     A parameter whose gradient is zero but for rounding (a bias in front of a normalisation) is compared with that.
     """
-    if row is None:
+    if row is None or not truth.numel():
         return not bool(truth.any())
     tolerance, floor = {torch.float64: (1e-9, 1e-13), torch.float32: (2e-4, 1e-6)}.get(truth.dtype, (5e-2, 1e-2))
     allowed = tolerance * truth.abs().max() + floor * largest

@@ -1,0 +1,65 @@
+"""What a step hears from its Trainer while it is scored: that it trains, at which step and epoch; and no loggers."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def training_stage(module: Any) -> Iterator[None]:
+    """A step, or a hook on its batch, may ask its Trainer whether this is training: it is."""
+    state = getattr(getattr(module, "_trainer", None), "state", None)
+    before = [] if state is None else [(state, state.stage)]
+    for state, _ in before:
+        state.stage = sys.modules[type(state).__module__].RunningStage.TRAINING
+    try:
+        yield
+    finally:
+        for state, stage in before:
+            state.stage = stage
+
+
+@contextlib.contextmanager
+def silent_loggers(trainer: Any) -> Iterator[None]:
+    """What ``training_step`` writes to ``self.logger.experiment`` goes nowhere."""
+    loggers = trainer.loggers
+    package = type(trainer).__module__.partition(".trainer")[0]
+    dummy = sys.modules.get(f"{package}.loggers.logger")
+    if not loggers or dummy is None:
+        yield
+        return
+    trainer.loggers = [dummy.DummyLogger()]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+
+
+@contextlib.contextmanager
+def clock_restored(module: Any) -> Iterator[None]:
+    """Whatever ``set_clock`` sets inside, the Trainer's counters are as before."""
+    before = [(counter, counter.completed) for counter in _counters(module)]
+    try:
+        yield
+    finally:
+        for counter, completed in before:
+            counter.completed = completed
+
+
+def set_clock(module: Any, step: int, epoch: int) -> None:
+    """A loss may depend on ``self.global_step`` or ``self.current_epoch``; negative numbers leave them alone."""
+    counters = _counters(module)
+    for counter, number in zip(counters, [epoch, *[step] * (len(counters) - 1)], strict=True) if counters else ():
+        if number >= 0:
+            counter.completed = number
+
+
+def _counters(module: Any) -> list[Any]:
+    """Lightning's counters of epochs, and of steps in automatic and manual optimization; it has no setters for them."""
+    loop = getattr(getattr(module, "_trainer", None), "fit_loop", None)
+    if loop is None:
+        return []
+    steps = loop.epoch_loop
+    automatic, manual = steps.automatic_optimization.optim_progress, steps.manual_optimization.optim_step_progress
+    return [loop.epoch_progress.current, automatic.optimizer.step.total, manual.total]
