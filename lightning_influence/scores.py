@@ -279,38 +279,40 @@ class Scores(Answer):
             subject, proponents, opponents, method=self.method, units=self.units, render=render, labels=labels
         )
 
-    def log(self, loggers: Any, step: int | None = None, name: str | None = None, k: int = 5, **drawing: Any) -> None:
-        """Write scalars, a table of proponents and opponents and a figure into Lightning's loggers.
+    def log(
+        self,
+        loggers: Any,
+        step: int | None = None,
+        name: str | None = None,
+        k: int = 5,
+        metrics: Mapping[str, float] | None = None,
+        **drawing: Any,
+    ) -> None:
+        """Write scalars, a histogram, a table of proponents and opponents and a figure into Lightning's loggers.
 
         Args:
             loggers: `trainer.loggers`, or one logger.
             step: The x-axis; `trainer.global_step` after a fit.
             name: What stands after `influence/`; the method by default.
             k: Proponents and opponents per query, fewer where there are not so many.
+            metrics: Further numbers, such as `evaluate(scores, bank)`.
             drawing: For `plot`: `query`, `train`, `queries`, `render`, `labels`.
 
         Raises:
+            TypeError: `metrics` that are no numbers.
             ValueError: `k` is below 1.
         """
+        numbers = answer.numbers("metrics", metrics)
         if not trackers.listening(loggers):
             return
         k = min(k, self.top_k or self.train_ids.numel())
-        highest = self.proponents(1).scores[:, 0].double()
-        highest = highest[~highest.isnan()]
-        scalars: dict[str, float] = dict(self.figures)
-        if highest.numel():
-            scalars |= {"top_proponent_mean": float(highest.mean()), "top_proponent_max": float(highest.max())}
-        if self._values is not None:
-            negative = sum(int((row < 0).sum()) for row in self._values)
-            scalars["opponents_share"] = negative / self._values.numel()
-        trackers.log_influence(
-            loggers,
-            name or self.method,
-            scalars,
-            table=storage.as_rows(self.to_arrow(k), side=lambda row: answer.side(row["score"])),
-            figure=trackers.drawn(lambda: self.plot(k=k, **drawing)[0]),
-            step=step,
-        )
+        scalars, histograms = trackers.of_scores(self.proponents(1).scores[:, 0], self._values)
+        table = storage.as_rows(self.to_arrow(k), side=lambda row: answer.side(row["score"]))
+        texts = {"about": repr(self)}
+        figures = trackers.drawn(explanation=lambda: self.plot(k=k, **drawing)[0])
+        scalars = self.figures | numbers | scalars
+        pages = trackers.Pages(name or self.method, step, scalars, {"scores": table}, figures, histograms, texts)
+        trackers.log_influence(loggers, pages)
 
     def _strongest(self, k: int, largest: bool, rows: slice = slice(None)) -> TopK:
         """One end of the ranking of some queries."""

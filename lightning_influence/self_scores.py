@@ -153,12 +153,14 @@ class SelfScores(Answer):
         """
         if not trackers.listening(loggers):
             return
-        trackers.log_influence(
-            loggers,
-            name or self.method,
-            self.figures | {"self_mean": float(self.values.double().mean()), "self_top": float(self.values.max())},
-            self_table=storage.as_rows(self.to_arrow(min(_LOGGED, len(self)))),
-            self_figure=trackers.drawn(lambda: self.plot(**drawing)[0]),
-            histogram=self.values,
+        scalars, histograms = trackers.of_self_influence(self.values)
+        pages = trackers.Pages(
+            name=name or self.method,
             step=step,
+            scalars=self.figures | scalars,
+            tables={"self_influence": storage.as_rows(self.to_arrow(min(_LOGGED, len(self))))},
+            figures=trackers.drawn(self_influence=lambda: self.plot(**drawing)[0]),
+            histograms=histograms,
+            texts={"about_self_influence": repr(self)},
         )
+        trackers.log_influence(loggers, pages)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_influence import loggers as trackers
+from lightning_influence.loggers import tensorboard
 from lightning_influence.scores import Scores, SelfScores
 
 pytest.importorskip("tensorboard")
@@ -193,11 +194,11 @@ def test_without_matplotlib_everything_else_is_logged(monkeypatch, caplog, tmp_p
     with caplog.at_level(logging.WARNING, "lightning_influence.loggers"):
         SELF.log(kinds.CSVLogger(tmp_path))
     assert 'pip install "lightning-influence[plot]"' in caplog.text
-    assert {path.suffix for path in tmp_path.rglob("influence_*")} == {".csv"}
+    assert {path.suffix for path in tmp_path.rglob("influence_*")} == {".csv", ".txt"}
 
 
 def test_a_long_table_is_shortened_for_a_page():
-    text = trackers._markdown((["a"], [["x|y\nz"]] * 250))
+    text = tensorboard.markdown((["a"], [["x|y\nz"]] * 250))
     assert text.splitlines()[2] == r"| x\|y z |"
     assert text.endswith("50 more rows: `scores.to_arrow(k)` has them all.")
     assert len(text.splitlines()) == 2 + 200 + 2

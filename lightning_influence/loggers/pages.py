@@ -1,0 +1,65 @@
+"""What is written into a tracker, in forms that every tracker has some way to show."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_influence.loggers.summary import Histogram, Table
+
+
+@dataclass(frozen=True)
+class Pages:
+    """What is written, by what it shows.
+
+    Args:
+        name: Of the method; everything stands under `influence/<name>/`.
+        step: The x-axis.
+        scalars: Name to number.
+        tables: Name to table.
+        figures: Name to `matplotlib.figure.Figure`.
+        histograms: Name to counts.
+        texts: Name to text, such as what a reader must know of the numbers.
+    """
+
+    name: str
+    step: int | None = None
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    histograms: Mapping[str, Histogram] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def head(self) -> str:
+        """What stands before every name."""
+        return f"influence/{self.name}"
+
+    @property
+    def file_head(self) -> str:
+        """The same where it names a folder."""
+        return f"influence/{file_name(self.name)}"
+
+
+def file_name(name: str) -> str:
+    """The name, of characters that every file system takes."""
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
+def as_csv(table: Table) -> str:
+    """The table as a CSV file."""
+    columns, rows = table
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([columns, *rows])
+    return text.getvalue()
+
+
+def as_png(figure: Any) -> bytes:
+    """The figure as a PNG file."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()
