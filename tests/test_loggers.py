@@ -5,6 +5,7 @@ import csv
 import importlib
 import logging
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,7 +68,14 @@ def test_tensorboard_holds_scalars_table_histogram_and_figures(kinds, tmp_path):
     assert text.splitlines()[2] == "| 3 | 7 | 2 | 1 | 17 | proponent |"
     assert text.splitlines()[4] == "| 3 | 4 | -1 | 3 | 14 | opponent |"
     assert "influence/TracInCP/self_influence/text_summary" in found.Tags()["tensors"]
-    assert found.Histograms("influence/TracInCP/self_influence")[0].histogram_value.num == 20
+    counted = found.Histograms("influence/TracInCP/self_influence")[0].histogram_value
+    assert (counted.num, counted.min, counted.max, counted.sum, counted.sum_squares) == (20, 0.0, 19.0, 190.0, 2470.0)
+    assert sum(counted.bucket) == 20
+    assert (counted.bucket_limit[0], counted.bucket_limit[-1], counted.bucket[0]) == (0.0, 19.0, 0.0)
+    assert sum(found.Histograms("influence/TracInCP/scores")[0].histogram_value.bucket) == 6
+    about = found.Tensors("influence/TracInCP/about/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert " ".join(about.split()) == " ".join(repr(SCORES).split())
+    assert "influence/TracInCP/about_self_influence/text_summary" in found.Tags()["tensors"]
     images = ["influence/TracInCP/explanation", "influence/TracInCP/self_influence"]
     assert sorted(found.Tags()["images"]) == images
     assert all(found.Images(tag)[0].encoded_image_string.startswith(b"\x89PNG") for tag in images)
@@ -88,6 +96,10 @@ def test_csv_holds_scalars_tables_and_figures_beside_the_metrics(kinds, tmp_path
         "query_id": "3", "train_id": "7", "score": "2.0", "rank": "1", "train_base_id": "17", "side": "proponent",
     }  # fmt: skip
     assert rows(folder / "influence_TracInCP_self_influence.csv")[0]["train_id"] == "19"
+    bins = rows(folder / "influence_TracInCP_self_influence_histogram.csv")
+    assert sum(int(row["count"]) for row in bins) == 20
+    assert (float(bins[0]["low"]), float(bins[-1]["high"])) == (0.0, 19.0)
+    assert (folder / "influence_TracInCP_about.txt").read_text() == repr(SCORES)
     for what in ("explanation", "self_influence"):
         assert (folder / f"influence_TracInCP_{what}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -195,6 +207,40 @@ def test_without_matplotlib_everything_else_is_logged(monkeypatch, caplog, tmp_p
         SELF.log(kinds.CSVLogger(tmp_path))
     assert 'pip install "lightning-influence[plot]"' in caplog.text
     assert {path.suffix for path in tmp_path.rglob("influence_*")} == {".csv", ".txt"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_histogram_counts_as_numpy_does(dtype):
+    values = torch.randn(3, 500, generator=torch.Generator().manual_seed(0)).to(dtype)
+    counted = trackers.Histogram.of(values.split(2), bins=7)
+    counts, edges = np.histogram(values.double().numpy(), bins=7)
+    assert counted.counts == counts.tolist()
+    assert counted.edges == pytest.approx(edges.tolist())
+    assert counted.total == pytest.approx(float(values.double().sum()))
+    assert counted.squares == pytest.approx(float(values.double().square().sum()))
+
+
+@pytest.mark.parametrize(
+    ("values", "edges", "counts"),
+    [
+        ([2.0, 2.0], [1.5, 2.0, 2.5], [0, 2]),
+        ([float("nan"), 0.0, 1.0, float("inf")], [0.0, 0.5, 1.0], [1, 1]),
+        ([float("nan")], [0.0, 0.5, 1.0], [0, 0]),
+    ],
+    ids=["equal", "not finite among them", "nothing finite"],
+)
+def test_a_histogram_of_odd_numbers(values, edges, counts):
+    found = trackers.Histogram.of([torch.tensor(values)], bins=2)
+    assert (found.edges, found.counts) == (edges, counts)
+
+
+def test_numbers_of_an_evaluation_are_logged_beside():
+    logger = Bare()
+    SCORES.log(logger, metrics={"lds": torch.tensor(0.5), "opponents_share": 9.0})
+    assert logger.got["influence/TracInCP/lds"] == 0.5
+    assert logger.got["influence/TracInCP/opponents_share"] == pytest.approx(1 / 6)  # ours is not to be overwritten
+    with pytest.raises(TypeError, match=r"`metrics` to map names to single numbers, got \{'lds': 'high'\}"):
+        SCORES.log(None, metrics={"lds": "high"})
 
 
 def test_a_long_table_is_shortened_for_a_page():
