@@ -22,6 +22,9 @@ from lightning_influence.gradients.spot import Watch, refuse_difference
 from lightning_influence.gradients.tape import Call, Tape, Use
 from lightning_influence.module import Task, seed_for
 
+# On the first pass over the data one example is looked at in as many as these.
+_CHECKED = 128
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -84,6 +87,8 @@ class Engine:
     plan: Plan = field(default_factory=lambda: Plan({}))
     _blocks: int = 0
     _next: int = 4
+    _checked: int = 0
+    _unchecked: int = 0
     _positions: set[tuple[str, float]] = field(default_factory=set)
 
     def gradients(self, block: Block) -> Gradients:
@@ -127,11 +132,13 @@ class Engine:
                         watch.rows |= {0, watch.examples - 1}
 
     def _spot_check(self, block: Block, gradients: Gradients, watch: Watch) -> None:
-        """Looks at what the watch points out, and at one example of the blocks 4, 16, 64 ..."""
+        """Looks at what the watch points out, at one in 128 examples on the first pass, and at blocks 4, 16, 64 ..."""
         self._blocks += 1
-        if self._blocks == self._next:
-            self._next *= 4
-            watch.rows.add(self._blocks * 7 % block.size)
+        self._unchecked += block.size
+        if self._blocks == self._next or (block.start >= self._checked and self._unchecked >= _CHECKED):
+            self._next *= 4 if self._blocks == self._next else 1
+            self._checked, self._unchecked = block.start + 1, 0
+            watch.rows.add(self._blocks * 7919 % block.size)
         if not self.plan.layouts:
             return
         for row in sorted(watch.rows):

@@ -17,6 +17,16 @@ _REORDERS = frozenset(
 )
 
 
+_COUNTS = frozenset(
+    getattr(owner, name) for owner in (torch, Tensor) for name in ("sum", "mean", "count_nonzero", "unbind")
+)
+_SCALES = frozenset(
+    [getattr(owner, name) for owner in (torch, Tensor) for name in ("div", "true_divide", "divide", "mul", "multiply")]
+    + [Tensor.__truediv__, Tensor.__mul__, Tensor.__rmul__, Tensor.div_, Tensor.mul_]
+)
+_READS = frozenset({Tensor.item, Tensor.tolist, Tensor.__int__, Tensor.__float__})
+
+
 class Watch:
     """Notes in one forward pass what the self-check's few examples may not have shown.
 
@@ -27,20 +37,46 @@ class Watch:
     def __init__(self, examples: int) -> None:
         self.examples = examples
         self.rows: set[int] = set()
+        self._counted: set[int] = set()  # of a batch-wide count, where examples differ: it may be a denominator
 
     def __call__(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Is shown every call."""
         if func is torch.Tensor.__getitem__:
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            if any(isinstance(i, Tensor) and i.ndim > 0 for i in index):
-                self._reordered()
+            for i in index:
+                if isinstance(i, Tensor) and i.ndim > 0:
+                    self._reordered(i)
         elif func in _REORDERS:
-            self._reordered()
+            self._reordered(*args[1:2])
         elif func is F.cross_entropy or func is F.nll_loss:
             self._weighed(*args, **kwargs)
+        elif func in _COUNTS:
+            self._count(*args, **kwargs)
+        elif self._counted and (func in _READS or (func in _SCALES and _by_one_number(args))):
+            self.rows |= self._counted
 
-    def _reordered(self) -> None:
+    def _reordered(self, by: Any = None) -> None:
         self.rows |= {0, self.examples - 1}
+        if isinstance(by, Tensor) and by.dtype is torch.bool:
+            self.rows |= self._unlike(by)
+
+    def _count(self, input: Any, dim: Any = None, *_: Any, **options: Any) -> None:
+        """A sum over the whole batch that no gradient goes through."""
+        if isinstance(input, Tensor) and not input.requires_grad and not input.is_complex():
+            over = [] if dim is None else dim if isinstance(dim, (list, tuple)) else [dim]
+            if not over or len(over) == input.ndim:
+                self._counted |= self._unlike(input)
+
+    def _unlike(self, each: Tensor) -> set[int]:
+        """The examples with the smallest and the largest sum, where these differ; examples stand first or last."""
+        if not each.numel() or each.numel() % self.examples:
+            return set()
+        first, last = each.reshape(self.examples, -1).sum(1), each.reshape(-1, self.examples).sum(0)
+        if not bool((first != first[0]).any()):
+            return set()
+        if len(each) != self.examples and not bool((last != last[0]).any()):
+            return set()
+        return {int(first.argmin()), int(first.argmax())}
 
     def _weighed(
         self,
@@ -56,13 +92,13 @@ class Watch:
         """Targets that do not count: as many in every example, or else a mean over the batch weighs examples apart."""
         if reduction != "mean" or target.is_floating_point() or not target.numel() or target.numel() % self.examples:
             return
-        ignored = target == ignore_index
-        if not bool(ignored.any()):
-            return
-        counts = ignored.reshape(self.examples, -1).sum(1)
-        other = ignored.reshape(-1, self.examples).sum(0)
-        if bool((counts != counts[0]).any()) and (len(target) == self.examples or bool((other != other[0]).any())):
-            self.rows |= {int(counts.argmin()), int(counts.argmax())}
+        self.rows |= self._unlike(target == ignore_index)
+
+
+def _by_one_number(operands: Sequence[Any]) -> bool:
+    """Whether a tensor with a gradient is multiplied with, or divided by, a tensor of one number without."""
+    tensors = [t for t in operands if isinstance(t, Tensor)]
+    return any(t.requires_grad for t in tensors) and any(t.numel() == 1 and not t.requires_grad for t in tensors)
 
 
 def agrees(row: Tensor | None, truth: Tensor, largest: Tensor) -> bool:
