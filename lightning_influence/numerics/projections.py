@@ -85,7 +85,7 @@ class RandomProjection:
     """Gradients as ``dim`` numbers a parameter, whose inner products are on average those of the gradients.
 
     With ``structure="kronecker"`` a layer's gradient is never built at full size: the inputs and the output gradients
-    that it is made of are projected, each by its own matrix. A parameter of no more than ``dim`` entries stays as it is.
+    that it is made of are projected, each by its own matrix. A parameter of no more than ``dim`` entries stays itself.
 
     Source: Pruthi, Liu, Kale, Sundararajan. Estimating Training Data Influence by Tracing Gradient Descent.
     NeurIPS 2020, appendix (plain, and per layer); Choe et al. What is Your Data Worth to GPT? 2024 (both sides).
