@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_influence.driver import estimate, run_scores, run_self_influence, setting_of
 from lightning_influence.method import Evidence, Method
-from lightning_influence.module import Loss, clean, unwrapped
+from lightning_influence.module import Loss, clean, is_half, unwrapped
 from lightning_influence.scores import Scores, SelfScores
 from lightning_influence.session import Asked, Session, Sessions
 from lightning_influence.setting import Setting
@@ -213,6 +213,8 @@ class Attributor:
         notes = list(setting.notes)
         if method.gradients:
             notes.append(setting.engine.plan.summary(setting.engine.task.named_parameters()))
+        if any(is_half(p) for p in self.module.parameters()):
+            notes.append("Weights of 16 bits were scored in float32.")
         if self.trajectory is not None:
             notes += self.trajectory.notes
         return {

@@ -86,6 +86,20 @@ class Examples:
         seed_for(self._seed, ids[0])
         return self._collate(items)
 
+    def check_steady(self) -> None:
+        """Reads a few examples twice.
+
+        Raises:
+            ValueError: one is not the same under the same random state.
+        """
+        for i in sorted({round(k * (len(self) - 1) / 3) for k in range(4)}):
+            if not _alike(self.one(i), self.one(i)):
+                raise ValueError(
+                    f"Expected {type(self.dataset).__name__} to give the same example under the same random state, got "
+                    f"two unlike ones for index {i}: it draws from a generator of its own, or counts its calls. Pass "
+                    "`Attributor(train=)` data without augmentation, or draw from torch's or NumPy's own generator."
+                )
+
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
         """Blocks of ids ``start`` to ``stop``; ``start`` is a multiple of ``block_size``."""
         stop = len(self) if stop is None else stop
@@ -128,6 +142,18 @@ class Examples:
     def close(self) -> None:
         """Forgets the kept blocks."""
         self._cache.clear()
+
+
+def _alike(one: Batch, other: Batch) -> bool:
+    """Whether all numbers in two batches agree, as far as they can be seen."""
+    for a, b in zip(tree_leaves(one), tree_leaves(other), strict=True):
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            same = a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124 - NaN
+        else:
+            same = a == b or a != a if isinstance(a, (int, float, str)) else True  # noqa: PLR0124
+        if not same:
+            return False
+    return True
 
 
 def _versions(batch: Batch) -> list[int]:

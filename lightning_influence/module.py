@@ -74,8 +74,9 @@ class Task:
     def to_device(self, batch: Batch) -> Batch:
         """The batch as Lightning would hand it to ``training_step``, in containers of its own."""
         batch = tree_map(lambda leaf: copy.copy(leaf) if foreign(leaf) else leaf, batch)
-        if self.trainer is not None:
-            batch = self._plugin_input(batch)
+        if self.trainer is not None and not _is_lower(self.trainer):
+            batch = self.trainer.precision_plugin.convert_input(batch)
+        batch = tree_map(lambda leaf: leaf.float() if is_half(leaf) else leaf, batch)
         module: Any = self.module
         if not hasattr(module, "_apply_batch_transfer_handler"):
             return batch
@@ -87,9 +88,6 @@ class Task:
                 return module.on_after_batch_transfer(module.transfer_batch_to_device(batch, self.device, 0), 0)
             batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
             return module._apply_batch_transfer_handler(batch, device=self.device, dataloader_idx=0)
-
-    def _plugin_input(self, batch: Batch) -> Batch:
-        return batch if _is_mixed(self.trainer) else self.trainer.precision_plugin.convert_input(batch)
 
     def __call__(self, batch: Batch) -> Tensor:
         """The loss on a batch: a scalar of ``training_step``, or [batch] of ``loss=``. Leaves no trace."""
@@ -116,7 +114,7 @@ class Task:
         return output
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self.trainer is None or _is_mixed(self.trainer):
+        if self.trainer is None or _is_lower(self.trainer):
             return contextlib.nullcontext()
         return self.trainer.precision_plugin.forward_context()
 
@@ -135,9 +133,20 @@ def _named_buffers(module: nn.Module) -> dict[str, Tensor]:
     return {clean(name): b for name, b in module.named_buffers()}
 
 
-def _is_mixed(trainer: Any) -> bool:
-    # Scores are taken in the weights' own precision: autocast would cost three digits.
-    return "mixed" in str(getattr(trainer.precision_plugin, "precision", ""))
+def _is_lower(trainer: Any) -> bool:
+    """Whether the Trainer computes in less than float32, which would cost scores three digits and more."""
+    precision = str(getattr(trainer.precision_plugin, "precision", ""))
+    return "mixed" in precision or precision in (
+        "16-true",
+        "bf16-true",
+        "transformer-engine",
+        "transformer-engine-float16",
+    )
+
+
+def is_half(tensor: Any) -> bool:
+    """Whether this is a tensor of 16 bits a number."""
+    return isinstance(tensor, Tensor) and tensor.dtype in (torch.float16, torch.bfloat16)
 
 
 def _step_of(module: nn.Module) -> Callable[[Batch], Any]:
@@ -284,13 +293,13 @@ def _restored(module: nn.Module) -> Iterator[None]:
 
 
 def _enter_device(module: nn.Module, trainer: Any) -> torch.device:
-    """Where scoring runs. Moves by replacing data, so that going back is putting the old tensors back."""
+    """Where scoring runs, in float32 at least. Moves by replacing data: going back is putting the old tensors back."""
     first = next(iter((*module.parameters(), *module.buffers())), None)
     here = torch.device("cpu") if first is None else first.device
     device: torch.device = here if trainer is None else trainer.strategy.root_device
     for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.device != device:
-            tensor.data = tensor.data.to(device)
+        if tensor.device != device or is_half(tensor):
+            tensor.data = tensor.data.to(device, torch.float32 if is_half(tensor) else tensor.dtype)
     return device
 
 

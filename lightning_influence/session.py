@@ -144,6 +144,7 @@ class Sessions:
     def _planned(self, task: Task, examples: Examples, gradients: bool) -> tuple[Reduction, Plan]:
         """The self-check of the training side."""
         if self._reduction is None:
+            examples.check_steady()
             self._reduction = probe(task, examples, 0)
         if not gradients:
             return self._reduction, Plan({})
@@ -161,6 +162,7 @@ class Sessions:
             return reduction, plan
         key = (id(queries.dataset), task.loss, gradients)
         if key not in self._found:
+            asked.check_steady()
             reduction = Reduction.NONE if task.loss is not None else reduction
             try:
                 if gradients:

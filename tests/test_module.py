@@ -163,6 +163,45 @@ def test_a_table_that_look_ups_shorten_is_left_alone():
     torch.testing.assert_close(module.net[0].weight, before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("16-true", torch.float16), ("bf16-true", torch.bfloat16)])
+def test_weights_of_16_bits_are_scored_in_float32_and_come_back(precision, dtype, tmp_path):
+    module = seeded(Step, mlp(4))
+    trainer = fit(module, DataLoader(data(), 3), Influence(dirpath=tmp_path), precision=precision)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    trajectory, plain = Trajectory.load(tmp_path), Step(mlp(4)).double()
+    ones = [next(iter(DataLoader([(x.double(), y)]))) for x, y in data().items]
+    expected = 0.0
+    for checkpoint in trajectory.checkpoints[1:]:
+        found = oracles.rows(plain, ones, sorted(before), state=checkpoint.load().parameters)
+        expected = expected + oracles.inner(found, found) * 0.05 * 0.5**checkpoint.epoch / 3
+    for given in (trainer, None):
+        scores = Attributor(module, data(), trajectory, given).score(TracInCP(), data())
+        oracles.assert_scores(scores.values, expected, 1e-5)
+        assert "Weights of 16 bits were scored in float32." in scores.notes
+    after = {name: p.detach() for name, p in module.named_parameters()}
+    assert {p.dtype for p in after.values()} == {dtype}
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+class OwnGenerator(Items):
+    """Noise that nobody can seed from outside."""
+
+    def __init__(self, items):
+        super().__init__(items)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __getitem__(self, i):
+        x, y = self.items[i]
+        return x + 1e-4 * torch.randn(x.shape, generator=self.generator), y
+
+
+def test_data_that_differ_at_every_reading_are_refused():
+    noisy = OwnGenerator(data().items)
+    for train, queries in ((noisy, data()), (data(), noisy)):
+        with pytest.raises(ValueError, match=r"Expected OwnGenerator to give the same example under the same random"):
+            Attributor(seeded(Step, mlp(4)), train).score(GradientDot(), queries)
+
+
 def test_scores_are_taken_without_tf32_and_the_users_choice_comes_back():
     seen = set()
     with coarse():

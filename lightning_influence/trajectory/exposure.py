@@ -43,8 +43,10 @@ class Groups:
         places: dict[str | tuple[int, int], list[int]] = {}
         for k, (optimizer, groups, frozen) in enumerate(distinct):
             for index, names in enumerate(groups):
-                # a file may not name a group's parameters: it stands for itself
-                for name in [name for name in names if name not in frozen] or [(optimizer, index)] * (not names):
+                members: list[str | tuple[int, int]] = [name for name in names if name not in frozen]
+                if not names:  # a file may not name a group's parameters: it stands for itself
+                    members.append((optimizer, index))
+                for name in members:
                     places.setdefault(name, [-1] * len(distinct))[k] = index
         numbers: dict[tuple[int, ...], int] = {}
         of_name = {name: numbers.setdefault(tuple(where), len(numbers)) for name, where in places.items()}
