@@ -1,0 +1,192 @@
+"""What there is to see of an example: an image, a text, a row of numbers or a curve, and its class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+Classes: TypeAlias = Sequence[str] | Mapping[int, str]
+"""Names of the classes, by number."""
+Normalization: TypeAlias = tuple[Any, Any]
+"""Mean and standard deviation that an image was normalised with: numbers, or one a channel."""
+
+_ROW = 40  # numbers that are read one by one; more are a curve
+_LABELS = ("label", "labels", "y", "target", "targets", "class")
+_TEXTS = ("text", "sentence", "content", "document", "question", "premise", "review")
+
+
+class Look(NamedTuple):
+    """What is shown of one example.
+
+    `value` is, by `kind`: of an ``"image"`` a [height, width] or [height, width, 3] tensor between 0 and 1, of a
+    ``"text"`` a string, of a ``"row"`` pairs of a name (may be empty) and a text, of a ``"curve"`` a [step] tensor;
+    None of ``"nothing"``. `label` is a number or a name, where the example has one.
+    """
+
+    kind: str
+    value: Any
+    label: int | float | str | None = None
+
+
+def look_at(
+    example: Any, columns: Sequence[str] | None = None, normalization: Normalization | None = None
+) -> Look:
+    """Find what to show.
+
+    An example is an image (a [C, H, W], [H, W, C] or [H, W] tensor, array or PIL image), a text, a vector (a table's
+    row, or a curve where it is longer than 40 and has no `columns`), or a tuple or dict that holds one, with its label.
+    A dict with neither image nor text is a row.
+
+    Args:
+        example: One item of a Dataset.
+        columns: Names of the numbers in a table's row.
+        normalization: Undone in images. Without it, images that leave [0, 1] are stretched to it, integers by 255.
+
+    Raises:
+        ValueError: There is nothing in it that can be shown.
+    """
+    if example is None:
+        return Look("nothing", None)
+    content, label = _parts(example)
+    if isinstance(content, str):
+        return Look("text", content, label)
+    if isinstance(content, _Cells):
+        return Look("row", list(content), label)
+    tensor = _tensor(content)
+    if tensor is not None and tensor.ndim == 1 and tensor.numel():
+        if columns is None and tensor.numel() > _ROW:
+            return Look("curve", tensor.double(), label)
+        names = list(columns or [""] * tensor.numel())
+        return Look("row", [(str(n), _number(v)) for n, v in zip(names, tensor.tolist(), strict=False)], label)
+    image = None if tensor is None else _image(tensor, normalization)
+    if image is None:
+        raise ValueError(
+            "Expected an image of shape [C, H, W], [H, W, C] or [H, W] or a text, a vector or a dict of them to show, "
+            f"got {type(content).__name__} of shape {list(getattr(content, 'shape', ()))}. Pass `render=`."
+        )
+    return Look("image", image, label)
+
+
+class _Cells(list):
+    """Names and texts of a row that is ready."""
+
+
+def class_name(label: Any, labels: Classes | None = None) -> str:
+    """A class as people call it: its name where there is one, otherwise its number."""
+    if isinstance(label, str):
+        return label
+    if labels is not None and float(label).is_integer():
+        number = int(label)
+        if isinstance(labels, Mapping) and number in labels:
+            return str(labels[number])
+        if not isinstance(labels, Mapping) and 0 <= number < len(labels):
+            return str(labels[number])
+    return f"label {_number(label)}"
+
+
+def normalization_of(dataset: Any) -> Normalization | None:
+    """Mean and standard deviation of the `Normalize` among a dataset's transforms, also through a `Subset`."""
+    while getattr(dataset, "transform", None) is None and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    transform = getattr(dataset, "transform", None)
+    for step in (transform, *(getattr(transform, "transforms", None) or ())):
+        if type(step).__name__ == "Normalize" and hasattr(step, "mean") and hasattr(step, "std"):
+            return step.mean, step.std
+    return None
+
+
+def plain(value: Any) -> Any:
+    """A number or a text out of a tensor or an array of one element; None for whatever else there is."""
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    return value if isinstance(value, (bool, int, float, str)) else None
+
+
+def _parts(example: Any) -> tuple[Any, Any]:
+    """What to show of an example, and its label."""
+    if isinstance(example, Mapping):
+        label = next((plain(example[key]) for key in _LABELS if key in example), None)
+        return _of_mapping({key: value for key, value in example.items() if key not in _LABELS}), label
+    if isinstance(example, (tuple, list)):
+        label = plain(example[1]) if len(example) > 1 else None
+        content = example[0] if example else None
+        return (_of_mapping(content) if isinstance(content, Mapping) else content), label
+    return example, None
+
+
+def _of_mapping(entries: Mapping[Any, Any]) -> Any:
+    """An entry that is an image or a text by itself, or all that can be written, as a row."""
+    for value in entries.values():
+        tensor = _tensor(value)
+        if tensor is not None and tensor.ndim > 1 and _image(tensor, None) is not None:
+            return value
+    texts = [key for key, value in entries.items() if isinstance(value, str)]
+    named = next((key for key in _TEXTS if key in texts), texts[0] if len(texts) == 1 == len(entries) else None)
+    if named is not None:
+        return entries[named]
+    if len(entries) == 1:
+        return next(iter(entries.values())) if plain(next(iter(entries.values()))) is None else _row(entries)
+    return _row(entries)
+
+
+def _row(entries: Mapping[Any, Any]) -> Any:
+    cells = _Cells()
+    for name, value in entries.items():
+        one, tensor = plain(value), _tensor(value)
+        if one is not None:
+            cells.append((str(name), one if isinstance(one, str) else _number(one)))
+        elif tensor is not None and tensor.ndim == 1:
+            shown = " ".join(_number(v) for v in tensor[:_ROW].tolist())
+            cells.append((str(name), shown + " …" * (tensor.numel() > _ROW)))
+    return cells or entries
+
+
+def _tensor(value: Any) -> Tensor | None:
+    if isinstance(value, Tensor):
+        tensor = value.detach().cpu()
+    elif hasattr(value, "__array__") or hasattr(value, "__array_interface__"):
+        import numpy as np
+
+        array = np.array(value)  # a copy: torch warns about arrays that must not be written to
+        if array.dtype.kind not in "biuf":
+            return None
+        tensor = torch.from_numpy(array)
+    elif isinstance(value, (list, tuple)) and value and all(isinstance(one, (int, float)) for one in value):
+        tensor = torch.tensor(value, dtype=torch.float64)
+    else:
+        return None
+    return None if tensor.is_complex() else tensor
+
+
+def _image(image: Tensor, normalization: Normalization | None) -> Tensor | None:
+    """[height, width] or [height, width, 3] float64 numbers from 0 to 1, or None."""
+    if not image.numel():
+        return None
+    whole = image.dtype == torch.uint8
+    image = image.double()
+    if image.ndim == 3 and image.shape[0] in (1, 3, 4) and image.shape[2] not in (3, 4):
+        image = image.movedim(0, 2)
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
+        return None
+    if image.ndim == 3:
+        # Channels beyond three are no transparency once data were normalised.
+        image = image[:, :, :1] if image.shape[2] == 1 else image[:, :, :3]
+    if whole:
+        image = image / 255
+    elif normalization is not None:
+        mean, std = (torch.as_tensor(part, dtype=torch.float64).flatten() for part in normalization)
+        image = (image * std + mean).clamp(0, 1)
+    image = image.nan_to_num(0.0, posinf=1.0, neginf=0.0)
+    low, high = image.min(), image.max()
+    if low < 0 or high > 1:
+        image = (image - low) / (high - low).clamp(min=1e-12)
+    return image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool) or (isinstance(value, int) and abs(value) < 10**15):
+        return str(value)
+    return f"{value:.4g}"

@@ -1,0 +1,7 @@
+"""Examples and their influence as figures; matplotlib is asked for when one is drawn, and no window is touched."""
+
+from lightning_influence.plotting.cell import Drawing, Item, Render
+from lightning_influence.plotting.distributions import by_class, self_influence
+from lightning_influence.plotting.explanation import Case, explanation, explanations
+
+__all__ = ["Case", "Drawing", "Item", "Render", "by_class", "explanation", "explanations", "self_influence"]

@@ -1,0 +1,103 @@
+"""One example in its axes: what it is, under its name, score, class and prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+from lightning_influence.appearance import Classes, Look, Normalization, class_name, look_at, plain
+from lightning_influence.plotting.style import fit, page
+
+Render: TypeAlias = Callable[[Any, Any], None]
+"""Called with (axes, example); draws the example, whatever it is."""
+
+_NAME = 20  # characters of an id or a label that fit above a picture
+_TEXT = {"va": "top", "ha": "left", "fontsize": 7}
+
+
+class Item(NamedTuple):
+    """One example to draw: what it is called, its score (None for a query), itself and what was predicted for it."""
+
+    name: str
+    score: float | None = None
+    example: Any = None
+    prediction: Any = None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How examples are drawn.
+
+    Args:
+        render: Draws an example into its axes, instead of what is built in.
+        labels: Names of the classes, by number.
+        columns: Names of the numbers in a table's row.
+        normalization: Mean and standard deviation to undo in images.
+    """
+
+    render: Render | None = None
+    labels: Classes | None = None
+    columns: Sequence[str] | None = None
+    normalization: Normalization | None = None
+
+    def draw(self, axes: Any, item: Item, colour: str, room: tuple[int, int] = (24, 11)) -> None:
+        """Draw one example; `room` is how many characters and lines of text fit into `axes`.
+
+        Raises:
+            ValueError: There is nothing in it that can be drawn, and no `render`.
+        """
+        look = self._look(item.example)
+        lines = [fit(item.name if item.score is not None else f"query {item.name}", _NAME)]
+        if item.score is not None:
+            lines.append(f"{item.score:+.3g}")
+        if look.label is not None:
+            lines.append(fit(class_name(look.label, self.labels), _NAME))
+        predicted = plain(item.prediction)
+        if predicted is not None:
+            name = class_name(predicted, self.labels).removeprefix("label ")
+            lines.append(fit(f"predicted {name}", _NAME))
+        axes.set_title("\n".join(lines), fontsize=8, color=colour)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        if item.example is None:
+            axes.axis("off")
+        elif self.render is not None:
+            self.render(axes, item.example)
+        else:
+            _show(axes, look, room)
+
+    def _look(self, example: Any) -> Look:
+        try:
+            return look_at(example, self.columns, self.normalization)
+        except ValueError:
+            if self.render is None:
+                raise
+        return Look("nothing", None)
+
+
+def _show(axes: Any, look: Look, room: tuple[int, int]) -> None:
+    if look.kind == "image":
+        axes.imshow(look.value.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    elif look.kind == "curve":
+        axes.plot(look.value.numpy(), linewidth=0.8)
+        axes.margins(x=0.02, y=0.1)
+    elif look.kind == "row" and any(name for name, _ in look.value):
+        _table(axes, look.value, *room)
+    else:
+        text = look.value if look.kind == "text" else "  ".join(text for _, text in look.value)
+        # Clipped, since some letters are wider than those that the page was measured with.
+        axes.text(0.04, 0.97, page(text, *room), clip_on=True, transform=axes.transAxes, **_TEXT)
+
+
+def _table(axes: Any, cells: Sequence[tuple[str, str]], width: int, height: int) -> None:
+    """Names at the left, values at the right, one pair a line."""
+    if len(cells) > height:
+        cells = [*cells[: height - 1], (f"and {len(cells) - height + 1} more", "")]
+    for line, (name, value) in enumerate(cells):
+        # Both have their room: the longer one takes what the shorter one leaves.
+        for_value = min(len(value), max(width - len(name) - 1, width // 2 - 1))
+        place = {"clip_on": True, "transform": axes.transAxes, **_TEXT}
+        at = 0.97 - line * 0.94 / height
+        axes.text(0.04, at, fit(name, width - for_value - 1), **place)
+        axes.text(0.96, at, fit(value, for_value) if value else "", **{**place, "ha": "right"})

@@ -1,0 +1,158 @@
+"""Queries with their strongest proponents and opponents, as a picture."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from lightning_influence.plotting.cell import Drawing, Item
+from lightning_influence.plotting.style import Palette, blank, fit
+
+_CELL = 1.55  # inches a picture is wide
+
+
+class Case(NamedTuple):
+    """A query, without a score, and its proponents and opponents, strongest first; either may be empty."""
+
+    query: Item
+    proponents: Sequence[Item]
+    opponents: Sequence[Item]
+
+    @property
+    def bare(self) -> bool:
+        """Whether there is nothing to look at but names and scores."""
+        return all(item.example is None for item in (self.query, *self.proponents, *self.opponents))
+
+
+def explanation(
+    query: Item,
+    proponents: Sequence[Item],
+    opponents: Sequence[Item],
+    *,
+    method: str = "",
+    units: str = "",
+    drawing: Drawing | None = None,
+) -> tuple[Any, Any]:
+    """A query at the left, its proponents in the row above and its opponents in the row below, strongest first.
+
+    An example is an image, a text, a vector, or a tuple or a dict that holds one, with its label; see
+    `appearance.look_at`. Where none is at hand, the scores are drawn as bars.
+
+    Args:
+        query: Without a score.
+        proponents: With positive scores; may be empty.
+        opponents: With negative scores; may be empty.
+        method: For the title.
+        units: Of the scores.
+        drawing: How examples are drawn.
+
+    Returns:
+        The figure and its axes: the query's, then the proponents' and the opponents', or the one of the bars.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: An example can be drawn by nobody here, and there is no `render`.
+    """
+    case = Case(query, proponents, opponents)
+    title = f"{method + ': ' if method else ''}influence on query {query.name}"
+    if case.bare:
+        figure, colours = blank(6.4, _bars_height(case))
+        return figure, _bars(figure.add_subplot(), case, title, units, colours)
+    drawing = drawing or Drawing()
+    columns = max(len(proponents), len(opponents), 1)
+    figure, colours = blank(_CELL * (columns + 1.5) + 0.4, 2 * _CELL + 1.9)
+    figure.suptitle(textwrap.fill(fit(title, 120), 15 * (columns + 1)), fontsize=11)
+    grid = figure.add_gridspec(2, columns + 2, width_ratios=[1.35, 0.12, *[1.0] * columns])
+    subject = figure.add_subplot(grid[:, 0])
+    drawing.draw(subject, query, colours.text, room=(31, 27))
+    axes = [subject]
+    for row, (side, colour, items) in enumerate(_sides(case, colours)):
+        margin = figure.add_subplot(grid[row, 1])
+        margin.axis("off")
+        margin.text(0.5, 0.5, side, rotation=90, color=colour, ha="center", va="center", fontsize=10)
+        axes += _cells(figure, [grid[row, column + 2] for column in range(columns)], items, colour, drawing)
+    return figure, axes
+
+
+def explanations(
+    cases: Sequence[Case], *, method: str = "", units: str = "", drawing: Drawing | None = None
+) -> tuple[Any, list[Any]]:
+    """One row a query: itself, its proponents, its opponents; or one chart of bars each, where none is at hand.
+
+    Returns:
+        The figure and, of each query, the axes that `explanation` returns.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: An example can be drawn by nobody here, and there is no `render`.
+    """
+    title = f"{method + ': ' if method else ''}influence on {len(cases)} queries"
+    if all(case.bare for case in cases):
+        heights = [_bars_height(case) for case in cases]
+        figure, colours = blank(6.4, sum(heights))
+        figure.suptitle(fit(title, 70), fontsize=11)
+        grid = figure.add_gridspec(len(cases), 1, height_ratios=heights)
+        return figure, [
+            _bars(figure.add_subplot(grid[row, 0]), case, f"query {case.query.name}", units, colours)
+            for row, case in enumerate(cases)
+        ]
+    drawing = drawing or Drawing()
+    widths = [max(1, *(len(side) for side in sides)) for sides in zip(*(case[1:] for case in cases), strict=True)]
+    figure, colours = blank(_CELL * (sum(widths) + 1.3) + 0.6, (_CELL + 0.75) * len(cases) + 0.8)
+    figure.suptitle(fit(title, 14 * sum(widths) + 14), fontsize=11)
+    ratios = [1.0, 0.12, *[1.0] * widths[0], 0.12, *[1.0] * widths[1]]
+    grid = figure.add_gridspec(len(cases), len(ratios), width_ratios=ratios)
+    every = []
+    for row, case in enumerate(cases):
+        axes = [figure.add_subplot(grid[row, 0])]
+        drawing.draw(axes[0], case.query, colours.text)
+        start = 1
+        for (side, colour, items), width in zip(_sides(case, colours), widths, strict=True):
+            margin = figure.add_subplot(grid[row, start])
+            margin.axis("off")
+            margin.text(0.5, 0.5, side, rotation=90, color=colour, ha="center", va="center", fontsize=9)
+            places = [grid[row, start + 1 + column] for column in range(width)]
+            axes += _cells(figure, places, items, colour, drawing)
+            start += 1 + width
+        every.append(axes)
+    return figure, every
+
+
+def _sides(case: Case, colours: Palette) -> tuple[tuple[str, str, Sequence[Item]], ...]:
+    return (
+        ("Proponents", colours.proponent, case.proponents),
+        ("Opponents", colours.opponent, case.opponents),
+    )
+
+
+def _cells(figure: Any, places: Sequence[Any], items: Sequence[Item], colour: str, drawing: Drawing) -> list[Any]:
+    """The examples of one side, each in its place; a word where there are none."""
+    if not items:
+        cell = figure.add_subplot(places[0])
+        cell.axis("off")
+        cell.text(0.5, 0.5, "none", color="grey", ha="center", va="center")
+        return []
+    axes = []
+    for place, item in zip(places, items, strict=False):
+        axes.append(figure.add_subplot(place))
+        drawing.draw(axes[-1], item, colour)
+    return axes
+
+
+def _bars_height(case: Case) -> float:
+    return 1.3 + 0.28 * max(len(case.proponents) + len(case.opponents), 2)
+
+
+def _bars(axes: Any, case: Case, title: str, units: str, colours: Palette) -> Any:
+    items = [*case.proponents, *reversed(case.opponents)]
+    scores = [0.0 if item.score is None else item.score for item in items]
+    axes.barh(range(len(items)), scores, color=[colours.proponent if s > 0 else colours.opponent for s in scores])
+    axes.set_yticks(range(len(items)), [fit(item.name, 32) for item in items])
+    axes.invert_yaxis()
+    axes.axvline(0, color=colours.text, linewidth=0.8)
+    axes.set_xlabel(fit(f"score ({units})" if units else "score", 60))
+    axes.set_ylabel("training example")
+    axes.set_title(fit(title, 70), fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes

@@ -1,0 +1,53 @@
+"""What all figures share: no window, constrained layout, colours that hold on light and dark, texts cut to their room."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any, NamedTuple
+
+
+class Palette(NamedTuple):
+    """The colours of one figure."""
+
+    text: str
+    proponent: str
+    opponent: str
+    rest: str
+
+
+def blank(width: float, height: float) -> tuple[Any, Palette]:
+    """A new figure of that many inches, known to no window, and the colours for its background.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import colors, rcParams
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            'Figures need matplotlib. Run `pip install "lightning-influence[plot]"`, or read the scores by '
+            "`to_arrow` instead."
+        ) from error
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
+    red, green, blue = colors.to_rgb(figure.get_facecolor())
+    dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.4
+    text = colors.to_hex(rcParams["text.color"])
+    if dark:
+        return figure, Palette(text, "#5fd3a4", "#ff8f73", "#8fa3bb")
+    return figure, Palette(text, "#1b7f5c", "#c2452d", "#7d8da1")
+
+
+def fit(text: str, width: int) -> str:
+    """One line of at most that many characters."""
+    text = " ".join(text.split())
+    # A dollar sign would open a formula.
+    return (text if len(text) <= width else text[: width - 1] + "…").replace("$", r"\$")
+
+
+def page(text: str, width: int, height: int) -> str:
+    """The first lines of a text; blank ones and their breaks are kept."""
+    lines = [line for part in text.splitlines() for line in textwrap.wrap(part.strip(), width) or [""]]
+    if len(lines) > height:
+        lines = [*lines[: height - 1], lines[height - 1][: width - 1] + "…"]
+    return "\n".join(line.replace("$", r"\$") for line in lines)
