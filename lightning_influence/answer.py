@@ -71,6 +71,13 @@ class Answer:
         self._train_base = base_of("train_ids", train_base, self.train_ids)
         self.figures = numbers("figures", figures)
 
+        self.at_hand: tuple[Any, Any] = (None, None)
+        """The training dataset and the queries', for pictures; only while the process that scored them lives."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Datasets may be large, or bound to open files: neither travels with the scores.
+        return self.__dict__ | {"at_hand": (None, None)}
+
     def _head(self) -> dict[str, Any]:
         names = ("method", "settings", "units", "notes", "checkpoints", "figures")
         return {name: getattr(self, name) for name in names}

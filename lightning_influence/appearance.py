@@ -31,9 +31,7 @@ class Look(NamedTuple):
     label: int | float | str | None = None
 
 
-def look_at(
-    example: Any, columns: Sequence[str] | None = None, normalization: Normalization | None = None
-) -> Look:
+def look_at(example: Any, columns: Sequence[str] | None = None, normalization: Normalization | None = None) -> Look:
     """Find what to show.
 
     An example is an image (a [C, H, W], [H, W, C] or [H, W] tensor, array or PIL image), a text, a vector (a table's

@@ -119,6 +119,7 @@ class Attributor:
             "base": (self._train.base_ids(), None if aggregate else source.base_ids()),
         }
         scores = Scores(*sink.kept(), **record)
+        scores.at_hand = (self._train.dataset, None if aggregate else source.dataset)
         if path is not None:
             scores.save(path)
         return scores
@@ -137,6 +138,7 @@ class Attributor:
             values = run_self_influence(method, setting, self.trainer)
         record = self._record(method, setting) | {"base": self._train.base_ids()}
         scores = SelfScores(torch.arange(len(values)), values, **record)
+        scores.at_hand = (self._train.dataset, None)
         if path is not None:
             scores.save(path)
         return scores

@@ -11,16 +11,17 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from lightning_influence import answer, plotting, storage
+from lightning_influence import answer, storage
 from lightning_influence import loggers as trackers
-from lightning_influence.answer import Answer, BaseIds, TopK
+from lightning_influence.answer import BaseIds, TopK
 from lightning_influence.numerics.topk import both_ends, top_k
 from lightning_influence.self_scores import SelfScores
+from lightning_influence.shown import Shown
 
 __all__ = ["BaseIds", "Scores", "SelfScores", "TopK"]
 
 
-class Scores(Answer):
+class Scores(Shown):
     """The influence of every training example on every query; positive means proponent.
 
     Args:
@@ -84,7 +85,7 @@ class Scores(Answer):
             answer.refuse_non_finite(self._values, self.train_ids, self.query_ids)
 
     @property
-    def values(self) -> Tensor:
+    def values(self) -> Tensor:  # type: ignore[override]
         """[query, train] scores on the CPU.
 
         Raises:
@@ -98,7 +99,7 @@ class Scores(Answer):
         return self._values
 
     @property
-    def top_k(self) -> int | None:
+    def top_k(self) -> int | None:  # type: ignore[override]
         """How many proponents and opponents of each query were kept; None where all scores are there."""
         return None if self._top is None else self._top[0].scores.shape[1]
 
@@ -219,65 +220,6 @@ class Scores(Answer):
         made = cls(columns.get("scores"), top, train_ids, columns["query_id"], **head, base=base, allow_nan=True)
         made._allow_nan = allow_nan
         return made
-
-    def __repr__(self) -> str:
-        kept = "" if self._top is None else f", the {self.top_k} strongest proponents and opponents of each"
-        size = f"scores of {len(self):,} queries by {self.train_ids.numel():,} training examples{kept}"
-        best, worst = self._strongest(1, True, slice(3)), self._strongest(1, False, slice(3))
-        findings = []
-        for row, query in enumerate(self.query_ids[:3].tolist()):
-            ends = [
-                f"strongest {word} {self._train_name(int(end.train_ids[row, 0]))} ({float(end.scores[row, 0]):+.3g})"
-                if sign * float(end.scores[row, 0]) > 0
-                else f"no {word}"
-                for word, sign, end in (("proponent", 1, best), ("opponent", -1, worst))
-            ]
-            findings.append(f"Query {answer.name_of(query, self.query_ids, self._query_base)}: {', '.join(ends)}.")
-        if len(self) > 3:
-            findings.append(f"And {len(self) - 3:,} more queries.")
-        return self._paragraph(size, findings)
-
-    def plot(
-        self,
-        query: int | None = None,
-        k: int = 5,
-        train: Any = None,
-        queries: Any = None,
-        render: plotting.Render | None = None,
-        labels: Sequence[str] | None = None,
-    ) -> tuple[Any, Any]:
-        """Draw a query with its strongest proponents above and opponents below.
-
-        Args:
-            query: Its id; the first one by default.
-            k: How many of either, fewer where there are not so many.
-            train: The training `Dataset`, indexed by `train_ids`. Without it, bars of the scores.
-            queries: The queries' `Dataset`.
-            render: Called with (axes, example) to draw an example that is neither an image nor text.
-            labels: Names of the classes, by number.
-
-        Returns:
-            A `matplotlib.figure.Figure` and its axes, known to no window; `figure.savefig(path)` writes it.
-
-        Raises:
-            ValueError: `query` was not scored, or `k` is below 1.
-            ImportError: matplotlib is not installed.
-        """
-        query = int(self.query_ids[0]) if query is None else query
-        row = int(answer.places(self.query_ids, torch.tensor([query]), "query"))
-        k = min(k, self.top_k or self.train_ids.numel())
-        sides = []
-        for end in (self._strongest(k, True, slice(row, row + 1)), self._strongest(k, False, slice(row, row + 1))):
-            pairs = zip(end.train_ids[0].tolist(), end.scores[0].tolist(), strict=True)
-            sides.append([plotting.Item(self._train_name(i), s, None if train is None else train[i]) for i, s in pairs])
-        # A positive score is no opponent, however low it stands.
-        proponents = [item for item in sides[0] if item.score is not None and item.score > 0]
-        opponents = [item for item in sides[1] if item.score is not None and item.score < 0]
-        name = answer.name_of(query, self.query_ids, self._query_base)
-        subject = plotting.Item(name, example=None if queries is None else queries[query])
-        return plotting.explanation(
-            subject, proponents, opponents, method=self.method, units=self.units, render=render, labels=labels
-        )
 
     def log(
         self,

@@ -13,10 +13,10 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 # A room is a file, or a folder as a whole. It imports rooms of the lines above it, never its neighbours.
 LAYERS = (
     {"types", "compat"},
-    {"numerics", "attributes", "stage"},
+    {"numerics", "attributes", "stage", "appearance"},
     {"module", "trajectory", "plotting", "loggers", "storage", "progress"},
     {"examples", "answer", "capture"},
-    {"gradients", "sources", "self_scores"},
+    {"gradients", "sources", "self_scores", "shown"},
     {"setting", "scores", "sinks", "head"},
     {"method", "session", "curvature"},
     {"methods", "driver"},

@@ -1,6 +1,7 @@
 """Figures hold what they should, without a window, a warning or two texts on one spot."""
 
 import builtins
+import pickle
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ def test_images_are_drawn_between_zero_and_one(kind):
     assert 0 <= shown.min() <= shown.max() <= 1
 
 
-@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("k", [1, 3, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("long", [False, True])
 def test_nothing_overlaps_with_long_labels_and_unequal_images(k, long):
     names = ["a class whose name nobody will ever read to its end"] * 3 if long else ["cat", "dog", "hen"]
@@ -78,7 +79,11 @@ def test_nothing_overlaps_with_long_labels_and_unequal_images(k, long):
         for i in range(k)
     ]
     figure, axes = plotting.explanation(
-        Item("3", None, (torch.rand(9, 30), 1)), items, items, method="A method of quite some name", labels=names
+        Item("3", None, (torch.rand(9, 30), 1)),
+        items,
+        items,
+        method="A method of quite some name",
+        drawing=plotting.Drawing(labels=names),
     )
     drawn(figure)
     assert len(axes) == 1 + 2 * k
@@ -113,7 +118,9 @@ def test_no_proponents_and_opponents_at_all_is_drawn():
 
 def test_a_render_of_ones_own_draws_anything():
     seen = []
-    plotting.explanation(Item("5", None, {"a": 1}), [Item("1", 1.0, {"a": 2})], [], render=lambda _, e: seen.append(e))
+    plotting.explanation(
+        Item("5", None, {"a": 1}), [Item("1", 1.0, {"a": 2})], [], drawing=plotting.Drawing(lambda _, e: seen.append(e))
+    )
     assert seen == [{"a": 1}, {"a": 2}]
 
 
@@ -125,9 +132,9 @@ def test_a_row_of_a_table_is_its_numbers_and_a_signal_is_a_curve():
     assert any(len(line.get_xdata()) == 100 for line in lines)
 
 
-@pytest.mark.parametrize("example", [torch.zeros(()), (torch.zeros(2, 3, 4, 5), 1), object(), {"a": 1}, ()])
+@pytest.mark.parametrize("example", [torch.zeros(()), (torch.zeros(2, 3, 4, 5), 1), object(), {"a": object()}, ()])
 def test_what_is_neither_image_nor_text_is_refused_with_the_way_out(example):
-    with pytest.raises(ValueError, match=r"Expected an image .* or a text .* Pass `render=`"):
+    with pytest.raises(ValueError, match=r"Expected an image .* or a text.* Pass `render=`"):
         plotting.explanation(Item("5", None, example), [], [])
 
 
@@ -209,3 +216,60 @@ def test_self_scores_draw_their_distribution():
     drawn(figure)
     assert axes.get_xlabel() == "self-influence (arbitrary)"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["32 others", "8 highest"]
+
+
+@pytest.mark.parametrize(
+    ("style", "kind"),
+    [("default", "image"), ("dark_background", "image"), ("dark_background", "nothing")]
+    + [pytest.param("default", kind, marks=pytest.mark.slow) for kind in ("text", "row", "named row", "curve")],
+)
+def test_many_queries_are_rows_on_light_and_dark(style, kind):
+    examples = {
+        "image": lambda i: (torch.rand(3, 6 + 7 * i, 30 - 4 * i), i % 3),
+        "text": lambda i: {"text": "words and more words " * (1 + 9 * i), "label": i % 3},
+        "row": lambda i: (torch.rand(12) * 10**i, i % 3),
+        "named row": lambda i: {"the name of a column that is long": 1e-9 * i, "b": "x" * 40, "label": 1},
+        "curve": lambda i: (torch.rand(200), float(i)),
+        "nothing": lambda i: None,
+    }
+    items = [Item(f"{i} (base {10**9})", 10.0**i, examples[kind](i)) for i in range(5)]
+    cases = [plotting.Case(Item("7", None, items[i].example, i), items[:i], items[i:]) for i in range(3)]
+    with matplotlib.style.context(style):
+        figure, axes = plotting.explanations(cases, method="TracInCP", units="loss", drawing=plotting.Drawing())
+        drawn(figure)
+    assert len(axes) == 3
+    assert all(t.get_color() != figure.get_facecolor() for t in figure.findobj(matplotlib.text.Text) if t.get_text())
+
+
+@pytest.mark.parametrize("style", ["default", "dark_background"])
+def test_influence_by_class_is_a_map_of_means(style):
+    values = torch.tensor([[1.0, 3.0, -5.0], [2.0, 2.0, 0.5]])
+    scores = Scores(values, None, torch.arange(3), torch.arange(2), method="TracInCP")
+    train = [(torch.zeros(2), 0), (torch.zeros(2), torch.tensor(0)), {"x": 1, "label": 4}]
+    with matplotlib.style.context(style):
+        figure, axes = scores.plot_classes(train, torch.tensor([7, 7]), labels=["zero", "one"])
+        drawn(figure)
+    assert axes.images[0].get_array().tolist() == [[2.0, -2.25]]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["zero", "4"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["7"]
+
+
+def test_classes_that_are_missing_are_refused():
+    with pytest.raises(ValueError, match="Expected `train` to be a Dataset or the class of each id, got None"):
+        SCORES.plot_classes()
+    with pytest.raises(ValueError, match="Expected `train` to hold 4 classes, got shape \\[3\\]"):
+        SCORES.plot_classes(torch.zeros(3))
+    with pytest.raises(ValueError, match="example of `queries` to have a class, got none for \\[3, 4\\]"):
+        SCORES.plot_classes(torch.zeros(4), [torch.rand(3)] * 5)
+
+
+def test_scores_draw_what_is_at_hand_and_what_was_predicted():
+    scores = Scores(SCORES.values, None, SCORES.train_ids, SCORES.query_ids, method="TracInCP")
+    scores.at_hand = ([(torch.rand(4, 4), i) for i in range(7)],) * 2
+    axes = scores.plot(4, k=1, predictions={4: torch.tensor(6)}, labels={6: "six"})[1]
+    assert titles(axes) == ["query 4\nlabel 4\npredicted six", "6\n+4\nsix"]
+    many = scores.plot([3, 4], k=1)[1]
+    assert [titles(row)[0] for row in many] == ["query 3\nlabel 3", "query 4\nlabel 4"]
+    assert pickle.loads(pickle.dumps(scores)).at_hand == (None, None)
+    with pytest.raises(ValueError, match="`query` to be an id or several, got none"):
+        scores.plot([])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from lightning_influence.plotting.style import blank, fit
-
 
 _WRITTEN = 150  # cells of a map that have room for their numbers
 
@@ -97,7 +97,7 @@ def by_class(
     if rows * columns <= _WRITTEN:
         for row, line in enumerate(means.tolist()):
             for column, mean in enumerate(line):
-                if mean == mean:
+                if math.isfinite(mean):
                     ink = "white" if abs(mean) > 0.6 * most else "black"
                     axes.text(column, row, f"{mean:.1g}", ha="center", va="center", fontsize=6, color=ink)
     bar = figure.colorbar(drawn, ax=axes)

@@ -1,4 +1,4 @@
-"""What all figures share: no window, constrained layout, colours that hold on light and dark, texts cut to their room."""
+"""What all figures share: no window, colours that hold on light and dark, texts cut to their room."""
 
 from __future__ import annotations
 

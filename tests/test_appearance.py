@@ -1,0 +1,84 @@
+"""What is shown of examples, whatever form they have."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Subset
+
+from lightning_influence.appearance import Look, class_name, look_at, normalization_of, plain
+
+
+@pytest.mark.parametrize(
+    ("example", "look"),
+    [
+        ("words", Look("text", "words")),
+        (("words", 1), Look("text", "words", 1)),
+        ({"idx": 3, "text": "words", "label": torch.tensor(2)}, Look("text", "words", 2)),
+        ({"note": "words"}, Look("text", "words")),
+        ({"age": 3, "name": "x", "target": 0.5}, Look("row", [("age", "3"), ("name", "x")], 0.5)),
+        ({"ids": torch.arange(3), "n": 2}, Look("row", [("ids", "0 1 2"), ("n", "2")])),
+        (({"age": 3}, np.int64(4)), Look("row", [("age", "3")], 4)),
+        (([1.5, 2], "cat"), Look("row", [("", "1.5"), ("", "2")], "cat")),
+        (None, Look("nothing", None)),
+    ],
+)
+def test_an_example_is_recognised(example, look):
+    assert look_at(example) == look
+
+
+def test_a_vector_is_a_row_with_names_and_a_curve_without():
+    long = torch.rand(50)
+    assert look_at((long, 1)).kind == "curve"
+    row = look_at((long, 1), columns=[f"c{i}" for i in range(50)])
+    assert row.kind == "row"
+    assert row.value[7] == ("c7", f"{long[7]:.4g}")
+
+
+def test_images_are_what_they_were_before_they_were_normalised():
+    mean, std = [0.4, 0.5, 0.6], [0.1, 0.2, 0.3]
+    original = torch.rand(3, 4, 5, dtype=torch.float64)
+    normalised = (original - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    shown = look_at((normalised, 1), normalization=(mean, std)).value
+    torch.testing.assert_close(shown, original.movedim(0, 2), atol=1e-7, rtol=0)  # the means are float32
+    stretched = look_at(normalised).value
+    assert (float(stretched.min()), float(stretched.max())) == (0.0, 1.0)
+
+
+def test_bytes_keep_their_brightness_and_nan_is_black():
+    torch.testing.assert_close(
+        look_at(torch.full((2, 2), 51, dtype=torch.uint8)).value, torch.full((2, 2), 0.2).double()
+    )
+    assert look_at(torch.tensor([[0.5, float("nan")]])).value.tolist() == [[0.5, 0.0]]
+
+
+def test_pil_images_are_images():
+    image = pytest.importorskip("PIL.Image").new("RGB", (5, 3), (255, 0, 0))
+    assert look_at((image, 1)).value.shape == (3, 5, 3)
+
+
+def test_the_normalize_of_a_dataset_is_found():
+    class Normalize:
+        mean, std = (0.5,), (0.25,)
+
+    class Compose:
+        transforms = (object(), Normalize())
+
+    class Data(list):
+        transform = Compose()
+
+    assert normalization_of(Subset(Data([1]), [0])) == ((0.5,), (0.25,))
+    assert normalization_of([1]) is None
+
+
+@pytest.mark.parametrize(
+    ("label", "labels", "name"),
+    [(1, ["a", "b"], "b"), (5, ["a"], "label 5"), (7, {7: "g"}, "g"), ("x", None, "x"), (0.25, ["a"], "label 0.25")],
+)
+def test_classes_have_names(label, labels, name):
+    assert class_name(label, labels) == name
+
+
+def test_what_cannot_be_shown_is_refused():
+    with pytest.raises(ValueError, match=r"got Tensor of shape \[2, 3, 4, 5\]. Pass `render=`"):
+        look_at(torch.zeros(2, 3, 4, 5))
+    assert plain(torch.zeros(2)) is None
