@@ -18,6 +18,7 @@ from lightning_influence.method import Evidence, Method
 from lightning_influence.methods.gradient_dot import GradientDot
 from lightning_influence.methods.representer_points import RepresenterPoints
 from lightning_influence.methods.tracin_cp import TracInCP
+from lightning_influence.methods.tracin_ideal import TracInIdeal
 from lightning_influence.numerics.projections import RandomProjection
 from lightning_influence.scores import Scores, SelfScores, TopK
 from lightning_influence.trajectory import Trajectory
@@ -38,5 +39,6 @@ __all__ = [
     "SelfScores",
     "TopK",
     "TracInCP",
+    "TracInIdeal",
     "Trajectory",
 ]

@@ -2,6 +2,7 @@
 
 import fnmatch
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from os import PathLike
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning_influence.session import Asked, Session, Sessions
 from lightning_influence.setting import Setting
 from lightning_influence.sinks import GroupSink, MatrixSink, TopKSink
 from lightning_influence.sources import Source, source_of
+from lightning_influence.tracking import load_record, record_name
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.types import MissingEvidence
 
@@ -175,6 +177,14 @@ class Attributor:
         ) as session:
             return estimate(method, session, setting_of(session, self.trajectory, self._train.batches))
 
+    def session(self, queries: Any = None) -> AbstractContextManager[Session]:
+        """The engines that scores are computed with, for work of one's own on gradients: a context manager.
+
+        Args:
+            queries: Dataset, DataLoader, ``"train"``, or None for the training side alone.
+        """
+        return self._sessions.open(None if queries is None else self._queries(queries))
+
     # ---- making ready ---------------------------------------------------------------------------------------------
 
     def _check(self, method: Method) -> None:
@@ -189,10 +199,9 @@ class Attributor:
                 "`GradientDot()`, which needs the final weights only."
             )
         if method.needs & Evidence.TRACKER:
-            raise MissingEvidence(
-                f"`{name}` watches training as it happens and cannot be asked afterwards. "
-                f"Fit with `Trainer(callbacks=[Influence([{name}(...)])])`, or use `TracInCP()`."
-            )
+            last = 0 if self.trajectory is None else self.trajectory.checkpoints[-1].step
+            run = None if self.trajectory is None else self.trajectory.path
+            load_record(run, record_name(name, method.settings()), last)
         if method.needs & Evidence.REFIT and self.refit is None:
             raise MissingEvidence(f"`{name}` trains models again. Pass `Attributor(..., refit=Refit(...))`.")
 

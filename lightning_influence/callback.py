@@ -20,13 +20,15 @@ from lightning_influence.capture.places import check_strategy, check_training_st
 from lightning_influence.capture.recorder import Recorder, folder_for_rank, resume_point
 from lightning_influence.capture.store import Store, claim_run
 from lightning_influence.compat import CallbackBase, MisconfigurationException, rank_zero_warn
+from lightning_influence.during_fit import DuringFit
 from lightning_influence.end_of_fit import EndOfFit, Results, check_queries, offline_lines
 from lightning_influence.method import Evidence
 from lightning_influence.trajectory import Trajectory
+from lightning_influence.trajectory.run import parent_run
 from lightning_influence.types import MissingEvidence
 
 # Lightning hangs bound methods of the module on every callback
-_NOT_PICKLED = ("log", "log_dict", "_trainer", "_module", "_recorder", "_tap")
+_NOT_PICKLED = ("log", "log_dict", "_trainer", "_module", "_recorder", "_tap", "_during")
 
 
 class Influence(CallbackBase):
@@ -95,6 +97,8 @@ class Influence(CallbackBase):
         self._module: Any = None
         self._tap: Tap | None = None
         self._recorder: Recorder | None = None
+        self._during: DuringFit | None = None
+        self.lost: dict[str, str] = {}
 
     # ---- what the user reads ----
 
@@ -158,7 +162,7 @@ class Influence(CallbackBase):
         self._unwire(trainer)
         self.scores.clear()
         self.self_scores.clear()
-        self.run_dir, self._restored = None, {}
+        self.run_dir, self._restored, self.lost = None, {}, {}
         if trainer.fast_dev_run:
             return
         check_strategy(trainer.strategy, self.dirpath)
@@ -189,21 +193,25 @@ class Influence(CallbackBase):
         store = Store(folder_for_rank(self.run_dir, trainer.global_rank), trainer.world_size, parent)
         self._recorder = Recorder(trainer, pl_module, self._tap, store, self._schedule, self.sample_id, made)
         self._recorder.starts()
+        self._during = DuringFit(self, trainer, pl_module)
+        self._during.starts(None if parent is None else parent_run(self.run_dir, vars(parent)), made)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at loaders and optimizers again."""
-        if self._recorder is not None:
+        if self._recorder is not None and self._during is not None:
             self._recorder.epoch_starts()
+            self._during.epoch_starts()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Note the examples of the batch."""
-        if self._recorder is not None:
-            self._recorder.batch_starts(batch)
+        if self._recorder is not None and self._during is not None:
+            self._during.batch_starts(self._recorder.batch_starts(batch), batch)
 
     def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """An accumulation begins."""
-        if self._recorder is not None:
+        if self._recorder is not None and self._during is not None:
             self._recorder.before_zero_grad(optimizer)
+            self._during.before_zero_grad()
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """In manual optimization an accumulation may begin."""
@@ -212,8 +220,9 @@ class Influence(CallbackBase):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """A step is about to be made."""
-        if self._recorder is not None:
+        if self._recorder is not None and self._during is not None:
             self._recorder.before_step(optimizer)
+            self._during.before_step()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Close the batch."""
@@ -230,6 +239,7 @@ class Influence(CallbackBase):
         if self._recorder is None:
             return
         self._recorder.ended()
+        self._end_tracking(self._recorder.made)
         self._recorder.close()
         self._recorder = None
         self._score_at_end(trainer, pl_module)
@@ -263,6 +273,8 @@ class Influence(CallbackBase):
         if self._recorder is None or self.run_dir is None:
             return {}
         self._recorder.flush()  # whoever resumes from this checkpoint finds every step before it
+        if self._during is not None:
+            self._during.save(self._recorder.made)
         if not self._recorder.alive:
             return {}
         link = {"run": self.run_dir.name, "path": str(self.run_dir), "step": self._recorder.made}
@@ -283,7 +295,17 @@ class Influence(CallbackBase):
         state = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
         return state | {name: None for name in _NOT_PICKLED if name in state}
 
+    def _end_tracking(self, made: int) -> None:
+        if self._during is not None:
+            self._during.save(made)
+            self.lost = self._during.lost
+            self._during.close()
+            self._during = None
+
     def _unwire(self, trainer: Any) -> None:
+        if self._during is not None:
+            self._during.close()
+            self._during = None
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None

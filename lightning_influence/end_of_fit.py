@@ -62,7 +62,9 @@ class EndOfFit:
         """Every method in turn, pairwise scores first, then self-influence."""
         try:
             for name, method in self.influence.methods.items():
-                if self.influence.queries is not None:
+                if name in self.influence.lost:
+                    self.influence.scores.reasons[name] = self.influence.lost[name]
+                elif self.influence.queries is not None:
                     self._guarded(name, method, self.influence.scores, self._score)
                 elif not self.influence.self_influence:
                     self.influence.scores.reasons[name] = "no `queries` were given; ask `influence.attributor.score`."

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lightning_influence.setting import Queries, Setting, stage_positions
+from lightning_influence.tracking import Tracker
 from lightning_influence.trajectory import Trajectory
 
 
@@ -56,8 +57,8 @@ class Method(ABC):
         """
         raise NotImplementedError(f"`{type(self).__name__}` has no self-influence. Use `TracInCP()`, which has.")
 
-    def tracker(self) -> Any:
-        """What watches the fit while it runs, or None."""
+    def tracker(self) -> Tracker | None:
+        """What watches the fit while it runs, or None: a new one for every fit."""
         return None
 
     def at_once(self, setting: Setting) -> int | None:

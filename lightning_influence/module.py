@@ -172,12 +172,12 @@ def _takes_index(step: Callable[..., Any]) -> bool:
 
 
 @contextlib.contextmanager
-def quiet(module: nn.Module, loss: Loss | None = None, trainer: Any = None) -> Iterator[Task]:
+def quiet(module: nn.Module, loss: Loss | None = None, trainer: Any = None, evaluate: bool = True) -> Iterator[Task]:
     """Yields ``module`` as a ``Task`` on the trainer's accelerator; everything touched is put back, whatever happens.
 
-    Inside: eval mode, gradients enabled, ``self.log`` and the loggers silent, full float32 precision. Afterwards:
-    weights (the same tensors), buffers, attributes, metric states, modes, ``requires_grad``, device and random state
-    are as before.
+    Inside: eval mode (or, with ``evaluate=False``, the modes it has), gradients enabled, ``self.log`` and the loggers
+    silent, full float32 precision. Afterwards: weights (the same tensors), buffers, attributes, metric states, modes,
+    ``requires_grad``, device and random state are as before.
     """
     module = unwrapped(module)
     with contextlib.ExitStack() as stack:
@@ -193,7 +193,8 @@ def quiet(module: nn.Module, loss: Loss | None = None, trainer: Any = None) -> I
         _attach(module, trainer)
         stack.enter_context(clock_restored(module))
         _silence(module)
-        module.eval()
+        if evaluate:
+            module.eval()
         yield Task(module, loss, device, trainer)
 
 

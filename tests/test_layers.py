@@ -18,17 +18,20 @@ LAYERS = (
     {"examples", "answer", "capture"},
     {"gradients", "sources", "self_scores", "shown"},
     {"setting", "scores", "sinks", "head"},
-    {"method", "session", "curvature"},
+    {"session", "curvature"},
+    {"tracking"},
+    {"method"},
     {"methods", "driver"},
     {"attributor", "metrics"},
     {"end_of_fit", "conformance"},
+    {"during_fit"},
     {"callback"},
     {"__init__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
 # Who may know Lightning; `compat` is Lightning by another name.
-LIGHTNING = {"compat", "module", "capture", "callback", "end_of_fit", "attributor", "loggers", "progress"}
+LIGHTNING = {"compat", "module", "capture", "callback", "during_fit", "end_of_fit", "attributor", "loggers", "progress"}
 # A method that uses a function of another one's file.
 BETWEEN_METHODS = {("methods/tracin_cp.py", "methods.gradient_dot")}
 
@@ -122,6 +125,7 @@ def test_public_names():
         "SelfScores",
         "TopK",
         "TracInCP",
+        "TracInIdeal",
         "Trajectory",
     ]
     missing = [name for name in lightning_influence.__all__ if not hasattr(lightning_influence, name)]

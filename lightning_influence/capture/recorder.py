@@ -81,11 +81,12 @@ class Recorder:
         self._tap.epoch_starts(self._trainer)
         self._steps.watch()
 
-    def batch_starts(self, batch: Any) -> None:
-        """Note which examples are about to be trained on."""
+    def batch_starts(self, batch: Any) -> list[list[int] | None]:
+        """Note which examples are about to be trained on; returns them, a list for each loader."""
         ids = self._identify(batch)
         self._steps.batch_starts(ids, batch_size(batch, ids))
         self._made_at_start = self._steps.made
+        return ids
 
     def before_zero_grad(self, optimizer: Any) -> None:
         """Forward to the steps."""

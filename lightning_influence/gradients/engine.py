@@ -1,7 +1,8 @@
 """The gradient engine: per-sample gradients of a block of examples at the module's current weights."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -91,23 +92,37 @@ class Engine:
     _unchecked: int = 0
     _positions: set[tuple[str, float]] = field(default_factory=set)
 
-    def gradients(self, block: Block) -> Gradients:
+    def gradients(self, block: Block, as_drawn: Callable[[], Any] | None = None) -> Gradients:
         """Per-sample gradients of the plan's parameters, in the cheapest form that each allows.
 
+        Args:
+            block: the examples.
+            as_drawn: sets the random state of the joint forward pass, of which examples then have gradients that no
+                pass of one example alone repeats; there are no spot checks.
+
         Raises:
-            ValueError: a spot check found an example whose gradient in its batch is not its own.
+            ValueError: a spot check found an example whose gradient in its batch is not its own; with ``as_drawn``, a
+                parameter that takes passes of single examples.
         """
-        plan, watch = self.plan, Watch(block.size)
+        plan, watch = self.plan, None if as_drawn else Watch(block.size)
         parts: dict[Names, Part] = {}
         slow = list(plan.one_by_one)
         if plan.layouts or plan.unreached:
-            tape = self.record(block, plan.names, plan.copy_leaves, watch)
+            tape = self.record(block, plan.names, plan.copy_leaves, watch, as_drawn)
             unseen = {name for name, _ in tape.uses - plan.uses}
             layouts = {n: layout for n, layout in plan.layouts.items() if n not in unseen}
             parts, late = self.parts_of(tape.calls, block.size, layouts, plan.apart)
             reached = unseen.union(*(call.names.values() for call in tape.calls if call.gradient is not None))
             slow += [*late, *(n for n in plan.layouts if n in unseen), *(n for n in plan.unreached if n in reached)]
-            self._note_positions(tape.calls, watch)
+            if watch is not None:
+                self._note_positions(tape.calls, watch)
+        if as_drawn is not None and (plan.vectorised or slow):
+            raise ValueError(
+                f"Expected parameters whose gradients divide among the examples of a batch, got "
+                f"`{', '.join((*plan.vectorised, *slow)[:5])}` with a pass for each example, while the forward pass "
+                "draws random numbers (dropout) for the batch. Pass `loss=`, a callable (module, batch) -> [batch] of "
+                "per-sample losses."
+            )
         if plan.vectorised:
             try:
                 rows = vectorised_rows(self.task, block, plan.vectorised)
@@ -118,7 +133,8 @@ class Engine:
             parts.update({(n,): part for n, part in rows_one_by_one(self.task, block, slow, self.seed).items()})
         groups = {names: self.groups.get(names[0], 0) for names in parts}
         gradients = Gradients(parts, groups, block.size)
-        self._spot_check(block, gradients, watch)
+        if watch is not None:
+            self._spot_check(block, gradients, watch)
         return gradients
 
     def _note_positions(self, calls: Sequence[Call], watch: Watch) -> None:
@@ -146,13 +162,23 @@ class Engine:
             truth = one_gradient(self.task, block.one(example), self.plan.names, self.seed, example)
             refuse_difference(gradients, row, truth, example)
 
-    def record(self, block: Block, names: Iterable[str], copy_leaves: bool, watch: Watch | None = None) -> Tape:
+    def record(
+        self,
+        block: Block,
+        names: Iterable[str],
+        copy_leaves: bool,
+        watch: Watch | None = None,
+        as_drawn: Callable[[], Any] | None = None,
+    ) -> Tape:
         """One forward and one backward pass through activations only: no weight gradient is formed."""
         parameters = self.task.named_parameters()
         tape = Tape({id(parameters[name]): name for name in names}, copy_leaves, watch)
         with requiring_gradients(self.task.module, ()):
             batch = self.task.to_device(block.batch)
-            seed_for(self.seed, block.start)
+            if as_drawn is None:
+                seed_for(self.seed, block.start)
+            else:
+                as_drawn()
             with tape:
                 loss = self.task(batch)
             tape.backward(self.reduction.total(loss, block.size))

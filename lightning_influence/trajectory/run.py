@@ -1,5 +1,6 @@
 """A run as read from its folder, joined to the runs it was resumed from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def read_run(folder: Path, until: int | None = None) -> Run:
 
 
 def _join(run: Run, link: dict[str, Any], first_is_resumed: list[dict[str, Any]]) -> None:
-    parent = _find_parent(run.path, link)
+    parent = parent_run(run.path, link)
     if parent is None:
         run.notes.append(
             f"{run.path.name} resumed {link['run']} at step {link['step']}, which is not in {link['path']!r} any more:"
@@ -97,8 +98,8 @@ def _join(run: Run, link: dict[str, Any], first_is_resumed: list[dict[str, Any]]
     run.notes = [*older.notes, *run.notes]
 
 
-def _find_parent(folder: Path, link: dict[str, Any]) -> Path | None:
-    """A sibling first: the whole folder may have been moved."""
+def parent_run(folder: Path, link: Mapping[str, Any]) -> Path | None:
+    """The run that a link names. A sibling first: the whole folder may have been moved."""
     for candidate in (folder.parent / link["run"], Path(link["path"])):
         try:
             if read_manifest(candidate)["id"] == link["id"]:

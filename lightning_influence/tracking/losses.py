@@ -1,0 +1,70 @@
+"""Follows the losses of queries from step to step, and credits each change to the example that the step visited."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_influence.gradients.losses import Losses
+from lightning_influence.setting import Queries
+from lightning_influence.tracking.tracker import Fit, Plan, State, Step, Tracker, Untrackable
+
+_INSTEAD = "With larger batches use `TracIn()`, which divides a step among its examples to first order."
+
+
+class LossChanges(Tracker):
+    """[query, train]: the sum over the steps that visited an example of the query's loss before minus after."""
+
+    asks: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self.changes = torch.zeros(0, 0)
+        self.losses = torch.zeros(0)
+        self._losses = Losses()
+
+    def starts(self, fit: Fit, state: State | None) -> Plan:
+        """Losses at the weights that the fit starts from.
+
+        Raises:
+            Untrackable: batches of more than one example; no queries.
+        """
+        if fit.queries is None:
+            raise Untrackable(
+                "Expected `queries` before the fit, got None: `TracInIdeal` looks at their losses at every step. Pass "
+                "`Influence(queries=)`."
+            )
+        size, accumulated = fit.batch_sizes
+        if (size or 1) * accumulated > 1:
+            raise Untrackable(
+                f"Expected batches of one example, got `batch_size={size}` and "
+                f"`accumulate_grad_batches={accumulated}`: the change of a loss has no single cause then. {_INSTEAD}"
+            )
+        self.losses = self.losses_of(fit.queries)
+        if state is None:
+            self.changes = torch.zeros(len(self.losses), fit.n_train, dtype=torch.float64)
+        else:
+            self.changes = state.tensors["changes"].clone()
+            if self.changes.shape != (len(self.losses), fit.n_train):
+                raise Untrackable(
+                    f"Expected the {len(self.changes)} queries that the resumed fit had, got {len(self.losses)}."
+                )
+        return Plan(2.0 * self.changes.numel() * self.changes.element_size(), None, None)
+
+    def stepped(self, step: Step, queries: Queries | None) -> None:
+        """One example's step."""
+        ids = [i for batch in step.ids for i in batch]
+        if len(ids) != 1:
+            raise Untrackable(f"a step had {len(ids)} examples. {_INSTEAD}")
+        assert queries is not None
+        now = self.losses_of(queries)
+        self.changes[:, ids[0]] += self.losses - now
+        self.losses = now
+
+    def state(self) -> State:
+        """The changes so far, and the losses now."""
+        return State({"changes": self.changes.clone(), "losses": self.losses.clone()})
+
+    def losses_of(self, queries: Queries) -> Tensor:
+        """[query] float64, of all queries."""
+        blocks = queries.examples.blocks(queries.ids.start, queries.ids.stop)
+        return torch.cat([self._losses(queries.engine, block) for block in blocks]).cpu()

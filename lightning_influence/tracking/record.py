@@ -1,0 +1,89 @@
+"""What trackers leave beside a trajectory: whole files only, by the settings of the method they are for."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_influence.tracking.tracker import State
+from lightning_influence.types import MissingEvidence
+
+FOLDER = "trackers"
+
+
+def record_name(method: str, settings: Mapping[str, Any]) -> str:
+    """Folder of a method's record: its class, and a digest of its settings."""
+    digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
+    return f"{method}-{digest[:8]}"
+
+
+def save(path: Path, content: Any) -> None:
+    """Writes tensors and builtins so that a reader finds the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def load(path: Path) -> Any:
+    """What ``save`` wrote, mapped into memory.
+
+    Raises:
+        MissingEvidence: the file is gone or damaged.
+    """
+    try:
+        return torch.load(path, weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise MissingEvidence(
+            f"Expected what was tracked during the fit in `{path}`, got {type(error).__name__}: {error}. Fit again, or "
+            "load another run."
+        ) from error
+
+
+def save_state(folder: Path, step: int, state: State) -> None:
+    """A tracker's state after a step."""
+    save(folder / f"step-{step:08d}.pt", {"tensors": state.tensors, "facts": state.facts})
+
+
+def load_state(folder: Path, step: int) -> State | None:
+    """That state, or None where none was written."""
+    path = folder / f"step-{step:08d}.pt"
+    return State(**load(path)) if path.is_file() else None
+
+
+def load_record(run: Path | None, name: str, step: int) -> State:
+    """What was tracked for a method during a fit, as of its last step.
+
+    Args:
+        run: the fit's folder.
+        name: see ``record_name``.
+        step: its last step.
+
+    Raises:
+        MissingEvidence: nothing was tracked for these settings, or not to the end.
+    """
+    method = name.partition("-")[0]
+    folder = None if run is None else run / FOLDER / name
+    found = None if folder is None else load_state(folder, step)
+    if found is None:
+        kept = sorted(p.name for p in folder.parent.iterdir()) if folder is not None and folder.parent.is_dir() else []
+        raise MissingEvidence(
+            f"`{method}` with these settings watches training as it happens and cannot be asked afterwards: there is "
+            f"no `{name}` as of step {step} in `{run}` ({', '.join(kept) or 'nothing'} there). Fit with "
+            f"`Trainer(callbacks=[Influence([{method}(...)], queries=...)])`, or use `TracInCP()`."
+        )
+    return found

@@ -1,0 +1,117 @@
+"""Which fits cannot be followed step by step, and why: told before the first step as far as can be."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_influence.gradients import Engine, Reduction
+from lightning_influence.module import Task, clean, isolated_random_state
+from lightning_influence.numerics.clipping import ByNorm, ByValue, Clipping
+from lightning_influence.numerics.optimizers import rule_for
+from lightning_influence.tracking.tracker import Untrackable
+from lightning_influence.types import Batch
+
+_JOINT = "Pass `loss=`, a callable (module, batch) -> [batch] that gives the losses of the joint batch."
+_INSTEAD = "Use `TracInCP()`, which needs checkpoints only."
+
+
+def refuse(trainer: Any, module: Any, engine: Engine) -> None:
+    """Looks at the Trainer and the module.
+
+    Raises:
+        Untrackable: a fit whose steps are not those of one optimizer in automatic optimization in full precision.
+        ValueError: an optimizer without a rule.
+    """
+    reason = None
+    if trainer.world_size > 1:
+        reason = f"one process, got {trainer.world_size}"
+    elif not module.automatic_optimization:
+        reason = "automatic optimization, got manual optimization, whose step moves the weights itself"
+    elif len(trainer.optimizers) != 1:
+        reason = f"one optimizer, got {len(trainer.optimizers)}"
+    elif "mixed" in str(getattr(trainer.precision_plugin, "precision", "")):
+        reason = f"a fit in the weights' own precision, got {trainer.precision_plugin.precision!r}"
+    elif type(module).configure_gradient_clipping.__module__.split(".")[0] not in ("pytorch_lightning", "lightning"):
+        reason = "gradients clipped by `Trainer(gradient_clip_val=)`, got the module's `configure_gradient_clipping`"
+    if reason is not None:
+        raise Untrackable(f"Expected {reason}, to track the fit while it runs. {_INSTEAD}")
+    left_out = sorted(
+        clean(n) for n, p in module.named_parameters() if p.requires_grad and clean(n) not in engine.plan.names
+    )
+    if left_out:
+        raise Untrackable(
+            f"Expected every parameter that trains to count, got `parameters=` without `{left_out[0]}`: a change of "
+            "one weight moves all others in the steps after it. Leave `parameters` out."
+        )
+    optimizer = getattr(trainer.optimizers[0], "_optimizer", trainer.optimizers[0])
+    rule = rule_for(type(optimizer).__name__)
+    for group in optimizer.param_groups:
+        rule.check(group)
+
+
+def clipping_of(trainer: Any) -> Clipping | None:
+    """What Lightning clips gradients by."""
+    limit, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+    if not limit:
+        return None
+    name = str(getattr(algorithm, "value", algorithm) or "norm")
+    return ByValue(float(limit)) if name == "value" else ByNorm(float(limit))
+
+
+def match_loss(task: Task, batch: Batch) -> bool:
+    """Whether the step takes the mean of ``loss=``, or the sum.
+
+    Raises:
+        Untrackable: neither.
+    """
+    with torch.no_grad():
+        with isolated_random_state():
+            losses = task(batch).double()
+        with isolated_random_state():
+            value = float(type(task)(task.module, None, task.device, task.trainer)(batch))
+    for mean, mine in ((True, float(losses.mean())), (False, float(losses.sum()))):
+        if abs(mine - value) <= 1e-4 * max(abs(value), float(losses.abs().max()) / len(losses), 1e-30):
+            return mean
+    raise Untrackable(
+        f"Expected the mean or the sum of `loss=` to be what `training_step` returns, got mean "
+        f"{float(losses.mean()):.6g} and sum {float(losses.sum()):.6g} for {value:.6g}. Let `loss=` return each "
+        "example's share of the loss that is trained on."
+    )
+
+
+def refuse_mixing(task: Task, ids: Sequence[int], batch: Batch, engine: Engine) -> None:
+    """Looks at one batch for examples that change one another's loss in training.
+
+    Raises:
+        Untrackable: they do, and ``loss=`` was not given.
+    """
+    for name, part in task.module.named_modules():
+        if isinstance(part, _BatchNorm) and part.training:
+            raise Untrackable(
+                f"Expected examples that do not change one another's loss in training, got `{clean(name)}` "
+                f"({type(part).__name__}) in train mode, which normalises by its batch. {_JOINT}"
+            )
+    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    if len(ids) == 1 or not all(leaf.ndim > 0 and len(leaf) == len(ids) for leaf in leaves):
+        return
+    before = torch.get_rng_state()
+    with torch.no_grad(), isolated_random_state():
+        joint = float(task(batch))
+        if not torch.equal(torch.get_rng_state(), before):  # an example's own pass would draw other numbers
+            return
+        singles = [float(task(tree_map(_one(i), batch))) for i in range(len(ids))]
+    mean = engine.reduction is Reduction.MEAN
+    mine = sum(singles) / (len(singles) if mean else 1)
+    if not abs(mine - joint) <= 1e-3 * max(abs(joint), max(abs(x) for x in singles) / len(singles), 1e-30):
+        raise Untrackable(
+            f"Expected the loss of a batch in training to be the {'mean' if mean else 'sum'} of the losses of its "
+            f"examples, got {joint:.6g} for examples that give {mine:.6g} alone. {_JOINT}"
+        )
+
+
+def _one(i: int) -> Any:
+    return lambda leaf: leaf[i : i + 1] if isinstance(leaf, Tensor) else leaf

@@ -1,0 +1,148 @@
+"""What a tracker is: it is shown every micro-batch and every step of a running fit, and keeps what a method needs."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lightning_influence.examples import Block
+from lightning_influence.gradients import Engine
+from lightning_influence.numerics.clipping import Clipping
+from lightning_influence.numerics.optimizers import Before, Rule
+from lightning_influence.setting import Queries
+from lightning_influence.tracking.present import Present
+
+
+class Untrackable(ValueError):
+    """Something in this fit is beyond what a tracker can follow; the message says what, and what works instead."""
+
+
+class PlanError(Untrackable):
+    """A plan that takes more memory, disk or time than there is."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What is known before the first step.
+
+    Args:
+        engine: gradients of training examples, with the plan of the self-check.
+        n_train: training examples.
+        steps: optimizer steps that the Trainer intends to make, or None.
+        batch_sizes: examples of a micro-batch and micro-batches of a step, as far as the loader tells.
+        uniform: whether the optimizer's derivatives are the same for every entry of a parameter (SGD).
+        queries: all queries of ``Influence(queries=)``, or None.
+        folder: for working files, which no reader ever looks at.
+        free_disk: bytes that are free there.
+        sample: a micro-batch of training examples, to time work on.
+        seconds: of a plain forward and backward pass over it.
+    """
+
+    engine: Engine
+    n_train: int
+    steps: int | None
+    batch_sizes: tuple[int | None, int]
+    uniform: bool
+    queries: Queries | None
+    folder: Path
+    free_disk: int
+    sample: Block
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What tracking will take: bytes of memory and of disk, and times the plain step; None where it is not known."""
+
+    memory: float | None
+    disk: float | None
+    steps: float | None
+
+    def __str__(self) -> str:
+        said = [
+            "memory unknown" if self.memory is None else f"{self.memory / 2**20:,.1f} MiB of memory",
+            "disk unknown" if self.disk is None else f"{self.disk / 2**20:,.1f} MiB of disk",
+            "time unknown" if self.steps is None else f"about {self.steps:.2g} x the plain step on top of it",
+        ]
+        return ", ".join(said)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """How one step of the optimizer moved its parameters.
+
+    Args:
+        rule: the optimizer's.
+        places: by parameter name, the place before the step; only those that had a gradient.
+        clipping: what clipped the gradients, if anything did.
+        raw: gradients by name before clipping.
+    """
+
+    rule: Rule
+    places: Mapping[str, Before]
+    clipping: Clipping | None
+    raw: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the optimizer.
+
+    Args:
+        made: updates of weights so far, this one included.
+        batches: for each micro-batch whose gradients were added up, what ``Tracker.batch`` returned of it.
+        ids: for each micro-batch, its examples.
+        moved: how the weights moved.
+    """
+
+    made: int
+    batches: Sequence[Any]
+    ids: Sequence[Sequence[int]]
+    moved: Moved
+
+
+@dataclass
+class State:
+    """What a tracker holds after some step, to be written or read back.
+
+    Args:
+        tensors: by name.
+        facts: builtins.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Tracker(ABC):
+    """Follows one fit for one method. Nothing it does may change training."""
+
+    asks: ClassVar[bool] = False
+    """Whether it looks at the queries after every step."""
+
+    @abstractmethod
+    def starts(self, fit: Fit, state: State | None) -> Plan:
+        """Before the first step; ``state`` is what a resumed fit goes on from.
+
+        Raises:
+            Untrackable: this fit cannot be followed.
+            PlanError: it could, but not with the memory, disk or time there is.
+        """
+
+    def batch(self, present: Present) -> Any:
+        """A micro-batch is about to be trained on: what to keep of it until its step is made."""
+        return None
+
+    @abstractmethod
+    def stepped(self, step: Step, queries: Queries | None) -> None:
+        """The weights have moved; ``queries`` are taken at the new ones."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """Everything held, as of the last step."""
+
+    def close(self) -> None:  # noqa: B027 - most hold nothing to let go of
+        """Lets go of working files."""

@@ -1,0 +1,329 @@
+"""Drives trackers through a running fit, as a guest: shows them batches and steps, and puts everything back."""
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.examples import Block
+from lightning_influence.gradients import Engine, Reduction
+from lightning_influence.gradients.general import requiring_gradients
+from lightning_influence.module import Loss, clean, quiet
+from lightning_influence.numerics.clipping import ByValue
+from lightning_influence.numerics.optimizers import Before, rule_for
+from lightning_influence.session import Asked, Session
+from lightning_influence.setting import Queries
+from lightning_influence.tracking.present import Present, Seen
+from lightning_influence.tracking.record import FOLDER, load_state, save_state
+from lightning_influence.tracking.refusals import clipping_of, match_loss, refuse, refuse_mixing
+from lightning_influence.tracking.tracker import Fit, Moved, Plan, PlanError, Step, Tracker, Untrackable
+
+
+@dataclass
+class Tracked:
+    """One tracker on its way through a fit.
+
+    Args:
+        tracker: itself.
+        name: of its record.
+        plan: what it said it would take.
+        lost: why it was given up, if it was.
+    """
+
+    tracker: Tracker
+    name: str
+    plan: Plan | None = None
+    lost: str | None = None
+
+
+class Watch:
+    """All trackers of a fit.
+
+    What cannot be followed is refused before the first step; what turns up later ends the tracking, not the fit.
+
+    Args:
+        trainer: of the fit.
+        module: the LightningModule.
+        run: the folder of this fit.
+        trackers: by the name of their record.
+        loss: per-sample losses, or None for ``training_step``.
+        max_cost: times the plain fit that tracking may take.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        module: Any,
+        run: Path,
+        trackers: Mapping[str, Tracker],
+        loss: Loss | None,
+        max_cost: float,
+    ) -> None:
+        self._trainer, self._module, self._run, self._loss, self._max_cost = trainer, module, run, loss, max_cost
+        self.tracked = [Tracked(tracker, name) for name, tracker in trackers.items()]
+        self._engine: Engine | None = None
+        self._asked: Asked | None = None
+        self._window: list[tuple[tuple[int, ...], dict[str, Any]]] = []
+        self._finished = False
+        self._places: dict[str, tuple[Tensor, Tensor, dict[str, Tensor]]] = {}
+        self._optimizer: Any = None
+        self._handle: Any = None
+        self._steps = self._made = 0
+        self._mean: bool | None = None
+        self._checked = False
+
+    # ---- before the first step ------------------------------------------------------------------------------------
+
+    def starts(self, session: Session, parent: Path | None, made: int) -> None:
+        """Plans, and refuses.
+
+        Args:
+            session: engines for the training data and the queries, under the plan of the self-check.
+            parent: folder of the run that this fit resumes.
+            made: updates of weights so far.
+
+        Raises:
+            Untrackable: this fit cannot be followed.
+        """
+        refuse(self._trainer, self._module, session.engine)
+        self._made = made
+        self._engine, self._asked = session.engine, session.asked
+        self._mean = {Reduction.MEAN: True, Reduction.SUM: False}.get(session.engine.reduction)
+        self._watch()
+        fit = self._fit(session)
+        for each in self.tracked:
+            state = None
+            if made > 0:
+                state = None if parent is None else load_state(parent / FOLDER / each.name, made)
+                if state is None:
+                    raise Untrackable(
+                        f"Expected what `{each.name}` held at step {made}, from which this fit resumes, got nothing in "
+                        f"`{parent}`: the steps before are unknown. Fit from the start, or leave the method out."
+                    )
+            each.plan = each.tracker.starts(fit, state)
+            self._afford(each, fit)
+
+    def _fit(self, session: Session) -> Fit:
+        trainer = self._trainer
+        folder = self._run / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        sizes = getattr(trainer.train_dataloader, "batch_size", None), trainer.accumulate_grad_batches
+        rule = rule_for(type(self._optimizer).__name__)
+        asked = session.asked
+        count = min(sizes[0] or 1, len(session.examples))
+        sample = Block(0, count, session.examples.some(range(count)), session.examples.one)
+        total = trainer.estimated_stepping_batches
+        return Fit(
+            engine=session.engine,
+            n_train=len(session.examples),
+            steps=int(total) if total not in (-1, float("inf")) else None,
+            batch_sizes=sizes,
+            uniform=rule.uniform and not isinstance(clipping_of(trainer), ByValue),
+            queries=None if asked is None else asked[:],
+            folder=folder,
+            free_disk=shutil.disk_usage(folder).free,
+            sample=sample,
+            seconds=_plain_seconds(session, sample),
+        )
+
+    def _afford(self, each: Tracked, fit: Fit) -> None:
+        plan = each.plan
+        if plan is not None and plan.steps is not None and plan.steps > self._max_cost:
+            raise PlanError(
+                f"Expected tracking for `{each.name}` to take at most `max_cost={self._max_cost:g}` times the plain "
+                f"step, got {plan}. Track fewer `examples=`, take `hessian=False` or `mode='replay'`, or raise "
+                "`max_cost`."
+            )
+
+    # ---- hooks ----------------------------------------------------------------------------------------------------
+
+    def epoch_starts(self) -> None:
+        """Optimizers may have been replaced."""
+        self._watch()
+
+    def batch_starts(self, ids: Sequence[int] | None, batch: Any) -> None:
+        """Shows the trackers a micro-batch, the module standing as its forward pass will find it."""
+        if self._finished:
+            self._window, self._finished = [], False
+        if not self._alive:
+            return
+        if ids is None:
+            self._lose("it is not known which examples are in a batch. Pass `sample_id=`")
+            return
+        with self._guarded(), quiet(self._module, self._loss, self._trainer, evaluate=False) as task:
+            present = self._present(Seen.of(task), tuple(ids), batch)
+            self._window.append((present.ids, {each.name: each.tracker.batch(present) for each in self._living()}))
+
+    def before_zero_grad(self) -> None:
+        """What was accumulated is thrown away: the window begins with the current micro-batch."""
+        self._window = self._window[-1:]
+        self._finished = False
+
+    def before_step(self) -> None:
+        """Gradients are whole and not clipped: remembers where every parameter stands."""
+        if not self._alive:
+            return
+        self._places = {}
+        for name, parameter in self._moving():
+            state = {k: v for k, v in self._optimizer.state[parameter].items() if _like(v, parameter)}
+            self._places[name] = (
+                parameter.detach().clone(),
+                _gradient(parameter).clone(),
+                {key: value.clone() for key, value in state.items()},
+            )
+
+    def close(self) -> None:
+        """Takes the hook out and lets go of working files; harmless when repeated."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = self._optimizer = None
+        for each in self.tracked:
+            each.tracker.close()
+
+    def save(self, made: int) -> None:
+        """Writes what every tracker holds as of a step."""
+        for each in self._living():
+            folder = self._run / FOLDER / each.name
+            with self._guarded():
+                save_state(folder, made, each.tracker.state())
+
+    # ---- inside ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _alive(self) -> bool:
+        return any(each.lost is None for each in self.tracked)
+
+    def _living(self) -> list[Tracked]:
+        return [each for each in self.tracked if each.lost is None]
+
+    def _lose(self, why: str) -> None:
+        for each in self._living():
+            each.lost = why
+
+    def _guarded(self) -> "_Guard":
+        return _Guard(self._lose)
+
+    def _watch(self) -> None:
+        optimizer = getattr(self._trainer.optimizers[0], "_optimizer", self._trainer.optimizers[0])
+        if optimizer is self._optimizer:
+            return
+        if self._handle is not None:
+            self._handle.remove()
+        self._optimizer = optimizer
+        self._handle = optimizer.register_step_post_hook(self._stepped)
+
+    def _moving(self) -> list[tuple[str, Tensor]]:
+        names = {p: clean(name) for name, p in self._module.named_parameters()}
+        groups = self._optimizer.param_groups
+        return [(names[p], p) for group in groups for p in group["params"] if p.grad is not None]
+
+    def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self._trainer.fit_loop._skip_backward or not self._alive:
+            return
+        self._finished = True
+        with self._guarded():
+            self._steps += 1
+            self._made += 1
+            moved = self._moved()
+            if self._steps & (self._steps - 1) == 0:
+                self._verify(moved)
+            with contextlib.ExitStack() as stack:
+                queries = self._queries(stack)
+                for each in self._living():
+                    batches = [payloads[each.name] for _, payloads in self._window]
+                    step = Step(self._made, batches, [ids for ids, _ in self._window], moved)
+                    each.tracker.stepped(step, queries)
+        self._places = {}
+
+    def _queries(self, stack: contextlib.ExitStack) -> Queries | None:
+        """The queries at the present weights, in eval mode, where a tracker looks at them."""
+        if self._asked is None or not any(each.tracker.asks for each in self._living()):
+            return None
+        task = stack.enter_context(quiet(self._module, self._loss, self._trainer))
+        return replace(self._asked, engine=replace(self._asked.engine, task=task))[:]
+
+    def _present(self, task: Seen, ids: tuple[int, ...], batch: Any) -> Present:
+        assert self._engine is not None
+        engine = replace(self._engine, task=task)
+        if not self._checked:
+            self._checked = True
+            if engine.reduction is Reduction.NONE:
+                self._mean = match_loss(task, batch)
+            else:
+                refuse_mixing(task, ids, batch, engine)
+        share = 1.0 / (self._trainer.accumulate_grad_batches * (len(ids) if self._mean else 1))
+        return Present(engine, ids, batch, share)
+
+    def _moved(self) -> Moved:
+        if not self._places:
+            raise Untrackable("the optimizer stepped without `on_before_optimizer_step`, as in manual optimization.")
+        rule = rule_for(type(self._optimizer).__name__)
+        places, raw = {}, {}
+        names = dict(self._moving())
+        for group in self._optimizer.param_groups:
+            rule.check(group)
+            options = {key: value for key, value in group.items() if key != "params"}
+            for name in [n for n, p in names.items() if any(p is q for q in group["params"])]:
+                weight, gradient, state = self._places[name]
+                count = int(self._optimizer.state[names[name]].get("step", 1)) - 1
+                kept = {key: value for key, value in state.items() if key != "step"}
+                places[name] = Before(weight, _gradient(names[name]), kept, count, options)
+                raw[name] = gradient
+        return Moved(rule, places, clipping_of(self._trainer), raw)
+
+    def _verify(self, moved: Moved) -> None:
+        """That the rule makes the step which the optimizer made."""
+        parameters = dict(self._moving())
+        for name, at in moved.places.items():
+            expected, _ = moved.rule.step(at)
+            size = (expected - at.weight).abs().max() + 1e3 * torch.finfo(expected.dtype).eps * expected.abs().max()
+            tolerance = 1e-6 if expected.dtype is torch.float64 else 1e-2
+            if not bool((expected - parameters[name]).abs().max() <= tolerance * size):
+                raise Untrackable(
+                    f"`{name}` was not moved as {type(self._optimizer).__name__} moves it: something else changed "
+                    "weights or gradients (a hook, a callback)."
+                )
+
+
+class _Guard:
+    """Training matters more than what is tracked of it: whatever goes wrong ends the tracking."""
+
+    def __init__(self, lose: Callable[[str], None]) -> None:
+        self._lose = lose
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if isinstance(error, Exception):
+            self._lose(f"{type(error).__name__}: {error}")
+            return True
+        return False
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad.detach()
+
+
+def _like(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape
+
+
+def _plain_seconds(session: Session, sample: Block) -> float:
+    """Of a forward and backward pass over a batch, without an optimizer: the faster of two."""
+    task, names = session.task, list(session.engine.plan.names)
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        with requiring_gradients(task.module, names):
+            total = task(task.to_device(sample.batch)).sum()
+            torch.autograd.grad(total, [task.named_parameters()[name] for name in names], allow_unused=True)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

@@ -1,0 +1,119 @@
+"""TracInIdeal against losses measured by hand at every step, its sum, and what it refuses."""
+
+import pytest
+import torch
+from case import Step, both, mlp
+from fits import fit
+from pytorch_lightning import Callback
+from torch.utils.data import DataLoader
+
+from lightning_influence import Attributor, Influence, MissingEvidence, TracInCP, TracInIdeal
+from lightning_influence.compat import MisconfigurationException
+
+DATA = both(5, n=6)
+
+
+class Adaptive(Step):
+    """Adam, so that a step is no multiple of a gradient."""
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.03)
+
+
+def module(kind=Step):
+    torch.manual_seed(0)
+    return kind(mlp()).double()
+
+
+class ByHand(Callback):
+    """The losses of the queries before and after every batch, by plain forward passes."""
+
+    def __init__(self, queries, n_train):
+        self.queries, self.total = queries, torch.zeros(len(queries), n_train, dtype=torch.float64)
+
+    def losses(self, module):
+        with torch.no_grad():
+            return torch.stack([module.loss(module.net(x[None]), y[None]) for x, y in self.queries])
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.before = self.losses(pl_module)
+        ((self.example,),) = [[i for i, (x, _) in enumerate(DATA["train"]()) if torch.equal(x, batch[0][0])]]
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.total[:, self.example] += self.before - self.losses(pl_module)
+
+
+def watched(tmp_path, kind=Step, methods=None, batch_size=1, **options):
+    influence = Influence(methods or [TracInIdeal()], queries=DATA["queries"](), dirpath=tmp_path, max_cost=1e9)
+    by_hand = ByHand(DATA["queries"](), 6)
+    model = module(kind)
+    callbacks = [influence, by_hand] if batch_size == 1 else [influence]
+    fit(model, DataLoader(DATA["train"](), batch_size, shuffle=True), *callbacks, **options)
+    return model, influence, by_hand
+
+
+@pytest.mark.parametrize("kind", [Step, Adaptive])
+def test_scores_are_the_changes_of_losses_measured_by_hand(kind, tmp_path):
+    model, influence, by_hand = watched(tmp_path, kind)
+    found = influence.scores["TracInIdeal"].values
+    torch.testing.assert_close(found, by_hand.total, rtol=1e-12, atol=1e-14)
+    start = by_hand.losses(module(kind))
+    torch.testing.assert_close(found.sum(1), start - by_hand.losses(model))  # they telescope
+
+
+def test_an_example_that_was_not_drawn_has_no_influence(tmp_path):
+    _, influence, by_hand = watched(tmp_path, limit_train_batches=3, max_epochs=1)
+    seen = by_hand.total.any(0)
+    assert int(seen.sum()) == 3
+    assert not influence.scores["TracInIdeal"].values[:, ~seen].any()
+
+
+def test_it_is_on_disk_for_the_same_queries_only(tmp_path):
+    model, influence, by_hand = watched(tmp_path)
+    offline = Attributor(model, DATA["train"](), influence.trajectory)
+    torch.testing.assert_close(offline.score(TracInIdeal(), DATA["queries"]()).values, by_hand.total)
+    mean = offline.score(TracInIdeal(), DATA["queries"](), aggregate="mean").values
+    torch.testing.assert_close(mean, by_hand.total.mean(0, keepdim=True))
+    with pytest.raises(MissingEvidence, match="answers for those of `Influence\\(queries=\\)` only"):
+        offline.score(TracInIdeal(), DATA["train"]())
+
+
+def test_a_fit_that_was_not_watched_cannot_be_asked(tmp_path):
+    _, influence, _ = watched(tmp_path, methods=[TracInCP()])
+    with pytest.raises(MissingEvidence, match=r"watches training as it happens.*nothing there.*or use `TracInCP"):
+        influence.attributor.score(TracInIdeal(), DATA["queries"]())
+
+
+def test_larger_batches_are_refused_before_the_fit(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"got `batch_size=2`.*use `TracIn\(\)`"):
+        watched(tmp_path, batch_size=2)
+    with pytest.raises(MisconfigurationException, match="`accumulate_grad_batches=2`"):
+        watched(tmp_path, accumulate_grad_batches=2)
+
+
+def test_queries_must_be_known(tmp_path):
+    with pytest.raises(MisconfigurationException, match="Expected `queries` before the fit, got None"):
+        fit(module(), DataLoader(DATA["train"](), 1), Influence([TracInIdeal()], dirpath=tmp_path))
+
+
+class Pairs(torch.utils.data.BatchSampler):
+    """Hides the batch size."""
+
+    def __init__(self):
+        self.batch_size = None
+
+    def __iter__(self):
+        return iter([[0], [1], [2, 3], [4]])
+
+    def __len__(self):
+        return 4
+
+
+def test_a_larger_batch_on_the_way_ends_the_tracking_and_not_the_fit(tmp_path):
+    influence = Influence([TracInIdeal()], queries=DATA["queries"](), dirpath=tmp_path, max_cost=1e9)
+    model = module()
+    with pytest.warns(UserWarning, match="'TracInIdeal' is not tracked any more, the fit goes on: .*had 2 examples"):
+        trainer = fit(model, DataLoader(DATA["train"](), batch_sampler=Pairs()), influence)
+    assert trainer.global_step == 8
+    with pytest.raises(KeyError, match=r"'TracInIdeal' did not run: .*had 2 examples"):
+        influence.scores["TracInIdeal"]
