@@ -14,8 +14,15 @@ worse (an opponent).
 
 from lightning_influence.attributor import Attributor
 from lightning_influence.callback import Influence
+from lightning_influence.curvature.arnoldi import Arnoldi
+from lightning_influence.curvature.conjugate_gradient import ConjugateGradient
+from lightning_influence.curvature.curvature import Curvature
+from lightning_influence.curvature.exact_ggn import ExactGGN
+from lightning_influence.curvature.exact_hessian import ExactHessian
+from lightning_influence.curvature.lissa import LiSSA
 from lightning_influence.method import Evidence, Method
 from lightning_influence.methods.gradient_dot import GradientDot
+from lightning_influence.methods.influence_function import InfluenceFunction
 from lightning_influence.methods.representer_points import RepresenterPoints
 from lightning_influence.methods.tracin_cp import TracInCP
 from lightning_influence.methods.tracin_ideal import TracInIdeal
@@ -27,10 +34,17 @@ from lightning_influence.types import MissingEvidence
 __version__ = "0.1.0"
 
 __all__ = [
+    "Arnoldi",
     "Attributor",
+    "ConjugateGradient",
+    "Curvature",
     "Evidence",
+    "ExactGGN",
+    "ExactHessian",
     "GradientDot",
     "Influence",
+    "InfluenceFunction",
+    "LiSSA",
     "Method",
     "MissingEvidence",
     "RandomProjection",

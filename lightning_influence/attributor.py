@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.driver import estimate, run_scores, run_self_influence, setting_of
+from lightning_influence.driver import estimate, run_group, run_scores, run_self_influence, setting_of
 from lightning_influence.method import Evidence, Method
 from lightning_influence.module import Loss, clean, is_half, unwrapped
 from lightning_influence.scores import Scores, SelfScores
 from lightning_influence.session import Asked, Session, Sessions
 from lightning_influence.setting import Setting
-from lightning_influence.sinks import GroupSink, MatrixSink, TopKSink
+from lightning_influence.sinks import MatrixSink, TopKSink
 from lightning_influence.sources import Source, source_of
 from lightning_influence.tracking import load_record, record_name
 from lightning_influence.trajectory import Trajectory
@@ -157,9 +157,7 @@ class Attributor:
             raise ValueError(f"Expected `ids` below {len(self._train.dataset)}, got {wrong[:5]!r}.")
         with self._sessions.open(self._queries(queries), gradients=method.gradients) as session:
             setting, asked = self._ask(session)
-            sink = GroupSink(len(asked), ids)
-            run_scores(method, setting, asked, sink, 1.0, self.trainer)
-        return sink.total
+            return run_group(method, setting, asked, list(ids), self.trainer)
 
     def losses(self, data: Any = "train") -> Tensor:
         """[example]: the loss of every example at the final weights, one at a time; the baseline for label errors."""

@@ -1,7 +1,7 @@
 """The driver's loops: blocks of queries × tiles of training examples, a method in the middle, a sink at the end."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from lightning_influence.method import Method
 from lightning_influence.progress import progress
 from lightning_influence.session import Asked, Session, whole_blocks
 from lightning_influence.setting import Setting
-from lightning_influence.sinks import NonFinite, Sink
+from lightning_influence.sinks import GroupSink, NonFinite, Sink
 from lightning_influence.trajectory import Trajectory
 
 # Scores held at once while they are summed over checkpoints.
@@ -46,6 +46,28 @@ def run_scores(method: Method, setting: Setting, asked: Asked, sink: Sink, sign:
                 if bad.clean(tile, first, start):
                     sink.take(tile if sign > 0 else -tile, first, start)
     bad.refuse()
+
+
+def run_group(method: Method, setting: Setting, asked: Asked, ids: Sequence[int], trainer: Any) -> Tensor:
+    """[query]: the method's own estimate for a group, or the sum of its scores.
+
+    Raises:
+        ValueError: gradients that are not finite.
+    """
+    block, _ = tiling(method, setting, asked)
+    found = []
+    for first in range(0, len(asked), block):
+        values = method.group(setting, asked[first : first + block], ids)
+        if values is None:
+            sink = GroupSink(len(asked), ids)
+            run_scores(method, setting, asked, sink, 1.0, trainer)
+            return sink.total
+        found.append(values)
+    total = torch.cat(found)
+    bad = NonFinite()
+    bad.queries = (~total.isfinite()).nonzero()[:, 0].tolist()
+    bad.refuse()
+    return total
 
 
 def run_self_influence(method: Method, setting: Setting, trainer: Any) -> Tensor:

@@ -57,6 +57,10 @@ class Method(ABC):
         """
         raise NotImplementedError(f"`{type(self).__name__}` has no self-influence. Use `TracInCP()`, which has.")
 
+    def group(self, setting: Setting, queries: Queries, ids: Sequence[int]) -> Tensor | None:
+        """[query]: what some training examples did together; None: the sum of their scores."""
+        return None
+
     def tracker(self) -> Tracker | None:
         """What watches the fit while it runs, or None: a new one for every fit."""
         return None

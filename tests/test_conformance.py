@@ -5,7 +5,19 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lightning_influence import Evidence, GradientDot, Method, RepresenterPoints, TracInCP
+from lightning_influence import (
+    Arnoldi,
+    ConjugateGradient,
+    Evidence,
+    ExactGGN,
+    ExactHessian,
+    GradientDot,
+    InfluenceFunction,
+    LiSSA,
+    Method,
+    RepresenterPoints,
+    TracInCP,
+)
 from lightning_influence.conformance import BrokenPromiseError, check_method
 
 METHODS = [
@@ -18,10 +30,23 @@ METHODS = [
     TracInCP(normalize="layerwise"),
     TracInCP(checkpoints=(-1, 0)),
     RepresenterPoints(),
+    InfluenceFunction(ExactGGN()),
+    InfluenceFunction(ExactHessian(), normalize="relatif"),
 ]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=repr)
+SLOW = [
+    InfluenceFunction(ConjugateGradient(tolerance=1e-10)),
+    InfluenceFunction(ConjugateGradient(matrix="hessian", tolerance=1e-10), removal="renormalize"),
+    InfluenceFunction(LiSSA(tolerance=1e-10)),
+    InfluenceFunction(Arnoldi()),
+    InfluenceFunction(ExactGGN(), normalize="relatif-loss"),
+    InfluenceFunction(ExactGGN(), correction="newton", removal="renormalize"),
+    InfluenceFunction(ExactGGN(), checkpoints=(0, -1)),
+]
+
+
+@pytest.mark.parametrize("method", [*METHODS, *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW)], ids=repr)
 def test_our_methods_keep_every_promise(method):
     check_method(method)
 

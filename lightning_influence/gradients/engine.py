@@ -162,6 +162,12 @@ class Engine:
             truth = one_gradient(self.task, block.one(example), self.plan.names, self.seed, example)
             refuse_difference(gradients, row, truth, example)
 
+    def total(self, block: Block) -> Tensor:
+        """The sum of a block's losses, with its graph."""
+        batch = self.task.to_device(block.batch)
+        seed_for(self.seed, block.start)
+        return self.reduction.total(self.task(batch), block.size)
+
     def record(
         self,
         block: Block,

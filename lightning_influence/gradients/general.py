@@ -46,7 +46,7 @@ def vectorised_rows(task: Task, block: Block, names: Sequence[str]) -> dict[str,
     tensors = [leaf for leaf, m in zip(leaves, mapped, strict=True) if m]
     chunk = max(1, _VECTORISED // max(1, sum(p.numel() for p in wanted.values())))
     try:
-        with _without_metrics(task.module), _math_attention(), warnings.catch_warnings():
+        with _without_metrics(task.module), math_attention(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not yet implemented the batching rule.*")
             rows = torch.func.vmap(torch.func.grad(loss), (None, *[0] * len(tensors)), chunk_size=chunk)(
                 wanted, *tensors
@@ -139,6 +139,6 @@ def _zero(*args: Any, **kwargs: Any) -> Tensor:
     return torch.zeros(())
 
 
-def _math_attention() -> contextlib.AbstractContextManager[Any]:
-    # The fused attention kernels have no batching rule for their backward pass.
+def math_attention() -> contextlib.AbstractContextManager[Any]:
+    """Attention by plain products: the fused kernels have no batching rule and no second derivative."""
     return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)

@@ -14,6 +14,9 @@ class QueryGradients(ABC):
     """The query side of a score: multiplied with one block of training examples after another."""
 
     @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
     def dot(self, block: Gradients, scale: Tensor | None = None) -> Tensor:
         """[query, example of block]: inner products; ``scale`` as in ``Gradients.dot``."""
 
@@ -47,6 +50,9 @@ class EachQuery(QueryGradients):
 
     def __init__(self, blocks: Sequence[Gradients]) -> None:
         self._blocks = blocks
+
+    def __len__(self) -> int:
+        return sum(len(queries) for queries in self._blocks)
 
     def dot(self, block: Gradients, scale: Tensor | None = None) -> Tensor:
         """[query, example of block]."""

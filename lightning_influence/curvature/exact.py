@@ -1,0 +1,112 @@
+"""The dense curvature of a small model: every entry, factored once."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_influence.curvature.curvature import Curvature, Prepared
+from lightning_influence.curvature.damping import of_group
+from lightning_influence.gradients.products import Matrix, Products
+from lightning_influence.gradients.queries import DenseQueries, QueryGradients
+from lightning_influence.numerics.dense import Factored, SingularError, factored
+from lightning_influence.setting import Setting
+
+# Columns of the matrix that are made at once.
+_COLUMNS = 256
+_BYTES = 2**29
+
+
+@dataclass(frozen=True)
+class Exact(Curvature):
+    """A [parameters, parameters] matrix in float64, column by column through products with unit vectors.
+
+    Cost: as many products over the training set as there are parameters, once; then p^3 / 3 for the factorisation.
+
+    Args:
+        damping: see ``Curvature``.
+        max_parameters: more are refused: memory grows with their square, time with their cube.
+
+    Raises:
+        ValueError: too many parameters; a matrix that is singular with this damping.
+    """
+
+    max_parameters: int = 10_000
+
+    matrix: ClassVar[Matrix] = "ggn"
+    unprepared: ClassVar[frozenset[str]] = frozenset({"damping", "max_parameters"})
+
+    def prepare(self, setting: Setting) -> Prepared:
+        """``matrix`` [parameter, parameter], symmetric."""
+        products = Products(setting.engine, setting.examples)
+        size = len(products.flat)
+        if size > self.max_parameters:
+            gib = 8 * size**2 / 2**30
+            raise ValueError(
+                f"Expected at most {self.max_parameters:,} parameters for `{type(self).__name__}`, got {size:,}: the "
+                f"matrix alone takes {gib:,.1f} GiB. Use `ConjugateGradient()` or `EKFAC()`, name fewer `parameters=`, "
+                "or raise `max_parameters=`."
+            )
+        made = torch.empty(size, size, dtype=torch.float64, device=products.like.device)
+        for start in range(0, size, _COLUMNS):
+            unit = torch.zeros(min(_COLUMNS, size - start), size).to(products.like)
+            unit[torch.arange(len(unit)), torch.arange(start, start + len(unit))] = 1.0
+            made[start : start + len(unit)] = products.times(self.matrix, unit).double()
+        made = (made + made.T) / 2
+        return Prepared({"matrix": made}, {"mean_eigenvalue": float(made.diagonal().mean()) if size else 0.0})
+
+    def mean_eigenvalue(self, prepared: Prepared, setting: Setting) -> float:
+        """Of the mean loss's curvature."""
+        return prepared.figures["mean_eigenvalue"]
+
+    def solve(self, prepared: Prepared, queries: QueryGradients, setting: Setting, diagonal: Tensor) -> QueryGradients:
+        """One triangular solve for all queries."""
+        products = Products(setting.engine, setting.examples)
+        factor = self.factor(prepared, setting, diagonal)
+        vectors = products.flat.join(queries.dense(), len(queries), products.like)
+        solved = factor.solve(vectors.double()).to(vectors)
+        return DenseQueries(products.flat.split(solved), setting.engine.groups)
+
+    def factor(self, prepared: Prepared, setting: Setting, diagonal: Tensor) -> Factored:
+        """The factorisation of the matrix with its diagonal, made once.
+
+        Raises:
+            ValueError: it is singular.
+        """
+        key = ("factor", self, tuple(diagonal.tolist()))
+        if key not in setting.kept or setting.kept[key][0] is not prepared:  # one at a time
+            setting.kept[key] = prepared, self._factored(prepared, setting, diagonal)
+        found: Factored = setting.kept[key][1]
+        return found
+
+    def _factored(self, prepared: Prepared, setting: Setting, diagonal: Tensor) -> Factored:
+        products = Products(setting.engine, setting.examples)
+        matrix = prepared.tensors["matrix"]
+        added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(matrix)
+        try:
+            found = factored(matrix + added.diag_embed(), torch.finfo(products.like.dtype).eps)
+        except SingularError as error:
+            raise ValueError(
+                f"Expected a curvature that can be inverted, got a {self.kind} that is singular with a diagonal of "
+                f"{float(diagonal.min()):.3g} ({error}). Pass a larger `damping=`, such as "
+                f"`{type(self).__name__}(damping={max(0.1 * prepared.figures['mean_eigenvalue'], 1e-12):.1g})`."
+            ) from error
+        if not found.positive:
+            setting.note(
+                f"The {self.kind} is not positive definite with a damping of this size: the weights are no minimum. "
+                "`ExactGGN()` is positive, a larger `damping=` helps too"
+            )
+        return found
+
+    def at_once(self, setting: Setting) -> int | None:
+        """Within half a GiB."""
+        return at_once(setting, copies=3)
+
+
+def at_once(setting: Setting, copies: int) -> int:
+    """How many vectors of all parameters fit half a GiB, so many copies of each."""
+    like = setting.zeros()
+    parameters = setting.engine.task.named_parameters()
+    size = sum(parameters[name].numel() for name in setting.engine.plan.names)
+    return max(1, _BYTES // max(1, copies * size * like.element_size()))

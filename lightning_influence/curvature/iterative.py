@@ -1,0 +1,106 @@
+"""What solvers by products share: the curvature with its diagonal as a product, and what is told of a solution."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.curvature.curvature import Curvature, Prepared
+from lightning_influence.curvature.damping import of_group
+from lightning_influence.curvature.exact import at_once
+from lightning_influence.gradients.products import Matrix, Products
+from lightning_influence.gradients.queries import DenseQueries, QueryGradients
+from lightning_influence.method import one_of
+from lightning_influence.numerics.solvers import Product, Solution, mean_diagonal
+from lightning_influence.setting import Setting
+
+_COPIES = 6
+
+
+@dataclass(frozen=True)
+class Iterative(Curvature):
+    """An inverse through products with the curvature only: memory of a few vectors for each query.
+
+    Args:
+        damping: see ``Curvature``.
+        matrix: ``"ggn"`` or ``"hessian"``.
+        seed: of the probes for eigenvalues.
+    """
+
+    matrix: Matrix = "ggn"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("matrix", self.matrix, ("ggn", "hessian"))
+
+    @property
+    def name(self) -> str:
+        """The matrix in words."""
+        return "GGN" if self.matrix == "ggn" else "Hessian"
+
+    def prepare(self, setting: Setting) -> Prepared:
+        """The mean eigenvalue, by Hutchinson's estimate with 32 seeded vectors."""
+        products = Products(setting.engine, setting.examples)
+        like = products.like.detach().new_zeros(len(products.flat))
+        return Prepared(figures={"mean_eigenvalue": mean_diagonal(self._bare(products), like, self.seed)})
+
+    def mean_eigenvalue(self, prepared: Prepared, setting: Setting) -> float:
+        """Of the mean loss's curvature, estimated."""
+        return prepared.figures["mean_eigenvalue"]
+
+    def at_once(self, setting: Setting) -> int | None:
+        """Within half a GiB."""
+        return at_once(setting, _COPIES)
+
+    def _bare(self, products: Products) -> Product:
+        return lambda vectors: products.times(self.matrix, vectors)
+
+    def _damped(self, products: Products, setting: Setting, diagonal: Tensor) -> Product:
+        added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(products.like)
+        return lambda vectors: products.times(self.matrix, vectors) + added * vectors
+
+    def _solved(
+        self, queries: QueryGradients, setting: Setting, diagonal: Tensor, run: Callable[[Product, Tensor], Solution]
+    ) -> tuple[Solution, QueryGradients]:
+        """The solution for a block of queries, reported."""
+        products = Products(setting.engine, setting.examples)
+        right = products.flat.join(queries.dense(), len(queries), products.like)
+        good = right.isfinite().all(1)  # of the others the driver tells
+        solution = run(self._damped(products, setting, diagonal), torch.where(good[:, None], right, 0))
+        setting.figure("solver_residual", float(solution.residuals.max()))
+        setting.figure("solver_iterations", solution.iterations)
+        found = torch.where(good[:, None], solution.vectors, torch.nan)
+        return solution, DenseQueries(products.flat.split(found), setting.engine.groups)
+
+
+def tell(setting: Setting, message: str) -> None:
+    """A warning now, and a note on the scores."""
+    if message not in setting.notes:
+        warnings.warn(message, UserWarning, stacklevel=2)
+    setting.note(message)
+
+
+def positive(name: str, value: Any, kind: Any) -> None:
+    """Raises ValueError where a setting is not a positive number of its kind."""
+    if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:
+        words = "a positive integer" if kind is int else "a positive number"
+        raise ValueError(f"Expected `{name}` to be {words}, got {value!r}.")
+
+
+def smallest_added(diagonal: Tensor, kind: str, name: str) -> float:
+    """The least of a diagonal.
+
+    Raises:
+        ValueError: it is not positive, where an iteration would not come to an end.
+    """
+    least = float(diagonal.min())
+    if not least > 0:
+        raise ValueError(
+            f"Expected a positive diagonal for `{name}`, got weight decay + damping = {least:.3g}: the {kind} alone is "
+            "singular in all likelihood. Pass a positive `damping=`, or None for the rule that follows the fit."
+        )
+    return least

@@ -1,0 +1,120 @@
+"""Prepared curvatures on disk beside the trajectory: written whole or not at all, read only for the same weights."""
+
+import hashlib
+import io
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_influence.curvature.curvature import Curvature, Prepared
+from lightning_influence.module import seed_for
+from lightning_influence.setting import Setting, Stage
+from lightning_influence.trajectory.files import write_atomically
+
+_FORMAT = 1
+_MAGIC = b"lightning_influence curvature\n"
+# Examples whose losses tell one loss and dataset from another.
+_LOOKED_AT = 8
+
+
+def prepared_at(curvature: Curvature, setting: Setting, stage: Stage) -> Prepared:
+    """The curvature at a stage: from this question's memory, from disk, or made and kept in both.
+
+    Where the trajectory lies on disk only the stage looked at last is held in memory.
+    """
+    folder = None if setting.trajectory is None or setting.trajectory.path is None else setting.trajectory.path
+    key = ("prepared", curvature, stage.position)
+    if key in setting.kept:
+        found: Prepared = setting.kept[key]
+        return found
+    if folder is not None:
+        for old in [k for k in setting.kept if isinstance(k, tuple) and k[:2] == key[:2]]:
+            del setting.kept[old]
+    return setting.once(key, lambda: _from_disk_or_made(curvature, setting, stage, folder))
+
+
+def _from_disk_or_made(curvature: Curvature, setting: Setting, stage: Stage, folder: Path | None) -> Prepared:
+    if folder is None:
+        return curvature.prepare(setting)
+    about = _description(curvature, setting, stage)
+    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    path = folder / "curvature" / f"{type(curvature).__name__}-{name}"
+    if path.is_file():
+        try:
+            return read(path, about, setting.zeros().device)
+        except ValueError as error:
+            setting.note(f"A stored curvature was made again: {error}")
+    prepared = curvature.prepare(setting)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, about, prepared)
+    except OSError as error:
+        setting.note(f"The curvature could not be kept on disk ({error.strerror}): the next question makes it again.")
+    return prepared
+
+
+def write(path: Path, about: dict[str, Any], prepared: Prepared) -> None:
+    """One file, which appears under its name when it is complete and carries its own checksum."""
+    content = io.BytesIO()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in prepared.tensors.items()}
+    head = {"format": _FORMAT, "about": about, "figures": dict(prepared.figures), "notes": list(prepared.notes)}
+    torch.save({"head": json.dumps(head), "tensors": tensors}, content)
+    body = content.getvalue()
+    write_atomically(path, _MAGIC + zlib.crc32(body).to_bytes(4, "big") + body)
+
+
+def read(path: Path, about: dict[str, Any], device: torch.device) -> Prepared:
+    """What ``write`` wrote.
+
+    Raises:
+        ValueError: the file is damaged, or of other weights, data, settings or another format.
+    """
+    content = path.read_bytes()
+    start = len(_MAGIC) + 4
+    if not content.startswith(_MAGIC) or zlib.crc32(content[start:]) != int.from_bytes(
+        content[len(_MAGIC) : start], "big"
+    ):
+        raise ValueError(f"Expected a whole curvature in `{path.name}`, got a damaged file.")
+    stored = torch.load(io.BytesIO(content[start:]), map_location=device, weights_only=True)
+    head = json.loads(stored["head"])
+    if head["format"] != _FORMAT or head["about"] != json.loads(json.dumps(about)):
+        other = sorted(k for k in about if head["about"].get(k) != json.loads(json.dumps(about[k])))
+        raise ValueError(
+            f"Expected a curvature of these weights in `{path.name}`, got one of another "
+            f"{', '.join(other) or 'format'}."
+        )
+    return Prepared(stored["tensors"], head["figures"], tuple(head["notes"]))
+
+
+def _description(curvature: Curvature, setting: Setting, stage: Stage) -> dict[str, Any]:
+    """Everything that decides what is prepared."""
+    assert setting.trajectory is not None
+    assert stage.position is not None
+    checkpoint = setting.trajectory.checkpoints[stage.position]
+    plan, parameters = setting.engine.plan, setting.engine.task.named_parameters()
+    return {
+        "curvature": type(curvature).__name__,
+        "settings": curvature.preparation(),
+        "step": checkpoint.step,
+        "weights": checkpoint.crc32,
+        "parameters": {name: list(parameters[name].shape) for name in sorted(plan.names)},
+        "dtype": str(setting.zeros().dtype),
+        "examples": setting.n_train,
+        "reduction": setting.engine.reduction.value,
+        "losses": _some_losses(setting),
+    }
+
+
+def _some_losses(setting: Setting) -> list[str]:
+    """Losses of a few training examples: other data of equal length and another ``loss=`` show in them."""
+    task, found = setting.engine.task, []
+    with torch.no_grad():
+        for k in range(min(_LOOKED_AT, setting.n_train)):
+            example = k * (setting.n_train - 1) // max(1, min(_LOOKED_AT, setting.n_train) - 1)
+            batch = task.to_device(setting.examples.one(example))
+            seed_for(setting.engine.seed, example)
+            found.append(f"{float(task(batch).sum()):.4e}")
+    return found

@@ -1,0 +1,214 @@
+"""Hessian and Gauss-Newton matrix of the mean training loss, times many vectors at once."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_influence.examples import Block, Examples
+from lightning_influence.gradients.engine import Engine
+from lightning_influence.gradients.general import math_attention, requiring_gradients
+from lightning_influence.gradients.outputs import OutputWatch, refuse_other_paths
+
+Matrix = Literal["ggn", "hessian"]
+# Numbers that the products of one block with some vectors may hold at once.
+_WORKSPACE = 2**24
+_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Parameters laid one behind the other: vectors as [vector, entries] or by name as [vector, *shape]."""
+
+    shapes: Mapping[str, torch.Size]
+
+    def __len__(self) -> int:
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def join(self, vectors: Mapping[str, Tensor], count: int, like: Tensor) -> Tensor:
+        """[vector, entries]; a name that is absent stands for zeros."""
+        return torch.cat(
+            [
+                vectors[name].reshape(count, -1) if name in vectors else like.new_zeros(count, shape.numel())
+                for name, shape in self.shapes.items()
+            ],
+            1,
+        )
+
+    def split(self, vectors: Tensor) -> dict[str, Tensor]:
+        """[vector, *shape] by name."""
+        parts = vectors.split([shape.numel() for shape in self.shapes.values()], 1)
+        return {name: p.reshape(-1, *s) for p, (name, s) in zip(parts, self.shapes.items(), strict=True)}
+
+    def fill(self, value_of: Callable[[str], float]) -> Tensor:
+        """[entries] float64: one value for all entries of each parameter."""
+        values = [torch.full((s.numel(),), value_of(name), dtype=torch.float64) for name, s in self.shapes.items()]
+        return torch.cat(values)
+
+
+class Products:
+    """C v for C the Hessian or the Gauss-Newton matrix (GGN) of the mean training loss, at the module's weights.
+
+    In eval mode and over the whole training set, without sampling: the same at every call.
+
+    Args:
+        engine: whose task and reduction define the per-sample losses.
+        examples: the training set.
+    """
+
+    def __init__(self, engine: Engine, examples: Examples) -> None:
+        self.engine = engine
+        self.examples = examples
+        unreached = set(engine.plan.unreached)
+        parameters = engine.task.named_parameters()
+        self.parameters = {name: parameters[name] for name in engine.plan.names if name not in unreached}
+        self.flat = Flat({name: p.shape for name, p in self.parameters.items()})
+        self._looked = False
+
+    @property
+    def like(self) -> Tensor:
+        """Any parameter: its dtype and device."""
+        return next(iter(self.parameters.values()))
+
+    def times(self, matrix: Matrix, vectors: Tensor, ids: Sequence[int] | None = None) -> Tensor:
+        """C v for each of some vectors.
+
+        Args:
+            matrix: which C.
+            vectors: [vector, entries] in the order of ``flat``.
+            ids: of these training examples only, their sum instead of the mean over all.
+
+        Returns:
+            [vector, entries].
+
+        Raises:
+            ValueError: the network's output is not found (GGN), or the module cannot be differentiated twice.
+        """
+        total = torch.zeros_like(vectors)
+        apply = self._hessian if matrix == "hessian" else self._ggn
+        with requiring_gradients(self.engine.task.module, list(self.parameters)), math_attention():
+            for block in self._blocks(ids):
+                step = max(1, _WORKSPACE // max(len(self.flat), block.size * self._width))
+                try:
+                    multiply = apply(block)
+                    for start in range(0, len(vectors), step):
+                        total[start : start + step] += multiply(vectors[start : start + step])
+                except RuntimeError as error:
+                    if "not implemented" not in str(error):
+                        raise
+                    raise ValueError(
+                        f"Expected a module that can be differentiated twice, got {error}. Use `EKFAC()`, which takes "
+                        "first derivatives only."
+                    ) from error
+        if not bool(total.isfinite().all()):
+            self._refuse_non_finite(vectors)
+        return total if ids is not None else total / len(self.examples)
+
+    def _refuse_non_finite(self, vectors: Tensor) -> None:
+        """Raises where it was not the vectors that brought NaN or infinity in."""
+        blocks = self.examples.blocks()
+        found = [b.start + row for b in blocks for row in self.engine.gradients(b).not_finite()]
+        if found or bool(vectors.isfinite().all()):
+            named = f"for training examples {found[:10]}" if found else "in second derivatives"
+            raise ValueError(
+                f"Expected finite gradients, got NaN or infinity {named}. Look at their inputs and losses, or leave "
+                "them out (`torch.utils.data.Subset`)."
+            )
+
+    def _blocks(self, ids: Sequence[int] | None) -> Iterator[Block]:
+        if ids is None:
+            yield from self.examples.blocks()
+            return
+        for start in range(0, len(ids), _BLOCK):
+            some = list(ids[start : start + _BLOCK])
+            yield Block(some[0], len(some), self.examples.some(some), self.examples.one)
+
+    @cached_property
+    def _width(self) -> int:
+        """Numbers that one example's passage through the network makes, roughly."""
+        some = next(iter(self.examples.blocks(0, 1)))
+        return max(1, self.engine.gradients(some).query_bytes(1) // self.like.element_size())
+
+    def gradient(self, ids: Sequence[int]) -> Tensor:
+        """[1, entries]: the sum of the gradients of some training examples."""
+        total = self.like.detach().new_zeros(1, len(self.flat))
+        values = list(self.parameters.values())
+        with requiring_gradients(self.engine.task.module, list(self.parameters)):
+            for block in self._blocks(ids):
+                found = _gradients(self.engine.total(block), values, create_graph=False)
+                total += self._joined([None if g is None else g[None] for g in found], total)
+        return total
+
+    def _hessian(self, block: Block) -> Callable[[Tensor], Tensor]:
+        total, values = self.engine.total(block), list(self.parameters.values())
+        gradients = _gradients(total, values, create_graph=True)
+        live = [g for g in gradients if g is not None and g.requires_grad]
+        where = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
+
+        def multiply(vectors: Tensor) -> Tensor:
+            named = list(self.flat.split(vectors).values())
+            return self._joined(_pull(live, values, [named[i] for i in where]), vectors)
+
+        return multiply
+
+    def _ggn(self, block: Block) -> Callable[[Tensor], Tensor]:
+        """J^T S J v: J by differentiating the linear map u -> J^T u, S by differentiating the loss by the outputs."""
+        values = list(self.parameters.values())
+        watch = OutputWatch(values)
+        with watch:
+            total = self.engine.total(block)
+        outputs = watch.outputs()
+        if not self._looked:
+            refuse_other_paths(total, outputs, self.parameters)
+            self._looked = True
+        arriving = torch.autograd.grad(total, outputs, create_graph=True, allow_unused=True)
+        weights = [torch.zeros_like(o, requires_grad=True) for o in outputs]
+        back = torch.autograd.grad(outputs, values, weights, create_graph=True, allow_unused=True)
+        live = [g for g in back if g is not None and g.requires_grad]
+        where = [i for i, g in enumerate(back) if g is not None and g.requires_grad]
+        curved = [i for i, g in enumerate(arriving) if g is not None and g.requires_grad]
+
+        def multiply(vectors: Tensor) -> Tensor:
+            named = list(self.flat.split(vectors).values())
+            moved = _pull(live, weights, [named[i] for i in where])
+            moved = [
+                torch.zeros(len(vectors), *o.shape).to(o) if m is None else m
+                for m, o in zip(moved, outputs, strict=True)
+            ]
+            bent = _pull([arriving[i] for i in curved], outputs, [moved[i] for i in curved])  # type: ignore[misc]
+            felt = [i for i, b in enumerate(bent) if b is not None]
+            return self._joined(_pull([outputs[i] for i in felt], values, [bent[i] for i in felt]), vectors)  # type: ignore[misc]
+
+        return multiply
+
+    def _joined(self, products: Sequence[Tensor | None], like: Tensor) -> Tensor:
+        named = {n: p for n, p in zip(self.parameters, products, strict=True) if p is not None}
+        return self.flat.join(named, len(like), like)
+
+
+def _gradients(total: Tensor, values: Sequence[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
+    if not total.requires_grad:
+        return (None,) * len(values)
+    return torch.autograd.grad(total, values, create_graph=create_graph, allow_unused=True)
+
+
+def _pull(sources: Sequence[Tensor], targets: Sequence[Tensor], vectors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Vector-Jacobian products of several vectors at once, [vector, *shape of target] for each target."""
+    if not sources:
+        return [None] * len(targets)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not yet implemented the batching rule.*")
+            return torch.autograd.grad(
+                sources, targets, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
+    except RuntimeError:  # an operation that does not run under `vmap`
+        single = [
+            torch.autograd.grad(sources, targets, [v[i] for v in vectors], retain_graph=True, allow_unused=True)
+            for i in range(len(vectors[0]))
+        ]
+        return [None if of[0] is None else torch.stack(of) for of in zip(*single, strict=True)]  # type: ignore[arg-type]
