@@ -145,6 +145,18 @@ def floating(values: Tensor) -> Tensor:
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
+def whole_numbers(ids: Any) -> Tensor:
+    """Ids as int64: neither cut off fractions nor a mask, whose True would be the id 1.
+
+    Raises:
+        TypeError: They are not whole numbers.
+    """
+    found = torch.as_tensor(ids).flatten()
+    if found.numel() and (found.dtype is torch.bool or found.is_floating_point() or found.is_complex()):
+        raise TypeError(f"Expected `ids` to be whole numbers, got {found.dtype}. Of a mask, pass `mask.nonzero()`.")
+    return found.to(torch.int64)
+
+
 def places(known: Tensor, wanted: Tensor, name: str) -> Tensor:
     """Where the wanted ids stand among the known ones, which ascend."""
     at = torch.searchsorted(known, wanted).clamp(max=known.numel() - 1)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_influence.answer import whole_numbers
 from lightning_influence.driver import estimate, run_group, run_scores, run_self_influence, setting_of
 from lightning_influence.method import Evidence, Method
 from lightning_influence.module import Loss, clean, is_half, unwrapped
@@ -149,9 +150,11 @@ class Attributor:
         """[query]: the method's own estimate of what a group of training examples did together.
 
         Raises:
+            TypeError: ids that are no whole numbers, such as a mask.
             ValueError: ids outside the training dataset.
         """
         self._check(method)
+        ids = whole_numbers(ids).tolist()
         wrong = [i for i in ids if not 0 <= i < len(self._train.dataset)]
         if wrong:
             raise ValueError(f"Expected `ids` below {len(self._train.dataset)}, got {wrong[:5]!r}.")

@@ -136,10 +136,11 @@ class Scores(Shown):
             ids: Distinct training ids, in any order.
 
         Raises:
+            TypeError: Ids that are no whole numbers, such as a mask.
             ValueError: An id that was not scored, or one that comes twice.
             RuntimeError: Only the strongest scores of each query were kept.
         """
-        wanted = torch.as_tensor(ids, dtype=torch.int64).flatten()
+        wanted = answer.whole_numbers(ids)
         distinct, counts = wanted.unique(return_counts=True)
         if distinct.numel() < wanted.numel():
             twice = distinct[counts > 1].tolist()

@@ -315,6 +315,15 @@ def test_ids_of_a_group_must_exist():
         Attributor(Net(), TRAIN).group(GradientDot(), [1, 23], QUERIES)
 
 
+@pytest.mark.parametrize("ids", [torch.arange(23) < 3, [1.5]])
+def test_ids_of_a_group_must_be_whole_numbers(ids):
+    attributor = Attributor(Net(), TRAIN)
+    scores = attributor.score(GradientDot(), QUERIES)
+    for ask in (lambda: attributor.group(GradientDot(), ids, QUERIES), lambda: scores.group(ids)):
+        with pytest.raises(TypeError, match=r"Expected `ids` to be whole numbers, got torch\.(bool|float32)"):
+            ask()
+
+
 def test_another_dataset_length_is_refused(fitted):
     net, influence = fitted
     with pytest.raises(ValueError, match=r"Expected `train` to have the 23 examples .* got 7"):

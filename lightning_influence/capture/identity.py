@@ -4,7 +4,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from lightning_influence.capture.loaders import Deliveries, Tracker, track, tracker_of, untrack
 
@@ -86,15 +86,12 @@ class Tap:
                 return tracker.unknown
         return None
 
-    def dataset_size(self) -> int | None:
-        """Length of the one training dataset."""
+    def dataset(self) -> Any:
+        """The one training dataset; None among several."""
         if len(self._trackers) != 1:
             return None
-        loader = next((loader for loader in self._loaders if tracker_of(loader) is self._trackers[0]), None)
-        try:
-            return len(loader.dataset)  # type: ignore[union-attr, arg-type]
-        except (TypeError, AttributeError, NotImplementedError):
-            return None
+        loaders = (loader for loader in reversed(self._loaders) if tracker_of(loader) is self._trackers[0])
+        return getattr(next(loaders, None), "dataset", None)
 
     def _next(self, trainer: Any) -> list[list[int] | None]:
         """Pop one delivery of each loader, past those of passes that are not Lightning's (a user's own loop)."""
@@ -110,6 +107,27 @@ class Tap:
                     tracker.delivered.popleft()
             taken.append(_pop(tracker, alone=len(self._trackers) == 1))
         return taken
+
+
+def length_of(dataset: Any) -> int | None:
+    """How many examples it has, where it knows."""
+    try:
+        return len(dataset)
+    except (TypeError, AttributeError, NotImplementedError):
+        return None
+
+
+def reloaded(before: Any, now: Any) -> tuple[str, bool] | None:
+    """What a loader that was made again changed, and whether its ids surely stand for other examples now."""
+    if before is None or now is None or before is now:
+        return None
+    if length_of(before) != length_of(now):
+        return f"a dataset of {length_of(now)} examples in place of {length_of(before)}", True
+    if isinstance(before, Subset) and isinstance(now, Subset):
+        if list(before.indices) != list(now.indices):
+            return "a `Subset` of other indices", True
+        return reloaded(before.dataset, now.dataset)
+    return f"another {type(now).__name__} of the same length", False
 
 
 def _pop(tracker: Tracker, alone: bool) -> list[int] | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightning_influence.capture.identity import Tap
+from lightning_influence.capture.identity import Tap, length_of, reloaded
 from lightning_influence.capture.loaders import as_indices
 from lightning_influence.capture.states import encode_state, fingerprint, gather_state
 from lightning_influence.capture.steps import Steps, batch_size
@@ -50,6 +50,7 @@ class Recorder:
         self._held: tuple[int, int, dict[str, dict]] | None = None  # raw weights before `on_train_end` of others
         self._fingerprint: list[tuple[int, int]] | None = None
         self._warned: set[str] = set()
+        self._dataset: Any = None
 
     @property
     def made(self) -> int:
@@ -79,6 +80,7 @@ class Recorder:
     def epoch_starts(self) -> None:
         """Loaders may have been reloaded and optimizers replaced."""
         self._tap.epoch_starts(self._trainer)
+        self._notice(self._tap.dataset())
         self._steps.watch()
 
     def batch_starts(self, batch: Any) -> list[list[int] | None]:
@@ -178,7 +180,7 @@ class Recorder:
         manifest = self._store.manifest
         manifest["settings"] = self._steps.settings
         if manifest["dataset_size"] is None:
-            manifest["dataset_size"] = self._tap.dataset_size()
+            manifest["dataset_size"] = length_of(self._tap.dataset())
         rows = self._steps.drain()
         if rows:
             self._store.add_steps(rows)
@@ -199,6 +201,17 @@ class Recorder:
                 UserWarning,
                 stacklevel=2,
             )
+
+    def _notice(self, dataset: Any) -> None:
+        """Ids are indices into the dataset of the moment."""
+        change, self._dataset = reloaded(self._dataset, dataset), dataset
+        if change is None or self._sample_id is not None:
+            return
+        text = f"The training loader was made again during the fit, with {change[0]}: "
+        if change[1]:
+            self._note(text + "one id stands for several examples, and scores mix them. Keep one dataset for the fit.")
+        elif not any(note.startswith(text) for note in self._store.manifest["notes"]):
+            self._store.manifest["notes"].append(text + "its examples are taken to be the same.")
 
     def _identify(self, batch: Any) -> list[list[int] | None]:
         ids = self._tap.take(self._trainer, id(self))

@@ -22,6 +22,7 @@ class MicroBatch:
     size: int | None
     before: dict[str, Any] | None  # the generators before the forward; None once compared
     drew: dict[str, bytes] | None = None
+    lossless: bool = False  # `training_step` returned None: it was forward only
 
 
 class Steps:
@@ -69,7 +70,8 @@ class Steps:
 
     def batch_starts(self, ids: list[list[int] | None], size: int | None) -> None:
         """A micro-batch is about to go forward."""
-        self._current = MicroBatch(ids, size, read_generators(self._device))
+        lossless = self._module.automatic_optimization  # until its backward pass is announced
+        self._current = MicroBatch(ids, size, read_generators(self._device), lossless=lossless)
         for i, finished in enumerate(self._finished):
             if finished:
                 self._windows[i], self._finished[i] = [], False
@@ -83,9 +85,11 @@ class Steps:
 
     def before_backward(self) -> None:
         """In manual optimization nobody tells of `zero_grad`, but it leaves no gradients."""
+        if self._current is not None:
+            self._current.lossless = False
         if not self._module.automatic_optimization:
             for i, optimizer in enumerate(self._optimizers):
-                if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+                if _has_no_gradients(optimizer):
                     self._restart(i)
 
     def before_step(self, optimizer: Optimizer) -> None:
@@ -125,7 +129,9 @@ class Steps:
             self._announced[i] = False
             return
         found_inf = getattr(optimizer, "found_inf", None)  # set on fused optimizers only, by the GradScaler
-        self._record(i, optimizer, skipped=found_inf is not None and bool(found_inf))
+        infinite = found_inf is not None and bool(found_inf)
+        lossless = bool(self._windows[i]) and all(micro.lossless for micro in self._windows[i])
+        self._record(i, optimizer, skipped=infinite or (lossless and _has_no_gradients(optimizer)))
 
     def _record(self, i: int, optimizer: Optimizer, skipped: bool) -> None:
         if not skipped:
@@ -142,7 +148,7 @@ class Steps:
             "clip": None if isinstance(clip, bool) else clip,
             "skipped": skipped,
         }
-        self._open.append((row, self._windows[i]))
+        self._open.append((row, [micro for micro in self._windows[i] if not micro.lossless]))
         self._announced[i], self._finished[i] = False, True
         if self._current is None:  # a step outside of any batch, such as in `on_train_epoch_end`
             self.batch_ended()
@@ -191,6 +197,12 @@ class Steps:
 def _is_own(cls: type, hook: str) -> bool:
     definer = next((c for c in cls.__mro__ if hook in vars(c)), None)
     return definer is not None and not definer.__module__.startswith(("pytorch_lightning.", "lightning.pytorch."))
+
+
+def _has_no_gradients(optimizer: Optimizer) -> bool:
+    """None, or zero where `zero_grad(set_to_none=False)` left them; the first other number ends the search."""
+    gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
+    return not any(g is not None and (g.is_sparse or bool(g.any())) for g in gradients)
 
 
 def _unwrap(optimizer: Any) -> Any:

@@ -1,8 +1,10 @@
 """The indices of every step are those that the batch itself names, and training does not notice the guest."""
 
+import contextlib
 import pickle
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from fits import Indexed, Net, OddFirst, Stream, fit, loader, recorded, seeded
 from pytorch_lightning.utilities import CombinedLoader
@@ -209,3 +211,30 @@ def test_a_loader_is_itself_again_and_pickles_as_itself(tmp_path):
     assert vars(made) == before
     assert set(kinds) == {DataLoader}
     assert "process_dataloader" not in vars(trainer.strategy)
+
+
+class Reloads(pl.LightningDataModule):
+    """Makes its training data again for every epoch."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make, self.epoch = make, 0
+
+    def train_dataloader(self):
+        self.epoch += 1
+        return loader(self.make(self.epoch))
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "warns"),
+    [
+        (lambda epoch: Subset(Indexed(), range(epoch, epoch + 8)), "a `Subset` of other indices: one id stands", True),
+        (lambda epoch: Indexed(7 + epoch), "a dataset of 9 examples in place of 8: one id stands", True),
+        (lambda epoch: Indexed(8), "another Indexed of the same length: its examples are taken to be the same", False),
+    ],
+)
+def test_data_made_again_for_an_epoch_are_compared(make, text, warns, tmp_path):
+    influence = Influence(dirpath=tmp_path)
+    with pytest.warns(UserWarning, match=text) if warns else contextlib.nullcontext():
+        fit(seeded(Net), Reloads(make), influence, reload_dataloaders_every_n_epochs=1)
+    assert sum(text in note for note in influence.trajectory.notes) == 1

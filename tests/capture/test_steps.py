@@ -1,11 +1,13 @@
 """What each optimizer step is said to have done is what it did."""
 
+import pyarrow.compute as pc
 import pytest
 import torch
-from fits import Net, fit, loader, recorded, seeded
+from fits import Indexed, Net, fit, loader, recorded, seeded
 from pytorch_lightning import Callback
 
 from lightning_influence.callback import Influence
+from lightning_influence.trajectory import Trajectory
 
 
 def column(influence, name):
@@ -304,3 +306,45 @@ def test_draws_of_every_generator_are_noticed():
             assert np.frombuffer(moved[name], np.uint32).tolist() == [numbers[624], *numbers[:624]]
     assert gather_random(device)["python"][1:626].tolist() == list(random.getstate()[1])
     assert gather_random(device)["numpy"][:624].tolist() == np.random.get_state()[1].tolist()
+
+
+class Silent(Net):
+    """Has no loss in its second batch."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return None if batch_idx == 1 else loss
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_batch_without_a_loss_moved_nothing(k, tmp_path):
+    module = seeded(Silent)
+    options = {"max_epochs": 1, "accumulate_grad_batches": k}
+    fit(module, loader(torch.utils.data.Subset(Indexed(), range(12))), Influence(dirpath=tmp_path), **options)
+    steps = Trajectory.load(tmp_path).steps
+    first, _, third = module.seen
+    expected = [[first], [third]] if k == 1 else [[first, third]]
+    assert steps.filter(pc.invert(steps["skipped"]))["ids"].to_pylist() == expected
+    assert Trajectory.load(tmp_path).exposure(-1, "mean", 23).count_nonzero() == 8
+
+
+class Discards(Net):
+    """Manual: throws its first batch away by zeros in place of gradients, and steps after two more."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        if batch_idx == 0:
+            self.optimizers().zero_grad(set_to_none=False)
+        if batch_idx == 2:
+            self.optimizers().step()
+
+
+def test_gradients_thrown_away_as_zeros_are_of_no_step(tmp_path):
+    module = seeded(Discards)
+    fit(module, loader(torch.utils.data.Subset(Indexed(), range(12))), Influence(dirpath=tmp_path), max_epochs=1)
+    assert recorded(Trajectory.load(tmp_path)) == module.seen[1:]
