@@ -28,6 +28,8 @@ LAYERS = (
     {"during_fit"},
     {"callback"},
     {"__init__"},
+    {"cli"},
+    {"__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 

@@ -1,0 +1,88 @@
+"""Print what a folder of captured fits, a run or a file of scores holds."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_influence import MissingEvidence, Trajectory
+from lightning_influence.cli.reading import existing, load, runs_of, score_files
+from lightning_influence.cli.text import megabytes, table
+
+_ROWS = 12  # of a list of checkpoints
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument("path", type=Path, help="the folder `influence`, one of its run-N, or a file of scores")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the tables."""
+    path = existing(options.path)
+    if path.is_file():
+        scores = load(path)
+        print(scores)
+        print(table(("setting", "value"), [(name, str(value)) for name, value in scores.settings.items()]))
+        return 0
+    runs, files = runs_of(path), score_files(path)
+    if not runs and not files:
+        raise MissingEvidence(
+            f"Expected runs of `Influence` or files of scores in {str(path)!r}, found neither. "
+            "Pass `dirpath` of the callback, one of its run-N, or a folder with `.arrow` files."
+        )
+    if runs and runs != [path]:
+        print(f"{path}: {len(runs)} run{'s' * (len(runs) > 1)}")
+        print(table(("run", "finished", "steps", "checkpoints", "examples", "seconds", "scores"), _lines(runs)))
+        print()
+    if runs:
+        _show_run(runs[-1])
+        files = score_files(runs[-1])
+    if files:
+        print(f"\n{len(files)} file{'s' * (len(files) > 1)} of scores in {files[0].parent}")
+        print(table(("file", "method", "queries", "examples", "kept", "units", "notes"), [_scores(f) for f in files]))
+    return 0
+
+
+def _lines(runs: Sequence[Path]) -> list[list[Any]]:
+    lines: list[list[Any]] = []
+    for folder in runs:
+        try:
+            found = Trajectory.load(folder)
+        except MissingEvidence:
+            lines.append([folder.name, "unreadable: see `verify`", None, None, None, None, None])
+            continue
+        numbers = len(found.steps), len(found.checkpoints), found.dataset_size, found.fit_seconds
+        lines.append([folder.name, "yes" if found.finished else "no", *numbers, len(score_files(folder))])
+    return lines
+
+
+def _show_run(folder: Path) -> None:
+    found = Trajectory.load(folder)
+    end = "finished" if found.finished else "not finished"
+    order = "known" if found.has_batch_order else "not known"
+    size = sum(checkpoint.size for checkpoint in found.checkpoints)
+    print(f"{folder}: a fit of {len(found.steps):,} steps on {found.dataset_size} training examples, {end}")
+    print(f"  batch order {order}; {len(found.checkpoints)} checkpoints, {megabytes(size)}")
+    for note in found.notes:
+        print(f"  Note: {note}")
+    rates = [", ".join(f"{rate:.4g}" for rate in found.learning_rates(i)) for i in range(len(found.checkpoints))]
+    lines = [
+        [point.step, point.epoch, rate, megabytes(point.size), point.path.name]
+        for point, rate in zip(found.checkpoints, rates, strict=True)
+    ]
+    print(table(("step", "epoch", "learning rate", "size", "file"), lines[:_ROWS]))
+    if len(lines) > _ROWS:
+        print(f"  and {len(lines) - _ROWS} more")
+
+
+def _scores(path: Path) -> list[Any]:
+    try:
+        scores = load(path)
+    except (ValueError, OSError) as error:
+        return [path.name, f"unreadable: {type(error).__name__}", None, None, None, None, None]
+    top = getattr(scores, "top_k", None)
+    itself = not hasattr(scores, "query_ids")
+    kept = "self-influence" if itself else "all" if top is None else f"top {top}"
+    queries = None if itself else len(scores)
+    return [path.name, scores.method, queries, scores.train_ids.numel(), kept, scores.units, len(scores.notes)]

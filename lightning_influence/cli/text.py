@@ -1,0 +1,31 @@
+"""Rows as a table of plain text, and sizes in words."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def table(names: Sequence[str], rows: Sequence[Sequence[Any]], indent: str = "  ") -> str:
+    """Columns as wide as what is in them; numbers stand to the right."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(names), *cells]) for i in range(len(names))]
+    right = [
+        bool(rows) and all(isinstance(row[i], (int, float, type(None))) for row in rows) for i in range(len(names))
+    ]
+    lines = [
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)).rstrip()
+        for line in [list(names), *cells]
+    ]
+    return "\n".join(indent + line for line in lines)
+
+
+def megabytes(size: int) -> str:
+    """Bytes in words."""
+    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else f"{value}"
