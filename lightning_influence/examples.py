@@ -71,6 +71,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def draws(self) -> bool:
+        """Whether reading an example was seen to draw random numbers."""
+        return self._reader.draws
+
     def one(self, example: int) -> Batch:
         """The batch of one for an example; the random state is left as the example's own."""
         seed_for(self._seed, example)
@@ -112,7 +117,7 @@ class Examples:
     def _kept(self, ids: range) -> Batch | None:
         """The kept block, unless a step wrote into it."""
         batch, versions = self._cache.get(ids, (None, []))
-        if versions != _versions(batch):
+        if versions != versions_of(batch):
             del self._cache[ids]
             return None
         return batch
@@ -136,7 +141,7 @@ class Examples:
         # Of somebody's own class neither the size is known nor whether a step wrote into it.
         if size <= self._cache_left and not any(foreign(leaf) for leaf in leaves):
             self._cache_left -= size
-            self._cache[ids] = batch, _versions(batch)
+            self._cache[ids] = batch, versions_of(batch)
         return batch
 
     def close(self) -> None:
@@ -156,7 +161,7 @@ def _alike(one: Batch, other: Batch) -> bool:
     return True
 
 
-def _versions(batch: Batch) -> list[int]:
+def versions_of(batch: Batch) -> list[int]:
     """Counts what was written into each tensor in place."""
     return [leaf._version for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
 
@@ -184,7 +189,7 @@ class _Reader:
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
-        self._draws = False
+        self.draws = False
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -193,13 +198,13 @@ class _Reader:
         return self.__getitems__([example])[0]
 
     def __getitems__(self, ids: list[int]) -> "_Items":
-        if not self._draws:
+        if not self.draws:
             seed_for(self.seed, ids[0])
             before = _random_state()
             items = self._items(ids)
             if _same(before, _random_state()):
                 return items
-            self._draws = True
+            self.draws = True
         items = _Items()
         items.first = ids[0]
         for i in ids:

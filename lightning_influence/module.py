@@ -40,6 +40,8 @@ class Task:
         self._loss_of: Callable[[Batch], Any] = _step_of(module) if loss is None else functools.partial(loss, module)
         self._parameters = {clean(name): p for name, p in module.named_parameters()}
         self._untouched = [Attributes(module)]  # shared by the tasks of one module
+        self.on_forward: Callable[[], Any] | None = None
+        """Called after a forward pass, before what it left in the module is taken away."""
 
     def measuring(self, loss: Loss) -> "Task":
         """The same module at the same weights, now and after every ``load``, with another loss."""
@@ -53,6 +55,10 @@ class Task:
         """Every parameter by its clean name, tied ones once."""
         return self._parameters
 
+    def named_buffers(self) -> dict[str, Tensor]:
+        """Every buffer by its clean name."""
+        return {clean(name): buffer for name, buffer in self.module.named_buffers()}
+
     def load(
         self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], step: int = -1, epoch: int = -1
     ) -> None:
@@ -64,9 +70,13 @@ class Task:
         for name, parameter in self.named_parameters().items():
             if name in parameters:
                 parameter.data = parameters[name].to(device=self.device, dtype=parameter.dtype)
-        for name, buffer in _named_buffers(self.module).items():
+        for name, buffer in self.named_buffers().items():
             if name in buffers:
                 buffer.data = buffers[name].to(device=self.device, dtype=buffer.dtype).clone()
+        self.remember()
+
+    def remember(self) -> None:
+        """From now on the module is put back, after a forward pass, to how it stands here: its modes, its buffers."""
         self._untouched[0] = Attributes(self.module)
 
     # ---- the loss -------------------------------------------------------------------------------------------------
@@ -94,6 +104,8 @@ class Task:
         try:
             with self._precision(), training_stage(self.module):
                 output = self._loss_of(batch)
+            if self.on_forward is not None:
+                self.on_forward()
         finally:
             self._untouched[0].restore()
         if isinstance(output, Mapping):
@@ -127,10 +139,6 @@ def clean(name: str) -> str:
 def unwrapped(module: nn.Module) -> nn.Module:
     """The LightningModule inside ``torch.compile``'s wrapper."""
     return getattr(module, "_orig_mod", module)
-
-
-def _named_buffers(module: nn.Module) -> dict[str, Tensor]:
-    return {clean(name): b for name, b in module.named_buffers()}
 
 
 def _is_lower(trainer: Any) -> bool:

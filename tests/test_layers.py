@@ -17,7 +17,7 @@ LAYERS = (
     {"module", "trajectory", "plotting", "loggers", "storage", "progress"},
     {"examples", "answer", "capture"},
     {"gradients", "sources", "self_scores", "shown"},
-    {"setting", "scores", "sinks", "head"},
+    {"setting", "scores", "sinks", "head", "replay"},
     {"session"},
     {"tracking"},
     {"method"},

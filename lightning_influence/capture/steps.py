@@ -157,8 +157,9 @@ class Steps:
         groups = optimizer.param_groups
         options = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in groups]
         seen = options, [[(id(p), p.requires_grad) for p in g["params"]] for g in groups]
+        clipping = self._clipping()
         known = self._settings_of.get(i)
-        if known is not None and known[0] == (id(optimizer), seen):
+        if known is not None and known[0] == (id(optimizer), seen, clipping):
             return known[1]
         described = [
             {key: _plain(value) for key, value in of_group.items() if key != "param_names"}
@@ -167,9 +168,19 @@ class Steps:
         ]
         frozen = [self._name_of(p) for group in groups for p in group["params"] if not p.requires_grad]
         entry = {"optimizer": i, "kind": type(optimizer).__name__, "groups": described, "frozen": frozen}
-        self.settings.append(entry)
-        self._settings_of[i] = ((id(optimizer), seen), len(self.settings) - 1)
+        self.settings.append(entry | {"clipping": clipping})
+        self._settings_of[i] = ((id(optimizer), seen, clipping), len(self.settings) - 1)
         return len(self.settings) - 1
+
+    def _clipping(self) -> dict[str, Any] | None:
+        """What Lightning clips gradients by; None where it does not, or in manual optimization, which nobody sees."""
+        if not self._module.automatic_optimization:
+            return None
+        if _is_own(type(self._module), "configure_gradient_clipping"):
+            return {"algorithm": "own", "limit": None}
+        limit = self._trainer.gradient_clip_val
+        algorithm = self._trainer.gradient_clip_algorithm
+        return {"algorithm": str(getattr(algorithm, "value", algorithm) or "norm"), "limit": limit} if limit else None
 
     def _name_of(self, parameter: Tensor) -> str:
         if parameter not in self._names:  # made during the fit

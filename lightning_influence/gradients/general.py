@@ -2,7 +2,8 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,13 +41,13 @@ def vectorised_rows(task: Task, block: Block, names: Sequence[str]) -> dict[str,
     def loss(values: dict[str, Tensor], *tensors: Tensor) -> Tensor:
         given = iter(tensors)
         one = [next(given).unsqueeze(0) if m else leaf for leaf, m in zip(leaves, mapped, strict=True)]
-        with _in_place_of(task.module, values):
+        with in_place_of(task.module, values):
             return task(tree_unflatten(one, spec)).sum()
 
     tensors = [leaf for leaf, m in zip(leaves, mapped, strict=True) if m]
     chunk = max(1, _VECTORISED // max(1, sum(p.numel() for p in wanted.values())))
     try:
-        with _without_metrics(task.module), math_attention(), warnings.catch_warnings():
+        with without_metrics(task.module), math_attention(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not yet implemented the batching rule.*")
             rows = torch.func.vmap(torch.func.grad(loss), (None, *[0] * len(tensors)), chunk_size=chunk)(
                 wanted, *tensors
@@ -94,22 +95,27 @@ def requiring_gradients(module: nn.Module, names: Sequence[str]) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def _in_place_of(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
-    """Every occurrence of a named parameter stands for a given tensor inside, tied ones too."""
+def in_place_of(
+    module: nn.Module, values: dict[str, Tensor], buffers: Mapping[str, Tensor] = MappingProxyType({})
+) -> Iterator[None]:
+    """Every occurrence of a named parameter or buffer stands for a given tensor inside, tied ones too."""
     standing = {id(p): values[clean(name)] for name, p in module.named_parameters() if clean(name) in values}
+    standing |= {id(b): buffers[clean(name)] for name, b in module.named_buffers() if clean(name) in buffers}
     swapped = []
     for part in module.modules():
-        for key, parameter in list(part._parameters.items()):
-            if parameter is not None and id(parameter) in standing:
-                part._parameters[key] = standing[id(parameter)]  # type: ignore[assignment]
-                swapped.append((part, key, parameter))
-    _refresh_flat_weights([part for part, _, _ in swapped])
+        for tensors in (part._parameters, part._buffers):
+            for key, tensor in list(tensors.items()):
+                if tensor is not None and id(tensor) in standing:
+                    tensors[key] = standing[id(tensor)]  # type: ignore[assignment]
+                    swapped.append((part, tensors, key, tensor))
+    recurrent = {id(part): part for part, *_ in swapped}.values()
+    _refresh_flat_weights(list(recurrent))
     try:
         yield
     finally:
-        for part, key, parameter in swapped:
-            part._parameters[key] = parameter
-        _refresh_flat_weights([part for part, _, _ in swapped])
+        for _, tensors, key, tensor in swapped:
+            tensors[key] = tensor  # type: ignore[assignment]
+        _refresh_flat_weights(list(recurrent))
 
 
 def _refresh_flat_weights(parts: Sequence[nn.Module]) -> None:
@@ -120,7 +126,7 @@ def _refresh_flat_weights(parts: Sequence[nn.Module]) -> None:
 
 
 @contextlib.contextmanager
-def _without_metrics(module: nn.Module) -> Iterator[None]:
+def without_metrics(module: nn.Module) -> Iterator[None]:
     """Metrics would keep vmap's tensors in their state; the self-check finds out where the loss needs them."""
     metrics = [m for m in module.modules() if isinstance(m, torchmetrics.Metric)]
     before = [dict(m.__dict__) for m in metrics]

@@ -25,6 +25,7 @@ class Run:
     dataset_size: int | None
     finished: bool
     seconds: float
+    eval_modules: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
 
@@ -61,6 +62,7 @@ def read_run(folder: Path, until: int | None = None) -> Run:
         dataset_size=manifest["dataset_size"],
         finished=manifest["finished"],
         seconds=manifest["fit_seconds"],
+        eval_modules=tuple(manifest.get("eval_modules", ())),
         notes=list(manifest["notes"]),
     )
     if manifest["parent"] is not None:

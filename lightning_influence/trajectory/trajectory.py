@@ -38,6 +38,7 @@ class Trajectory:
     notes: tuple[str, ...] = ()
     finished: bool = True
     fit_seconds: float | None = None
+    eval_modules: tuple[str, ...] = ()
     _stored_rates: Sequence[Sequence[float]] | None = field(default=None, repr=False)
 
     @classmethod
@@ -58,6 +59,7 @@ class Trajectory:
             notes=(*notes, *run.notes, *_loose_ends(run)),
             finished=run.finished,
             fit_seconds=run.seconds,
+            eval_modules=run.eval_modules,
         )
 
     @classmethod

@@ -198,8 +198,9 @@ def test_groups_have_settings_of_their_own():
         "kind": "SGD",
         "groups": [
             {"momentum": 0.9, "weight_decay": 0.1, "parameters": ["a", "b"]},
-            {"momentum": 0.0, "weight_decay": 0.0, "parameters": ["c"]},
+            {"momentum": 0.0, "weight_decay": 0.0, "parameters": ["c", "d"]},
         ],
+        "frozen": ["d"],
     }
     moves = moves_of(entry, [0.1, 0.2])
     assert moves.options == {

@@ -17,7 +17,8 @@ class Moves:
 
     Args:
         rule: the optimizer's.
-        options: by parameter name, the settings of its group with the learning rate applied as ``lr``.
+        options: by name of each parameter that was not frozen, the settings of its group with the learning rate
+            applied as ``lr``.
     """
 
     rule: Rule
@@ -68,10 +69,10 @@ def moves_of(entry: Mapping[str, Any], rates: Sequence[float]) -> Moves:
     Raises:
         ValueError: an optimizer without a rule, or settings beyond the rule.
     """
-    rule = rule_for(entry["kind"])
+    rule, frozen = rule_for(entry["kind"]), frozenset(entry.get("frozen", ()))
     options: dict[str, Mapping[str, Any]] = {}
     for group, rate in zip(entry["groups"], rates, strict=True):
         rule.check(group)
         own = {key: value for key, value in group.items() if key != "parameters"} | {"lr": rate}
-        options.update(dict.fromkeys(group["parameters"], own))
+        options.update(dict.fromkeys((name for name in group["parameters"] if name not in frozen), own))
     return Moves(rule, options)

@@ -1,0 +1,248 @@
+"""The module in training, as it was in the fit: the loss of a captured micro-batch and its derivatives."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+from lightning_influence.examples import Block, Examples, versions_of
+from lightning_influence.gradients import Engine, Gradients, Reduction
+from lightning_influence.gradients.general import requiring_gradients
+from lightning_influence.module import Task
+from lightning_influence.replay.captured import MicroBatch, Step
+from lightning_influence.replay.generators import put_back
+from lightning_influence.types import foreign
+
+_KEPT_BYTES = 2**28
+_WAY_OUT = "Pass `loss=`, a callable (module, batch) -> [batch] that gives the losses of the joint batch."
+
+
+@dataclass(frozen=True)
+class Drawn(Block):
+    """Examples as they were drawn together."""
+
+    drawn: Sequence[int] = ()
+
+    @property
+    def ids(self) -> Sequence[int]:  # type: ignore[override]
+        """Indices into the dataset."""
+        return self.drawn
+
+
+class Forward:
+    """Losses and gradients of micro-batches at the module's present weights.
+
+    Args:
+        engine: with the plan of the self-check.
+        examples: the training dataset.
+    """
+
+    def __init__(self, engine: Engine, examples: Examples) -> None:
+        self.engine, self.task, self.examples = engine, engine.task, examples
+        self.joint = engine.reduction is Reduction.NONE
+        """Whether ``loss=`` gives the losses of every example of a joint batch."""
+        self.mean = engine.reduction is not Reduction.SUM
+        self._checked: set[bool] = set()
+        self._kept: dict[tuple[int, ...], tuple[Any, list[int]]] = {}
+        self._kept_left = _KEPT_BYTES
+        self.written: dict[str, Tensor] = {}
+        """Buffers that the forward passes since the last step wrote into."""
+
+    @contextlib.contextmanager
+    def training(self, eval_modules: Sequence[str]) -> Iterator[None]:
+        """The module in the modes of the fit, its attention in the kernel that has second derivatives."""
+        module = self.task.module
+        recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
+        module.train()
+        for name in eval_modules:
+            module.get_submodule(name).training = False
+        self.task.remember()
+        self.task.on_forward = self._note_buffers
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
+                if recurrent:  # neither library has second derivatives of its recurrent layers
+                    stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+                    stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+                yield
+        finally:
+            self.task.on_forward = None
+            module.eval()
+            self.task.remember()
+
+    def share(self, batch: MicroBatch, step: Step) -> float:
+        """What an example's loss is multiplied with in the step's gradient."""
+        return 1.0 / (step.divisor * (len(batch.ids) if self.mean else 1))
+
+    def losses(self, batch: MicroBatch, on_device: Any = None) -> Tensor:
+        """The joint batch's losses, [example] where ``loss=`` is given, else the scalar of ``training_step``."""
+        on_device = self.read(batch) if on_device is None else on_device
+        put_back(batch.random, self.task.device)
+        losses = self.task(on_device)
+        if self.joint and len(losses) != len(batch.ids):
+            raise ValueError(
+                f"Expected `loss=` to return {len(batch.ids)} losses for {len(batch.ids)} examples, got {len(losses)}."
+            )
+        return losses
+
+    def total(self, batch: MicroBatch, step: Step) -> Tensor:
+        """What the fit called backward on."""
+        losses = self.losses(batch)
+        return losses.sum() * self.share(batch, step) if self.joint else losses / step.divisor
+
+    def gradients(
+        self, step: Step, weights: Tensor | None = None, renormalize: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The step's gradients before clipping, by name, without those that the loss does not reach; buffers written.
+
+        Args:
+            step: whose micro-batches.
+            weights: [train] of the examples' losses; None: all 1.
+            renormalize: divide a micro-batch by the sum of its weights in place of its size.
+        """
+        total: dict[str, Tensor] = {}
+        self.written = {}
+        for batch in step.batches:
+            found = self._plain(batch, step) if weights is None else self._weighted(batch, step, weights, renormalize)
+            for name, gradient in found.items():
+                total[name] = total[name] + gradient if name in total else gradient
+            self._keep_buffers()
+        return total, self.written
+
+    def rows(self, batch: MicroBatch) -> Gradients:
+        """Gradients of the examples' own losses in the joint forward pass."""
+        block = Drawn(batch.ids[0], len(batch.ids), self._batch(batch), self.examples.one, batch.ids)
+        draws: Callable[[], Any] | None = None
+        if batch.random:
+            draws = lambda: put_back(batch.random, self.task.device)  # noqa: E731
+        return self.engine.gradients(block, draws)
+
+    def read(self, batch: MicroBatch) -> Any:
+        """The collated micro-batch on the device."""
+        return self.task.to_device(self._batch(batch))
+
+    def check(self, step: Step, separate: bool) -> bool:
+        """Looks once at what the losses of a batch are to its examples when the module trains.
+
+        Args:
+            step: the module stands before it.
+            separate: whether examples must be told apart.
+
+        Returns:
+            Whether there were forward passes, which may have written into buffers.
+
+        Raises:
+            ValueError: a forward pass that mixes examples, without ``loss=``; a ``loss=`` that is not the fit's.
+        """
+        if separate in self._checked or (self.joint and self._checked):
+            return False
+        self._checked.add(separate)
+        if self.joint:
+            self._match_loss(step)
+        elif separate:
+            self._refuse_mixing(step)
+        return True
+
+    def _plain(self, batch: MicroBatch, step: Step) -> dict[str, Tensor]:
+        names = list(step.moves.options)
+        parameters = self.task.named_parameters()
+        with requiring_gradients(self.task.module, names):
+            total = self.total(batch, step)
+            if not total.requires_grad:
+                return {}
+            found = torch.autograd.grad(total, [parameters[name] for name in names], allow_unused=True)
+        return _present(names, found)
+
+    def _weighted(self, batch: MicroBatch, step: Step, weights: Tensor, renormalize: bool) -> dict[str, Tensor]:
+        own = weights[list(batch.ids)].to(self.task.device)
+        factor = example_factors(own, renormalize and self.mean) * self.share(batch, step)
+        if not self.joint:
+            rows = self.rows(batch)
+            scaled = rows.scaled(dict.fromkeys(rows.parts, factor))
+            return {name: gradient for name, gradient in scaled.total().items() if name in step.moves.options}
+        names, parameters = list(step.moves.options), self.task.named_parameters()
+        with requiring_gradients(self.task.module, names):
+            losses = self.losses(batch)
+            total = (losses * factor.to(losses)).sum()
+            found = torch.autograd.grad(total, [parameters[name] for name in names], allow_unused=True)
+        return _present(names, found)
+
+    def _batch(self, batch: MicroBatch) -> Any:
+        kept, versions = self._kept.get(batch.ids, (None, None))
+        if versions is not None and versions == versions_of(kept):  # no step wrote into it
+            return kept
+        found = self.examples.some(batch.ids)
+        size = sum(t.numel() * t.element_size() for t in tree_leaves(found) if isinstance(t, Tensor))
+        if versions is None and size <= self._kept_left and not any(foreign(leaf) for leaf in tree_leaves(found)):
+            self._kept_left -= size
+            self._kept[batch.ids] = found, versions_of(found)
+        return found
+
+    def _note_buffers(self) -> None:
+        self.written = {name: buffer.detach().clone() for name, buffer in self.task.named_buffers().items()}
+
+    def _keep_buffers(self) -> None:
+        """The next micro-batch of the step finds the buffers as this one left them."""
+        buffers = self.task.named_buffers()
+        for name, value in self.written.items():
+            buffers[name].data = value.clone()
+
+    def _match_loss(self, step: Step) -> None:
+        """Whether the step takes the mean or the sum of ``loss=``: where it can be asked, it must be one of them."""
+        batch = step.batches[0]
+        try:
+            own = Task(self.task.module, None, self.task.device, self.task.trainer)
+        except (TypeError, ValueError):  # manual optimization: the mean, until the weights say otherwise
+            return
+        with torch.no_grad():
+            losses = self.losses(batch).double()
+            put_back(batch.random, self.task.device)
+            value = float(own(self.read(batch)))
+        for mean, mine in ((True, float(losses.mean())), (False, float(losses.sum()))):
+            if abs(mine - value) <= 1e-4 * max(abs(value), float(losses.abs().max()) / len(losses), 1e-30):
+                self.mean = mean
+                return
+        raise ValueError(
+            f"Expected the mean or the sum of `loss=` to be what `training_step` returns, got mean "
+            f"{float(losses.mean()):.6g} and sum {float(losses.sum()):.6g} for {value:.6g}: replaying needs the loss "
+            "that was trained on. Let `loss=` return each example's share of it."
+        )
+
+    def _refuse_mixing(self, step: Step) -> None:
+        for name, part in self.task.module.named_modules():
+            if isinstance(part, _BatchNorm) and part.training:
+                raise ValueError(
+                    f"Expected examples that do not change one another's loss in training, got `{name}` "
+                    f"({type(part).__name__}) in train mode, which normalises by its batch. {_WAY_OUT}"
+                )
+        batch = step.batches[0]
+        if batch.random or self.examples.draws:  # an example's own pass would draw other numbers
+            return
+        with torch.no_grad():
+            joint = float(self.losses(batch))
+            singles = []
+            for example in batch.ids:
+                singles.append(float(self.task(self.task.to_device(self.examples.one(example)))))
+        mine = sum(singles) / (len(singles) if self.mean else 1)
+        if not abs(mine - joint) <= 1e-3 * max(abs(joint), max(abs(x) for x in singles) / len(singles), 1e-30):
+            raise ValueError(
+                f"Expected the loss of a batch in training to be the {'mean' if self.mean else 'sum'} of those of its "
+                f"examples, got {joint:.6g} for examples that give {mine:.6g} alone. {_WAY_OUT}"
+            )
+
+
+def example_factors(weights: Tensor, renormalize: bool) -> Tensor:
+    """What the weights of a micro-batch's examples, [..., example], multiply their shares with."""
+    if not renormalize:
+        return weights
+    total = weights.sum(-1, keepdim=True)
+    return weights * weights.shape[-1] / torch.where(total == 0, torch.ones_like(total), total)
+
+
+def _present(names: Sequence[str], tensors: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}

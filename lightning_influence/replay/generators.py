@@ -1,0 +1,39 @@
+"""Puts captured states of the random generators back, as they were before a micro-batch's forward pass."""
+
+import math
+import random
+import sys
+from collections.abc import Mapping
+
+import numpy
+import torch
+
+_WORDS = 625  # 624 keys and the position
+
+
+def put_back(states: Mapping[str, bytes], device: torch.device) -> None:
+    """Sets the generators that the forward pass drew from; the others stay as they are.
+
+    The device's own generator is set only where the fit ran on a device of that kind.
+    """
+    if "torch" in states:
+        torch.set_rng_state(_bytes(states["torch"]))
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(_bytes(states["cuda"]), device)
+    if "python" in states:
+        random.setstate(_python(states["python"]))
+    if "numpy" in states and sys.modules.get("numpy") is not None:
+        words = numpy.frombuffer(states["numpy"], dtype=numpy.uint32)
+        numpy.random.set_state(("MT19937", words[:-1], int(words[-1]), 0, 0.0))
+
+
+def _bytes(state: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)
+
+
+def _python(state: bytes) -> tuple[int, tuple[int, ...], float | None]:
+    if len(state) == 4 * _WORDS:  # as it lies in memory, position first
+        position, *keys = numpy.frombuffer(state, dtype=numpy.uint32).tolist()
+        return 3, (*keys, position), None
+    version, *internal, gauss = numpy.frombuffer(state, dtype=numpy.float64).tolist()
+    return int(version), tuple(int(number) for number in internal), None if math.isnan(gauss) else gauss
