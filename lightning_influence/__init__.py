@@ -22,6 +22,7 @@ from lightning_influence.curvature.exact_hessian import ExactHessian
 from lightning_influence.curvature.lissa import LiSSA
 from lightning_influence.method import Evidence, Method
 from lightning_influence.methods.gradient_dot import GradientDot
+from lightning_influence.methods.hydra import HyDRA
 from lightning_influence.methods.influence_function import InfluenceFunction
 from lightning_influence.methods.representer_points import RepresenterPoints
 from lightning_influence.methods.tracin_cp import TracInCP
@@ -42,6 +43,7 @@ __all__ = [
     "ExactGGN",
     "ExactHessian",
     "GradientDot",
+    "HyDRA",
     "Influence",
     "InfluenceFunction",
     "LiSSA",

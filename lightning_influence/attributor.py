@@ -109,19 +109,24 @@ class Attributor:
         source = self._queries(queries)
         with self._sessions.open(source, measurement, aggregate == "mean", method.gradients) as session:
             setting, asked = self._ask(session)
-            dtype, n_train = setting.zeros().dtype, setting.n_train
+            dtype = setting.zeros().dtype
+            ids = _scored(method, setting.n_train)
             sink: MatrixSink | TopKSink
             if top_k is None:
-                sink = MatrixSink(len(asked), n_train, dtype)
+                sink = MatrixSink(len(asked), len(ids), dtype)
             else:
                 sink = TopKSink(len(asked), top_k, dtype)
             run_scores(method, setting, asked, sink, -1.0 if higher_is_better else 1.0, self.trainer)
         record = self._record(method, setting) | {
-            "train_ids": torch.arange(n_train),
+            "train_ids": ids,
             "query_ids": torch.arange(len(asked)),
-            "base": (self._train.base_ids(), None if aggregate else source.base_ids()),
+            "base": (_some(self._train.base_ids(), ids), None if aggregate else source.base_ids()),
         }
-        scores = Scores(*sink.kept(), **record)
+        values, best = sink.kept()
+        if best is not None:  # positions among those that have scores
+            high, low = best
+            best = high._replace(train_ids=ids[high.train_ids]), low._replace(train_ids=ids[low.train_ids])
+        scores = Scores(values, best, **record)
         scores.at_hand = (self._train.dataset, None if aggregate else source.dataset)
         if path is not None:
             scores.save(path)
@@ -151,13 +156,16 @@ class Attributor:
 
         Raises:
             TypeError: ids that are no whole numbers, such as a mask.
-            ValueError: ids outside the training dataset.
+            ValueError: ids outside the training dataset, or without scores.
         """
         self._check(method)
         ids = whole_numbers(ids).tolist()
         wrong = [i for i in ids if not 0 <= i < len(self._train.dataset)]
         if wrong:
             raise ValueError(f"Expected `ids` below {len(self._train.dataset)}, got {wrong[:5]!r}.")
+        scored = _scored(method, len(self._train.dataset))
+        if unscored := sorted(set(ids) - set(scored.tolist())):
+            raise ValueError(f"Expected `ids` that {method!r} has scores for, got {unscored[:5]!r}.")
         with self._sessions.open(self._queries(queries), gradients=method.gradients) as session:
             setting, asked = self._ask(session)
             return run_group(method, setting, asked, list(ids), self.trainer)
@@ -246,6 +254,16 @@ def _check_arguments(top_k: object, aggregate: object, measurement: object, high
         raise ValueError(f"Expected `aggregate` to be None or 'mean', got {aggregate!r}.")
     if higher_is_better and measurement is None:
         raise ValueError("Expected `measurement=` with `higher_is_better=True`, got None: a loss is better when low.")
+
+
+def _scored(method: Method, n_train: int) -> Tensor:
+    """[scored] int64: ids of the training examples that a method has scores for."""
+    ids = method.scored(n_train)
+    return torch.arange(n_train) if ids is None else torch.tensor(list(ids), dtype=torch.int64)
+
+
+def _some(base: Tensor | None, ids: Tensor) -> Tensor | None:
+    return None if base is None else base[ids]
 
 
 def _selected(module: Any, trajectory: Trajectory | None, patterns: Sequence[str] | None) -> list[str]:

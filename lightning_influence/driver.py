@@ -44,7 +44,8 @@ def run_scores(method: Method, setting: Setting, asked: Asked, sink: Sink, sign:
                 tile = method.score(setting, queries)
                 _check_shape(method, tile, len(queries), len(setting.ids))
                 if bad.clean(tile, first, start):
-                    sink.take(tile if sign > 0 else -tile, first, start)
+                    tile, column = _scored(tile, start, method.scored(n_train))
+                    sink.take(tile if sign > 0 else -tile, first, column)
     bad.refuse()
 
 
@@ -59,7 +60,9 @@ def run_group(method: Method, setting: Setting, asked: Asked, ids: Sequence[int]
     for first in range(0, len(asked), block):
         values = method.group(setting, asked[first : first + block], ids)
         if values is None:
-            sink = GroupSink(len(asked), ids)
+            scored = method.scored(setting.n_train)
+            columns = ids if scored is None else torch.searchsorted(torch.as_tensor(scored), torch.as_tensor(ids))
+            sink = GroupSink(len(asked), torch.as_tensor(columns).tolist())
             run_scores(method, setting, asked, sink, 1.0, trainer)
             return sink.total
         found.append(values)
@@ -123,6 +126,15 @@ def tiling(method: Method, setting: Setting, asked: Asked) -> tuple[int, int]:
     if most is not None:
         block = min(block, whole_blocks(max(1, most), asked.examples.block_size))
     return block, max(1, _TILE // min(block, len(asked)) // size) * size
+
+
+def _scored(tile: Tensor, start: int, ids: Sequence[int] | None) -> tuple[Tensor, int]:
+    """The columns of a tile that have a score, and how many lie before it."""
+    if ids is None:
+        return tile, start
+    kept = torch.as_tensor(ids)
+    inside = kept[(kept >= start) & (kept < start + tile.shape[1])] - start
+    return tile[:, inside.to(tile.device)], int((kept < start).sum())
 
 
 def _check_shape(method: Method, tile: Tensor, n_queries: int, n_train: int) -> None:

@@ -61,6 +61,10 @@ class Method(ABC):
         """[query]: what some training examples did together; None: the sum of their scores."""
         return None
 
+    def scored(self, n_train: int) -> Sequence[int] | None:
+        """Ids of the training examples that have a score, ascending; None: all. ``score`` returns a column for each."""
+        return None
+
     def tracker(self) -> Tracker | None:
         """What watches the fit while it runs, or None: a new one for every fit."""
         return None

@@ -124,6 +124,7 @@ def test_public_names():
         "ExactGGN",
         "ExactHessian",
         "GradientDot",
+        "HyDRA",
         "Influence",
         "InfluenceFunction",
         "LiSSA",

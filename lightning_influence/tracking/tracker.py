@@ -35,7 +35,9 @@ class Fit:
         batch_sizes: examples of a micro-batch and micro-batches of a step, as far as the loader tells.
         uniform: whether the optimizer's derivatives are the same for every entry of a parameter (SGD).
         queries: all queries of ``Influence(queries=)``, or None.
-        folder: for working files, which no reader ever looks at.
+        states: tensors that the optimizer keeps for each parameter.
+        folder: of the tracker's own files.
+        resumed: folder of the runs of the fit that is resumed, or None.
         free_disk: bytes that are free there.
         sample: a micro-batch of training examples, to time work on.
         seconds: of a plain forward and backward pass over it.
@@ -47,7 +49,9 @@ class Fit:
     batch_sizes: tuple[int | None, int]
     uniform: bool
     queries: Queries | None
+    states: int
     folder: Path
+    resumed: Path | None
     free_disk: int
     sample: Block
     seconds: float

@@ -16,7 +16,7 @@ from lightning_influence.gradients import Engine, Reduction
 from lightning_influence.gradients.general import requiring_gradients
 from lightning_influence.module import Loss, clean, quiet
 from lightning_influence.numerics.clipping import ByValue
-from lightning_influence.numerics.optimizers import Before, rule_for
+from lightning_influence.numerics.optimizers import Before, Rule, rule_for
 from lightning_influence.session import Asked, Session
 from lightning_influence.setting import Queries
 from lightning_influence.tracking.present import Present, Seen
@@ -96,7 +96,7 @@ class Watch:
         self._engine, self._asked = session.engine, session.asked
         self._mean = {Reduction.MEAN: True, Reduction.SUM: False}.get(session.engine.reduction)
         self._watch()
-        fit = self._fit(session)
+        fit = self._fit(session, None if parent is None else parent.parent)
         for each in self.tracked:
             state = None
             if made > 0:
@@ -106,13 +106,13 @@ class Watch:
                         f"Expected what `{each.name}` held at step {made}, from which this fit resumes, got nothing in "
                         f"`{parent}`: the steps before are unknown. Fit from the start, or leave the method out."
                     )
-            each.plan = each.tracker.starts(fit, state)
+            folder = self._run / FOLDER / each.name
+            folder.mkdir(parents=True, exist_ok=True)
+            each.plan = each.tracker.starts(replace(fit, folder=folder), state)
             self._afford(each, fit)
 
-    def _fit(self, session: Session) -> Fit:
+    def _fit(self, session: Session, resumed: Path | None) -> Fit:
         trainer = self._trainer
-        folder = self._run / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
         sizes = getattr(trainer.train_dataloader, "batch_size", None), trainer.accumulate_grad_batches
         rule = rule_for(type(self._optimizer).__name__)
         asked = session.asked
@@ -126,8 +126,10 @@ class Watch:
             batch_sizes=sizes,
             uniform=rule.uniform and not isinstance(clipping_of(trainer), ByValue),
             queries=None if asked is None else asked[:],
-            folder=folder,
-            free_disk=shutil.disk_usage(folder).free,
+            states=max(states_of(rule, group) for group in self._optimizer.param_groups),
+            folder=self._run,
+            resumed=resumed,
+            free_disk=shutil.disk_usage(self._run).free,
             sample=sample,
             seconds=_plain_seconds(session, sample),
         )
@@ -269,7 +271,8 @@ class Watch:
         for group in self._optimizer.param_groups:
             rule.check(group)
             options = {key: value for key, value in group.items() if key != "params"}
-            for name in [n for n, p in names.items() if any(p is q for q in group["params"])]:
+            own = {id(p) for p in group["params"]}
+            for name in [n for n, p in names.items() if id(p) in own]:
                 weight, gradient, state = self._places[name]
                 count = int(self._optimizer.state[names[name]].get("step", 1)) - 1
                 kept = {key: value for key, value in state.items() if key != "step"}
@@ -305,6 +308,12 @@ class _Guard:
             self._lose(f"{type(error).__name__}: {error}")
             return True
         return False
+
+
+def states_of(rule: Rule, options: Mapping[str, Any]) -> int:
+    """How many tensors an optimizer keeps for each parameter of a group."""
+    zero = torch.zeros(1)
+    return len(rule.step(Before(zero, zero, {}, 0, options))[1])
 
 
 def _gradient(parameter: Tensor) -> Tensor:

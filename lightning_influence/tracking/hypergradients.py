@@ -1,0 +1,205 @@
+"""Follows the derivatives of the weights by the weights of examples, vector by vector, as the optimizer moves."""
+
+import contextlib
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.setting import Queries
+from lightning_influence.tracking.present import Present, Seen
+from lightning_influence.tracking.tracker import Fit, Plan, PlanError, State, Step, Tracker, Untrackable
+
+# Elements of hypergradients that are updated at once.
+_AT_ONCE = 2**24
+Vectors = dict[str, Tensor]
+"""[tracked, *shape] by parameter name."""
+
+
+class Hypergradients(Tracker):
+    """Derivatives of all weights of the model by the weight of each tracked example in training.
+
+    Args:
+        hessian: whether a change of the weights changes the gradients after it, which is exact.
+        examples: ids to track; None: all.
+        memory: bytes that may stay in memory; beyond that the vectors live in a memory-mapped file.
+    """
+
+    def __init__(self, hessian: bool, examples: Sequence[int] | None, memory: int) -> None:
+        self.hessian, self._examples, self._memory = hessian, examples, memory
+        self.ids = torch.zeros(0, dtype=torch.int64)
+        self.weights: Vectors = {}
+        self.states: dict[str, Vectors] = {}
+        self._slots: dict[int, int] = {}
+        self._like: Vectors = {}
+        self._free: list[Vectors] = []
+        self._folder: Path | None = None
+        self._moved = False
+
+    # ---- the plan -------------------------------------------------------------------------------------------------
+
+    def starts(self, fit: Fit, state: State | None) -> Plan:
+        """Makes room, and starts from zero or from where a resumed fit goes on.
+
+        Raises:
+            Untrackable: ids that are no training examples.
+            PlanError: more than there is room for.
+        """
+        ids = list(range(fit.n_train)) if self._examples is None else sorted(set(self._examples))
+        wrong = [i for i in ids if not 0 <= i < fit.n_train]
+        if wrong or not ids:
+            raise Untrackable(f"Expected `examples` to be ids below {fit.n_train}, got {wrong[:5] or 'none'}.")
+        self.ids, self._slots = torch.tensor(ids), {i: slot for slot, i in enumerate(ids)}
+        parameters = fit.engine.task.named_parameters()
+        self._like = {name: parameters[name].detach() for name in fit.engine.plan.names}
+        one = sum(p.numel() * p.element_size() for p in self._like.values()) * len(ids)
+        pending = fit.batch_sizes[1] if self.hessian else 0
+        total, kept = one * (1 + fit.states + pending), one * (1 + fit.states)
+        on_disk = total > self._memory
+        self._folder = fit.folder if on_disk else None
+        plan = Plan(0.0 if on_disk else float(total), float(kept + (total if on_disk else 0)), self._time(fit))
+        if plan.disk is not None and plan.disk > fit.free_disk:
+            raise PlanError(
+                f"Expected hypergradients of {len(ids):,} examples to fit the {fit.free_disk / 2**20:,.0f} MiB that "
+                f"are free in `{fit.folder}`, got {plan}. Track fewer `examples=`, take `HyDRA(mode='replay')`, or for "
+                "SGD `hessian=False`, which keeps no vectors."
+            )
+        self.weights = self._room()
+        if state is not None:
+            self._restore(state)
+        return plan
+
+    def _time(self, fit: Fit) -> float:
+        """Times the plain step, by timing the work of a step on a few examples."""
+        some = min(len(self.ids), 4)
+        vectors = {name: p.expand(some, *p.shape).clone() for name, p in self._like.items()}
+        start = time.perf_counter()
+        for vector in vectors.values():
+            vector.mul_(0.9).add_(vector, alpha=0.1)
+        each = (time.perf_counter() - start) * (1 + fit.states)
+        if self.hessian:
+            batch = fit.engine.task.to_device(fit.sample.batch)
+            seen = Seen.of(fit.engine.task)
+            present = Present(replace(fit.engine, task=seen), tuple(fit.sample.ids), batch, 1.0 / fit.sample.size)
+            products = present.curvature()
+            start = time.perf_counter()
+            products.times(vectors)
+            each += time.perf_counter() - start
+        return each / some * len(self.ids) / max(fit.seconds, 1e-9)
+
+    def _room(self) -> Vectors:
+        """Zeros, in memory or in a file that is gone with the process."""
+        shapes = {name: (len(self.ids), *p.shape) for name, p in self._like.items()}
+        if self._folder is None:
+            return {name: self._like[name].new_zeros(shape) for name, shape in shapes.items()}
+        return {name: _mapped(self._folder, shape, self._like[name]) for name, shape in shapes.items()}
+
+    # ---- the recursion --------------------------------------------------------------------------------------------
+
+    def batch(self, present: Present) -> Any:
+        """What the micro-batch adds to the changes of the step's gradient: rows of its examples, and H D."""
+        tracked = [j for j, i in enumerate(present.ids) if i in self._slots]
+        slots = torch.tensor([self._slots[present.ids[j]] for j in tracked], dtype=torch.int64)
+        rows = {name: r * present.share for name, r in present.rows(tracked).items()} if tracked else {}
+        if not self.hessian:
+            return slots, rows, None
+        changes = self._free.pop() if self._free else self._room()
+        products = present.curvature() if self._moved else None
+        for chunk in self._chunks():
+            found = None if products is None else products.times({n: d[chunk] for n, d in self.weights.items()})
+            for name, change in changes.items():
+                change[chunk] = 0.0 if found is None else found[name]
+        return slots, rows, changes
+
+    def stepped(self, step: Step, queries: Queries | None) -> None:
+        """Takes the changes through clipping and the optimizer."""
+        moved, made = step.moved, dict[str, set[str]]()
+        for chunk in self._chunks():
+            changes = self._changes(step, chunk)
+            if moved.clipping is not None:
+                changes |= moved.clipping.pull(moved.raw, {name: changes[name] for name in moved.raw})
+            for name, at in moved.places.items():
+                before = {key: v[chunk] for key, v in self.states.get(name, {}).items()}
+                weight, after = moved.rule.tangent(at, self.weights[name][chunk], changes[name], before)
+                self.weights[name][chunk] = weight
+                made[name] = set(after)
+                for key, value in after.items():
+                    self._state(name, key)[chunk] = value
+        for name in moved.places:  # what the rule keeps no longer is gone
+            for key in self.states.get(name, {}).keys() - made.get(name, set()):
+                del self.states[name][key]
+        self._free += [changes for _, _, changes in step.batches if changes is not None]
+        self._moved = True
+
+    def _changes(self, step: Step, chunk: slice) -> Vectors:
+        """[chunk, *shape]: of the step's gradient before clipping, for some of the tracked examples."""
+        dense = [changes for _, _, changes in step.batches if changes is not None]
+        first, last = chunk.start, chunk.stop
+        total = {}
+        for name, like in self._like.items():
+            change = like.new_zeros(last - first, *like.shape)
+            for changes in dense:
+                change += changes[name][chunk]
+            for slots, rows, _ in step.batches:
+                here = (slots >= first) & (slots < last)
+                if bool(here.any()):
+                    change.index_add_(0, (slots[here] - first).to(like.device), rows[name][here.to(like.device)])
+            total[name] = change
+        return total
+
+    def _chunks(self) -> Iterator[slice]:
+        width = sum(p.numel() for p in self._like.values())
+        step = max(1, _AT_ONCE // max(1, width))
+        for start in range(0, len(self.ids), step):
+            yield slice(start, min(start + step, len(self.ids)))
+
+    def _state(self, name: str, key: str) -> Tensor:
+        of_name = self.states.setdefault(name, {})
+        if key not in of_name:
+            shape, like = (len(self.ids), *self._like[name].shape), self._like[name]
+            of_name[key] = like.new_zeros(shape) if self._folder is None else _mapped(self._folder, shape, like)
+        return of_name[key]
+
+    # ---- what is written ------------------------------------------------------------------------------------------
+
+    def state(self) -> State:
+        """All vectors."""
+        tensors = {"ids": self.ids} | {f"weight|{name}": value for name, value in self.weights.items()}
+        for name, of_name in self.states.items():
+            tensors |= {f"state|{name}|{key}": value for key, value in of_name.items()}
+        return State(tensors, {"kind": "vectors"})
+
+    def _restore(self, state: State) -> None:
+        if state.facts["kind"] != "vectors" or not torch.equal(state.tensors["ids"], self.ids):
+            raise Untrackable(
+                f"Expected the resumed fit to have tracked these {len(self.ids)} examples with this kind of optimizer, "
+                "got others. Resume with the same settings."
+            )
+        for key, value in state.tensors.items():
+            kind, *names = key.split("|")
+            if kind == "weight":
+                self.weights[names[0]].copy_(value)
+            elif kind == "state":
+                self._state(*names).copy_(value)
+        self._moved = True
+
+    def close(self) -> None:
+        """Lets go of the vectors: mapped files vanish with them."""
+        self.weights, self.states, self._free = {}, {}, []
+
+
+def _mapped(folder: Path, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Zeros in a file without a name, where the system allows that: a process that dies leaves nothing behind."""
+    handle, path = tempfile.mkstemp(prefix=".work-", dir=folder)
+    os.close(handle)
+    tensor = torch.from_file(path, shared=True, size=math.prod(shape), dtype=like.dtype).view(shape)
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+    return tensor

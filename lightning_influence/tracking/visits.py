@@ -1,0 +1,269 @@
+"""Follows hypergradients without vectors: each visit's factors, and the numbers that they are multiplied by."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.gradients import Gradients
+from lightning_influence.gradients.queries import QueryGradients
+from lightning_influence.numerics.clipping import ByNorm
+from lightning_influence.numerics.optimizers import Before, Rule
+from lightning_influence.setting import Queries
+from lightning_influence.tracking.encoded import decode, encode
+from lightning_influence.tracking.present import Present, Seen
+from lightning_influence.tracking.record import load, save
+from lightning_influence.tracking.tracker import Fit, Plan, PlanError, State, Step, Tracker, Untrackable
+
+_WEIGHT, _GRADIENT = "weight", "gradient"
+
+
+class Visits(Tracker):
+    """Hypergradients without the Hessian, where the optimizer multiplies all entries of a parameter alike.
+
+    That of an example is then a sum over its visits of a number times the gradient at the visit. The gradients stay as
+    factors, in segments on disk; the numbers follow at the end from what the steps did.
+
+    Args:
+        memory: bytes of factors that are kept before a segment is written.
+    """
+
+    def __init__(self, memory: int) -> None:
+        self._memory = memory
+        self._folder = Path()
+        self._names: list[str] = []
+        self._kinds: list[dict[str, dict[str, float]]] = []
+        self._known: dict[str, int] = {}
+        self._path: list[list[int]] = []  # [step][name]: which kind of step, -1 for none
+        self._segments: list[str] = []
+        self._pending: list[dict[str, Any]] = []
+        self._bytes = 0
+
+    def starts(self, fit: Fit, state: State | None) -> Plan:
+        """Plans, and goes on where a resumed fit stood.
+
+        Raises:
+            PlanError: more factors than there is disk.
+        """
+        self._folder, self._names = fit.folder, list(fit.engine.plan.names)
+        sample = _sample(fit)
+        start = time.perf_counter()
+        each = sample.gradients().query_bytes(1)
+        start = time.perf_counter()
+        sample.gradients()
+        seconds = time.perf_counter() - start
+        size, accumulated = fit.batch_sizes
+        visits = None if fit.steps is None else fit.steps * accumulated * (size or 1)
+        disk = None if visits is None else float(visits * each)
+        plan = Plan(float(self._memory if disk is None else min(disk, self._memory)), disk, seconds / fit.seconds)
+        if disk is not None and disk > fit.free_disk:
+            raise PlanError(
+                f"Expected the factors of {visits:,} visits to fit the {fit.free_disk / 2**20:,.0f} MiB that are free "
+                f"in `{fit.folder}`, got {plan}. Take `HyDRA(mode='replay', hessian=False)`, which keeps two numbers "
+                "for each query and example, or fewer epochs."
+            )
+        if state is not None:
+            self._restore(state, fit.resumed)
+        return plan
+
+    def batch(self, present: Present) -> Any:
+        """The factors of the micro-batch."""
+        return present.share, present.gradients()
+
+    def stepped(self, step: Step, queries: Queries | None) -> None:
+        """Notes what the step does to every earlier visit, and its own visits."""
+        moved = step.moved
+        keys: dict[tuple[int, bool], int] = {}
+        path = []
+        for name in self._names:
+            at = moved.places.get(name)
+            if at is None:
+                path.append(-1)
+                continue
+            key = id(at.options), bool(at.state)
+            if key not in keys:
+                keys[key] = self._kind(moved.rule, at)
+            path.append(keys[key])
+        self._path.append(path)
+        factor, along = _clipped(moved.clipping, moved.raw)
+        for ids, (share, gradients) in zip(step.ids, step.batches, strict=True):
+            pulled = gradients.times(_whole(moved.raw, gradients)) if along else None
+            self._keep(
+                {
+                    "ids": list(ids),
+                    "share": share,
+                    "step": len(self._path) - 1,
+                    "factor": factor,
+                    "along": along,
+                    "pulled": None if pulled is None else pulled.cpu(),
+                    "parts": encode(gradients),
+                }
+            )
+
+    def state(self) -> State:
+        """Segments so far and what the steps did."""
+        self._flush()
+        facts = {"kind": "visits", "names": self._names, "kinds": self._kinds, "segments": list(self._segments)}
+        return State({"path": torch.tensor(self._path, dtype=torch.int32).view(-1, len(self._names))}, facts)
+
+    def _restore(self, state: State, runs: Path | None) -> None:
+        if state.facts["kind"] != "visits" or state.facts["names"] != self._names:
+            raise Untrackable(
+                "Expected the resumed fit to have had this kind of optimizer and these parameters, got others. Resume "
+                "with the same settings."
+            )
+        self._kinds, self._segments = list(state.facts["kinds"]), list(state.facts["segments"])
+        if runs is not None and runs != self._folder.parents[2]:
+            self._segments = [str(runs / segment) for segment in self._segments]
+        self._path = state.tensors["path"].tolist()
+
+    def _keep(self, visit: dict[str, Any]) -> None:
+        self._pending.append(visit)
+        self._bytes += sum(_bytes(part) for _, part in visit["parts"])
+        if self._bytes > self._memory:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Writes a segment; its name says where it lies seen from the folder of all runs."""
+        if self._pending:
+            path = self._folder / f"visits-{len(self._segments):08d}.pt"
+            save(path, self._pending)
+            self._segments.append(path.relative_to(self._folder.parents[2]).as_posix())
+            self._pending, self._bytes = [], 0
+
+    def _kind(self, rule: Rule, at: Before) -> int:
+        """The number of this kind of step: how units of weight, state and gradient pass to weight and state."""
+        key = repr((type(rule).__name__, sorted(at.options.items(), key=lambda item: item[0]), sorted(at.state)))
+        if key not in self._known:
+            self._known[key] = len(self._kinds)
+            self._kinds.append(coefficients(rule, at))
+        return self._known[key]
+
+
+def coefficients(rule: Rule, at: Before) -> dict[str, dict[str, float]]:
+    """{after: {before: number}} over the weight, the gradient and the state's names, for a uniform rule."""
+    inputs = [_WEIGHT, *sorted(at.state), _GRADIENT]
+    unit = torch.eye(len(inputs), dtype=torch.float64)
+    state = {name: unit[i] for i, name in enumerate(inputs) if name in at.state}
+    like = replace(at, weight=at.weight.new_zeros(()).double(), gradient=at.gradient.new_zeros(()).double())
+    weight, after = rule.tangent(like, unit[0], unit[-1], state)
+    return {
+        name: {inputs[i]: float(value) for i, value in enumerate(row) if float(value)}
+        for name, row in {_WEIGHT: weight, **after}.items()
+    }
+
+
+@dataclass
+class Numbers:
+    """What a visit at each step counts for at the end, [step], by kinds of parameters that were moved alike.
+
+    Args:
+        names: the parameters of each kind.
+        counts: [step] of each kind.
+    """
+
+    names: list[list[str]] = field(default_factory=list)
+    counts: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, state: State) -> "Numbers":
+        """From what the steps did, last to first."""
+        path, kinds, found = state.tensors["path"], state.facts["kinds"], cls()
+        columns, of_name = path.unique(dim=1, return_inverse=True)
+        for k in range(columns.shape[1]):
+            found.names.append([n for n, c in zip(state.facts["names"], of_name.tolist(), strict=True) if c == k])
+            found.counts.append(_backwards(columns[:, k].tolist(), kinds))
+        return found
+
+
+def _backwards(path: Sequence[int], kinds: Sequence[Mapping[str, Mapping[str, float]]]) -> Tensor:
+    reach = {_WEIGHT: 1.0}  # by how much one unit of weight or state after a step moves the final weight
+    counts = torch.zeros(len(path), dtype=torch.float64)
+    for step in reversed(range(len(path))):
+        if path[step] < 0:
+            continue
+        before: dict[str, float] = {}
+        for after, row in kinds[path[step]].items():
+            for name, number in row.items():
+                before[name] = before.get(name, 0.0) + reach.get(after, 0.0) * number
+        counts[step] = before.pop(_GRADIENT, 0.0)
+        reach = before
+    return counts
+
+
+def add_products(total: Tensor, first: int, query: QueryGradients, state: State, runs: Path) -> None:
+    """``total`` [query, train of a tile that begins with ``first``] += the queries' products with hypergradients.
+
+    Args:
+        total: is added to.
+        first: id of its first column.
+        query: gradients at the final weights.
+        state: what a ``Visits`` held.
+        runs: the folder of all runs.
+    """
+    numbers = Numbers.of(state)
+    window: list[tuple[dict[str, Any], list[Tensor]]] = []
+    for segment in state.facts["segments"]:
+        for visit in load(runs / segment):
+            if window and window[-1][0]["step"] != visit["step"]:
+                _add_step(total, first, window, numbers)
+                window = []
+            gradients = decode(visit["parts"], len(visit["ids"]), total.device)
+            window.append((visit, [query.dot(_only(gradients, names)).to(total) for names in numbers.names]))
+    if window:
+        _add_step(total, first, window, numbers)
+
+
+def _add_step(total: Tensor, first: int, window: list[tuple[dict[str, Any], list[Tensor]]], numbers: Numbers) -> None:
+    """One step's visits, of all its micro-batches: clipping by norm makes each change the others' part."""
+    for k, counts in enumerate(numbers.counts):
+        number = float(counts[window[0][0]["step"]])
+        if not number:
+            continue
+        whole = torch.stack([(products[k] * visit["share"]).sum(1) for visit, products in window]).sum(0)
+        for visit, products in window:
+            part = products[k] * (visit["share"] * visit["factor"])
+            if visit["pulled"] is not None:
+                part = part - whole[:, None] * (visit["share"] * visit["along"] * visit["pulled"].to(part))
+            ids = torch.tensor(visit["ids"]) - first
+            here = (ids >= 0) & (ids < total.shape[1])
+            total.index_add_(1, ids[here].to(total.device), (number * part[:, here]).to(total))
+
+
+def _clipped(clipping: Any, raw: Mapping[str, Tensor]) -> tuple[float, float]:
+    """Clipping of a change u of the gradient g is factor u - along <g, u> g."""
+    if not isinstance(clipping, ByNorm):
+        return 1.0, 0.0
+    norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in raw.values()])))
+    factor = clipping.limit / (norm + 1e-6)
+    return (1.0, 0.0) if factor >= 1.0 else (factor, clipping.limit / ((norm + 1e-6) ** 2 * norm))
+
+
+def _whole(raw: Mapping[str, Tensor], gradients: Gradients) -> dict[str, Tensor]:
+    names = [(n, shape) for names, p in gradients.parts.items() for n, shape in zip(names, p.shapes(), strict=True)]
+    like = next(iter(raw.values()))
+    return {name: raw[name] if name in raw else like.new_zeros(shape) for name, shape in names}
+
+
+def _only(gradients: Gradients, names: Sequence[str]) -> Gradients:
+    """The parts of some parameters."""
+    wanted = set(names)
+    if any(0 < len(wanted & set(key)) < len(key) for key in gradients.parts):
+        gradients = gradients.apart()
+    parts = {key: part for key, part in gradients.parts.items() if set(key) <= wanted}
+    return Gradients(parts, {}, gradients.size)
+
+
+def _sample(fit: Fit) -> Present:
+    engine = replace(fit.engine, task=Seen.of(fit.engine.task))
+    batch = fit.engine.task.to_device(fit.sample.batch)
+    return Present(engine, tuple(fit.sample.ids), batch, 1.0 / fit.sample.size)
+
+
+def _bytes(part: Any) -> int:
+    leaves = torch.utils._pytree.tree_leaves(part)
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
