@@ -28,6 +28,7 @@ from lightning_influence.methods.representer_points import RepresenterPoints
 from lightning_influence.methods.tracin_cp import TracInCP
 from lightning_influence.methods.tracin_ideal import TracInIdeal
 from lightning_influence.numerics.projections import RandomProjection
+from lightning_influence.report import Decisions, read_decisions
 from lightning_influence.scores import Scores, SelfScores, TopK
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.types import MissingEvidence
@@ -39,6 +40,7 @@ __all__ = [
     "Attributor",
     "ConjugateGradient",
     "Curvature",
+    "Decisions",
     "Evidence",
     "ExactGGN",
     "ExactHessian",
@@ -57,4 +59,5 @@ __all__ = [
     "TracInCP",
     "TracInIdeal",
     "Trajectory",
+    "read_decisions",
 ]

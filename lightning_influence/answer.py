@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_influence import report
+from lightning_influence.appearance import normalization_of
 
 BLOCK = 1 << 24  # scores looked at together: 64 MB of float32
 _SIGN = "Positive is a proponent (having the example in the training set makes the query better), negative an opponent."
@@ -74,9 +77,50 @@ class Answer:
         self.at_hand: tuple[Any, Any] = (None, None)
         """The training dataset and the queries', for pictures; only while the process that scored them lives."""
 
+        self.album: report.Album | None = None
+        """What the examples look like, where `save` was told to keep it."""
+
     def __getstate__(self) -> dict[str, Any]:
         # Datasets may be large, or bound to open files: neither travels with the scores.
         return self.__dict__ | {"at_hand": (None, None)}
+
+    def _collect(self, data: tuple[Any, Any], orders: tuple[Any, Any], megabytes: float, **how: Any) -> report.Album:
+        """What the examples look like: those of `data` or at hand, in two orders of importance."""
+        train, queries = (hand if given is None else given for given, hand in zip(data, self.at_hand, strict=True))
+        if how.get("normalization") is None:
+            how["normalization"] = normalization_of(queries if train is None else train)
+        return report.collect(train, queries, *orders, report.Showing(**how), megabytes)
+
+    def _kept_album(self, shown: dict[str, Any], make: Callable[..., report.Album]) -> dict[str, str]:
+        """The album for a file: a new one where `shown` asks for it, otherwise the one that is there."""
+        if not shown:
+            return {} if self.album is None else {"album": self.album.to_json()}
+        data = [shown.get(name) for name in ("train", "queries")]
+        if all(one is None for one in (*data, *self.at_hand)):
+            raise ValueError(
+                f"Expected data to show with `{'`, `'.join(shown)}`, got none: they are at hand only where the scores "
+                "were computed. Pass `train=` and `queries=` too."
+            )
+        self.album = make(**shown)
+        return {"album": self.album.to_json()}
+
+    def _facts(self) -> list[str]:
+        """What a reader must know, for the page."""
+        sentences = [f"Method: {self.method}. Units of the scores: {self.units}.", _SIGN]
+        if self.settings:
+            sentences.append(
+                "Settings: " + ", ".join(f"{name} = {value}" for name, value in self.settings.items()) + "."
+            )
+        if self.checkpoints:
+            sentences.append(self._steps())
+        if self.figures:
+            sentences.append(", ".join(f"{name} {value:.3g}" for name, value in self.figures.items()) + ".")
+        return [*sentences, *(f"{note.rstrip('.')}." for note in self.notes)]
+
+    def _steps(self) -> str:
+        first, last, count = min(self.checkpoints), max(self.checkpoints), len(self.checkpoints)
+        steps = f"step {first}" if count == 1 else f"steps {first} to {last}"
+        return f"{count} checkpoint{'s' * (count > 1)} ({steps})."
 
     def _head(self) -> dict[str, Any]:
         names = ("method", "settings", "units", "notes", "checkpoints", "figures")
@@ -85,9 +129,7 @@ class Answer:
     def _paragraph(self, size: str, findings: Sequence[str]) -> str:
         sentences = [f"{self.method}: {size}, units: {self.units}.", _SIGN]
         if self.checkpoints:
-            first, last, count = min(self.checkpoints), max(self.checkpoints), len(self.checkpoints)
-            steps = f"step {first}" if count == 1 else f"steps {first} to {last}"
-            sentences.append(f"{count} checkpoint{'s' * (count > 1)} ({steps}).")
+            sentences.append(self._steps())
         if self.figures:
             sentences.append(", ".join(f"{name} {value:.3g}" for name, value in self.figures.items()) + ".")
         sentences += [f"Note: {note.rstrip('.')}." for note in self.notes]

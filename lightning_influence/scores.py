@@ -11,17 +11,17 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from lightning_influence import answer, storage
+from lightning_influence import answer, report, storage
 from lightning_influence import loggers as trackers
 from lightning_influence.answer import BaseIds, TopK
 from lightning_influence.numerics.topk import both_ends, top_k
+from lightning_influence.paged import Paged
 from lightning_influence.self_scores import SelfScores
-from lightning_influence.shown import Shown
 
 __all__ = ["BaseIds", "Scores", "SelfScores", "TopK"]
 
 
-class Scores(Shown):
+class Scores(Paged):
     """The influence of every training example on every query; positive means proponent.
 
     Args:
@@ -188,8 +188,18 @@ class Scores(Shown):
         """
         return storage.to_pandas(lambda: self.to_arrow(k))
 
-    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
-        """Write all of this into one Arrow file, a row a query; see `storage.write_file` for what it raises."""
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False, **shown: Any) -> Path:
+        """Write all of this into one Arrow file, a row a query; see `storage.write_file` for what it raises.
+
+        Args:
+            path: The file.
+            overwrite: Replace a file that is there.
+            shown: As of `report`: `train`, `queries`, `render`, `labels`, `predictions`, `columns`, `normalization`,
+                `megabytes`, `k`. With any of these the file also keeps what the strongest examples look like.
+
+        Raises:
+            ValueError: Something of `shown`, and no data to show.
+        """
         columns = {"query_id": self.query_ids}
         if self._query_base is not None:
             columns["query_base_id"] = self._query_base
@@ -199,6 +209,12 @@ class Scores(Shown):
             for name, end in zip(("proponent", "opponent"), self._top, strict=True):
                 columns[f"{name}_scores"], columns[f"{name}_ids"] = end.scores, end.train_ids
         head = self._head() | {"allow_nan": self._allow_nan}
+        head |= self._kept_album(
+            shown,
+            lambda k=20, train=None, queries=None, megabytes=15.0, **how: self._album(
+                min(k, self.top_k or self.train_ids.numel()), train, queries, None, megabytes, **how
+            ),
+        )
         head |= {"train_ids": storage.pack_ids(self.train_ids), "train_base_ids": storage.pack_ids(self._train_base)}
         return storage.write_file(path, "scores" if self._top is None else "top_k_scores", columns, head, overwrite)
 
@@ -211,6 +227,7 @@ class Scores(Shown):
             ValueError: It is damaged, or something else.
         """
         _, columns, head = storage.read_file(path, ("scores", "top_k_scores"))
+        album = head.pop("album", None)
         top = None
         if "scores" not in columns:
             best, worst = (TopK(columns[f"{e}_scores"], columns[f"{e}_ids"]) for e in ("proponent", "opponent"))
@@ -220,6 +237,7 @@ class Scores(Shown):
         # What was checked when it was made is not read through once more: the file may be larger than memory.
         made = cls(columns.get("scores"), top, train_ids, columns["query_id"], **head, base=base, allow_nan=True)
         made._allow_nan = allow_nan
+        made.album = None if album is None else report.Album.from_json(album)
         return made
 
     def log(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from lightning_influence import loggers as trackers
-from lightning_influence import plotting, storage
+from lightning_influence import plotting, report, storage
 from lightning_influence.answer import Answer, TopK, floating, refuse_non_finite
+from lightning_influence.appearance import Classes, Normalization
 from lightning_influence.numerics.topk import top_k
+from lightning_influence.report import Album
 
 _LOGGED = 100  # rows of the table in a tracker
 
@@ -103,12 +105,22 @@ class SelfScores(Answer):
         """
         return storage.to_pandas(lambda: self.to_arrow(k))
 
-    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
-        """Write all of this into one Arrow file, a row an example; see `storage.write_file` for what it raises."""
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False, **shown: Any) -> Path:
+        """Write all of this into one Arrow file, a row an example; see `storage.write_file` for what it raises.
+
+        Args:
+            path: The file.
+            overwrite: Replace a file that is there.
+            shown: As of `report`. With any of it the file also keeps what the highest examples look like.
+
+        Raises:
+            ValueError: Something of `shown`, and no data to show.
+        """
         columns = {"train_id": self.train_ids, "score": self.values}
         if self._train_base is not None:
             columns["train_base_id"] = self._train_base
-        return storage.write_file(path, "self_scores", columns, self._head(), overwrite)
+        head = self._head() | self._kept_album(shown, self._album)
+        return storage.write_file(path, "self_scores", columns, head, overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SelfScores:
@@ -119,7 +131,10 @@ class SelfScores(Answer):
             ValueError: It is damaged, or something else.
         """
         _, columns, head = storage.read_file(path, ("self_scores",))
-        return cls(columns["train_id"], columns["score"], **head, base=columns.get("train_base_id"))
+        album = head.pop("album", None)
+        made = cls(columns["train_id"], columns["score"], **head, base=columns.get("train_base_id"))
+        made.album = None if album is None else report.Album.from_json(album)
+        return made
 
     def __repr__(self) -> str:
         best = self.top(min(3, len(self)))
@@ -141,6 +156,48 @@ class SelfScores(Answer):
             ImportError: matplotlib is not installed.
         """
         return plotting.self_influence(self.values, flagged_fraction, method=self.method, units=self.units)
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        train: Any = None,
+        render: Callable[[Any], Any] | None = None,
+        labels: Classes | None = None,
+        columns: Sequence[str] | None = None,
+        normalization: Normalization | None = None,
+        megabytes: float = 15.0,
+    ) -> Path:
+        """Write one self-contained page on which to review the training examples; see `Scores.report`.
+
+        Raises:
+            ValueError: An example can only be shown by `render`.
+            ImportError: Jinja2 is not installed.
+        """
+        how = {"render": render, "labels": labels, "columns": columns, "normalization": normalization}
+        kept = self.album if train is None and render is None else None
+        page = report.Page(
+            title=f"{self.method}: self-influence of {len(self):,} training examples",
+            facts=self._facts(),
+            units=self.units,
+            train_ids=self.train_ids,
+            train_base=self._train_base,
+            columns={"Self-influence": self.values},
+            album=self._album(train, megabytes, **how) if kept is None else kept,
+        )
+        return report.write_page(path, page)
+
+    def _repr_html_(self) -> str:
+        best = self.top(min(10, len(self)))
+        rows = [
+            [self._train_name(i), f"{score:.4g}"]
+            for i, score in zip(best.train_ids.tolist(), best.scores.tolist(), strict=True)
+        ]
+        return report.snippet(repr(self), ["training example", "self-influence"], rows)
+
+    def _album(self, train: Any = None, megabytes: float = 15.0, **how: Any) -> Album:
+        """What the examples look like, the highest first."""
+        return self._collect((train, None), (self.top(len(self)).train_ids.tolist(), ()), megabytes, **how)
 
     def log(self, loggers: Any, step: int | None = None, name: str | None = None, **drawing: Any) -> None:
         """Write scalars, a table of the highest, a histogram and a figure into Lightning's loggers.

@@ -14,11 +14,11 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 LAYERS = (
     {"types", "compat"},
     {"numerics", "attributes", "stage", "appearance"},
-    {"module", "trajectory", "plotting", "loggers", "storage", "progress"},
+    {"module", "trajectory", "plotting", "report", "loggers", "storage", "progress"},
     {"examples", "answer", "capture"},
     {"gradients", "sources", "self_scores", "shown"},
-    {"setting", "scores", "sinks", "head", "replay"},
-    {"session"},
+    {"setting", "paged", "sinks", "head", "replay"},
+    {"session", "scores"},
     {"tracking"},
     {"method"},
     {"curvature"},
@@ -120,6 +120,7 @@ def test_public_names():
         "Attributor",
         "ConjugateGradient",
         "Curvature",
+        "Decisions",
         "Evidence",
         "ExactGGN",
         "ExactHessian",
@@ -138,6 +139,7 @@ def test_public_names():
         "TracInCP",
         "TracInIdeal",
         "Trajectory",
+        "read_decisions",
     ]
     missing = [name for name in lightning_influence.__all__ if not hasattr(lightning_influence, name)]
     assert not missing

@@ -1,0 +1,8 @@
+"""Scores as one page to review: tensors and ids in, an HTML file without network out, decisions back."""
+
+from lightning_influence.report.album import Album, Showing, collect
+from lightning_influence.report.decisions import Decisions, read_decisions
+from lightning_influence.report.page import Page, write_page
+from lightning_influence.report.snippet import snippet
+
+__all__ = ["Album", "Decisions", "Page", "Showing", "collect", "read_decisions", "snippet", "write_page"]

@@ -1,0 +1,72 @@
+"""What a reviewer decided, read back from the file that the page wrote."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DECISIONS = ("wrong label", "fine", "unsure")
+_COLUMNS = ["train_id", "train_base_id", "decision"]
+
+
+class Decisions(NamedTuple):
+    """The training examples of one decision: `train_ids` and `base_ids` (under any `Subset`), int64, in one order."""
+
+    train_ids: Tensor
+    base_ids: Tensor
+
+
+def read_decisions(path: str | os.PathLike[str], decision: str = "wrong label") -> Decisions:
+    r"""The training examples that were marked so, by ascending id; by default those to remove.
+
+    Args:
+        path: The CSV file that the page of `report` downloaded; a spreadsheet may have saved it again.
+        decision: "wrong label", "fine" or "unsure".
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not such a file, or holds what no reviewer can have marked.
+
+    Example:
+        >>> from pathlib import Path; from tempfile import mkdtemp
+        >>> path = Path(mkdtemp()) / "decisions.csv"
+        >>> _ = path.write_text("train_id,train_base_id,decision\n7,107,wrong label\n3,103,fine\n")
+        >>> read_decisions(path).train_ids.tolist(), read_decisions(path).base_ids.tolist()
+        ([7], [107])
+    """
+    if decision not in DECISIONS:
+        raise ValueError(f"Expected `decision` to be one of {', '.join(map(repr, DECISIONS))}, got {decision!r}.")
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a file of decisions at {str(path)!r}, found none. The page downloads one.")
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        head = file.readline()
+        file.seek(0)
+        # Spreadsheets of some countries write semicolons.
+        rows = [row for row in csv.reader(file, delimiter=";" if ";" in head else ",") if any(row)]
+    if not rows or [cell.strip() for cell in rows[0]] != _COLUMNS:
+        raise ValueError(
+            f"Expected {str(path)!r} to begin with the columns {', '.join(_COLUMNS)}, got {rows[0] if rows else []!r}. "
+            "Download the decisions from the page again."
+        )
+    found: dict[int, tuple[int, str]] = {}
+    for line, row in enumerate(rows[1:], start=2):
+        try:
+            train_id, base_id, word = int(row[0]), int(row[1]), row[2].strip()
+        except (ValueError, IndexError):
+            raise ValueError(f"Expected two ids and a decision in row {line} of {str(path)!r}, got {row!r}.") from None
+        if word not in DECISIONS:
+            raise ValueError(
+                f"Expected a decision among {', '.join(map(repr, DECISIONS))} in row {line} of {str(path)!r}, "
+                f"got {word!r}."
+            )
+        if found.setdefault(train_id, (base_id, word)) != (base_id, word):
+            raise ValueError(f"Expected one decision a training example in {str(path)!r}, got two for {train_id}.")
+    chosen = sorted((train_id, base_id) for train_id, (base_id, word) in found.items() if word == decision)
+    ids = torch.tensor(chosen, dtype=torch.int64).reshape(-1, 2)
+    return Decisions(ids[:, 0].clone(), ids[:, 1].clone())

@@ -1,0 +1,14 @@
+"""Scores as a few lines of HTML, for notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+
+def snippet(paragraph: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A paragraph over a small table; all of it is text, none of it markup."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div><p style="max-width: 60em">{escape(paragraph)}</p>{table}</div>'

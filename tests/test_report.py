@@ -1,0 +1,203 @@
+"""The page's data, thumbnails and files; `test_page.py` opens it in a browser."""
+
+import base64
+import builtins
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_influence import Scores, SelfScores, read_decisions
+from lightning_influence.report.album import Album, Showing, collect, png
+
+HOSTILE = "</script><script>alert(1)</script><!-- \"quoted\" & 'single' \u2028 \u202eright to left שלום 🦊"
+VALUES = torch.tensor([[0.5, -1.0, 2.0, 0.0], [1.0, 2.0, 3.0, 4.0]])
+TRAIN_IDS, QUERY_IDS = torch.tensor([1, 2, 5, 6]), torch.tensor([3, 4])
+TEXTS = [{"text": f"text {i}", "label": i % 2} for i in range(8)]
+
+
+def scores(**more):
+    return Scores(VALUES, None, TRAIN_IDS, QUERY_IDS, method="TracInCP", base=(TRAIN_IDS + 10, None), **more)
+
+
+def itself():
+    return SelfScores(TRAIN_IDS, torch.tensor([0.1, 0.4, 0.3, 0.2]), "TracInCP")
+
+
+def embedded(path):
+    return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text("utf-8"), re.DOTALL).group(1))
+
+
+def test_the_page_holds_scores_explanations_and_examples(tmp_path):
+    path = scores().report(
+        tmp_path / "page.html",
+        self_scores=itself(),
+        train=TEXTS,
+        queries=TEXTS,
+        labels=["cat", "dog"],
+        predictions={4: 1},
+    )
+    data = embedded(path)
+    assert data["train"]["id"] == [1, 2, 5, 6]
+    assert data["train"]["base"] == [11, 12, 15, 16]
+    assert [c["title"] for c in data["train"]["columns"]] == ["Self-influence", "Influence on all queries"]
+    assert data["train"]["columns"][1]["scores"] == [1.5, 1.0, 5.0, 4.0]
+    assert data["queries"]["pairs"] == [[[2, 2.0], [0, 0.5], [1, -1.0]], [[3, 4.0], [2, 3.0], [1, 2.0], [0, 1.0]]]
+    assert data["train"]["looks"]["2"] == {"kind": "text", "value": "text 5", "class": "dog"}
+    assert data["queries"]["looks"]["1"] == {"kind": "text", "value": "text 4", "class": "cat", "prediction": "dog"}
+    assert "ids alone" not in path.read_text("utf-8")
+
+
+def test_without_data_the_page_says_that_it_shows_ids_alone(tmp_path):
+    text = scores(notes=[HOSTILE]).report(tmp_path / "page.html").read_text("utf-8")
+    assert "shown by their ids alone" in text
+    assert "<script>alert" not in text
+
+
+def test_kept_scores_are_summed_and_explained(tmp_path):
+    from lightning_influence.answer import TopK
+    from lightning_influence.numerics.topk import top_k
+
+    top = tuple(TopK(*top_k(VALUES, TRAIN_IDS, 2, largest)) for largest in (True, False))
+    kept = Scores(None, top, TRAIN_IDS, QUERY_IDS, method="TracInCP")
+    data = embedded(kept.report(tmp_path / "page.html"))
+    # Of the second query 2.0 and 1.0 are kept as its lowest, but they are no opponents.
+    assert data["train"]["columns"][0] == {
+        "title": "Influence on all queries (of the scores kept)",
+        "scores": [0.5, -1.0, 5.0, 4.0],
+    }
+
+
+def test_hostile_text_stays_inside_its_json(tmp_path):
+    data = [{"text": HOSTILE, "label": HOSTILE}] * 8
+    path = scores().report(tmp_path / "page.html", train=data, queries=data)
+    assert embedded(path)["train"]["looks"]["0"] == {"kind": "text", "value": HOSTILE, "class": HOSTILE}
+    assert path.read_text("utf-8").count("<script") == 2
+
+
+def test_saved_scores_keep_what_their_examples_look_like(tmp_path):
+    fresh = scores()
+    fresh.at_hand = (TEXTS, TEXTS)
+    fresh.save(tmp_path / "s.arrow", labels=["cat", "dog"], render=lambda example: example["text"].upper())
+    loaded = Scores.load(tmp_path / "s.arrow")
+    assert loaded.album.train[5] == {"kind": "text", "value": "TEXT 5", "class": "dog"}
+    assert embedded(loaded.report(tmp_path / "page.html"))["queries"]["looks"]["0"]["value"] == "TEXT 3"
+    loaded.save(tmp_path / "again.arrow")
+    assert Scores.load(tmp_path / "again.arrow").album == loaded.album
+    assert Scores.load(scores().save(tmp_path / "bare.arrow")).album is None
+    itself().save(tmp_path / "self.arrow", train=TEXTS)
+    page = SelfScores.load(tmp_path / "self.arrow").report(tmp_path / "self.html")
+    assert embedded(page)["train"]["looks"]["1"]["value"] == "text 2"
+    assert embedded(page)["queries"] is None
+
+
+def test_nothing_to_show_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"Expected data to show with `render`, got none: .* Pass `train=`"):
+        scores().save(tmp_path / "s.arrow", render=str)
+    with pytest.raises(ValueError, match="Expected `self_scores` of the same 4 training examples, got 2 others"):
+        scores().report(tmp_path / "p.html", self_scores=SelfScores(torch.arange(2), torch.rand(2), "TracInCP"))
+    with pytest.raises(IsADirectoryError, match="Expected `path` to name a file, got the folder"):
+        scores().report(tmp_path)
+
+
+def test_an_album_is_filled_up_to_its_size_strongest_first():
+    data = [{"text": "x" * 1000}] * 100
+    album = collect(data, data, iter([7, 7, 3, *range(100)]), range(100), Showing(), 0.03)
+    assert list(album.queries) == list(range(10))
+    assert list(album.train)[:3] == [7, 3, 0]
+    assert len(album.train) == 19
+    assert len(album.to_json()) < 35_000
+    assert Album.from_json(album.to_json()) == album
+
+
+def test_predictions_are_known_without_the_data():
+    album = collect(None, None, [1], [3, 4], Showing(predictions=torch.arange(9), labels={3: "three"}), 1.0)
+    assert album.train == {}
+    assert album.queries[3] == {"kind": "nothing", "value": None, "prediction": "three"}
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (4, 6, 3), (200, 100, 3)])
+def test_thumbnails_are_the_image_at_most_96_pixels_long(shape):
+    image = pytest.importorskip("PIL.Image")
+    import io
+
+    given = torch.rand(shape, dtype=torch.float64)
+    entry = Showing().entry((given, 1))
+    shown = np.asarray(image.open(io.BytesIO(base64.b64decode(entry["value"]))))
+    if max(shape) > 96:
+        assert shown.shape == (96, 48, 3)
+        assert abs(shown.mean() / 255 - float(given.mean())) < 0.01
+    else:
+        assert np.array_equal(shown, (given * 255).round().numpy().astype(np.uint8))
+    assert png(given).startswith(b"\x89PNG")
+
+
+def test_rows_and_curves_are_shortened():
+    curve = Showing().entry(torch.arange(1000.0))["value"]
+    assert (len(curve), curve[0], curve[-1]) == (120, 0.0, 999.0)
+    row = Showing(columns=[f"c{i}" for i in range(60)]).entry(torch.arange(60))["value"]
+    assert row[3] == ["c3", "3"]
+    assert row[-1] == ["", "and 20 more"]
+    assert len(Showing().entry("x" * 5000)["value"]) == 1500
+
+
+def test_decisions_are_read_back(tmp_path):
+    path = tmp_path / "decisions.csv"
+    path.write_text("train_id,train_base_id,decision\r\n9,109,wrong label\r\n3,103,fine\r\n4,104,wrong label\r\n")
+    found = read_decisions(path)
+    assert found.train_ids.tolist() == [4, 9]
+    assert found.base_ids.tolist() == [104, 109]
+    assert read_decisions(path, "unsure").train_ids.dtype == torch.int64
+    path.write_text("\ufefftrain_id;train_base_id;decision\n3;103;fine\n\n", encoding="utf-8")
+    assert read_decisions(path, "fine").train_ids.tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"to begin with the columns train_id, train_base_id, decision, got \[\]"),
+        ("id,decision\n1,fine\n", r"got \['id', 'decision'\]"),
+        (
+            "train_id,train_base_id,decision\nx,1,fine\n",
+            r"two ids and a decision in row 2 of .*, got \['x', '1', 'fine'\]",
+        ),
+        ("train_id,train_base_id,decision\n1,1,good\n", "a decision among 'wrong label', .* in row 2 .*, got 'good'"),
+        (
+            "train_id,train_base_id,decision\n1,1,fine\n1,1,unsure\n",
+            "one decision a training example .*, got two for 1",
+        ),
+    ],
+)
+def test_other_files_are_refused(tmp_path, text, message):
+    (tmp_path / "d.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_decisions(tmp_path / "d.csv")
+
+
+def test_wrong_asking_for_decisions_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Expected a file of decisions at"):
+        read_decisions(tmp_path / "none.csv")
+    with pytest.raises(ValueError, match="Expected `decision` to be one of 'wrong label', 'fine', 'unsure', got 'bad'"):
+        read_decisions(tmp_path / "none.csv", "bad")
+
+
+def test_notebooks_get_the_paragraph_and_a_table_as_text():
+    html = scores(notes=["<b>bold</b>"])._repr_html_()
+    assert "&lt;b&gt;bold&lt;/b&gt;" in html
+    assert "<td>3</td><td>5 (base 15) (+2), 1 (base 11) (+0.5)</td><td>2 (base 12) (-1)</td>" in html
+    assert "<td>2</td><td>0.4</td>" in itself()._repr_html_()
+
+
+def test_without_jinja_the_error_names_the_extra(monkeypatch, tmp_path):
+    real = builtins.__import__
+
+    def absent(name, *args, **kwargs):
+        if name == "jinja2":
+            raise ImportError("No module named 'jinja2'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(ImportError, match=r'pip install "lightning-influence\[report\]"'):
+        scores().report(tmp_path / "page.html")
