@@ -57,7 +57,7 @@ def look_at(example: Any, columns: Sequence[str] | None = None, normalization: N
     if tensor is not None and tensor.ndim == 1 and tensor.numel():
         if columns is None and tensor.numel() > _ROW:
             return Look("curve", tensor.double(), label)
-        names = list(columns or [""] * tensor.numel())
+        names = list([""] * tensor.numel() if columns is None else columns)
         return Look("row", [(str(n), _number(v)) for n, v in zip(names, tensor.tolist(), strict=False)], label)
     image = None if tensor is None else _image(tensor, normalization)
     if image is None:

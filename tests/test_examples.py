@@ -9,6 +9,9 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SAYS = {
+    "images.py": ("strongest proponent of their own class", "images_output/influence.html"),
+    "texts.py": ("flipped labels stand in the first fifth", "texts_output/influence.html"),
+    "table.py": ("flipped labels stand in the first fifth", "table_output/influence.html"),
     "quickstart.py": ("tensorboard --logdir quickstart_output", "strongest opponents"),
     "your_own_method.py": ("keeps every promise",),
     "from_checkpoints.py": ("flipped labels stand in the first fifth",),
