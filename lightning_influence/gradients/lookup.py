@@ -124,6 +124,15 @@ class Lookup(Part):
         ids, _, summed = self._merged
         return (self.outputs.new_zeros(self.shape).index_add_(0, ids, summed),)
 
+    def squares(self) -> tuple[Tensor, ...]:
+        """The sum over the examples of squared entries, table-shaped."""
+        ids, _, summed = self._merged
+        return (self.outputs.new_zeros(self.shape).index_add_(0, ids, summed.square()),)
+
+    def multiplied(self, tables: tuple[Tensor, ...]) -> "Lookup":
+        """Every example's gradient times one table, entry by entry: the rows that were looked up are enough."""
+        return replace(self, outputs=self.outputs * tables[0][self.ids.clamp_min(0)])
+
     def query_bytes(self, n_queries: int) -> int:
         """Bytes that one example takes when its block stands on the query side."""
         return 2 * self.outputs[0].numel() * self.outputs.element_size() if len(self) else 0

@@ -226,6 +226,10 @@ class Outer(Part):
         written_out = width_in * width_out if t > 1 and self._prefers_rows(n_queries, self) else 0
         return (t * (width_in + width_out) + written_out) * self.outputs.element_size()
 
+    def stored_bytes(self) -> int:
+        """Bytes of what entered, before it is unfolded, and of the output gradients."""
+        return (self.source.numel() + self.outputs.numel()) * self.outputs.element_size()
+
     def joined(self, other: Part) -> Part | None:
         """Two uses of one weight are one sum over the positions of both."""
         if not isinstance(other, Outer) or (self.bias, self.transposed) != (

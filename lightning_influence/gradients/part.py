@@ -52,9 +52,22 @@ class Part(ABC):
     def total(self) -> tuple[Tensor, ...]:
         """The sum over the examples, parameter-shaped."""
 
+    def squares(self) -> tuple[Tensor, ...]:
+        """The sum over the examples of squared entries, parameter-shaped."""
+        found: tuple[Tensor, ...] | None = None
+        for start in range(0, len(self), 16):
+            rows = self.slice(slice(start, start + 16)).dense()
+            new = tuple(r.square().sum(0) for r in rows)
+            found = new if found is None else tuple(a + b for a, b in zip(found, new, strict=True))
+        return found or ()
+
     @abstractmethod
     def query_bytes(self, n_queries: int) -> int:
         """Bytes that one example takes when its block stands on the query side."""
+
+    def stored_bytes(self) -> int:
+        """Bytes that the block's tensors hold as they are."""
+        return len(self) * self.query_bytes(1)
 
     @abstractmethod
     def joined(self, other: "Part") -> "Part | None":

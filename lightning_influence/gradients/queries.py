@@ -54,6 +54,11 @@ class EachQuery(QueryGradients):
     def __len__(self) -> int:
         return sum(len(queries) for queries in self._blocks)
 
+    @property
+    def blocks(self) -> Sequence[Gradients]:
+        """The gradients, block by block."""
+        return self._blocks
+
     def dot(self, block: Gradients, scale: Tensor | None = None) -> Tensor:
         """[query, example of block]."""
         products = [queries.dot(block, scale) for queries in self._blocks]

@@ -1,0 +1,295 @@
+"""EK-FAC: the Fisher of each layer in a Kronecker-factored eigenbasis, with eigenvalues measured in it."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_influence.curvature.curvature import Curvature, Prepared
+from lightning_influence.curvature.factors import Factors, Names, part_named
+from lightning_influence.curvature.kronecker_part import Inverse, KroneckerPart
+from lightning_influence.curvature.labels import Draws
+from lightning_influence.curvature.solved import Solved, shortened
+from lightning_influence.examples import Block
+from lightning_influence.gradients import Gradients
+from lightning_influence.gradients.directions import Directions
+from lightning_influence.gradients.lookup import Lookup
+from lightning_influence.gradients.outer import Outer
+from lightning_influence.gradients.part import Part
+from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
+from lightning_influence.setting import Setting
+
+# Bytes that the directions of the queries solved at once may take, written out.
+_DIRECTION_BYTES = 2**29
+# Up to so many classes the expectation over labels is taken, at one pass each, rather than a sample of it.
+_FEW_CLASSES = 10
+# Training examples on which the error of the scores is measured.
+_SAMPLED = 64
+
+
+@dataclass(frozen=True)
+class EKFAC(Curvature):
+    r"""The Fisher layer by layer, :math:`(Q_S \otimes Q_A)\,\Lambda\,(Q_S \otimes Q_A)^\top`.
+
+    :math:`Q_A` and :math:`Q_S` are eigenvectors of the second moments of a layer's inputs (1 appended for the bias)
+    and of its output gradients; :math:`\Lambda` holds the mean squares of the per-sample gradients in that basis.
+    Linear layers, convolutions, recurrent cells and whatever else is a matrix are factored, grouped convolutions by
+    their written-out gradients; embedding tables, norm layers and lone biases keep the diagonal; a weight used twice
+    is one sum over the positions of both. No parameter is left out, and different layers are taken as independent.
+
+    Source: George et al. Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis. NeurIPS 2018;
+    Grosse et al. Studying Large Language Model Generalization with Influence Functions. 2023. ``corrected=False``:
+    Martens, Grosse. Optimizing Neural Networks with Kronecker-factored Approximate Curvature. ICML 2015.
+    Cost: one or two passes over the training data and an eigendecomposition of each factor; then one backward pass an
+    example and a few matrix products.
+
+    Args:
+        damping: see ``Curvature``.
+        corrected: eigenvalues measured in the basis (EK-FAC). False: those of the factors (K-FAC).
+        labels: ``"sampled"``: the Fisher, with one label an example drawn from the model; ``"exact"``: its
+            expectation over labels, at one pass a class; both equal the GGN for cross-entropy, binary cross-entropy
+            and squared error, and need a linear head. ``"empirical"``: the empirical Fisher, with the data's labels.
+            None: exact up to 10 classes, sampled beyond, empirical where the head allows neither; the notes say which.
+        seed: of the sampled labels.
+        tolerance: where a layer sees one position an example, its table of eigenvalues is cut to a few products:
+            as few as leave the scores within this of their own size, in the mean square over sampled pairs. The
+            error found is in the notes. 0: exactly.
+
+    Raises:
+        ValueError: other values; a singular Fisher without damping; a head that ``labels`` cannot draw from.
+    """
+
+    corrected: bool = True
+    labels: Literal["sampled", "exact", "empirical"] | None = None
+    seed: int = 0
+    tolerance: float = 0.02
+
+    kind: ClassVar[str] = "Fisher"
+    unprepared: ClassVar[frozenset[str]] = frozenset({"damping", "tolerance"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.labels not in (None, "sampled", "exact", "empirical"):
+            raise ValueError(
+                f"Expected `labels` to be one of None, 'sampled', 'exact', 'empirical', got {self.labels!r}."
+            )
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"Expected `tolerance` to be at least 0 and below 1, got {self.tolerance!r}.")
+
+    # ---- once per set of weights ------------------------------------------------------------------------------------
+
+    def prepare(self, setting: Setting) -> Prepared:
+        """The factors of every layer."""
+        draws, why = self._draws(setting)
+        factors: dict[Names, Factors] = {}
+        shapes = {name: tuple(p.shape) for name, p in setting.engine.task.named_parameters().items()}
+        covered: set[str] = set()
+        for gradients in draws:
+            for names, part in gradients.parts.items():
+                if not covered & set(names):
+                    factors[names] = Factors(part, self.corrected)
+                    covered |= set(names)
+            _each(factors, gradients, shapes, Factors.add)
+        for layer in factors.values():
+            layer.decompose()
+        if self.corrected:
+            for gradients in draws:
+                _each(factors, gradients, shapes, Factors.measure)
+        total = 0.0
+        tensors: dict[str, Tensor] = {}
+        for names, layer in factors.items():
+            # An expectation over labels takes several gradients an example.
+            layer.count = setting.n_train
+            kept = layer.tensors()
+            tensors |= {f"{'|'.join(names)}/{key}": tensor for key, tensor in kept.items()}
+            total += sum(float(t.sum()) for key, t in kept.items() if key == "eigenvalues" or "diagonal" in key)
+        size = sum(shape.numel() for name in setting.engine.plan.names for shape in [torch.Size(shapes[name])])
+        return Prepared(tensors, {"mean_eigenvalue": total / size}, (self._about(factors, draws.labels, why),))
+
+    def _draws(self, setting: Setting) -> tuple[Draws, str]:
+        """Gradients with the labels asked for, and why with others."""
+        if self.labels is not None:
+            return Draws(setting, self.labels, self.seed), ""
+        try:
+            draws = Draws(setting, "sampled", self.seed)
+            draws.labels = "exact" if draws.classes <= _FEW_CLASSES else "sampled"
+            return draws, ""
+        except ValueError:
+            why = ", since the model has no linear head to draw labels from"
+            return Draws(setting, "empirical", self.seed), why
+
+    def _about(self, factors: Mapping[Names, Factors], labels: str, why: str) -> str:
+        which = {"empirical": "empirical Fisher", "sampled": "Fisher with sampled labels", "exact": "Fisher"}[labels]
+        name = "EK-FAC" if self.corrected else "K-FAC"
+        text = f"{name} of the {which}{why}: {sum(f.sides is not None for f in factors.values())} layers factored"
+        rest = [name for names, f in factors.items() if f.sides is None for name in names]
+        shown = ", ".join(rest[:5]) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
+        return f"{text}; by their diagonal: {shown}" if rest else text
+
+    def mean_eigenvalue(self, prepared: Prepared, setting: Setting) -> float:
+        """Trace of the Fisher over the number of parameters."""
+        return prepared.figures["mean_eigenvalue"]
+
+    # ---- for every block of queries ---------------------------------------------------------------------------------
+
+    def at_once(self, setting: Setting) -> int | None:
+        """As many as fit when they are written out."""
+        parameters = setting.engine.task.named_parameters()
+        each = sum(parameters[n].numel() * parameters[n].element_size() for n in setting.engine.plan.names)
+        return max(1, _DIRECTION_BYTES // max(1, each))
+
+    def solve(self, prepared: Prepared, queries: QueryGradients, setting: Setting, diagonal: Tensor) -> QueryGradients:
+        """Directions of the queries, as factors where they are factors."""
+        layers = _Layers(prepared, setting, diagonal)
+        if not isinstance(queries, EachQuery):
+            vectors = queries.dense()
+            solved = {name: rows for names in layers for name, rows in layers.written(names, vectors).items()}
+            return DenseQueries(solved or vectors, setting.engine.groups)
+        joint: dict[Names, Part] = {}
+        others: list[dict[Names, Part]] = [{} for _ in queries.blocks]
+        for names in layers:
+            parts = [part_named(block, names, layers.shapes) for block in queries.blocks]
+            if names in layers.inverses:
+                made = layers.joined(names, parts, [len(block) for block in queries.blocks])
+                joint |= {} if made is None else {names: made}
+            else:
+                for into, part in zip(others, parts, strict=True):
+                    if part is not None:
+                        into[names] = layers.weighed(names, part)
+        if self.tolerance:
+            joint |= self._shortened(prepared, joint, setting)
+        size = sum(len(block) for block in queries.blocks)
+        groups = {names: setting.engine.groups.get(names[0], 0) for names in layers}
+        blocks = [Gradients(parts, groups, len(b)) for parts, b in zip(others, queries.blocks, strict=True)]
+        return Solved(Gradients(joint, groups, size), blocks)
+
+    def _shortened(self, prepared: Prepared, joint: Mapping[Names, Part], setting: Setting) -> Mapping[Names, Part]:
+        parts = {names: part for names, part in joint.items() if isinstance(part, KroneckerPart)}
+        if not parts:
+            return {}
+        sample = setting.once(("ekfac sample", id(prepared)), lambda: _sample(setting))
+        weights = {names: _weights(prepared, names) for names in parts}
+        found, error = shortened(parts, weights, sample, self.tolerance)
+        setting.figure("score_error", error)
+        if error:
+            setting.note(
+                f"Eigenvalue tables are cut to a few products: the scores are off by {error:.2g} of their own size in "
+                f"the mean square over sampled pairs (`tolerance={self.tolerance:g}`; 0 is exact)"
+            )
+        return found
+
+
+class _Layers:
+    """What was prepared, with a diagonal added: one inverse a layer."""
+
+    def __init__(self, prepared: Prepared, setting: Setting, diagonal: Tensor) -> None:
+        self.shapes = {name: tuple(p.shape) for name, p in setting.engine.task.named_parameters().items()}
+        self.inverses: dict[Names, Inverse] = {}
+        self.tables: dict[Names, tuple[Tensor, ...]] = {}
+        kept: dict[Names, dict[str, Tensor]] = {}
+        for key, tensor in prepared.tensors.items():
+            joined, _, what = key.rpartition("/")
+            kept.setdefault(tuple(joined.split("|")), {})[what] = tensor
+        for names, tensors in kept.items():
+            added = float(diagonal[setting.engine.groups.get(names[0], 0)])
+            if "eigenvalues" in tensors:
+                self.inverses[names] = self._inverse(names, tensors, added)
+            else:
+                tables = (tensors[f"diagonal{i}"] for i in range(len(names)))
+                self.tables[names] = tuple(_inverted(table, added, names) for table in tables)
+
+    def __iter__(self) -> Iterator[Names]:
+        return iter((*self.inverses, *self.tables))
+
+    def _inverse(self, names: Names, tensors: Mapping[str, Tensor], added: float) -> Inverse:
+        shapes = tuple(self.shapes[name] for name in names)
+        bases = tensors["basis_out"], tensors["basis_in"]
+        table = _inverted(tensors["eigenvalues"], added, names)
+        beside = 1 / added if added > 0 else torch.inf
+        found = Inverse(*bases, table, beside, bool(tensors["transposed"]), shapes)
+        if not added > 0 and not found.complete:
+            _refuse_singular(names, added)
+        return found
+
+    def written(self, names: Names, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Directions of vectors given by name, by name."""
+        present = [vectors[name] for name in names if name in vectors]
+        if not present:
+            return {}
+        like = present[0]
+        rows = tuple(vectors[n] if n in vectors else like.new_zeros(len(like), *self.shapes[n]) for n in names)
+        if names in self.inverses:
+            return dict(zip(names, self.inverses[names].solve(rows), strict=True))
+        return {n: r * t for n, r, t in zip(names, rows, self.tables[names], strict=True)}
+
+    def joined(self, names: Names, parts: list[Part | None], sizes: list[int]) -> Part | None:
+        """The directions of all blocks of queries as one part."""
+        inverse = self.inverses[names]
+        present = [part for part in parts if part is not None]
+        if not present:
+            return None
+        if len(present) == len(parts) and all(isinstance(p, Outer) and p.outputs.shape[1] == 1 for p in present):
+            return KroneckerPart.of(inverse, _one_after_another(present))  # type: ignore[arg-type]
+        rows = []
+        for part, size in zip(parts, sizes, strict=True):
+            zeros = [present[0].like.new_zeros(size, *shape) for shape in inverse.shapes]
+            rows.append(zeros if part is None else inverse.solve(part.dense()))
+        return Directions(tuple(torch.cat(of_one) for of_one in zip(*rows, strict=True)))
+
+    def weighed(self, names: Names, part: Part) -> Part:
+        """A part times the inverse of a diagonal."""
+        if isinstance(part, Lookup):
+            return part.multiplied(self.tables[names])
+        return Directions(tuple(r * t for r, t in zip(part.dense(), self.tables[names], strict=True)))
+
+
+def _one_after_another(parts: list[Outer]) -> Outer:
+    if len(parts) == 1:
+        return parts[0]
+    inputs, outputs = (torch.cat([getattr(p, name) for p in parts]) for name in ("inputs", "outputs"))
+    factors = None
+    if any(p.factor is not None for p in parts):
+        factors = torch.cat([outputs.new_ones(len(p)) if p.factor is None else p.factor for p in parts])
+    return Outer(inputs, outputs, parts[0].shape, parts[0].bias, parts[0].transposed, None, factors)
+
+
+def _inverted(eigenvalues: Tensor, added: float, names: Names) -> Tensor:
+    total = eigenvalues.double() + added
+    if not float(total.min()) > torch.finfo(eigenvalues.dtype).eps * float(total.max()) * (added <= 0):
+        _refuse_singular(names, added)
+    return (1 / total).to(eigenvalues)
+
+
+def _refuse_singular(names: Names, added: float) -> None:
+    raise ValueError(
+        f"Expected `damping` to be positive where the Fisher of {', '.join(f'`{n}`' for n in names)} is singular, got "
+        f"{added:g} with the weight decay. Pass a positive `damping`, or None for the default."
+    )
+
+
+def _weights(prepared: Prepared, names: Names) -> tuple[Tensor, Tensor]:
+    key = "|".join(names)
+    return prepared.tensors[f"{key}/values_out"], prepared.tensors[f"{key}/values_in"]
+
+
+def _sample(setting: Setting) -> Gradients:
+    """Gradients of training examples spread over the dataset."""
+    count = min(_SAMPLED, setting.n_train)
+    ids = sorted({i * (setting.n_train - 1) // max(1, count - 1) for i in range(count)})
+    examples = setting.examples
+    return setting.engine.gradients(Block(0, len(ids), examples.some(ids), lambda k: examples.one(ids[k])))
+
+
+def _each(
+    factors: Mapping[Names, Factors],
+    gradients: Gradients,
+    shapes: Mapping[str, tuple[int, ...]],
+    work: Any,
+) -> None:
+    """One pass's work on each layer that a block of gradients has a part for."""
+    for names, layer in factors.items():
+        part = part_named(gradients, names, shapes)
+        if part is not None:
+            work(layer, part)

@@ -1,0 +1,181 @@
+"""Kronecker factors of one layer's Fisher: gathered from per-sample gradients, with corrected eigenvalues."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_influence.gradients import Gradients
+from lightning_influence.gradients.outer import WORKSPACE, Outer
+from lightning_influence.gradients.part import Part
+from lightning_influence.gradients.rows import Rows
+from lightning_influence.numerics.kronecker import Moment
+
+Names = tuple[str, ...]
+
+# A factor this wide is not decomposed: its parameters keep a diagonal.
+WIDEST = 2**13
+
+
+class Factors:
+    """What one part's gradients leave behind: moments of both of its sides, then squares in their eigenbases.
+
+    A gradient is a matrix [out, in], with the bias as its last column. Where it comes as outer products over positions
+    its sides are those of K-FAC: inputs and output gradients. A matrix that comes written out (a grouped convolution,
+    a parameter without a factored rule) has its own rows and columns as sides. What is no matrix, an embedding table,
+    or too wide keeps the diagonal.
+
+    Args:
+        part: the first of its kind.
+        corrected: measure the eigenvalues; False: products of those of the sides, as in K-FAC.
+    """
+
+    def __init__(self, part: Part, corrected: bool) -> None:
+        self.corrected = corrected
+        self.transposed = isinstance(part, Outer) and part.transposed
+        self.sides = sides_of(part)
+        self.count = 0
+        self.diagonal: list[Tensor] = []
+        self.squares: Tensor | None = None
+        self.trace = 0.0
+        if self.sides is not None:
+            self.outer, self.inner = (Moment(width) for width in self.sides)
+
+    def add(self, part: Part) -> None:
+        """First pass: the moments of both sides, or the whole of a diagonal."""
+        self.count += len(part)
+        if self.sides is None:
+            squares = part.squares()
+            self.diagonal = [a + b for a, b in zip(self.diagonal, squares, strict=True)] or list(squares)
+            return
+        for piece in pieces(part):
+            if isinstance(piece, Outer):
+                self.inner.add(piece.inputs.flatten(0, 1), piece.bias)
+                self.outer.add(unscaled(piece).flatten(0, 1))
+            else:
+                matrices = matrix_of(piece.dense(), self.transposed)
+                self.inner.add(matrices.flatten(0, 1))
+                self.outer.add(matrices.transpose(1, 2).flatten(0, 1))
+                self.trace += float(matrices.square().sum())
+
+    def decompose(self) -> None:
+        """Between the passes."""
+        if self.sides is not None:
+            self.values_out, self.basis_out = self.outer.basis()
+            self.values_in, self.basis_in = self.inner.basis()
+
+    def measure(self, part: Part) -> None:
+        """Second pass: squares of the gradients in the eigenbases."""
+        if self.sides is None:
+            return
+        for piece in pieces(part):
+            new = self._squares(piece)
+            self.squares = new if self.squares is None else self.squares.add_(new)
+
+    def _squares(self, piece: Part) -> Tensor:
+        """[out, in] in the bases: the sum over the examples of a piece."""
+        if not isinstance(piece, Outer):
+            return rotated(matrix_of(piece.dense(), self.transposed), self.basis_out, self.basis_in).square().sum(0)
+        t, width_out, width_in = piece.outputs.shape[1], len(self.basis_out), len(self.basis_in)
+        if t > 1 and t * (width_in + width_out) > width_out * width_in:
+            return rotated(matrix_of(piece.dense(), self.transposed), self.basis_out, self.basis_in).square().sum(0)
+        left, right = unscaled(piece) @ self.basis_out, inputs_in(piece.inputs, piece.bias, self.basis_in)
+        if t == 1:
+            return left[:, 0].square().T @ right[:, 0].square()
+        return torch.bmm(left.transpose(1, 2), right).square().sum(0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is kept, by name."""
+        if self.sides is None:
+            return {f"diagonal{i}": table / self.count for i, table in enumerate(self.diagonal)}
+        if self.squares is not None:
+            eigenvalues = self.squares / self.count
+        else:
+            # Outer products: inputs by position, output gradients by example. Written out: both sides have its trace.
+            share = self.trace if self.trace else float(self.inner.count)
+            eigenvalues = torch.outer(self.values_out / self.count, self.values_in / share)
+        return {
+            "eigenvalues": eigenvalues,
+            **{"basis_out": self.basis_out, "basis_in": self.basis_in},
+            **{"values_out": self.values_out, "values_in": self.values_in},
+            "transposed": torch.tensor(self.transposed),
+        }
+
+
+def sides_of(part: Part) -> tuple[int, int] | None:
+    """Width of the two sides, (out, in with bias); None where a diagonal has to do."""
+    if isinstance(part, Outer):
+        out = part.outputs.shape[2]
+        inner = sum(int(torch.Size(shape).numel()) for shape in part.shapes()[:1]) // out + part.bias
+    elif isinstance(part, Rows) and part.rows[0].ndim >= 3:
+        shape = part.rows[0].shape[1:]
+        out, inner = shape[0], shape[1:].numel() + len(part.rows) - 1
+        if len(part.rows) > 1 and part.rows[1].shape[1:] != (out,):
+            return None
+    else:
+        return None
+    if max(out, inner) > WIDEST or (min(out, inner) == 1 and not isinstance(part, Outer)):
+        return None
+    return out, inner
+
+
+def pieces(part: Part) -> Iterator[Part]:
+    """A part in slices whose written-out form, and whose patches, fit the cache."""
+    size = sum(torch.Size(shape).numel() for shape in part.shapes())
+    if isinstance(part, Outer):
+        t, out = part.outputs.shape[1:]
+        if t == 1 and part.patches is None:
+            yield part
+            return
+        size = max(size, t * (size // out + out))
+    step = max(1, 2 * WORKSPACE // max(1, size))
+    for start in range(0, len(part), step):
+        yield part.slice(slice(start, start + step))
+
+
+def unscaled(part: Outer) -> Tensor:
+    """Output gradients with each example's own number in them, [example, position, out]."""
+    return part.outputs if part.factor is None else part.outputs * part.factor.to(part.outputs)[:, None, None]
+
+
+def inputs_in(inputs: Tensor, bias: bool, basis: Tensor) -> Tensor:
+    """Inputs, with the 1 of a bias behind them, in a basis: [.., direction]."""
+    return inputs @ basis[:-1] + basis[-1] if bias else inputs @ basis
+
+
+def matrix_of(written: Sequence[Tensor], transposed: bool) -> Tensor:
+    """A weight, or a weight and its bias, written out, as [example, out, in] with the bias as the last column."""
+    weight = written[0].flatten(2)
+    weight = weight.transpose(1, 2) if transposed else weight
+    return weight if len(written) == 1 else torch.cat([weight, written[1][:, :, None]], 2)
+
+
+def written_of(matrices: Tensor, shapes: Sequence[tuple[int, ...]], transposed: bool) -> tuple[Tensor, ...]:
+    """The inverse of ``matrix_of``."""
+    bias = len(shapes) > 1
+    weight = matrices[:, :, :-1] if bias else matrices
+    weight = (weight.transpose(1, 2) if transposed else weight).reshape(len(matrices), *shapes[0])
+    return (weight, matrices[:, :, -1]) if bias else (weight,)
+
+
+def rotated(matrices: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """[example, k, l]: matrices [example, m, n] between two bases [m, k] and [n, l]."""
+    return left.T @ (matrices @ right)
+
+
+def part_named(gradients: Gradients, names: Names, shapes: Mapping[str, tuple[int, ...]]) -> Part | None:
+    """The part of these parameters; written out where a block has them in other parts; None where it has none."""
+    if names in gradients.parts:
+        return gradients.parts[names]
+    written = {
+        name: rows
+        for key, part in gradients.parts.items()
+        if set(key) & set(names)
+        for name, rows in zip(key, part.dense(), strict=True)
+    }
+    if not written:
+        return None
+    like = next(iter(written.values()))
+    return Rows(
+        tuple(written[n] if n in written else like.new_zeros(gradients.size, *shapes[n]) for n in names),
+    )

@@ -1,0 +1,169 @@
+"""Directions of queries in a layer's Kronecker eigenbasis, as factors: never written out where one position is seen."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from lightning_influence.curvature.factors import inputs_in, matrix_of, rotated, unscaled, written_of
+from lightning_influence.gradients.directions import Directions
+from lightning_influence.gradients.outer import Outer
+from lightning_influence.gradients.part import Part
+from lightning_influence.numerics.projections import Sketch
+
+
+@dataclass(frozen=True, eq=False)
+class Inverse:
+    """One layer's inverse.
+
+    Args:
+        basis_out: [out, k].
+        basis_in: [in, l].
+        table: one over (eigenvalue + diagonal), [k, l].
+        beside: one over the diagonal, for directions that no training gradient has a part in.
+        transposed: whether the weight is stored [in, out].
+        shapes: of the weight, or of the weight and its bias.
+    """
+
+    basis_out: Tensor
+    basis_in: Tensor
+    table: Tensor
+    beside: float
+    transposed: bool
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the bases span everything."""
+        return all(b.shape[0] == b.shape[1] for b in (self.basis_out, self.basis_in))
+
+    def solve(self, written: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Gradients written out, times the inverse."""
+        matrices = matrix_of(written, self.transposed)
+        table = self.table if self.complete else self.table - self.beside
+        inside = rotated(matrices, self.basis_out, self.basis_in) * table
+        found = rotated(inside, self.basis_out.T, self.basis_in.T)
+        if not self.complete:
+            found = found + self.beside * matrices
+        return written_of(found, self.shapes, self.transposed)
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerPart(Part):
+    """Directions of gradients that are one outer product each.
+
+    Args:
+        inverse: the layer's.
+        raw: the gradients.
+        inputs: theirs in the basis, [query, l].
+        outputs: theirs in the basis, [query, k].
+        terms: the inverse's table as outer products ([r, k], [r, l]); None: exactly.
+    """
+
+    inverse: Inverse
+    raw: Outer
+    inputs: Tensor
+    outputs: Tensor
+    terms: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, inverse: Inverse, raw: Outer) -> "KroneckerPart":
+        """Turns gradients into the basis."""
+        return cls(inverse, raw, *_turned(inverse, raw))
+
+    def __len__(self) -> int:
+        return len(self.outputs)
+
+    @property
+    def like(self) -> Tensor:
+        """Any tensor of this part: its dtype and device."""
+        return self.outputs
+
+    def slice(self, rows: slice) -> "KroneckerPart":
+        """Some of the queries."""
+        return replace(self, raw=self.raw.slice(rows), inputs=self.inputs[rows], outputs=self.outputs[rows])
+
+    def scaled(self, factor: Tensor) -> "KroneckerPart":
+        """Each direction times its own number."""
+        return replace(self, raw=self.raw.scaled(factor), outputs=self.outputs * factor.to(self.outputs)[:, None])
+
+    def dense(self) -> tuple[Tensor, ...]:
+        """[query, *shape] for each parameter."""
+        return self.inverse.solve(self.raw.dense())
+
+    def accumulate_dot(self, other: Part, out: Tensor) -> None:
+        """``out[i, j] += <direction i, gradient j of other>``."""
+        if not isinstance(other, Outer) or other.outputs.shape[1] != 1:
+            out += other.against(self.dense())
+            return
+        inputs, outputs = _turned(self.inverse, other)
+        if self.terms is None:
+            block = Outer(inputs[:, None], outputs[:, None], tuple(self.inverse.table.shape))
+            directions = self.outputs[:, :, None] * self.inverse.table * self.inputs[:, None]
+            out += block.against((directions,))
+            return
+        for left, right in zip(*self.terms, strict=True):
+            out.addcmul_((self.outputs * left) @ outputs.T, (self.inputs * right) @ inputs.T)
+
+    def with_own(self, other: Part) -> Tensor:
+        """[query]: of as many gradients as there are directions, each with that of its number; always exactly."""
+        if not isinstance(other, Outer) or other.outputs.shape[1] != 1:
+            return with_own(self, other)
+        inputs, outputs = _turned(self.inverse, other)
+        return ((self.outputs * outputs) @ self.inverse.table * (self.inputs * inputs)).sum(1)
+
+    def norm2(self) -> Tensor:
+        """[query]: squared length of each direction."""
+        inverse, outputs, inputs = self.inverse, self.outputs.square(), self.inputs.square()
+        if inverse.complete:
+            return (outputs @ inverse.table.square() * inputs).sum(1)
+        inside = (outputs @ (inverse.table.square() - inverse.beside**2) * inputs).sum(1)
+        return inside + inverse.beside**2 * self.raw.norm2()
+
+    def times(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[query]: inner product of each direction with one parameter-shaped vector."""
+        return self.raw.times(tuple(v[0] for v in self.inverse.solve(tuple(v[None] for v in vectors))))
+
+    def total(self) -> tuple[Tensor, ...]:
+        """The sum over the queries, parameter-shaped."""
+        return tuple(v[0] for v in self.inverse.solve(tuple(v[None] for v in self.raw.total())))
+
+    def query_bytes(self, n_queries: int) -> int:
+        """Bytes that one query takes."""
+        return self.raw.query_bytes(n_queries) + (self.inputs[0].numel() + self.outputs[0].numel()) * 8
+
+    def joined(self, other: Part) -> Part | None:
+        """Directions are not of two uses."""
+        return None
+
+    def each(self) -> tuple[Part, ...]:
+        """Written out, a part for every parameter."""
+        return tuple(Directions((rows,)) for rows in self.dense())
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shape of each parameter."""
+        return self.inverse.shapes
+
+    def projected(self, sketches: Sequence[Sketch]) -> tuple[Part, ...]:
+        """Written out, under a sketch for each parameter."""
+        return Directions(self.dense()).projected(sketches)
+
+    def finite(self) -> Tensor:
+        """[query]: whether every number is finite."""
+        return self.raw.finite()
+
+
+def with_own(directions: Part, gradients: Part) -> Tensor:
+    """[example]: inner products of directions with the gradients of the same number, some written out at a time."""
+    found = directions.like.new_zeros(len(directions))
+    for start in range(0, len(directions), 64):
+        rows = slice(start, start + 64)
+        for left, right in zip(directions.slice(rows).dense(), gradients.slice(rows).dense(), strict=True):
+            found[rows] += (left.flatten(1) * right.flatten(1)).sum(1) if left.ndim > 1 else left * right
+    return found
+
+
+def _turned(inverse: Inverse, part: Outer) -> tuple[Tensor, Tensor]:
+    """Inputs and output gradients of one position in the bases, [example, l] and [example, k]."""
+    inputs = inputs_in(part.inputs[:, 0], part.bias, inverse.basis_in)
+    return inputs, unscaled(part)[:, 0] @ inverse.basis_out

@@ -1,0 +1,17 @@
+"""Written-out directions of queries: multiplied with training gradients in whichever order is cheaper."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_influence.gradients.part import Part
+from lightning_influence.gradients.rows import Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Directions(Rows):
+    """Rows that many training gradients are multiplied with, without these being written out at once."""
+
+    def accumulate_dot(self, other: Part, out: Tensor) -> None:
+        """``out[i, j] += <direction i, gradient j of other>``."""
+        out += other.against(self.rows)
