@@ -61,8 +61,9 @@ class Factors:
     def decompose(self) -> None:
         """Between the passes."""
         if self.sides is not None:
-            self.values_out, self.basis_out = self.outer.basis()
-            self.values_in, self.basis_in = self.inner.basis()
+            self.values_out, self.basis_out, _ = self.outer.basis()
+            self.values_in, self.basis_in, self._inputs = self.inner.basis()
+            self._seen = 0
 
     def measure(self, part: Part) -> None:
         """Second pass: squares of the gradients in the eigenbases."""
@@ -75,14 +76,24 @@ class Factors:
     def _squares(self, piece: Part) -> Tensor:
         """[out, in] in the bases: the sum over the examples of a piece."""
         if not isinstance(piece, Outer):
+            self._seen += len(piece) * self.sides[0] if self.sides else 0
             return rotated(matrix_of(piece.dense(), self.transposed), self.basis_out, self.basis_in).square().sum(0)
         t, width_out, width_in = piece.outputs.shape[1], len(self.basis_out), len(self.basis_in)
         if t > 1 and t * (width_in + width_out) > width_out * width_in:
+            self._seen += len(piece) * t
             return rotated(matrix_of(piece.dense(), self.transposed), self.basis_out, self.basis_in).square().sum(0)
-        left, right = unscaled(piece) @ self.basis_out, inputs_in(piece.inputs, piece.bias, self.basis_in)
+        left, right = unscaled(piece) @ self.basis_out, self._turned_inputs(piece)
         if t == 1:
             return left[:, 0].square().T @ right[:, 0].square()
         return torch.bmm(left.transpose(1, 2), right).square().sum(0)
+
+    def _turned_inputs(self, piece: Outer) -> Tensor:
+        """[example, position, in] in the basis; the second pass goes in the order of the first."""
+        if self._inputs is None:
+            return inputs_in(piece.inputs, piece.bias, self.basis_in)
+        count = len(piece) * piece.outputs.shape[1]
+        self._seen += count
+        return self._inputs[self._seen - count : self._seen].view(len(piece), -1, self._inputs.shape[1])
 
     def tensors(self) -> dict[str, Tensor]:
         """What is kept, by name."""

@@ -16,7 +16,6 @@ from lightning_influence.numerics.kronecker import products
 
 # Queries on which the error of the scores is measured.
 _MEASURED = 32
-_RANKS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 class Solved(QueryGradients):
@@ -100,33 +99,60 @@ def shortened(
     """
     queries = len(next(iter(parts.values())))
     picked = torch.arange(0, queries, max(1, -(-queries // _MEASURED)))
-    some = {names: _picked(part, picked) for names, part in parts.items()}
-    exact = {names: _dot(part, sample, names) for names, part in some.items()}
-    whole = torch.stack(list(exact.values())).sum(0)
-    length = whole.norm(dim=1)
+    tables = {names: _Table(_picked(part, picked), weights[names], sample, names) for names, part in parts.items()}
+    length = torch.stack([table.exact for table in tables.values()]).sum(0).norm(dim=1)
     length = torch.where(length > 0, length, torch.inf)
-    found, missed = dict(parts), torch.zeros_like(whole)
-    for names, part in some.items():
+
+    def size(missed: Tensor) -> float:
+        return float((missed.norm(dim=1) / length).square().mean().sqrt())
+
+    while True:
+        error = size(torch.stack([table.missed for table in tables.values()]).sum(0))
+        if error <= tolerance:
+            break
+        # The product that takes most off the error for its work.
+        best = max(tables.values(), key=lambda table: size(table.missed) ** 2 / sum(table.part.inverse.table.shape))
+        best.lengthen()
+    found = {names: replace(part, terms=tables[names].terms) for names, part in parts.items()}
+    return found, error
+
+
+class _Table:
+    """One layer's table, and what its truncation misses of some scores.
+
+    It begins with one product; where more would be as much work as the table itself it is exact.
+    """
+
+    def __init__(self, part: KroneckerPart, weights: tuple[Tensor, Tensor], sample: Gradients, names: Names) -> None:
+        self.part = part
+        self.block = sample.parts.get(names)
+        self.exact = self._dot(part, len(sample))
+        self.missed = torch.zeros_like(self.exact)
+        self.terms: tuple[Tensor, Tensor] | None = None
         k, l = part.inverse.table.shape  # noqa: E741
-        truncated = products(part.inverse.table, *weights[names])
-        for rank in _RANKS:
-            if rank > min(k, l) or rank * (k + l) >= 0.7 * k * l:
-                break
-            terms = truncated(rank)
-            error = _dot(replace(part, terms=terms), sample, names) - exact[names]
-            if float((error.norm(dim=1) / length).square().mean().sqrt()) <= tolerance / len(some) ** 0.5:
-                found[names] = replace(parts[names], terms=terms)
-                missed += error
-                break
-    return found, float((missed.norm(dim=1) / length).square().mean().sqrt())
+        self.most = min(k, l, int(0.7 * k * l / (k + l)))
+        self._truncated = products(part.inverse.table, *weights) if self.most > 1 else None
+        if self._truncated is not None:
+            self.terms = self._truncated(0)
+            self.missed = -self.exact
+            self.lengthen()
+
+    def lengthen(self) -> None:
+        """Two more products, or the table."""
+        rank = 0 if self.terms is None else len(self.terms[0])
+        if self._truncated is None or rank + 2 > self.most:
+            self.terms, self.missed = None, torch.zeros_like(self.exact)
+            return
+        self.terms = self._truncated(rank + 2)
+        new = (self.terms[0][rank:], self.terms[1][rank:])
+        self.missed = self.missed + self._dot(replace(self.part, terms=new), self.exact.shape[1])
+
+    def _dot(self, part: KroneckerPart, examples: int) -> Tensor:
+        out = part.outputs.new_zeros(len(part), examples)
+        if self.block is not None:
+            part.accumulate_dot(self.block, out)
+        return out
 
 
 def _picked(part: KroneckerPart, rows: Tensor) -> KroneckerPart:
     return replace(part, inputs=part.inputs[rows], outputs=part.outputs[rows])
-
-
-def _dot(part: KroneckerPart, sample: Gradients, names: Names) -> Tensor:
-    out = part.outputs.new_zeros(len(part), len(sample))
-    if names in sample.parts:
-        part.accumulate_dot(sample.parts[names], out)
-    return out

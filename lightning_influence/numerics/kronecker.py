@@ -43,20 +43,24 @@ class Moment:
         self._sum[:-1, -1] += total
         self._sum[-1, -1] += len(rows)
 
-    def basis(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues, falling, and eigenvectors in columns; directions in which no row has a part are left out."""
+    def basis(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The eigenbasis; directions in which no row has a part are left out.
+
+        Returns:
+            Eigenvalues, falling; eigenvectors in columns; where the rows were few, all of them in the basis.
+        """
         if self._sum is not None:
-            values, vectors = torch.linalg.eigh(self._sum)
-            return _leading(values, vectors)
+            return *_leading(*torch.linalg.eigh(self._sum), 2.0), None
         rows = torch.cat(self._rows)
-        values, vectors = _leading(*torch.linalg.eigh(rows @ rows.T))
-        return values, rows.T @ (vectors / values.sqrt())
+        # A Gram matrix of rounded rows knows its small eigenvalues less well.
+        values, vectors = _leading(*torch.linalg.eigh(rows @ rows.T), 8.0)
+        return values, rows.T @ (vectors / values.sqrt()), vectors * values.sqrt()
 
 
-def _leading(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+def _leading(values: Tensor, vectors: Tensor, noise: float) -> tuple[Tensor, Tensor]:
     values, vectors = values.flip(0), vectors.flip(1)
     # What rounding leaves of a zero eigenvalue; rows that are all zero keep one direction.
-    kept = max(1, int((values > 2 * torch.finfo(values.dtype).eps * values[0]).sum()))
+    kept = max(1, int((values > noise * torch.finfo(values.dtype).eps * values[0]).sum()))
     return values[:kept].clamp_min(torch.finfo(values.dtype).tiny), vectors[:, :kept].contiguous()
 
 
