@@ -17,6 +17,7 @@ from lightning_influence.callback import Influence
 from lightning_influence.curvature.arnoldi import Arnoldi
 from lightning_influence.curvature.conjugate_gradient import ConjugateGradient
 from lightning_influence.curvature.curvature import Curvature
+from lightning_influence.curvature.ekfac import EKFAC
 from lightning_influence.curvature.exact_ggn import ExactGGN
 from lightning_influence.curvature.exact_hessian import ExactHessian
 from lightning_influence.curvature.lissa import LiSSA
@@ -36,6 +37,7 @@ from lightning_influence.types import MissingEvidence
 __version__ = "0.1.0"
 
 __all__ = [
+    "EKFAC",
     "Arnoldi",
     "Attributor",
     "ConjugateGradient",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_influence import (
+    EKFAC,
     Arnoldi,
     ConjugateGradient,
     Evidence,
@@ -30,6 +31,8 @@ METHODS = [
     TracInCP(normalize="layerwise"),
     TracInCP(checkpoints=(-1, 0)),
     RepresenterPoints(),
+    InfluenceFunction(EKFAC()),
+    InfluenceFunction(EKFAC(labels="empirical", corrected=False), normalize="relatif"),
     InfluenceFunction(ExactGGN()),
     InfluenceFunction(ExactHessian(), normalize="relatif"),
 ]

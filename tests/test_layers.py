@@ -121,6 +121,7 @@ def test_public_names():
         "ConjugateGradient",
         "Curvature",
         "Decisions",
+        "EKFAC",
         "Evidence",
         "ExactGGN",
         "ExactHessian",

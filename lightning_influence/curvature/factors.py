@@ -46,7 +46,8 @@ class Factors:
         self.count += len(part)
         if self.sides is None:
             squares = part.squares()
-            self.diagonal = [a + b for a, b in zip(self.diagonal, squares, strict=True)] or list(squares)
+            before = self.diagonal or [torch.zeros_like(table) for table in squares]
+            self.diagonal = [a + b for a, b in zip(before, squares, strict=True)]
             return
         for piece in pieces(part):
             if isinstance(piece, Outer):

@@ -14,6 +14,8 @@ from lightning_influence.gradients.queries import EachQuery, QueryGradients
 from lightning_influence.gradients.rows import Rows
 from lightning_influence.numerics.kronecker import products
 
+# A table of fewer entries is never cut.
+_SMALL = 2**10
 # Queries on which the error of the scores is measured.
 _MEASURED = 32
 
@@ -24,6 +26,9 @@ class Solved(QueryGradients):
     def __init__(self, joint: Gradients, others: Sequence[Gradients]) -> None:
         self.joint = joint
         self.others = EachQuery(others)
+
+    def __len__(self) -> int:
+        return len(self.joint)
 
     def dot(self, block: Gradients, scale: Tensor | None = None) -> Tensor:
         """[query, example of block]."""
@@ -130,7 +135,7 @@ class _Table:
         self.missed = torch.zeros_like(self.exact)
         self.terms: tuple[Tensor, Tensor] | None = None
         k, l = part.inverse.table.shape  # noqa: E741
-        self.most = min(k, l, int(0.7 * k * l / (k + l)))
+        self.most = min(k, l, int(0.7 * k * l / (k + l))) if k * l >= _SMALL else 0
         self._truncated = products(part.inverse.table, *weights) if self.most > 1 else None
         if self._truncated is not None:
             self.terms = self._truncated(0)

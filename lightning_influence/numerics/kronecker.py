@@ -50,10 +50,12 @@ class Moment:
             Eigenvalues, falling; eigenvectors in columns; where the rows were few, all of them in the basis.
         """
         if self._sum is not None:
-            return *_leading(*torch.linalg.eigh(self._sum), 2.0), None
+            values, vectors = torch.linalg.eigh(self._sum)
+            return *_leading(values, vectors, 2.0), None
         rows = torch.cat(self._rows)
         # A Gram matrix of rounded rows knows its small eigenvalues less well.
-        values, vectors = _leading(*torch.linalg.eigh(rows @ rows.T), 8.0)
+        values, vectors = torch.linalg.eigh(rows @ rows.T)
+        values, vectors = _leading(values, vectors, 8.0)
         return values, rows.T @ (vectors / values.sqrt()), vectors * values.sqrt()
 
 

@@ -12,7 +12,6 @@ import logging
 import tempfile
 from pathlib import Path
 
-import torch
 from measure import Plain, timed
 from subjects import BATCH, cnn, fitted, images, mlp
 from torch.nn import functional as F
@@ -93,15 +92,18 @@ def compare(name, subject, repeats, peer, folder):
         exact_seconds.append(took)
     took, exact_took, plain_took = (sorted(x)[len(x) // 2] for x in (seconds, exact_seconds, passes))
     own = rank_correlations(scores.values, exact.values)
-    print(f"\n{name}: {len(subject.train):,} examples, {len(subject.queries)} queries, damping {scores.figures['damping']:.3g}")
+    damping = scores.figures["damping"]
+    print(f"\n{name}: {len(subject.train):,} examples, {len(subject.queries)} queries, damping {damping:.3g}")
     print(f"  plain pass            {plain_took:8.3f} s")
     print(f"  EK-FAC                {took:8.3f} s   {took / plain_took:5.1f} x plain")
     print(f"  EK-FAC, tolerance=0   {exact_took:8.3f} s   {exact_took / plain_took:5.1f} x plain")
     print(f"  apart: self-check of the first question {max(0.0, first - took):.3f} s")
     print(f"  rank correlation of the two: {float(own.min()):.4f} to {float(own.max()):.4f}", flush=True)
     if peer:
-        theirs_took, theirs = timed(lambda: with_kronfluence(subject, scores.figures["damping"], folder))
-        print(f"  kronfluence           {theirs_took:8.3f} s   {theirs_took / took:5.1f} x ours (at least {FLOORS[name]})")
+        theirs_took, theirs = timed(lambda: with_kronfluence(subject, damping, folder))
+        print(
+            f"  kronfluence           {theirs_took:8.3f} s   {theirs_took / took:5.1f} x ours (at least {FLOORS[name]})"
+        )
         for label, ours in (("EK-FAC", scores), ("tolerance=0", exact)):
             found = rank_correlations(ours.values, theirs)
             scale = float((ours.values * len(subject.train) * theirs).sum() / theirs.square().sum())
