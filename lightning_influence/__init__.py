@@ -22,13 +22,18 @@ from lightning_influence.curvature.exact_ggn import ExactGGN
 from lightning_influence.curvature.exact_hessian import ExactHessian
 from lightning_influence.curvature.lissa import LiSSA
 from lightning_influence.method import Evidence, Method
+from lightning_influence.methods.data_shapley import DataShapley
+from lightning_influence.methods.downsampling import Downsampling
 from lightning_influence.methods.gradient_dot import GradientDot
 from lightning_influence.methods.hydra import HyDRA
 from lightning_influence.methods.influence_function import InfluenceFunction
+from lightning_influence.methods.knn_shapley import KNNShapley
+from lightning_influence.methods.leave_one_out import LeaveOneOut
 from lightning_influence.methods.representer_points import RepresenterPoints
 from lightning_influence.methods.tracin_cp import TracInCP
 from lightning_influence.methods.tracin_ideal import TracInIdeal
 from lightning_influence.numerics.projections import RandomProjection
+from lightning_influence.refit import Refit
 from lightning_influence.report import Decisions, read_decisions
 from lightning_influence.scores import Scores, SelfScores, TopK
 from lightning_influence.trajectory import Trajectory
@@ -37,12 +42,14 @@ from lightning_influence.types import MissingEvidence
 __version__ = "0.1.0"
 
 __all__ = [
-    "EKFAC",
     "Arnoldi",
     "Attributor",
     "ConjugateGradient",
     "Curvature",
+    "DataShapley",
     "Decisions",
+    "Downsampling",
+    "EKFAC",
     "Evidence",
     "ExactGGN",
     "ExactHessian",
@@ -50,10 +57,13 @@ __all__ = [
     "HyDRA",
     "Influence",
     "InfluenceFunction",
+    "KNNShapley",
+    "LeaveOneOut",
     "LiSSA",
     "Method",
     "MissingEvidence",
     "RandomProjection",
+    "Refit",
     "RepresenterPoints",
     "Scores",
     "SelfScores",

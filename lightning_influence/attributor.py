@@ -1,8 +1,10 @@
 """The question's setting: a module, its training data and what its fit left behind; asks methods, returns scores."""
 
+import contextlib
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -13,6 +15,7 @@ from lightning_influence.answer import whole_numbers
 from lightning_influence.driver import estimate, run_group, run_scores, run_self_influence, setting_of
 from lightning_influence.method import Evidence, Method
 from lightning_influence.module import Loss, clean, is_half, unwrapped
+from lightning_influence.retraining import Estimate, Retraining
 from lightning_influence.scores import Scores, SelfScores
 from lightning_influence.session import Asked, Session, Sessions
 from lightning_influence.setting import Setting
@@ -32,7 +35,7 @@ class Attributor:
         trajectory: what the fit left behind; None: only the module's present weights are known.
         trainer: its accelerator, precision and data hooks are used; None: the module's own Trainer if it has one.
         batch_size: examples per block; None: the loader's batch size, or more where examples are small.
-        refit: how models are trained again (for methods that retrain).
+        refit: a ``Refit``: how models are trained again (for methods that retrain).
         loss: ``(module, batch) -> [batch]`` per-sample losses; None: ``training_step``.
         parameters: patterns (``fnmatch``) over parameter names; None: all that train.
 
@@ -73,6 +76,8 @@ class Attributor:
             )
         names = _selected(self.module, trajectory, (parameters,) if isinstance(parameters, str) else parameters)
         self._sessions = Sessions(self.module, self._train, trajectory, self.trainer, loss, names, batch_size)
+        if refit is not None:
+            refit.attach(self._sessions, self._train)
 
     # ---- questions ------------------------------------------------------------------------------------------------
 
@@ -106,8 +111,10 @@ class Attributor:
         """
         self._check(method)
         _check_arguments(top_k, aggregate, measurement, higher_is_better)
+        if measurement is not None and not method.measures:
+            raise ValueError(f"Expected no `measurement` for `{type(method).__name__}`, which looks at no loss.")
         source = self._queries(queries)
-        with self._sessions.open(source, measurement, aggregate == "mean", method.gradients) as session:
+        with self._open(method, source, measurement, aggregate) as session:
             setting, asked = self._ask(session)
             dtype = setting.zeros().dtype
             ids = _scored(method, setting.n_train)
@@ -121,6 +128,7 @@ class Attributor:
             "train_ids": ids,
             "query_ids": torch.arange(len(asked)),
             "base": (_some(self._train.base_ids(), ids), None if aggregate else source.base_ids()),
+            "allow_nan": method.unknowns,
         }
         values, best = sink.kept()
         if best is not None:  # positions among those that have scores
@@ -141,7 +149,7 @@ class Attributor:
             ValueError: self-influence that would be constant; gradients that are not finite.
         """
         self._check(method)
-        with self._sessions.open(gradients=method.gradients) as session:
+        with self._open(method) as session:
             setting = setting_of(session, self.trajectory, self._train.batches)
             values = run_self_influence(method, setting, self.trainer)
         record = self._record(method, setting) | {"base": self._train.base_ids()}
@@ -166,7 +174,7 @@ class Attributor:
         scored = _scored(method, len(self._train.dataset))
         if unscored := sorted(set(ids) - set(scored.tolist())):
             raise ValueError(f"Expected `ids` that {method!r} has scores for, got {unscored[:5]!r}.")
-        with self._sessions.open(self._queries(queries), gradients=method.gradients) as session:
+        with self._open(method, self._queries(queries)) as session:
             setting, asked = self._ask(session)
             return run_group(method, setting, asked, list(ids), self.trainer)
 
@@ -181,9 +189,8 @@ class Attributor:
     def cost(self, method: Method, queries: Any = None, aggregate: str | None = None) -> float:
         """Seconds that ``score`` (or, without queries, ``self_influence``) will take, by timing one block of each."""
         self._check(method)
-        with self._sessions.open(
-            None if queries is None else self._queries(queries), None, aggregate == "mean", method.gradients
-        ) as session:
+        source = None if queries is None else self._queries(queries)
+        with self._open(method, source, aggregate=aggregate) as session:
             return estimate(method, session, setting_of(session, self.trajectory, self._train.batches))
 
     def session(self, queries: Any = None) -> AbstractContextManager[Session]:
@@ -193,6 +200,26 @@ class Attributor:
             queries: Dataset, DataLoader, ``"train"``, or None for the training side alone.
         """
         return self._sessions.open(None if queries is None else self._queries(queries))
+
+    def estimate(
+        self, method: Retraining, queries: Any, measurement: Loss | None = None, higher_is_better: bool = False
+    ) -> Estimate:
+        """Scores of a method that retrains, [query, train], with their standard errors and counts of models.
+
+        After ``score`` this costs forward passes only: the models are kept.
+
+        Raises:
+            TypeError: a method that trains no models.
+            MissingEvidence: no ``refit``.
+        """
+        self._check(method)
+        if not isinstance(method, Retraining):
+            raise TypeError(f"Expected a method that trains models, such as `Downsampling()`, got {method!r}.")
+        _check_arguments(None, None, measurement, higher_is_better)
+        with self._open(method, self._queries(queries), measurement) as session:
+            setting, asked = self._ask(session)
+            found = method.estimate(setting, asked[:])
+        return replace(found, values=-found.values) if higher_is_better else found
 
     # ---- making ready ---------------------------------------------------------------------------------------------
 
@@ -213,6 +240,23 @@ class Attributor:
             load_record(run, record_name(name, method.settings()), last)
         if method.needs & Evidence.REFIT and self.refit is None:
             raise MissingEvidence(f"`{name}` trains models again. Pass `Attributor(..., refit=Refit(...))`.")
+
+    @contextlib.contextmanager
+    def _open(
+        self,
+        method: Method,
+        queries: Source | None = None,
+        measurement: Loss | None = None,
+        aggregate: str | None = None,
+    ) -> Iterator[Session]:
+        """A session with what the method needs, and no more."""
+        mean = aggregate == "mean"
+        with self._sessions.open(queries, measurement, mean, method.gradients, method.whole) as session:
+            if method.needs & Evidence.REFIT:
+                session.models = self.refit.models
+            if self.refit is not None and queries is not None:
+                self.refit.asked = queries
+            yield session
 
     def _queries(self, queries: Any) -> Source:
         if isinstance(queries, str) and queries != "train":

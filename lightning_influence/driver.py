@@ -22,7 +22,8 @@ _TILE = 2**25
 
 def setting_of(session: Session, trajectory: Trajectory | None, batches_per_epoch: int | None) -> Setting:
     """The setting of a session, its tile being all training examples."""
-    return Setting(session.engine, session.examples, range(len(session.examples)), trajectory, batches_per_epoch)
+    every = range(len(session.examples))
+    return Setting(session.engine, session.examples, every, trajectory, batches_per_epoch, session.models)
 
 
 def run_scores(method: Method, setting: Setting, asked: Asked, sink: Sink, sign: float, trainer: Any) -> None:
@@ -43,7 +44,7 @@ def run_scores(method: Method, setting: Setting, asked: Asked, sink: Sink, sign:
                 setting.ids = range(start, min(start + columns, n_train))
                 tile = method.score(setting, queries)
                 _check_shape(method, tile, len(queries), len(setting.ids))
-                if bad.clean(tile, first, start):
+                if method.unknowns or bad.clean(tile, first, start):
                     tile, column = _scored(tile, start, method.scored(n_train))
                     sink.take(tile if sign > 0 else -tile, first, column)
     bad.refuse()
@@ -83,7 +84,7 @@ def run_self_influence(method: Method, setting: Setting, trainer: Any) -> Tensor
         setting.on_block = done
         values = method.self_influence(setting).cpu()
     bad = NonFinite()
-    bad.train = (~values.isfinite()).nonzero()[:, 0].tolist()
+    bad.train = [] if method.unknowns else (~values.isfinite()).nonzero()[:, 0].tolist()
     bad.refuse()
     return values
 
@@ -93,6 +94,10 @@ def estimate(method: Method, session: Session, setting: Setting) -> float:
     engine, examples, asked = session.engine, session.examples, session.asked
     block = next(iter(examples.blocks(0, min(len(examples), examples.block_size))))
     blocks = len(examples) / block.size
+    if method.whole:
+        with torch.no_grad():
+            seconds = _timed(lambda: engine.task(engine.task.to_device(block.batch))) * blocks
+        return seconds * (2 if asked is None else 1 + len(asked) / len(examples))
     if asked is None:
         seconds = _timed(lambda: _pass(engine, block).norm2()) * blocks
     else:
@@ -121,6 +126,8 @@ def stages_of(method: Method, trajectory: Trajectory | None) -> int:
 
 def tiling(method: Method, setting: Setting, asked: Asked) -> tuple[int, int]:
     """Queries per block, and training examples per tile (whole blocks of the dataset)."""
+    if method.whole:
+        return max(1, _TILE // setting.n_train), setting.n_train
     block, size = asked.block(), setting.examples.block_size
     most = method.at_once(setting)
     if most is not None:

@@ -38,6 +38,12 @@ class Method(ABC):
     needs: ClassVar[Evidence] = Evidence.FINAL_WEIGHTS
     gradients: ClassVar[bool] = True
     """Whether it takes gradients by the parameters; if not, no self-check of them is made."""
+    whole: ClassVar[bool] = False
+    """A tile is the whole training set, and losses are taken one example at a time: they need not divide."""
+    measures: ClassVar[bool] = True
+    """It looks at the queries' loss, or at what ``measurement=`` puts in its place."""
+    unknowns: ClassVar[bool] = False
+    """NaN in its scores means unknown, not broken."""
 
     @abstractmethod
     def score(self, setting: Setting, queries: Queries) -> Tensor:

@@ -9,8 +9,8 @@ from tqdm.auto import tqdm
 
 
 @contextlib.contextmanager
-def progress(trainer: Any, total: int, label: str) -> Iterator[Callable[[int], Any]]:
-    """Yields a function that is told how many training examples are done.
+def progress(trainer: Any, total: int, label: str, unit: str = "example") -> Iterator[Callable[[int], Any]]:
+    """Yields a function that is told how many training examples (or other units) are done.
 
     Nothing is shown where the Trainer shows nothing, or without a Trainer where nobody looks at a terminal.
     """
@@ -27,5 +27,5 @@ def progress(trainer: Any, total: int, label: str) -> Iterator[Callable[[int], A
             rich.update(task, visible=False)
         return
     hidden = bar is None and not sys.stderr.isatty()
-    with tqdm(total=total, desc=label, unit="example", leave=False, disable=hidden) as shown:
+    with tqdm(total=total, desc=label, unit=unit, leave=False, disable=hidden) as shown:
         yield shown.update

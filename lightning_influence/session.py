@@ -67,12 +67,14 @@ class Session:
         engine: takes gradients of training examples.
         examples: the training dataset.
         asked: the queries, where there are any.
+        models: models trained again, where the question is put to them.
     """
 
     task: Task
     engine: Engine
     examples: Examples
     asked: Asked | None = None
+    models: Any = None
 
 
 @dataclass
@@ -120,8 +122,16 @@ class Sessions:
         measurement: Loss | None = None,
         mean: bool = False,
         gradients: bool = True,
+        forward_only: bool = False,
     ) -> Iterator[Session]:
         """Everything that a method needs, until the context ends; without ``gradients`` none are planned or checked.
+
+        Args:
+            queries: what is asked about.
+            measurement: in place of the queries' loss.
+            mean: all queries count as one.
+            gradients: plan how to take them, and check that.
+            forward_only: nor is it asked how a batch's loss relates to those of its examples.
 
         Raises:
             ValueError: a loss that cannot be divided among examples, queries that do not fit the module.
@@ -129,6 +139,9 @@ class Sessions:
         groups = self._groups()
         with self.quiet() as task:
             examples = self.train.examples(self.batch_size)
+            if forward_only:
+                yield self._forward_only(task, examples, queries, measurement, mean)
+                return
             reduction, plan = self._planned(task, examples, gradients)
             asked = None
             if queries is not None:
@@ -140,6 +153,16 @@ class Sessions:
             if self.batch_size is None and gradients:
                 examples.block_size = self._block_size(engine, examples)
             yield Session(task, engine, examples, asked)
+
+    def _forward_only(
+        self, task: Task, examples: Examples, queries: Source | None, measurement: Loss | None, mean: bool
+    ) -> Session:
+        """A session whose engines have no plan: they carry the task."""
+        asked = None
+        if queries is not None:
+            other = task if measurement is None else task.measuring(measurement)
+            asked = Asked(Engine(other, Reduction.NONE), queries.examples(self.batch_size), mean)
+        return Session(task, Engine(task, Reduction.NONE), examples, asked)
 
     def _planned(self, task: Task, examples: Examples, gradients: bool) -> tuple[Reduction, Plan]:
         """The self-check of the training side."""

@@ -102,6 +102,7 @@ class Setting:
         ids: training examples of this tile.
         trajectory: what the fit left behind, or None where only the module's present weights are known.
         batches_per_epoch: of the training loader, where it is known.
+        models: models trained again on parts of the data (``Attributor(refit=)``), for methods that need REFIT.
         on_block: called after each block with the number of training examples done.
         notes: what a reader of the scores must know; methods add to them.
         figures: numbers that tell how far to trust the scores, by name; methods add to them.
@@ -113,6 +114,7 @@ class Setting:
     ids: range
     trajectory: Trajectory | None
     batches_per_epoch: int | None = None
+    models: Any = None
     on_block: Callable[[int], Any] = lambda count: None
     notes: list[str] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)

@@ -39,7 +39,17 @@ class TopKSink:
         self._best = StreamingTopK(n_queries, k, dtype)
 
     def take(self, tile: Tensor, first_query: int, first_id: int) -> None:
-        """Merges the tile in."""
+        """Merges the tile in.
+
+        Raises:
+            ValueError: unknown scores, which have no rank.
+        """
+        if bool(tile.isnan().any()):
+            unknown = tile.isnan().any(0).nonzero()[:, 0] + first_id
+            raise ValueError(
+                f"Expected known scores for `top_k`, got NaN for training examples {unknown[:10].tolist()}. Leave "
+                "`top_k` out."
+            )
         self._best.update(tile, torch.arange(first_id, first_id + tile.shape[1]), first_query)
 
     def kept(self) -> tuple[None, tuple[TopK, TopK]]:

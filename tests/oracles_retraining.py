@@ -1,6 +1,10 @@
-"""What retraining methods and their metrics must equal: loops over subsets, normal equations, scipy."""
+"""What retraining methods and their metrics must equal: loops over subsets and orders, normal equations, scipy."""
+
+import itertools
+import math
 
 import scipy.stats
+import torch
 
 
 def correlation_over_subsets(scores, membership, losses):
@@ -10,3 +14,72 @@ def correlation_over_subsets(scores, membership, losses):
         predicted = [sum(float(scores[q, i]) for i in range(scores.shape[1]) if row[i]) for row in membership]
         total += scipy.stats.spearmanr(predicted, [-float(loss[q]) for loss in losses])[0]
     return total / len(scores)
+
+
+def ridge_losses(x, y, ids, asked_x, asked_y, decay, divisor=None):
+    """[query] halved squared errors of the ridge regression on some examples, by normal equations."""
+    x, y = x[list(ids)], y[list(ids)]
+    n = divisor or len(x)
+    weight = torch.linalg.inv(x.T @ x / n + decay * torch.eye(x.shape[1], dtype=x.dtype)) @ (x.T @ y / n)
+    return (asked_x @ weight - asked_y) ** 2 / 2
+
+
+def leave_one_out(losses_on, n):
+    """[query, train]; ``losses_on(ids)`` gives [query]."""
+    whole = losses_on(range(n))
+    return torch.stack([losses_on([j for j in range(n) if j != i]) - whole for i in range(n)], 1)
+
+
+def shapley_by_orders(value_of, n):
+    """[query, train]: the mean marginal contribution over all n! orders; ``value_of(ids)`` gives [query]."""
+    total = 0.0
+    for order in itertools.permutations(range(n)):
+        values = [value_of(sorted(order[:k])) for k in range(n + 1)]
+        gains = torch.empty(len(values[0]), n, dtype=torch.float64)
+        for place, i in enumerate(order):
+            gains[:, i] = values[place + 1] - values[place]
+        total = total + gains
+    return total / math.factorial(n)
+
+
+def banzhaf(value_of, n):
+    """[query, train]: the mean marginal contribution over all subsets of the others."""
+    columns = []
+    for i in range(n):
+        others = [j for j in range(n) if j != i]
+        subsets = [s for k in range(n) for s in itertools.combinations(others, k)]
+        columns.append(sum(value_of(sorted([*s, i])) - value_of(list(s)) for s in subsets) / len(subsets))
+    return torch.stack(columns, 1)
+
+
+def with_and_without(membership, losses):
+    """Values, standard errors and counts, one example and one query at a time."""
+    n_train, n_query = membership.shape[1], losses.shape[1]
+    values, errors = torch.empty(n_query, n_train), torch.empty(n_query, n_train)
+    values, errors = values.double(), errors.double()
+    for i in range(n_train):
+        for q in range(n_query):
+            inside = [float(loss[q]) for row, loss in zip(membership, losses, strict=True) if row[i]]
+            outside = [float(loss[q]) for row, loss in zip(membership, losses, strict=True) if not row[i]]
+            values[q, i] = mean(outside) - mean(inside)
+            errors[q, i] = math.sqrt(variance(outside) / max(len(outside), 1) + variance(inside) / max(len(inside), 1))
+    return values, errors, membership.sum(0), (~membership).sum(0)
+
+
+def mean(numbers):
+    return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+def variance(numbers):
+    if len(numbers) < 2:
+        return math.nan
+    return sum((x - mean(numbers)) ** 2 for x in numbers) / (len(numbers) - 1)
+
+
+def knn_value(distances, same, ids, k):
+    """The share of the k nearest among some examples that have the query's label: [query]."""
+    found = []
+    for row, right in zip(distances, same, strict=True):
+        nearest = sorted(ids, key=lambda i: (float(row[i]), i))[:k]
+        found.append(sum(float(right[i]) for i in nearest) / k)
+    return torch.tensor(found, dtype=torch.float64)

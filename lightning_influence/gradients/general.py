@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -30,13 +30,36 @@ def vectorised_rows(task: Task, block: Block, names: Sequence[str]) -> dict[str,
         NotVectorisable: the batch does not divide along its first dimension, or the step does something that ``vmap``
             refuses (data-dependent control flow, ``.item()``).
     """
+    parameters = task.named_parameters()
+    wanted = {name: parameters[name].detach() for name in names}
+    chunk = max(1, _VECTORISED // max(1, sum(p.numel() for p in wanted.values())))
+    rows = _over_examples(task, block, wanted, torch.func.grad, chunk)
+    return {name: Rows((rows[name].detach(),)) for name in names}
+
+
+def vectorised_losses(task: Task, block: Block) -> Tensor:
+    """[example]: the losses of a block's examples, each as a batch of one.
+
+    Raises:
+        NotVectorisable: as for ``vectorised_rows``.
+    """
+    with torch.no_grad():
+        return _over_examples(task, block, {}, lambda loss: loss, None)
+
+
+def _over_examples(
+    task: Task,
+    block: Block,
+    values: dict[str, Tensor],
+    transform: Callable[[Callable[..., Tensor]], Callable[..., Any]],
+    chunk: int | None,
+) -> Any:
+    """What a transform of the loss gives for each example of a block, with the given values for parameters."""
     batch = task.to_device(block.batch)
     leaves, spec = tree_flatten(batch)
     mapped = [isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == block.size for leaf in leaves]
     if not any(mapped) or any(isinstance(leaf, Tensor) and not m for leaf, m in zip(leaves, mapped, strict=True)):
         raise NotVectorisable("The batch holds tensors whose first dimension is not the example.")
-    parameters = task.named_parameters()
-    wanted = {name: parameters[name].detach() for name in names}
 
     def loss(values: dict[str, Tensor], *tensors: Tensor) -> Tensor:
         given = iter(tensors)
@@ -45,16 +68,12 @@ def vectorised_rows(task: Task, block: Block, names: Sequence[str]) -> dict[str,
             return task(tree_unflatten(one, spec)).sum()
 
     tensors = [leaf for leaf, m in zip(leaves, mapped, strict=True) if m]
-    chunk = max(1, _VECTORISED // max(1, sum(p.numel() for p in wanted.values())))
     try:
         with without_metrics(task.module), math_attention(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not yet implemented the batching rule.*")
-            rows = torch.func.vmap(torch.func.grad(loss), (None, *[0] * len(tensors)), chunk_size=chunk)(
-                wanted, *tensors
-            )
+            return torch.func.vmap(transform(loss), (None, *[0] * len(tensors)), chunk_size=chunk)(values, *tensors)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
         raise NotVectorisable(f"`training_step` does not run under `torch.func.vmap`: {error}") from error
-    return {name: Rows((rows[name].detach(),)) for name in names}
 
 
 def rows_one_by_one(task: Task, block: Block, names: Sequence[str], seed: int) -> dict[str, Rows]:

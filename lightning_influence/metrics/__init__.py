@@ -3,9 +3,18 @@
 Every value is a dict of float64 scalars, so that `self.log_dict(metric.compute())` works; what cannot be said is NaN.
 """
 
+from lightning_influence.metrics.evaluate import Evaluation, evaluate, subset_removal
 from lightning_influence.metrics.leave_one_out import LeaveOneOutCorrelation
 from lightning_influence.metrics.linear_datamodeling import LinearDatamodelingScore
 from lightning_influence.metrics.mislabel import MislabelDetection
 from lightning_influence.metrics.subset_removal import SubsetRemoval
 
-__all__ = ["LeaveOneOutCorrelation", "LinearDatamodelingScore", "MislabelDetection", "SubsetRemoval"]
+__all__ = [
+    "Evaluation",
+    "LeaveOneOutCorrelation",
+    "LinearDatamodelingScore",
+    "MislabelDetection",
+    "SubsetRemoval",
+    "evaluate",
+    "subset_removal",
+]

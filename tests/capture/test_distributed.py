@@ -14,7 +14,7 @@ from lightning_influence.trajectory import Trajectory
 
 def run(folder, *arguments, check=True):
     folder.mkdir(exist_ok=True)
-    program = Path(__file__).parents[1] / "distributed.py"
+    program = Path(__file__).parents[1] / "gloo_fit.py"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(program), str(folder), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)

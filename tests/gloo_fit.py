@@ -1,4 +1,4 @@
-"""A fit in two processes: python distributed.py FOLDER STRATEGY WORKERS."""
+"""A fit in two processes: python gloo_fit.py FOLDER STRATEGY WORKERS."""
 
 import sys
 import warnings

@@ -1,0 +1,160 @@
+"""Data Shapley: what an example adds to models trained on whatever came before it (Ghorbani and Zou, 2019)."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_influence.numerics.subsets import every, prefixes
+from lightning_influence.retraining import Estimate, Retraining, losses_of
+from lightning_influence.setting import Queries, Setting
+
+# Prefixes trained together before it is looked whether a permutation may be cut short, and how often in a row its value
+# must be that of the whole set.
+_TOGETHER, _IN_A_ROW = 16, 5
+# Permutations before the standard error is believed.
+_WARM_UP = 10
+
+
+@dataclass(frozen=True)
+class DataShapley(Retraining):
+    r"""The mean over all orders of what an example adds to the value of those before it; value is minus the loss.
+
+    .. math:: s(q, z_i) = \sum_{S \not\ni i} \frac{|S|! \, (n-|S|-1)!}{n!} \, [v_q(S \cup i) - v_q(S)]
+
+    Exact where all 2^n subsets are within the budget; else truncated Monte Carlo over random orders. The scores of a
+    query sum to v(everything) - v(nothing), up to ``tolerance`` where orders are cut short.
+
+    Source: Ghorbani, Zou. Data Shapley: Equitable Valuation of Data for Machine Learning. ICML 2019.
+    Needs: ``Attributor(refit=)``.
+    Units: query loss (or measurement).
+    Cost: up to ``budget`` training runs, once; another query costs forward passes only (and models where an order
+    is cut later for it).
+    Departs from the paper: the tolerance is absolute, in units of the value; the value of nothing is explicit; every
+    example of an order is credited, the first too.
+
+    Args:
+        budget: models that may be trained. n an order, fewer where it is cut short.
+        tolerance: an order is cut, for a query, once its value stayed this close to that of all examples for more than
+            five prefixes in a row. 0: never.
+        convergence: stop before the budget is used up, once the median standard error is below this fraction of the
+            scores' standard deviation (not before ten orders). None: never.
+        empty: the loss (or measurement) of nothing: a number, or ``"initial"``: that of the untrained model.
+        seed: of the orders; all models of the k-th order are trained under seed k.
+
+    Raises:
+        ValueError: other values; a budget below one order.
+    """
+
+    budget: int = 1000
+    tolerance: float = 0.0
+    convergence: float | None = None
+    empty: float | Literal["initial"] = "initial"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.budget < 1:
+            raise ValueError(f"Expected `budget` to be a number of models, got {self.budget!r}.")
+        if self.tolerance < 0:
+            raise ValueError(f"Expected `tolerance` to be 0 or more, in units of the loss, got {self.tolerance!r}.")
+        if isinstance(self.empty, str) and self.empty != "initial":
+            raise ValueError(f"Expected `empty` to be a number or 'initial', got {self.empty!r}.")
+
+    def estimate(self, setting: Setting, queries: Queries) -> Estimate:
+        """Scores, with standard errors over orders."""
+        if setting.n_train < 63 and 2**setting.n_train - 1 <= self.budget:
+            return self._exact(setting, queries)
+        if self.budget < setting.n_train:
+            raise ValueError(
+                f"Expected `budget` to allow one order of the {setting.n_train} training examples, got "
+                f"{self.budget!r}. Raise it, use fewer examples (`torch.utils.data.Subset`), or use `Downsampling`."
+            )
+        return self._monte_carlo(setting, queries)
+
+    def _exact(self, setting: Setting, queries: Queries) -> Estimate:
+        n = setting.n_train
+        membership = every(n)
+        values = -losses_of(setting, queries, membership[1:], [0] * (len(membership) - 1))
+        values = torch.cat([-self._nothing(setting, queries, 0), values])
+        if bool(values.isnan().any()):
+            raise RuntimeError("Expected a model for each of the subsets, got failures. See the warnings before.")
+        sizes = membership.sum(1)
+        weight = torch.tensor([1 / (n * math.comb(n - 1, s)) for s in range(n)], dtype=values.dtype)
+        joined, left = weight[(sizes - 1).clamp(min=0)], weight[sizes.clamp(max=n - 1)]
+        credit = torch.where(membership, joined[:, None], -left[:, None])
+        half = torch.full((n,), len(membership) // 2)
+        setting.note(f"Exact: all {len(membership)} subsets.")
+        return Estimate(values.T @ credit, None, half, half, len(membership) - 1)
+
+    def _monte_carlo(self, setting: Setting, queries: Queries) -> Estimate:
+        n = setting.n_train
+        total, square = (torch.zeros(len(queries), n, dtype=torch.float64) for _ in range(2))
+        count, used, orders = torch.zeros(len(queries), n, dtype=torch.int64), 0, 0
+        while used + n <= self.budget:
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed * 2**32 + orders))
+            values, trained = self._walk(setting, queries, order, orders)
+            marginal = torch.empty_like(total)
+            marginal[:, order] = values.diff(dim=0).T
+            known = ~marginal.isnan()
+            total += marginal.nan_to_num(0.0)
+            square += marginal.nan_to_num(0.0).square()
+            count += known
+            used, orders = used + trained, orders + 1
+            if self._converged(total, square, count, orders):
+                break
+        mean = total / count
+        errors = _standard_error(total, square, count)
+        setting.note(f"Truncated Monte Carlo: {orders} orders, {used} models of a budget of {self.budget}.")
+        if self.convergence is not None and not self._converged(total, square, count, orders):
+            setting.note(
+                f"Not converged: the median standard error is above {self.convergence:g} of the scores' standard "
+                "deviation. Raise `budget`."
+            )
+        full = torch.full((n,), orders)
+        return Estimate(mean, errors, full, full, used)
+
+    def _walk(self, setting: Setting, queries: Queries, order: Tensor, seed: int) -> tuple[Tensor, int]:
+        """[n + 1, query] values along an order, and how many models it took."""
+        membership = prefixes(order)
+        n = len(order)
+        whole = -losses_of(setting, queries, membership[n:], [seed])[0]
+        values = whole.expand(n + 1, -1).clone()  # what is cut off adds nothing
+        values[0] = -self._nothing(setting, queries, seed)[0]
+        close = torch.zeros(len(whole), dtype=torch.int64)
+        for rows in self._portions(n):
+            found = -losses_of(setting, queries, membership[rows], [seed] * len(rows))
+            for row, value in zip(rows, found, strict=True):
+                done = close > _IN_A_ROW
+                values[row] = torch.where(done, values[row - 1], value)
+                near = (value - whole).abs() <= self.tolerance if self.tolerance > 0 else done
+                close = torch.where(near | done, close + 1, 0)
+            if bool((close > _IN_A_ROW).all()):
+                values[rows.stop : n + 1] = values[rows.stop - 1]
+                return values, rows.stop
+        values[n] = torch.where(close > _IN_A_ROW, values[n - 1], whole)
+        return values, n
+
+    def _portions(self, n: int) -> Iterator[range]:
+        step = n if self.tolerance == 0 else _TOGETHER
+        for start in range(1, n, step):
+            yield range(start, min(start + step, n))
+
+    def _nothing(self, setting: Setting, queries: Queries, seed: int) -> Tensor:
+        """[1, query]."""
+        if self.empty == "initial":
+            return setting.models.untrained([seed], queries)
+        return torch.full((1, len(queries)), float(self.empty), dtype=torch.float64)
+
+    def _converged(self, total: Tensor, square: Tensor, count: Tensor, orders: int) -> bool:
+        if self.convergence is None or orders < _WARM_UP:
+            return False
+        errors, spread = _standard_error(total, square, count), (total / count).std(1)
+        return bool((errors.nanmedian(1).values <= self.convergence * spread).all())
+
+
+def _standard_error(total: Tensor, square: Tensor, count: Tensor) -> Tensor:
+    variance = (square - total.square() / count).clamp(min=0) / (count - 1).clamp(min=0)
+    return (variance / count).sqrt()

@@ -1,0 +1,121 @@
+"""KNN-Shapley: the exact Shapley value of nearest neighbours on frozen features (Jia et al., 2019)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_influence.examples import Examples
+from lightning_influence.method import Evidence, Method
+from lightning_influence.module import Task
+from lightning_influence.setting import Queries, Setting
+from lightning_influence.types import Batch
+
+_LABELS = ("label", "labels", "y", "target", "targets")
+
+
+@dataclass(frozen=True)
+class KNNShapley(Method):
+    r"""What each training example adds to the share of a query's k nearest neighbours that have its label.
+
+    .. math:: s_{(n)} = \frac{\min(k, n)}{n k} m_n, \quad
+              s_{(j)} = s_{(j+1)} + \frac{m_j - m_{j+1}}{k} \frac{\min(k, j)}{j}
+
+    with the examples in order of distance from the query, and m = 1 where the label is the query's. Exact, no training.
+
+    Source: Jia et al. Efficient Task-Specific Data Valuation for Nearest Neighbor Algorithms. VLDB 2019.
+    Needs: the final weights.
+    Units: share of correct neighbours.
+    Cost: one forward pass an example, and a sort of the training set for each query.
+
+    Args:
+        k: neighbours that vote.
+        features: ``(module, batch) -> [batch, dim]``; None: what goes into the module's last linear layer.
+        labels: ``batch -> [batch]``; None: the second part of the batch, or its "label", "y" or "target".
+
+    Raises:
+        ValueError: ``k`` below 1; no linear layer, or no labels where they usually are.
+    """
+
+    k: int = 5
+    features: Callable[[Any, Batch], Tensor] | None = None
+    labels: Callable[[Batch], Tensor] | None = None
+    needs: ClassVar[Evidence] = Evidence.FINAL_WEIGHTS
+    gradients: ClassVar[bool] = False
+    whole: ClassVar[bool] = True
+    measures: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"Expected `k` to be 1 or more, got {self.k!r}.")
+
+    def score(self, setting: Setting, queries: Queries) -> Tensor:
+        """[query, train]."""
+        train, of_train = self._embedded(setting.engine.task, setting.examples, range(setting.n_train))
+        asked, of_asked = self._embedded(queries.engine.task, queries.examples, queries.ids)
+        values = knn_shapley(torch.cdist(asked, train), of_asked[:, None] == of_train, self.k)
+        return values.mean(0, keepdim=True) if queries.mean else values
+
+    def unit(self, setting: Setting) -> str:
+        """Of the vote."""
+        return f"share of {self.k} nearest neighbours with the query's label"
+
+    def settings(self) -> dict[str, Any]:
+        """With the names of the functions."""
+        return {
+            "k": self.k,
+            "features": getattr(self.features, "__qualname__", self.features and repr(self.features)),
+            "labels": getattr(self.labels, "__qualname__", self.labels and repr(self.labels)),
+        }
+
+    def _embedded(self, task: Task, examples: Examples, ids: range) -> tuple[Tensor, Tensor]:
+        """Features in float64 and labels."""
+        features, labels = [], []
+        for block in examples.blocks(ids.start, ids.stop):
+            batch = task.to_device(block.batch)
+            with torch.no_grad():
+                found = _before_last_layer(task, batch) if self.features is None else self.features(task.module, batch)
+            features.append(found.flatten(1).double())
+            labels.append(_labels(batch) if self.labels is None else self.labels(batch))
+        return torch.cat(features), torch.cat(labels)
+
+
+def knn_shapley(distances: Tensor, same: Tensor, k: int) -> Tensor:
+    """[query, train] from distances and whether labels agree; of equally near examples the smaller id comes first."""
+    order = distances.sort(dim=1, stable=True).indices
+    match = same.gather(1, order).to(torch.float64)
+    n = match.shape[1]
+    place = torch.arange(1, n, dtype=torch.float64, device=match.device)
+    step = (match[:, :-1] - match[:, 1:]) / k * (place.clamp(max=k) / place)
+    last = match[:, -1:] * (min(k, n) / (n * k))
+    values = torch.cat([step.flip(1).cumsum(1).flip(1) + last, last], 1)
+    return torch.empty_like(values).scatter_(1, order, values)
+
+
+def _before_last_layer(task: Task, batch: Batch) -> Tensor:
+    layers = [layer for layer in task.module.modules() if isinstance(layer, nn.Linear)]
+    if not layers:
+        raise ValueError(
+            f"Expected a linear layer in {type(task.module).__name__}, got none. Pass `features=`, a callable "
+            "(module, batch) -> [batch, dim]."
+        )
+    seen: list[Tensor] = []
+    hook = layers[-1].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    try:
+        task(batch)
+    finally:
+        hook.remove()
+    return seen[-1]
+
+
+def _labels(batch: Batch) -> Tensor:
+    found = None
+    if isinstance(batch, (list, tuple)) and len(batch) > 1:
+        found = batch[1]
+    elif isinstance(batch, dict):
+        found = next((batch[name] for name in _LABELS if name in batch), None)
+    if not isinstance(found, Tensor) or found.ndim != 1:
+        raise ValueError("Expected labels [batch] in the batch, got none. Pass `labels=`, a callable batch -> [batch].")
+    return found

@@ -1,0 +1,73 @@
+"""Leave-one-out: what a query's loss would have been without the example (Cook, 1977)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_influence.numerics.subsets import without_each
+from lightning_influence.retraining import Estimate, Retraining, losses_of
+from lightning_influence.setting import Queries, Setting
+
+
+@dataclass(frozen=True)
+class LeaveOneOut(Retraining):
+    r"""How much higher a query's loss is when the model is trained without the example.
+
+    .. math:: s(q, z_i) = \ell(w_{-i}, q) - \ell(w, q)
+
+    Source: Cook. Detection of Influential Observation in Linear Regression. Technometrics 1977; Koh, Liang. ICML 2017.
+    Needs: ``Attributor(refit=)``.
+    Units: query loss (or measurement).
+    Cost: one training run an example and seed, once; another query costs forward passes only.
+
+    Args:
+        examples: ids to leave out; None: all. The others have no score.
+        n_seeds: models averaged for each example, where seeds are independent. Of a network, one is mostly noise.
+
+    Raises:
+        ValueError: ``n_seeds`` below 1; ids outside the training data.
+    """
+
+    examples: tuple[int, ...] | None = None
+    n_seeds: int = 1
+
+    def __post_init__(self) -> None:
+        if self.n_seeds < 1:
+            raise ValueError(f"Expected `n_seeds` to be 1 or more, got {self.n_seeds!r}.")
+
+    def scored(self, n_train: int) -> Sequence[int] | None:
+        """The examples that are left out."""
+        if self.examples is None:
+            return None
+        wrong = [i for i in self.examples if not 0 <= i < n_train]
+        if wrong:
+            raise ValueError(f"Expected `examples` to be ids below {n_train}, got {wrong[:5]!r}.")
+        return sorted(set(self.examples))
+
+    def estimate(self, setting: Setting, queries: Queries) -> Estimate:
+        """Scores, with standard errors over seeds."""
+        n_train, n_seeds = setting.n_train, self.n_seeds if setting.models.way.seeded else 1
+        chosen = self.scored(n_train)
+        ids = torch.arange(n_train) if chosen is None else torch.tensor(chosen, dtype=torch.int64)
+        every = torch.ones(1, n_train, dtype=torch.bool)
+        membership = torch.cat([every, without_each(n_train, ids)]).repeat_interleave(n_seeds, 0)
+        seeds = list(range(n_seeds)) * (len(ids) + 1)
+        losses = losses_of(setting, queries, membership, seeds).reshape(len(ids) + 1, n_seeds, -1)
+        change = losses[1:] - losses[:1]  # of equal seeds, so that what they share falls away
+        values = _spread(change.nanmean(1).T, ids, n_train)
+        errors = None
+        if setting.models.way.seeded:
+            spread = change.std(1) if n_seeds > 1 else torch.full_like(change[:, 0], torch.nan)
+            errors = _spread(spread.T / n_seeds**0.5, ids, n_train)
+        out = torch.zeros(n_train, dtype=torch.int64)
+        out[ids] = n_seeds
+        return Estimate(values, errors, len(membership) - out, out, len(membership))
+
+
+def _spread(columns: Tensor, ids: Tensor, n_train: int) -> Tensor:
+    """[query, train], NaN in the columns that are not given."""
+    whole = torch.full((len(columns), n_train), torch.nan, dtype=columns.dtype)
+    whole[:, ids] = columns
+    return whole

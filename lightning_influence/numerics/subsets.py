@@ -1,0 +1,35 @@
+"""Memberships [subset, train]: which examples each of many models is trained on."""
+
+import torch
+from torch import Tensor
+
+
+def fixed_size(n_train: int, n_subsets: int, size: int, seed: int) -> Tensor:
+    """Subsets of ``size`` examples each, drawn without replacement."""
+    draw = torch.Generator().manual_seed(seed)
+    order = torch.stack([torch.randperm(n_train, generator=draw) for _ in range(n_subsets)])
+    return torch.zeros(n_subsets, n_train, dtype=torch.bool).scatter_(1, order[:, :size], True)
+
+
+def bernoulli(n_train: int, n_subsets: int, chance: float, seed: int) -> Tensor:
+    """Subsets that hold each example with one chance, independently."""
+    return torch.rand(n_subsets, n_train, generator=torch.Generator().manual_seed(seed)) < chance
+
+
+def without_each(n_train: int, ids: Tensor) -> Tensor:
+    """All but one example each."""
+    membership = torch.ones(len(ids), n_train, dtype=torch.bool)
+    membership[torch.arange(len(ids)), ids] = False
+    return membership
+
+
+def prefixes(order: Tensor) -> Tensor:
+    """The first 0, 1, ... n examples of a permutation: [n + 1, train]."""
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order))
+    return rank[None] < torch.arange(len(order) + 1)[:, None]
+
+
+def every(n_train: int) -> Tensor:
+    """All 2^n subsets; bit i of a row's number says whether example i is in."""
+    return (torch.arange(2**n_train)[:, None] >> torch.arange(n_train)).bitwise_and(1).bool()

@@ -1,0 +1,97 @@
+"""Models of the captured run itself: the same steps once more, with other weights of its examples, many at once."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_influence.refit.pool import Failure, Job
+from lightning_influence.refit.store import Trained, digest_of
+from lightning_influence.replay import Replay, run_many
+from lightning_influence.session import Sessions
+
+# Finished models are on disk after about so many seconds.
+_SECONDS = 10.0
+# Models, and bytes of them, that go into one call at most.
+_MODELS, _BYTES = 256, 2**28
+
+
+@dataclass
+class Fixed:
+    """Trains by replaying the captured run.
+
+    Args:
+        sessions: of the module that was trained, its data and its fit.
+        removal: what becomes of a batch's divisor.
+    """
+
+    sessions: Sessions
+    removal: Literal["downweight", "renormalize"] = "downweight"
+    seeded: bool = False
+    _seconds: float = 0.0  # that the run takes as it was
+
+    def identity(self) -> dict[str, Any]:
+        """The captured run: its first and last weights and the batches between."""
+        trajectory = self._trajectory()
+        steps = [trajectory.steps["ids"].to_pylist(), trajectory.steps["lr"].to_pylist()]
+        end = trajectory.checkpoints[-1].load().parameters
+        return {"seeds": "fixed", "removal": self.removal, "run": digest_of({**self.initial(0), **end}, steps=steps)}
+
+    def initial(self, seed: int) -> dict[str, Tensor]:
+        """The weights that the run started from."""
+        state = self._trajectory().checkpoints[0].load()
+        return {**state.parameters, **state.buffers}
+
+    def train_all(self, jobs: Sequence[Job], take: Callable[[Sequence[Trained]], None]) -> list[Failure]:
+        """Trains models side by side and hands over each run's as it ends.
+
+        Raises:
+            MissingEvidence: the fit was not captured step by step.
+            DriftError: its replay does not meet the captured weights.
+        """
+        with self._replay() as replay:
+            failures: list[Failure] = []
+            # Side by side, models take far less than the run alone did; if they cannot stand so, no more than it.
+            first, count = 0, max(1, min(_MODELS, int(2 * _SECONDS / self._seconds)))
+            while first < len(jobs):
+                part = jobs[first : first + count]
+                start = time.perf_counter()
+                weights = torch.stack([membership for membership, _ in part]).double()
+                found = run_many(replay, weights, renormalize=self.removal == "renormalize")
+                each = (time.perf_counter() - start) / len(part)
+                models = [
+                    Trained(membership, seed, each, {name: value[row].cpu() for name, value in found.items()})
+                    for row, (membership, seed) in enumerate(part)
+                ]
+                broken = {id(model): name for model in models if (name := _not_finite(model.weights))}
+                take([model for model in models if id(model) not in broken])
+                failures += [
+                    Failure(job, f"ValueError: NaN or infinity in `{broken[id(model)]}` after training.")
+                    for job, model in zip(part, models, strict=True)
+                    if id(model) in broken
+                ]
+                first += len(part)
+                size = sum(value[0].numel() * value.element_size() for value in found.values())
+                count = max(1, min(_MODELS, int(_SECONDS / each), _BYTES // max(1, size)))
+        return failures
+
+    @contextlib.contextmanager
+    def _replay(self) -> Iterator[Replay]:
+        with self.sessions.open() as session:
+            replay = Replay(session.engine, session.examples, self._trajectory())
+            if self._seconds == 0:
+                start = time.perf_counter()
+                replay.run()  # as it was: raises where it does not end where the fit ended
+                self._seconds = time.perf_counter() - start
+            yield replay
+
+    def _trajectory(self) -> Any:
+        return self.sessions.trajectory
+
+
+def _not_finite(weights: Any) -> str | None:
+    return next((n for n, v in weights.items() if v.is_floating_point() and not bool(v.isfinite().all())), None)

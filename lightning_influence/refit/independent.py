@@ -1,0 +1,58 @@
+"""Models of independent seeds, each through the user's own Trainer."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Subset
+
+from lightning_influence.module import isolated_random_state
+from lightning_influence.refit.pool import Failure, Job, train_all
+from lightning_influence.refit.recipe import Recipe, quiet_lightning
+from lightning_influence.refit.store import Trained, digest_of
+
+
+@dataclass
+class Independent:
+    """Trains by a recipe, in this process or wherever joblib says.
+
+    Args:
+        recipe: how one model is trained.
+        n_jobs: processes; None: what ``joblib.parallel_config`` says.
+    """
+
+    recipe: Recipe
+    n_jobs: int | None = None
+    seeded: bool = True
+    _checked: bool = False
+
+    def identity(self) -> dict[str, Any]:
+        """The untrained model of seed 0, and what the factories are seen to set."""
+        recipe = self.recipe
+        with isolated_random_state(), quiet_lightning():
+            module, trainer = recipe.make_module(), recipe.make_trainer()
+            loader = recipe.make_dataloader(Subset(recipe.dataset, range(len(recipe.dataset))))
+            optimizers: Any = None
+            with contextlib.suppress(Exception):  # it may ask for a Trainer that is not there yet
+                optimizers = repr(module.configure_optimizers())
+        settings = {
+            "hparams": {name: repr(value) for name, value in getattr(module, "hparams", {}).items()},
+            "optimizers": optimizers if optimizers is None or " at 0x" not in optimizers else None,
+            "trainer": [trainer.max_epochs, trainer.max_steps, trainer.accumulate_grad_batches],
+            "clipping": [trainer.gradient_clip_val, trainer.gradient_clip_algorithm and str(trainer.gradient_clip_val)],
+            "batch_size": getattr(loader, "batch_size", None),
+        }
+        return {"seeds": "independent", "recipe": digest_of(self.initial(0), **settings)}
+
+    def initial(self, seed: int) -> dict[str, Tensor]:
+        """The untrained model of a seed."""
+        return self.recipe.initial(seed)
+
+    def train_all(self, jobs: Sequence[Job], take: Callable[[Sequence[Trained]], None]) -> list[Failure]:
+        """Trains models, hands them over one by one, and returns what failed twice."""
+        if not self._checked:
+            self.recipe.check()
+            self._checked = True
+        return train_all(self.recipe.train, jobs, self.n_jobs, lambda model: take([model]))

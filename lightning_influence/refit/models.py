@@ -1,0 +1,159 @@
+"""Models trained on parts of the data: what is not there yet is trained, and queries are measured under all of them."""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import Subset, TensorDataset
+
+from lightning_influence.progress import progress
+from lightning_influence.refit import measure
+from lightning_influence.refit.pool import Failure, Job, named
+from lightning_influence.refit.store import Store, Trained, bytes_of, key_of, layout_of
+from lightning_influence.setting import Queries
+from lightning_influence.sources import Source
+
+_FINGERPRINTED = 16  # examples that tell one dataset from another
+
+
+class Way(Protocol):
+    """How models are trained again: the captured run once more, or the user's own Trainer."""
+
+    seeded: bool
+    """Whether a seed makes a difference."""
+
+    def identity(self) -> dict[str, Any]:
+        """What tells its models from those of another way, as JSON."""
+
+    def initial(self, seed: int) -> dict[str, Tensor]:
+        """The untrained model of a seed."""
+
+    def train_all(self, jobs: Sequence[Job], take: Callable[[Sequence[Trained]], None]) -> list[Failure]:
+        """Trains models, hands them over as they are finished, and returns what failed for good."""
+
+
+class Models:
+    """A folder of models of one training set, and the way to train more of them.
+
+    Args:
+        way: how a model is trained.
+        train: the training data.
+        folder: where models are kept.
+        trainer: whose progress bar says whether progress is shown.
+    """
+
+    def __init__(self, way: Way, train: Source, folder: Path, trainer: Any) -> None:
+        self.way = way
+        self.n_train = len(train.dataset)
+        self._trainer = trainer
+        self._labels = _labels(train.dataset)
+        identity = {"n_train": self.n_train, "dataset": _fingerprint(train), **way.identity()}
+        self.store = Store(folder, identity, layout_of(way.initial(0)))
+
+    def train(self, membership: Tensor, seeds: Sequence[int]) -> list[str]:
+        """Trains the models that are not there yet.
+
+        Args:
+            membership: [model, train] bool.
+            seeds: one a model; all the same where a seed makes no difference.
+
+        Returns:
+            What a reader of results must know: which models failed, what their subsets lack.
+
+        Raises:
+            ValueError: a subset without any example, or of another dataset.
+            RuntimeError: another process trains into the same folder; workers that die again and again; nothing but
+                failures.
+        """
+        self._check(membership)
+        with self.store.writing():
+            jobs = {key: job for key, job in self._jobs(membership, seeds).items() if key not in self.store}
+            if not jobs:
+                return self._lacking(membership)
+            with progress(self._trainer, len(jobs), "retraining", unit="model") as done:
+
+                def take(models: Sequence[Trained]) -> None:
+                    self.store.add(models)
+                    done(len(models))
+
+                failures = self.way.train_all(list(jobs.values()), take)
+        if len(failures) == len(jobs):
+            raise RuntimeError(f"Expected models that train, got {len(jobs)} failures. {named(failures[0])}")
+        notes = [f"{named(failure)} (twice): it is left out." for failure in failures]
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
+        return notes + self._lacking(membership)
+
+    def losses(self, membership: Tensor, seeds: Sequence[int], queries: Queries) -> Tensor:
+        """[model, query] in float64, by forward passes; NaN for a model that could not be trained."""
+        keys = list(self._jobs(membership, seeds))
+        rows = {key: row for row, key in enumerate(dict.fromkeys(key for key in keys if key in self.store))}
+        found = measure.losses(queries, self.store.weights(rows))
+        missing = torch.full((1, len(queries)), torch.nan, dtype=torch.float64)
+        every = torch.cat([found, missing])
+        order = [key_of(row, seed) for row, seed in zip(membership, self._seeds(seeds), strict=True)]
+        return every[[rows.get(key, len(found)) for key in order]]
+
+    def untrained(self, seeds: Sequence[int], queries: Queries) -> Tensor:
+        """[seed, query]: under the models as they are before any training."""
+        return measure.losses(queries, (self.way.initial(seed) for seed in self._seeds(seeds)))
+
+    def _seeds(self, seeds: Sequence[int]) -> list[int]:
+        return list(seeds) if self.way.seeded else [0] * len(seeds)
+
+    def _jobs(self, membership: Tensor, seeds: Sequence[int]) -> dict[str, Job]:
+        pairs = zip(membership, self._seeds(seeds), strict=True)
+        return {key_of(row, seed): (row, seed) for row, seed in pairs}
+
+    def _check(self, membership: Tensor) -> None:
+        if membership.ndim != 2 or membership.shape[1] != self.n_train:
+            raise ValueError(
+                f"Expected `membership` to be [model, train] with {self.n_train} training examples, got "
+                f"{list(membership.shape)}."
+            )
+        empty = int((membership.sum(1) == 0).sum())
+        if empty:
+            raise ValueError(
+                f"Expected subsets with at least one example, got {empty} empty ones of {len(membership)}. Draw larger "
+                "subsets; the value of the empty set is `DataShapley(empty=)`."
+            )
+
+    def _lacking(self, membership: Tensor) -> list[str]:
+        """Subsets that hold no example of some class, where labels can be read."""
+        if self._labels is None:
+            return []
+        notes = []
+        for label in self._labels.unique().tolist():
+            without = int((membership[:, self._labels == label].sum(1) == 0).sum())
+            if without:
+                notes.append(f"{without} of {len(membership)} subsets hold no example of class {label}.")
+        return notes
+
+
+def _labels(dataset: Any) -> Tensor | None:
+    """[train] integer labels, where the dataset keeps them where datasets usually do."""
+    if isinstance(dataset, Subset):
+        inner = _labels(dataset.dataset)
+        return None if inner is None else inner[torch.as_tensor(list(dataset.indices))]
+    found = dataset.tensors[-1] if isinstance(dataset, TensorDataset) else getattr(dataset, "targets", None)
+    try:
+        labels = torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    whole = labels.ndim == 1 and len(labels) == len(dataset) and not labels.is_floating_point()
+    return labels if whole else None
+
+
+def _fingerprint(train: Source) -> str:
+    """A hash of a few examples, spread evenly."""
+    examples, n = train.examples(None), len(train.dataset)
+    digest = hashlib.sha256()
+    for i in sorted({round(k * (n - 1) / _FINGERPRINTED) for k in range(_FINGERPRINTED + 1)}):
+        for leaf in tree_leaves(examples.one(i)):
+            digest.update(bytes_of(leaf))
+    return digest.hexdigest()[:24]

@@ -1,0 +1,235 @@
+"""How models are trained again, and where they are kept."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_influence.module import Loss
+from lightning_influence.numerics import subsets
+from lightning_influence.refit.bank import Bank
+from lightning_influence.refit.fixed import Fixed
+from lightning_influence.refit.independent import Independent
+from lightning_influence.refit.models import Models, Way
+from lightning_influence.refit.recipe import Recipe
+from lightning_influence.session import Asked, Sessions
+from lightning_influence.sources import Source, source_of
+from lightning_influence.types import MissingEvidence
+
+# Subsets to judge by are drawn by other seeds than those that a method learns from.
+_JUDGES = 10**6
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is trained again: an attributor's module, data and fit."""
+
+    sessions: Sessions
+    train: Source
+
+
+class Refit:
+    """How models are trained again for methods that retrain, and for judging scores by the truth.
+
+    Args:
+        make_module: returns a new LightningModule; for ``seeds="independent"``.
+        make_trainer: returns a new Trainer, best one without logger and checkpoints.
+        make_dataloader: returns the training loader of a ``Subset`` of the training data.
+        seeds: ``"fixed"``: the captured run once more, step by step, with the weight of what is left out set to 0;
+            needs no factories. ``"independent"``: each model from its own seed through the user's Trainer.
+        dirpath: where finished models are kept; a restart goes on there. None: in the captured run's folder.
+        removal: for fixed seeds: ``"downweight"`` leaves the divisor of a batch as it was, ``"renormalize"`` divides by
+            what remains of it.
+        n_jobs: processes, for independent seeds. None: what ``joblib.parallel_config`` around the call says (Dask and
+            Ray are joblib backends), else this process alone.
+
+    Raises:
+        ValueError: another word; factories that are missing, or given where none are needed.
+
+    Example:
+        >>> refit = Refit(make_module, make_trainer, make_loader, "independent", "bank")  # doctest: +SKIP
+        >>> attributor = Attributor(model, train=train_dataset, refit=refit)  # doctest: +SKIP
+        >>> attributor.score(Downsampling(n_models=200), queries=test_dataset)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        make_module: Callable[[], Any] | None = None,
+        make_trainer: Callable[[], Any] | None = None,
+        make_dataloader: Callable[[Any], Any] | None = None,
+        seeds: Literal["fixed", "independent"] = "fixed",
+        dirpath: str | PathLike[str] | None = None,
+        removal: Literal["downweight", "renormalize"] = "downweight",
+        n_jobs: int | None = None,
+    ) -> None:
+        for name, value, allowed in (
+            ("seeds", seeds, ("fixed", "independent")),
+            ("removal", removal, ("downweight", "renormalize")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        factories = {"make_module": make_module, "make_trainer": make_trainer, "make_dataloader": make_dataloader}
+        given = [name for name, value in factories.items() if value is not None]
+        if seeds == "independent" and len(given) < 3:
+            raise ValueError(
+                f"Expected `make_module`, `make_trainer` and `make_dataloader` for `seeds='independent'`, got "
+                f"{', '.join(given) or 'none'}."
+            )
+        if seeds == "fixed" and given:
+            raise ValueError(
+                f"Expected no factories for `seeds='fixed'`, which trains the captured run once more, got "
+                f"{', '.join(given)}. Leave them out, or pass `seeds='independent'`."
+            )
+        self.factories = factories
+        self.seeds, self.removal, self.n_jobs = seeds, removal, n_jobs
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self._subject: Subject | None = None
+        self._models: Models | None = None
+        self.asked: Source | None = None
+        """The queries that the attributor was last asked about."""
+
+    def attach(self, sessions: Sessions, train: Source) -> None:
+        """An ``Attributor(refit=)`` says what is trained again."""
+        self._subject, self._models, self.asked = Subject(sessions, train), None, None
+
+    @property
+    def models(self) -> Models:
+        """The models that there are.
+
+        Raises:
+            MissingEvidence: no ``Attributor`` was given this, or fixed seeds without a captured run.
+            ValueError: no place for them, or one with models of something else.
+        """
+        if self._models is None:
+            subject = self._subject_or_raise()
+            self._models = Models(self._way(subject), subject.train, self._folder(subject), subject.sessions.trainer)
+        return self._models
+
+    @contextlib.contextmanager
+    def asking(self, queries: Any, measurement: Loss | None = None, mean: bool = False) -> Iterator[Asked]:
+        """The queries, ready to be measured under any model of this module."""
+        subject = self._subject_or_raise()
+        source = source_of(queries, "queries", like=subject.train)
+        with subject.sessions.open(source, measurement, mean, forward_only=True) as session:
+            assert session.asked is not None
+            yield session.asked
+
+    def bank(
+        self,
+        queries: Any,
+        n_subsets: int = 100,
+        fraction: float = 0.5,
+        n_seeds: int = 1,
+        leave_out: Sequence[int] | None = None,
+        measurement: Loss | None = None,
+        higher_is_better: bool = False,
+        seed: int = 0,
+    ) -> Bank:
+        """Trains models on subsets of the data and measures queries under them, for ``metrics.evaluate``.
+
+        Args:
+            queries: Dataset or DataLoader.
+            n_subsets: how many subsets, of one size.
+            fraction: of the training data in each.
+            n_seeds: models a subset; more than one tells how much of the truth is noise.
+            leave_out: in place of random subsets, all but one of these examples each.
+            measurement: ``(module, batch) -> [batch]`` in place of the loss.
+            higher_is_better: of the measurement.
+            seed: of the subsets; other ones than ``Downsampling`` draws.
+
+        Raises:
+            ValueError: a fraction outside (0, 1), ids outside the data.
+            RuntimeError: no model could be trained.
+        """
+        n_train = len(self._subject_or_raise().train.dataset)
+        membership = _membership(n_train, n_subsets, fraction, leave_out, seed)
+        sign = -1.0 if higher_is_better else 1.0
+        return self._bank(membership, queries, n_seeds, leave_out is not None, measurement, sign)
+
+    def without(self, ids: Tensor, queries: Any = None, n_seeds: int = 1) -> Bank:
+        """A bank whose k-th subset lacks the examples of the k-th row: the brittleness test trains on those.
+
+        Args:
+            ids: [subset, few] training ids.
+            queries: Dataset or DataLoader; None: those that the attributor was last asked about.
+            n_seeds: models a subset; the model with everything is of the same seeds.
+
+        Raises:
+            ValueError: no queries.
+        """
+        n_train = len(self._subject_or_raise().train.dataset)
+        queries = self.asked if queries is None else queries
+        if queries is None:
+            raise ValueError("Expected `queries`, got None, and none were asked about before. Pass their dataset.")
+        membership = torch.ones(len(ids), n_train, dtype=torch.bool).scatter_(1, ids, False)
+        return self._bank(membership, queries, n_seeds, True, None, 1.0)
+
+    def _bank(
+        self, membership: Tensor, queries: Any, n_seeds: int, paired: bool, measurement: Loss | None, sign: float
+    ) -> Bank:
+        """Trains and measures; where ``paired``, every subset has the seeds of the model with everything."""
+        models, n_train = self.models, membership.shape[1]
+        n_seeds = n_seeds if models.way.seeded else 1
+        everything = torch.ones(n_seeds, n_train, dtype=torch.bool)
+        rows = membership.repeat_interleave(n_seeds, 0)
+        # Of a difference, what the seeds share falls away.
+        seeds = list(range(n_seeds)) * len(membership) if paired else [_JUDGES + row for row in range(len(rows))]
+        notes = models.train(torch.cat([everything, rows]), [*range(n_seeds), *seeds])
+        with self.asking(queries, measurement) as asked:
+            losses = sign * models.losses(rows, seeds, asked[:])
+            full = sign * models.losses(everything, list(range(n_seeds)), asked[:])
+        with self.asking(self._subject_or_raise().train) as asked:
+            train_losses = models.losses(everything[:1], [0], asked[:])[0]
+        return Bank(
+            membership=membership,
+            losses=losses.reshape(len(membership), n_seeds, -1),
+            full=full,
+            query_ids=torch.arange(losses.shape[1]),
+            deterministic=not models.way.seeded,
+            train_losses=train_losses,
+            notes=tuple(notes),
+        )
+
+    def _way(self, subject: Subject) -> Way:
+        if self.seeds == "independent":
+            recipe = Recipe(**self.factories, dataset=subject.train.dataset)  # type: ignore[arg-type]
+            return Independent(recipe, self.n_jobs)
+        if subject.sessions.trajectory is None:
+            raise MissingEvidence(
+                "Expected a captured run for `seeds='fixed'`, got `trajectory=None`. Fit with "
+                "`Trainer(callbacks=[Influence()])`, or pass factories and `seeds='independent'`."
+            )
+        return Fixed(subject.sessions, self.removal)
+
+    def _folder(self, subject: Subject) -> Path:
+        if self.dirpath is not None:
+            return self.dirpath
+        path = None if subject.sessions.trajectory is None else subject.sessions.trajectory.path
+        if path is None:
+            raise ValueError("Expected `dirpath` for the models where there is no captured run, got None.")
+        return path / f"refit-{self.seeds}"
+
+    def _subject_or_raise(self) -> Subject:
+        if self._subject is None:
+            raise MissingEvidence(
+                "Expected a `Refit` that knows what to train again, got one on its own. Pass it to "
+                "`Attributor(model, train, trajectory, refit=refit)` first."
+            )
+        return self._subject
+
+
+def _membership(n_train: int, n_subsets: int, fraction: float, leave_out: Sequence[int] | None, seed: int) -> Tensor:
+    if leave_out is not None:
+        ids = torch.as_tensor(leave_out, dtype=torch.int64)
+        wrong = ids[(ids < 0) | (ids >= n_train)].tolist()
+        if wrong or not len(ids):
+            raise ValueError(f"Expected `leave_out` to be ids below {n_train}, got {wrong[:5] or 'none'}.")
+        return subsets.without_each(n_train, ids)
+    if not 0 < fraction < 1:
+        raise ValueError(f"Expected `fraction` between 0 and 1, got {fraction!r}.")
+    return subsets.fixed_size(n_train, n_subsets, max(1, round(fraction * n_train)), seed + _JUDGES)

@@ -1,0 +1,234 @@
+"""Trained models on disk: each is recorded once it is finished, and found again by what it was trained on."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from lightning_influence.trajectory.files import write_atomically
+
+FORMAT = 1
+MANIFEST = "bank.json"
+
+_ROWS = pa.schema(
+    [
+        pa.field("key", pa.string()),
+        pa.field("membership", pa.binary()),  # one bit an example, the first in the lowest bit
+        pa.field("seed", pa.int64()),
+        pa.field("seconds", pa.float64()),
+        pa.field("weights", pa.binary()),  # the tensors of the manifest's layout, one behind the other
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One finished model.
+
+    Args:
+        membership: [train] bool.
+        seed: under which it was made and trained.
+        seconds: that it took.
+        weights: parameters and buffers, on the CPU.
+    """
+
+    membership: Tensor
+    seed: int
+    seconds: float
+    weights: Mapping[str, Tensor] = field(repr=False)
+
+    @property
+    def key(self) -> str:
+        """What it is known by."""
+        return key_of(self.membership, self.seed)
+
+
+def key_of(membership: Tensor, seed: int) -> str:
+    """One name for a subset and a seed."""
+    return hashlib.sha256(_packed(membership) + f":{len(membership)}:{seed}".encode()).hexdigest()[:24]
+
+
+class Store:
+    """A folder of Arrow files, each with the models that were finished together.
+
+    Args:
+        folder: is made where it is missing.
+        identity: what makes models belong together: dataset, module, how they are trained.
+        layout: name, dtype and shape of each tensor of a model.
+
+    Raises:
+        ValueError: the folder holds models of another identity.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], layout: Mapping[str, tuple[str, list[int]]]) -> None:
+        self.folder = folder
+        self.layout = layout
+        folder.mkdir(parents=True, exist_ok=True)
+        self._check(json.loads(json.dumps({"format": FORMAT, "layout": layout, **identity})))
+        self._places: dict[str, tuple[Path, int]] = {}
+        self.seconds: list[float] = []
+        self._next = 0
+        self._refresh()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Nobody else trains models into the folder meanwhile; those that came since it was opened are known inside.
+
+        Raises:
+            RuntimeError: somebody does.
+        """
+        with _locked(self.folder):
+            self._refresh()
+            yield
+
+    def add(self, models: Sequence[Trained]) -> None:
+        """Writes finished models as one file that appears when it is whole; those that are there already stay."""
+        new = [model for model in models if model.key not in self]
+        if not new:
+            return
+        arrays = [
+            pa.array([m.key for m in new]),
+            pa.array([_packed(m.membership) for m in new], pa.binary()),
+            pa.array([m.seed for m in new], pa.int64()),
+            pa.array([m.seconds for m in new], pa.float64()),
+            pa.array([self._bytes(m.weights) for m in new], pa.binary()),
+        ]
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, _ROWS) as writer:
+            writer.write_batch(pa.record_batch(arrays, schema=_ROWS))
+        path = self.folder / f"models-{self._next:06d}.arrow"
+        write_atomically(path, sink.getvalue().to_pybytes())
+        self._next += 1
+        self._places |= {model.key: (path, row) for row, model in enumerate(new)}
+        self.seconds += [model.seconds for model in new]
+
+    def weights(self, keys: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+        """The tensors of some models, one model in memory at a time."""
+        opened: tuple[Path | None, Any] = (None, None)
+        for key in keys:
+            path, row = self._places[key]
+            if opened[0] != path:
+                opened = path, pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)["weights"]
+            yield self._tensors(opened[1][row].as_buffer())
+
+    def _refresh(self) -> None:
+        for path in sorted(self.folder.glob("models-*.arrow")):
+            number = int(re.sub(r"\D", "", path.stem))
+            if number >= self._next:
+                self._next = number + 1
+                self._index(path)
+
+    def _index(self, path: Path) -> None:
+        try:
+            table = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+            size = sum(_size(*entry) for entry in self.layout.values())
+            whole = all(value.as_buffer().size == size for value in table["weights"])
+            keys, seconds = table["key"].to_pylist(), table["seconds"].to_pylist()
+        except (pa.ArrowException, OSError, KeyError, ValueError):
+            whole = False
+        if not whole:
+            warnings.warn(f"`{path}` is damaged: its models are trained again.", stacklevel=2)
+            return
+        self._places |= {key: (path, row) for row, key in enumerate(keys)}
+        self.seconds += seconds
+
+    def _check(self, wanted: Mapping[str, Any]) -> None:
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            write_atomically(path, json.dumps(wanted, indent=1).encode())
+            return
+        found = json.loads(path.read_bytes())
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                raise ValueError(
+                    f"Expected a bank of models with `{name}` {_short(value)} in `{self.folder}`, got one with "
+                    f"{_short(found.get(name))}. Its models answer another question: choose another `dirpath`."
+                )
+
+    def _bytes(self, weights: Mapping[str, Tensor]) -> bytes:
+        return b"".join(bytes_of(weights[name]) for name in self.layout)
+
+    def _tensors(self, content: Any) -> dict[str, Tensor]:
+        found, start = {}, 0
+        every = np.frombuffer(content, np.uint8)
+        for name, (dtype, shape) in self.layout.items():
+            stop = start + _size(dtype, shape)
+            found[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+            if stop > start:
+                found[name].view(-1).view(torch.uint8).copy_(torch.from_numpy(every[start:stop].copy()))
+            start = stop
+        return found
+
+
+def layout_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[str, list[int]]]:
+    """Name, dtype and shape of each tensor, in order."""
+    return {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in weights.items()}
+
+
+def digest_of(weights: Mapping[str, Tensor], **more: Any) -> str:
+    """A hash of tensors by name and of JSON-able settings."""
+    digest = hashlib.sha256(json.dumps(more, sort_keys=True, default=repr).encode())
+    for name, value in weights.items():
+        digest.update(name.encode() + bytes_of(value))
+    return digest.hexdigest()[:24]
+
+
+def bytes_of(leaf: Any) -> bytes:
+    """What a leaf of a batch is told by."""
+    if isinstance(leaf, Tensor):
+        return leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if leaf.numel() else b""
+    return repr(leaf).encode() if isinstance(leaf, (str, int, float, bool, bytes, type(None))) else b"?"
+
+
+def _size(dtype: str, shape: Sequence[int]) -> int:
+    return torch.empty(0, dtype=getattr(torch, dtype)).element_size() * int(np.prod(shape, dtype=np.int64))
+
+
+def _packed(membership: Tensor) -> bytes:
+    return np.packbits(membership.bool().numpy(), bitorder="little").tobytes()
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a file that is ours until this ends, or this process does, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two processes at work on one folder are not told apart
+        yield
+        return
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise RuntimeError(
+                f"Expected to be the only one who trains models into `{folder}`, got process {owner} at work on it. "
+                "Wait for it, or choose another `dirpath`."
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
