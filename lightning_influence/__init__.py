@@ -42,6 +42,7 @@ from lightning_influence.types import MissingEvidence
 __version__ = "0.1.0"
 
 __all__ = [
+    "EKFAC",
     "Arnoldi",
     "Attributor",
     "ConjugateGradient",
@@ -49,7 +50,6 @@ __all__ = [
     "DataShapley",
     "Decisions",
     "Downsampling",
-    "EKFAC",
     "Evidence",
     "ExactGGN",
     "ExactHessian",
