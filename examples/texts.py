@@ -54,7 +54,7 @@ def python_reference():
     for label, chapter in enumerate(CHAPTERS):
         for sentence in re.split(r"(?<=[.:])\s+|\n\n+", topics[chapter]):
             text = " ".join(sentence.split())
-            if 40 <= len(text) <= 300:
+            if 40 <= len(text) <= 300 and not re.search(r"[-*+=|]{3}", text):
                 yield {"text": text, "label": label}
 
 

@@ -113,6 +113,14 @@ def test_the_mean_query_is_normalised_as_one(fitted):
     close(scores, F.normalize(query) @ F.normalize(train).T)
 
 
+def test_fresh_scores_have_their_data_at_hand(fitted):
+    attributor = fitted[1].attributor
+    scores = attributor.score(TracInCP(), QUERIES)
+    assert scores.at_hand == (TRAIN, QUERIES)
+    assert attributor.score(TracInCP(), QUERIES, aggregate="mean").at_hand == (TRAIN, None)
+    assert attributor.self_influence(TracInCP()).at_hand == (TRAIN, None)
+
+
 def test_a_group_is_the_sum_of_its_members(fitted):
     _, influence = fitted
     attributor = influence.attributor
