@@ -89,6 +89,24 @@ class Asked:
             ({**state.parameters, **state.buffers}, rates * 0.5**epoch * share) for epoch, state in enumerate(states)
         ]
 
+    def at_their_time(self, windows, first=0):
+        """Each window while the module's Trainer stands where the fit wrote its weights: a loss may follow the step."""
+        trainer = self.inner_module._trainer
+        if self.trajectory is None or trainer is None:
+            yield from windows
+            return
+        loop = trainer.fit_loop
+        epochs, steps = loop.epoch_progress.current, loop.epoch_loop.automatic_optimization.optim_progress
+        counters = epochs, steps.optimizer.step.total
+        before = [counter.completed for counter in counters]
+        try:
+            for epoch, window in enumerate(windows, start=first):
+                counters[0].completed, counters[1].completed = epoch, (epoch + 1) * -(-len(self.train) // BATCH)
+                yield window
+        finally:
+            for counter, completed in zip(counters, before, strict=True):
+                counter.completed = completed
+
     def ones(self, dataset):
         """Every example as a batch of one; of a random dataset, as it was when the package read it."""
         given = getattr(dataset, "given", None)
@@ -99,13 +117,15 @@ class Asked:
         train, queries, loss = self.ones(self.train), self.ones(self.queries), self.case.loss
         about = self.inner_module, train, queries, self.names
         last = [(self.windows()[-1][0], torch.ones(2, len(train)))]
-        traced = (
-            {} if self.trajectory is None else {"tracin": oracles.tracin(*about, self.windows(), loss, self.groups)}
-        )
+
+        def windows():
+            return self.at_their_time(self.windows())
+
+        traced = {} if self.trajectory is None else {"tracin": oracles.tracin(*about, windows(), loss, self.groups)}
         return traced | {
-            "gradient dot": oracles.tracin(*about, last, loss),
-            "mean": oracles.tracin(*about, self.windows(), loss, self.groups, mean=True),
-            "self": oracles.tracin_self(self.inner_module, train, self.names, self.windows(), loss, self.groups),
+            "gradient dot": oracles.tracin(*about, self.at_their_time(last, first=1), loss),
+            "mean": oracles.tracin(*about, windows(), loss, self.groups, mean=True),
+            "self": oracles.tracin_self(self.inner_module, train, self.names, windows(), loss, self.groups),
         }
 
     # ---- the package ----------------------------------------------------------------------------------------------
