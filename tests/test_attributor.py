@@ -1,5 +1,7 @@
 """The driver: what a user asks, how it is cut into blocks and tiles, and every bad input with its way out."""
 
+from dataclasses import dataclass
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -225,6 +227,7 @@ class Stream(IterableDataset):
         return iter(TRAIN)
 
 
+@dataclass(frozen=True)
 class Watches(Method):
     needs = Evidence.TRACKER
 
