@@ -14,6 +14,7 @@ SAYS = {
     "table.py": ("flipped labels stand in the first fifth", "table_output/influence.html"),
     "quickstart.py": ("tensorboard --logdir quickstart_output", "strongest opponents"),
     "your_own_method.py": ("keeps every promise",),
+    "influence_vs_retraining.py": ("Noise ceiling", "TracInCP, cosine (GAS)", "a second call trains none"),
     "from_checkpoints.py": ("flipped labels stand in the first fifth",),
 }
 
@@ -37,7 +38,7 @@ def test_every_example_is_tested():
     "name", [pytest.param(name, marks=[] if name == "quickstart.py" else pytest.mark.slow) for name in SAYS]
 )
 def test_example(tmp_path, name):
-    output = run(tmp_path, name)
+    output = run(tmp_path, name, *(["--quick"] if '"--quick"' in (EXAMPLES / name).read_text() else []))
     for words in SAYS[name]:
         assert words in output
     if name == "quickstart.py":
