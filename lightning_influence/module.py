@@ -203,6 +203,9 @@ def quiet(module: nn.Module, loss: Loss | None = None, trainer: Any = None, eval
         _silence(module)
         if evaluate:
             module.eval()
+        else:  # normalisations write into their statistics, without a trace in the tensors' versions
+            for buffer in module.buffers():
+                buffer.data = buffer.data.clone()
         yield Task(module, loss, device, trainer)
 
 

@@ -1,4 +1,4 @@
-"""A slow fit in a process of its own, to be killed or starved: python victim.py FOLDER [full | alone]."""
+"""A slow fit in a process of its own, to be killed or starved: python victim.py FOLDER [full | alone | tracked]."""
 
 import resource
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from capture.test_resume import by_epoch
-from fits import Net, fit, seeded
+from fits import Indexed, Net, fit, seeded
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 
@@ -33,7 +33,12 @@ warnings.showwarning = show
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 full = "full" in sys.argv or "alone" in sys.argv  # without checkpoints of Lightning's own
-influence = Influence(dirpath=folder / "influence", every_n_train_steps=4)
+options = {}
+if "tracked" in sys.argv:
+    from tracking.test_resume import METHODS
+
+    options = {"methods": METHODS, "queries": Indexed(5), "max_cost": 1e9}
+influence = Influence(dirpath=folder / "influence", every_n_train_steps=4, **options)
 # At the ends of epochs: in the middle of one, or at its last batch, a plain DataLoader begins the epoch anew.
 at_ends = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
 keep = [] if full else [ModelCheckpoint(folder / "ckpt", **at_ends, save_top_k=1, save_last=True)]

@@ -173,7 +173,7 @@ class Watch:
             return
         self._places = {}
         for name, parameter in self._moving():
-            state = {k: v for k, v in self._optimizer.state[parameter].items() if _like(v, parameter)}
+            state = {k: v for k, v in self._optimizer.state.get(parameter, {}).items() if _like(v, parameter)}
             self._places[name] = (
                 parameter.detach().clone(),
                 _gradient(parameter).clone(),
@@ -274,7 +274,7 @@ class Watch:
             own = {id(p) for p in group["params"]}
             for name in [n for n, p in names.items() if id(p) in own]:
                 weight, gradient, state = self._places[name]
-                count = int(self._optimizer.state[names[name]].get("step", 1)) - 1
+                count = int(self._optimizer.state.get(names[name], {}).get("step", 1)) - 1
                 kept = {key: value for key, value in state.items() if key != "step"}
                 places[name] = Before(weight, _gradient(names[name]), kept, count, options)
                 raw[name] = gradient
