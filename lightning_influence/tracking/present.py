@@ -25,7 +25,9 @@ class Seen(Task):
     @classmethod
     def of(cls, task: Task) -> "Seen":
         """The same module in the same state."""
-        return cls(task.module, task.loss, task.device, task.trainer)
+        seen = cls.__new__(cls)
+        seen.__dict__.update(task.__dict__)
+        return seen
 
     def to_device(self, batch: Batch) -> Batch:
         """The batch as it is."""

@@ -76,7 +76,7 @@ class Watch:
         self._handle: Any = None
         self._steps = self._made = 0
         self._mean: bool | None = None
-        self._checked = False
+        self._checked = self._verifies = False
 
     # ---- before the first step ------------------------------------------------------------------------------------
 
@@ -171,14 +171,16 @@ class Watch:
         """Gradients are whole and not clipped: remembers where every parameter stands."""
         if not self._alive:
             return
+        rule, clipping = rule_for(type(self._optimizer).__name__), clipping_of(self._trainer)
+        self._verifies = (self._steps + 1) & self._steps == 0  # steps 1, 2, 4, 8 ...
+        place: Callable[[Tensor], Tensor] = torch.clone if self._verifies or not rule.uniform else torch.detach
         self._places = {}
         for name, parameter in self._moving():
-            state = {k: v for k, v in self._optimizer.state.get(parameter, {}).items() if _like(v, parameter)}
-            self._places[name] = (
-                parameter.detach().clone(),
-                _gradient(parameter).clone(),
-                {key: value.clone() for key, value in state.items()},
-            )
+            kept = self._optimizer.state.get(parameter, {})
+            state = {key: place(value.detach()) for key, value in kept.items() if _like(value, parameter)}
+            gradient = _gradient(parameter)
+            raw = gradient.clone() if clipping is not None else gradient
+            self._places[name] = place(parameter.detach()), raw, state
 
     def close(self) -> None:
         """Takes the hook out and lets go of working files; harmless when repeated."""
@@ -233,7 +235,7 @@ class Watch:
             self._steps += 1
             self._made += 1
             moved = self._moved()
-            if self._steps & (self._steps - 1) == 0:
+            if self._verifies:
                 self._verify(moved)
             with contextlib.ExitStack() as stack:
                 queries = self._queries(stack)

@@ -33,7 +33,7 @@ def fit(kind, data, batch, *callbacks):
     """Seconds of the steps, without what comes before the first and after the last."""
     torch.manual_seed(0)
     clock = Clock()
-    trainer = pl.Trainer(max_epochs=2, callbacks=[*callbacks, clock], **QUIET)
+    trainer = pl.Trainer(max_epochs=3, callbacks=[*callbacks, clock], **QUIET)
     trainer.fit(kind(mlp()), DataLoader(data, batch, shuffle=True))
     return clock.seconds / clock.steps
 
@@ -57,7 +57,7 @@ def main():
     parser.add_argument("--examples", type=int, help="how many are tracked; all without it")
     parser.add_argument("--hessian", action="store_true")
     parser.add_argument("--adam", action="store_true")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     data, queries = images(arguments.mnist, arguments.train, 40)
     kind = Adam if arguments.adam else Classifier
@@ -78,13 +78,11 @@ def main():
     base, with_it = statistics.median(plain), statistics.median(tracked)
     width = sum(p.numel() for p in mlp().parameters())
     print(f"{width:,} parameters, {arguments.train:,} examples, batches of {arguments.batch}, {method}")
-    print(
-        f"plain step {base * 1e3:.2f} ms, captured {statistics.median(captured) * 1e3:.2f}, tracked {with_it * 1e3:.2f}"
-    )
+    held = statistics.median(captured)
+    print(f"plain step {base * 1e3:.2f} ms, captured {held * 1e3:.2f}, tracked {with_it * 1e3:.2f}")
     ceiling = "" if arguments.hessian or arguments.adam else f" (at most {CEILING:g})"
-    print(
-        f"{with_it / base:.2f} x the plain step{ceiling}; each of 40 queries {statistics.median(asked) / 40 * 1e3:.1f} ms"
-    )
+    each = statistics.median(asked) / 40
+    print(f"{with_it / base:.2f} x the plain step{ceiling}; each of 40 queries {each * 1e3:.1f} ms")
     dense = (arguments.examples or arguments.train) * width * 4 / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{disk / 1e6:.0f} MB on disk (as vectors {dense:.1f} GB and their states), peak {peak:.2f} GiB")

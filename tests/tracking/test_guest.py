@@ -65,9 +65,8 @@ class Watching(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         modes = [m.training for m in pl_module.modules()]
         wanted = [p.requires_grad for p in pl_module.parameters()]
-        self.seen.append(
-            (torch.get_rng_state().tolist(), random.random(), modes, wanted, float(outputs["loss"].detach()))
-        )
+        loss = float(outputs["loss"].detach())
+        self.seen.append((torch.get_rng_state().tolist(), random.random(), modes, wanted, loss))
 
 
 MODES = {

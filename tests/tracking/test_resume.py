@@ -1,4 +1,4 @@
-"""A resumed fit goes on with what its trackers held; one that was killed ends with the numbers of an undisturbed one."""
+"""A resumed fit goes on with what its trackers held; a killed one ends with the numbers of an undisturbed one."""
 
 import random
 import signal
