@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -70,6 +71,7 @@ class Attributes:
                 self._tensors[i] = (tensor, tensor._version, value)
 
 
+@cache
 def _is_hooks(name: str) -> bool:
     return name.endswith("_hooks") or "_hooks_" in name or name == "_modules"
 

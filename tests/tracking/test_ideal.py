@@ -117,3 +117,46 @@ def test_a_larger_batch_on_the_way_ends_the_tracking_and_not_the_fit(tmp_path):
     assert trainer.global_step == 8
     with pytest.raises(KeyError, match=r"'TracInIdeal' did not run: .*had 2 examples"):
         influence.scores["TracInIdeal"]
+
+
+class FirstOrder(Callback):
+    """TracIn at every step, by one backward pass for every query and training example: learning rate times product."""
+
+    def __init__(self, queries, rate):
+        self.queries, self.rate, self.total = queries, rate, torch.zeros(len(queries), 6, dtype=torch.float64)
+
+    def gradient(self, module, x, y):
+        loss = module.loss(module.net(x[None]), y[None])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))])
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        ((example,),) = [[i for i, (x, _) in enumerate(DATA["train"]()) if torch.equal(x, batch[0][0])]]
+        mine = self.gradient(pl_module, batch[0][0], batch[1][0])
+        asked = torch.stack([self.gradient(pl_module, x, y) for x, y in self.queries])
+        self.total[:, example] += self.rate * asked @ mine
+
+
+def gap(folder, rate):
+    """Largest difference between TracInIdeal and TracIn at every step, and the largest score."""
+
+    class Plain(Step):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=rate)
+
+    torch.manual_seed(0)
+    model, queries = Plain(mlp()).double(), DATA["queries"]()
+    influence, first = (
+        Influence([TracInIdeal()], queries=queries, dirpath=folder, max_cost=1e9),
+        FirstOrder(queries, rate),
+    )
+    fit(model, DataLoader(DATA["train"](), 1, shuffle=True), influence, first, max_epochs=1)
+    found = influence.scores["TracInIdeal"].values
+    return float((found - first.total).abs().max()), float(found.abs().max())
+
+
+def test_tracin_at_every_step_is_its_first_order(tmp_path):
+    """The error falls fourfold when the learning rate halves."""
+    errors = [gap(tmp_path / str(k), 2e-3 / 2**k) for k in range(3)]
+    for (error, size), (half, _) in zip(errors, errors[1:], strict=False):
+        assert error < 0.05 * size
+        assert 3.8 < error / half < 4.2
