@@ -76,6 +76,7 @@ def test_room_for_every_number_gives_the_exact_scores(normalize, structure):
     torch.testing.assert_close(found, exact)
 
 
+@pytest.mark.slow
 def test_scores_are_right_on_average_with_two_learning_rates(tmp_path):
     """The exact scores lie within four standard errors of the mean over seeds."""
     train, queries = NETS["mlp"][1]["train"](), NETS["mlp"][1]["queries"]()
@@ -91,6 +92,7 @@ def test_scores_are_right_on_average_with_two_learning_rates(tmp_path):
     assert bool(((found.mean(0) - exact).abs() < 4 * error).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_projected_methods_keep_every_promise(method):
     check_method(method(projection=RandomProjection(4)))

@@ -30,8 +30,14 @@ CASES = {
     "transformer, adam": {"net": "transformer", "kind": "Adam", "lr": 0.01, "groups": ({"eps": 1e-3},)},
     "dropout": {"net": "dropout", "divisor": 2},
 }
-IN_CORE = ("momentum, two groups", "accumulation, clipping by norm", "adam", "transformer", "dropout")
-SLOW = [pytest.param(name, marks=[] if name in IN_CORE else pytest.mark.slow) for name in CASES]
+IN_CORE = ("momentum, two groups", "accumulation, clipping by norm", "adam")
+
+
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+ALL = [name if name in IN_CORE else slow(name) for name in CASES]
 
 
 def tracked(folder, method, **options):
@@ -54,13 +60,13 @@ def of(fit):
     return fit.influence.scores["HyDRA"].values
 
 
-@pytest.mark.parametrize("case", SLOW)
+@pytest.mark.parametrize("case", ALL)
 def test_with_the_hessian_it_is_autograd_through_the_whole_fit(case, tmp_path):
     fit = tracked(tmp_path, HyDRA(mode="during_fit"), **CASES[case])
     assert_scores(of(fit), unrolled(fit), 1e-9)
 
 
-@pytest.mark.parametrize("case", SLOW)
+@pytest.mark.parametrize("case", ALL)
 def test_without_it_is_its_own_recursion(case, tmp_path):
     fit = tracked(tmp_path, HyDRA(mode="during_fit", hessian=False), **CASES[case])
     expected = unrolled_fast(fit)
@@ -88,8 +94,8 @@ def test_an_example_that_was_never_drawn_has_no_influence(hessian, tmp_path, mon
     assert bool((of(fit)[:, seen] != 0).all())
 
 
-@pytest.mark.parametrize("hessian", [True, False])
-@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+@pytest.mark.parametrize("hessian", [True, slow(False)])
+@pytest.mark.parametrize("kind", [slow("SGD"), "AdamW"])
 def test_some_examples_have_the_scores_that_they_have_among_all(kind, hessian, tmp_path):
     some = HyDRA(mode="during_fit", hessian=hessian, examples=(7, 2, 5))
     options = {"kind": kind, "lr": 0.01, "groups": ({"weight_decay": 0.1},)}
@@ -109,7 +115,7 @@ def test_some_examples_have_the_scores_that_they_have_among_all(kind, hessian, t
         fit.influence.attributor.group(some, [3, 7], fit.queries)
 
 
-@pytest.mark.parametrize("options", [{}, {"kind": "AdamW", "lr": 0.01, "divisor": 2}], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("options", [{}, slow({"kind": "AdamW", "lr": 0.01, "divisor": 2})], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("hessian", [True, False])
 def test_in_files_the_numbers_are_the_same(hessian, options, tmp_path):
     small, large = (HyDRA(mode="during_fit", hessian=hessian, memory=size) for size in (1, 2**30))
@@ -121,7 +127,7 @@ def test_in_files_the_numbers_are_the_same(hessian, options, tmp_path):
     assert not list(tmp_path.rglob(".work-*"))
 
 
-@pytest.mark.parametrize("hessian", [True, False])
+@pytest.mark.parametrize("hessian", [True, slow(False)])
 def test_batch_statistics_with_losses_of_the_joint_batch(hessian, tmp_path):
     fit = tracked(tmp_path, HyDRA(mode="during_fit", hessian=hessian), net="batchnorm", loss=joint, divisor=2)
     final = {name: b.clone() for name, b in fit.module.net.named_buffers()}

@@ -1,5 +1,7 @@
 """TracInIdeal against losses measured by hand at every step, its sum, and what it refuses."""
 
+import itertools
+
 import pytest
 import torch
 from case import Step, both, mlp
@@ -145,10 +147,8 @@ def gap(folder, rate):
 
     torch.manual_seed(0)
     model, queries = Plain(mlp()).double(), DATA["queries"]()
-    influence, first = (
-        Influence([TracInIdeal()], queries=queries, dirpath=folder, max_cost=1e9),
-        FirstOrder(queries, rate),
-    )
+    influence = Influence([TracInIdeal()], queries=queries, dirpath=folder, max_cost=1e9)
+    first = FirstOrder(queries, rate)
     fit(model, DataLoader(DATA["train"](), 1, shuffle=True), influence, first, max_epochs=1)
     found = influence.scores["TracInIdeal"].values
     return float((found - first.total).abs().max()), float(found.abs().max())
@@ -157,6 +157,6 @@ def gap(folder, rate):
 def test_tracin_at_every_step_is_its_first_order(tmp_path):
     """The error falls fourfold when the learning rate halves."""
     errors = [gap(tmp_path / str(k), 2e-3 / 2**k) for k in range(3)]
-    for (error, size), (half, _) in zip(errors, errors[1:], strict=False):
+    for (error, size), (half, _) in itertools.pairwise(errors):
         assert error < 0.05 * size
         assert 3.8 < error / half < 4.2

@@ -34,7 +34,7 @@ def assert_same(one, other):
         assert bool(one.scores[name].values.any())
 
 
-@pytest.mark.parametrize("moved", [False, True], ids=["beside", "elsewhere"])
+@pytest.mark.parametrize("moved", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["beside", "elsewhere"])
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # another dirpath is another state key
 def test_a_resumed_fit_ends_with_the_numbers_of_an_undisturbed_one(moved, tmp_path):
     whole, first = influence(tmp_path / "whole"), influence(tmp_path / "parts")
@@ -82,6 +82,7 @@ def kill_and_resume(folder, moments):
         assert bool(whole[name].any())
 
 
+@pytest.mark.slow
 def test_a_kill_changes_no_hypergradient(tmp_path):
     kill_and_resume(tmp_path, [0.4])
 
