@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_influence.attributes import Attributes
+from lightning_influence.kernels import full_precision, plain_checkpointing
 from lightning_influence.stage import clock_restored, set_clock, silent_loggers, training_stage
 from lightning_influence.types import Batch, foreign
 
@@ -190,10 +191,10 @@ def quiet(module: nn.Module, loss: Loss | None = None, trainer: Any = None, eval
     module = unwrapped(module)
     with contextlib.ExitStack() as stack:
         stack.enter_context(isolated_random_state())
-        stack.enter_context(_full_precision())
+        stack.enter_context(full_precision())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_plain_checkpointing())
+        stack.enter_context(plain_checkpointing())
         stack.enter_context(_restored(module))
         device = _enter_device(module, trainer)
         if trainer is not None:
@@ -237,50 +238,6 @@ def seed_for(seed: int, example: int) -> None:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed(mixed % 2**32)
-
-
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """No TF32, no fused attention path that hides the layers inside, no compiled code."""
-    precision, fast = torch.get_float32_matmul_precision(), torch.backends.mha.get_fastpath_enabled()
-    cudnn = torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.mha.set_fastpath_enabled(False)
-    eager = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else None
-    try:
-        with eager if eager is not None else contextlib.nullcontext():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = cudnn
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextlib.contextmanager
-def _plain_checkpointing() -> Iterator[None]:
-    """Activation checkpointing inside the module keeps its activations: it would run the layers again unobserved."""
-    from torch.utils import checkpoint
-
-    def reentrant(run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-        return run(*args)
-
-    class Keep(contextlib.nullcontext):  # type: ignore[type-arg]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__()
-
-    own = checkpoint.CheckpointFunction.__dict__.get("apply")
-    hook = getattr(checkpoint, "_checkpoint_hook", None)
-    setattr(checkpoint.CheckpointFunction, "apply", staticmethod(reentrant))  # noqa: B010
-    setattr(checkpoint, "_checkpoint_hook", Keep)  # noqa: B010
-    try:
-        yield
-    finally:
-        for owner, name, old in ((checkpoint.CheckpointFunction, "apply", own), (checkpoint, "_checkpoint_hook", hook)):
-            if old is None:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, old)
 
 
 @contextlib.contextmanager

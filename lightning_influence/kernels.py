@@ -1,0 +1,51 @@
+"""What runs inside a module while it is scored: plain operations in full precision, nothing compiled or fused."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """No TF32, no fused attention path that hides the layers inside, no compiled code."""
+    precision, fast = torch.get_float32_matmul_precision(), torch.backends.mha.get_fastpath_enabled()
+    cudnn = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.mha.set_fastpath_enabled(False)
+    eager = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else None
+    try:
+        with eager if eager is not None else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = cudnn
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def plain_checkpointing() -> Iterator[None]:
+    """Activation checkpointing inside the module keeps its activations: it would run the layers again unobserved."""
+    from torch.utils import checkpoint
+
+    def reentrant(run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return run(*args)
+
+    class Keep(contextlib.nullcontext):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__()
+
+    own = checkpoint.CheckpointFunction.__dict__.get("apply")
+    hook = getattr(checkpoint, "_checkpoint_hook", None)
+    setattr(checkpoint.CheckpointFunction, "apply", staticmethod(reentrant))  # noqa: B010
+    setattr(checkpoint, "_checkpoint_hook", Keep)  # noqa: B010
+    try:
+        yield
+    finally:
+        for owner, name, old in ((checkpoint.CheckpointFunction, "apply", own), (checkpoint, "_checkpoint_hook", hook)):
+            if old is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, old)
