@@ -1,0 +1,210 @@
+"""How well the methods predict what training without some examples does: linear datamodeling scores.
+
+pip install scipy
+python tests/benchmarks/quality.py --mnist mnist.npz
+
+Two settings of a small MLP on 600 images (14 x 14) and 40 queries. Every run is one `Trainer.fit` with `Influence`;
+what the methods of the package predict from it is compared with models trained again without some of the examples, all
+of them at once by `torch.func.vmap`: *fixed seed* from the same initial weights in the same order of batches with 90 %
+of the data (the others' weights are 0), *averaged* with half of the data, the mean of 5 independent seeds. A figure is
+the mean over queries of the Spearman correlation between predicted and true losses over 100 subsets, and then the mean
+of 3 runs.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_influence import (
+    Arnoldi,
+    Attributor,
+    ConjugateGradient,
+    ExactGGN,
+    GradientDot,
+    Influence,
+    InfluenceFunction,
+    LiSSA,
+    TracInCP,
+    Trajectory,
+)
+
+EPOCHS, BATCH, DECAY, SUBSETS, SEEDS = 10, 50, 1e-3, 100, 5
+SETTINGS = {  # activation, momentum, learning rate
+    "ReLU, SGD lr 0.1": (nn.ReLU, 0.0, 0.1),
+    "GELU, momentum 0.9, lr 0.05": (nn.GELU, 0.9, 0.05),
+}
+DENSE = "influence function, dense GGN, default damping"
+DAMPINGS = (1e-1, 1e-2, 1e-3)
+
+
+def methods():
+    """Rows of the table: name -> methods of which the best counts (another one is one line here)."""
+    return {
+        "gradient dot, final weights": [GradientDot()],
+        "TracInCP, 10 checkpoints": [TracInCP()],
+        "influence function, GGN, default damping": [InfluenceFunction(ConjugateGradient())],
+        "influence function, GGN, best of 3 dampings": [InfluenceFunction(ConjugateGradient(d)) for d in DAMPINGS],
+        "influence function, LiSSA": [InfluenceFunction(LiSSA())],
+        "influence function, Arnoldi (200 steps)": [InfluenceFunction(Arnoldi())],
+        "influence function, Arnoldi, rest dropped": [InfluenceFunction(Arnoldi(complement="drop"))],
+        DENSE: [InfluenceFunction(ExactGGN())],
+    }
+
+
+class Small(pl.LightningModule):
+    def __init__(self, activation, momentum, rate):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(196, 32), activation(), nn.Linear(32, 10))
+        self.momentum, self.rate = momentum, rate
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), self.rate, momentum=self.momentum, weight_decay=DECAY)
+
+
+def images(path, n, n_queries):
+    """Test images of MNIST in one fixed order, halved in size."""
+    stored = np.load(path)
+    order = np.random.default_rng(0).permutation(10_000)
+    x = torch.tensor(stored["x_test"][order])[:, None].float().div(255).sub(0.1307).div(0.3081)
+    x, y = F.avg_pool2d(x, 2), torch.tensor(stored["y_test"][order]).long()
+    return TensorDataset(x[:n], y[:n]), TensorDataset(x[9_000 : 9_000 + n_queries], y[9_000 : 9_000 + n_queries])
+
+
+class Truth:
+    """Many models trained at once, each with its own weights of the examples."""
+
+    def __init__(self, setting, train, queries):
+        self.setting, self.train, self.queries = setting, train.tensors, queries.tensors
+        self.net = Small(*setting).net
+
+    def losses(self, weights, order, start):
+        """[model, query] after training; `weights` [model, train], `order` the ids of each batch."""
+        _, momentum, rate = self.setting
+        count = len(weights)
+        p = {name: value.expand(count, *value.shape).clone() for name, value in start.items()}
+        v = {name: torch.zeros_like(value) for name, value in p.items()}
+        gradient = vmap(grad(self._loss), (0, None, None, 0))
+        for ids in order:
+            g = gradient(p, self.train[0][ids], self.train[1][ids], weights[:, ids])
+            v = {name: momentum * v[name] + g[name] + DECAY * p[name] for name in p}
+            p = {name: p[name] - rate * v[name] for name in p}
+        x, y = self.queries
+        with torch.no_grad():
+            return vmap(lambda q: F.cross_entropy(functional_call(self.net, q, (x,)), y, reduction="none"))(p)
+
+    def _loss(self, p, x, y, weights):
+        return (F.cross_entropy(functional_call(self.net, p, (x,)), y, reduction="none") * weights).sum() / len(x)
+
+    def averaged(self, kept):
+        """[model, query]: the mean over independent initial weights and orders."""
+        total = 0.0
+        for seed in range(SEEDS):
+            torch.manual_seed(100 + seed)
+            start = {n: p.detach().clone() for n, p in Small(*self.setting).net.named_parameters()}
+            draw = torch.Generator().manual_seed(50 + seed)
+            epochs = [torch.randperm(len(self.train[0]), generator=draw).split(BATCH) for _ in range(EPOCHS)]
+            total = total + self.losses(kept, [ids for epoch in epochs for ids in epoch], start)
+        return total / SEEDS
+
+
+def fitted(setting, train, folder, seed):
+    """One fit with the callback, and what it left behind."""
+    pl.seed_everything(seed, verbose=False)
+    module = Small(*setting)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=EPOCHS,
+        callbacks=[Influence(dirpath=folder)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(train, BATCH, shuffle=True))
+    return module, Trajectory.load(folder)
+
+
+def correlation(scores, kept, losses):
+    """Mean over queries of the Spearman correlation; a higher score of what was kept predicts a lower loss."""
+    predicted = -(kept @ scores.T)
+    return float(np.mean([spearmanr(predicted[:, q], losses[:, q])[0] for q in range(scores.shape[0])]))
+
+
+def one_run(setting, train, queries, seed, truth, half, averaged, rows):
+    """{row: (fixed seed, averaged)} of one fit."""
+    kept = (torch.rand(SUBSETS, len(train), generator=torch.Generator().manual_seed(seed + 7)) < 0.9).float()
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        module, trajectory = fitted(setting, train, Path(folder), seed)
+        order = [torch.tensor(micro[0]) for micro in trajectory.steps["ids"].to_pylist()]
+        start = {n.removeprefix("net."): p for n, p in trajectory.checkpoints[0].load().parameters.items()}
+        fixed = truth.losses(kept, order, start)
+        attributor = Attributor(module, train, trajectory)
+        check(truth, attributor, queries, order, start)
+        for row, candidates in rows.items():
+            clock = time.perf_counter()
+            scores = [attributor.score(method, queries).values for method in candidates]
+            pairs = [(correlation(s, kept, fixed), correlation(s, half, averaged)) for s in scores]
+            found[row] = [max(column) for column in zip(*pairs, strict=True)]
+            print(
+                f"    {row:52} {found[row][0]:6.3f} {found[row][1]:6.3f}   {time.perf_counter() - clock:6.1f} s",
+                flush=True,
+            )
+    noise = torch.randn(len(queries), len(train), generator=torch.Generator().manual_seed(seed))
+    found["random"] = [correlation(noise, kept, fixed), correlation(noise, half, averaged)]
+    return found
+
+
+def check(truth, attributor, queries, order, start):
+    """Raises where the models trained at once do not repeat the Trainer's fit."""
+    again = truth.losses(torch.ones(1, len(truth.train[0])), order, start)[0]
+    torch.testing.assert_close(again.double(), attributor.losses(queries), rtol=1e-3, atol=1e-4)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mnist", required=True, help="an npz with x_test and y_test")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--only", choices=list(SETTINGS), help="one of the two")
+    parser.add_argument("--rows", default="", help="only rows whose name contains this")
+    parser.add_argument("--dense", action="store_true", help="the dense GGN too, which repeats conjugate gradients")
+    parser.add_argument("--quick", action="store_true", help="a few examples, once: does it run?")
+    arguments = parser.parse_args()
+    n, n_queries, runs = (100, 5, 1) if arguments.quick else (600, 40, arguments.runs)
+    train, queries = images(arguments.mnist, n, n_queries)
+    rows = {
+        row: candidates
+        for row, candidates in methods().items()
+        if arguments.rows in row and (arguments.dense or row != DENSE)
+    }
+    for name, setting in SETTINGS.items():
+        if arguments.only not in (None, name):
+            continue
+        print(f"\n{name}: {n} examples, {n_queries} queries, {runs} runs; fixed seed (keep 90 %), averaged (keep 50 %)")
+        truth = Truth(setting, train, queries)
+        half = (torch.rand(SUBSETS, n, generator=torch.Generator().manual_seed(3)) < 0.5).float()
+        averaged = truth.averaged(half)
+        found = [one_run(setting, train, queries, seed, truth, half, averaged, rows) for seed in range(runs)]
+        print(f"  means of {runs} runs")
+        for row in found[0]:
+            fixed, mean = (float(np.mean([run[row][k] for run in found])) for k in (0, 1))
+            print(f"  {row:54} {fixed:6.2f} {mean:6.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
