@@ -45,7 +45,7 @@ def _from_disk_or_made(curvature: Curvature, setting: Setting, stage: Stage, fol
     if path.is_file():
         try:
             return read(path, about, setting.zeros().device)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             setting.note(f"A stored curvature was made again: {error}")
     prepared = curvature.prepare(setting)
     try:

@@ -60,9 +60,9 @@ INVERSES = [
     (ConjugateGradient(0.02, tolerance=1e-11), "ggn", 1e-8),
     (ConjugateGradient(0.5, matrix="hessian", tolerance=1e-11), "hessian", 1e-8),
     (LiSSA(0.02, tolerance=1e-9), "ggn", 1e-6),
-    (LiSSA(0.5, matrix="hessian", tolerance=1e-9), "hessian", 1e-6),
+    pytest.param(LiSSA(0.5, matrix="hessian", tolerance=1e-9), "hessian", 1e-6, marks=pytest.mark.slow),
     (Arnoldi(0.02), "ggn", 1e-8),
-    (Arnoldi(0.5, matrix="hessian", complement="drop"), "hessian", 1e-8),
+    pytest.param(Arnoldi(0.5, matrix="hessian", complement="drop"), "hessian", 1e-8, marks=pytest.mark.slow),
 ]
 
 
@@ -113,7 +113,11 @@ def test_the_damping_follows_the_learning_rates_and_weight_decay_comes_on_top(tm
     assert any(why in note for note in found.notes)
 
 
-@pytest.mark.parametrize("curvature", [ExactGGN(), ConjugateGradient(tolerance=1e-11)], ids=repr)
+@pytest.mark.parametrize(
+    "curvature",
+    [ExactGGN(), pytest.param(ConjugateGradient(tolerance=1e-11), marks=pytest.mark.slow)],
+    ids=repr,
+)
 @pytest.mark.parametrize(
     ("group", "decay", "why"),
     [
@@ -260,7 +264,9 @@ class Counted(ConjugateGradient):
 solved: list[int] = []
 
 
-@pytest.mark.parametrize(("few", "blocks"), [(None, [4]), (3, [3, 1]), (1, [1, 1, 1, 1])])
+@pytest.mark.parametrize(
+    ("few", "blocks"), [(None, [4]), (3, [3, 1]), pytest.param(1, [1, 1, 1, 1], marks=pytest.mark.slow)]
+)
 def test_directions_are_solved_once_a_block_of_queries_whatever_the_tiles(monkeypatch, few, blocks):
     expected = score(ConjugateGradient(0.02, tolerance=1e-11)).values
     monkeypatch.setattr("lightning_influence.driver._TILE", 12)

@@ -89,6 +89,7 @@ def test_a_file_of_other_weights_under_the_right_name_is_made_again_and_said(fit
     torch.testing.assert_close(again.values, first.values, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_other_data_parameters_losses_and_settings_have_files_of_their_own(fitted):
     score(fitted, Arnoldi(steps=5))
     changed = DATA["train"]().items

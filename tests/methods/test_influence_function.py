@@ -402,6 +402,7 @@ def test_the_record_names_the_curvature_and_its_settings():
     assert found.units == "loss"
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_is_named():
     items = DATA["train"]().items
     items[2] = (items[2][0] * float("nan"), items[2][1])
