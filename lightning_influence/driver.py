@@ -102,6 +102,9 @@ def estimate(method: Method, session: Session, setting: Setting) -> float:
         seconds = _timed(lambda: _pass(engine, block).norm2()) * blocks
     else:
         held, columns = tiling(method, setting, asked)
+        own = method.seconds(setting, asked[:held])
+        if own is not None:
+            return own * len(asked) / min(held, len(asked))
         some = asked[: min(held, asked.examples.block_size)]
         gradients = some.gradients()
         share = len(asked) / len(some)
@@ -132,6 +135,8 @@ def tiling(method: Method, setting: Setting, asked: Asked) -> tuple[int, int]:
     most = method.at_once(setting)
     if most is not None:
         block = min(block, whole_blocks(max(1, most), asked.examples.block_size))
+    if method.walks:
+        return max(1, min(block, _TILE // setting.n_train)), setting.n_train
     return block, max(1, _TILE // min(block, len(asked)) // size) * size
 
 

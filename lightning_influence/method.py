@@ -44,6 +44,8 @@ class Method(ABC):
     """It looks at the queries' loss, or at what ``measurement=`` puts in its place."""
     unknowns: ClassVar[bool] = False
     """NaN in its scores means unknown, not broken."""
+    walks: ClassVar[bool] = False
+    """One walk through the fit scores every example: a tile is the whole training set."""
 
     @abstractmethod
     def score(self, setting: Setting, queries: Queries) -> Tensor:
@@ -77,6 +79,10 @@ class Method(ABC):
 
     def at_once(self, setting: Setting) -> int | None:
         """How many queries may be held at once; None: as many as their gradients' factors allow."""
+        return None
+
+    def seconds(self, setting: Setting, queries: Queries) -> float | None:
+        """What scoring these queries will take; None: so many passes over the examples as there are checkpoints."""
         return None
 
     def unit(self, setting: Setting) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -11,11 +11,13 @@ from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.rows import Rows
 from lightning_influence.method import Evidence, Method, one_of
+from lightning_influence.replay import MAX_DRIFT, Replayed
 from lightning_influence.setting import Queries, Setting
 from lightning_influence.tracking import Tracker, load_record, record_name
 from lightning_influence.tracking.fast import Fast
 from lightning_influence.tracking.hypergradients import Hypergradients
 from lightning_influence.tracking.visits import add_products
+from lightning_influence.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -25,40 +27,72 @@ class HyDRA(Method):
     .. math:: s(q, z_i) = -\nabla\ell(w_T, q) \cdot \frac{d w_T}{d \omega_i}
 
     Source: Chen, Li, Yu, Wu, Miao. HyDRA: Hypergradient Data Relevance Analysis for Interpreting Deep Neural Networks.
-    AAAI 2021.
-    Needs: to watch the fit.
+    AAAI 2021. ``mode="replay"`` is its adjoint: Ilyas, Engstrom. MAGIC: Near-Optimal Data Attribution for Deep
+    Learning. 2025.
+    Needs: to watch the fit, or for ``"replay"`` its batch order, learning rates and checkpoints.
     Units: query loss.
-    Cost: with the Hessian, one Hessian-vector product a tracked example and step; without it, for SGD, the gradients of
-    the examples at each visit, for Adam one elementwise pass over a vector of the model's size an example and step.
+    Cost: ``"replay"``: the fit once more, and for each query about two steps' worth a step (one without the Hessian);
+    memory: the states between two checkpoints, and some vectors of the model's size a query.
+    ``"during_fit"``: with the Hessian, one Hessian-vector product a tracked example and step; without it, for SGD,
+    the gradients of the examples at each visit, for Adam one elementwise pass over a vector of the model's size an
+    example and step.
     Departs from the paper: nothing is left out of the Hessian; an example counts at the steps that it *is* in (the
     printed algorithm has this the other way round).
 
     Args:
-        mode: ``"during_fit"`` follows the hypergradients while the fit runs.
+        mode: ``"replay"`` runs a captured fit once more and walks it backwards, for all examples at once;
+            ``"during_fit"`` follows the hypergradients while the fit runs.
         hessian: whether a change of the weights changes the gradients after it; without it, the paper's fast
             approximation.
         examples: ids of the training examples to track; None: all.
-        memory: bytes that may stay in memory, beyond which a file takes over.
+        memory: ``"during_fit"``: bytes that may stay in memory, beyond which a file takes over.
+        removal: left out means weight 0 with the divisor of the batch unchanged (``"downweight"``), or, by replay,
+            divided by the sum of the weights (``"renormalize"``).
+        max_drift: a replay that strays from the captured weights by more, relative to the distance that they moved
+            between checkpoints, is an error.
+        smoothness: whether a replay also measures metasmoothness, which says how far the scores can be trusted (the
+            fit three times more, side by side).
 
     Raises:
-        ValueError: other values.
-        MissingEvidence: asked for a fit that it did not watch.
+        ValueError: other values; an optimizer without a rule; by replay, a loss that mixes examples in training without
+            ``loss=``.
+        MissingEvidence: asked for a fit that it did not watch, or that was not captured step by step.
+        DriftError: a replay that is not the fit.
     """
 
-    mode: Literal["during_fit"] = "during_fit"
+    mode: Literal["replay", "during_fit"] = "replay"
     hessian: bool = True
     examples: tuple[int, ...] | None = None
     memory: int = 2**30
-    needs: ClassVar[Evidence] = Evidence.TRACKER
+    removal: Literal["downweight", "renormalize"] = "downweight"
+    max_drift: float = MAX_DRIFT
+    smoothness: bool = True
 
     def __post_init__(self) -> None:
-        one_of("mode", self.mode, ("during_fit",))
+        one_of("mode", self.mode, ("replay", "during_fit"))
         one_of("hessian", self.hessian, (True, False))
+        one_of("removal", self.removal, ("downweight", "renormalize"))
+        if self.removal == "renormalize" and self.mode != "replay":
+            raise ValueError(f"Expected `mode='replay'` for `removal='renormalize'`, got {self.mode!r}.")
+        if not self.max_drift > 0:
+            raise ValueError(f"Expected `max_drift` to be a positive number, got {self.max_drift!r}.")
         if self.examples is not None:
             object.__setattr__(self, "examples", tuple(sorted({int(i) for i in self.examples})))
 
-    def tracker(self) -> Tracker:
+    @property
+    def needs(self) -> Evidence:  # type: ignore[override]
+        """By its mode."""
+        return Evidence.TRACKER if self.mode == "during_fit" else Evidence.CHECKPOINTS | Evidence.BATCH_ORDER
+
+    @property
+    def walks(self) -> bool:  # type: ignore[override]
+        """One replay scores every example."""
+        return self.mode == "replay"
+
+    def tracker(self) -> Tracker | None:
         """Follows hypergradients as vectors, or visits where numbers suffice."""
+        if self.mode == "replay":
+            return None
         if self.hessian:
             return Hypergradients(True, self.examples, self.memory)
         return Fast(self.examples, self.memory)
@@ -69,6 +103,8 @@ class HyDRA(Method):
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """[query, train]; zeros for examples that were not tracked, which the driver leaves out."""
+        if self.mode == "replay":
+            return self._replayed.score(setting, queries)
         assert setting.trajectory is not None
         assert setting.trajectory.path is not None
         stage, total = setting.final(), setting.zeros(queries)
@@ -89,6 +125,22 @@ class HyDRA(Method):
         setting.on_block(len(setting.ids))
         return total
 
+    def at_once(self, setting: Setting) -> int | None:
+        """By replay, as many queries as their vectors fit."""
+        return self._replayed.at_once(setting) if self.mode == "replay" else None
+
+    def seconds(self, setting: Setting, queries: Queries) -> float | None:
+        """By replay, from the time of a few steps."""
+        return self._replayed.seconds(setting, queries) if self.mode == "replay" else None
+
+    def positions(self, trajectory: Trajectory | None) -> list[int]:
+        """The final weights: earlier ones are where a replay starts from."""
+        return [] if trajectory is None else [len(trajectory.checkpoints) - 1]
+
     def unit(self, setting: Setting) -> str:
         """Loss."""
         return "loss"
+
+    @property
+    def _replayed(self) -> Replayed:
+        return Replayed(self.hessian, self.removal, self.max_drift, self.smoothness)

@@ -112,14 +112,27 @@ class Replay:
         return here
 
     def walk(
-        self, start: Standing, steps: Sequence[Step], weights: Tensor | None = None, renormalize: bool = False
+        self,
+        start: Standing,
+        steps: Sequence[Step],
+        weights: Tensor | None = None,
+        renormalize: bool = False,
+        separate: bool = False,
     ) -> Iterator[Moment]:
-        """Every step with the state before it, the module standing there; ``after`` is the state after the last."""
+        """Every step with the state before it, the module standing there; ``after`` is the state after the last.
+
+        Args:
+            start: before the first step.
+            steps: in their order.
+            weights: see ``run``.
+            renormalize: see ``run``.
+            separate: whether the losses of examples must be told apart although all weights are 1.
+        """
         self.after = start
         for step in steps:
             here = self.after
             self._stand(here, step)
-            if self.forward.check(step, separate=weights is not None):
+            if self.forward.check(step, separate=separate or weights is not None):
                 self._stand(here, step)
             gradients, buffers = self.forward.gradients(step, weights, renormalize)
             self.after = here.moved(step, gradients, buffers)
@@ -174,6 +187,10 @@ class Replay:
             "another device or precision), or data that is not what was trained on."
         )
 
+    def stand(self, moment: Moment) -> None:
+        """The module before a step of the replay."""
+        self._stand(moment.before, moment.step)
+
     def _stand(self, here: Standing, step: Step) -> None:
         """The module before a step: its weights, and the numbers that `training_step` may ask for."""
         here.put_into(self.engine.task)
@@ -187,7 +204,7 @@ class Replay:
                 self.compare(segment, self.after)
             while moments:
                 moment = moments.pop()
-                self._stand(moment.before, moment.step)
+                self.stand(moment)
                 yield moment
             return
         length = max(fitting, math.isqrt(len(steps)))

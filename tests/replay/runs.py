@@ -136,7 +136,18 @@ def data(net, count, seed):
 
 
 def fitted(
-    folder, net="mlp", kind="SGD", groups=({},), lr=0.1, divisor=1, clip=None, summed=False, epochs=2, n=N, **capture
+    folder,
+    net="mlp",
+    kind="SGD",
+    groups=({},),
+    lr=0.1,
+    divisor=1,
+    clip=None,
+    summed=False,
+    epochs=2,
+    n=N,
+    limit=None,
+    **capture,
 ):
     """Fits with capture; batches of 4, the last one short."""
     torch.manual_seed(3)
@@ -146,6 +157,8 @@ def fitted(
     untrained = quiet_copy(module)
     influence = Influence(dirpath=folder, **capture)
     options = {"max_epochs": epochs, "callbacks": [influence], "accumulate_grad_batches": divisor}
+    if limit is not None:
+        options |= {"limit_train_batches": limit}
     if clip is not None:
         options |= {"gradient_clip_algorithm": clip[0], "gradient_clip_val": clip[1]}
     trainer = pl.Trainer(**{**QUIET, **options})

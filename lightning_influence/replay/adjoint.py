@@ -1,0 +1,167 @@
+"""The derivative of quantities at the end of a fit by the weight of every example in it, backwards through the fit."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.gradients.queries import DenseQueries
+from lightning_influence.numerics.optimizers import Before, State
+from lightning_influence.replay.captured import Step
+from lightning_influence.replay.replay import Moment, Replay
+from lightning_influence.replay.second import Vectors, along
+
+
+def adjoint(
+    replay: Replay,
+    final: Mapping[str, Tensor],
+    hessian: bool = True,
+    renormalize: bool = False,
+    done: Callable[[Step], Any] = lambda step: None,
+) -> Tensor:
+    """Derivatives by the weights of the examples' losses, at weights of 1.
+
+    Source: the adjoint of the recursion of Chen et al. (2021); Ilyas and Engstrom, MAGIC (2025).
+
+    Args:
+        replay: the fit.
+        final: derivatives by the final weights, [quantity, *shape] by name; absent ones are zero.
+        hessian: whether a change of the weights changes the gradients of the steps after it.
+        renormalize: an example's weight also counts in the divisor of its micro-batch.
+        done: told of every step.
+
+    Returns:
+        [quantity, train].
+
+    Raises:
+        DriftError: the replay is not the fit.
+        ValueError: examples that cannot be told apart.
+    """
+    if not hessian:
+        found = _lean(replay, final, renormalize, done)
+        if found is not None:
+            return found
+    walk = Walk(replay, final, hessian, renormalize)
+    with replay.training():
+        for moment in replay.backwards():
+            if replay.forward.check(moment.step, separate=True):
+                replay.stand(moment)
+            walk.back(moment)
+            done(moment.step)
+    return walk.total
+
+
+class Walk:
+    """Derivatives by the weights and the optimizer's state, carried from the last step to the first."""
+
+    def __init__(self, replay: Replay, final: Mapping[str, Tensor], hessian: bool, renormalize: bool) -> None:
+        self.forward, self.hessian, self.renormalize = replay.forward, hessian, renormalize
+        self.trained = sorted({name for step in replay.steps for name in step.moves.options})
+        parameters = replay.engine.task.named_parameters()
+        count = len(next(iter(final.values())))
+        self.by_weight: Vectors = {
+            name: final[name] if name in final else parameters[name].new_zeros(count, *parameters[name].shape)
+            for name in self.trained
+        }
+        self.by_state: dict[str, State] = {}
+        self.total = next(iter(final.values())).new_zeros(count, len(replay.examples))
+
+    def back(self, moment: Moment) -> None:
+        """Through one step."""
+        step, directions = moment.step, {}
+        clipped = moment.gradients if step.clipping is None else step.clipping(moment.gradients)
+        for name, gradient in clipped.items():
+            at = moment.before.before(name, gradient, step)
+            directions[name], self.by_weight[name], self.by_state[name] = step.moves.rule.adjoint(
+                at, self.by_weight[name], self.by_state.get(name, {})
+            )
+        if not directions:
+            return
+        if step.clipping is not None:
+            directions = step.clipping.pull(moment.gradients, directions)
+        for batch in step.batches:
+            products, curved = along(self.forward, batch, step, directions, self.trained, self.hessian)
+            _add(self.total, batch.ids, products, self.renormalize and self.forward.mean)
+            for name, change in curved.items():
+                self.by_weight[name] = self.by_weight[name] + change
+
+
+def _add(total: Tensor, ids: tuple[int, ...], products: Tensor, renormalize: bool) -> None:
+    if renormalize:
+        products = products - products.mean(1, keepdim=True)
+    total.index_add_(1, torch.as_tensor(ids, device=total.device), products.to(total))
+
+
+def _lean(replay: Replay, final: Mapping[str, Tensor], renormalize: bool, done: Callable[[Step], Any]) -> Tensor | None:
+    """Without second derivatives, where a step moves every entry of a group by the same numbers.
+
+    Derivatives by the weights before a step are then those at the end times one number for each step and parameter
+    group, so that one walk forward suffices; no vector is carried along. None where numbers do not suffice.
+    """
+    steps, groups = replay.steps, replay.engine.groups
+    if any(not step.moves.rule.uniform or step.clipping is not None for step in steps):
+        return None
+    factors = _factors(replay)
+    queries = DenseQueries(final, groups)
+    first = next(iter(final.values()))
+    total = first.new_zeros(len(first), len(replay.examples))
+    with replay.training():
+        number = 0
+        for segment, part in enumerate(replay.segments):
+            for moment in replay.walk(replay.start(segment), part.steps, separate=True):
+                step = moment.step
+                if moment.gradients.keys() != step.moves.options.keys():
+                    return None  # torch leaves a parameter without a gradient alone: its numbers are others
+                for batch in step.batches:
+                    share = replay.forward.share(batch, step)
+                    scale = factors[number][:, None].expand(-1, len(batch.ids)) * share
+                    if replay.forward.joint:
+                        directions = _scaled(final, factors[number], groups, step)
+                        products, _ = along(replay.forward, batch, step, directions, list(directions), False)
+                    else:
+                        products = queries.dot(replay.forward.rows(batch), scale)
+                    _add(total, batch.ids, products, renormalize and replay.forward.mean)
+                number += 1
+                done(step)
+            replay.compare(segment, replay.after)
+    return total
+
+
+def _scaled(final: Mapping[str, Tensor], factor: Tensor, groups: Mapping[str, int], step: Step) -> Vectors:
+    return {name: v * factor[groups.get(name, 0)].to(v) for name, v in final.items() if name in step.moves.options}
+
+
+def _factors(replay: Replay) -> list[Tensor]:
+    """For every step, [group]: what multiplies the final derivative to give that by the step's gradients."""
+    groups = replay.engine.groups
+    names = sorted({name for step in replay.steps for name in step.moves.options})
+    count = 1 + max((groups.get(name, 0) for name in names), default=0)
+    standing = {groups.get(name, 0): name for name in names}  # one parameter stands for its group
+    start = replay.start()
+    one = torch.ones(1, dtype=torch.float64)
+    states: dict[int, State] = {
+        group: dict.fromkeys(start.optimizer.get(name, {}), one[0]) for group, name in standing.items()
+    }
+    places: list[dict[int, Before]] = []
+    for step in replay.steps:
+        here = {
+            group: Before(one[0], one[0], states[group], 0, step.moves.options[name])
+            for group, name in standing.items()
+            if name in step.moves.options
+        }
+        places.append(here)
+        for group, at in here.items():
+            states[group] = step.moves.rule.step(at)[1]
+    by_weight = dict.fromkeys(standing, one)
+    by_state: dict[int, State] = {group: {} for group in standing}
+    found = []
+    for step, here in zip(reversed(replay.steps), reversed(places), strict=True):
+        factor = torch.zeros(count, dtype=torch.float64)
+        for group, at in here.items():
+            by_gradient, by_weight[group], by_state[group] = step.moves.rule.adjoint(
+                at, by_weight[group], by_state[group]
+            )
+            factor[group] = by_gradient[0]
+        found.append(factor)
+    return found[::-1]

@@ -1,0 +1,126 @@
+"""Scores by replaying a captured fit, what they cost, and how far they can be trusted."""
+
+import time
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_influence.replay.adjoint import Walk, adjoint
+from lightning_influence.replay.captured import Step, examples_of
+from lightning_influence.replay.replay import MAX_DRIFT, Replay
+from lightning_influence.replay.smoothness import metasmoothness
+from lightning_influence.setting import Queries, Setting
+
+_SMOOTH = 0.9
+# Vectors of the model's size that a query has at once: by weight and state, their successors, and in the products.
+_VECTORS = 8
+_QUERY_BYTES = 2**29
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """How a method replays.
+
+    Args:
+        hessian: whether a change of the weights changes the gradients after it.
+        removal: ``"downweight"`` leaves the divisor of a batch, ``"renormalize"`` divides by the sum of the weights.
+        max_drift: how far the replay may stray from the captured weights, relative to the distance they moved.
+        smoothness: whether metasmoothness is measured.
+    """
+
+    hessian: bool = True
+    removal: str = "downweight"
+    max_drift: float = MAX_DRIFT
+    smoothness: bool = True
+
+    def score(self, setting: Setting, queries: Queries) -> Tensor:
+        """[query, train]: minus the derivative of each query's final loss by each example's weight."""
+        replay = self.replay(setting)
+        setting.final()
+        final = queries.gradients().dense()
+        total = sum(examples_of(segment.steps) for segment in replay.segments)
+        told = Told(setting, total)
+        scores = -adjoint(replay, final, self.hessian, self.removal == "renormalize", told)
+        if self.removal == "renormalize" and not replay.forward.mean:
+            setting.note("`removal='renormalize'` is `'downweight'` here: the loss is a sum and divides by nothing.")
+        told.rest()
+        tell_drift(setting, replay)
+        if self.smoothness:
+            tell_smoothness(setting, replay)
+        return scores.to(setting.zeros().dtype)
+
+    def replay(self, setting: Setting) -> Replay:
+        """The fit that the setting was captured from, once a question."""
+        return setting.once(
+            ("replay", self.max_drift),
+            lambda: Replay(setting.engine, setting.examples, setting.trajectory, self.max_drift),
+        )
+
+    def at_once(self, setting: Setting) -> int:
+        """How many queries may be walked back together."""
+        parameters = setting.engine.task.named_parameters()
+        each = sum(parameters[name].numel() * parameters[name].element_size() for name in setting.engine.plan.names)
+        return max(1, _QUERY_BYTES // max(1, _VECTORS * each))
+
+    def seconds(self, setting: Setting, queries: Queries) -> float:
+        """What the queries will take together, by timing a few steps forward and one back."""
+        replay = self.replay(setting)
+        setting.final()
+        final = queries.gradients().dense()
+        walk = Walk(replay, final, self.hessian, False)
+        segment = next(s for s in reversed(range(len(replay.segments))) if replay.segments[s].steps)
+        with replay.training():
+            here = replay.start(segment)
+            steps = replay.segments[segment].steps[:3]
+            list(replay.walk(here, steps[:1], separate=True))
+            started = time.perf_counter()
+            moment = list(replay.walk(here, steps))[-1]
+            forward = (time.perf_counter() - started) / len(steps)
+            replay.stand(moment)
+            started = time.perf_counter()
+            walk.back(moment)
+            backward = time.perf_counter() - started
+        again = 3 if self.smoothness else 0
+        return len(replay.steps) * (forward * (1 + again) + backward)
+
+
+class Told:
+    """Says how far a walk is, in training examples of the tile."""
+
+    def __init__(self, setting: Setting, total: int) -> None:
+        self._setting, self._total = setting, max(1, total)
+        self._seen = self._told = 0
+
+    def __call__(self, step: Step) -> None:
+        """One more step."""
+        self._seen += examples_of([step])
+        now = len(self._setting.ids) * min(self._seen, self._total) // self._total
+        self._setting.on_block(now - self._told)
+        self._told = now
+
+    def rest(self) -> None:
+        """All of it."""
+        self._setting.on_block(len(self._setting.ids) - self._told)
+
+
+def tell_drift(setting: Setting, replay: Replay) -> None:
+    """What the replay missed of the captured weights."""
+    setting.figure("drift", replay.drift)
+    if replay.beyond_rounding():
+        setting.note(
+            f"The replay strayed from the captured weights by up to {replay.drift:.1e} of the distance that they moved "
+            f"between checkpoints, which is more than rounding. {replay.cause()}"
+        )
+
+
+def tell_smoothness(setting: Setting, replay: Replay) -> None:
+    """How far a derivative of this fit can be trusted."""
+    smooth = setting.once("metasmoothness", lambda: metasmoothness(replay))
+    setting.figure("metasmoothness", smooth, min)
+    if smooth < _SMOOTH:
+        setting.note(
+            f"Metasmoothness is {smooth:.2f}, below {_SMOOTH}: the end of this fit does not follow small changes of "
+            "its examples' weights smoothly, and what really happens without an example may differ from its score. "
+            "Larger batches, a lower learning rate or smooth activations make a fit smoother; averages over seeds are "
+            "better told by `InfluenceFunction` or `SOURCE`."
+        )

@@ -1,0 +1,160 @@
+"""HyDRA by replay against autograd through the whole fit written out, in float64, and its exact identities."""
+
+import dataclasses
+
+import pytest
+import torch
+from oracles import assert_scores
+from oracles_during import fast_influence
+from oracles_dynamic import influence, losses_at
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_influence import Attributor, HyDRA, MissingEvidence, Trajectory
+from lightning_influence.replay import DriftError
+from replay.runs import N, fitted, joint
+
+CASES = {
+    "sgd": {},
+    "momentum, two groups": {
+        "groups": ({"momentum": 0.9, "weight_decay": 0.1}, {"momentum": 0.5, "nesterov": True, "lr": 0.03})
+    },
+    "dampening": {"groups": ({"momentum": 0.8, "dampening": 0.3, "weight_decay": 0.1},)},
+    "maximize": {"groups": ({"momentum": 0.9, "maximize": True},), "lr": 0.02},
+    "accumulation, clipping by norm": {"divisor": 2, "clip": ("norm", 0.3), "groups": ({"momentum": 0.9},)},
+    "clipping by value, sum": {"clip": ("value", 0.05), "summed": True, "lr": 0.01},
+    "adam": {"kind": "Adam", "groups": ({"weight_decay": 0.1, "betas": (0.8, 0.95)},), "lr": 0.01},
+    "adamw, clipping by norm": {"kind": "AdamW", "clip": ("norm", 0.3), "lr": 0.01},
+    "cnn": {"net": "cnn", "groups": ({"momentum": 0.9},)},
+    "cnn, adamw": {"net": "cnn", "kind": "AdamW", "lr": 0.01, "divisor": 2},
+    "transformer": {"net": "transformer", "groups": ({"momentum": 0.9, "weight_decay": 0.01},)},
+    "transformer, adam": {"net": "transformer", "kind": "Adam", "lr": 0.01, "groups": ({"eps": 1e-3},)},
+    "dropout": {"net": "dropout", "divisor": 2},
+    "batchnorm": {"net": "batchnorm", "divisor": 2},
+}
+IN_CORE = ("momentum, two groups", "accumulation, clipping by norm", "adam", "dropout", "batchnorm")
+SLOW = [pytest.param(name, marks=[] if name in IN_CORE else pytest.mark.slow) for name in CASES]
+
+
+def plain(**settings):
+    return HyDRA(**{"smoothness": False, **settings})
+
+
+def scores(fit, method=None, loss=None):
+    return fit.attributor(loss).score(method or plain(), fit.queries)
+
+
+@pytest.mark.parametrize("case", SLOW)
+def test_it_is_autograd_through_the_whole_fit(case, tmp_path):
+    fit = fitted(tmp_path, **CASES[case])
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = influence(fit.run, fit.query_losses, N)
+    for loss in (joint,) if case == "batchnorm" else (None, joint):
+        found = scores(fit, loss=loss)
+        assert_scores(found.values, expected, 1e-9)
+        assert found.figures["drift"] <= 1e-10
+        assert found.units == "loss"
+
+
+@pytest.mark.parametrize("case", SLOW)
+def test_without_the_hessian_it_is_its_own_recursion(case, tmp_path):
+    fit = fitted(tmp_path, **CASES[case])
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = fast_influence(fit.run, fit.query_losses, N)
+    for loss in (joint,) if case == "batchnorm" else (None, joint):
+        assert_scores(scores(fit, plain(hessian=False), loss).values, expected, 1e-9)
+
+
+def test_it_is_what_happens_when_a_weight_changes_a_little(tmp_path):
+    fit = fitted(tmp_path, groups=({"momentum": 0.9, "weight_decay": 0.1},))
+    found, step = scores(fit).values, 1e-5
+    for example in (0, 4):
+        way = torch.zeros(N, dtype=torch.float64)
+        way[example] = step
+        up, down = (losses_at(fit.run, fit.query_losses, torch.ones_like(way) + s * way) for s in (1, -1))
+        torch.testing.assert_close(found[:, example], -(up - down) / (2 * step), rtol=1e-6, atol=1e-9)
+
+
+def test_renormalised_removal(tmp_path):
+    fit = fitted(tmp_path, divisor=2)
+    found = scores(fit, plain(removal="renormalize")).values
+    assert_scores(found, influence(fit.renormalized(), fit.query_losses, N), 1e-9)
+    assert_scores(scores(fit, plain(removal="renormalize", hessian=False)).values.sum(1), torch.zeros(4), 1e-15)
+    summed = fitted(tmp_path / "sum", summed=True, lr=0.01)
+    assert any("here: the loss is a sum" in note for note in scores(summed, plain(removal="renormalize")).notes)
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.9, "nesterov": True}], ids=["sgd", "nesterov"])
+def test_all_scores_together_are_the_derivative_by_the_learning_rate(settings, tmp_path):
+    """I4: without weight decay, examples' weights and learning rates scale the same steps."""
+    fit = fitted(tmp_path, groups=(settings,))
+
+    def end(scale):
+        run = dataclasses.replace(fit.run, rates=[[scale * lr for lr in rates] for rates in fit.run.rates])
+        return losses_at(run, fit.query_losses, torch.ones(N, dtype=torch.float64))
+
+    slope = (end(1 + 1e-5) - end(1 - 1e-5)) / 2e-5
+    torch.testing.assert_close(scores(fit).values.sum(1), -slope, rtol=1e-6, atol=1e-9)
+
+
+def test_scores_of_adam_sum_to_zero(tmp_path):
+    """I4': steps of Adam do not see the size of the loss."""
+    fit = fitted(tmp_path, kind="AdamW", groups=({"eps": 1e-30, "weight_decay": 0.1},), lr=0.01)
+    found = scores(fit).values
+    assert float(found.sum(1).abs().max()) <= 1e-10 * float(found.abs().max())
+
+
+def test_checkpoints_make_no_difference(tmp_path):
+    every = [
+        scores(fitted(tmp_path / str(steps), every_n_epochs=0, every_n_train_steps=steps)).values
+        for steps in (1, 2, 100)
+    ]
+    assert_scores(every[1], every[0], 1e-14)
+    assert_scores(every[2], every[0], 1e-14)
+
+
+def test_the_mean_of_queries_has_the_mean_of_their_scores(tmp_path):
+    fit = fitted(tmp_path)
+    each = scores(fit).values
+    together = fit.attributor().score(plain(), fit.queries, aggregate="mean").values
+    assert_scores(together, each.mean(0, keepdim=True), 1e-12)
+
+
+def test_an_example_that_was_never_drawn_has_no_influence(tmp_path):
+    fit = fitted(tmp_path, limit=1, epochs=1)
+    seen = {i for ids in fit.module.seen for i in ids}
+    found = scores(fit).values
+    assert len(seen) == 4
+    for example in range(N):
+        assert bool((found[:, example] != 0).any()) == (example in seen)
+
+
+def test_what_a_reader_must_know_is_reported(tmp_path):
+    fit = fitted(tmp_path, kind="AdamW", lr=0.01)
+    found = scores(fit, HyDRA())
+    assert -1 <= found.figures["metasmoothness"] < 0.9
+    assert any("Metasmoothness is" in note for note in found.notes)
+    assert fit.attributor().cost(HyDRA(), fit.queries) > 0
+
+
+def test_wrong_settings_and_missing_evidence(tmp_path):
+    for settings, message in (
+        ({"mode": "x"}, "`mode` to be one of 'replay', 'during_fit'"),
+        ({"removal": "x"}, "`removal` to be one of"),
+        ({"max_drift": 0.0}, "`max_drift` to be a positive number, got 0.0"),
+        ({"mode": "during_fit", "removal": "renormalize"}, r"`mode='replay'` for `removal='renormalize'`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            HyDRA(**settings)
+    fit = fitted(tmp_path)
+    final = tmp_path / "final.ckpt"
+    fit.trainer.save_checkpoint(final)
+    files = Trajectory.from_checkpoints([final], learning_rates=0.1)
+    bare = Attributor(fit.module, fit.data, files, fit.trainer)
+    with pytest.raises(MissingEvidence, match="a captured fit with its steps, to replay it, got 1 checkpoints"):
+        bare.score(plain(), fit.queries)
+    some = Attributor(fit.module, fit.data, fit.influence.trajectory, fit.trainer, parameters="*weight")
+    with pytest.raises(ValueError, match=r"got `parameters=` without `net\.0\.bias`"):
+        some.score(plain(), fit.queries)
+    fit.data.tensors[0].add_(1.0)
+    with pytest.raises(DriftError, match="meet the captured weights"):
+        scores(fit)
