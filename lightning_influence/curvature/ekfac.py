@@ -158,20 +158,18 @@ class EKFAC(Curvature):
                 for into, part in zip(others, parts, strict=True):
                     if part is not None:
                         into[names] = layers.weighed(names, part)
-        if self.tolerance:
-            joint |= self._shortened(prepared, joint, setting)
         size = sum(len(block) for block in queries.blocks)
         groups = {names: setting.engine.groups.get(names[0], 0) for names in layers}
         blocks = [Gradients(parts, groups, len(b)) for parts, b in zip(others, queries.blocks, strict=True)]
-        return Solved(Gradients(joint, groups, size), blocks)
+        shorten = (lambda parts: self._shortened(prepared, parts, setting)) if self.tolerance else None
+        return Solved(Gradients(joint, groups, size), blocks, shorten)
 
     def _shortened(self, prepared: Prepared, joint: Mapping[Names, Part], setting: Setting) -> Mapping[Names, Part]:
         parts = {names: part for names, part in joint.items() if isinstance(part, KroneckerPart)}
         if not parts:
             return {}
-        sample = setting.once(("ekfac sample", id(prepared)), lambda: _sample(setting))
         weights = {names: _weights(prepared, names) for names in parts}
-        found, error = shortened(parts, weights, sample, self.tolerance)
+        found, error = shortened(parts, weights, _sample(setting), self.tolerance)
         setting.figure("score_error", error)
         if error:
             setting.note(

@@ -1,6 +1,6 @@
 """Queries behind a Kronecker-factored inverse, and how few products their scores need."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,6 +10,7 @@ from lightning_influence.curvature.factors import Names
 from lightning_influence.curvature.kronecker_part import KroneckerPart, with_own
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.block import SketchOf
+from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.queries import EachQuery, QueryGradients
 from lightning_influence.gradients.rows import Rows
 from lightning_influence.numerics.kronecker import products
@@ -21,17 +22,32 @@ _MEASURED = 32
 
 
 class Solved(QueryGradients):
-    """Directions of queries: those of Kronecker-factored layers for all queries at once, others block by block."""
+    """Directions of queries: those of Kronecker-factored layers for all queries at once, others block by block.
 
-    def __init__(self, joint: Gradients, others: Sequence[Gradients]) -> None:
+    Args:
+        joint: of factored layers.
+        others: of the rest, by block of queries.
+        shorten: makes tables of the factored layers cheaper before the first products with many gradients.
+    """
+
+    def __init__(
+        self,
+        joint: Gradients,
+        others: Sequence[Gradients],
+        shorten: Callable[[Mapping[Names, Part]], Mapping[Names, Part]] | None = None,
+    ) -> None:
         self.joint = joint
         self.others = EachQuery(others)
+        self._shorten = shorten
 
     def __len__(self) -> int:
         return len(self.joint)
 
     def dot(self, block: Gradients, scale: Tensor | None = None) -> Tensor:
         """[query, example of block]."""
+        if self._shorten is not None:
+            parts = {**self.joint.parts, **self._shorten(self.joint.parts)}
+            self.joint, self._shorten = Gradients(parts, self.joint.groups, len(self.joint)), None
         product = self.joint.dot(block, scale)
         return product + self.others.dot(block, scale) if self._has_others else product
 
@@ -40,7 +56,7 @@ class Solved(QueryGradients):
         return any(block.parts for block in self.others.blocks)
 
     def normalized(self, how: str) -> QueryGradients:
-        """At length one, whole (layers stand apart in this form, and are written out)."""
+        """Written out, at length one."""
         written = Gradients({(n,): Rows((r,)) for n, r in self.dense().items()}, self._groups(), len(self.joint))
         return EachQuery([written.normalized(how)])
 

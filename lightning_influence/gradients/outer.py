@@ -218,6 +218,18 @@ class Outer(Part):
         weight = (right.T @ left if self.transposed else left.T @ right).view(self.shape)
         return (weight, left.sum(0)) if self.bias else (weight,)
 
+    def squares(self) -> tuple[Tensor, ...]:
+        """The sum over the examples of squared entries, parameter-shaped."""
+        _, width_in, width_out = self._sizes
+        if self.outputs.shape[1] == 1:
+            left, right = self._scaled_outputs()[:, 0].square(), self.inputs[:, 0].square()
+            weight = right.T @ left if self.transposed else left.T @ right
+        else:
+            rows = (part._weight_rows().square().sum(0) for _, part in self._chunks(width_in * width_out))
+            weight = sum(rows, self.outputs.new_zeros(width_in * width_out))
+        weight = weight.reshape(self.shape)
+        return (weight, self._bias_rows.square().sum(0)) if self.bias else (weight,)
+
     # ---- bookkeeping --------------------------------------------------------------------------------------------
 
     def query_bytes(self, n_queries: int) -> int:

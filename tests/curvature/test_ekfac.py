@@ -5,12 +5,15 @@ import oracles_kronecker as kronecker
 import pytest
 import torch
 from case import Items, Step, both, drawn, mlp
+from fits import fit
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_influence import EKFAC, Attributor, GradientDot, InfluenceFunction
+from lightning_influence import EKFAC, Attributor, GradientDot, Influence, InfluenceFunction, Trajectory
+from lightning_influence.curvature import factors
 from lightning_influence.driver import setting_of
+from lightning_influence.gradients.queries import DenseQueries
 
 torch.set_num_threads(1)
 DAMPING = 0.03
@@ -301,6 +304,68 @@ def test_relatif_divides_by_the_length_of_the_change():
     method = InfluenceFunction(EKFAC(DAMPING, labels="empirical"), normalize="relatif")
     found = Attributor(module, train).score(method, queries).values
     oracles.assert_scores(found, plain / squares.sqrt(), 1e-9)
+
+
+@pytest.mark.parametrize("name", ["mlp", "positions"])
+def test_a_factor_that_is_too_wide_has_its_diagonal(name, monkeypatch):
+    monkeypatch.setattr(factors, "WIDEST", 4)
+    module, train, queries = problem(name)
+    names = [n for n, _ in module.named_parameters()]
+    left, right = (oracles.rows(module, list(DataLoader(d, 1)), names) for d in (queries, train))
+    expected = sum(
+        oracles.flat(left[n]) / (oracles.flat(right[n]).square().mean(0) + DAMPING) @ oracles.flat(right[n]).T
+        for n in names
+        if name == "mlp" or "layer" in n
+    )
+    if name == "positions":
+        head, asked = ({"net.last": seen(module, d)["net.last"]} for d in (train, queries))
+        expected = expected + kronecker.score(head, head, asked, DAMPING) * len(train)
+    scores = scored(module, train, queries, EKFAC(DAMPING, labels="empirical"))
+    oracles.assert_scores(scores.values, expected / len(train), 1e-9)
+
+
+@pytest.mark.parametrize("name", ["mlp", "tables and norms"])
+def test_directions_as_factors_are_those_written_out(name):
+    module, train, queries = problem(name) if name in NETS else other(name)
+    attributor, diagonal = Attributor(module, train), torch.tensor([DAMPING], dtype=torch.float64)
+    with attributor._sessions.open(attributor._queries(queries)) as session:
+        setting, asked = setting_of(session, None, None), session.asked[0:4]
+        curvature = EKFAC(labels="empirical")
+        solved = curvature.solve(curvature.prepare(setting), asked.gradients(), setting, diagonal)
+        block = next(iter(setting.train_blocks()))[1]
+        plain = DenseQueries(solved.dense(), {})
+        vector = {n: torch.randn(p.shape, dtype=p.dtype) for n, p in module.named_parameters()}
+        torch.testing.assert_close(solved.dot(block), plain.dot(block))
+        torch.testing.assert_close(solved.norm2(), plain.norm2())
+        torch.testing.assert_close(solved.times(vector), plain.times(vector))
+        torch.testing.assert_close(solved.normalized("cosine").dot(block), plain.normalized("cosine").dot(block))
+        torch.testing.assert_close(solved.diagonal(block.slice(slice(4))), plain.dot(block.slice(slice(4))).diagonal())
+        torch.testing.assert_close(solved.dot(block.apart()), plain.dot(block))
+        factor = torch.arange(4, dtype=torch.float64)
+        for part in solved.joint.parts.values():
+            written = part.dense()
+            for found, rows in zip(part.scaled(factor).slice(slice(1, 4)).dense(), written, strict=True):
+                torch.testing.assert_close(found, (rows.flatten(1) * factor[:, None]).view_as(rows)[1:4])
+            for found, rows in zip(part.total(), written, strict=True):
+                torch.testing.assert_close(found, rows.sum(0))
+            assert part.shapes() == tuple(rows.shape[1:] for rows in written)
+            assert bool(part.finite().all())
+
+
+def test_what_was_prepared_stays_with_the_trajectory(tmp_path):
+    torch.manual_seed(0)
+    module, data = Step(mlp()).double(), both(5, n=20)
+    train, queries = data["train"](), data["queries"]()
+    method = InfluenceFunction(EKFAC(tolerance=0))
+    influence = Influence([method], queries=queries, dirpath=tmp_path)
+    fit(module, DataLoader(train, 5), influence, max_epochs=2)
+    attributor = Attributor(module, train, Trajectory.load(tmp_path))
+    kept = list(attributor.trajectory.path.glob("curvature/EKFAC-*"))
+    assert len(kept) == 1
+    written = kept[0].stat().st_mtime_ns
+    torch.testing.assert_close(attributor.score(method, queries).values, influence.scores["InfluenceFunction"].values)
+    attributor.score(InfluenceFunction(EKFAC(DAMPING)), queries)  # neither damping nor tolerance is prepared
+    assert [p.stat().st_mtime_ns for p in attributor.trajectory.path.glob("curvature/EKFAC-*")] == [written]
 
 
 # ---- labels ---------------------------------------------------------------------------------------------------------
