@@ -17,7 +17,7 @@ from lightning_influence.session import Sessions
 # Finished models are on disk after about so many seconds.
 _SECONDS = 10.0
 # Models, and bytes of them, that go into one call at most.
-_MODELS, _BYTES = 256, 2**28
+_MODELS, _BYTES = 1024, 2**28
 
 
 @dataclass
@@ -33,13 +33,15 @@ class Fixed:
     removal: Literal["downweight", "renormalize"] = "downweight"
     seeded: bool = False
     _seconds: float = 0.0  # that the run takes as it was
+    _each: float = 0.0  # that a model took last
 
     def identity(self) -> dict[str, Any]:
         """The captured run: its first and last weights and the batches between."""
         trajectory = self._trajectory()
         steps = [trajectory.steps["ids"].to_pylist(), trajectory.steps["lr"].to_pylist()]
         end = trajectory.checkpoints[-1].load().parameters
-        return {"seeds": "fixed", "removal": self.removal, "run": digest_of({**self.initial(0), **end}, steps=steps)}
+        run = digest_of(self.initial(0), end=digest_of(end), steps=steps)
+        return {"seeds": "fixed", "removal": self.removal, "run": run}
 
     def initial(self, seed: int) -> dict[str, Tensor]:
         """The weights that the run started from."""
@@ -55,14 +57,13 @@ class Fixed:
         """
         with self._replay() as replay:
             failures: list[Failure] = []
-            # Side by side, models take far less than the run alone did; if they cannot stand so, no more than it.
-            first, count = 0, max(1, min(_MODELS, int(2 * _SECONDS / self._seconds)))
+            first = 0
             while first < len(jobs):
-                part = jobs[first : first + count]
+                part = jobs[first : first + self._count()]
                 start = time.perf_counter()
                 weights = torch.stack([membership for membership, _ in part]).double()
                 found = run_many(replay, weights, renormalize=self.removal == "renormalize")
-                each = (time.perf_counter() - start) / len(part)
+                self._each = each = (time.perf_counter() - start) / len(part)
                 models = [
                     Trained(membership, seed, each, {name: value[row].cpu() for name, value in found.items()})
                     for row, (membership, seed) in enumerate(part)
@@ -75,9 +76,14 @@ class Fixed:
                     if id(model) in broken
                 ]
                 first += len(part)
-                size = sum(value[0].numel() * value.element_size() for value in found.values())
-                count = max(1, min(_MODELS, int(_SECONDS / each), _BYTES // max(1, size)))
         return failures
+
+    def _count(self) -> int:
+        """How many models to train before they are written."""
+        # Side by side, models take far less than the run alone did; if they cannot stand so, no more than it.
+        each = self._each or self._seconds / 4
+        size = sum(value.numel() * value.element_size() for value in self.initial(0).values())
+        return max(1, min(_MODELS, int(_SECONDS / each), _BYTES // max(1, size)))
 
     @contextlib.contextmanager
     def _replay(self) -> Iterator[Replay]:
