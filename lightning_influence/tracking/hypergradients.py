@@ -121,6 +121,7 @@ class Hypergradients(Tracker):
     def stepped(self, step: Step, queries: Queries | None) -> None:
         """Takes the changes through clipping and the optimizer."""
         moved, made = step.moved, dict[str, set[str]]()
+        assert moved is not None
         for chunk in self._chunks():
             changes = self._changes(step, chunk)
             if moved.clipping is not None:

@@ -16,6 +16,7 @@ class LossChanges(Tracker):
     """[query, train]: the sum over the steps that visited an example of the query's loss before minus after."""
 
     asks: ClassVar[bool] = True
+    derives: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.changes = torch.zeros(0, 0)

@@ -78,6 +78,16 @@ class Present:
             for name in self.engine.plan.names
         }
 
+    def whole(self) -> dict[str, Tensor]:
+        """The micro-batch's part of the step's gradient."""
+        names, parameters = list(self.engine.plan.names), self.engine.task.named_parameters()
+        with isolated_random_state(), requiring_gradients(self.engine.task.module, names):
+            found = torch.autograd.grad(self.total(), [parameters[name] for name in names], allow_unused=True)
+        return {
+            name: torch.zeros_like(parameters[name]) if gradient is None else gradient
+            for name, gradient in zip(names, found, strict=True)
+        }
+
     def curvature(self) -> "HessianProducts":
         """The Hessian of the micro-batch's part of the step's loss."""
         with isolated_random_state(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):

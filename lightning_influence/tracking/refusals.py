@@ -1,6 +1,6 @@
 """Which fits cannot be followed step by step, and why: told before the first step as far as can be."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,15 +12,15 @@ from lightning_influence.gradients import Engine, Reduction
 from lightning_influence.module import Task, clean, isolated_random_state
 from lightning_influence.numerics.clipping import ByNorm, ByValue, Clipping
 from lightning_influence.numerics.optimizers import rule_for
-from lightning_influence.tracking.tracker import Untrackable
+from lightning_influence.tracking.tracker import Moved, Untrackable
 from lightning_influence.types import Batch
 
 _JOINT = "Pass `loss=`, a callable (module, batch) -> [batch] that gives the losses of the joint batch."
 _INSTEAD = "Use `TracInCP()`, which needs checkpoints only."
 
 
-def refuse(trainer: Any, module: Any, engine: Engine) -> None:
-    """Looks at the Trainer and the module.
+def refuse(trainer: Any, module: Any, engine: Engine, derives: bool) -> None:
+    """Looks at the Trainer and the module; at the optimizer too where derivatives go through it.
 
     Raises:
         Untrackable: a fit whose steps are not those of one optimizer in automatic optimization in full precision.
@@ -42,12 +42,14 @@ def refuse(trainer: Any, module: Any, engine: Engine) -> None:
     left_out = sorted(
         clean(n) for n, p in module.named_parameters() if p.requires_grad and clean(n) not in engine.plan.names
     )
-    if left_out:
+    if left_out and derives:
         raise Untrackable(
             f"Expected every parameter that trains to count, got `parameters=` without `{left_out[0]}`: a change of "
             "one weight moves all others in the steps after it. Leave `parameters` out."
         )
     optimizer = getattr(trainer.optimizers[0], "_optimizer", trainer.optimizers[0])
+    if not derives:
+        return
     rule = rule_for(type(optimizer).__name__)
     for group in optimizer.param_groups:
         rule.check(group)
@@ -111,6 +113,43 @@ def refuse_mixing(task: Task, ids: Sequence[int], batch: Batch, engine: Engine) 
             f"Expected the loss of a batch in training to be the {'mean' if mean else 'sum'} of the losses of its "
             f"examples, got {joint:.6g} for examples that give {mine:.6g} alone. {_JOINT}"
         )
+
+
+def verify_step(moved: Moved, parameters: Mapping[str, Tensor]) -> None:
+    """That the rule makes the step which the optimizer made.
+
+    Raises:
+        Untrackable: it does not.
+    """
+    for name, at in moved.places.items():
+        expected, _ = moved.rule.step(at)
+        size = (expected - at.weight).abs().max() + 1e3 * torch.finfo(expected.dtype).eps * expected.abs().max()
+        if not bool((expected - parameters[name]).abs().max() <= _tolerance(expected) * size):
+            raise Untrackable(
+                f"`{name}` was not moved as its optimizer moves it: something else changed weights or gradients (a "
+                f"hook, a callback). {_INSTEAD}"
+            )
+
+
+def verify_gradients(moved: Moved, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    """That the step's gradients are those of the loss on its micro-batches.
+
+    Raises:
+        Untrackable: they are not.
+    """
+    largest = torch.stack([gradient.abs().max() for gradient in moved.raw.values()]).max()
+    for name, gradient in moved.raw.items():
+        expected = torch.stack([found[name] for found in batches]).sum(0)
+        if not bool((expected - gradient).abs().max() <= _tolerance(gradient) * largest):
+            raise Untrackable(
+                f"the gradient of `{name}` was not that of the loss on its batch: something else changes it, or draws "
+                f"random numbers or writes into the batch before the step (a hook, a callback that stands behind "
+                f"`Influence`; put it before). {_INSTEAD}"
+            )
+
+
+def _tolerance(like: Tensor) -> float:
+    return 1e-6 if like.dtype is torch.float64 else 1e-2
 
 
 def _one(i: int) -> Any:

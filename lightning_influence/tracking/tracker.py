@@ -99,13 +99,13 @@ class Step:
         made: updates of weights so far, this one included.
         batches: for each micro-batch whose gradients were added up, what ``Tracker.batch`` returned of it.
         ids: for each micro-batch, its examples.
-        moved: how the weights moved.
+        moved: how the weights moved, for trackers that differentiate it.
     """
 
     made: int
     batches: Sequence[Any]
     ids: Sequence[Sequence[int]]
-    moved: Moved
+    moved: Moved | None
 
 
 @dataclass
@@ -126,6 +126,8 @@ class Tracker(ABC):
 
     asks: ClassVar[bool] = False
     """Whether it looks at the queries after every step."""
+    derives: ClassVar[bool] = True
+    """Whether it differentiates the steps, which must then be what the optimizer's rule says."""
 
     @abstractmethod
     def starts(self, fit: Fit, state: State | None) -> Plan:

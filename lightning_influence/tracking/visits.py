@@ -77,6 +77,7 @@ class Visits(Tracker):
     def stepped(self, step: Step, queries: Queries | None) -> None:
         """Notes what the step does to every earlier visit, and its own visits."""
         moved = step.moved
+        assert moved is not None
         keys: dict[tuple[int, bool], int] = {}
         path = []
         for name in self._names:

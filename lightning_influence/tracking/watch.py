@@ -2,7 +2,6 @@
 
 import contextlib
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,15 +12,22 @@ from torch import Tensor
 
 from lightning_influence.examples import Block
 from lightning_influence.gradients import Engine, Reduction
-from lightning_influence.gradients.general import requiring_gradients
 from lightning_influence.module import Loss, clean, quiet
 from lightning_influence.numerics.clipping import ByValue
-from lightning_influence.numerics.optimizers import Before, Rule, rule_for
+from lightning_influence.numerics.optimizers import Before, rule_for
 from lightning_influence.session import Asked, Session
 from lightning_influence.setting import Queries
+from lightning_influence.tracking.estimates import plain_seconds, states_of
 from lightning_influence.tracking.present import Present, Seen
 from lightning_influence.tracking.record import FOLDER, load_state, save_state
-from lightning_influence.tracking.refusals import clipping_of, match_loss, refuse, refuse_mixing
+from lightning_influence.tracking.refusals import (
+    clipping_of,
+    match_loss,
+    refuse,
+    refuse_mixing,
+    verify_gradients,
+    verify_step,
+)
 from lightning_influence.tracking.tracker import Fit, Moved, Plan, PlanError, Step, Tracker, Untrackable
 
 
@@ -69,7 +75,7 @@ class Watch:
         self.tracked = [Tracked(tracker, name) for name, tracker in trackers.items()]
         self._engine: Engine | None = None
         self._asked: Asked | None = None
-        self._window: list[tuple[tuple[int, ...], dict[str, Any]]] = []
+        self._window: list[_Seen] = []
         self._finished = False
         self._places: dict[str, tuple[Tensor, Tensor, dict[str, Tensor]]] = {}
         self._optimizer: Any = None
@@ -91,7 +97,7 @@ class Watch:
         Raises:
             Untrackable: this fit cannot be followed.
         """
-        refuse(self._trainer, self._module, session.engine)
+        refuse(self._trainer, self._module, session.engine, self._derives)
         self._made = made
         self._engine, self._asked = session.engine, session.asked
         self._mean = {Reduction.MEAN: True, Reduction.SUM: False}.get(session.engine.reduction)
@@ -114,7 +120,7 @@ class Watch:
     def _fit(self, session: Session, resumed: Path | None) -> Fit:
         trainer = self._trainer
         sizes = getattr(trainer.train_dataloader, "batch_size", None), trainer.accumulate_grad_batches
-        rule = rule_for(type(self._optimizer).__name__)
+        rule = rule_for(type(self._optimizer).__name__) if self._derives else None
         asked = session.asked
         count = min(sizes[0] or 1, len(session.examples))
         sample = Block(0, count, session.examples.some(range(count)), session.examples.one)
@@ -124,14 +130,14 @@ class Watch:
             n_train=len(session.examples),
             steps=int(total) if total not in (-1, float("inf")) else None,
             batch_sizes=sizes,
-            uniform=rule.uniform and not isinstance(clipping_of(trainer), ByValue),
+            uniform=rule is not None and rule.uniform and not isinstance(clipping_of(trainer), ByValue),
             queries=None if asked is None else asked[:],
-            states=max(states_of(rule, group) for group in self._optimizer.param_groups),
+            states=0 if rule is None else max(states_of(rule, group) for group in self._optimizer.param_groups),
             folder=self._run,
             resumed=resumed,
             free_disk=shutil.disk_usage(self._run).free,
             sample=sample,
-            seconds=_plain_seconds(session, sample),
+            seconds=plain_seconds(session, sample),
         )
 
     def _afford(self, each: Tracked, fit: Fit) -> None:
@@ -160,7 +166,8 @@ class Watch:
             return
         with self._guarded(), quiet(self._module, self._loss, self._trainer, evaluate=False) as task:
             present = self._present(Seen.of(task), tuple(ids), batch)
-            self._window.append((present.ids, {each.name: each.tracker.batch(present) for each in self._living()}))
+            payloads = {each.name: each.tracker.batch(present) for each in self._living()}
+            self._window.append(_Seen(present.ids, payloads, present.whole() if self._is_due() else None))
 
     def before_zero_grad(self) -> None:
         """What was accumulated is thrown away: the window begins with the current micro-batch."""
@@ -169,10 +176,10 @@ class Watch:
 
     def before_step(self) -> None:
         """Gradients are whole and not clipped: remembers where every parameter stands."""
-        if not self._alive:
+        if not self._derives:
             return
         rule, clipping = rule_for(type(self._optimizer).__name__), clipping_of(self._trainer)
-        self._verifies = (self._steps + 1) & self._steps == 0  # steps 1, 2, 4, 8 ...
+        self._verifies = self._is_due()
         place: Callable[[Tensor], Tensor] = torch.clone if self._verifies or not rule.uniform else torch.detach
         self._places = {}
         for name, parameter in self._moving():
@@ -202,6 +209,14 @@ class Watch:
     @property
     def _alive(self) -> bool:
         return any(each.lost is None for each in self.tracked)
+
+    def _is_due(self) -> bool:
+        """Whether the step to come is looked at closely: 1, 2, 4, 8 ... for those who derive something from it."""
+        return (self._steps + 1) & self._steps == 0 and self._derives
+
+    @property
+    def _derives(self) -> bool:
+        return any(each.tracker.derives for each in self._living())
 
     def _living(self) -> list[Tracked]:
         return [each for each in self.tracked if each.lost is None]
@@ -234,14 +249,15 @@ class Watch:
         with self._guarded():
             self._steps += 1
             self._made += 1
-            moved = self._moved()
-            if self._verifies:
-                self._verify(moved)
+            moved = self._moved() if self._derives else None
+            if moved is not None and self._verifies:
+                verify_step(moved, dict(self._moving()))
+                verify_gradients(moved, [seen.gradients for seen in self._window if seen.gradients is not None])
             with contextlib.ExitStack() as stack:
                 queries = self._queries(stack)
                 for each in self._living():
-                    batches = [payloads[each.name] for _, payloads in self._window]
-                    step = Step(self._made, batches, [ids for ids, _ in self._window], moved)
+                    batches = [seen.payloads[each.name] for seen in self._window]
+                    step = Step(self._made, batches, [seen.ids for seen in self._window], moved)
                     each.tracker.stepped(step, queries)
         self._places = {}
 
@@ -282,18 +298,14 @@ class Watch:
                 raw[name] = gradient
         return Moved(rule, places, clipping_of(self._trainer), raw)
 
-    def _verify(self, moved: Moved) -> None:
-        """That the rule makes the step which the optimizer made."""
-        parameters = dict(self._moving())
-        for name, at in moved.places.items():
-            expected, _ = moved.rule.step(at)
-            size = (expected - at.weight).abs().max() + 1e3 * torch.finfo(expected.dtype).eps * expected.abs().max()
-            tolerance = 1e-6 if expected.dtype is torch.float64 else 1e-2
-            if not bool((expected - parameters[name]).abs().max() <= tolerance * size):
-                raise Untrackable(
-                    f"`{name}` was not moved as {type(self._optimizer).__name__} moves it: something else changed "
-                    "weights or gradients (a hook, a callback)."
-                )
+
+@dataclass(frozen=True)
+class _Seen:
+    """A micro-batch whose gradients wait for their step: its examples, what each tracker keeps, their sum or None."""
+
+    ids: tuple[int, ...]
+    payloads: dict[str, Any]
+    gradients: dict[str, Tensor] | None
 
 
 class _Guard:
@@ -312,12 +324,6 @@ class _Guard:
         return False
 
 
-def states_of(rule: Rule, options: Mapping[str, Any]) -> int:
-    """How many tensors an optimizer keeps for each parameter of a group."""
-    zero = torch.zeros(1)
-    return len(rule.step(Before(zero, zero, {}, 0, options))[1])
-
-
 def _gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad.detach()
@@ -325,16 +331,3 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 def _like(value: Any, parameter: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == parameter.shape
-
-
-def _plain_seconds(session: Session, sample: Block) -> float:
-    """Of a forward and backward pass over a batch, without an optimizer: the faster of two."""
-    task, names = session.task, list(session.engine.plan.names)
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        with requiring_gradients(task.module, names):
-            total = task(task.to_device(sample.batch)).sum()
-            torch.autograd.grad(total, [task.named_parameters()[name] for name in names], allow_unused=True)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)

@@ -2,10 +2,12 @@
 
 import oracles_dynamic
 import pytest
+import pytorch_lightning as pl
 import torch
 from fits import QUIET
 from oracles import assert_scores
 from oracles_during import fast_influence
+from pytorch_lightning import Callback
 from replay.runs import QUERIES, N, data, fitted, joint
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -205,3 +207,37 @@ def test_what_cannot_be_followed_is_refused(options, message, tmp_path):
 def test_other_settings_are_refused(settings, name):
     with pytest.raises(ValueError, match=f"Expected `{name}` to be one of"):
         HyDRA(**settings)
+
+
+class Meddling(Callback):
+    """Does something to a fit after `Influence` has seen the batch."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.how == "draws":
+            torch.rand(1)
+        if self.how == "writes":
+            batch[0].mul_(1.5)
+
+    def on_after_backward(self, trainer, pl_module):
+        if self.how == "changes gradients":
+            next(pl_module.parameters()).grad.mul_(2.0)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if self.how == "changes them late":
+            next(pl_module.parameters()).grad.mul_(2.0)
+
+
+@pytest.mark.parametrize("how", ["draws", "writes", "changes gradients", "changes them late"])
+def test_who_meddles_behind_our_back_ends_the_tracking(how, tmp_path, monkeypatch):
+    trainer = pl.Trainer
+    monkeypatch.setattr(
+        "replay.runs.pl.Trainer",
+        lambda callbacks, **options: trainer(callbacks=[*callbacks, Meddling(how)], **options),
+    )
+    with pytest.warns(UserWarning, match="'HyDRA' is not tracked any more, the fit goes on: Untrackable: "):
+        fit = tracked(tmp_path, HyDRA(mode="during_fit"), net="dropout")
+    with pytest.raises(KeyError, match="did not run: Untrackable"):
+        of(fit)

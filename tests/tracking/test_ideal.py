@@ -54,7 +54,14 @@ def watched(tmp_path, kind=Step, methods=None, batch_size=1, **options):
     return model, influence, by_hand
 
 
-@pytest.mark.parametrize("kind", [Step, Adaptive])
+class Unknown(Step):
+    """An optimizer that no rule is known of: none is needed."""
+
+    def configure_optimizers(self):
+        return torch.optim.RMSprop(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("kind", [Step, Adaptive, Unknown])
 def test_scores_are_the_changes_of_losses_measured_by_hand(kind, tmp_path):
     model, influence, by_hand = watched(tmp_path, kind)
     found = influence.scores["TracInIdeal"].values
