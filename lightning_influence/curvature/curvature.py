@@ -47,6 +47,8 @@ class Curvature(ABC):
 
     kind: ClassVar[str] = ""
     """Which matrix: "Hessian", "GGN" or "Fisher"."""
+    share: ClassVar[float] = 1.0
+    """Of the default damping by learning rates, what suits an approximation that blurs the spectrum already."""
     unprepared: ClassVar[frozenset[str]] = frozenset({"damping"})
     """Settings that ``prepare`` does not look at: what is on disk serves whatever they are."""
 

@@ -34,7 +34,7 @@ class Diagonal:
 
 
 def diagonal_at(
-    setting: Setting, stage: Stage, damping: float | None, mean_eigenvalue: Callable[[], float]
+    setting: Setting, stage: Stage, damping: float | None, mean_eigenvalue: Callable[[], float], share: float = 1.0
 ) -> Diagonal:
     r"""The diagonal at a stage.
 
@@ -47,6 +47,7 @@ def diagonal_at(
         stage: where.
         damping: the user's own, or None for the rule.
         mean_eigenvalue: gives it, where it is needed.
+        share: of the rule by learning rates that is taken; see ``Curvature.share``.
     """
     trajectory, position = setting.trajectory, stage.position
     if trajectory is None or position is None:
@@ -58,7 +59,8 @@ def diagonal_at(
     if damping is not None:
         return Diagonal(decay, torch.full_like(decay, float(damping)), "given")
     if reach is not None and not trajectory.adaptive and bool((reach > 0).all()):  # type: ignore[union-attr]
-        return Diagonal(decay, 1 / reach, "1 / (sum of learning rates / (1 - momentum))")
+        times = "" if share == 1 else f"{share:g} x "
+        return Diagonal(decay, share / reach, f"{times}1 / (sum of learning rates / (1 - momentum))")
     known = "the optimizer is adaptive" if reach is not None else "no learning rates were captured"
     return Diagonal(decay, torch.full_like(decay, _SHARE * mean_eigenvalue()), f"0.1 x mean eigenvalue, since {known}")
 

@@ -158,10 +158,12 @@ class _Inverse:
         self.diagonal = setting.once((method, "diagonal", stage.position), self._diagonal)
 
     def _diagonal(self) -> Diagonal:
-        setting = self.setting
-        found = diagonal_at(
-            setting, self.stage, self.curvature.damping, lambda: self.curvature.mean_eigenvalue(self.prepared, setting)
-        )
+        setting, curvature = self.setting, self.curvature
+
+        def mean() -> float:
+            return curvature.mean_eigenvalue(self.prepared, setting)
+
+        found = diagonal_at(setting, self.stage, curvature.damping, mean, curvature.share)
         for note in self.prepared.notes:
             setting.note(note)
         setting.figure("damping", float(found.damping.max()))

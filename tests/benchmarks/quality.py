@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import (
+    EKFAC,
     Arnoldi,
     Attributor,
     ConjugateGradient,
@@ -54,6 +55,8 @@ def methods():
         "TracInCP, 10 checkpoints": [TracInCP()],
         "influence function, GGN, default damping": [InfluenceFunction(ConjugateGradient())],
         "influence function, GGN, best of 3 dampings": [InfluenceFunction(ConjugateGradient(d)) for d in DAMPINGS],
+        "influence function, EK-FAC, default damping": [InfluenceFunction(EKFAC())],
+        "influence function, EK-FAC, best of 4 dampings": [InfluenceFunction(EKFAC(d)) for d in (1.0, *DAMPINGS)],
         "influence function, LiSSA": [InfluenceFunction(LiSSA())],
         "influence function, Arnoldi (200 steps)": [InfluenceFunction(Arnoldi())],
         "influence function, Arnoldi, rest dropped": [InfluenceFunction(Arnoldi(complement="drop"))],

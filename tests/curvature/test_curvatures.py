@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from traced import Still, still
 
 from lightning_influence import (
+    EKFAC,
     Arnoldi,
     Attributor,
     ConjugateGradient,
@@ -111,6 +112,14 @@ def test_the_damping_follows_the_learning_rates_and_weight_decay_comes_on_top(tm
     assert found.figures["damping"] == pytest.approx(diagonal - group["weight_decay"])
     assert found.figures["weight_decay"] == group["weight_decay"]
     assert any(why in note for note in found.notes)
+
+
+def test_ekfac_takes_a_fifth_of_the_rule(tmp_path):
+    module = model()
+    trajectory = still(module, tmp_path, {"dampening": 0, "momentum": 0.5, "weight_decay": 0.3}, rate=0.1, step=4)
+    found = score(EKFAC(), module, trajectory=trajectory)
+    assert found.figures["damping"] == pytest.approx(0.2 / 0.8)
+    assert any("0.2 x 1 / (sum of learning rates" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(
