@@ -142,6 +142,7 @@ def test_public_names():
         "Scores",
         "SelfScores",
         "TopK",
+        "TracIn",
         "TracInCP",
         "TracInIdeal",
         "Trajectory",

@@ -40,8 +40,12 @@ class ByNorm(Clipping):
 
     def __call__(self, gradients: Named) -> dict[str, Tensor]:
         """The clipped gradients."""
-        factor = (self.limit / (_norm(gradients) + 1e-6)).clamp(max=1.0)
+        factor = self.factor(gradients)
         return {name: gradient * factor for name, gradient in gradients.items()}
+
+    def factor(self, gradients: Named) -> Tensor:
+        """What all of them are multiplied with."""
+        return (self.limit / (_norm(gradients) + 1e-6)).clamp(max=1.0)
 
     def pull(self, gradients: Named, changes: Named) -> dict[str, Tensor]:
         """The factor times the change, less what the change does to the factor."""

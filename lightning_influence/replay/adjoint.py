@@ -10,7 +10,7 @@ from lightning_influence.gradients.queries import DenseQueries
 from lightning_influence.numerics.optimizers import Before, State
 from lightning_influence.replay.captured import Step
 from lightning_influence.replay.replay import Moment, Replay
-from lightning_influence.replay.second import Vectors, along
+from lightning_influence.replay.second import Vectors, along, scaled_products
 
 
 def adjoint(
@@ -114,22 +114,12 @@ def _lean(replay: Replay, final: Mapping[str, Tensor], renormalize: bool, done: 
                 if moment.gradients.keys() != step.moves.options.keys():
                     return None  # torch leaves a parameter without a gradient alone: its numbers are others
                 for batch in step.batches:
-                    share = replay.forward.share(batch, step)
-                    scale = factors[number][:, None].expand(-1, len(batch.ids)) * share
-                    if replay.forward.joint:
-                        directions = _scaled(final, factors[number], groups, step)
-                        products, _ = along(replay.forward, batch, step, directions, list(directions), False)
-                    else:
-                        products = queries.dot(replay.forward.rows(batch), scale)
+                    products = scaled_products(replay.forward, batch, step, queries, factors[number])
                     _add(total, batch.ids, products, renormalize and replay.forward.mean)
                 number += 1
                 done(step)
             replay.compare(segment, replay.after)
     return total
-
-
-def _scaled(final: Mapping[str, Tensor], factor: Tensor, groups: Mapping[str, int], step: Step) -> Vectors:
-    return {name: v * factor[groups.get(name, 0)].to(v) for name, v in final.items() if name in step.moves.options}
 
 
 def _factors(replay: Replay) -> list[Tensor]:

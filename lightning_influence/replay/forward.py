@@ -75,6 +75,21 @@ class Forward:
             module.eval()
             self.task.remember()
 
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[None]:
+        """In the middle of a replay, the module in eval mode, as queries are looked at."""
+        modes = [(part, part.training) for part in self.task.module.modules()]
+        self.task.module.eval()
+        self.task.on_forward = None
+        self.task.remember()
+        try:
+            yield
+        finally:
+            for part, mode in modes:
+                part.training = mode
+            self.task.remember()
+            self.task.on_forward = self._note_buffers
+
     def share(self, batch: MicroBatch, step: Step) -> float:
         """What an example's loss is multiplied with in the step's gradient."""
         return 1.0 / (step.divisor * (len(batch.ids) if self.mean else 1))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.gradients.general import requiring_gradients
-from lightning_influence.gradients.queries import DenseQueries
+from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.replay.captured import MicroBatch, Step
 from lightning_influence.replay.forward import Forward
 
@@ -45,6 +45,25 @@ def along(
     count = len(next(iter(directions.values())))
     products = losses.new_zeros(count, len(batch.ids)) if found[0] is None else found[0].detach()
     return products, {n: value.detach() for n, value in zip(others, found[1:], strict=True) if value is not None}
+
+
+def scaled_products(forward: Forward, batch: MicroBatch, step: Step, queries: QueryGradients, factor: Tensor) -> Tensor:
+    """[query, example]: products of queries' gradients with the examples' shares of a step's.
+
+    Args:
+        forward: the module stands before the step.
+        batch: one of the step's.
+        step: in which it was.
+        queries: what is multiplied.
+        factor: [group], what the products of each parameter group count.
+    """
+    if not forward.joint:
+        scale = factor[:, None].expand(-1, len(batch.ids)) * forward.share(batch, step)
+        return queries.dot(forward.rows(batch), scale)
+    groups = forward.engine.groups
+    vectors = {name: v for name, v in queries.dense().items() if name in step.moves.options}
+    directions = {name: v * factor[groups.get(name, 0)].to(v) for name, v in vectors.items()}
+    return along(forward, batch, step, directions, list(directions), False)[0]
 
 
 def _hessian(forward: Forward, batch: MicroBatch, step: Step, directions: Vectors, trained: Sequence[str]) -> Vectors:

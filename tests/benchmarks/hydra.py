@@ -1,0 +1,139 @@
+"""How well HyDRA by replay predicts a fit under other weights of its examples, and what it costs beside the fit.
+
+python tests/benchmarks/hydra.py --mnist mnist.npz [--runs 3] [--rough]
+
+600 digits of 14 x 14 pixels, MLP 196-32-10, batches of 50, 10 epochs; 40 queries. Fixed-seed linear datamodeling score
+(Spearman over 100 random subsets, mean over queries), Pearson correlation and slope of scores with exact leave-one-out
+of 200 examples, seconds. ``--rough``: GELU and momentum 0.9, where the fit is not smooth.
+"""
+
+import argparse
+import tempfile
+import time
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from subjects import QUIET, Classifier
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_influence import HyDRA, Influence, TracInCP
+from lightning_influence.replay import Replay, run_many
+
+EPOCHS, BATCH, TRAIN, QUERIES = 10, 50, 600, 40
+FLOORS = {"keep 90 %": 0.95, "keep 99 %": 0.90, "leave-one-out": 0.90}
+CEILING = 0.04
+
+
+class Small(Classifier):
+    """The MLP with its optimizer."""
+
+    def __init__(self, rough):
+        act = nn.GELU() if rough else nn.ReLU()
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(196, 32), act, nn.Linear(32, 10)))
+        self.options = {"lr": 0.05, "momentum": 0.9} if rough else {"lr": 0.1}
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), weight_decay=1e-3, **self.options)
+
+
+def digits(path):
+    held = np.load(path)
+    order = np.random.default_rng(0).permutation(10000)
+    x = torch.tensor(held["x_test"][order])[:, None].float().div(255).sub(0.1307).div(0.3081)
+    x, y = F.avg_pool2d(x, 2), torch.tensor(held["y_test"][order]).long()
+    train = TensorDataset(x[:TRAIN], y[:TRAIN])
+    return train, TensorDataset(x[9000 : 9000 + QUERIES], y[9000 : 9000 + QUERIES])
+
+
+def fit(train, seed, rough, *callbacks):
+    torch.manual_seed(seed)
+    module = Small(rough)
+    trainer = pl.Trainer(**QUIET, devices=1, max_epochs=EPOCHS, callbacks=list(callbacks))
+    started = time.perf_counter()
+    trainer.fit(module, DataLoader(train, BATCH, shuffle=True))
+    return module, trainer, time.perf_counter() - started
+
+
+def ranks(values):
+    return values.argsort(0).argsort(0).double()
+
+
+def correlation(a, b):
+    a, b = a - a.mean(0), b - b.mean(0)
+    return float(((a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0))).mean())
+
+
+def losses(module, weights, queries):
+    x, y = queries.tensors
+
+    def of_one(parameters):
+        return F.cross_entropy(torch.func.functional_call(module, parameters, (x,)), y, reduction="none")
+
+    with torch.no_grad():
+        return torch.func.vmap(of_one)(weights).double()
+
+
+def measure(train, queries, seed, rough):
+    fit(train, seed, rough)  # warms up
+    _, _, plain = fit(train, seed, rough)
+    with tempfile.TemporaryDirectory() as folder:
+        influence = Influence(dirpath=folder)
+        module, _, _ = fit(train, seed, rough, influence)
+        attributor, found, seconds = influence.attributor, {}, {}
+        methods = {"exact": HyDRA(), "no metasmoothness": HyDRA(smoothness=False), "fast": HyDRA(hessian=False)}
+        for name, method in (methods | {"TracInCP": TracInCP()}).items():
+            started = time.perf_counter()
+            found[name] = attributor.score(method, queries)
+            seconds[name] = time.perf_counter() - started
+        draw = torch.Generator().manual_seed(7)
+        subsets = {f"keep {k} %": (torch.rand(100, TRAIN, generator=draw) < k / 100).float() for k in (50, 90, 99)}
+        alone = torch.ones(201, TRAIN)
+        alone[range(200), range(200)] = 0.0
+        with attributor.session() as session:
+            replay = Replay(session.engine, session.examples, influence.trajectory)
+            started = time.perf_counter()
+            truth = {name: losses(module, run_many(replay, w), queries) for name, w in subsets.items()}
+            seconds["a model"] = (time.perf_counter() - started) / 300
+            ends = losses(module, run_many(replay, alone), queries)
+    changes = ends[:200] - ends[200]
+    table = {}
+    for name, scores in found.items():
+        values = scores.values.double()
+        row = {k: correlation(ranks(-(w.double() @ values.T)), ranks(truth[k])) for k, w in subsets.items()}
+        row["leave-one-out"] = correlation(values[:, :200].T, changes)
+        predicted = values[:, :200].flatten()
+        row["slope"] = float((predicted * changes.T.flatten()).sum() / predicted.square().sum())
+        table[name] = row
+    return table, seconds, plain, found["exact"].figures
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mnist", required=True)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--rough", action="store_true")
+    asked = parser.parse_args()
+    train, queries = digits(asked.mnist)
+    runs = [measure(train, queries, seed, asked.rough) for seed in range(asked.runs)]
+    means = {
+        method: {k: sum(table[method][k] for table, *_ in runs) / len(runs) for k in row}
+        for method, row in runs[0][0].items()
+    }
+    for method, row in means.items():
+        print(f"{method:18s}", "  ".join(f"{k} {v:+.3f}" for k, v in row.items()))
+    for _, seconds, plain, figures in runs:
+        shares = {k: f"{s:.3f} s" for k, s in seconds.items()}
+        share = seconds["exact"] / QUERIES / plain
+        print(f"fit {plain:.2f} s, {shares}, exact / query / fit {share:.4f}, {figures}")
+    if not asked.rough:
+        wrong = {k: means["exact"][k] for k, floor in FLOORS.items() if not means["exact"][k] >= floor}
+        worst = min(s["exact"] / QUERIES / plain for _, s, plain, _ in runs)
+        assert not wrong, f"Expected at least {FLOORS}, got {wrong}."
+        assert worst <= CEILING, f"Expected at most {CEILING} of a fit for each query, got {worst:.3f}."
+
+
+if __name__ == "__main__":
+    main()
