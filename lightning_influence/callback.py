@@ -22,7 +22,7 @@ from lightning_influence.capture.store import Store, claim_run
 from lightning_influence.compat import CallbackBase, MisconfigurationException, rank_zero_warn
 from lightning_influence.during_fit import DuringFit
 from lightning_influence.end_of_fit import EndOfFit, Results, check_queries, offline_lines
-from lightning_influence.method import Evidence
+from lightning_influence.method import Evidence, Method
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.run import parent_run
 from lightning_influence.types import MissingEvidence
@@ -55,7 +55,7 @@ class Influence(CallbackBase):
 
     def __init__(  # noqa: PLR0913, PLR0917 - the contract's names
         self,
-        methods: Sequence[Any] | Mapping[str, Any] = (),
+        methods: Sequence[Method] | Mapping[str, Method] = (),
         queries: Any = None,
         dirpath: str | PathLike[str] | None = None,
         every_n_epochs: int = 1,
