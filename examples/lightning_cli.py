@@ -83,7 +83,9 @@ def main():
     print(f"\n{found} of {cli.datamodule.flipped} wrong labels stand in the first fifth by self-influence.")
     print(f"Scores of {', '.join(influence.scores)}: lightning-influence show {influence.run_dir}")
     if arguments == ["fit", "--config", str(CONFIG)]:
-        assert set(influence.scores) == {"TracInCP", "GradientDot"}, f"Expected two methods, got {set(influence.scores)}."
+        assert set(influence.scores) == {"TracInCP", "GradientDot"}, (
+            f"Expected two methods, got {set(influence.scores)}."
+        )
         assert found >= 0.8 * cli.datamodule.flipped, f"Expected 80 % of the wrong labels, got {found}."
 
 

@@ -150,9 +150,14 @@ def main():
 
     print("\nWritten:")
     print(f"  {picture}: that query with its proponents and opponents")
-    print(f"  {os.path.relpath(influence.run_dir)}: checkpoints, batch order, scores")
-    print("\nLook at it in your browser (Scalars, Images, Text, Histograms):")
+    run = os.path.relpath(influence.run_dir)
+    print(f"  {run}: checkpoints, batch order, scores")
+    print(f"  {os.path.relpath(influence.run_dir.parents[1])}: the same for TensorBoard")
+    print("\nLook at it: in your browser (scalars, images, texts, histograms), which labels to check first, and a page")
+    print("on which to check them and download what you decided:")
     print(f"  tensorboard --logdir {arguments.out}")
+    print(f"  lightning-influence top {run}/scores/TracInCP.self.arrow -k 20")
+    print(f"  lightning-influence report {run}/scores/TracInCP.arrow -o {arguments.out}/influence.html")
 
 
 if __name__ == "__main__":

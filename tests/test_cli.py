@@ -116,6 +116,24 @@ def test_top_of_self_influence(written, capsys):
     assert [line.split()[0] for line in out.splitlines()[2:]] == [str(i) for i in best.train_ids.tolist()]
 
 
+def test_report_writes_the_page_with_the_self_influence_beside_it(written, capsys, tmp_path):
+    pytest.importorskip("jinja2")
+    scores = written / "run-1" / "scores"
+    code, out, _ = said(capsys, "report", scores / "TracInCP.arrow", "-o", tmp_path / "both.html")
+    assert (code, out) == (0, f"{tmp_path / 'both.html'}\n")
+    said(capsys, "report", scores / "TracInCP.self.arrow", "-o", tmp_path / "self.html")
+    alone = shutil.copy(scores / "TracInCP.arrow", tmp_path / "alone.arrow")
+    said(capsys, "report", alone, "-o", tmp_path / "alone.html")
+    Scores.load(alone).report(tmp_path / "expected.html")
+    assert (tmp_path / "alone.html").read_text() == (tmp_path / "expected.html").read_text()
+    itself = SelfScores.load(scores / "TracInCP.self.arrow")
+    itself.report(tmp_path / "expected.html")
+    assert (tmp_path / "self.html").read_text() == (tmp_path / "expected.html").read_text()
+    Scores.load(alone).report(tmp_path / "expected.html", self_scores=itself)
+    assert (tmp_path / "both.html").read_text() == (tmp_path / "expected.html").read_text()
+    assert len({(tmp_path / f"{name}.html").read_text() for name in ("both", "self", "alone")}) == 3
+
+
 def test_verify_says_what_is_whole_and_what_can_be_computed(written, capsys):
     code, out, _ = said(capsys, "verify", written)
     assert code == 0
@@ -165,7 +183,7 @@ def test_a_damaged_run_is_a_line_of_the_table(copy, capsys):
     assert cells(said(capsys, "show", copy)[1], "TracInCP.arrow")[1] == "unreadable:"
 
 
-@pytest.mark.parametrize("command", ["show", "top", "verify"])
+@pytest.mark.parametrize("command", ["show", "top", "report", "verify"])
 def test_what_is_not_there_is_an_error_one_can_act_on(command, capsys, tmp_path):
     code, out, err = said(capsys, command, tmp_path / "nowhere")
     assert (code, out) == (1, "")

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from lightning_influence.cli import show, top, verify
+from lightning_influence.cli import report, show, top, verify
 from lightning_influence.types import MissingEvidence
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS: dict[str, ModuleType] = {"show": show, "top": top, "verify": verify}
+COMMANDS: dict[str, ModuleType] = {"show": show, "top": top, "report": report, "verify": verify}
 """Each has `arguments(parser)` and `run(options) -> exit code`; its docstring is its help."""
 
 _EXIT_CODES = "exit codes: 0 all is well; 1 something is damaged, missing or refused; 2 wrong arguments"

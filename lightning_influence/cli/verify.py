@@ -90,12 +90,16 @@ def _computable(found: Trajectory) -> None:
     }
     print("  what can be computed:")
     lines = []
-    for method in _methods():
-        why = [text for evidence, text in missing.items() if text is not None and method.needs & evidence]
-        lines.append((method.__name__, "; ".join(why) or "yes"))
+    for name, needs in _methods():
+        why = [text for evidence, text in missing.items() if text is not None and needs & evidence]
+        lines.append((name, "; ".join(why) or "yes"))
     print(table(("method", "from this run"), lines, indent="    "))
 
 
-def _methods() -> list[type[Method]]:
-    public = (getattr(lightning_influence, name) for name in lightning_influence.__all__)
-    return [one for one in public if inspect.isclass(one) and issubclass(one, Method) and not inspect.isabstract(one)]
+def _methods() -> list[tuple[str, Evidence]]:
+    """Each method of the package and what it needs; where that depends on its settings, by default."""
+    public = [getattr(lightning_influence, name) for name in lightning_influence.__all__]
+    classes = [
+        one for one in public if inspect.isclass(one) and issubclass(one, Method) and not inspect.isabstract(one)
+    ]
+    return [(one.__name__, one.needs if isinstance(one.needs, Evidence) else one().needs) for one in classes]
