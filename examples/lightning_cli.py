@@ -73,8 +73,9 @@ class Classifier(pl.LightningModule):
 
 
 def main():
-    arguments = sys.argv[1:] or ["fit", "--config", str(CONFIG)]
-    cli = LightningCLI(Classifier, Digits, args=arguments, seed_everything_default=0)
+    if len(sys.argv) == 1:
+        sys.argv += ["fit", "--config", str(CONFIG)]
+    cli = LightningCLI(Classifier, Digits)
     influence = next((c for c in cli.trainer.callbacks if isinstance(c, Influence)), None)
     if influence is None or influence.run_dir is None or "TracInCP" not in influence.self_scores:
         return  # another command, or a configuration that asks something else
@@ -82,7 +83,7 @@ def main():
     found = int((first < cli.datamodule.flipped).sum())
     print(f"\n{found} of {cli.datamodule.flipped} wrong labels stand in the first fifth by self-influence.")
     print(f"Scores of {', '.join(influence.scores)}: lightning-influence show {influence.run_dir}")
-    if arguments == ["fit", "--config", str(CONFIG)]:
+    if sys.argv[1:] == ["fit", "--config", str(CONFIG)]:
         assert set(influence.scores) == {"TracInCP", "GradientDot"}, (
             f"Expected two methods, got {set(influence.scores)}."
         )

@@ -63,21 +63,24 @@ def test_tensorboard_holds_scalars_table_histogram_and_figures(kinds, tmp_path):
         "influence/TracInCP/self_top": 19.0,
     }
     assert found.Scalars("influence/TracInCP/self_mean")[0].step == 12
-    text = found.Tensors("influence/TracInCP/scores/text_summary")[0].tensor_proto.string_val[0].decode()
+    text = found.Tensors("influence/TracInCP/scores_table/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text.splitlines()[0] == "| query_id | train_id | score | rank | train_base_id | side |"
     assert text.splitlines()[2] == "| 3 | 7 | 2 | 1 | 17 | proponent |"
     assert text.splitlines()[4] == "| 3 | 4 | -1 | 3 | 14 | opponent |"
-    assert "influence/TracInCP/self_influence/text_summary" in found.Tags()["tensors"]
-    counted = found.Histograms("influence/TracInCP/self_influence")[0].histogram_value
+    assert "influence/TracInCP/self_influence_table/text_summary" in found.Tags()["tensors"]
+    counted = found.Histograms("influence/TracInCP/self_influence_histogram")[0].histogram_value
     assert (counted.num, counted.min, counted.max, counted.sum, counted.sum_squares) == (20, 0.0, 19.0, 190.0, 2470.0)
     assert sum(counted.bucket) == 20
     assert (counted.bucket_limit[0], counted.bucket_limit[-1], counted.bucket[0]) == (0.0, 19.0, 0.0)
-    assert sum(found.Histograms("influence/TracInCP/scores")[0].histogram_value.bucket) == 6
+    assert sum(found.Histograms("influence/TracInCP/scores_histogram")[0].histogram_value.bucket) == 6
     about = found.Tensors("influence/TracInCP/about/text_summary")[0].tensor_proto.string_val[0].decode()
     assert " ".join(about.split()) == " ".join(repr(SCORES).split())
     assert "influence/TracInCP/about_self_influence/text_summary" in found.Tags()["tensors"]
-    images = ["influence/TracInCP/explanation", "influence/TracInCP/self_influence"]
+    images = ["influence/TracInCP/explanation_figure", "influence/TracInCP/self_influence_figure"]
     assert sorted(found.Tags()["images"]) == images
+    # its page shows one kind only of what has one name
+    tags = [tag for kind in ("images", "histograms", "scalars", "tensors") for tag in found.Tags()[kind]]
+    assert len(tags) == len(set(tags))
     assert all(found.Images(tag)[0].encoded_image_string.startswith(b"\x89PNG") for tag in images)
 
 

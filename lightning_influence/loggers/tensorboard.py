@@ -10,17 +10,17 @@ _ROWS = 200  # a text is rendered as one page
 
 
 def write(logger: Any, pages: Pages) -> None:
-    """Write all of it; figures as images, tables as Markdown."""
+    """Write all of it; the kind stands in the name: TensorBoard shows one kind only of what has one name."""
     write_scalars(logger, pages)
     writer = logger.experiment
     for what, text in pages.texts.items():
         writer.add_text(f"{pages.head}/{what}", text, pages.step)
     for what, table in pages.tables.items():
-        writer.add_text(f"{pages.head}/{what}", markdown(table), pages.step)
+        writer.add_text(f"{pages.head}/{what}_table", markdown(table), pages.step)
     for what, bins in pages.histograms.items():
         # A bucket ends at its limit and begins at the one before: an empty one in front says where the first begins.
         writer.add_histogram_raw(
-            f"{pages.head}/{what}",
+            f"{pages.head}/{what}_histogram",
             min=bins.edges[0],
             max=bins.edges[-1],
             num=sum(bins.counts),
@@ -31,7 +31,7 @@ def write(logger: Any, pages: Pages) -> None:
             global_step=pages.step,
         )
     for what, figure in pages.figures.items():
-        writer.add_figure(f"{pages.head}/{what}", figure, pages.step, close=False)
+        writer.add_figure(f"{pages.head}/{what}_figure", figure, pages.step, close=False)
     writer.flush()
 
 
