@@ -17,21 +17,23 @@ from refit.ridge import Ridge, Solved, attributor, data, make_trainer
 
 pytestmark = pytest.mark.slow
 TEST, TRAIN = data(3, seed=1), data(10)
+FEW = (LeaveOneOut(n_seeds=2),)
 
 
 def shuffled(subset):
     return torch.utils.data.DataLoader(subset, batch_size=3, shuffle=True)
 
 
-def ask(folder, make=make_trainer, n_jobs=None, module=Ridge, n_models=30):
+def ask(folder, make=make_trainer, n_jobs=None, module=Ridge, methods=(LeaveOneOut(n_seeds=2), Downsampling(30))):
     asker = attributor(TRAIN, Refit(module, make, shuffled, "independent", folder, n_jobs=n_jobs), Ridge())
-    return torch.cat([asker.score(m, TEST).values for m in (LeaveOneOut(n_seeds=2), Downsampling(n_models))]), asker
+    return torch.cat([asker.score(m, TEST).values for m in methods]), asker
 
 
 def counted(log):
     def make():
         with open(log, "a") as file:
             file.write("x")
+        time.sleep(0.06)  # the whole bank takes longer than ten children live, on any machine
         return make_trainer()
 
     return make
@@ -56,8 +58,12 @@ def test_kill_at_ten_random_moments(tmp_path):
     context = multiprocessing.get_context("fork")
     while kills < 10:
         child = context.Process(target=ask, args=(tmp_path / "bank", counted(log)))
+        begun = log.stat().st_size if log.exists() else 0
         child.start()
-        time.sleep(draw.uniform(0.1, 0.5))
+        while not log.exists() or log.stat().st_size == begun:
+            assert child.is_alive()
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0.0, 0.4))
         assert child.is_alive(), "finished before it was killed: give it more to do"
         os.kill(child.pid, signal.SIGKILL)
         child.join()
@@ -127,12 +133,12 @@ def ray():
 
 @pytest.mark.parametrize("cluster", [loky, dask, ray], ids=lambda c: c.__name__)
 def test_a_killed_worker_loses_nothing(tmp_path, cluster):
-    expected, undisturbed = ask(tmp_path / "undisturbed", module=Solved, n_models=2)
+    expected, undisturbed = ask(tmp_path / "undisturbed", module=Solved, methods=FEW)
     marker = tmp_path / "killed"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with cluster() as n_jobs:
-            found, disturbed = ask(tmp_path / "bank", n_jobs=n_jobs, module=victim(str(marker)), n_models=2)
+            found, disturbed = ask(tmp_path / "bank", n_jobs=n_jobs, module=victim(str(marker)), methods=FEW)
     assert marker.exists()
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     same_bank(disturbed, undisturbed)
