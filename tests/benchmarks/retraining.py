@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_influence import Attributor, Influence, Refit
 from lightning_influence.refit.recipe import Recipe
 
-RATIO = 50
+RATIO = 25  # below what two cores do: what is left is mostly matrix products
 
 
 class Small(pl.LightningModule):
@@ -99,8 +99,8 @@ def main():
         each = (time.perf_counter() - start) / len(membership)
         ratios = " and ".join(f"{found[name] / each:.0f} x {name}" for name in list(found)[:2])
         print(f"{'bank, ' + turn:28}{each * 1e3:8.1f} ms a model: {ratios}")
-    ratio = found["Trainer, its defaults"] / each
-    assert ratio >= RATIO, f"Expected at least {RATIO} x less than a Trainer with its defaults, got {ratio:.0f} x."
+    ratio = found["Trainer, silent"] / each
+    assert ratio >= RATIO, f"Expected at least {RATIO} x less than a silent Trainer, got {ratio:.0f} x."
 
 
 if __name__ == "__main__":
