@@ -158,6 +158,15 @@ class Interrupts(Fails):
         raise AssertionError("the signal did not arrive")
 
 
+@pytest.fixture
+def listening():
+    """A shell's background jobs ignore Ctrl-C, and so does what they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening")
 def test_ctrl_c_stops_the_scoring_only(tmp_path):
     influence = Influence([Interrupts(), GradientDot()], queries="val", max_cost=1e6)
     with pytest.warns(UserWarning, match=r"Scoring was interrupted; the fit itself is complete"):
