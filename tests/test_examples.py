@@ -15,6 +15,7 @@ SAYS = {
     "quickstart.py": ("tensorboard --logdir quickstart_output", "strongest opponents"),
     "your_own_method.py": ("keeps every promise",),
     "influence_vs_retraining.py": ("Noise ceiling", "TracInCP, cosine (GAS)", "a second call trains none"),
+    "lightning_cli.py": ("wrong labels stand in the first fifth", "lightning-influence show"),
     "from_checkpoints.py": ("flipped labels stand in the first fifth",),
 }
 
