@@ -1,7 +1,6 @@
 """The driver's loops: blocks of queries × tiles of training examples, a method in the middle, a sink at the end."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from lightning_influence.progress import progress
 from lightning_influence.session import Asked, Session, whole_blocks
 from lightning_influence.setting import Setting
 from lightning_influence.sinks import GroupSink, NonFinite, Sink
+from lightning_influence.timing import timed
 from lightning_influence.trajectory import Trajectory
 
 # Scores held at once while they are summed over checkpoints.
@@ -96,10 +96,10 @@ def estimate(method: Method, session: Session, setting: Setting) -> float:
     blocks = len(examples) / block.size
     if method.whole:
         with torch.no_grad():
-            seconds = _timed(lambda: engine.task(engine.task.to_device(block.batch))) * blocks
+            seconds = timed(lambda: engine.task(engine.task.to_device(block.batch))) * blocks
         return seconds * (2 if asked is None else 1 + len(asked) / len(examples))
     if asked is None:
-        seconds = _timed(lambda: _pass(engine, block).norm2()) * blocks
+        seconds = timed(lambda: _pass(engine, block).norm2()) * blocks
     else:
         held, columns = tiling(method, setting, asked)
         own = method.seconds(setting, asked[:held])
@@ -108,11 +108,12 @@ def estimate(method: Method, session: Session, setting: Setting) -> float:
         some = asked[: min(held, asked.examples.block_size)]
         gradients = some.gradients()
         share = len(asked) / len(some)
-        backward = _timed(lambda: _pass(engine, block))
-        product = max(0.0, _timed(lambda: gradients.dot(engine.gradients(block))) - backward)
+        backward = timed(lambda: _pass(engine, block))
+        product = max(0.0, timed(lambda: gradients.dot(engine.gradients(block))) - backward)
         passes, tiles = -(-len(asked) // held), -(-len(examples) // columns)
-        seconds = (backward * passes + product * share) * blocks + _timed(some.gradients) * share * tiles
-    return seconds * stages_of(method, setting.trajectory)
+        seconds = (backward * passes + product * share) * blocks + timed(some.gradients) * share * tiles
+    beside = method.overhead(setting, len(examples) if asked is None else len(asked))
+    return (seconds + beside) * stages_of(method, setting.trajectory)
 
 
 def _pass(engine: Engine, block: Block) -> Gradients:
@@ -155,15 +156,3 @@ def _check_shape(method: Method, tile: Tensor, n_queries: int, n_train: int) -> 
             f"Expected `{type(method).__name__}.score` to return [query, train] = {[n_queries, n_train]}, "
             f"got {list(tile.shape)}."
         )
-
-
-def _timed(work: Callable[[], Any]) -> float:
-    """Seconds of the faster of two runs."""
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        work()
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)

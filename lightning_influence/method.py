@@ -85,6 +85,10 @@ class Method(ABC):
         """What scoring these queries will take; None: so many passes over the examples as there are checkpoints."""
         return None
 
+    def overhead(self, setting: Setting, queries: int) -> float:
+        """Seconds beside the passes over the examples, at each set of weights, for so many queries."""
+        return 0.0
+
     def unit(self, setting: Setting) -> str:
         """What one unit of a score is."""
         return "arbitrary"

@@ -11,7 +11,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_influence import Evidence, GradientDot, Influence, Method, Scores, SelfScores, TracInCP
+from lightning_influence import (
+    EKFAC,
+    Attributor,
+    Evidence,
+    ExactGGN,
+    GradientDot,
+    Influence,
+    InfluenceFunction,
+    Method,
+    Scores,
+    SelfScores,
+    TracInCP,
+    Trajectory,
+)
 
 
 def make_net(package):
@@ -142,6 +155,22 @@ class Fails(Method):
 
     def settings(self):
         return {}
+
+
+@pytest.mark.parametrize("package", [pl, lightning.pytorch])
+def test_influence_functions_run_when_the_fit_ends_and_again_offline(tmp_path, package, monkeypatch):
+    methods = {"exact": InfluenceFunction(ExactGGN()), "ekfac": InfluenceFunction(EKFAC())}
+    influence = Influence(methods, queries="val", self_influence=True, max_cost=1e6, dirpath=tmp_path / "runs")
+    _, net = fit(influence, tmp_path, package)
+    _, bare = fit(Influence(), tmp_path, package)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), bare.parameters(), strict=True))
+    assert set(influence.scores) == set(influence.self_scores) == set(methods)
+    for curvature in (ExactGGN, EKFAC):
+        monkeypatch.setattr(curvature, "prepare", None)  # what was prepared at the end of the fit lies beside it
+    offline = Attributor(make_net(package), TRAIN, Trajectory.load(tmp_path / "runs"))
+    for name, method in methods.items():
+        torch.testing.assert_close(offline.score(method, VAL).values, influence.scores[name].values)
+        torch.testing.assert_close(offline.self_influence(method).values, influence.self_scores[name].values)
 
 
 def test_an_error_while_scoring_never_fails_the_fit(tmp_path):

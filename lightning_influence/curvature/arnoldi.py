@@ -59,6 +59,10 @@ class Arnoldi(Iterative):
         values, vectors = lanczos(self._bare(products), like, self.steps, self.seed)
         return Prepared({"values": values, "vectors": vectors}, super().prepare(setting).figures)
 
+    def multiplied(self, vectors: int) -> int:
+        """Those of the Krylov space, whatever is solved for."""
+        return self.steps
+
     def solve(self, prepared: Prepared, queries: QueryGradients, setting: Setting, diagonal: Tensor) -> QueryGradients:
         """On the span by its eigenvalues, elsewhere by the diagonal."""
         products = Products(setting.engine, setting.examples)

@@ -93,6 +93,10 @@ class Curvature(ABC):
         """How many queries may be solved at once; None: as many as their gradients' factors allow."""
         return None
 
+    def seconds(self, setting: Setting, vectors: int) -> float:
+        """Roughly what ``prepare``, and ``solve`` for so many vectors, will take."""
+        return 0.0
+
     def preparation(self) -> dict[str, Any]:
         """The settings that ``prepare`` depends on, for the name on disk."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.unprepared}

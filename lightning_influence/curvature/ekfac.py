@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.curvature import Curvature, Prepared
-from lightning_influence.curvature.factors import Factors, Names, part_named
+from lightning_influence.curvature.factors import WIDEST, Factors, Names, part_named
 from lightning_influence.curvature.kronecker_part import Inverse, KroneckerPart
 from lightning_influence.curvature.labels import Draws
 from lightning_influence.curvature.solved import Solved, shortened
@@ -20,6 +20,7 @@ from lightning_influence.gradients.outer import Outer
 from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
 from lightning_influence.setting import Setting
+from lightning_influence.timing import timed
 
 # Bytes that the directions of the queries solved at once may take, written out.
 _DIRECTION_BYTES = 2**29
@@ -27,6 +28,8 @@ _DIRECTION_BYTES = 2**29
 _FEW_CLASSES = 10
 # Training examples on which the error of the scores is measured.
 _SAMPLED = 64
+# Rows of the factor whose decomposition is timed for an estimate.
+_TIMED_SIDE = 256
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,17 @@ class EKFAC(Curvature):
     def mean_eigenvalue(self, prepared: Prepared, setting: Setting) -> float:
         """Trace of the Fisher over the number of parameters."""
         return prepared.figures["mean_eigenvalue"]
+
+    def seconds(self, setting: Setting, vectors: int) -> float:
+        """Two passes over the gradients for each label that is drawn, and the decomposition of every factor."""
+        draws, _ = self._draws(setting)
+        some = next(iter(setting.examples.blocks(0, min(setting.n_train, setting.examples.block_size))))
+        passes = 2 * (draws.classes if draws.labels == "exact" else 1)
+        shapes = [setting.engine.task.named_parameters()[name].shape for name in setting.engine.plan.layouts]
+        sides = [side for shape in shapes if len(shape) > 1 for side in (shape[0], min(shape[1:].numel(), WIDEST))]
+        small = torch.eye(_TIMED_SIDE, dtype=torch.float64)
+        decomposed = timed(lambda: torch.linalg.eigh(small)) * sum((side / len(small)) ** 3 for side in sides)
+        return timed(lambda: setting.engine.gradients(some)) * passes * setting.n_train / some.size + decomposed
 
     # ---- for every block of queries ---------------------------------------------------------------------------------
 

@@ -12,10 +12,14 @@ from lightning_influence.gradients.products import Matrix, Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.numerics.dense import Factored, SingularError, factored
 from lightning_influence.setting import Setting
+from lightning_influence.timing import timed
 
 # Columns of the matrix that are made at once.
 _COLUMNS = 256
 _BYTES = 2**29
+# What is timed for an estimate: so many products, and the factor of so many rows.
+_TIMED = 8
+_TIMED_FACTOR = 512
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,23 @@ class Exact(Curvature):
     def at_once(self, setting: Setting) -> int | None:
         """Within half a GiB."""
         return at_once(setting, copies=3)
+
+    def seconds(self, setting: Setting, vectors: int) -> float:
+        """A product for every parameter, and a Cholesky factor."""
+        size = len(Products(setting.engine, setting.examples).flat)
+        if size > self.max_parameters:  # refused as soon as it is asked
+            return 0.0
+        some = torch.eye(_TIMED_FACTOR, dtype=torch.float64)
+        factor = timed(lambda: torch.linalg.cholesky(some)) * (size / len(some)) ** 3
+        return seconds_of_products(setting, self.matrix, size) + factor
+
+
+def seconds_of_products(setting: Setting, matrix: Matrix, count: int) -> float:
+    """Of the curvature with so many vectors, by timing a few with some of the training examples."""
+    products = Products(setting.engine, setting.examples)
+    ids = range(min(setting.n_train, setting.examples.block_size))
+    few = torch.ones(min(count, _TIMED), len(products.flat)).to(products.like)
+    return timed(lambda: products.times(matrix, few, ids)) / len(few) * count * setting.n_train / len(ids)
 
 
 def at_once(setting: Setting, copies: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_influence.curvature.curvature import Curvature, Prepared
 from lightning_influence.curvature.damping import of_group
-from lightning_influence.curvature.exact import at_once
+from lightning_influence.curvature.exact import at_once, seconds_of_products
 from lightning_influence.gradients.products import Matrix, Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.method import one_of
@@ -18,6 +18,9 @@ from lightning_influence.numerics.solvers import Product, Solution, mean_diagona
 from lightning_influence.setting import Setting
 
 _COPIES = 6
+_PROBES = 32  # of the mean eigenvalue
+# With the default damping a digits MLP takes about as many.
+_ITERATIONS = 50
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,14 @@ class Iterative(Curvature):
     def at_once(self, setting: Setting) -> int | None:
         """Within half a GiB."""
         return at_once(setting, _COPIES)
+
+    def seconds(self, setting: Setting, vectors: int) -> float:
+        """Of so many products with the curvature."""
+        return seconds_of_products(setting, self.matrix, _PROBES + self.multiplied(vectors))
+
+    def multiplied(self, vectors: int) -> int:
+        """How many vectors are multiplied to solve for so many; how fast it converges is a guess."""
+        return _ITERATIONS * vectors
 
     def _bare(self, products: Products) -> Product:
         return lambda vectors: products.times(self.matrix, vectors)

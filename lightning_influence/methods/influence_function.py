@@ -132,6 +132,10 @@ class InfluenceFunction(Method):
         """As many as the curvature solves together."""
         return self.curvature.at_once(setting)
 
+    def overhead(self, setting: Setting, queries: int) -> float:
+        """Preparing the curvature and solving for every query (for every training example where lengths are taken)."""
+        return self.curvature.seconds(setting, queries + (setting.n_train if self.normalize else 0))
+
     def positions(self, trajectory: Trajectory | None) -> list[int]:
         """The last, or the given ones."""
         if self.checkpoints is None:
