@@ -30,6 +30,7 @@ from lightning_influence.methods.influence_function import InfluenceFunction
 from lightning_influence.methods.knn_shapley import KNNShapley
 from lightning_influence.methods.leave_one_out import LeaveOneOut
 from lightning_influence.methods.representer_points import RepresenterPoints
+from lightning_influence.methods.source import SOURCE
 from lightning_influence.methods.tracin import TracIn
 from lightning_influence.methods.tracin_cp import TracInCP
 from lightning_influence.methods.tracin_ideal import TracInIdeal
@@ -44,6 +45,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EKFAC",
+    "SOURCE",
     "Arnoldi",
     "Attributor",
     "ConjugateGradient",

@@ -81,7 +81,7 @@ class _Case:
         with torch.no_grad():
             for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
                 parameter.sub_(0.1 * gradient)
-        group = {"lr": 0.1, "momentum": 0.0, "params": [0, 1]}
+        group = {"lr": 0.1, "momentum": 0.0, "dampening": 0.0, "params": [0, 1]}
         state = {"state": {}, "param_groups": [group]}
         weights = {name: value.clone() for name, value in self.model.state_dict().items()}
         torch.save({"state_dict": weights, "global_step": step, "epoch": step, "optimizer_states": [state]}, path)

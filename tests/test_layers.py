@@ -139,6 +139,7 @@ def test_public_names():
         "RandomProjection",
         "Refit",
         "RepresenterPoints",
+        "SOURCE",
         "Scores",
         "SelfScores",
         "TopK",

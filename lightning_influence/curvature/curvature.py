@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -49,6 +49,8 @@ class Curvature(ABC):
     """Which matrix: "Hessian", "GGN" or "Fisher"."""
     share: ClassVar[float] = 1.0
     """Of the default damping by learning rates, what suits an approximation that blurs the spectrum already."""
+    has_eigenvalues: ClassVar[bool] = False
+    """Whether ``apply`` is offered."""
     unprepared: ClassVar[frozenset[str]] = frozenset({"damping"})
     """Settings that ``prepare`` does not look at: what is on disk serves whatever they are."""
 
@@ -84,6 +86,28 @@ class Curvature(ABC):
         Raises:
             ValueError: singular with this diagonal.
         """
+
+    def apply(
+        self,
+        prepared: Prepared,
+        vectors: Mapping[str, Tensor],
+        setting: Setting,
+        diagonal: Tensor,
+        function: Callable[[Tensor], Tensor],
+    ) -> dict[str, Tensor]:
+        """f(C + diagonal) v for vectors given by name, [query, *shape].
+
+        Args:
+            prepared: by ``prepare`` at these weights.
+            vectors: v.
+            setting: the question's.
+            diagonal: [group] float64, as in ``solve``.
+            function: f of eigenvalues, element by element.
+
+        Raises:
+            NotImplementedError: the eigenvalues are not known.
+        """
+        raise NotImplementedError(f"`{type(self).__name__}` knows no eigenvalues. Use `EKFAC()` or `ExactGGN()`.")
 
     @abstractmethod
     def mean_eigenvalue(self, prepared: Prepared, setting: Setting) -> float:

@@ -55,7 +55,7 @@ def diagonal_at(
         reach = None
     else:
         decay = _decay(setting, trajectory, position)
-        reach = _reach(setting, trajectory, position)
+        reach = reach_at(setting, position)
     if damping is not None:
         return Diagonal(decay, torch.full_like(decay, float(damping)), "given")
     if reach is not None and not trajectory.adaptive and bool((reach > 0).all()):  # type: ignore[union-attr]
@@ -65,12 +65,13 @@ def diagonal_at(
     return Diagonal(decay, torch.full_like(decay, _SHARE * mean_eigenvalue()), f"0.1 x mean eigenvalue, since {known}")
 
 
-def _reach(setting: Setting, trajectory: Trajectory, position: int, reduction: Any = None) -> Tensor | None:
+def reach_at(setting: Setting, position: int, reduction: Any = None) -> Tensor | None:
     """[group]: the sum of the steps' learning rates up to a checkpoint, momentum and clipping included.
 
     In units where a step moves by the mean gradient of its examples; None where no step came before.
     """
-    if trajectory.checkpoints[position].step == 0:
+    trajectory = setting.trajectory
+    if trajectory is None or trajectory.checkpoints[position].step == 0:
         return None
     reduction = reduction or setting.engine.reduction.coefficient()
     until = range(position + 1)
@@ -89,7 +90,7 @@ def _decay(setting: Setting, trajectory: Trajectory, position: int) -> Tensor:
                 decay[group] = float(options.get("weight_decay") or 0.0)
         first += max(len(e["groups"]) for e in trajectory.settings if e["optimizer"] == optimizer)
     if setting.engine.reduction.coefficient() == "sum" and bool(decay.any()):
-        summed, mean = (_reach(setting, trajectory, position, reduction) for reduction in ("sum", "mean"))
+        summed, mean = (reach_at(setting, position, reduction) for reduction in ("sum", "mean"))
         if summed is not None and mean is not None:
             decay *= torch.where(summed != 0, mean / summed, torch.ones_like(mean))
     return decay

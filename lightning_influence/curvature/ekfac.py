@@ -1,6 +1,6 @@
 """EK-FAC: the Fisher of each layer in a Kronecker-factored eigenbasis, with eigenvalues measured in it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -70,6 +70,7 @@ class EKFAC(Curvature):
     tolerance: float = 0.02
 
     kind: ClassVar[str] = "Fisher"
+    has_eigenvalues: ClassVar[bool] = True
     # Measured (tests/benchmarks/quality.py): best between an eighth and a quarter of the rule, in both settings there.
     share: ClassVar[float] = 0.2
     unprepared: ClassVar[frozenset[str]] = frozenset({"damping", "tolerance"})
@@ -180,6 +181,18 @@ class EKFAC(Curvature):
         shorten = (lambda parts: self._shortened(prepared, parts, setting)) if self.tolerance else None
         return Solved(Gradients(joint, groups, size), blocks, shorten)
 
+    def apply(
+        self,
+        prepared: Prepared,
+        vectors: Mapping[str, Tensor],
+        setting: Setting,
+        diagonal: Tensor,
+        function: Callable[[Tensor], Tensor],
+    ) -> dict[str, Tensor]:
+        """In the eigenbasis of every layer; element by element where there is a diagonal."""
+        layers = _Layers(prepared, setting, diagonal, function)
+        return {name: rows for names in layers for name, rows in layers.written(names, vectors).items()}
+
     def _shortened(self, prepared: Prepared, joint: Mapping[Names, Part], setting: Setting) -> Mapping[Names, Part]:
         parts = {names: part for names, part in joint.items() if isinstance(part, KroneckerPart)}
         if not parts:
@@ -196,9 +209,16 @@ class EKFAC(Curvature):
 
 
 class _Layers:
-    """What was prepared, with a diagonal added: one inverse a layer."""
+    """What was prepared, with a diagonal added: one inverse a layer, or another function of its eigenvalues."""
 
-    def __init__(self, prepared: Prepared, setting: Setting, diagonal: Tensor) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        setting: Setting,
+        diagonal: Tensor,
+        function: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.function = function
         self.shapes = {name: tuple(p.shape) for name, p in setting.engine.task.named_parameters().items()}
         self.inverses: dict[Names, Inverse] = {}
         self.tables: dict[Names, tuple[Tensor, ...]] = {}
@@ -212,7 +232,7 @@ class _Layers:
                 self.inverses[names] = self._inverse(names, tensors, added)
             else:
                 tables = (tensors[f"diagonal{i}"] for i in range(len(names)))
-                self.tables[names] = tuple(_inverted(table, added, names) for table in tables)
+                self.tables[names] = tuple(self._of(table, added, names) for table in tables)
 
     def __iter__(self) -> Iterator[Names]:
         return iter((*self.inverses, *self.tables))
@@ -220,12 +240,20 @@ class _Layers:
     def _inverse(self, names: Names, tensors: Mapping[str, Tensor], added: float) -> Inverse:
         shapes = tuple(self.shapes[name] for name in names)
         bases = tensors["basis_out"], tensors["basis_in"]
-        table = _inverted(tensors["eigenvalues"], added, names)
+        table = self._of(tensors["eigenvalues"], added, names)
+        if self.function is not None:
+            beside = float(self.function(torch.tensor([added], dtype=torch.float64)))
+            return Inverse(*bases, table, beside, bool(tensors["transposed"]), shapes)
         beside = 1 / added if added > 0 else torch.inf
         found = Inverse(*bases, table, beside, bool(tensors["transposed"]), shapes)
         if not added > 0 and not found.complete:
             _refuse_singular(names, added)
         return found
+
+    def _of(self, eigenvalues: Tensor, added: float, names: Names) -> Tensor:
+        if self.function is None:
+            return _inverted(eigenvalues, added, names)
+        return self.function(eigenvalues.double() + added).to(eigenvalues)
 
     def written(self, names: Names, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Directions of vectors given by name, by name."""

@@ -1,5 +1,6 @@
 """The dense curvature of a small model: every entry, factored once."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,6 +40,7 @@ class Exact(Curvature):
     max_parameters: int = 10_000
 
     matrix: ClassVar[Matrix] = "ggn"
+    has_eigenvalues: ClassVar[bool] = True
     unprepared: ClassVar[frozenset[str]] = frozenset({"damping", "max_parameters"})
 
     def prepare(self, setting: Setting) -> Prepared:
@@ -71,6 +73,23 @@ class Exact(Curvature):
         vectors = products.flat.join(queries.dense(), len(queries), products.like)
         solved = factor.solve(vectors.double()).to(vectors)
         return DenseQueries(products.flat.split(solved), setting.engine.groups)
+
+    def apply(
+        self,
+        prepared: Prepared,
+        vectors: Mapping[str, Tensor],
+        setting: Setting,
+        diagonal: Tensor,
+        function: Callable[[Tensor], Tensor],
+    ) -> dict[str, Tensor]:
+        """By an eigendecomposition."""
+        products = Products(setting.engine, setting.examples)
+        added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(prepared.tensors["matrix"])
+        values, basis = torch.linalg.eigh(prepared.tensors["matrix"] + added.diag_embed())
+        count = len(next(iter(vectors.values())))
+        rows = products.flat.join(vectors, count, products.like)
+        found = (rows.double() @ basis * function(values)) @ basis.T
+        return products.flat.split(found.to(rows))
 
     def factor(self, prepared: Prepared, setting: Setting, diagonal: Tensor) -> Factored:
         """The factorisation of the matrix with its diagonal, made once.

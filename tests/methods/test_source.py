@@ -1,0 +1,158 @@
+"""SOURCE against matrix exponentials; its limits; what it refuses."""
+
+import oracles
+import oracles_curvature as dense
+import pytest
+import torch
+from case import Step, both, mlp
+from fits import fit
+from torch import nn
+from torch.utils.data import DataLoader
+from traced import Still, still
+
+from lightning_influence import (
+    EKFAC,
+    SOURCE,
+    Attributor,
+    ConjugateGradient,
+    ExactGGN,
+    ExactHessian,
+    Influence,
+    InfluenceFunction,
+    MissingEvidence,
+    Trajectory,
+)
+from lightning_influence.conformance import check_method
+
+torch.set_num_threads(1)
+DECAY, RATE, MOMENTUM, EPOCHS, BATCH = 0.05, 0.2, 0.5, 5, 3
+
+
+class Moving(Step):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), RATE, momentum=MOMENTUM, weight_decay=DECAY)
+
+
+def squared(z, y):
+    return (z[:, 0] - y).square().mean()
+
+
+PROBLEMS = {  # network, data, loss, what the loss is bent by
+    "classes": (mlp, both(5), nn.functional.cross_entropy, dense.softmax_bend),
+    "numbers": (lambda: nn.Linear(5, 1), both(5, target="number"), squared, dense.square_bend),
+}
+
+
+def fitted(name, folder):
+    net, data, loss, _ = PROBLEMS[name]
+    torch.manual_seed(0)
+    module, train = Moving(net(), loss).double(), data["train"]()
+    fit(module, DataLoader(train, BATCH, shuffle=True), Influence(dirpath=folder), max_epochs=EPOCHS)
+    return module, train, data["queries"](), Trajectory.load(folder)
+
+
+def expected(name, module, train, queries, trajectory, runs):
+    """By dense algebra; ``runs`` are the positions of the checkpoints of each segment."""
+    bend, names = PROBLEMS[name][3], [n for n, _ in module.named_parameters()]
+    ones, asked = ([[part[None] for part in item] for item in d.items] for d in (train, queries))
+    states = [c.load().parameters for c in trajectory.checkpoints]
+    steps = -(-len(train) // BATCH)
+    segments = []
+    for run in runs:
+        middle = states[run[len(run) // 2]]
+        each = dense.each_ggn(module, ones, names, lambda m, one: m.net(one[0]), bend, middle)
+        curvature = each.mean(0) + DECAY * torch.eye(each.shape[1], dtype=torch.float64)
+        gradients = torch.stack([dense.gradients(module, ones, names, state=states[k]) for k in run]).mean(0)
+        segments.append((curvature, len(run) * steps * RATE / (1 - MOMENTUM), gradients))
+    return dense.source(dense.gradients(module, asked, names, state=states[-1]), segments)
+
+
+@pytest.mark.parametrize(
+    ("name", "segments", "curvature", "runs"),
+    [
+        ("classes", 3, ExactGGN(), [(1, 2), (3,), (4, 5)]),
+        ("classes", 1, ExactGGN(), [(1, 2, 3, 4, 5)]),
+        ("classes", 9, ExactGGN(), [(1,), (2,), (3,), (4,), (5,)]),
+        # the Fisher of a linear regression has one layer and one output: its factors are exact
+        ("numbers", 2, EKFAC(labels="exact", tolerance=0), [(1, 2), (3, 4, 5)]),
+        ("numbers", 2, ExactHessian(), [(1, 2), (3, 4, 5)]),
+    ],
+)
+def test_scores_are_those_of_matrix_exponentials(tmp_path, name, segments, curvature, runs):
+    module, train, queries, trajectory = fitted(name, tmp_path)
+    scores = Attributor(module, train, trajectory).score(SOURCE(segments, curvature), queries)
+    oracles.assert_scores(scores.values, expected(name, module, train, queries, trajectory, runs), 1e-9)
+    assert scores.units == "loss"
+    assert any(f"{len(runs)} segments with sums of learning rates" in note for note in scores.notes)
+    assert any("no more checkpoints" in note for note in scores.notes) == (segments == 9)
+
+
+def test_queries_in_blocks_and_their_mean_are_the_same(tmp_path):
+    module, train, queries, trajectory = fitted("classes", tmp_path)
+    method = SOURCE(2, ExactGGN())
+    whole = Attributor(module, train, trajectory).score(method, queries).values
+    small = Attributor(module, train, trajectory, batch_size=2)
+    torch.testing.assert_close(small.score(method, queries).values, whole)
+    torch.testing.assert_close(small.score(method, queries, aggregate="mean").values, whole.mean(0, keepdim=True))
+
+
+def test_after_a_long_fit_it_is_an_influence_function_without_damping(tmp_path):
+    data = both(5, target="number")
+    torch.manual_seed(0)
+    module = Still(nn.Linear(5, 1), squared, DECAY, RATE).double()
+    trajectory = still(module, tmp_path, {"dampening": 0, "momentum": 0.0, "weight_decay": DECAY}, rate=RATE, step=5000)
+    attributor = Attributor(module, data["train"](), trajectory)
+    found = attributor.score(SOURCE(1, ExactGGN()), data["queries"]()).values
+    names = [n for n, _ in module.named_parameters()]
+    ones, asked = ([[part[None] for part in item] for item in data[side]().items] for side in ("train", "queries"))
+    curvature = dense.each_ggn(module, ones, names, lambda m, one: m.net(one[0]), dense.square_bend).mean(0)
+    sides = dense.gradients(module, asked, names), dense.gradients(module, ones, names)
+    oracles.assert_scores(found, dense.influence(sides[0], curvature, DECAY, sides[1]), 1e-9)
+    torch.testing.assert_close(found, attributor.score(InfluenceFunction(ExactGGN(0)), data["queries"]()).values)
+
+
+def test_it_keeps_every_promise():
+    check_method(SOURCE(2, ExactGGN()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "text"),
+    [
+        ({"segments": 0}, ValueError, "Expected `segments` to be a positive whole number, got 0"),
+        ({"segments": True}, ValueError, "Expected `segments` to be a positive whole number, got True"),
+        ({"curvature": ConjugateGradient()}, TypeError, r"`EKFAC\(\)` or `ExactGGN\(\)`, got ConjugateGradient"),
+        ({"curvature": 3}, TypeError, "eigenvalues are known, .* got 3"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, error, text):
+    with pytest.raises(error, match=text):
+        SOURCE(**settings)
+
+
+def test_a_curvature_without_eigenvalues_says_so():
+    with pytest.raises(NotImplementedError, match="`ConjugateGradient` knows no eigenvalues"):
+        ConjugateGradient().apply(None, {}, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("groups", "options", "error", "text"),
+    [
+        ([{"betas": (0.9, 0.999)}], {}, ValueError, "Expected a fit by SGD, got an adaptive optimizer"),
+        (
+            [
+                {"dampening": 0, "momentum": 0.0, "param_names": ["net.weight"]},
+                {"dampening": 0, "momentum": 0.0, "param_names": ["net.bias"]},
+            ],
+            {"rate": [0.1, 0.2]},
+            ValueError,
+            r"Expected one learning rate for all parameter groups, got sums of \[0.4, 0.8\]",
+        ),
+        ([{"dampening": 0}], {"step": 0}, MissingEvidence, "`SOURCE` needs checkpoints behind some steps"),
+    ],
+)
+def test_fits_that_it_cannot_follow_are_refused(tmp_path, groups, options, error, text):
+    data = both(5, target="number")
+    module = Step(nn.Linear(5, 1), squared).double()
+    attributor = Attributor(module, data["train"](), still(module, tmp_path, *groups, **options))
+    with pytest.raises(error, match=text):
+        attributor.score(SOURCE(1, ExactGGN()), data["queries"]())
