@@ -141,6 +141,6 @@ class Paged(Shown):
         sides = []
         for largest in (True, False):
             scores, ids = self._strongest(k, largest)
-            places = torch.searchsorted(self.train_ids, ids)
+            places = torch.searchsorted(self.train_ids, ids.contiguous())
             sides.append((places.masked_fill(~(scores > 0 if largest else scores < 0), -1), scores))
         return torch.cat([side[0] for side in sides], dim=1), torch.cat([side[1] for side in sides], dim=1)

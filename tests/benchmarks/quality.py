@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import (
     EKFAC,
+    SOURCE,
     Arnoldi,
     Attributor,
     ConjugateGradient,
@@ -57,6 +58,7 @@ def methods():
         "influence function, GGN, best of 3 dampings": [InfluenceFunction(ConjugateGradient(d)) for d in DAMPINGS],
         "influence function, EK-FAC, default damping": [InfluenceFunction(EKFAC())],
         "influence function, EK-FAC, best of 4 dampings": [InfluenceFunction(EKFAC(d)) for d in (1.0, *DAMPINGS)],
+        "SOURCE, 3 segments, EK-FAC": [SOURCE(3, EKFAC())],
         "influence function, LiSSA": [InfluenceFunction(LiSSA())],
         "influence function, Arnoldi (200 steps)": [InfluenceFunction(Arnoldi())],
         "influence function, Arnoldi, rest dropped": [InfluenceFunction(Arnoldi(complement="drop"))],
