@@ -147,6 +147,15 @@ def test_another_recipe_is_another_bank(tmp_path):
         independent(tmp_path, trainer=longer).score(Downsampling(2), TEST)
 
 
+def test_another_way_of_clipping_is_another_bank(tmp_path):
+    def clipping(how):
+        return lambda: pl.Trainer(**QUIET, max_epochs=1, gradient_clip_val=1.0, gradient_clip_algorithm=how)
+
+    independent(tmp_path, module=Ridge, trainer=clipping("norm")).score(Downsampling(2), TEST)
+    with pytest.raises(ValueError, match="bank of models with `recipe`"):
+        independent(tmp_path, module=Ridge, trainer=clipping("value")).score(Downsampling(2), TEST)
+
+
 SHARED = Solved()
 
 
