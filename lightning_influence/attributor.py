@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_influence.answer import whole_numbers
 from lightning_influence.driver import estimate, run_group, run_scores, run_self_influence, setting_of
 from lightning_influence.method import Evidence, Method
-from lightning_influence.module import Loss, clean, is_half, unwrapped
+from lightning_influence.module import Loss, is_half, unwrapped
 from lightning_influence.retraining import Estimate, Retraining
 from lightning_influence.scores import Scores, SelfScores
 from lightning_influence.session import Asked, Session, Sessions
@@ -23,7 +23,7 @@ from lightning_influence.sinks import MatrixSink, TopKSink
 from lightning_influence.sources import Source, source_of
 from lightning_influence.tracking import load_record, record_name
 from lightning_influence.trajectory import Trajectory
-from lightning_influence.types import MissingEvidence
+from lightning_influence.types import MissingEvidence, clean
 
 
 class Attributor:

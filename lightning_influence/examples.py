@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_influence.module import seed_for
-from lightning_influence.types import Batch, foreign
+from lightning_influence.types import Batch, bytes_in, foreign
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Examples:
 
     def _keep(self, ids: range, batch: Batch) -> Batch:
         leaves = tree_leaves(batch)
-        size = sum(t.numel() * t.element_size() for t in leaves if isinstance(t, torch.Tensor))
+        size = bytes_in(batch)
         # Of somebody's own class neither the size is known nor whether a step wrote into it.
         if size <= self._cache_left and not any(foreign(leaf) for leaf in leaves):
             self._cache_left -= size

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from lightning_influence.examples import Examples
 from lightning_influence.gradients import Reduction
 from lightning_influence.gradients.general import requiring_gradients
-from lightning_influence.module import Task, clean, seed_for
+from lightning_influence.module import Task, seed_for
 from lightning_influence.numerics.heads import Link, recognise
 from lightning_influence.storage import read_batches, write_batches
-from lightning_influence.types import Batch
+from lightning_influence.types import Batch, clean
 
 _PROBED = 32
 # Of the stored rows these many are computed again: they must be those of the module, the data and the loss asked for.

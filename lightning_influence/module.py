@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from lightning_influence.attributes import Attributes
 from lightning_influence.kernels import full_precision, plain_checkpointing
 from lightning_influence.stage import clock_restored, set_clock, silent_loggers, training_stage
-from lightning_influence.types import Batch, foreign
+from lightning_influence.types import Batch, clean, foreign
 
 Loss = Callable[[Any, Batch], Tensor]
 """``loss(module, batch) -> [batch]``: per-sample losses."""
@@ -130,11 +130,6 @@ class Task:
         if self.trainer is None or _is_lower(self.trainer):
             return contextlib.nullcontext()
         return self.trainer.precision_plugin.forward_context()
-
-
-def clean(name: str) -> str:
-    """A parameter's name without what ``torch.compile`` puts into it."""
-    return name.replace("_orig_mod.", "")
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

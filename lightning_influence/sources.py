@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from lightning_influence.examples import Examples
-from lightning_influence.types import Batch
+from lightning_influence.types import Batch, bytes_in
 
 # A block need not be larger than this to keep the arithmetic units busy, nor than this many bytes of input.
 _BLOCK = 256
@@ -44,7 +43,7 @@ class Source:
     def _block_size(self) -> int:
         """The training batch size is known to fit; small examples go in larger blocks."""
         batch = Examples(self.dataset, self.collate, 1).one(0)
-        one = sum(t.numel() * t.element_size() for t in tree_leaves(batch) if isinstance(t, Tensor))
+        one = bytes_in(batch)
         return max(self.batch_size or 1, min(_BLOCK, _BLOCK_BYTES // max(1, one)))
 
     def base_ids(self) -> Tensor | None:

@@ -14,6 +14,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from lightning_influence.whole import whole
+
 FORMAT = 1
 _KEY = b"lightning_influence"
 _DTYPES = {pa.float32(): torch.float32, pa.float64(): torch.float64, pa.int64(): torch.int64}
@@ -80,18 +82,11 @@ def write_batches(
     head = json.dumps({"format": FORMAT, "kind": kind, **metadata})
     records = (pa.record_batch({name: _to_arrow(tensor) for name, tensor in batch.items()}) for batch in batches)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            first = next(records)
-            with pa.ipc.new_file(file, first.schema.with_metadata({_KEY: head.encode()})) as writer:
-                for record in itertools.chain((first,), records):
-                    writer.write_batch(record)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path) as file:
+        first = next(records)
+        with pa.ipc.new_file(file, first.schema.with_metadata({_KEY: head.encode()})) as writer:
+            for record in itertools.chain((first,), records):
+                writer.write_batch(record)
     return path
 
 

@@ -12,7 +12,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 # A room is a file, or a folder as a whole. It imports rooms of the lines above it, never its neighbours.
 LAYERS = (
-    {"types", "compat", "timing"},
+    {"types", "compat", "timing", "whole"},
     {"numerics", "attributes", "kernels", "stage", "appearance"},
     {"module", "trajectory", "plotting", "report", "loggers", "storage", "progress"},
     {"examples", "answer", "capture"},

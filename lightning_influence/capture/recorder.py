@@ -15,7 +15,7 @@ from lightning_influence.capture.states import encode_state, fingerprint, gather
 from lightning_influence.capture.steps import Steps, batch_size
 from lightning_influence.capture.store import Link, Store
 from lightning_influence.compat import rank_zero_warn
-from lightning_influence.trajectory.checkpoint import strip_compiled
+from lightning_influence.types import clean
 
 _ROWS_IN_MEMORY = 1024
 
@@ -76,7 +76,7 @@ class Recorder:
                 "Gradients were clipped in a way that is no single coefficient (by value, or by the module's own"
                 " `configure_gradient_clipping`); exposure takes them as not clipped."
             )
-        names = {id(part): strip_compiled(name) for name, part in self._module.named_modules()}
+        names = {id(part): clean(name) for name, part in self._module.named_modules()}
         self._store.manifest["eval_modules"] = [names[id(m)] for m in self._module.modules() if not m.training]
         self._checkpoint("initial", gather_state(self._trainer, self._module) if self._is_writer else None)
 

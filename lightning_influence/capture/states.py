@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from lightning_influence.capture.randomness import gather_random
-from lightning_influence.trajectory.checkpoint import strip_compiled
+from lightning_influence.types import clean
 
 
 def gather_state(trainer: Any, module: Any) -> dict[str, dict]:
     """Raw weights, buffers, optimizer state and random state, copied; nothing is drawn or moved."""
     return {
-        "parameters": {strip_compiled(name): _copy(p) for name, p in module.named_parameters()},
-        "buffers": {strip_compiled(name): _copy(b) for name, b in module.named_buffers()},
+        "parameters": {clean(name): _copy(p) for name, p in module.named_parameters()},
+        "buffers": {clean(name): _copy(b) for name, b in module.named_buffers()},
         "optimizer": _optimizer_state(trainer, module),
         "random": gather_random(trainer.strategy.root_device),
     }
@@ -33,7 +33,7 @@ def fingerprint(module: Any) -> list[tuple[int, int]]:
 
 
 def _optimizer_state(trainer: Any, module: Any) -> dict[str, dict[str, Tensor]]:
-    names = {p: strip_compiled(name) for name, p in module.named_parameters()}
+    names = {p: clean(name) for name, p in module.named_parameters()}
     found: dict[str, dict[str, Tensor]] = {}
     for optimizer in trainer.optimizers:
         for parameter, values in optimizer.state.items():

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_influence.capture.randomness import moved_since, read_generators
-from lightning_influence.trajectory.checkpoint import strip_compiled
 from lightning_influence.trajectory.files import GENERATORS
+from lightning_influence.types import clean
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Steps:
         self._announced: list[Tensor | bool | None] = []  # False, or the clip coefficient of a step about to be made
         self._current: MicroBatch | None = None
         self._settings_of: dict[int, tuple[Any, int]] = {}
-        self._names = {p: strip_compiled(name) for name, p in module.named_parameters()}
+        self._names = {p: clean(name) for name, p in module.named_parameters()}
         self.watch()
 
     def watch(self) -> None:
@@ -184,7 +184,7 @@ class Steps:
 
     def _name_of(self, parameter: Tensor) -> str:
         if parameter not in self._names:  # made during the fit
-            self._names = {p: strip_compiled(name) for name, p in self._module.named_parameters()}
+            self._names = {p: clean(name) for name, p in self._module.named_parameters()}
         return self._names.get(parameter, "")  # type: ignore[call-overload]
 
     def _clip_coefficient(self, optimizer: Optimizer) -> Tensor | None:

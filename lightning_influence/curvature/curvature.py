@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.setting import Setting
+
+Function = Callable[[Tensor], Tensor]
+"""Of eigenvalues in float64, element by element."""
 
 
 @dataclass(frozen=True)
@@ -93,16 +96,16 @@ class Curvature(ABC):
         vectors: Mapping[str, Tensor],
         setting: Setting,
         diagonal: Tensor,
-        function: Callable[[Tensor], Tensor],
-    ) -> dict[str, Tensor]:
-        """f(C + diagonal) v for vectors given by name, [query, *shape].
+        functions: Sequence[Function],
+    ) -> list[dict[str, Tensor]]:
+        """f(C + diagonal) v for every f, and vectors given by name, [query, *shape].
 
         Args:
             prepared: by ``prepare`` at these weights.
             vectors: v.
             setting: the question's.
             diagonal: [group] float64, as in ``solve``.
-            function: f of eigenvalues, element by element.
+            functions: each f of eigenvalues, element by element.
 
         Raises:
             NotImplementedError: the eigenvalues are not known.

@@ -1,13 +1,14 @@
 """EK-FAC: the Fisher of each layer in a Kronecker-factored eigenbasis, with eigenvalues measured in it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.curvature import Curvature, Prepared
+from lightning_influence.curvature.budget import at_once
+from lightning_influence.curvature.curvature import Curvature, Function, Prepared
 from lightning_influence.curvature.factors import WIDEST, Factors, Names, part_named
 from lightning_influence.curvature.kronecker_part import Inverse, KroneckerPart
 from lightning_influence.curvature.labels import Draws
@@ -22,8 +23,6 @@ from lightning_influence.gradients.queries import DenseQueries, EachQuery, Query
 from lightning_influence.setting import Setting
 from lightning_influence.timing import timed
 
-# Bytes that the directions of the queries solved at once may take, written out.
-_DIRECTION_BYTES = 2**29
 # Up to so many classes the expectation over labels is taken, at one pass each, rather than a sample of it.
 _FEW_CLASSES = 10
 # Training examples on which the error of the scores is measured.
@@ -153,17 +152,14 @@ class EKFAC(Curvature):
 
     def at_once(self, setting: Setting) -> int | None:
         """As many as fit when they are written out."""
-        parameters = setting.engine.task.named_parameters()
-        each = sum(parameters[n].numel() * parameters[n].element_size() for n in setting.engine.plan.names)
-        return max(1, _DIRECTION_BYTES // max(1, each))
+        return at_once(setting)
 
     def solve(self, prepared: Prepared, queries: QueryGradients, setting: Setting, diagonal: Tensor) -> QueryGradients:
         """Directions of the queries, as factors where they are factors."""
         layers = _Layers(prepared, setting, diagonal)
         if not isinstance(queries, EachQuery):
             vectors = queries.dense()
-            solved = {name: rows for names in layers for name, rows in layers.written(names, vectors).items()}
-            return DenseQueries(solved or vectors, setting.engine.groups)
+            return DenseQueries(layers.all_written(vectors) or vectors, setting.engine.groups)
         joint: dict[Names, Part] = {}
         others: list[dict[Names, Part]] = [{} for _ in queries.blocks]
         for names in layers:
@@ -187,11 +183,10 @@ class EKFAC(Curvature):
         vectors: Mapping[str, Tensor],
         setting: Setting,
         diagonal: Tensor,
-        function: Callable[[Tensor], Tensor],
-    ) -> dict[str, Tensor]:
+        functions: Sequence[Function],
+    ) -> list[dict[str, Tensor]]:
         """In the eigenbasis of every layer; element by element where there is a diagonal."""
-        layers = _Layers(prepared, setting, diagonal, function)
-        return {name: rows for names in layers for name, rows in layers.written(names, vectors).items()}
+        return [_Layers(prepared, setting, diagonal, f).all_written(vectors) for f in functions]
 
     def _shortened(self, prepared: Prepared, joint: Mapping[Names, Part], setting: Setting) -> Mapping[Names, Part]:
         parts = {names: part for names, part in joint.items() if isinstance(part, KroneckerPart)}
@@ -216,7 +211,7 @@ class _Layers:
         prepared: Prepared,
         setting: Setting,
         diagonal: Tensor,
-        function: Callable[[Tensor], Tensor] | None = None,
+        function: Function | None = None,
     ) -> None:
         self.function = function
         self.shapes = {name: tuple(p.shape) for name, p in setting.engine.task.named_parameters().items()}
@@ -265,6 +260,10 @@ class _Layers:
         if names in self.inverses:
             return dict(zip(names, self.inverses[names].solve(rows), strict=True))
         return {n: r * t for n, r, t in zip(names, rows, self.tables[names], strict=True)}
+
+    def all_written(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same for all layers."""
+        return {name: rows for names in self for name, rows in self.written(names, vectors).items()}
 
     def joined(self, names: Names, parts: list[Part | None], sizes: list[int]) -> Part | None:
         """The directions of all blocks of queries as one part."""

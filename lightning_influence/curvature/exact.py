@@ -1,13 +1,14 @@
 """The dense curvature of a small model: every entry, factored once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.curvature import Curvature, Prepared
+from lightning_influence.curvature.budget import at_once, seconds_of_products
+from lightning_influence.curvature.curvature import Curvature, Function, Prepared
 from lightning_influence.curvature.damping import of_group
 from lightning_influence.gradients.products import Matrix, Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
@@ -17,9 +18,7 @@ from lightning_influence.timing import timed
 
 # Columns of the matrix that are made at once.
 _COLUMNS = 256
-_BYTES = 2**29
-# What is timed for an estimate: so many products, and the factor of so many rows.
-_TIMED = 8
+# Rows of the matrix whose factor is timed for an estimate.
 _TIMED_FACTOR = 512
 
 
@@ -80,16 +79,16 @@ class Exact(Curvature):
         vectors: Mapping[str, Tensor],
         setting: Setting,
         diagonal: Tensor,
-        function: Callable[[Tensor], Tensor],
-    ) -> dict[str, Tensor]:
-        """By an eigendecomposition."""
+        functions: Sequence[Function],
+    ) -> list[dict[str, Tensor]]:
+        """By one eigendecomposition."""
         products = Products(setting.engine, setting.examples)
         added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(prepared.tensors["matrix"])
         values, basis = torch.linalg.eigh(prepared.tensors["matrix"] + added.diag_embed())
         count = len(next(iter(vectors.values())))
         rows = products.flat.join(vectors, count, products.like)
-        found = (rows.double() @ basis * function(values)) @ basis.T
-        return products.flat.split(found.to(rows))
+        turned = rows.double() @ basis
+        return [products.flat.split(((turned * f(values)) @ basis.T).to(rows)) for f in functions]
 
     def factor(self, prepared: Prepared, setting: Setting, diagonal: Tensor) -> Factored:
         """The factorisation of the matrix with its diagonal, made once.
@@ -134,19 +133,3 @@ class Exact(Curvature):
         some = torch.eye(_TIMED_FACTOR, dtype=torch.float64)
         factor = timed(lambda: torch.linalg.cholesky(some)) * (size / len(some)) ** 3
         return seconds_of_products(setting, self.matrix, size) + factor
-
-
-def seconds_of_products(setting: Setting, matrix: Matrix, count: int) -> float:
-    """Of the curvature with so many vectors, by timing a few with some of the training examples."""
-    products = Products(setting.engine, setting.examples)
-    ids = range(min(setting.n_train, setting.examples.block_size))
-    few = torch.ones(min(count, _TIMED), len(products.flat)).to(products.like)
-    return timed(lambda: products.times(matrix, few, ids)) / len(few) * count * setting.n_train / len(ids)
-
-
-def at_once(setting: Setting, copies: int) -> int:
-    """How many vectors of all parameters fit half a GiB, so many copies of each."""
-    like = setting.zeros()
-    parameters = setting.engine.task.named_parameters()
-    size = sum(parameters[name].numel() for name in setting.engine.plan.names)
-    return max(1, _BYTES // max(1, copies * size * like.element_size()))

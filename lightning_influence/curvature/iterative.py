@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_influence.curvature.budget import at_once, seconds_of_products
 from lightning_influence.curvature.curvature import Curvature, Prepared
 from lightning_influence.curvature.damping import of_group
-from lightning_influence.curvature.exact import at_once, seconds_of_products
 from lightning_influence.gradients.products import Matrix, Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.method import one_of

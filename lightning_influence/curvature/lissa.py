@@ -44,7 +44,6 @@ class LiSSA(Iterative):
     depth: int = 2000
     tolerance: float = 1e-4
 
-    kind: ClassVar[str] = ""
     unprepared: ClassVar[frozenset[str]] = frozenset({"damping", "depth", "tolerance"})
 
     def __post_init__(self) -> None:

@@ -92,6 +92,12 @@ class Engine:
     _unchecked: int = 0
     _positions: set[tuple[str, float]] = field(default_factory=set)
 
+    @property
+    def vector_bytes(self) -> int:
+        """Of one number for every entry of the plan's parameters, in their own precision."""
+        parameters = self.task.named_parameters()
+        return sum(parameters[name].numel() * parameters[name].element_size() for name in self.plan.names)
+
     def gradients(self, block: Block, as_drawn: Callable[[], Any] | None = None) -> Gradients:
         """Per-sample gradients of the plan's parameters, in the cheapest form that each allows.
 

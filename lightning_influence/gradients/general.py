@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_influence.examples import Block
 from lightning_influence.gradients.rows import Rows
-from lightning_influence.module import Task, clean, seed_for
+from lightning_influence.module import Task, seed_for
+from lightning_influence.types import clean
 
 # Elements of written-out gradients that one vectorised call may hold.
 _VECTORISED = 2**25

@@ -1,19 +1,18 @@
 """SOURCE: influence through a few segments of training, each with a curvature of its own (Bae et al., 2024)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.curvature import Curvature
+from lightning_influence.curvature.curvature import Curvature, Function
 from lightning_influence.curvature.damping import diagonal_at, reach_at
 from lightning_influence.curvature.ekfac import EKFAC
 from lightning_influence.curvature.store import prepared_at
 from lightning_influence.gradients.queries import DenseQueries
 from lightning_influence.method import Evidence, Method
-from lightning_influence.setting import Queries, Setting, Stage, stage_positions
+from lightning_influence.setting import Queries, Setting, stage_positions
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.types import MissingEvidence
 
@@ -134,13 +133,9 @@ class SOURCE(Method):
             prepared = prepared_at(self.curvature, setting, stage)
             for note in prepared.notes:
                 setting.note(note)
-
-            def apply(function: Callable[[Tensor], Tensor], stage: Stage = stage, prepared: Any = prepared) -> Any:
-                added = diagonal_at(setting, stage, self.curvature.damping or 0.0, lambda: 0.0).total
-                return self.curvature.apply(prepared, carried, setting, added, function)  # noqa: B023
-
-            moved = apply(_moved(segment.reach))
-            carried = apply(_kept(segment.reach))
+            added = diagonal_at(setting, stage, self.curvature.damping or 0.0, lambda: 0.0).total
+            functions = _moved(segment.reach), _kept(segment.reach)
+            moved, carried = self.curvature.apply(prepared, carried, setting, added, functions)
             felt.append(DenseQueries(moved, setting.engine.groups))
         return felt[::-1]
 
@@ -164,12 +159,12 @@ class SOURCE(Method):
         return "loss"
 
 
-def _kept(reach: float) -> Callable[[Tensor], Tensor]:
+def _kept(reach: float) -> Function:
     """What is left of a change behind a segment, by eigenvalue."""
     return lambda eigenvalues: torch.exp(-reach * eigenvalues)
 
 
-def _moved(reach: float) -> Callable[[Tensor], Tensor]:
+def _moved(reach: float) -> Function:
     """How far a constant gradient moves the weights in a segment, by eigenvalue."""
 
     def moved(eigenvalues: Tensor) -> Tensor:

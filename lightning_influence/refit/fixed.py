@@ -13,6 +13,7 @@ from lightning_influence.refit.pool import Failure, Job
 from lightning_influence.refit.store import Trained, digest_of
 from lightning_influence.replay import Replay, run_many
 from lightning_influence.session import Sessions
+from lightning_influence.types import bytes_in
 
 # Finished models are on disk after about so many seconds.
 _SECONDS = 10.0
@@ -82,7 +83,7 @@ class Fixed:
         """How many models to train before they are written."""
         # Side by side, models take far less than the run alone did; if they cannot stand so, no more than it.
         each = self._each or self._seconds / 4
-        size = sum(value.numel() * value.element_size() for value in self.initial(0).values())
+        size = bytes_in(self.initial(0))
         return max(1, min(_MODELS, int(_SECONDS / each), _BYTES // max(1, size)))
 
     @contextlib.contextmanager

@@ -41,7 +41,10 @@ class Independent:
             "hparams": {name: repr(value) for name, value in getattr(module, "hparams", {}).items()},
             "optimizers": optimizers if optimizers is None or " at 0x" not in optimizers else None,
             "trainer": [trainer.max_epochs, trainer.max_steps, trainer.accumulate_grad_batches],
-            "clipping": [trainer.gradient_clip_val, trainer.gradient_clip_algorithm and str(trainer.gradient_clip_algorithm)],
+            "clipping": [
+                trainer.gradient_clip_val,
+                trainer.gradient_clip_algorithm and str(trainer.gradient_clip_algorithm),
+            ],
             "batch_size": getattr(loader, "batch_size", None),
         }
         return {"seeds": "independent", "recipe": digest_of(self.initial(0), **settings)}

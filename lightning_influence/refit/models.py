@@ -91,13 +91,12 @@ class Models:
 
     def losses(self, membership: Tensor, seeds: Sequence[int], queries: Queries) -> Tensor:
         """[model, query] in float64, by forward passes; NaN for a model that could not be trained."""
-        keys = list(self._jobs(membership, seeds))
+        keys = [key_of(row, seed) for row, seed in zip(membership, self._seeds(seeds), strict=True)]
         rows = {key: row for row, key in enumerate(dict.fromkeys(key for key in keys if key in self.store))}
         found = measure.losses(queries, self.store.weights(rows))
         missing = torch.full((1, len(queries)), torch.nan, dtype=torch.float64)
         every = torch.cat([found, missing])
-        order = [key_of(row, seed) for row, seed in zip(membership, self._seeds(seeds), strict=True)]
-        return every[[rows.get(key, len(found)) for key in order]]
+        return every[[rows.get(key, len(found)) for key in keys]]
 
     def untrained(self, seeds: Sequence[int], queries: Queries) -> Tensor:
         """[seed, query]: under the models as they are before any training."""

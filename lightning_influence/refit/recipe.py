@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from lightning_influence.module import clean, isolated_random_state, unwrapped
+from lightning_influence.module import isolated_random_state, unwrapped
 from lightning_influence.refit.store import Trained
+from lightning_influence.types import clean
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from lightning_influence.gradients.general import requiring_gradients
 from lightning_influence.module import Task
 from lightning_influence.replay.captured import MicroBatch, Step
 from lightning_influence.replay.generators import put_back
-from lightning_influence.types import foreign
+from lightning_influence.types import bytes_in, foreign
 
 _KEPT_BYTES = 2**28
 _WAY_OUT = "Pass `loss=`, a callable (module, batch) -> [batch] that gives the losses of the joint batch."
@@ -192,7 +192,7 @@ class Forward:
         if versions is not None and versions == versions_of(kept):  # no step wrote into it
             return kept
         found = self.examples.some(batch.ids)
-        size = sum(t.numel() * t.element_size() for t in tree_leaves(found) if isinstance(t, Tensor))
+        size = bytes_in(found)
         if versions is None and size <= self._kept_left and not any(foreign(leaf) for leaf in tree_leaves(found)):
             self._kept_left -= size
             self._kept[batch.ids] = found, versions_of(found)

@@ -58,9 +58,7 @@ class Replayed:
 
     def at_once(self, setting: Setting) -> int:
         """How many queries may be walked back together."""
-        parameters = setting.engine.task.named_parameters()
-        each = sum(parameters[name].numel() * parameters[name].element_size() for name in setting.engine.plan.names)
-        return max(1, _QUERY_BYTES // max(1, _VECTORS * each))
+        return max(1, _QUERY_BYTES // max(1, _VECTORS * setting.engine.vector_bytes))
 
     def seconds(self, setting: Setting, queries: Queries) -> float:
         """What the queries will take together, by timing a few steps forward and one back."""

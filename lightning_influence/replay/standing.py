@@ -10,6 +10,7 @@ from lightning_influence.module import Task
 from lightning_influence.numerics.optimizers import Before, State
 from lightning_influence.replay.captured import Step
 from lightning_influence.trajectory import State as Captured
+from lightning_influence.types import bytes_in
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,4 @@ class Standing:
 
     def bytes(self) -> int:
         """Memory that one state and one gradient take."""
-        weights = sum(w.numel() * w.element_size() for w in self.weights.values())
-        state = sum(t.numel() * t.element_size() for s in self.optimizer.values() for t in s.values())
-        return 2 * weights + state + sum(b.numel() * b.element_size() for b in self.buffers.values())
+        return 2 * bytes_in(self.weights) + bytes_in(self.optimizer) + bytes_in(self.buffers)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_influence.report.album import Album
 from lightning_influence.report.decisions import DECISIONS
+from lightning_influence.whole import whole
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,8 @@ def write_page(path: str | os.PathLike[str], page: Page) -> Path:
         raise IsADirectoryError(f"Expected `path` to name a file, got the folder {str(path)!r}. Add a file name to it.")
     text = _html(page)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path) as file:
+        file.write(text.encode())
     return path
 
 

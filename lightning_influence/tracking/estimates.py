@@ -1,6 +1,5 @@
 """What a plain step takes and what an optimizer keeps, for plans made before the first step."""
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from lightning_influence.examples import Block
 from lightning_influence.gradients.general import requiring_gradients
 from lightning_influence.numerics.optimizers import Before, Rule
 from lightning_influence.session import Session
+from lightning_influence.timing import timed
 
 
 def states_of(rule: Rule, options: Mapping[str, Any]) -> int:
@@ -21,11 +21,10 @@ def states_of(rule: Rule, options: Mapping[str, Any]) -> int:
 def plain_seconds(session: Session, sample: Block) -> float:
     """Of a forward and backward pass over a batch, without an optimizer: the faster of two."""
     task, names = session.task, list(session.engine.plan.names)
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
+
+    def step() -> None:
         with requiring_gradients(task.module, names):
             total = task(task.to_device(sample.batch)).sum()
             torch.autograd.grad(total, [task.named_parameters()[name] for name in names], allow_unused=True)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+
+    return timed(step)

@@ -1,9 +1,7 @@
 """What trackers leave beside a trajectory: whole files only, by the settings of the method they are for."""
 
-import contextlib
 import hashlib
 import json
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 
 from lightning_influence.tracking.tracker import State
 from lightning_influence.types import MissingEvidence
+from lightning_influence.whole import whole
 
 FOLDER = "trackers"
 
@@ -26,17 +25,8 @@ def record_name(method: str, settings: Mapping[str, Any]) -> str:
 def save(path: Path, content: Any) -> None:
     """Writes tensors and builtins so that a reader finds the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    with whole(path) as file:
+        torch.save(content, file)
 
 
 def load(path: Path) -> Any:

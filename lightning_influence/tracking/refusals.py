@@ -9,11 +9,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_influence.gradients import Engine, Reduction
-from lightning_influence.module import Task, clean, isolated_random_state
+from lightning_influence.module import Task, isolated_random_state
 from lightning_influence.numerics.clipping import ByNorm, ByValue, Clipping
 from lightning_influence.numerics.optimizers import rule_for
 from lightning_influence.tracking.tracker import Moved, Untrackable
-from lightning_influence.types import Batch
+from lightning_influence.types import Batch, clean
 
 _JOINT = "Pass `loss=`, a callable (module, batch) -> [batch] that gives the losses of the joint batch."
 _INSTEAD = "Use `TracInCP()`, which needs checkpoints only."

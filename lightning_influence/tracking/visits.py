@@ -1,6 +1,5 @@
 """Follows hypergradients without vectors: each visit's factors, and the numbers that they are multiplied by."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,10 +13,12 @@ from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.numerics.clipping import ByNorm
 from lightning_influence.numerics.optimizers import Before, Rule
 from lightning_influence.setting import Queries
+from lightning_influence.timing import timed
 from lightning_influence.tracking.encoded import decode, encode
 from lightning_influence.tracking.present import Present, Seen
 from lightning_influence.tracking.record import load, save
 from lightning_influence.tracking.tracker import Fit, Plan, PlanError, State, Step, Tracker, Untrackable
+from lightning_influence.types import bytes_in
 
 _WEIGHT, _GRADIENT = "weight", "gradient"
 
@@ -51,11 +52,7 @@ class Visits(Tracker):
         """
         self._folder, self._names = fit.folder, list(fit.engine.plan.names)
         sample = _sample(fit)
-        start = time.perf_counter()
-        each = sample.gradients().query_bytes(1)
-        start = time.perf_counter()
-        sample.gradients()
-        seconds = time.perf_counter() - start
+        each, seconds = sample.gradients().query_bytes(1), timed(sample.gradients)
         size, accumulated = fit.batch_sizes
         visits = None if fit.steps is None else fit.steps * accumulated * (size or 1)
         disk = None if visits is None else float(visits * each)
@@ -124,7 +121,7 @@ class Visits(Tracker):
 
     def _keep(self, visit: dict[str, Any]) -> None:
         self._pending.append(visit)
-        self._bytes += sum(_bytes(part) for _, part in visit["parts"])
+        self._bytes += bytes_in(visit["parts"])
         if self._bytes > self._memory:
             self._flush()
 
@@ -263,8 +260,3 @@ def _sample(fit: Fit) -> Present:
     engine = replace(fit.engine, task=Seen.of(fit.engine.task))
     batch = fit.engine.task.to_device(fit.sample.batch)
     return Present(engine, tuple(fit.sample.ids), batch, 1.0 / fit.sample.size)
-
-
-def _bytes(part: Any) -> int:
-    leaves = torch.utils._pytree.tree_leaves(part)
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_influence.examples import Block
 from lightning_influence.gradients import Engine, Reduction
-from lightning_influence.module import Loss, clean, quiet
+from lightning_influence.module import Loss, quiet
 from lightning_influence.numerics.clipping import ByValue
 from lightning_influence.numerics.optimizers import Before, rule_for
 from lightning_influence.session import Asked, Session
@@ -29,6 +29,7 @@ from lightning_influence.tracking.refusals import (
     verify_step,
 )
 from lightning_influence.tracking.tracker import Fit, Moved, Plan, PlanError, Step, Tracker, Untrackable
+from lightning_influence.types import clean
 
 
 @dataclass

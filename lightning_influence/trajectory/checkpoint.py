@@ -47,11 +47,6 @@ class Checkpoint:
         return State(**tensors)
 
 
-def strip_compiled(name: str) -> str:
-    """A parameter's name without what ``torch.compile`` puts into it."""
-    return name.replace("_orig_mod.", "")
-
-
 def is_plain_sgd(group: dict[str, Any]) -> bool:
     """Whether a parameter group is one of ``torch.optim.SGD``: no other optimizer of torch has ``dampening``."""
     return "dampening" in group

@@ -1,8 +1,6 @@
 """How a run lies on disk: the names, the Arrow schema, atomic writing and verified reading."""
 
-import contextlib
 import json
-import os
 import re
 import zlib
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from lightning_influence.types import MissingEvidence
+from lightning_influence.whole import whole
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -39,17 +38,8 @@ STEPS = pa.schema(
 
 def write_atomically(path: Path, content: bytes) -> dict[str, int]:
     """Write so that a reader finds the old file or the new one, never half of it; returns size and checksum."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    with whole(path) as file:
+        file.write(content)
     return {"size": len(content), "crc32": zlib.crc32(content)}
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.trajectory.checkpoint import Checkpoint, State, strip_compiled
-from lightning_influence.types import MissingEvidence
+from lightning_influence.trajectory.checkpoint import Checkpoint, State
+from lightning_influence.types import MissingEvidence, clean
 
 _Rates = float | Sequence[float | Sequence[float]] | None
 
@@ -25,7 +25,7 @@ class LightningCheckpoint(Checkpoint):
         Raises:
             MissingEvidence: the file is gone or unreadable.
         """
-        weights = {strip_compiled(name): value for name, value in _raw_weights(_read(self.path), self.path).items()}
+        weights = {clean(name): value for name, value in _raw_weights(_read(self.path), self.path).items()}
         return State(parameters=weights, buffers=weights, optimizer={}, random={})
 
 
@@ -127,7 +127,7 @@ def _reconcile(rates: list[list[float]], groups: list[dict[str, Any]]) -> tuple[
         )
     described = [
         {key: value for key, value in group.items() if key not in ("params", "param_names", "lr")}
-        | {"parameters": [strip_compiled(name) for name in group["param_names"]] if named else []}
+        | {"parameters": [clean(name) for name in group["param_names"]] if named else []}
         for group in groups
     ] or [{"parameters": [], "dampening": 0}]
     if not named:
