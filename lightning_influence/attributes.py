@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Mapping
 from functools import cache
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class Attributes:
         """
         for module, attributes in self._attributes:
             now = module.__dict__
-            if len(now) != len(attributes) or any(now.get(key, now) is not value for key, value in attributes.items()):
+            if not _same(now, attributes):
                 now.clear()
                 now.update(attributes)
         for container, content in self._containers:
@@ -76,15 +77,24 @@ def _is_hooks(name: str) -> bool:
     return name.endswith("_hooks") or "_hooks_" in name or name == "_modules"
 
 
+def _same(mine: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
+    """Whether both hold the very same objects; asked after every forward pass, hence the loops in C."""
+    if len(mine) != len(other):
+        return False
+    if all(map(is_, mine.values(), other.values())) and all(map(is_, mine, other)):
+        return True
+    return all(mine.get(key, mine) is value for key, value in other.items())  # in another order
+
+
 def _refill(container: Any, content: Any) -> None:
-    if len(container) == len(content):
-        if isinstance(content, dict):
-            if all(container.get(key, container) is value for key, value in content.items()):
-                return
-        elif isinstance(content, set):
+    if isinstance(content, dict):
+        if _same(container, content):
+            return
+    elif len(container) == len(content):
+        if isinstance(content, set):
             if container == content:
                 return
-        elif all(a is b for a, b in zip(container, content, strict=True)):
+        elif all(map(is_, container, content)):
             return
     container.clear()
     (container.extend if isinstance(container, (list, deque)) else container.update)(content)

@@ -40,6 +40,11 @@ class Task:
         self.trainer = trainer
         self._loss_of: Callable[[Batch], Any] = _step_of(module) if loss is None else functools.partial(loss, module)
         self._parameters = {clean(name): p for name, p in module.named_parameters()}
+        self._buffers = [
+            (f"{clean(name)}.{key}" if name else key, part._buffers, key)
+            for name, part in module.named_modules()
+            for key in part._buffers
+        ]
         self._untouched = [Attributes(module)]  # shared by the tasks of one module
         self.on_forward: Callable[[], Any] | None = None
         """Called after a forward pass, before what it left in the module is taken away."""
@@ -57,8 +62,13 @@ class Task:
         return self._parameters
 
     def named_buffers(self) -> dict[str, Tensor]:
-        """Every buffer by its clean name."""
-        return {clean(name): buffer for name, buffer in self.module.named_buffers()}
+        """Every buffer by its clean name, shared ones once."""
+        found: dict[int, tuple[str, Tensor]] = {}
+        for name, owner, key in self._buffers:
+            buffer = owner.get(key)
+            if buffer is not None:
+                found.setdefault(id(buffer), (name, buffer))
+        return dict(found.values())
 
     def load(
         self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], step: int = -1, epoch: int = -1

@@ -10,7 +10,7 @@ from lightning_influence.gradients.queries import DenseQueries
 from lightning_influence.numerics.optimizers import Before, State
 from lightning_influence.replay.captured import Step
 from lightning_influence.replay.replay import Moment, Replay
-from lightning_influence.replay.second import Vectors, along, scaled_products
+from lightning_influence.replay.second import Second, Vectors, scaled_products
 
 
 def adjoint(
@@ -56,8 +56,9 @@ class Walk:
     """Derivatives by the weights and the optimizer's state, carried from the last step to the first."""
 
     def __init__(self, replay: Replay, final: Mapping[str, Tensor], hessian: bool, renormalize: bool) -> None:
-        self.forward, self.hessian, self.renormalize = replay.forward, hessian, renormalize
+        self.renormalize = renormalize and replay.forward.mean
         self.trained = sorted({name for step in replay.steps for name in step.moves.options})
+        self.second = Second(replay.forward, self.trained if hessian else ())
         parameters = replay.engine.task.named_parameters()
         count = len(next(iter(final.values())))
         self.by_weight: Vectors = {
@@ -81,8 +82,8 @@ class Walk:
         if step.clipping is not None:
             directions = step.clipping.pull(moment.gradients, directions)
         for batch in step.batches:
-            products, curved = along(self.forward, batch, step, directions, self.trained, self.hessian)
-            _add(self.total, batch.ids, products, self.renormalize and self.forward.mean)
+            products, curved = self.second.along(batch, step, directions)
+            _add(self.total, batch.ids, products, self.renormalize)
             for name, change in curved.items():
                 self.by_weight[name] = self.by_weight[name] + change
 

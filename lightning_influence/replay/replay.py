@@ -14,7 +14,7 @@ from lightning_influence.replay.captured import Segment, Step, segments_of
 from lightning_influence.replay.forward import Forward
 from lightning_influence.replay.standing import Standing
 from lightning_influence.stage import set_clock
-from lightning_influence.trajectory import Trajectory
+from lightning_influence.trajectory import Checkpoint, Trajectory
 
 MAX_DRIFT = 0.1
 """A replay that strays further than this share of the distance that the weights moved is not that fit."""
@@ -63,6 +63,7 @@ class Replay:
     trajectory: Trajectory | None
     max_drift: float = MAX_DRIFT
     segments: list[Segment] = field(init=False)
+    _loaded: dict[int, Standing] = field(init=False, default_factory=dict)
     drift: float = field(init=False, default=0.0)
     """The largest so far: distance from a checkpoint, relative to the distance moved since the one before."""
 
@@ -89,7 +90,7 @@ class Replay:
 
     def start(self, segment: int = 0) -> Standing:
         """The captured state before a segment."""
-        return Standing.of(self.segments[segment].start.load(), self.engine.task)
+        return self._state(self.segments[segment].start)
 
     def run(self, weights: Tensor | None = None, renormalize: bool = False) -> Standing:
         """The whole fit once more, from its first checkpoint, with other weights of its examples.
@@ -153,9 +154,9 @@ class Replay:
         Raises:
             DriftError: further than ``max_drift``.
         """
-        task, found = self.engine.task, self.segments[segment]
-        end = Standing.of(found.end.load(), task)
-        moved = end.distance(Standing.of(found.start.load(), task))
+        found = self.segments[segment]
+        end = self._state(found.end)
+        moved = end.distance(self._state(found.start))
         away = here.distance(end)
         drift = 0.0 if away == 0.0 else away / moved if moved else float("inf")
         self.drift = max(self.drift, drift)
@@ -186,6 +187,14 @@ class Replay:
             "Likely causes: something else moved the weights or the gradients (a callback, a hook of the module, "
             "another device or precision), or data that is not what was trained on."
         )
+
+    def _state(self, checkpoint: Checkpoint) -> Standing:
+        """The captured state; the two last ones are kept, since a segment starts where its neighbour ends."""
+        found = self._loaded.pop(checkpoint.step, None)
+        while len(self._loaded) > 1:
+            del self._loaded[next(iter(self._loaded))]
+        self._loaded[checkpoint.step] = Standing.of(checkpoint.load(), self.engine.task) if found is None else found
+        return self._loaded[checkpoint.step]
 
     def stand(self, moment: Moment) -> None:
         """The module before a step of the replay."""

@@ -1,11 +1,13 @@
 """What a step's gradients say along given directions: of each example, and of their change with the weights."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_influence.gradients.general import requiring_gradients
+from lightning_influence.gradients.outputs import OutputWatch
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.replay.captured import MicroBatch, Step
 from lightning_influence.replay.forward import Forward
@@ -13,38 +15,99 @@ from lightning_influence.replay.forward import Forward
 Vectors = dict[str, Tensor]
 """[k, *shape] by parameter name."""
 
+# Two ways to one product may differ by rounding: by so many units of the last place of the largest.
+_ROUNDING = 1e4
 
-def along(
-    forward: Forward, batch: MicroBatch, step: Step, directions: Vectors, trained: Sequence[str], hessian: bool
-) -> tuple[Tensor, Vectors]:
-    """Products of a micro-batch's gradients, and of its Hessian, with directions.
+
+class Second:
+    """Products of gradients, and of Hessians, of one micro-batch after another with directions.
 
     Args:
-        forward: the module stands before the step.
-        batch: one of the step's.
-        step: in which it was.
-        directions: [k, *shape] by name of the parameters that the step moves.
-        trained: names by which the second derivative is taken.
-        hessian: whether it is taken at all.
-
-    Returns:
-        [k, example], the examples' shares of the step's gradient times the directions; and the Hessian of the
-        micro-batch's share of the loss times the directions, by name of ``trained``.
+        forward: the module in training.
+        trained: names by which second derivatives are taken; none: they are not.
     """
-    if not forward.joint:
-        products = DenseQueries(directions, {}).dot(forward.rows(batch)) * forward.share(batch, step)
-        return products, _hessian(forward, batch, step, directions, trained) if hessian else {}
+
+    def __init__(self, forward: Forward, trained: Sequence[str]) -> None:
+        self.forward, self.trained = forward, list(trained)
+        self._at_outputs = bool(trained) and not forward.joint
+        self._compared = False
+
+    def along(self, batch: MicroBatch, step: Step, directions: Vectors) -> tuple[Tensor, Vectors]:
+        """Products of a micro-batch's share of the step's gradient, and of its Hessian, with directions.
+
+        Args:
+            batch: one of the step's, before which the module stands.
+            step: in which it was.
+            directions: [k, *shape] by name of the parameters that the step moves.
+
+        Returns:
+            [k, example], of each example's share of the gradient; and [k, *shape] of the Hessian, by name of
+            ``trained``.
+        """
+        if self.forward.joint:
+            return _weighted(self.forward, batch, step, directions, self.trained)
+        products, curved = self._curved(batch, step, directions) if self.trained else (None, {})
+        if products is None or not self._compared:
+            by_rows = DenseQueries(directions, {}).dot(self.forward.rows(batch)) * self.forward.share(batch, step)
+            self._at_outputs &= products is not None and _close(products, by_rows, by_rows.abs().sum(1, keepdim=True))
+            self._compared, products = True, by_rows
+        return products, curved
+
+    def _curved(self, batch: MicroBatch, step: Step, directions: Vectors) -> tuple[Tensor | None, Vectors]:
+        """Both in one pass where the network's outputs tell its examples apart, else the Hessian alone.
+
+        An example's product is the gradient by its outputs times their change along the direction, and that change is
+        met anyway on the way back through the gradient's graph.
+        """
+        parameters = self.forward.task.named_parameters()
+        watch = OutputWatch(parameters[name] for name in directions)
+        with requiring_gradients(self.forward.task.module, self.trained):
+            with watch if self._at_outputs else contextlib.nullcontext():
+                total = self.forward.total(batch, step)
+            outputs = [output for output in watch.outputs() if output.ndim and len(output) == len(batch.ids)]
+            found = _gradients(total, [*outputs, *(parameters[name] for name in directions)])
+            gradients = _by_name(directions, found[len(outputs) :])
+            reached = [g for g in found[: len(outputs)] if g is not None and g.requires_grad]
+            pulled = _pulled(gradients, directions, [*reached, *(parameters[name] for name in self.trained)])
+        curved = _by_name(self.trained, pulled[len(reached) :])
+        return _told_apart(reached, pulled, gradients, directions), curved
+
+
+def _told_apart(
+    reached: Sequence[Tensor], changes: Sequence[Tensor | None], gradients: Vectors, directions: Vectors
+) -> Tensor | None:
+    """[k, example]: gradients by outputs times the changes of these; None where that is not all there is."""
+    products: Tensor | None = None
+    for g, change in zip(reached, changes, strict=False):
+        if change is not None:
+            product = (change.detach() * g.detach()).reshape(len(change), len(g), -1).sum(2)
+            products = product if products is None else products + product
+    if products is None:
+        return None
+    whole = [v.reshape(len(v), -1) @ gradients[n].detach().flatten() for n, v in directions.items() if n in gradients]
+    scale = products.abs().sum(1)
+    return products if _close(products.sum(1), torch.stack(whole).sum(0), scale) else None
+
+
+def _close(found: Tensor, expected: Tensor, scale: Tensor) -> bool:
+    """Whether the difference is rounding."""
+    return bool(((found - expected).abs() <= _ROUNDING * torch.finfo(found.dtype).eps * scale).all())
+
+
+def _weighted(
+    forward: Forward, batch: MicroBatch, step: Step, directions: Vectors, trained: Sequence[str]
+) -> tuple[Tensor, Vectors]:
+    """Both, where ``loss=`` gives the losses of the examples: by the weights that they have in their sum."""
     parameters = forward.task.named_parameters()
-    with requiring_gradients(forward.task.module, trained):
+    with requiring_gradients(forward.task.module, trained or list(directions)):
         losses = forward.losses(batch)
         weights = torch.ones_like(losses, requires_grad=True)
         total = (losses * weights).sum() * forward.share(batch, step)
-        others = list(trained) if hessian else []
-        gradients = _gradients(total, parameters, list(directions))
-        found = _pulled(gradients, directions, [weights, *(parameters[name] for name in others)])
+        gradients = _by_name(directions, _gradients(total, [parameters[name] for name in directions]))
+        pulled = _pulled(gradients, directions, [weights, *(parameters[name] for name in trained)])
     count = len(next(iter(directions.values())))
-    products = losses.new_zeros(count, len(batch.ids)) if found[0] is None else found[0].detach()
-    return products, {n: value.detach() for n, value in zip(others, found[1:], strict=True) if value is not None}
+    products = losses.new_zeros(count, len(batch.ids)) if pulled[0] is None else pulled[0].detach()
+    return products, _by_name(trained, pulled[1:])
 
 
 def scaled_products(forward: Forward, batch: MicroBatch, step: Step, queries: QueryGradients, factor: Tensor) -> Tensor:
@@ -63,30 +126,27 @@ def scaled_products(forward: Forward, batch: MicroBatch, step: Step, queries: Qu
     groups = forward.engine.groups
     vectors = {name: v for name, v in queries.dense().items() if name in step.moves.options}
     directions = {name: v * factor[groups.get(name, 0)].to(v) for name, v in vectors.items()}
-    return along(forward, batch, step, directions, list(directions), False)[0]
+    return _weighted(forward, batch, step, directions, ())[0]
 
 
-def _hessian(forward: Forward, batch: MicroBatch, step: Step, directions: Vectors, trained: Sequence[str]) -> Vectors:
-    parameters = forward.task.named_parameters()
-    with requiring_gradients(forward.task.module, trained):
-        gradients = _gradients(forward.total(batch, step), parameters, list(directions))
-        found = _pulled(gradients, directions, [parameters[name] for name in trained])
-    return {name: value.detach() for name, value in zip(trained, found, strict=True) if value is not None}
+def _by_name(names: Iterable[str], tensors: Sequence[Tensor | None]) -> Vectors:
+    """Those that there are."""
+    return {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
 
 
-def _gradients(total: Tensor, parameters: Mapping[str, Tensor], names: Sequence[str]) -> Vectors:
-    """That can be differentiated once more; without those that are constant."""
+def _gradients(total: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """That can be differentiated once more."""
     if not total.requires_grad:
-        return {}
-    found = torch.autograd.grad(total, [parameters[name] for name in names], create_graph=True, allow_unused=True)
-    return {name: g for name, g in zip(names, found, strict=True) if g is not None and g.requires_grad}
+        return [None] * len(inputs)
+    return torch.autograd.grad(total, inputs, create_graph=True, allow_unused=True)
 
 
 def _pulled(gradients: Vectors, directions: Vectors, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
     """Derivatives of <gradients, directions> by the inputs, all directions at once where torch can."""
-    if not gradients:
+    curved = {name: gradient for name, gradient in gradients.items() if gradient.requires_grad}
+    if not curved or not inputs:
         return [None] * len(inputs)
-    outputs, seeds = list(gradients.values()), [directions[name] for name in gradients]
+    outputs, seeds = list(curved.values()), [directions[name] for name in curved]
     try:
         return torch.autograd.grad(
             outputs, inputs, grad_outputs=seeds, is_grads_batched=True, allow_unused=True, retain_graph=True

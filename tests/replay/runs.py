@@ -50,8 +50,9 @@ NETS = {"mlp": mlp, "dropout": lambda: mlp(0.4), "cnn": cnn, "transformer": Atte
 class Fitted(pl.LightningModule):
     """Cross-entropy; notes the batches and the random states that it is given."""
 
-    def __init__(self, net, kind="SGD", groups=({},), lr=0.1, summed=False):
+    def __init__(self, net, kind="SGD", groups=({},), lr=0.1, summed=False, step=None):
         super().__init__()
+        self.step = step
         self.net, self.kind, self.groups, self.lr, self.summed = net, kind, groups, lr, summed
         self.seen, self.states = [], []
 
@@ -60,6 +61,8 @@ class Fitted(pl.LightningModule):
         if self.trainer.training:
             self.seen.append(index.tolist())
             self.states.append(torch.get_rng_state())
+        if self.step is not None:
+            return self.step(self.net, x, y)
         return F.cross_entropy(self.net(x), y, reduction="sum" if self.summed else "mean")
 
     def configure_optimizers(self):
@@ -147,11 +150,12 @@ def fitted(
     epochs=2,
     n=N,
     limit=None,
+    step=None,
     **capture,
 ):
-    """Fits with capture; batches of 4, the last one short."""
+    """Fits with capture; batches of 4, the last one short. ``step(net, x, y)`` stands in for the loss."""
     torch.manual_seed(3)
-    module = Fitted(NETS[net]().double(), kind, groups, lr, summed)
+    module = Fitted(NETS[net]().double(), kind, groups, lr, summed, step)
     start = {n: p.detach().clone() for n, p in module.net.named_parameters()}
     train, queries = data(net, n, 0), data(net, QUERIES, 1)
     untrained = quiet_copy(module)

@@ -7,11 +7,14 @@ import torch
 from oracles import assert_scores
 from oracles_during import fast_influence
 from oracles_dynamic import influence, losses_at
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_influence import Attributor, HyDRA, MissingEvidence, Trajectory
 from lightning_influence.replay import DriftError
-from replay.runs import N, fitted, joint
+from replay.runs import N, data, fitted, joint
 
 CASES = {
     "sgd": {},
@@ -62,6 +65,82 @@ def test_without_the_hessian_it_is_its_own_recursion(case, tmp_path):
         expected = fast_influence(fit.run, fit.query_losses, N)
     for loss in (joint,) if case == "batchnorm" else (None, joint):
         assert_scores(scores(fit, plain(hessian=False), loss).values, expected, 1e-9)
+
+
+def _penalty(net):
+    return 0.1 * sum(p.square().sum() for p in net.parameters())
+
+
+def _apart(net, x, y):
+    return F.cross_entropy(net(x), y, reduction="none")
+
+
+def _crowded(net, x, y):
+    hidden = net[:2](x)
+    return F.cross_entropy(net[2:](hidden), y) + hidden.square().sum(1).mean()
+
+
+STEPS = {
+    "by hand": (lambda net, x, y: (net(x).logsumexp(1) - net(x)[range(len(y)), y]).mean(), _apart),
+    "backwards": (lambda net, x, y: F.cross_entropy(net(x).flip(0), y.flip(0)), _apart),
+    "twice": (lambda net, x, y: F.cross_entropy(torch.cat([net(x)] * 2), torch.cat([y] * 2)), _apart),
+    "classes first": (lambda net, x, y: F.cross_entropy(net(x).T[None], y[None]), _apart),
+    "with a penalty": (
+        lambda net, x, y: F.cross_entropy(net(x), y) + _penalty(net),
+        lambda net, x, y: _apart(net, x, y) + _penalty(net),
+    ),
+    "of hidden values": (
+        _crowded,
+        lambda net, x, y: _apart(net, x, y) + net[:2](x).square().sum(1),
+    ),
+}
+
+
+class Written(nn.Module):
+    """A function of a network and a batch, as a module."""
+
+    def __init__(self, net, function):
+        super().__init__()
+        self.net, self.function = net, function
+
+    def forward(self, x, y):
+        return self.function(self.net, x, y)
+
+
+def assert_exact(folder, written, apart):
+    """HyDRA of a fit under a loss, of which ``apart`` gives each example's."""
+    fit = fitted(folder, groups=({"momentum": 0.9},), step=written)
+
+    def losses(module, params, batch):
+        named = {f"net.{name}": p for name, p in params.items()}
+        return functional_call(Written(module, apart), named, tuple(batch[:2]))
+
+    fit.run.losses = losses
+    expected = influence(fit.run, lambda module, params: losses(module, params, fit.queries.tensors), N)
+    assert_scores(scores(fit).values, expected, 1e-9)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_however_the_loss_is_written(step, tmp_path):
+    """Examples are told apart where the network ends, unless the loss is more than that or changes their order."""
+    assert_exact(tmp_path, *STEPS[step])
+
+
+def test_a_loss_that_is_more_for_some_examples(tmp_path):
+    """Not for those that are walked through first."""
+    last = fitted(tmp_path / "order").module.seen[-1]
+    inputs = data("mlp", N, 0).tensors[0][:, 0]
+    high = inputs[last].max()
+    assert bool((inputs > high).any())
+
+    def more(net, x, y):
+        return net[:2](x).square().sum(1) * (x[:, 0] > high)
+
+    assert_exact(
+        tmp_path / "more",
+        lambda net, x, y: F.cross_entropy(net(x), y) + more(net, x, y).mean(),
+        lambda net, x, y: _apart(net, x, y) + more(net, x, y),
+    )
 
 
 def test_it_is_what_happens_when_a_weight_changes_a_little(tmp_path):
