@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_influence.examples import Block
+from lightning_influence.examples import Block, Examples
 from lightning_influence.gradients.block import Gradients, Names
 from lightning_influence.gradients.general import (
     NotVectorisable,
@@ -90,6 +90,7 @@ class Engine:
     _next: int = 4
     _checked: int = 0
     _unchecked: int = 0
+    _width: int = 0
     _positions: set[tuple[str, float]] = field(default_factory=set)
 
     @property
@@ -167,6 +168,14 @@ class Engine:
             example = block.ids[row]
             truth = one_gradient(self.task, block.one(example), self.plan.names, self.seed, example)
             refuse_difference(gradients, row, truth, example)
+
+    def width(self, examples: Examples | None = None) -> int:
+        """Numbers that one example's passage through the network makes, roughly: measured once, where there are any."""
+        if not self._width and examples is not None:
+            like = next(iter(self.task.named_parameters().values()))
+            first = self.gradients(next(iter(examples.blocks(0, 1))))
+            self._width = first.query_bytes(1) // like.element_size()
+        return max(1, self._width)
 
     def total(self, block: Block) -> Tensor:
         """The sum of a block's losses, with its graph."""

@@ -1,9 +1,7 @@
 """Hessian and Gauss-Newton matrix of the mean training loss, times many vectors at once."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -13,10 +11,9 @@ from lightning_influence.examples import Block, Examples
 from lightning_influence.gradients.engine import Engine
 from lightning_influence.gradients.general import math_attention, requiring_gradients
 from lightning_influence.gradients.outputs import OutputWatch, refuse_other_paths
+from lightning_influence.gradients.pull import at_once, pull
 
 Matrix = Literal["ggn", "hessian"]
-# Numbers that the products of one block with some vectors may hold at once.
-_WORKSPACE = 2**24
 _BLOCK = 256
 
 
@@ -92,7 +89,7 @@ class Products:
         apply = self._hessian if matrix == "hessian" else self._ggn
         with requiring_gradients(self.engine.task.module, list(self.parameters)), math_attention():
             for block in self._blocks(ids):
-                step = max(1, _WORKSPACE // max(len(self.flat), block.size * self._width))
+                step = at_once(len(self.flat), block.size * self.engine.width(self.examples))
                 try:
                     multiply = apply(block)
                     for start in range(0, len(vectors), step):
@@ -127,12 +124,6 @@ class Products:
             some = list(ids[start : start + _BLOCK])
             yield Block(some[0], len(some), self.examples.some(some), self.examples.one)
 
-    @cached_property
-    def _width(self) -> int:
-        """Numbers that one example's passage through the network makes, roughly."""
-        some = next(iter(self.examples.blocks(0, 1)))
-        return max(1, self.engine.gradients(some).query_bytes(1) // self.like.element_size())
-
     def gradient(self, ids: Sequence[int]) -> Tensor:
         """[1, entries]: the sum of the gradients of some training examples."""
         total = self.like.detach().new_zeros(1, len(self.flat))
@@ -151,7 +142,7 @@ class Products:
 
         def multiply(vectors: Tensor) -> Tensor:
             named = list(self.flat.split(vectors).values())
-            return self._joined(_pull(live, values, [named[i] for i in where]), vectors)
+            return self._joined(pull(live, values, [named[i] for i in where], len(vectors)), vectors)
 
         return multiply
 
@@ -174,14 +165,15 @@ class Products:
 
         def multiply(vectors: Tensor) -> Tensor:
             named = list(self.flat.split(vectors).values())
-            moved = _pull(live, weights, [named[i] for i in where])
+            moved = pull(live, weights, [named[i] for i in where], len(vectors))
             moved = [
                 torch.zeros(len(vectors), *o.shape).to(o) if m is None else m
                 for m, o in zip(moved, outputs, strict=True)
             ]
-            bent = _pull([arriving[i] for i in curved], outputs, [moved[i] for i in curved])  # type: ignore[misc]
+            bent = pull([arriving[i] for i in curved], outputs, [moved[i] for i in curved], len(vectors))  # type: ignore[misc]
             felt = [i for i, b in enumerate(bent) if b is not None]
-            return self._joined(_pull([outputs[i] for i in felt], values, [bent[i] for i in felt]), vectors)  # type: ignore[misc]
+            found = pull([outputs[i] for i in felt], values, [bent[i] for i in felt], len(vectors))  # type: ignore[misc]
+            return self._joined(found, vectors)
 
         return multiply
 
@@ -194,21 +186,3 @@ def _gradients(total: Tensor, values: Sequence[Tensor], create_graph: bool) -> t
     if not total.requires_grad:
         return (None,) * len(values)
     return torch.autograd.grad(total, values, create_graph=create_graph, allow_unused=True)
-
-
-def _pull(sources: Sequence[Tensor], targets: Sequence[Tensor], vectors: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """Vector-Jacobian products of several vectors at once, [vector, *shape of target] for each target."""
-    if not sources:
-        return [None] * len(targets)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*not yet implemented the batching rule.*")
-            return torch.autograd.grad(
-                sources, targets, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True
-            )
-    except RuntimeError:  # an operation that does not run under `vmap`
-        single = [
-            torch.autograd.grad(sources, targets, [v[i] for v in vectors], retain_graph=True, allow_unused=True)
-            for i in range(len(vectors[0]))
-        ]
-        return [None if of[0] is None else torch.stack(of) for of in zip(*single, strict=True)]  # type: ignore[arg-type]

@@ -72,8 +72,8 @@ def _at_once(replay: Replay) -> int:
     if not forward.joint and any(batch.random for step in steps for batch in step.batches):
         return 0
     largest = max((len(batch.ids) for step in steps for batch in step.batches), default=1)
-    block = next(iter(replay.examples.blocks(0, 1)))
-    activations = 4 * largest * replay.engine.gradients(block).query_bytes(1)
+    like = next(iter(replay.engine.task.named_parameters().values()))
+    activations = 4 * largest * replay.engine.width() * like.element_size()
     return max(1, _BYTES // (activations + 2 * replay.start().bytes()))
 
 

@@ -78,6 +78,7 @@ class Replay:
                 f"{f' and {len(left_out) - 1} more' if len(left_out) > 1 else ''}: a change of one weight moves all "
                 "others in the steps after it. Leave `parameters` out."
             )
+        self.engine.width(self.examples)  # while the module is in eval mode
 
     @property
     def steps(self) -> list[Step]:

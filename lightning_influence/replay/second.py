@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_influence.gradients.general import requiring_gradients
 from lightning_influence.gradients.outputs import OutputWatch
+from lightning_influence.gradients.pull import at_once, pull
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.replay.captured import MicroBatch, Step
 from lightning_influence.replay.forward import Forward
@@ -68,7 +69,8 @@ class Second:
             found = _gradients(total, [*outputs, *(parameters[name] for name in directions)])
             gradients = _by_name(directions, found[len(outputs) :])
             reached = [g for g in found[: len(outputs)] if g is not None and g.requires_grad]
-            pulled = _pulled(gradients, directions, [*reached, *(parameters[name] for name in self.trained)])
+            targets = [*reached, *(parameters[name] for name in self.trained)]
+            pulled = _pulled(gradients, directions, targets, _together(self.forward, batch, directions))
         curved = _by_name(self.trained, pulled[len(reached) :])
         return _told_apart(reached, pulled, gradients, directions), curved
 
@@ -104,7 +106,8 @@ def _weighted(
         weights = torch.ones_like(losses, requires_grad=True)
         total = (losses * weights).sum() * forward.share(batch, step)
         gradients = _by_name(directions, _gradients(total, [parameters[name] for name in directions]))
-        pulled = _pulled(gradients, directions, [weights, *(parameters[name] for name in trained)])
+        targets = [weights, *(parameters[name] for name in trained)]
+        pulled = _pulled(gradients, directions, targets, _together(forward, batch, directions))
     count = len(next(iter(directions.values())))
     products = losses.new_zeros(count, len(batch.ids)) if pulled[0] is None else pulled[0].detach()
     return products, _by_name(trained, pulled[1:])
@@ -129,6 +132,12 @@ def scaled_products(forward: Forward, batch: MicroBatch, step: Step, queries: Qu
     return _weighted(forward, batch, step, directions, ())[0]
 
 
+def _together(forward: Forward, batch: MicroBatch, directions: Vectors) -> int:
+    """How many directions at once."""
+    numbers = sum(rows[0].numel() for rows in directions.values())
+    return at_once(numbers, len(batch.ids) * forward.engine.width())
+
+
 def _by_name(names: Iterable[str], tensors: Sequence[Tensor | None]) -> Vectors:
     """Those that there are."""
     return {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
@@ -141,21 +150,9 @@ def _gradients(total: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor | Non
     return torch.autograd.grad(total, inputs, create_graph=True, allow_unused=True)
 
 
-def _pulled(gradients: Vectors, directions: Vectors, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """Derivatives of <gradients, directions> by the inputs, all directions at once where torch can."""
+def _pulled(
+    gradients: Vectors, directions: Vectors, inputs: Sequence[Tensor], together: int
+) -> Sequence[Tensor | None]:
+    """Derivatives of <gradients, directions> by the inputs."""
     curved = {name: gradient for name, gradient in gradients.items() if gradient.requires_grad}
-    if not curved or not inputs:
-        return [None] * len(inputs)
-    outputs, seeds = list(curved.values()), [directions[name] for name in curved]
-    try:
-        return torch.autograd.grad(
-            outputs, inputs, grad_outputs=seeds, is_grads_batched=True, allow_unused=True, retain_graph=True
-        )
-    except RuntimeError:  # an operation without a batching rule: one direction after another
-        rows = [
-            torch.autograd.grad(
-                outputs, inputs, grad_outputs=[seed[k] for seed in seeds], allow_unused=True, retain_graph=True
-            )
-            for k in range(len(seeds[0]))
-        ]
-        return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]  # type: ignore[arg-type]
+    return pull(list(curved.values()), inputs, [directions[name] for name in curved], together)

@@ -11,12 +11,10 @@ from lightning_influence.gradients import Engine, Gradients, Reduction
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.general import requiring_gradients
 from lightning_influence.gradients.part import Part
+from lightning_influence.gradients.pull import at_once, pull
 from lightning_influence.gradients.rows import Rows
 from lightning_influence.module import Task, isolated_random_state
 from lightning_influence.types import Batch
-
-# Elements that the directions of one batched Hessian product may hold.
-_DIRECTIONS = 2**24
 
 
 class Seen(Task):
@@ -125,11 +123,13 @@ class HessianProducts:
         names: the parameters.
         gradients: of the micro-batch's loss, by name, with their graph; those without second derivatives are absent.
         parameters: by name.
+        activations: numbers that the micro-batch's passage through the network makes.
     """
 
     names: Sequence[str]
     gradients: Mapping[str, Tensor]
     parameters: Mapping[str, Tensor]
+    activations: int
 
     @classmethod
     def of(cls, present: Present) -> "HessianProducts":
@@ -140,26 +140,17 @@ class HessianProducts:
             wanted = [parameters[name] for name in names]
             found = torch.autograd.grad(total, wanted, create_graph=True, allow_unused=True)
         bent = {n: g for n, g in zip(names, found, strict=True) if g is not None and g.requires_grad}
-        return cls(names, bent, {name: parameters[name] for name in names})
+        activations = len(present.ids) * present.engine.width()
+        return cls(names, bent, {name: parameters[name] for name in names}, activations)
 
     def times(self, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """[direction, *shape] by name for directions of that shape."""
-        count = len(next(iter(directions.values())))
-        if not self.gradients:
-            return {name: torch.zeros_like(directions[name]) for name in self.names}
         width = sum(p.numel() for p in self.parameters.values())
-        step = max(1, _DIRECTIONS // max(1, width))
-        parts = [self._chunk({n: d[i : i + step] for n, d in directions.items()}) for i in range(0, count, step)]
-        return {name: torch.cat([part[name] for part in parts]) for name in self.names}
-
-    def _chunk(self, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = torch.autograd.grad(
+        found = pull(
             list(self.gradients.values()),
             list(self.parameters.values()),
             [directions[name].to(gradient) for name, gradient in self.gradients.items()],
-            is_grads_batched=True,
-            retain_graph=True,
-            allow_unused=True,
+            at_once(width, self.activations),
         )
         return {
             name: torch.zeros_like(directions[name]) if product is None else product.to(directions[name])

@@ -103,6 +103,7 @@ class Watch:
         self._engine, self._asked = session.engine, session.asked
         self._mean = {Reduction.MEAN: True, Reduction.SUM: False}.get(session.engine.reduction)
         self._watch()
+        session.engine.width(session.examples)
         fit = self._fit(session, None if parent is None else parent.parent)
         for each in self.tracked:
             state = None

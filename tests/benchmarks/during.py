@@ -33,7 +33,7 @@ def fit(kind, data, batch, *callbacks):
     """Seconds of the steps, without what comes before the first and after the last."""
     torch.manual_seed(0)
     clock = Clock()
-    trainer = pl.Trainer(max_epochs=3, callbacks=[*callbacks, clock], **QUIET)
+    trainer = pl.Trainer(max_epochs=10, callbacks=[*callbacks, clock], **QUIET)
     trainer.fit(kind(mlp()), DataLoader(data, batch, shuffle=True))
     return clock.seconds / clock.steps
 

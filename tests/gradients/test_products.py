@@ -134,8 +134,10 @@ def test_of_some_examples_the_sum_is_taken(matrix):
 def test_vectors_in_chunks_and_one_by_one_where_vmap_cannot(monkeypatch):
     _, attributor = opened(mlp, F.cross_entropy, both(5)["train"]())
     whole, _, _ = columns(attributor, "ggn")
-    monkeypatch.setattr("lightning_influence.gradients.products._WORKSPACE", 200)
-    torch.testing.assert_close(columns(attributor, "ggn")[0], whole)
+    for workspace in (1, 10_000):  # one after another; some at once
+        with monkeypatch.context() as patch:
+            patch.setattr("lightning_influence.gradients.pull._WORKSPACE", workspace)
+            torch.testing.assert_close(columns(attributor, "ggn")[0], whole)
     real, batched = torch.autograd.grad, []
 
     def grad(*args, is_grads_batched=False, **kwargs):
