@@ -57,6 +57,16 @@ def test_conjugate_gradients_stop_short_and_tell_the_true_residual():
     assert float(found.residuals.min()) > 1e-3
 
 
+def test_conjugate_gradients_do_not_believe_their_running_residual():
+    """In float32 and badly conditioned, it goes on falling where b - A x no longer does."""
+    a = matrix(torch.logspace(-7, 0, 12)).float()
+    b = right(2, 12).float()
+    found = solvers.conjugate_gradient(times(a), b, 1e-7, 3000)
+    expected = torch.linalg.vector_norm(b - found.vectors @ a, dim=1) / torch.linalg.vector_norm(b, dim=1)
+    torch.testing.assert_close(found.residuals, expected, rtol=1e-3, atol=0)
+    assert float(found.residuals.max()) > 1e-5
+
+
 def test_conjugate_gradients_notice_negative_curvature_of_the_row_that_meets_it():
     a = torch.diag(torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64))
     b = torch.tensor([[1.0, 1.0, 0.0], [0.1, 0.1, 1.0]], dtype=torch.float64)
@@ -97,6 +107,25 @@ def test_the_scale_is_a_bound_close_to_the_largest_magnitude(values):
     a, largest = matrix(values), float(values.abs().max())
     found = solvers.largest_eigenvalue(times(a), a[0], seed=3)
     assert largest * (1 - 1e-3) <= found <= largest * 1.05
+
+
+def test_the_scale_is_a_bound_where_power_iteration_stops_early():
+    a = matrix(SPREAD)
+    for seed in range(5):
+        assert solvers.largest_eigenvalue(times(a), a[0], seed, tolerance=0.2) >= 10.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_matrix_that_is_not_finite_has_no_scale_and_is_not_asked_again(value):
+    asked = []
+
+    def product(vectors):
+        asked.append(1)
+        return torch.full_like(vectors, value)
+
+    found = solvers.largest_eigenvalue(product, torch.zeros(4), seed=0)
+    assert found != found or found == float("inf")
+    assert len(asked) == 1
 
 
 def test_the_mean_diagonal_is_estimated_and_repeats():
