@@ -1,6 +1,9 @@
 """What replays and derivatives of whole fits must equal: every step written out by hand; nothing of the package."""
 
+import copy
+
 import torch
+from oracles import flat
 from torch.func import functional_call
 
 
@@ -88,3 +91,51 @@ def losses_at(run, query_losses, w):
 
 def call(module, params, *inputs):
     return functional_call(module, params, inputs)
+
+
+def rows_of(losses, params):
+    """{name: [example, *shape]}: gradients of the losses, one backward pass each."""
+    found = [torch.autograd.grad(loss, list(params.values()), retain_graph=True) for loss in losses]
+    return {name: torch.stack(column) for name, column in zip(params, zip(*found, strict=True), strict=True)}
+
+
+def tracin(run, quiet_losses, queries, n_train, change=lambda rows: rows):
+    """[query, train], or [train] where ``queries`` is None and examples are their own: the double loop over the steps.
+
+    Args:
+        run: as ``unrolled`` takes it.
+        quiet_losses: (module, params, batch) -> [batch], in eval mode.
+        queries: their batch.
+        n_train: training examples.
+        change: what is done to gradients {name: [example, *shape]} before they are multiplied.
+    """
+    total = torch.zeros(n_train, dtype=torch.float64)
+    if queries is not None:
+        total = total.expand(len(queries[1]), -1).clone()
+    module = copy.deepcopy(run.module)  # its buffers are written into
+    params = {name: value.clone() for name, value in run.start.items()}
+    memory = {name: {} for name in params}
+    for window, rates in zip(run.windows, run.rates, strict=True):
+        here = {name: value.detach().requires_grad_(True) for name, value in params.items()}
+        summed, drawn = {name: torch.zeros_like(v) for name, v in here.items()}, []
+        standing = [batch if queries is None else queries for _, batch, _ in window]  # before any buffer is written
+        each = [change(rows_of(quiet_losses(module, here, batch), here)) for batch in standing]
+        for (ids, batch, state), asked in zip(window, each, strict=True):
+            if state is not None:
+                torch.set_rng_state(state)
+            rows = rows_of(run.losses(module, here, batch), here)
+            share = 1.0 / (run.divisor * (len(ids) if run.mean else 1))
+            summed = {name: summed[name] + share * rows[name].sum(0) for name in here}
+            drawn.append((ids, share, asked, change(rows)))
+        after = clipped(summed, run.clip)
+        length = lambda named: torch.cat([v.flatten() for v in named.values()]).norm()  # noqa: E731
+        factor = length(after) / length(summed) if run.clip else 1.0
+        for (names, settings), lr in zip(run.groups, rates, strict=True):
+            pull = lr * factor / (1.0 - settings.get("momentum", 0.0)) * (-1.0 if settings.get("maximize") else 1.0)
+            for ids, share, asked, rows in drawn:
+                products = sum(flat(asked[name]) @ flat(rows[name]).T for name in names)
+                for k, i in enumerate(ids):
+                    total[..., i] += pull * share * (products[k, k] if queries is None else products[:, k])
+            for name in names:
+                params[name] = hand_step(run.kind, settings, here[name], after[name], memory[name], lr).detach()
+    return total

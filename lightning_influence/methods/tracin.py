@@ -1,19 +1,29 @@
 """TracIn: the loss decrease of a query, traced through every step that an example was in (Pruthi et al., 2020)."""
 
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_influence.method import Evidence, Method
+from lightning_influence.gradients.queries import EachQuery
+from lightning_influence.method import Evidence, Method, one_of
+from lightning_influence.methods.gradient_dot import Sides, check_projection, refuse_constant
 from lightning_influence.numerics.clipping import ByNorm
-from lightning_influence.replay import MAX_DRIFT, Moment, Replayed
+from lightning_influence.numerics.projections import RandomProjection
+from lightning_influence.replay import MAX_DRIFT, Moment, Replay, Replayed
+from lightning_influence.replay.captured import Step
+from lightning_influence.replay.forward import Forward
 from lightning_influence.replay.scoring import Told, tell_drift
 from lightning_influence.replay.second import scaled_products
 from lightning_influence.setting import Queries, Setting
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.exposure import gain
+
+Products = Callable[[Forward, Step, Tensor], list[Tensor]]
+"""``products(forward, step, pull)``: [..., example] for each micro-batch of a step, before which the module stands."""
 
 
 @dataclass(frozen=True)
@@ -26,59 +36,131 @@ class TracIn(Method):
     example's gradient is that of its step, dropout included.
 
     Source: Pruthi, Liu, Kale, Sundararajan. Estimating Training Data Influence by Tracing Gradient Descent.
-    NeurIPS 2020.
+    NeurIPS 2020. ``normalize`` as in ``TracInCP``.
     Needs: the batch order, learning rates and checkpoints of a fit by an optimizer that can be replayed.
-    Units: query loss, counted when the example was seen; arbitrary where the optimizer rescales gradients.
-    Cost: the fit once more, and a backward pass a query and step.
+    Units: query loss, counted when the example was seen; arbitrary where gradients are normalised or the optimizer
+    rescales them.
+    Cost: the fit once more, and a backward pass a query and step; of itself, one more backward pass an example and
+    step.
     Departs from the paper: the coefficient counts the example's weight in its batch, and momentum.
 
     Args:
+        normalize: None, ``"cosine"`` or ``"layerwise"``.
+        projection: multiply random projections of the gradients instead: the same on average.
         max_drift: a replay that strays from the captured weights by more, relative to the distance that they moved
             between checkpoints, is an error.
 
     Raises:
-        ValueError: another ``max_drift``; an optimizer without a rule; a loss that mixes examples in
-            training without ``loss=``.
+        ValueError: other values; an optimizer without a rule; a loss that mixes examples in training without ``loss=``;
+            with ``loss=``, ``normalize`` or ``projection``; self-influence of a normalised method, which is constant.
         MissingEvidence: a fit that was not captured step by step.
         DriftError: a replay that is not the fit.
     """
 
+    normalize: Literal["cosine", "layerwise"] | None = None
+    projection: RandomProjection | None = None
     max_drift: float = MAX_DRIFT
     needs: ClassVar[Evidence] = Evidence.CHECKPOINTS | Evidence.BATCH_ORDER
     walks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        one_of("normalize", self.normalize, (None, "cosine", "layerwise"))
+        check_projection(self.projection)
         if not self.max_drift > 0:
             raise ValueError(f"Expected `max_drift` to be a positive number, got {self.max_drift!r}.")
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """[query, train]."""
-        replay, total = Replayed(max_drift=self.max_drift).replay(setting), setting.zeros(queries)
-        told = Told(setting, sum(len(batch.ids) for step in replay.steps for batch in step.batches))
-        with replay.training():
-            for number, segment in enumerate(replay.segments):
-                for moment in replay.walk(replay.start(number), segment.steps, separate=True):
-                    replay.stand(moment)
-                    with replay.forward.scoring():
-                        gradients = queries.gradients()
-                    pull = _pull(moment, setting)
-                    for batch in moment.step.batches:
-                        products = scaled_products(replay.forward, batch, moment.step, gradients, pull)
-                        total.index_add_(1, torch.as_tensor(batch.ids, device=total.device), products.to(total))
-                    told(moment.step)
-                replay.compare(number, replay.after)
-        told.rest()
-        tell_drift(setting, replay)
-        return total
+        return self._walk(setting, setting.zeros(queries), self._of_queries(queries))
+
+    def self_influence(self, setting: Setting) -> Tensor:
+        """[train]: the same with the example as its own query."""
+        refuse_constant(self.normalize)
+        return self._walk(setting, setting.zeros(), self._of_itself())
+
+    def seconds(self, setting: Setting, queries: Queries) -> float:
+        """What the queries will take together, by timing a few steps."""
+        return self._seconds(setting, self._of_queries(queries))
+
+    def overhead(self, setting: Setting, queries: int) -> float:
+        """What self-influence takes beyond a pass over the examples."""
+        return self._seconds(setting, self._of_itself())
 
     def positions(self, trajectory: Trajectory | None) -> list[int]:
         """The final weights: earlier ones are where the replay starts from."""
         return [] if trajectory is None else [len(trajectory.checkpoints) - 1]
 
     def unit(self, setting: Setting) -> str:
-        """Loss, unless the optimizer took the scale away."""
+        """Loss, unless something took the scale away."""
         adaptive = setting.trajectory is not None and setting.trajectory.adaptive
-        return "arbitrary" if adaptive else "loss (summed over the moments the example was seen)"
+        return "arbitrary" if adaptive or self.normalize else "loss (summed over the moments the example was seen)"
+
+    def _of_queries(self, queries: Queries) -> Products:
+        """[query, example]."""
+        sides = Sides(self.normalize, self.projection)
+
+        def products(forward: Forward, step: Step, pull: Tensor) -> list[Tensor]:
+            with forward.scoring():
+                gradients = sides(queries.gradients())
+            return [scaled_products(forward, batch, step, gradients, pull, sides) for batch in step.batches]
+
+        return products
+
+    def _of_itself(self) -> Products:
+        """[example]."""
+        sides = Sides(None, self.projection)
+
+        def products(forward: Forward, step: Step, pull: Tensor) -> list[Tensor]:
+            with forward.scoring():
+                own = [EachQuery([sides(forward.rows(batch, as_drawn=False))]) for batch in step.batches]
+            pairs = zip(step.batches, own, strict=True)
+            return [scaled_products(forward, batch, step, mine, pull, sides).diagonal() for batch, mine in pairs]
+
+        return products
+
+    def _walk(self, setting: Setting, total: Tensor, products: Products) -> Tensor:
+        replay = self._replay(setting)
+        told = Told(setting, sum(len(batch.ids) for step in replay.steps for batch in step.batches))
+        with replay.training():
+            for number, segment in enumerate(replay.segments):
+                for step, found in _visits(setting, replay, number, segment.steps, products):
+                    for batch, of_batch in zip(step.batches, found, strict=True):
+                        ids = torch.as_tensor(batch.ids, device=total.device)
+                        total.index_add_(total.ndim - 1, ids, of_batch.to(total))
+                    told(step)
+                replay.compare(number, replay.after)
+        told.rest()
+        tell_drift(setting, replay)
+        return total
+
+    def _seconds(self, setting: Setting, products: Products) -> float:
+        replay = self._replay(setting)
+        number = next(k for k, segment in enumerate(replay.segments) if segment.steps)
+        steps = replay.segments[number].steps[:3]
+        with replay.training():
+            list(_visits(setting, replay, number, steps[:1], products))
+            started = time.perf_counter()
+            list(_visits(setting, replay, number, steps, products))
+        return (time.perf_counter() - started) * len(replay.steps) / len(steps)
+
+    def _replay(self, setting: Setting) -> Replay:
+        replay = Replayed(max_drift=self.max_drift).replay(setting)
+        if replay.forward.joint and (self.normalize is not None or self.projection is not None):
+            raise ValueError(
+                f"Expected `normalize=None` and `projection=None` with `loss=`, got {self.normalize!r} and "
+                f"{self.projection!r}: a loss of the joint batch gives products of its examples' gradients, not the "
+                "gradients themselves. Leave them out, or use `TracInCP`, which takes examples one by one."
+            )
+        return replay
+
+
+def _visits(
+    setting: Setting, replay: Replay, segment: int, steps: Sequence[Step], products: Products
+) -> Iterator[tuple[Step, list[Tensor]]]:
+    """The first steps of a segment, each with its products."""
+    for moment in replay.walk(replay.start(segment), steps, separate=True):
+        replay.stand(moment)
+        yield moment.step, products(replay.forward, moment.step, _pull(moment, setting))
 
 
 def _pull(moment: Moment, setting: Setting) -> Tensor:

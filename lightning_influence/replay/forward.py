@@ -129,11 +129,16 @@ class Forward:
             self._keep_buffers()
         return total, self.written
 
-    def rows(self, batch: MicroBatch) -> Gradients:
-        """Gradients of the examples' own losses in the joint forward pass."""
+    def rows(self, batch: MicroBatch, as_drawn: bool = True) -> Gradients:
+        """Gradients of the examples' own losses in the joint forward pass.
+
+        Args:
+            batch: of which examples.
+            as_drawn: under the random state of the fit, in place of the example's own.
+        """
         block = Drawn(batch.ids[0], len(batch.ids), self._batch(batch), self.examples.one, batch.ids)
         draws: Callable[[], Any] | None = None
-        if batch.random:
+        if batch.random and as_drawn:
             draws = lambda: put_back(batch.random, self.task.device)  # noqa: E731
         return self.engine.gradients(block, draws)
 

@@ -1,11 +1,12 @@
 """What a step's gradients say along given directions: of each example, and of their change with the weights."""
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.general import requiring_gradients
 from lightning_influence.gradients.outputs import OutputWatch
 from lightning_influence.gradients.pull import at_once, pull
@@ -113,7 +114,14 @@ def _weighted(
     return products, _by_name(trained, pulled[1:])
 
 
-def scaled_products(forward: Forward, batch: MicroBatch, step: Step, queries: QueryGradients, factor: Tensor) -> Tensor:
+def scaled_products(
+    forward: Forward,
+    batch: MicroBatch,
+    step: Step,
+    queries: QueryGradients,
+    factor: Tensor,
+    change: Callable[[Gradients], Gradients] | None = None,
+) -> Tensor:
     """[query, example]: products of queries' gradients with the examples' shares of a step's.
 
     Args:
@@ -122,10 +130,12 @@ def scaled_products(forward: Forward, batch: MicroBatch, step: Step, queries: Qu
         step: in which it was.
         queries: what is multiplied.
         factor: [group], what the products of each parameter group count.
+        change: what is done to the gradients of the examples before, as to those of the queries; not with ``loss=``.
     """
     if not forward.joint:
         scale = factor[:, None].expand(-1, len(batch.ids)) * forward.share(batch, step)
-        return queries.dot(forward.rows(batch), scale)
+        rows = forward.rows(batch)
+        return queries.dot(rows if change is None else change(rows), scale)
     groups = forward.engine.groups
     vectors = {name: v for name, v in queries.dense().items() if name in step.moves.options}
     directions = {name: v * factor[groups.get(name, 0)].to(v) for name, v in vectors.items()}

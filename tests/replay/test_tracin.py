@@ -1,68 +1,116 @@
 """TracIn at every step against its double loop over the steps written out, in float64."""
 
+import oracles
 import pytest
-import torch
 from oracles import assert_scores
-from oracles_dynamic import clipped, hand_step
+from oracles_dynamic import call, tracin
+from torch.nn import functional as F
 
-from lightning_influence import TracIn
-from replay.runs import QUERIES, N, fitted, joint
+from lightning_influence import RandomProjection, TracIn
+from lightning_influence.numerics.projections import Projector
+from replay.runs import N, fitted, joint
 
-
-def written_out(fit):
-    """[query, train]: the sum over steps of what the definition says."""
-    run, total = fit.run, torch.zeros(QUERIES, N, dtype=torch.float64)
-    params = {name: value.clone() for name, value in run.start.items()}
-    memory = {name: {} for name in params}
-    for window, rates in zip(run.windows, run.rates, strict=True):
-        here = {name: value.detach().requires_grad_(True) for name, value in params.items()}
-        queries = [
-            dict(zip(here, torch.autograd.grad(v, list(here.values()), retain_graph=True), strict=True))
-            for v in fit.query_losses(run.module, here)
-        ]
-        summed, rows = {name: torch.zeros_like(v) for name, v in here.items()}, []
-        for ids, batch, state in window:
-            if state is not None:
-                torch.set_rng_state(state)
-            for i, loss in zip(ids, run.losses(run.module, here, batch), strict=True):
-                share = 1.0 / (run.divisor * (len(ids) if run.mean else 1))
-                found = torch.autograd.grad(loss, list(here.values()), retain_graph=True)
-                row = {name: share * g for name, g in zip(here, found, strict=True)}
-                rows.append((i, row))
-                summed = {name: summed[name] + row[name] for name in here}
-        after = clipped(summed, run.clip)
-        length = lambda named: torch.cat([v.flatten() for v in named.values()]).norm()  # noqa: E731
-        factor = length(after) / length(summed) if run.clip else 1.0
-        for (names, settings), lr in zip(run.groups, rates, strict=True):
-            pull = lr * factor / (1.0 - settings.get("momentum", 0.0))
-            for i, row in rows:
-                for q, query in enumerate(queries):
-                    total[q, i] += pull * sum((query[name] * row[name]).sum() for name in names)
-            for name in names:
-                params[name] = hand_step(run.kind, settings, here[name], after[name], memory[name], lr).detach()
-    return total
+CASES = {
+    "two groups": {"groups": ({"momentum": 0.9, "weight_decay": 0.1}, {"lr": 0.03})},
+    "accumulation, clipping, dropout": {"divisor": 2, "clip": ("norm", 0.3), "net": "dropout"},
+    "batchnorm": {"divisor": 2, "net": "batchnorm"},
+    "adamw, transformer": {"kind": "AdamW", "net": "transformer", "lr": 0.01},
+    "cnn, sum, maximize": {"net": "cnn", "groups": ({"maximize": True},), "summed": True, "lr": 0.02},
+}
+CHANGES = {
+    "cosine": {"normalize": "cosine"},
+    "layerwise": {"normalize": "layerwise"},
+    "kronecker": {"projection": RandomProjection(5)},
+    "plain": {"projection": RandomProjection(5, "plain", "gaussian", seed=1)},
+    "both": {"normalize": "layerwise", "projection": RandomProjection(4, seed=2)},
+}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"groups": ({"momentum": 0.9, "weight_decay": 0.1}, {"lr": 0.03})},
-        {"divisor": 2, "clip": ("norm", 0.3), "net": "dropout"},
-        {"divisor": 2, "net": "batchnorm"},
-    ],
-    ids=["two groups", "accumulation, clipping, dropout", "batchnorm"],
-)
-def test_it_is_the_double_loop(options, tmp_path):
-    fit = fitted(tmp_path, **options)
-    expected = written_out(fit)
-    for loss in (joint,) if options.get("net") == "batchnorm" else (None, joint):
-        found = fit.attributor(loss).score(TracIn(), fit.queries)
+def slow_but(names, core):
+    return [pytest.param(name, marks=[] if name in core else pytest.mark.slow) for name in names]
+
+
+def quiet_losses(module, params, batch):
+    return F.cross_entropy(call(module.eval(), params, batch[0]), batch[1], reduction="none")
+
+
+def change_of(normalize=None, projection=None):
+    """What the settings say, on gradients written out."""
+    projector = None if projection is None else Projector(projection)
+
+    def change(rows):
+        if normalize is not None:
+            rows = oracles.unit(rows, normalize == "layerwise")
+        if projector is None:
+            return rows
+        return {name: projector(f"net.{name}", r.shape[1:], r).rows(r) for name, r in rows.items()}
+
+    return change
+
+
+@pytest.mark.parametrize("case", slow_but(CASES, list(CASES)[:3]))
+def test_it_is_the_double_loop(case, tmp_path):
+    fit = fitted(tmp_path, **CASES[case])
+    queries = fit.queries.tensors
+    expected, own = (tracin(fit.run, quiet_losses, asked, N) for asked in (queries, None))
+    for loss in (joint,) if case == "batchnorm" else (None, joint):
+        attributor = fit.attributor(loss)
+        found = attributor.score(TracIn(), fit.queries)
         assert_scores(found.values, expected, 1e-10)
-        assert found.figures["drift"] <= 1e-12
+        assert found.figures["drift"] <= 1e-11
+        assert_scores(attributor.self_influence(TracIn()).values, own, 1e-10)
+    mean = fit.attributor(loss).score(TracIn(), fit.queries, aggregate="mean").values
+    assert_scores(mean, expected.mean(0, keepdim=True), 1e-10)
+
+
+@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize("case", slow_but([c for c in CASES if c != "batchnorm"], list(CASES)[:1]))
+def test_normalised_and_projected_gradients(case, how, tmp_path):
+    fit, settings = fitted(tmp_path, **CASES[case]), CHANGES[how]
+    change = change_of(**settings)
+    found = fit.attributor().score(TracIn(**settings), fit.queries)
+    assert_scores(found.values, tracin(fit.run, quiet_losses, fit.queries.tensors, N, change), 1e-10)
+    adaptive = CASES[case].get("kind") == "AdamW"
+    assert (found.units == "arbitrary") == ("normalize" in settings or adaptive)
+    if "normalize" in settings:
+        with pytest.raises(ValueError, match="`normalize=None` for self-influence, got"):
+            fit.attributor().self_influence(TracIn(**settings))
+    else:
+        own = fit.attributor().self_influence(TracIn(**settings)).values
+        assert_scores(own, tracin(fit.run, quiet_losses, None, N, change), 1e-10)
+
+
+def test_room_for_every_number_gives_the_exact_scores(tmp_path):
+    fit = fitted(tmp_path, groups=({"momentum": 0.9}, {"lr": 0.03}))
+    attributor = fit.attributor()
+    for normalize in (None, "cosine", "layerwise"):
+        exact = attributor.score(TracIn(normalize), fit.queries).values
+        assert_scores(attributor.score(TracIn(normalize, RandomProjection(1000)), fit.queries).values, exact, 1e-12)
+
+
+def test_its_time_is_told_beforehand(tmp_path):
+    """Every step takes the queries' gradients anew: 15 times the steps take many times as long."""
+    short, long = (fitted(tmp_path / str(epochs), epochs=epochs) for epochs in (2, 30))
+    for queries in (short.queries, None):
+        few, many = (fit.attributor().cost(TracIn(), queries) for fit in (short, long))
+        assert many > 4 * few > 0
 
 
 def test_units_and_settings(tmp_path):
     fit = fitted(tmp_path, kind="AdamW", lr=0.01)
     assert fit.attributor().score(TracIn(), fit.queries).units == "arbitrary"
-    with pytest.raises(ValueError, match="`max_drift` to be a positive number, got -1"):
-        TracIn(max_drift=-1)
+    for settings, message in (
+        ({"max_drift": -1}, "`max_drift` to be a positive number, got -1"),
+        ({"normalize": "x"}, "`normalize` to be one of None, 'cosine', 'layerwise', got 'x'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TracIn(**settings)
+    with pytest.raises(TypeError, match="`projection` to be a RandomProjection or None, got 5"):
+        TracIn(projection=5)
+
+
+@pytest.mark.parametrize("settings", [{"normalize": "cosine"}, {"projection": RandomProjection(5)}])
+def test_losses_of_a_joint_batch_have_no_gradients_apart(settings, tmp_path):
+    fit = fitted(tmp_path, net="batchnorm")
+    with pytest.raises(ValueError, match=r"`projection=None` with `loss=`, got .*or use `TracInCP`"):
+        fit.attributor(joint).score(TracIn(**settings), fit.queries)
