@@ -35,8 +35,6 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
 # Who may know Lightning; `compat` is Lightning by another name.
 LIGHTNING = {"compat", "module", "capture", "callback", "during_fit", "end_of_fit", "attributor", "loggers", "progress"}
-# A method that uses a function of another one's file.
-BETWEEN_METHODS = {("methods/tracin_cp.py", "methods.gradient_dot")}
 
 MODULES = sorted(PACKAGE.rglob("*.py"), key=str)
 
@@ -78,7 +76,7 @@ def broken_arrows(name, source):
             found.append(f"{name} imports {full}: scores are computed from what is on disk, without the capture")
         if target != room and LEVEL[target] >= LEVEL[room]:
             found.append(f"{name} imports {full}: that arrow points up")
-        if target == room == "methods" and (name, rest) not in BETWEEN_METHODS:
+        if target == room == "methods":
             found.append(f"{name} imports {full}: methods do not import one another")
     return found
 

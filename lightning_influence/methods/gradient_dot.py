@@ -1,17 +1,14 @@
 """Gradient dot: do a training example and a query pull the final weights the same way? (Charpiat et al., 2019)."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from lightning_influence.gradients import Gradients
-from lightning_influence.gradients.queries import QueryGradients
+from lightning_influence.gradients.sides import Sides, check_projection, refuse_constant
 from lightning_influence.method import Evidence, Method, one_of
-from lightning_influence.numerics.projections import Projector, RandomProjection
+from lightning_influence.numerics.projections import RandomProjection
 from lightning_influence.setting import Queries, Setting
-
-Side = TypeVar("Side", Gradients, QueryGradients)
 
 
 @dataclass(frozen=True)
@@ -57,40 +54,3 @@ class GradientDot(Method):
         for columns, block in setting.final().train():
             total[columns] += sides(block).norm2()
         return total
-
-
-class Sides:
-    """What is done to both sides of an inner product of gradients before they meet.
-
-    Args:
-        normalize: a method's setting of that name.
-        projection: likewise; one object for a whole score draws each matrix once.
-    """
-
-    def __init__(self, normalize: str | None, projection: RandomProjection | None) -> None:
-        self.normalize = normalize
-        self._projector = None if projection is None else Projector(projection)
-
-    def __call__(self, gradients: Side) -> Side:
-        """At length one first, where asked for: the projected products are then those of the angles on average."""
-        if self.normalize is not None:
-            gradients = gradients.normalized(self.normalize)
-        return gradients if self._projector is None else gradients.project(self._projector)
-
-
-def check_projection(projection: object) -> None:
-    """Raises TypeError for what is no projection."""
-    if projection is not None and not isinstance(projection, RandomProjection):
-        raise TypeError(
-            f"Expected `projection` to be a RandomProjection or None, got {projection!r}. Pass "
-            "`projection=RandomProjection(256)`."
-        )
-
-
-def refuse_constant(normalize: str | None) -> None:
-    """Raises where every example's self-influence would be the same."""
-    if normalize is not None:
-        raise ValueError(
-            f"Expected `normalize=None` for self-influence, got {normalize!r}: gradients of length one all have the "
-            "same product with themselves. Leave `normalize` out."
-        )

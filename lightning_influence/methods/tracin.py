@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_influence.gradients.queries import EachQuery
+from lightning_influence.gradients.sides import Sides, check_projection, refuse_constant
 from lightning_influence.method import Evidence, Method, one_of
-from lightning_influence.methods.gradient_dot import Sides, check_projection, refuse_constant
 from lightning_influence.numerics.clipping import ByNorm
 from lightning_influence.numerics.projections import RandomProjection
 from lightning_influence.replay import MAX_DRIFT, Moment, Replay, Replayed

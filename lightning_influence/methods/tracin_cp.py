@@ -5,8 +5,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from lightning_influence.gradients.sides import Sides, check_projection, refuse_constant
 from lightning_influence.method import Evidence, Method, one_of
-from lightning_influence.methods.gradient_dot import Sides, check_projection, refuse_constant
 from lightning_influence.numerics.projections import RandomProjection
 from lightning_influence.setting import Queries, Setting, Stage
 
