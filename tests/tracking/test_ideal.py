@@ -6,10 +6,12 @@ import pytest
 import torch
 from case import Step, both, mlp
 from fits import fit
+from oracles import assert_scores
 from pytorch_lightning import Callback
+from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_influence import Attributor, Influence, MissingEvidence, TracInCP, TracInIdeal
+from lightning_influence import Attributor, Influence, MissingEvidence, TracIn, TracInCP, TracInIdeal
 from lightning_influence.compat import MisconfigurationException
 
 DATA = both(5, n=6)
@@ -158,7 +160,9 @@ def gap(folder, rate):
     first = FirstOrder(queries, rate)
     fit(model, DataLoader(DATA["train"](), 1, shuffle=True), influence, first, max_epochs=1)
     found = influence.scores["TracInIdeal"].values
-    return float((found - first.total).abs().max()), float(found.abs().max())
+    at_every_step = influence.attributor.score(TracIn(), queries).values
+    assert_scores(at_every_step, first.total, 1e-10)
+    return float((found - at_every_step).abs().max()), float(found.abs().max())
 
 
 def test_tracin_at_every_step_is_its_first_order(tmp_path):
@@ -167,3 +171,11 @@ def test_tracin_at_every_step_is_its_first_order(tmp_path):
     for (error, size), (half, _) in itertools.pairwise(errors):
         assert error < 0.05 * size
         assert 3.8 < error / half < 4.2
+
+
+def test_where_losses_are_affine_tracin_at_every_step_is_it_exactly(tmp_path):
+    """I7."""
+    model = Step(nn.Linear(5, 1, bias=False), lambda z, y: (z[:, 0] * (y + 1)).mean()).double()
+    influence = Influence([TracInIdeal(), TracIn()], queries=DATA["queries"](), dirpath=tmp_path, max_cost=1e9)
+    fit(model, DataLoader(DATA["train"](), 1, shuffle=True), influence, max_epochs=2)
+    assert_scores(influence.scores["TracIn"].values, influence.scores["TracInIdeal"].values, 1e-12)
