@@ -91,6 +91,19 @@ class Examples:
         seed_for(self._seed, ids[0])
         return self._collate(items)
 
+    def as_read(self, ids: Sequence[int], only: int | None = None) -> Batch:
+        """The same as a DataLoader makes it, under the random state that there is; or one of them as a batch of one.
+
+        Args:
+            ids: which examples are read.
+            only: place among them of the one that is wanted.
+        """
+        before = None if self.draws else _random_state()
+        many = getattr(self.dataset, "__getitems__", None)
+        items = many(list(ids)) if many else [self.dataset[i] for i in ids]
+        self._reader.draws = before is None or not _same(before, _random_state())
+        return self._collate(items if only is None else [items[only]])
+
     def check_steady(self) -> None:
         """Reads a few examples twice.
 

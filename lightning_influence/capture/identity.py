@@ -34,6 +34,8 @@ class Tap:
         self._trackers: list[Tracker | None] = []
         self._passes: set[tuple[int, int]] = set()  # (loader, pass) of Lightning's own iterators
         self._current: list[list[int] | None] = []
+        self.read: list[dict[str, bytes] | None] = []
+        """For each loader, the random generators before the batch last taken was read, of those that this drew from."""
         self._served: set[int] = set()
         self._strategy = trainer.strategy
         original = self._strategy.process_dataloader
@@ -97,14 +99,17 @@ class Tap:
         """Pop one delivery of each loader, past those of passes that are not Lightning's (a user's own loop)."""
         iterators = _iterators_of(trainer)
         taken: list[list[int] | None] = []
+        self.read = []
         for k, tracker in enumerate(self._trackers):
             if tracker is None:
                 taken.append(None)
+                self.read.append(None)
                 continue
             if k < len(iterators) and isinstance(iterators[k], Deliveries):
                 self._passes.add((k, iterators[k].number))
-                while tracker.delivered and (k, tracker.delivered[0][0]) not in self._passes:
+                while tracker.delivered and (k, tracker.delivered[0].number) not in self._passes:
                     tracker.delivered.popleft()
+            self.read.append(tracker.delivered[0].read if tracker.delivered else None)
             taken.append(_pop(tracker, alone=len(self._trackers) == 1))
         return taken
 
@@ -132,7 +137,7 @@ def reloaded(before: Any, now: Any) -> tuple[str, bool] | None:
 
 def _pop(tracker: Tracker, alone: bool) -> list[int] | None:
     if tracker.delivered:
-        return tracker.delivered.popleft()[1]
+        return tracker.delivered.popleft().ids
     # among several loaders the shorter ones give nothing any more (CombinedLoader's mode "max_size")
     return [] if tracker.exhausted and tracker.unknown is None and not alone else None
 

@@ -3,13 +3,25 @@
 from collections import deque
 from collections.abc import Iterator
 from operator import index as as_index
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from torch.utils.data.dataloader import _BaseDataLoaderIter
+from torch.utils.data.dataloader import _BaseDataLoaderIter, _SingleProcessDataLoaderIter
+
+from lightning_influence.capture.randomness import moved_since, read_generators
 
 _KEY = "_influence_tracker"
+_CPU = torch.device("cpu")
+
+
+class Delivery(NamedTuple):
+    """A batch that left the loader."""
+
+    number: int  # of the pass
+    ids: list[int] | None
+    read: dict[str, bytes] | None  # the generators before its examples were read, of those that reading drew from
 
 
 class Tracker:
@@ -21,7 +33,9 @@ class Tracker:
 
     def __init__(self, loader: DataLoader) -> None:
         self.draws: deque[Any] = deque()  # by the newest pass, not delivered yet
-        self.delivered: deque[tuple[int, list[int] | None]] = deque()  # (pass, indices), not trained on yet
+        self.delivered: deque[Delivery] = deque()  # not trained on yet
+        self.reads_here = False  # examples are read in this process, right after they are drawn
+        self.before: dict[str, Any] | None = None  # the generators then
         self.newest = 0  # number of the newest pass
         self.exhausted = True
         self.unknown: str | None = None  # why the indices cannot be told
@@ -73,8 +87,8 @@ def as_indices(drawn: Any) -> list[int] | None:
 class _Draws:
     """Iterator over a sampler that writes down every draw."""
 
-    def __init__(self, iterator: Iterator, draws: deque) -> None:
-        self._iterator, self._draws = iterator, draws
+    def __init__(self, iterator: Iterator, tracker: Tracker) -> None:
+        self._iterator, self._tracker, self._draws = iterator, tracker, tracker.draws
 
     def __iter__(self) -> "_Draws":
         return self
@@ -82,6 +96,8 @@ class _Draws:
     def __next__(self) -> Any:
         drawn = next(self._iterator)
         self._draws.append(drawn)
+        if self._tracker.reads_here:
+            self._tracker.before = read_generators(_CPU)
         return drawn
 
 
@@ -105,7 +121,7 @@ class _Sampler:
         iterator = iter(self._sampler)
         # a new pass, also when persistent workers are reset: what was drawn ahead and not delivered is forgotten
         self._tracker.draws = deque()
-        return (_StatefulDraws if _is_stateful(iterator) else _Draws)(iterator, self._tracker.draws)
+        return (_StatefulDraws if _is_stateful(iterator) else _Draws)(iterator, self._tracker)
 
     def __len__(self) -> int:
         return len(self._sampler)
@@ -127,6 +143,7 @@ class Deliveries:
         self._draws, self.number = tracker.draws, tracker.newest
         # a generator in a loader's own `__iter__` may hold back, merge or drop batches, and hides the workers
         self._foreign = not isinstance(iterator, _BaseDataLoaderIter)
+        tracker.reads_here = type(iterator) is _SingleProcessDataLoaderIter
 
     def __iter__(self) -> "Deliveries":
         return self
@@ -144,7 +161,10 @@ class Deliveries:
             if tracker.newest == self.number:
                 tracker.exhausted = True
             raise
-        tracker.delivered.append((self.number, self._match() if tracker.unknown is None else None))
+        read = None if tracker.before is None else moved_since(tracker.before, _CPU)
+        tracker.before = None
+        ids = self._match() if tracker.unknown is None else None
+        tracker.delivered.append(Delivery(self.number, ids, read))
         return batch
 
     def _match(self) -> list[int] | None:

@@ -89,7 +89,8 @@ class Recorder:
     def batch_starts(self, batch: Any) -> list[list[int] | None]:
         """Note which examples are about to be trained on; returns them, a list for each loader."""
         ids = self._identify(batch)
-        self._steps.batch_starts(ids, batch_size(batch, ids))
+        read = self._tap.read[0] if len(self._tap.read) == 1 else None
+        self._steps.batch_starts(ids, batch_size(batch, ids), read)
         self._made_at_start = self._steps.made
         return ids
 

@@ -22,6 +22,7 @@ class MicroBatch:
     size: int | None
     before: dict[str, Any] | None  # the generators before the forward; None once compared
     drew: dict[str, bytes] | None = None
+    read: dict[str, bytes] | None = None  # likewise before its examples were read
     lossless: bool = False  # `training_step` returned None: it was forward only
 
 
@@ -68,10 +69,10 @@ class Steps:
             handle.remove()
         self._handles, self._optimizers = [], []
 
-    def batch_starts(self, ids: list[list[int] | None], size: int | None) -> None:
+    def batch_starts(self, ids: list[list[int] | None], size: int | None, read: dict[str, bytes] | None = None) -> None:
         """A micro-batch is about to go forward."""
         lossless = self._module.automatic_optimization  # until its backward pass is announced
-        self._current = MicroBatch(ids, size, read_generators(self._device), lossless=lossless)
+        self._current = MicroBatch(ids, size, read_generators(self._device), read=read, lossless=lossless)
         for i, finished in enumerate(self._finished):
             if finished:
                 self._windows[i], self._finished[i] = [], False
@@ -233,13 +234,18 @@ def _columns_of(window: list[MicroBatch]) -> dict[str, Any]:
     single = all(len(micro.ids) == 1 for micro in window)
     ids = [micro.ids[0] for micro in window] if single else None
     by_loader = None if single or not window else [micro.ids for micro in window]
-    rng = [None if (drew := micro.drew) is None else {name: drew.get(name) for name in GENERATORS} for micro in window]
     return {
         "ids": None if ids is None or any(x is None for x in ids) else ids,
         "loader_ids": by_loader,
         "sizes": [micro.size for micro in window],
-        "rng": rng if any(rng) else None,
+        "rng": _by_generator([micro.drew for micro in window]),
+        "read_rng": _by_generator([micro.read for micro in window]),
     }
+
+
+def _by_generator(states: list[dict[str, bytes] | None]) -> list[dict[str, bytes | None] | None] | None:
+    found = [None if of_batch is None else {name: of_batch.get(name) for name in GENERATORS} for of_batch in states]
+    return found if any(found) else None
 
 
 def batch_size(batch: Any, ids: list[list[int] | None]) -> int | None:

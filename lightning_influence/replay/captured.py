@@ -1,7 +1,7 @@
 """The steps of a captured fit as a replay needs them: which micro-batches, under which settings and random states."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_influence.numerics.clipping import ByNorm, ByValue, Clipping
@@ -19,10 +19,12 @@ class MicroBatch:
     Args:
         ids: the examples in their order.
         random: states of the random generators before the forward, of those that it drew from.
+        read: likewise before its examples were read.
     """
 
     ids: tuple[int, ...]
     random: Mapping[str, bytes]
+    read: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def segments_of(trajectory: Trajectory | None) -> list[Segment]:
 def _steps(trajectory: Trajectory) -> dict[int, Step]:
     known: dict[tuple[Any, ...], Moves] = {}
     steps = {}
-    columns = ("step", "epoch", "ids", "rng", "divisor", "lr", "settings", "clip", "skipped")
+    columns = ("step", "epoch", "ids", "rng", "read_rng", "divisor", "lr", "settings", "clip", "skipped")
     for row in trajectory.steps.select(columns).to_pylist():
         if row["skipped"]:
             continue
@@ -97,14 +99,18 @@ def _steps(trajectory: Trajectory) -> dict[int, Step]:
         key = row["settings"], *row["lr"]
         if key not in known:
             known[key] = moves_of(entry, row["lr"])
-        random = row["rng"] or [None] * len(row["ids"])
+        none = [None] * len(row["ids"])
         batches = tuple(
-            MicroBatch(tuple(ids), {name: state for name, state in (drew or {}).items() if state is not None})
-            for ids, drew in zip(row["ids"], random, strict=True)
+            MicroBatch(tuple(ids), _known(drew), _known(read))
+            for ids, drew, read in zip(row["ids"], row["rng"] or none, row["read_rng"] or none, strict=True)
         )
         clipping = _clipping(entry, row["clip"])
         steps[row["step"]] = Step(row["step"], row["epoch"], batches, row["divisor"], known[key], clipping)
     return steps
+
+
+def _known(states: Mapping[str, bytes | None] | None) -> dict[str, bytes]:
+    return {name: state for name, state in (states or {}).items() if state is not None}
 
 
 def _between(steps: Mapping[int, Step], after: int, until: int) -> tuple[Step, ...]:

@@ -1,7 +1,7 @@
 """The module in training, as it was in the fit: the loss of a captured micro-batch and its derivatives."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,13 @@ from lightning_influence.examples import Block, Examples, versions_of
 from lightning_influence.gradients import Engine, Gradients, Reduction
 from lightning_influence.gradients.general import requiring_gradients
 from lightning_influence.module import Task
+from lightning_influence.replay.attention import attention_gap
 from lightning_influence.replay.captured import MicroBatch, Step
 from lightning_influence.replay.generators import put_back
 from lightning_influence.types import bytes_in, foreign
 
 _KEPT_BYTES = 2**28
+_CPU = torch.device("cpu")
 _WAY_OUT = "Pass `loss=`, a callable (module, batch) -> [batch] that gives the losses of the joint batch."
 
 
@@ -48,8 +50,10 @@ class Forward:
         """Whether ``loss=`` gives the losses of every example of a joint batch."""
         self.mean = engine.reduction is not Reduction.SUM
         self._checked: set[bool] = set()
-        self._kept: dict[tuple[int, ...], tuple[Any, list[int]]] = {}
+        self._kept: dict[Hashable, tuple[Any, list[int]]] = {}
         self._kept_left = _KEPT_BYTES
+        self.attention: float | None = None
+        """Where the fit's attention ran in a fused kernel: see ``attention_gap``, of a step's first micro-batch."""
         self.written: dict[str, Tensor] = {}
         """Buffers that the forward passes since the last step wrote into."""
 
@@ -136,9 +140,10 @@ class Forward:
             batch: of which examples.
             as_drawn: under the random state of the fit, in place of the example's own.
         """
-        block = Drawn(batch.ids[0], len(batch.ids), self._batch(batch), self.examples.one, batch.ids)
+        block = Drawn(batch.ids[0], len(batch.ids), self._batch(batch), self._one_of(batch), batch.ids)
         draws: Callable[[], Any] | None = None
-        if batch.random and as_drawn:
+        twice = bool(batch.read) and len(set(batch.ids)) < len(batch.ids)  # an id does not tell which of its two looks
+        if (batch.random and as_drawn) or twice:
             draws = lambda: put_back(batch.random, self.task.device)  # noqa: E731
         return self.engine.gradients(block, draws)
 
@@ -161,6 +166,8 @@ class Forward:
         """
         if separate in self._checked or (self.joint and self._checked):
             return False
+        if not self._checked:
+            self.attention = attention_gap(lambda: self._plain(step.batches[0], step))
         self._checked.add(separate)
         if self.joint:
             self._match_loss(step)
@@ -192,15 +199,29 @@ class Forward:
             found = torch.autograd.grad(total, [parameters[name] for name in names], allow_unused=True)
         return _present(names, found)
 
+    def _one_of(self, batch: MicroBatch) -> Callable[[int], Any]:
+        """Gives an example of a micro-batch as a batch of one, as it was read in the fit where that is known."""
+
+        def one(example: int) -> Any:
+            put_back(batch.read, _CPU)
+            return self.examples.as_read(batch.ids, batch.ids.index(example))
+
+        return one if batch.read else self.examples.one
+
     def _batch(self, batch: MicroBatch) -> Any:
-        kept, versions = self._kept.get(batch.ids, (None, None))
+        key = batch.ids, *batch.read.items()
+        kept, versions = self._kept.get(key, (None, None))
         if versions is not None and versions == versions_of(kept):  # no step wrote into it
             return kept
-        found = self.examples.some(batch.ids)
+        if batch.read:
+            put_back(batch.read, _CPU)
+            found = self.examples.as_read(batch.ids)
+        else:
+            found = self.examples.some(batch.ids)
         size = bytes_in(found)
         if versions is None and size <= self._kept_left and not any(foreign(leaf) for leaf in tree_leaves(found)):
             self._kept_left -= size
-            self._kept[batch.ids] = found, versions_of(found)
+            self._kept[key] = found, versions_of(found)
         return found
 
     def _note_buffers(self) -> None:
@@ -241,13 +262,13 @@ class Forward:
                     f"({type(part).__name__}) in train mode, which normalises by its batch. {_WAY_OUT}"
                 )
         batch = step.batches[0]
-        if batch.random or self.examples.draws:  # an example's own pass would draw other numbers
+        if batch.random or (self.examples.draws and not batch.read):  # an example alone would draw other numbers
             return
         with torch.no_grad():
             joint = float(self.losses(batch))
             singles = []
             for example in batch.ids:
-                singles.append(float(self.task(self.task.to_device(self.examples.one(example)))))
+                singles.append(float(self.task(self.task.to_device(self._one_of(batch)(example)))))
         mine = sum(singles) / (len(singles) if self.mean else 1)
         if not abs(mine - joint) <= 1e-3 * max(abs(joint), max(abs(x) for x in singles) / len(singles), 1e-30):
             raise ValueError(

@@ -64,8 +64,8 @@ class Replay:
     max_drift: float = MAX_DRIFT
     segments: list[Segment] = field(init=False)
     _loaded: dict[int, Standing] = field(init=False, default_factory=dict)
-    drift: float = field(init=False, default=0.0)
-    """The largest so far: distance from a checkpoint, relative to the distance moved since the one before."""
+    drifts: dict[int, float] = field(init=False, default_factory=dict)
+    """By the step of each checkpoint met: distance from it, relative to the distance moved since the one before."""
 
     def __post_init__(self) -> None:
         self.segments = segments_of(self.trajectory)
@@ -79,6 +79,11 @@ class Replay:
                 "others in the steps after it. Leave `parameters` out."
             )
         self.engine.width(self.examples)  # while the module is in eval mode
+
+    @property
+    def drift(self) -> float:
+        """The largest so far."""
+        return max(self.drifts.values(), default=0.0)
 
     @property
     def steps(self) -> list[Step]:
@@ -160,7 +165,7 @@ class Replay:
         moved = end.distance(self._state(found.start))
         away = here.distance(end)
         drift = 0.0 if away == 0.0 else away / moved if moved else float("inf")
-        self.drift = max(self.drift, drift)
+        self.drifts[found.end.step] = max(drift, self.drifts.get(found.end.step, 0.0))
         if not drift <= self.max_drift:
             raise DriftError(
                 f"Expected the replay to meet the captured weights of step {found.end.step} within "
@@ -176,18 +181,33 @@ class Replay:
 
     def cause(self) -> str:
         """What most likely made the replay stray."""
-        task, random = self.engine.task, [batch.random for step in self.steps for batch in step.batches]
-        if self.examples.draws:
-            return "The training data draws random numbers (augmentation) whose state no fit captures."
-        if any("cuda" in states for states in random) and task.device.type != "cuda":
+        task, batches = self.engine.task, [batch for step in self.steps for batch in step.batches]
+        augmented = any(batch.read for batch in batches)
+        if self.examples.draws and not augmented:
+            return (
+                "The training data draws random numbers (augmentation), in worker processes whose state no fit "
+                "captures: with `num_workers=0` it is repeated exactly."
+            )
+        if augmented and not self.examples.draws:
+            return (
+                "The fit's examples were read with random numbers (augmentation), those given here are not: pass the "
+                "dataset that was trained on."
+            )
+        if any("cuda" in batch.random for batch in batches) and task.device.type != "cuda":
             return "The fit drew random numbers on a GPU, which a CPU does not repeat."
         precision = str(getattr(getattr(task.trainer, "precision_plugin", None), "precision", ""))
         if "mixed" in precision:
             return f"The fit ran in `precision={precision!r}`, the replay in the weights' own precision."
-        return (
-            "Likely causes: something else moved the weights or the gradients (a callback, a hook of the module, "
-            "another device or precision), or data that is not what was trained on."
+        others = (
+            "something else moved the weights or the gradients (a callback, a hook of the module, another device or "
+            "precision), or data that is not what was trained on."
         )
+        if self.forward.attention is not None:
+            return (
+                "Likely causes: the fit's attention ran in a fused kernel, its replay in the math kernel, whose "
+                f"gradients of one step differ by {self.forward.attention:.1e} of their length; {others}"
+            )
+        return f"Likely causes: {others}"
 
     def _state(self, checkpoint: Checkpoint) -> Standing:
         """The captured state; the two last ones are kept, since a segment starts where its neighbour ends."""

@@ -104,10 +104,17 @@ class Told:
 def tell_drift(setting: Setting, replay: Replay) -> None:
     """What the replay missed of the captured weights."""
     setting.figure("drift", replay.drift)
-    if replay.beyond_rounding():
+    if (gap := replay.forward.attention) is not None:
+        setting.figure("attention_drift", gap)
         setting.note(
-            f"The replay strayed from the captured weights by up to {replay.drift:.1e} of the distance that they moved "
-            f"between checkpoints, which is more than rounding. {replay.cause()}"
+            "Attention, which ran in a fused kernel, is replayed in the math kernel, which has second derivatives: "
+            f"gradients of one step differ by {gap:.1e} of their length."
+        )
+    if replay.beyond_rounding():
+        worst = max(replay.drifts, key=lambda step: replay.drifts[step])
+        setting.note(
+            f"The replay strayed from the captured weights by up to {replay.drift:.1e} (step {worst}) of the distance "
+            f"that they moved between checkpoints, which is more than rounding. {replay.cause()}"
         )
 
 

@@ -16,6 +16,8 @@ MANIFEST = "manifest.json"
 
 GENERATORS = ("torch", "cuda", "python", "numpy")
 
+_RANDOM = pa.list_(pa.struct([pa.field(name, pa.binary()) for name in GENERATORS]))
+
 STEPS = pa.schema(
     [
         pa.field("step", pa.int64()),  # optimizer updates made so far, over all optimizers, this one included
@@ -31,7 +33,9 @@ STEPS = pa.schema(
         pa.field("skipped", pa.bool_()),
         # state of each random generator before the forward of each micro-batch, where that forward drew from it:
         # torch's own bytes; as 32-bit words numpy's 624 keys and position, Python's position and 624 keys
-        pa.field("rng", pa.list_(pa.struct([pa.field(name, pa.binary()) for name in GENERATORS]))),
+        pa.field("rng", _RANDOM),
+        # the same before the examples of each micro-batch were read, where reading drew (augmentation) in this process
+        pa.field("read_rng", _RANDOM),
     ]
 )
 

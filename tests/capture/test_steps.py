@@ -1,5 +1,7 @@
 """What each optimizer step is said to have done is what it did."""
 
+import itertools
+
 import pyarrow.compute as pc
 import pytest
 import torch
@@ -102,6 +104,30 @@ def test_random_state_is_kept_where_the_forward_drew(tmp_path):
     assert {micro["python"] for row in column(drawing, "rng") for micro in row} == {None}
     fit(seeded(Net), loader(), still)
     assert set(column(still, "rng")) == {None}
+    assert set(column(still, "read_rng")) == {None}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_random_state_is_kept_where_reading_drew(workers, tmp_path):
+    influence, states = Influence(dirpath=tmp_path), []
+
+    class Look(Indexed):
+        def __getitem__(self, i):
+            states.append((i, torch.get_rng_state().numpy().tobytes()))
+            return super().__getitem__(i)
+
+    module = seeded(Net)
+    fit(module, loader(Look(noise=1.0), num_workers=workers), influence, accumulate_grad_batches=2)
+    found = column(influence, "read_rng")
+    if workers:  # of theirs nothing is known
+        assert set(found) == {None}
+        return
+    firsts = [states[k] for k in itertools.accumulate(map(len, module.seen[:-1]), initial=0)]
+    assert firsts == [
+        (ids[0], micro["torch"])
+        for ids, micro in zip(module.seen, (micro for row in found for micro in row), strict=True)
+    ]
+    assert {micro[name] for row in found for micro in row for name in ("python", "numpy")} == {None}
 
 
 def test_settings_are_kept_and_follow_changes(tmp_path):

@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from fits import QUIET
@@ -12,7 +14,7 @@ from oracles import quiet_copy
 from oracles_dynamic import call
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_influence import Attributor, Influence
 
@@ -54,13 +56,14 @@ class Fitted(pl.LightningModule):
         super().__init__()
         self.step = step
         self.net, self.kind, self.groups, self.lr, self.summed = net, kind, groups, lr, summed
-        self.seen, self.states = [], []
+        self.seen, self.states, self.given = [], [], []
 
     def training_step(self, batch, batch_idx):
         x, y, index = batch
         if self.trainer.training:
             self.seen.append(index.tolist())
             self.states.append(torch.get_rng_state())
+            self.given.append([t.clone() for t in batch])
         if self.step is not None:
             return self.step(self.net, x, y)
         return F.cross_entropy(self.net(x), y, reduction="sum" if self.summed else "mean")
@@ -127,14 +130,29 @@ class Fit:
         return dataclasses.replace(self.run, renormalize=True)
 
 
-def data(net, count, seed):
+class Noisy(Dataset):
+    """Draws from every generator that a transform may use, and from torch's for each example."""
+
+    def __init__(self, plain):
+        self.plain = plain
+
+    def __len__(self):
+        return len(self.plain)
+
+    def __getitem__(self, i):
+        x, y, index = self.plain[i]
+        scale = random.choice((0.5, 1.0)) + float(np.random.uniform())
+        return scale * x + 0.5 * torch.randn_like(x), y, index
+
+
+def data(net, count, seed, dtype=torch.float64):
     draw = torch.Generator().manual_seed(seed)
     if net == "transformer":
         x = torch.randint(7, (count, 3), generator=draw)
     elif net == "cnn":
-        x = torch.randn(count, 1, 5, 5, generator=draw, dtype=torch.float64)[..., :4, :4]
+        x = torch.randn(count, 1, 5, 5, generator=draw, dtype=dtype)[..., :4, :4]
     else:
-        x = torch.randn(count, 4, generator=draw, dtype=torch.float64)
+        x = torch.randn(count, 4, generator=draw, dtype=dtype)
     return TensorDataset(x, torch.randint(3, (count,), generator=draw), torch.arange(count))
 
 
@@ -151,13 +169,20 @@ def fitted(
     n=N,
     limit=None,
     step=None,
+    noisy=False,
+    dtype=torch.float64,
+    loader=None,
     **capture,
 ):
-    """Fits with capture; batches of 4, the last one short. ``step(net, x, y)`` stands in for the loss."""
+    """Fits with capture; batches of 4, the last one short. ``step(net, x, y)`` stands in for the loss.
+
+    ``noisy``: examples look different each time; ``loader``: options of the DataLoader.
+    """
     torch.manual_seed(3)
-    module = Fitted(NETS[net]().double(), kind, groups, lr, summed, step)
+    module = Fitted(NETS[net]().to(dtype), kind, groups, lr, summed, step)
     start = {n: p.detach().clone() for n, p in module.net.named_parameters()}
-    train, queries = data(net, n, 0), data(net, QUERIES, 1)
+    train, queries = data(net, n, 0, dtype), data(net, QUERIES, 1, dtype)
+    train = Noisy(train) if noisy else train
     untrained = quiet_copy(module)
     influence = Influence(dirpath=folder, **capture)
     options = {"max_epochs": epochs, "callbacks": [influence], "accumulate_grad_batches": divisor}
@@ -166,10 +191,10 @@ def fitted(
     if clip is not None:
         options |= {"gradient_clip_algorithm": clip[0], "gradient_clip_val": clip[1]}
     trainer = pl.Trainer(**{**QUIET, **options})
-    trainer.fit(module, DataLoader(train, 4, shuffle=True))
+    trainer.fit(module, DataLoader(train, 4, **{"shuffle": True, **(loader or {})}))
     batches = [
-        (ids, [t[torch.as_tensor(ids)] for t in train.tensors], state if net == "dropout" else None)
-        for ids, state in zip(module.seen, module.states, strict=True)
+        (ids, given, state if net == "dropout" else None)
+        for ids, given, state in zip(module.seen, module.given, module.states, strict=True)
     ]
     per_epoch = -(-n // 4)
     windows, rates = [], []

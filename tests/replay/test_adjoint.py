@@ -33,6 +33,7 @@ CASES = {
     "transformer, adam": {"net": "transformer", "kind": "Adam", "lr": 0.01, "groups": ({"eps": 1e-3},)},
     "dropout": {"net": "dropout", "divisor": 2},
     "batchnorm": {"net": "batchnorm", "divisor": 2},
+    "augmentation": {"noisy": True, "divisor": 2, "groups": ({"momentum": 0.9},)},
 }
 IN_CORE = ("momentum, two groups", "accumulation, clipping by norm", "adam", "dropout", "batchnorm")
 SLOW = [pytest.param(name, marks=[] if name in IN_CORE else pytest.mark.slow) for name in CASES]

@@ -19,8 +19,9 @@ CASES = {
     "transformer": {"net": "transformer"},
     "dropout": {"net": "dropout", "divisor": 2},
     "batchnorm": {"net": "batchnorm", "divisor": 2},
+    "augmentation": {"noisy": True, "divisor": 2, "groups": ({"momentum": 0.9},)},
 }
-FAST = ("momentum, two groups", "dropout")
+FAST = ("momentum, two groups", "dropout", "augmentation")
 
 
 def marked(cases):
