@@ -29,6 +29,8 @@ if __name__ == "__main__":
     if "plain" not in sys.argv:
         callbacks.insert(0, Influence(dirpath=None if "nowhere" in sys.argv else folder / "influence"))
     options = QUIET | {"devices": 2, "strategy": strategy, "max_epochs": 2, "callbacks": callbacks}
+    if "double" in sys.argv:
+        options |= {"precision": "64-true"}
     trainer = Trainer(**options)
-    module = seeded(Net)
+    module = seeded(Net, dropout=0.5 if "dropout" in sys.argv else 0.0, momentum=0.9 if "momentum" in sys.argv else 0.0)
     trainer.fit(module, loader(Indexed(23), num_workers=workers))

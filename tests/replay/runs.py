@@ -191,12 +191,13 @@ def fitted(
     if clip is not None:
         options |= {"gradient_clip_algorithm": clip[0], "gradient_clip_val": clip[1]}
     trainer = pl.Trainer(**{**QUIET, **options})
-    trainer.fit(module, DataLoader(train, 4, **{"shuffle": True, **(loader or {})}))
+    loader = {"batch_size": 4, "shuffle": True, **(loader or {})}
+    trainer.fit(module, DataLoader(train, **loader))
     batches = [
         (ids, given, state if net == "dropout" else None)
         for ids, given, state in zip(module.seen, module.given, module.states, strict=True)
     ]
-    per_epoch = -(-n // 4)
+    per_epoch = -(-n // loader["batch_size"])
     windows, rates = [], []
     for epoch in range(epochs):
         of_epoch = batches[epoch * per_epoch : (epoch + 1) * per_epoch]

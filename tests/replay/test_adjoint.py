@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_influence import Attributor, HyDRA, MissingEvidence, Trajectory
+from lightning_influence import Attributor, HyDRA, MissingEvidence, TracIn, Trajectory
 from lightning_influence.replay import DriftError
 from replay.runs import N, data, fitted, joint
 
@@ -190,6 +190,20 @@ def test_checkpoints_make_no_difference(tmp_path):
     ]
     assert_scores(every[1], every[0], 1e-14)
     assert_scores(every[2], every[0], 1e-14)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_accumulated_micro_batches_are_one_batch(kind, tmp_path):
+    """I21."""
+    momentum = {"momentum": 0.9} if kind == "SGD" else {}
+    options = {"kind": kind, "groups": ({"weight_decay": 0.1, **momentum},), "lr": 0.01, "n": 16}
+    whole = fitted(tmp_path / "whole", **options, loader={"batch_size": 8})
+    parts = fitted(tmp_path / "parts", **options, divisor=2)
+    assert [ids for pair in zip(parts.module.seen[::2], parts.module.seen[1::2], strict=True) for ids in pair] == [
+        half for ids in whole.module.seen for half in (ids[:4], ids[4:])
+    ]
+    for method in (plain(), plain(hessian=False), TracIn()):
+        assert_scores(scores(parts, method).values, scores(whole, method).values, 1e-10)
 
 
 def test_the_mean_of_queries_has_the_mean_of_their_scores(tmp_path):

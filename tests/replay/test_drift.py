@@ -12,6 +12,8 @@ from lightning_influence import Attributor, HyDRA, TracIn
 from lightning_influence.replay import DriftError, Replay
 from replay.runs import N, fitted, joint
 
+KERNEL = r"Likely causes: the fit's attention ran in a fused kernel, its replay in the math kernel.*something else"
+
 
 def plain(**settings):
     return HyDRA(**{"smoothness": False, **settings})
@@ -76,9 +78,19 @@ def test_the_attention_kernel_is_named_and_its_difference_measured(tmp_path):
         (note,) = (note for note in found.notes if "Attention" in note)
         assert gap in note
         assert not any("strayed" in note for note in found.notes)
-    cause = r"Likely causes: the fit's attention ran in a fused kernel, its replay in the math kernel.*something else"
-    with pytest.raises(DriftError, match=cause):
+    with pytest.raises(DriftError, match=KERNEL):
         fit.attributor().score(plain(max_drift=1e-12), fit.queries)
+
+
+def test_a_rough_fit_makes_much_of_the_attention_kernel(tmp_path):
+    """One checkpoint at the end of steps that are far too long: rounding grows from step to step."""
+    rough = {"lr": 5.0, "groups": ({"momentum": 0.9},), "epochs": 10, "every_n_epochs": 100}
+    fit = fitted(tmp_path, net="transformer", dtype=torch.float32, **rough)
+    found = fit.attributor().score(TracIn(max_drift=1e9), fit.queries)
+    assert found.figures["attention_drift"] < 1e-5
+    assert found.figures["drift"] > 2e-3
+    (note,) = (note for note in found.notes if "strayed" in note)
+    assert re.search(KERNEL, note)
 
 
 def test_where_no_fused_kernel_ran_nothing_is_said_of_it(tmp_path):
