@@ -18,6 +18,7 @@ LAYERS = (
     {"examples", "answer", "capture"},
     {"gradients", "sources", "self_scores", "shown"},
     {"setting", "paged", "sinks", "head"},
+    {"measure"},
     {"session", "scores", "replay"},
     {"tracking"},
     {"method"},

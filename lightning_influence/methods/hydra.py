@@ -50,8 +50,9 @@ class HyDRA(Method):
             divided by the sum of the weights (``"renormalize"``).
         max_drift: a replay that strays from the captured weights by more, relative to the distance that they moved
             between checkpoints, is an error.
-        smoothness: whether a replay also measures metasmoothness, which says how far the scores can be trusted (the
-            fit three times more, side by side).
+        checks: by replay, refits side by side, each without a random tenth of the examples, whose changes of the
+            queries' losses the scores are held against; ``Scores.figures["agreement"]`` is the correlation of
+            predicted with true changes, which says how far to trust the scores. 0: none.
 
     Raises:
         ValueError: other values; an optimizer without a rule; by replay, a loss that mixes examples in training without
@@ -66,7 +67,7 @@ class HyDRA(Method):
     memory: int = 2**30
     removal: Literal["downweight", "renormalize"] = "downweight"
     max_drift: float = MAX_DRIFT
-    smoothness: bool = True
+    checks: int = 4
 
     def __post_init__(self) -> None:
         one_of("mode", self.mode, ("replay", "during_fit"))
@@ -76,6 +77,8 @@ class HyDRA(Method):
             raise ValueError(f"Expected `mode='replay'` for `removal='renormalize'`, got {self.mode!r}.")
         if not self.max_drift > 0:
             raise ValueError(f"Expected `max_drift` to be a positive number, got {self.max_drift!r}.")
+        if isinstance(self.checks, bool) or not isinstance(self.checks, int) or self.checks < 0 or self.checks == 1:
+            raise ValueError(f"Expected `checks` to be 0 or at least 2 refits, got {self.checks!r}.")
         if self.examples is not None:
             object.__setattr__(self, "examples", tuple(sorted({int(i) for i in self.examples})))
 
@@ -143,4 +146,4 @@ class HyDRA(Method):
 
     @property
     def _replayed(self) -> Replayed:
-        return Replayed(self.hessian, self.removal, self.max_drift, self.smoothness)
+        return Replayed(self.hessian, self.removal, self.max_drift, self.checks)

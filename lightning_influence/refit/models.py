@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Subset, TensorDataset
 
+from lightning_influence.measure import losses_under
 from lightning_influence.progress import progress
-from lightning_influence.refit import measure
 from lightning_influence.refit.pool import Failure, Job, named
 from lightning_influence.refit.store import Store, Trained, bytes_of, key_of, layout_of
 from lightning_influence.setting import Queries
@@ -93,14 +93,14 @@ class Models:
         """[model, query] in float64, by forward passes; NaN for a model that could not be trained."""
         keys = [key_of(row, seed) for row, seed in zip(membership, self._seeds(seeds), strict=True)]
         rows = {key: row for row, key in enumerate(dict.fromkeys(key for key in keys if key in self.store))}
-        found = measure.losses(queries, self.store.weights(rows))
+        found = losses_under(self.store.weights(rows), queries)
         missing = torch.full((1, len(queries)), torch.nan, dtype=torch.float64)
         every = torch.cat([found, missing])
         return every[[rows.get(key, len(found)) for key in keys]]
 
     def untrained(self, seeds: Sequence[int], queries: Queries) -> Tensor:
         """[seed, query]: under the models as they are before any training."""
-        return measure.losses(queries, (self.way.initial(seed) for seed in self._seeds(seeds)))
+        return losses_under((self.way.initial(seed) for seed in self._seeds(seeds)), queries)
 
     def _seeds(self, seeds: Sequence[int]) -> list[int]:
         return list(seeds) if self.way.seeded else [0] * len(seeds)

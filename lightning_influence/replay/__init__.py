@@ -4,7 +4,6 @@ from lightning_influence.replay.adjoint import adjoint
 from lightning_influence.replay.many import run_many
 from lightning_influence.replay.replay import MAX_DRIFT, DriftError, Moment, Replay
 from lightning_influence.replay.scoring import Replayed
-from lightning_influence.replay.smoothness import metasmoothness
 from lightning_influence.replay.standing import Standing
 
 __all__ = [
@@ -15,6 +14,5 @@ __all__ = [
     "Replayed",
     "Standing",
     "adjoint",
-    "metasmoothness",
     "run_many",
 ]

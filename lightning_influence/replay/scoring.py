@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_influence.replay.adjoint import Walk, adjoint
+from lightning_influence.replay.agreement import Refits, removals
 from lightning_influence.replay.captured import Step, examples_of
 from lightning_influence.replay.replay import MAX_DRIFT, Replay
-from lightning_influence.replay.smoothness import metasmoothness
 from lightning_influence.setting import Queries, Setting
 
-_SMOOTH = 0.9
+# Scores of a smooth fit agree by 0.9 and more with refits, those of a rough one by 0.5.
+_AGREEING = 0.8
 # Vectors of the model's size that a query has at once: by weight and state, their successors, and in the products.
 _VECTORS = 8
 _QUERY_BYTES = 2**29
@@ -25,13 +26,13 @@ class Replayed:
         hessian: whether a change of the weights changes the gradients after it.
         removal: ``"downweight"`` leaves the divisor of a batch, ``"renormalize"`` divides by the sum of the weights.
         max_drift: how far the replay may stray from the captured weights, relative to the distance they moved.
-        smoothness: whether metasmoothness is measured.
+        checks: refits without some examples that scores are held against.
     """
 
     hessian: bool = True
     removal: str = "downweight"
     max_drift: float = MAX_DRIFT
-    smoothness: bool = True
+    checks: int = 4
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """[query, train]: minus the derivative of each query's final loss by each example's weight."""
@@ -45,8 +46,8 @@ class Replayed:
             setting.note("`removal='renormalize'` is `'downweight'` here: the loss is a sum and divides by nothing.")
         told.rest()
         tell_drift(setting, replay)
-        if self.smoothness:
-            tell_smoothness(setting, replay)
+        if self.checks:
+            self._tell_agreement(setting, replay, scores, queries)
         return scores.to(setting.zeros().dtype)
 
     def replay(self, setting: Setting) -> Replay:
@@ -55,6 +56,21 @@ class Replayed:
             ("replay", self.max_drift),
             lambda: Replay(setting.engine, setting.examples, setting.trajectory, self.max_drift),
         )
+
+    def _tell_agreement(self, setting: Setting, replay: Replay, scores: Tensor, queries: Queries) -> None:
+        """How far the derivative of this fit can be trusted."""
+        weights, renormalize = removals(len(replay.examples), self.checks), self.removal == "renormalize"
+        refits = setting.once((self, "refits"), lambda: Refits(replay, weights, renormalize))
+        value = refits.agreement(scores, queries)
+        setting.figure("agreement", value, min)
+        if not value >= _AGREEING:
+            setting.note(
+                f"Agreement is {value:.2f}, below {_AGREEING}: in {self.checks} refits of this very fit, each without "
+                "a random tenth of the examples, the queries' losses did not change as the scores foresee. What really "
+                "happens without an example may differ from its score. Larger batches, a lower learning rate or "
+                "smoother activations make a fit easier to foresee; averages over seeds are better told by "
+                "`InfluenceFunction` or `SOURCE`."
+            )
 
     def at_once(self, setting: Setting) -> int:
         """How many queries may be walked back together."""
@@ -78,8 +94,7 @@ class Replayed:
             started = time.perf_counter()
             walk.back(moment)
             backward = time.perf_counter() - started
-        again = 3 if self.smoothness else 0
-        return len(replay.steps) * (forward * (1 + again) + backward)
+        return len(replay.steps) * (forward * (1 + self.checks) + backward)
 
 
 class Told:
@@ -115,17 +130,4 @@ def tell_drift(setting: Setting, replay: Replay) -> None:
         setting.note(
             f"The replay strayed from the captured weights by up to {replay.drift:.1e} (step {worst}) of the distance "
             f"that they moved between checkpoints, which is more than rounding. {replay.cause()}"
-        )
-
-
-def tell_smoothness(setting: Setting, replay: Replay) -> None:
-    """How far a derivative of this fit can be trusted."""
-    smooth = setting.once("metasmoothness", lambda: metasmoothness(replay))
-    setting.figure("metasmoothness", smooth, min)
-    if smooth < _SMOOTH:
-        setting.note(
-            f"Metasmoothness is {smooth:.2f}, below {_SMOOTH}: the end of this fit does not follow small changes of "
-            "its examples' weights smoothly, and what really happens without an example may differ from its score. "
-            "Larger batches, a lower learning rate or smooth activations make a fit smoother; averages over seeds are "
-            "better told by `InfluenceFunction` or `SOURCE`."
         )

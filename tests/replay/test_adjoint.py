@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_influence import Attributor, HyDRA, MissingEvidence, TracIn, Trajectory
 from lightning_influence.replay import DriftError
-from replay.runs import N, data, fitted, joint
+from lightning_influence.replay.agreement import removals
+from replay.runs import QUERIES, N, data, fitted, joint
 
 CASES = {
     "sgd": {},
@@ -40,7 +41,7 @@ SLOW = [pytest.param(name, marks=[] if name in IN_CORE else pytest.mark.slow) fo
 
 
 def plain(**settings):
-    return HyDRA(**{"smoothness": False, **settings})
+    return HyDRA(**{"checks": 0, **settings})
 
 
 def scores(fit, method=None, loss=None):
@@ -222,11 +223,31 @@ def test_an_example_that_was_never_drawn_has_no_influence(tmp_path):
         assert bool((found[:, example] != 0).any()) == (example in seen)
 
 
+@pytest.mark.parametrize("removal", ["downweight", "renormalize"])
+def test_agreement_is_the_correlation_with_what_happens_without_a_tenth(removal, tmp_path):
+    fit = fitted(tmp_path, groups=({"momentum": 0.9},), n=30)
+    method = HyDRA(checks=6, removal=removal)
+    found = scores(fit, method)
+    run = fit.run if removal == "downweight" else fit.renormalized()
+    left_out = removals(30, 6)
+    assert (left_out == 0).sum(1).tolist() == [3] * 6
+    truth = torch.stack([losses_at(run, fit.query_losses, w) for w in left_out])
+    foreseen = [[sum(found.values[q, i] for i in range(30) if w[i] == 0) for q in range(QUERIES)] for w in left_out]
+    each = [torch.corrcoef(torch.stack([truth[:, q], torch.tensor(foreseen)[:, q]]))[0, 1] for q in range(QUERIES)]
+    assert found.figures["agreement"] == pytest.approx(float(sum(each)) / QUERIES, rel=1e-6)
+    halves = fit.attributor().score(method, fit.queries, aggregate="mean")
+    together = torch.corrcoef(torch.stack([truth.mean(1), torch.tensor(foreseen).mean(1)]))[0, 1]
+    assert halves.figures["agreement"] == pytest.approx(float(together), rel=1e-6)
+
+
 def test_what_a_reader_must_know_is_reported(tmp_path):
-    fit = fitted(tmp_path, kind="AdamW", lr=0.01)
+    fit = fitted(tmp_path, lr=3.0, epochs=6, groups=({"momentum": 0.9},))
     found = scores(fit, HyDRA())
-    assert -1 <= found.figures["metasmoothness"] < 0.9
-    assert any("Metasmoothness is" in note for note in found.notes)
+    assert -1 <= found.figures["agreement"] < 0.8
+    assert any("Agreement is" in note for note in found.notes)
+    smooth = scores(fitted(tmp_path / "smooth", lr=0.01, n=30), HyDRA())
+    assert 0.8 < smooth.figures["agreement"] <= 1
+    assert not any("Agreement" in note for note in smooth.notes)
     assert fit.attributor().cost(HyDRA(), fit.queries) > 0
 
 

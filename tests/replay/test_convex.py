@@ -59,7 +59,7 @@ def test_at_the_minimum_of_a_quadratic_it_is_a_truncated_inverse(tmp_path, momen
     hessian = x.T @ x / len(x) + decay * torch.eye(3, dtype=torch.float64)
     best = torch.linalg.solve(hessian, x.T @ y / len(x))
     attributor = trained(Descent(best, half_squares, decay, momentum), x, y, tmp_path, steps)
-    scores = attributor.score(HyDRA(smoothness=False), items(asked, answers)).values
+    scores = attributor.score(HyDRA(checks=0), items(asked, answers)).values
     gradients, queries = x * (x @ best - y)[:, None], asked * (asked @ best - answers)[:, None]
     moved, speed = torch.zeros(2, 3, len(x), dtype=torch.float64)
     for _ in range(steps):
@@ -75,7 +75,7 @@ def test_at_the_minimum_of_a_quadratic_it_is_a_truncated_inverse(tmp_path, momen
 def test_after_many_steps_it_is_the_influence_function(tmp_path):
     (x, y), (asked, answers) = drawn(12, 3, 0), drawn(4, 3, 1)
     attributor = trained(Descent(torch.zeros(3).double(), half_squares, 0.1), x, y, tmp_path, 400)
-    found = attributor.score(HyDRA(smoothness=False), items(asked, answers)).values
+    found = attributor.score(HyDRA(checks=0), items(asked, answers)).values
     hessian = x.T @ x / len(x) + 0.1 * torch.eye(3, dtype=torch.float64)
     best = torch.linalg.solve(hessian, x.T @ y / len(x))
     gradients, queries = x * (x @ best - y)[:, None], asked * (asked @ best - answers)[:, None]
@@ -90,7 +90,7 @@ def test_one_step_from_anywhere_is_tracin(tmp_path):
     start = torch.ones(3).double()
     end = start - RATE * x.T @ (x @ start - y) / len(x)
     gradients = x * (x @ start - y)[:, None]
-    for method, where in ((HyDRA(smoothness=False), end), (TracIn(), start)):
+    for method, where in ((HyDRA(checks=0), end), (TracIn(), start)):
         queries = asked * (asked @ where - answers)[:, None]
         found = attributor.score(method, items(asked, answers)).values
         assert_scores(found, RATE / len(x) * queries @ gradients.T, 1e-10)
@@ -101,7 +101,7 @@ def test_twins_in_the_same_steps_have_the_same_scores(tmp_path):
     (x, y), (asked, answers) = drawn(8, 3, 0), drawn(4, 3, 1)
     x[5], y[5] = x[4], y[4]
     attributor = trained(Descent(torch.ones(3).double(), half_squares, 0.1, 0.5), x, y, tmp_path, 5, batch=4)
-    found = attributor.score(HyDRA(smoothness=False), items(asked, answers)).values
+    found = attributor.score(HyDRA(checks=0), items(asked, answers)).values
     torch.testing.assert_close(found[:, 4], found[:, 5])
 
 
@@ -112,7 +112,7 @@ def test_its_unit_is_the_change_of_loss_when_the_example_is_left_out(tmp_path):
     way = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     y, answers = ((a @ way + b > 0).double() for a, b in ((x, noise), (asked, other)))
     attributor = trained(Descent(torch.zeros(3).double(), logistic, decay), x, y, tmp_path, steps)
-    predicted = attributor.score(HyDRA(smoothness=False), items(asked, answers)).values
+    predicted = attributor.score(HyDRA(checks=0), items(asked, answers)).values
 
     def losses(weights):
         w = torch.zeros(3, dtype=torch.float64)

@@ -16,7 +16,7 @@ KERNEL = r"Likely causes: the fit's attention ran in a fused kernel, its replay 
 
 
 def plain(**settings):
-    return HyDRA(**{"smoothness": False, **settings})
+    return HyDRA(**{"checks": 0, **settings})
 
 
 def replayed(fit, max_drift=0.1, train=None):

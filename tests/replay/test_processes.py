@@ -16,8 +16,8 @@ from lightning_influence import Attributor, HyDRA, Influence, TracIn, TracInCP, 
 
 N = 23
 METHODS = {
-    "HyDRA": HyDRA(smoothness=False),
-    "fast": HyDRA(smoothness=False, hessian=False),
+    "HyDRA": HyDRA(checks=0),
+    "fast": HyDRA(checks=0, hessian=False),
     "TracIn": TracIn(),
     "TracInCP": TracInCP(),
 }
