@@ -76,9 +76,12 @@ def hand_step(kind, settings, weight, gradient, memory, lr):
     return weight - lr * (memory["m"] / (1 - b1**k)) / (root + settings.get("eps", 1e-8))
 
 
-def influence(run, query_losses, n_train):
-    """[query, train]: minus the derivative of each query's loss at the end by each example's weight, by autograd."""
-    w = torch.ones(n_train, dtype=torch.float64, requires_grad=True)
+def influence(run, query_losses, n_train, at=None):
+    """[query, train]: minus the derivative of each query's loss at the end by each example's weight, by autograd.
+
+    ``at``: the weights, 1 where not given.
+    """
+    w = (torch.ones(n_train, dtype=torch.float64) if at is None else at.clone()).requires_grad_()
     params = unrolled(run, w)
     values = query_losses(run.module, params)
     return -torch.stack([torch.autograd.grad(v, w, retain_graph=True)[0] for v in values])

@@ -50,6 +50,9 @@ class HyDRA(Method):
             divided by the sum of the weights (``"renormalize"``).
         max_drift: a replay that strays from the captured weights by more, relative to the distance that they moved
             between checkpoints, is an error.
+        runs: by replay, 1: the derivative at the fit itself. More: the mean of the derivatives at so many fits, each
+            without a random tenth of the examples, for fits too rough to follow a single derivative as far as an
+            example's removal (``agreement`` tells).
         checks: by replay, refits side by side, each without a random tenth of the examples, whose changes of the
             queries' losses the scores are held against; ``Scores.figures["agreement"]`` is the correlation of
             predicted with true changes, which says how far to trust the scores. 0: none.
@@ -67,6 +70,7 @@ class HyDRA(Method):
     memory: int = 2**30
     removal: Literal["downweight", "renormalize"] = "downweight"
     max_drift: float = MAX_DRIFT
+    runs: int = 1
     checks: int = 4
 
     def __post_init__(self) -> None:
@@ -79,6 +83,13 @@ class HyDRA(Method):
             raise ValueError(f"Expected `max_drift` to be a positive number, got {self.max_drift!r}.")
         if isinstance(self.checks, bool) or not isinstance(self.checks, int) or self.checks < 0 or self.checks == 1:
             raise ValueError(f"Expected `checks` to be 0 or at least 2 refits, got {self.checks!r}.")
+        if isinstance(self.runs, bool) or not isinstance(self.runs, int) or self.runs < 1:
+            raise ValueError(f"Expected `runs` to be a positive whole number, got {self.runs!r}.")
+        if self.runs > 1 and (self.mode != "replay" or self.removal != "downweight"):
+            raise ValueError(
+                f"Expected `mode='replay'` and `removal='downweight'` for `runs={self.runs}`, got {self.mode!r} and "
+                f"{self.removal!r}."
+            )
         if self.examples is not None:
             object.__setattr__(self, "examples", tuple(sorted({int(i) for i in self.examples})))
 
@@ -146,4 +157,4 @@ class HyDRA(Method):
 
     @property
     def _replayed(self) -> Replayed:
-        return Replayed(self.hessian, self.removal, self.max_drift, self.checks)
+        return Replayed(self.hessian, self.removal, self.max_drift, self.runs, self.checks)

@@ -38,7 +38,7 @@ def adjoint(
         DriftError: the replay is not the fit.
         ValueError: examples that cannot be told apart.
     """
-    if not hessian:
+    if not hessian and replay.whole:
         found = _lean(replay, final, renormalize, done)
         if found is not None:
             return found
@@ -59,6 +59,7 @@ class Walk:
         self.renormalize = renormalize and replay.forward.mean
         self.trained = sorted({name for step in replay.steps for name in step.moves.options})
         self.second = Second(replay.forward, self.trained if hessian else ())
+        self.first = Second(replay.forward, ())
         parameters = replay.engine.task.named_parameters()
         count = len(next(iter(final.values())))
         self.by_weight: Vectors = {
@@ -86,6 +87,8 @@ class Walk:
             _add(self.total, batch.ids, products, self.renormalize)
             for name, change in curved.items():
                 self.by_weight[name] = self.by_weight[name] + change
+        for batch in step.left_out:
+            _add(self.total, batch.ids, self.first.along(batch, step, directions)[0], False)
 
 
 def _add(total: Tensor, ids: tuple[int, ...], products: Tensor, renormalize: bool) -> None:

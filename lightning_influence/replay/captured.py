@@ -20,11 +20,13 @@ class MicroBatch:
         ids: the examples in their order.
         random: states of the random generators before the forward, of those that it drew from.
         read: likewise before its examples were read.
+        size: how many examples a mean divides by, where some are left out.
     """
 
     ids: tuple[int, ...]
     random: Mapping[str, bytes]
     read: Mapping[str, bytes] = field(default_factory=dict)
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Step:
         divisor: of every micro-batch's loss.
         moves: the rule and settings by parameter.
         clipping: what clipped the gradients, if anything did.
+        left_out: examples of weight 0, which move nothing.
     """
 
     made: int
@@ -46,6 +49,7 @@ class Step:
     divisor: int
     moves: Moves
     clipping: Clipping | None
+    left_out: tuple[MicroBatch, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The module in training, as it was in the fit: the loss of a captured micro-batch and its derivatives."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +97,7 @@ class Forward:
 
     def share(self, batch: MicroBatch, step: Step) -> float:
         """What an example's loss is multiplied with in the step's gradient."""
-        return 1.0 / (step.divisor * (len(batch.ids) if self.mean else 1))
+        return 1.0 / (step.divisor * ((batch.size or len(batch.ids)) if self.mean else 1))
 
     def losses(self, batch: MicroBatch, on_device: Any = None) -> Tensor:
         """The joint batch's losses, [example] where ``loss=`` is given, else the scalar of ``training_step``."""
@@ -112,7 +113,9 @@ class Forward:
     def total(self, batch: MicroBatch, step: Step) -> Tensor:
         """What the fit called backward on."""
         losses = self.losses(batch)
-        return losses.sum() * self.share(batch, step) if self.joint else losses / step.divisor
+        if self.joint:
+            return losses.sum() * self.share(batch, step)
+        return losses * (self.share(batch, step) * (len(batch.ids) if self.mean else 1))
 
     def gradients(
         self, step: Step, weights: Tensor | None = None, renormalize: bool = False
@@ -131,6 +134,10 @@ class Forward:
             for name, gradient in found.items():
                 total[name] = total[name] + gradient if name in total else gradient
             self._keep_buffers()
+        if not step.batches:  # nobody counts, but momentum and weight decay go on
+            parameters = self.task.named_parameters()
+            reached = [name for name in step.moves.options if name not in self.engine.plan.unreached]
+            total = {name: torch.zeros_like(parameters[name]) for name in reached}
         return total, self.written
 
     def rows(self, batch: MicroBatch, as_drawn: bool = True) -> Gradients:
@@ -146,6 +153,12 @@ class Forward:
         if (batch.random and as_drawn) or twice:
             draws = lambda: put_back(batch.random, self.task.device)  # noqa: E731
         return self.engine.gradients(block, draws)
+
+    def again(self) -> "Forward":
+        """The same, for other parts of the batches: what was checked need not be checked again."""
+        other = copy.copy(self)
+        other._kept, other._kept_left, other.written = {}, _KEPT_BYTES, {}
+        return other
 
     def read(self, batch: MicroBatch) -> Any:
         """The collated micro-batch on the device."""

@@ -64,6 +64,8 @@ class Replay:
     max_drift: float = MAX_DRIFT
     segments: list[Segment] = field(init=False)
     _loaded: dict[int, Standing] = field(init=False, default_factory=dict)
+    whole: bool = field(init=False, default=True)
+    """Whether this is the captured fit itself, with its checkpoints, and not the fit without some examples."""
     drifts: dict[int, float] = field(init=False, default_factory=dict)
     """By the step of each checkpoint met: distance from it, relative to the distance moved since the one before."""
 
@@ -114,7 +116,7 @@ class Replay:
                 for moment in self.walk(here, segment.steps, weights, renormalize):
                     here = moment.before
                 here = self.after
-                if weights is None:
+                if weights is None and self.whole:
                     self.compare(number, here)
         return here
 
@@ -151,6 +153,9 @@ class Replay:
         Segments are walked forward from their captured states; one whose states exceed the memory set aside is walked
         a second time in stretches.
         """
+        if not self.whole:
+            yield from self._reversed(self.start(), self.steps, None)
+            return
         for number in reversed(range(len(self.segments))):
             yield from self._reversed(self.start(number), self.segments[number].steps, number)
 

@@ -9,6 +9,7 @@ from lightning_influence.replay.adjoint import Walk, adjoint
 from lightning_influence.replay.agreement import Refits, removals
 from lightning_influence.replay.captured import Step, examples_of
 from lightning_influence.replay.replay import MAX_DRIFT, Replay
+from lightning_influence.replay.without import without
 from lightning_influence.setting import Queries, Setting
 
 # Scores of a smooth fit agree by 0.9 and more with refits, those of a rough one by 0.5.
@@ -26,22 +27,28 @@ class Replayed:
         hessian: whether a change of the weights changes the gradients after it.
         removal: ``"downweight"`` leaves the divisor of a batch, ``"renormalize"`` divides by the sum of the weights.
         max_drift: how far the replay may stray from the captured weights, relative to the distance they moved.
+        runs: 1: the derivative at the fit itself; more: the mean of derivatives at so many fits, each without a random
+            tenth of the examples.
         checks: refits without some examples that scores are held against.
     """
 
     hessian: bool = True
     removal: str = "downweight"
     max_drift: float = MAX_DRIFT
+    runs: int = 1
     checks: int = 4
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """[query, train]: minus the derivative of each query's final loss by each example's weight."""
         replay = self.replay(setting)
-        setting.final()
-        final = queries.gradients().dense()
-        total = sum(examples_of(segment.steps) for segment in replay.segments)
+        total = self.runs * sum(examples_of(segment.steps) for segment in replay.segments)
         told = Told(setting, total)
-        scores = -adjoint(replay, final, self.hessian, self.removal == "renormalize", told)
+        if self.runs == 1:
+            setting.final()
+            final = queries.gradients().dense()
+            scores = -adjoint(replay, final, self.hessian, self.removal == "renormalize", told)
+        else:
+            scores = -self._mean(setting, replay, queries, told)
         if self.removal == "renormalize" and not replay.forward.mean:
             setting.note("`removal='renormalize'` is `'downweight'` here: the loss is a sum and divides by nothing.")
         told.rest()
@@ -49,6 +56,19 @@ class Replayed:
         if self.checks:
             self._tell_agreement(setting, replay, scores, queries)
         return scores.to(setting.zeros().dtype)
+
+    def _mean(self, setting: Setting, replay: Replay, queries: Queries, told: "Told") -> Tensor:
+        """[query, train]: derivatives at the ends of fits without some examples."""
+        task, total = setting.engine.task, None
+        replay.run()  # is this the fit?
+        for weights in removals(len(replay.examples), self.runs, seed=1):
+            part = without(replay, weights == 0)
+            setting.final()
+            part.run().put_into(task)
+            found = adjoint(part, queries.gradients().dense(), self.hessian, done=told)
+            total = found if total is None else total + found
+        assert total is not None
+        return total / self.runs
 
     def replay(self, setting: Setting) -> Replay:
         """The fit that the setting was captured from, once a question."""
@@ -94,7 +114,8 @@ class Replayed:
             started = time.perf_counter()
             walk.back(moment)
             backward = time.perf_counter() - started
-        return len(replay.steps) * (forward * (1 + self.checks) + backward)
+        again = 1 if self.runs == 1 else 2 * self.runs
+        return len(replay.steps) * (forward * (again + self.checks) + backward * self.runs)
 
 
 class Told:

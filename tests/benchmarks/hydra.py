@@ -117,7 +117,7 @@ def products(train):
     return time.perf_counter() - started
 
 
-def measure(train, queries, seed, rough):
+def measure(train, queries, seed, rough, means_of):
     fit(train, seed, rough)  # warms up
     _, _, plain = fit(train, seed, rough)
     with tempfile.TemporaryDirectory() as folder:
@@ -126,6 +126,8 @@ def measure(train, queries, seed, rough):
         attributor, found, seconds = influence.attributor, {}, {}
         methods = {"exact": HyDRA(), "no checks": HyDRA(checks=0), "fast": HyDRA(hessian=False)}
         attributor.score(methods["no checks"], queries)  # warms up
+        if means_of:
+            methods[f"mean of {means_of}"] = HyDRA(runs=means_of)
         for name, method in (methods | {"TracInCP": TracInCP()}).items():
             started = time.perf_counter()
             found[name] = attributor.score(method, queries)
@@ -151,7 +153,7 @@ def measure(train, queries, seed, rough):
         predicted = values[:, :200].flatten()
         row["slope"] = float((predicted * changes.T.flatten()).sum() / predicted.square().sum())
         table[name] = row
-    return table, seconds, plain, found["exact"].figures
+    return table, seconds, plain, {name: round(s.figures.get("agreement", torch.nan), 2) for name, s in found.items()}
 
 
 def cost_on_cnn(path):
@@ -185,12 +187,13 @@ def main():
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--rough", action="store_true")
     parser.add_argument("--cnn", action="store_true")
+    parser.add_argument("--means-of", type=int, default=0, help="HyDRA as the mean of so many runs as well")
     asked = parser.parse_args()
     if asked.cnn:
         cost_on_cnn(asked.mnist)
         return
     train, queries = digits(asked.mnist)
-    runs = [measure(train, queries, seed, asked.rough) for seed in range(asked.runs)]
+    runs = [measure(train, queries, seed, asked.rough, asked.means_of) for seed in range(asked.runs)]
     means = {
         method: {k: sum(table[method][k] for table, *_ in runs) / len(runs) for k in row}
         for method, row in runs[0][0].items()

@@ -223,6 +223,34 @@ def test_an_example_that_was_never_drawn_has_no_influence(tmp_path):
         assert bool((found[:, example] != 0).any()) == (example in seen)
 
 
+RUNS = {
+    "momentum, clipping, accumulation": {
+        "divisor": 2,
+        "clip": ("norm", 0.3),
+        "groups": ({"momentum": 0.9, "weight_decay": 0.1},),
+    },
+    "adamw, sum": {"kind": "AdamW", "lr": 0.01, "summed": True},
+    "batches of one": {"loader": {"batch_size": 1}, "groups": ({"momentum": 0.9, "weight_decay": 0.1},)},
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_several_runs_are_the_mean_derivative_at_fits_without_a_tenth(case, tmp_path):
+    fit = fitted(tmp_path, **RUNS[case])
+    left_out = removals(N, 3, seed=1)
+    assert len({tuple(row.tolist()) for row in left_out}) > 1
+    expected = sum(influence(fit.run, fit.query_losses, N, at) for at in left_out) / 3
+    assert_scores(scores(fit, plain(runs=3)).values, expected, 1e-9)
+    assert fit.attributor().cost(plain(runs=3), fit.queries) > fit.attributor().cost(plain(), fit.queries)
+
+
+def test_several_runs_are_refused_where_a_part_of_a_batch_is_another_thing(tmp_path):
+    with pytest.raises(ValueError, match=r"`runs=1` where training draws random numbers \(dropout, augmentation\)"):
+        scores(fitted(tmp_path / "dropout", net="dropout"), plain(runs=2))
+    with pytest.raises(ValueError, match="`runs=1` where `loss=` gives the losses of joint batches"):
+        scores(fitted(tmp_path / "joint"), plain(runs=2), joint)
+
+
 @pytest.mark.parametrize("removal", ["downweight", "renormalize"])
 def test_agreement_is_the_correlation_with_what_happens_without_a_tenth(removal, tmp_path):
     fit = fitted(tmp_path, groups=({"momentum": 0.9},), n=30)
@@ -256,6 +284,14 @@ def test_wrong_settings_and_missing_evidence(tmp_path):
         ({"mode": "x"}, "`mode` to be one of 'replay', 'during_fit'"),
         ({"removal": "x"}, "`removal` to be one of"),
         ({"max_drift": 0.0}, "`max_drift` to be a positive number, got 0.0"),
+        ({"checks": 1}, "`checks` to be 0 or at least 2 refits, got 1"),
+        ({"checks": True}, "`checks` to be 0 or at least 2 refits, got True"),
+        ({"runs": 0}, "`runs` to be a positive whole number, got 0"),
+        (
+            {"runs": 2, "mode": "during_fit"},
+            "`mode='replay'` and `removal='downweight'` for `runs=2`, got 'during_fit'",
+        ),
+        ({"runs": 2, "removal": "renormalize"}, "for `runs=2`, got 'replay' and 'renormalize'"),
         ({"mode": "during_fit", "removal": "renormalize"}, r"`mode='replay'` for `removal='renormalize'`"),
     ):
         with pytest.raises(ValueError, match=message):
