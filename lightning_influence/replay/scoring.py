@@ -87,9 +87,9 @@ class Replayed:
             setting.note(
                 f"Agreement is {value:.2f}, below {_AGREEING}: in {self.checks} refits of this very fit, each without "
                 "a random tenth of the examples, the queries' losses did not change as the scores foresee. What really "
-                "happens without an example may differ from its score. Larger batches, a lower learning rate or "
-                "smoother activations make a fit easier to foresee; averages over seeds are better told by "
-                "`InfluenceFunction` or `SOURCE`."
+                "happens without an example may differ from its score. `HyDRA(runs=20)` foresees such removals better; "
+                "larger batches, a lower learning rate or smoother activations make a fit easier to foresee; averages "
+                "over seeds are better told by `InfluenceFunction` or `SOURCE`."
             )
 
     def at_once(self, setting: Setting) -> int:

@@ -101,6 +101,7 @@ def methods():
         "influence function, EK-FAC, best of 4 dampings": [InfluenceFunction(EKFAC(d)) for d in (1.0, *DAMPINGS)],
         "SOURCE, 3 segments, EK-FAC": [SOURCE(3, EKFAC())],
         "HyDRA, exact": [HyDRA(checks=0)],
+        "HyDRA, mean of 40 runs": [HyDRA(runs=40, checks=0)],
         "influence function, LiSSA": [InfluenceFunction(LiSSA())],
         "influence function, Arnoldi (200 steps)": [InfluenceFunction(Arnoldi())],
         "influence function, Arnoldi, rest dropped": [InfluenceFunction(Arnoldi(complement="drop"))],
