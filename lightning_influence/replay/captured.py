@@ -144,4 +144,4 @@ def _clipping(entry: Mapping[str, Any], coefficient: float | None) -> Clipping |
 
 def examples_of(steps: Sequence[Step]) -> int:
     """How many examples went forward."""
-    return sum(len(batch.ids) for step in steps for batch in step.batches)
+    return sum(len(batch.ids) for step in steps for batch in (*step.batches, *step.left_out))
