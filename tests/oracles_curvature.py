@@ -116,3 +116,31 @@ def source(queries, segments):
         total = total + carried @ moved @ train.T / len(train)
         carried = carried @ kept
     return total
+
+
+def preconditioned_source(queries, segments):
+    """[query, train]: SOURCE where steps are w - pace * (C w + g) - shrunk * w, entry by entry, by matrix exponentials.
+
+    Segments are (curvature, pace, shrunk, gradients); pace and shrunk [entries] hold the sum of the learning rates.
+    """
+    total, carried = 0.0, queries
+    for curvature, pace, shrunk, train in reversed(segments):
+        rate = torch.diag(pace) @ curvature + torch.diag(shrunk)
+        size = len(rate)
+        both = torch.linalg.matrix_exp(
+            torch.cat([torch.cat([-rate, torch.diag(pace)], 1), rate.new_zeros(size, 2 * size)])
+        )
+        kept, moved = both[:size, :size], both[:size, size:]  # the integral of what is kept, without an inverse
+        total = total + carried @ moved @ train.T / len(train)
+        carried = carried @ kept
+    return total
+
+
+def walked_source(queries, segments, steps):
+    """The same by walking: each example's gradient pushes the weights in every one of many small steps."""
+    changes = torch.zeros_like(segments[0][3]).T
+    for curvature, pace, shrunk, train in segments:
+        for _ in range(steps):
+            pushed = pace[:, None] * (curvature @ changes + train.T / len(train)) + shrunk[:, None] * changes
+            changes = changes - pushed / steps
+    return -queries @ changes

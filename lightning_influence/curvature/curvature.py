@@ -2,17 +2,15 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lightning_influence.curvature.descent import Descent
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.setting import Setting
-
-Function = Callable[[Tensor], Tensor]
-"""Of eigenvalues in float64, element by element."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Curvature(ABC):
     share: ClassVar[float] = 1.0
     """Of the default damping by learning rates, what suits an approximation that blurs the spectrum already."""
     has_eigenvalues: ClassVar[bool] = False
-    """Whether ``apply`` is offered."""
+    """Whether ``descend`` is offered."""
     unprepared: ClassVar[frozenset[str]] = frozenset({"damping"})
     """Settings that ``prepare`` does not look at: what is on disk serves whatever they are."""
 
@@ -90,22 +88,16 @@ class Curvature(ABC):
             ValueError: singular with this diagonal.
         """
 
-    def apply(
-        self,
-        prepared: Prepared,
-        vectors: Mapping[str, Tensor],
-        setting: Setting,
-        diagonal: Tensor,
-        functions: Sequence[Function],
-    ) -> list[dict[str, Tensor]]:
-        """f(C + diagonal) v for every f, and vectors given by name, [query, *shape].
+    def descend(
+        self, prepared: Prepared, vectors: Mapping[str, Tensor], setting: Setting, descent: Descent
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """F v and S^T v behind a stretch of gradient descent, for vectors given by name, [query, *shape].
 
         Args:
             prepared: by ``prepare`` at these weights.
             vectors: v.
             setting: the question's.
-            diagonal: [group] float64, as in ``solve``.
-            functions: each f of eigenvalues, element by element.
+            descent: which defines F and S.
 
         Raises:
             NotImplementedError: the eigenvalues are not known.

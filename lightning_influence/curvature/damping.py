@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_influence.setting import Setting, Stage
 from lightning_influence.trajectory import Trajectory
+from lightning_influence.trajectory.checkpoint import is_decoupled
 
 _SHARE = 0.1
 
@@ -86,7 +87,7 @@ def _decay(setting: Setting, trajectory: Trajectory, position: int) -> Tensor:
     for optimizer in sorted({entry["optimizer"] for entry in trajectory.settings}):
         last = [entry for entry in trajectory.settings if entry["optimizer"] == optimizer][-1]
         for group, options in enumerate(last["groups"], start=first):
-            if _coupled(last, options):
+            if not is_decoupled(last, options):
                 decay[group] = float(options.get("weight_decay") or 0.0)
         first += max(len(e["groups"]) for e in trajectory.settings if e["optimizer"] == optimizer)
     if setting.engine.reduction.coefficient() == "sum" and bool(decay.any()):
@@ -94,11 +95,6 @@ def _decay(setting: Setting, trajectory: Trajectory, position: int) -> Tensor:
         if summed is not None and mean is not None:
             decay *= torch.where(summed != 0, mean / summed, torch.ones_like(mean))
     return decay
-
-
-def _coupled(entry: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
-    """Whether weight decay is the gradient of a penalty, and not a shrinkage of its own as in AdamW."""
-    return entry.get("kind") != "AdamW" and not options.get("decoupled_weight_decay", False)
 
 
 def of_group(values: Tensor, groups: Mapping[str, int]) -> Callable[[str], float]:

@@ -1,6 +1,6 @@
 """EK-FAC: the Fisher of each layer in a Kronecker-factored eigenbasis, with eigenvalues measured in it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.budget import at_once
-from lightning_influence.curvature.curvature import Curvature, Function, Prepared
+from lightning_influence.curvature.curvature import Curvature, Prepared
+from lightning_influence.curvature.descent import Descent
 from lightning_influence.curvature.factors import WIDEST, Factors, Names, part_named
+from lightning_influence.curvature.kronecker_descent import descend_layer
 from lightning_influence.curvature.kronecker_part import Inverse, KroneckerPart
 from lightning_influence.curvature.labels import Draws
 from lightning_influence.curvature.solved import Solved, shortened
@@ -177,16 +179,21 @@ class EKFAC(Curvature):
         shorten = (lambda parts: self._shortened(prepared, parts, setting)) if self.tolerance else None
         return Solved(Gradients(joint, groups, size), blocks, shorten)
 
-    def apply(
-        self,
-        prepared: Prepared,
-        vectors: Mapping[str, Tensor],
-        setting: Setting,
-        diagonal: Tensor,
-        functions: Sequence[Function],
-    ) -> list[dict[str, Tensor]]:
-        """In the eigenbasis of every layer; element by element where there is a diagonal."""
-        return [_Layers(prepared, setting, diagonal, f).all_written(vectors) for f in functions]
+    def descend(
+        self, prepared: Prepared, vectors: Mapping[str, Tensor], setting: Setting, descent: Descent
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """In the eigenbasis of every layer, where a preconditioner stands as its diagonal; exactly on diagonals."""
+        if any(float(pace.min()) < float(pace.max()) for pace in descent.pace.values() if pace.numel()):
+            setting.note(
+                "The optimizer's preconditioner does not share the layers' Kronecker eigenbases: it stands as its "
+                "diagonal there, an approximation (`ExactGGN()` has none)"
+            )
+        moved: dict[str, Tensor] = {}
+        kept: dict[str, Tensor] = {}
+        for names, tensors in _by_layer(prepared).items():
+            of_layer = descend_layer(names, tensors, descent, vectors)
+            moved, kept = moved | of_layer[0], kept | of_layer[1]
+        return moved, kept
 
     def _shortened(self, prepared: Prepared, joint: Mapping[Names, Part], setting: Setting) -> Mapping[Names, Part]:
         parts = {names: part for names, part in joint.items() if isinstance(part, KroneckerPart)}
@@ -204,30 +211,19 @@ class EKFAC(Curvature):
 
 
 class _Layers:
-    """What was prepared, with a diagonal added: one inverse a layer, or another function of its eigenvalues."""
+    """What was prepared, with a diagonal added: one inverse a layer."""
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        setting: Setting,
-        diagonal: Tensor,
-        function: Function | None = None,
-    ) -> None:
-        self.function = function
+    def __init__(self, prepared: Prepared, setting: Setting, diagonal: Tensor) -> None:
         self.shapes = {name: tuple(p.shape) for name, p in setting.engine.task.named_parameters().items()}
         self.inverses: dict[Names, Inverse] = {}
         self.tables: dict[Names, tuple[Tensor, ...]] = {}
-        kept: dict[Names, dict[str, Tensor]] = {}
-        for key, tensor in prepared.tensors.items():
-            joined, _, what = key.rpartition("/")
-            kept.setdefault(tuple(joined.split("|")), {})[what] = tensor
-        for names, tensors in kept.items():
+        for names, tensors in _by_layer(prepared).items():
             added = float(diagonal[setting.engine.groups.get(names[0], 0)])
             if "eigenvalues" in tensors:
                 self.inverses[names] = self._inverse(names, tensors, added)
             else:
                 tables = (tensors[f"diagonal{i}"] for i in range(len(names)))
-                self.tables[names] = tuple(self._of(table, added, names) for table in tables)
+                self.tables[names] = tuple(_inverted(table, added, names) for table in tables)
 
     def __iter__(self) -> Iterator[Names]:
         return iter((*self.inverses, *self.tables))
@@ -235,20 +231,12 @@ class _Layers:
     def _inverse(self, names: Names, tensors: Mapping[str, Tensor], added: float) -> Inverse:
         shapes = tuple(self.shapes[name] for name in names)
         bases = tensors["basis_out"], tensors["basis_in"]
-        table = self._of(tensors["eigenvalues"], added, names)
-        if self.function is not None:
-            beside = float(self.function(torch.tensor([added], dtype=torch.float64)))
-            return Inverse(*bases, table, beside, bool(tensors["transposed"]), shapes)
+        table = _inverted(tensors["eigenvalues"], added, names)
         beside = 1 / added if added > 0 else torch.inf
         found = Inverse(*bases, table, beside, bool(tensors["transposed"]), shapes)
         if not added > 0 and not found.complete:
             _refuse_singular(names, added)
         return found
-
-    def _of(self, eigenvalues: Tensor, added: float, names: Names) -> Tensor:
-        if self.function is None:
-            return _inverted(eigenvalues, added, names)
-        return self.function(eigenvalues.double() + added).to(eigenvalues)
 
     def written(self, names: Names, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Directions of vectors given by name, by name."""
@@ -284,6 +272,15 @@ class _Layers:
         if isinstance(part, Lookup):
             return part.multiplied(self.tables[names])
         return Directions(tuple(r * t for r, t in zip(part.dense(), self.tables[names], strict=True)))
+
+
+def _by_layer(prepared: Prepared) -> dict[Names, dict[str, Tensor]]:
+    """The tensors of each layer by their own names."""
+    kept: dict[Names, dict[str, Tensor]] = {}
+    for key, tensor in prepared.tensors.items():
+        joined, _, what = key.rpartition("/")
+        kept.setdefault(tuple(joined.split("|")), {})[what] = tensor
+    return kept
 
 
 def _one_after_another(parts: list[Outer]) -> Outer:

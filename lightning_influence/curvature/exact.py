@@ -1,6 +1,6 @@
 """The dense curvature of a small model: every entry, factored once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.budget import at_once, seconds_of_products
-from lightning_influence.curvature.curvature import Curvature, Function, Prepared
+from lightning_influence.curvature.curvature import Curvature, Prepared
 from lightning_influence.curvature.damping import of_group
+from lightning_influence.curvature.descent import Descent, share_moved
 from lightning_influence.gradients.products import Matrix, Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.numerics.dense import Factored, SingularError, factored
@@ -73,22 +74,25 @@ class Exact(Curvature):
         solved = factor.solve(vectors.double()).to(vectors)
         return DenseQueries(products.flat.split(solved), setting.engine.groups)
 
-    def apply(
-        self,
-        prepared: Prepared,
-        vectors: Mapping[str, Tensor],
-        setting: Setting,
-        diagonal: Tensor,
-        functions: Sequence[Function],
-    ) -> list[dict[str, Tensor]]:
-        """By one eigendecomposition."""
+    def descend(
+        self, prepared: Prepared, vectors: Mapping[str, Tensor], setting: Setting, descent: Descent
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """By one eigendecomposition of the preconditioned matrix, which is symmetric."""
         products = Products(setting.engine, setting.examples)
-        added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(prepared.tensors["matrix"])
-        values, basis = torch.linalg.eigh(prepared.tensors["matrix"] + added.diag_embed())
-        count = len(next(iter(vectors.values())))
-        rows = products.flat.join(vectors, count, products.like)
-        turned = rows.double() @ basis
-        return [products.flat.split(((turned * f(values)) @ basis.T).to(rows)) for f in functions]
+        flat, matrix = products.flat, prepared.tensors["matrix"]
+        pace, added, shrunk = (
+            flat.join({name: entry[None] for name, entry in entries.items()}, 1, matrix)[0]
+            for entries in (descent.pace, descent.added, descent.shrunk)
+        )
+        bent, root = matrix + added.diag_embed(), pace.sqrt()
+        values, basis = torch.linalg.eigh(root[:, None] * bent * root + shrunk.diag_embed())
+        rows = flat.join(vectors, len(next(iter(vectors.values()))), products.like).double()
+        slowed = ((rows * root) @ basis * share_moved(values)) @ basis.T
+        # What is kept is I - (C + A + D / P) F: no division by a pace of 0, where nothing is shrunk either.
+        faded = torch.where(root > 0, shrunk / root, torch.zeros_like(root))
+        kept = rows - (slowed * root) @ bent - slowed * faded
+        moved, left = (flat.split(made.to(products.like)) for made in (slowed * root, kept))
+        return moved, left
 
     def factor(self, prepared: Prepared, setting: Setting, diagonal: Tensor) -> Factored:
         """The factorisation of the matrix with its diagonal, made once.

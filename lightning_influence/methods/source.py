@@ -6,9 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.curvature import Curvature, Function
-from lightning_influence.curvature.damping import diagonal_at, reach_at
+from lightning_influence.curvature.curvature import Curvature
+from lightning_influence.curvature.damping import reach_at
 from lightning_influence.curvature.ekfac import EKFAC
+from lightning_influence.curvature.pace import check_optimizers, descent_at
 from lightning_influence.curvature.store import prepared_at
 from lightning_influence.gradients.queries import DenseQueries
 from lightning_influence.method import Evidence, Method
@@ -17,17 +18,24 @@ from lightning_influence.trajectory import Trajectory
 from lightning_influence.types import MissingEvidence
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segment:
-    """A stretch of training whose curvature is taken as constant.
+    """A stretch of training whose curvature and preconditioner are taken as constant.
 
     Args:
         checkpoints: positions in the trajectory, at which gradients of training examples are averaged.
-        reach: sum of the learning rates in it, over (1 - momentum).
+        reach: sum of the learning rates in it, over (1 - momentum), [group] float64.
+        shrunk: sum of learning rates times decoupled weight decay, [group] float64.
     """
 
     checkpoints: tuple[int, ...]
-    reach: float
+    reach: Tensor
+    shrunk: Tensor
+
+    @property
+    def middle(self) -> int:
+        """The checkpoint that stands for it."""
+        return self.checkpoints[len(self.checkpoints) // 2]
 
 
 @dataclass(frozen=True)
@@ -42,20 +50,26 @@ class SOURCE(Method):
     averaged over the segment's checkpoints. One segment is an influence function whose damping follows from the
     learning rates; a long one is an influence function without damping.
 
+    Adam and AdamW are taken as gradient descent whose preconditioner P, 1 over (the root of the mean squares + eps), is
+    frozen at the segment's middle checkpoint: then :math:`S = P^{1/2} e^{-T M} P^{-1/2}` and
+    :math:`F = P^{1/2} (I - e^{-T M}) M^{-1} P^{1/2}` with :math:`M = P^{1/2} C P^{1/2}`, to which AdamW's decoupled
+    weight decay is added. Learning rates that differ between parameter groups are part of P.
+
     Source: Bae, Lin, Lorraine, Grosse. Training Data Attribution via Approximate Unrolled Differentiation.
     NeurIPS 2024.
-    Needs: checkpoints with learning rates.
+    Needs: checkpoints with learning rates; under Adam with the optimizer's state, as `Influence` writes them.
     Units: query loss.
     Cost: one curvature a segment (kept with the run), one backward pass an example and checkpoint; queries written out.
-    Departs from the paper: a segment's curvature is that at its middle checkpoint, not an average over all.
+    Departs from the paper: a segment's curvature and preconditioner are those at its middle checkpoint, not averages
+    over all. ``EKFAC`` takes P as its diagonal in each layer's Kronecker eigenbasis; ``ExactGGN`` takes it as it is.
 
     Args:
         segments: how many; no more than there are checkpoints behind the initial one.
         curvature: ``EKFAC()``, or ``ExactGGN()`` for small models; its ``damping``, None here for none, is added.
 
     Raises:
-        ValueError: fewer than one segment; an optimizer other than SGD; learning rates that differ between parameter
-            groups.
+        ValueError: fewer than one segment; an optimizer other than SGD, Adam and AdamW; `maximize=True`.
+        MissingEvidence: no steps between checkpoints; checkpoints of Adam without its state.
         TypeError: a curvature whose eigenvalues are not known.
     """
 
@@ -90,52 +104,46 @@ class SOURCE(Method):
             MissingEvidence: no steps lie between the checkpoints.
             ValueError: see the class.
         """
-        trajectory = setting.trajectory
-        positions = self.positions(trajectory)
-        if trajectory is not None and trajectory.adaptive:
-            raise ValueError(
-                "Expected a fit by SGD, got an adaptive optimizer, whose steps are no multiples of the gradient. Use "
-                '`HyDRA(mode="replay")`, or `InfluenceFunction(EKFAC())`.'
-            )
+        positions = self.positions(setting.trajectory)
+        assert setting.trajectory is not None
+        check_optimizers(setting.trajectory)
         count = min(self.segments, len(positions))
         if count < self.segments:
             setting.note(f"There are {count} segments: the fit has no more checkpoints behind its initial weights")
         ends = [round((k + 1) * len(positions) / count) for k in range(count)]
-        found, before = [], 0.0
+        found, before = [], torch.zeros((), dtype=torch.float64)
         for first, last in zip([0, *ends], ends, strict=False):
             until = self._reach(setting, positions[last - 1])
-            found.append(Segment(tuple(positions[first:last]), until - before))
+            run = range(positions[first], positions[last - 1] + 1)
+            shrunk = torch.stack([setting.trajectory.shrinkage(k) for k in run]).sum(0)
+            found.append(Segment(tuple(positions[first:last]), until - before, shrunk))
             before = until
-        reaches = ", ".join(f"{segment.reach:.3g}" for segment in found)
+        reaches = ", ".join(_shown(segment.reach) for segment in found)
         setting.note(f"{count} segments with sums of learning rates / (1 - momentum) of {reaches}")
+        if setting.trajectory.adaptive:
+            setting.note("Adam's preconditioner is frozen in each segment, at that of its middle checkpoint")
         return found
 
-    def _reach(self, setting: Setting, position: int) -> float:
+    def _reach(self, setting: Setting, position: int) -> Tensor:
         reach = reach_at(setting, position)
         if reach is None:
             raise MissingEvidence(
                 "`SOURCE` needs checkpoints behind some steps, got the initial weights alone. Fit with "
                 "`Trainer(callbacks=[Influence()])`, or use `GradientDot()`."
             )
-        if float(reach.max() - reach.min()) > 1e-6 * float(reach.max()):
-            raise ValueError(
-                f"Expected one learning rate for all parameter groups, got sums of {reach.tolist()}. Use "
-                '`HyDRA(mode="replay")`, or `InfluenceFunction(EKFAC())`.'
-            )
-        return float(reach[0])
+        return reach
 
     def _felt(self, setting: Setting, queries: Queries, segments: list[Segment]) -> list[DenseQueries]:
         """What each segment's gradients are multiplied with: the query, carried back through the segments behind."""
         carried = setting.final().gradients(queries).dense()
         felt: list[DenseQueries] = []
         for segment in reversed(segments):
-            (stage,) = setting.stages([segment.checkpoints[len(segment.checkpoints) // 2]])
+            (stage,) = setting.stages([segment.middle])
             prepared = prepared_at(self.curvature, setting, stage)
             for note in prepared.notes:
                 setting.note(note)
-            added = diagonal_at(setting, stage, self.curvature.damping or 0.0, lambda: 0.0).total
-            functions = _moved(segment.reach), _kept(segment.reach)
-            moved, carried = self.curvature.apply(prepared, carried, setting, added, functions)
+            descent = descent_at(setting, stage, self.curvature.damping or 0.0, segment.reach, segment.shrunk)
+            moved, carried = self.curvature.descend(prepared, carried, setting, descent)
             felt.append(DenseQueries(moved, setting.engine.groups))
         return felt[::-1]
 
@@ -159,17 +167,7 @@ class SOURCE(Method):
         return "loss"
 
 
-def _kept(reach: float) -> Function:
-    """What is left of a change behind a segment, by eigenvalue."""
-    return lambda eigenvalues: torch.exp(-reach * eigenvalues)
-
-
-def _moved(reach: float) -> Function:
-    """How far a constant gradient moves the weights in a segment, by eigenvalue."""
-
-    def moved(eigenvalues: Tensor) -> Tensor:
-        steep = (reach * eigenvalues).abs() > 1e-12
-        safe = torch.where(steep, eigenvalues, torch.ones_like(eigenvalues))
-        return torch.where(steep, -torch.expm1(-reach * safe) / safe, torch.full_like(eigenvalues, reach))
-
-    return moved
+def _shown(reach: Tensor) -> str:
+    """One number, or the smallest and the largest of those of the parameter groups."""
+    least, most = float(reach.min()), float(reach.max())
+    return f"{most:.3g}" if most - least <= 1e-6 * abs(most) else f"{least:.3g} to {most:.3g}"

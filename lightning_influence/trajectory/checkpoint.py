@@ -1,6 +1,7 @@
 """One captured state of a fit."""
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,3 +51,8 @@ class Checkpoint:
 def is_plain_sgd(group: dict[str, Any]) -> bool:
     """Whether a parameter group is one of ``torch.optim.SGD``: no other optimizer of torch has ``dampening``."""
     return "dampening" in group
+
+
+def is_decoupled(entry: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+    """Whether a parameter group's weight decay is a shrinkage of its own, as in AdamW, and no gradient of a penalty."""
+    return entry.get("kind") == "AdamW" or bool(group.get("decoupled_weight_decay", False))

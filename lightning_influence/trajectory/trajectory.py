@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.trajectory import exposure as _exposure
-from lightning_influence.trajectory.checkpoint import Checkpoint, is_plain_sgd
+from lightning_influence.trajectory.checkpoint import Checkpoint, is_decoupled, is_plain_sgd
 from lightning_influence.trajectory.files import STEPS
 from lightning_influence.trajectory.lightning_files import read_lightning_files
 from lightning_influence.trajectory.run import Run, find_run, read_run
@@ -148,6 +148,18 @@ class Trajectory:
         if window["ids"].null_count == 0:
             return _exposure.visited(window, pull, reduction, n_train)
         return _exposure.expected(window, pull, reduction, n_train, batches_per_epoch)
+
+    def shrinkage(self, index: int) -> Tensor:
+        """Sum of learning rate × decoupled weight decay over the window that ends at a checkpoint: [group], float64.
+
+        Zero under other optimizers than AdamW, and where the steps of a fit were not captured.
+        """
+        total, window = np.zeros(self.n_groups), self._window(range(len(self.checkpoints))[index])
+        for entry, rates in zip(window["settings"].to_pylist(), window["lr"].to_pylist(), strict=True):
+            made = self.settings[entry]
+            decays = [float(g.get("weight_decay") or 0.0) * is_decoupled(made, g) for g in made["groups"]]
+            total += self._groups.spread(entry, np.multiply(rates, decays))
+        return torch.from_numpy(total)
 
     def learning_rates(self, index: int) -> list[float]:
         """Per flat group, what the last step at or before a checkpoint applied (the initial one: the first step)."""

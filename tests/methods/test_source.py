@@ -131,22 +131,12 @@ def test_wrong_settings_are_refused(settings, error, text):
 
 def test_a_curvature_without_eigenvalues_says_so():
     with pytest.raises(NotImplementedError, match="`ConjugateGradient` knows no eigenvalues"):
-        ConjugateGradient().apply(None, {}, None, None, None)
+        ConjugateGradient().descend(None, {}, None, None)
 
 
 @pytest.mark.parametrize(
     ("groups", "options", "error", "text"),
     [
-        ([{"betas": (0.9, 0.999)}], {}, ValueError, "Expected a fit by SGD, got an adaptive optimizer"),
-        (
-            [
-                {"dampening": 0, "momentum": 0.0, "param_names": ["net.weight"]},
-                {"dampening": 0, "momentum": 0.0, "param_names": ["net.bias"]},
-            ],
-            {"rate": [0.1, 0.2]},
-            ValueError,
-            r"Expected one learning rate for all parameter groups, got sums of \[0.4, 0.8\]",
-        ),
         ([{"dampening": 0}], {"step": 0}, MissingEvidence, "`SOURCE` needs checkpoints behind some steps"),
     ],
 )

@@ -1,0 +1,184 @@
+"""SOURCE where steps are preconditioned (Adam, AdamW) or parameter groups differ: against matrix exponentials."""
+
+import oracles
+import oracles_curvature as dense
+import pytest
+import torch
+from case import Step, both, mlp
+from fits import fit
+from torch import nn
+from torch.utils.data import DataLoader
+from traced import still
+
+from lightning_influence import EKFAC, SOURCE, Attributor, ExactGGN, Influence, MissingEvidence, Trajectory
+from lightning_influence.conformance import check_method
+
+torch.set_num_threads(1)
+EPOCHS, BATCH, RUNS = 5, 3, [(1, 2), (3,), (4, 5)]
+
+
+class Grouped(Step):
+    """Weights and biases in groups of their own."""
+
+    def __init__(self, net, loss, kind, settings):
+        super().__init__(net, loss)
+        self.kind, self.settings = kind, settings
+
+    def configure_optimizers(self):
+        sides = [[], []]
+        for name, parameter in self.named_parameters():
+            sides[name.endswith("bias")].append(parameter)
+        groups = [{"params": side, **group} for side, group in zip(sides, self.settings, strict=True)]
+        return getattr(torch.optim, self.kind)(groups)
+
+
+FITS = {
+    "adam": ("Adam", ({"lr": 0.02, "weight_decay": 0.1, "betas": (0.8, 0.95)}, {"lr": 0.01, "eps": 1e-3})),
+    "adamw": ("AdamW", ({"lr": 0.02, "weight_decay": 0.5}, {"lr": 0.03, "weight_decay": 0.1})),
+    "amsgrad": ("AdamW", ({"lr": 0.02, "amsgrad": True}, {"lr": 0.02, "amsgrad": True})),
+    "sgd": ("SGD", ({"lr": 0.2, "momentum": 0.5, "weight_decay": 0.1}, {"lr": 0.05})),
+}
+
+
+def squared(z, y):
+    return (z[:, 0] - y).square().mean()
+
+
+def fitted(folder, case, net=mlp, loss=nn.functional.cross_entropy, target="class", kind=Grouped):
+    torch.manual_seed(0)
+    data = both(5) if target == "class" else both(5, target=target)
+    module, train = kind(net(), loss, *FITS[case]).double(), data["train"]()
+    fit(module, DataLoader(train, BATCH, shuffle=True), Influence(dirpath=folder), max_epochs=EPOCHS)
+    return module, train, data["queries"](), Trajectory.load(folder)
+
+
+def segments_of(case, module, train, trajectory, bend=dense.softmax_bend):
+    """For the oracle: (curvature, pace, shrunk, gradients) of each segment, by the state in its middle."""
+    kind, settings = FITS[case]
+    names, ones = [n for n, _ in module.named_parameters()], [[part[None] for part in item] for item in train.items]
+    states = [checkpoint.load() for checkpoint in trajectory.checkpoints]
+    found = []
+    for run in RUNS:
+        middle, steps = states[run[len(run) // 2]], len(run) * -(-len(train) // BATCH)
+        pace, shrunk, decay = [], [], []
+        for name in names:
+            group, shape = settings[name.endswith("bias")], middle.parameters[name].shape
+            scale, own = torch.ones(shape, dtype=torch.float64), middle.optimizer.get(name, {})
+            if kind != "SGD" and not own:
+                scale = torch.zeros(shape, dtype=torch.float64)
+            elif kind != "SGD":
+                square = own["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
+                beta = group.get("betas", (0.9, 0.999))[1]
+                scale = 1 / ((square / (1 - beta ** float(own["step"]))).sqrt() + group.get("eps", 1e-8))
+            reach = steps * group["lr"] / (1 - group.get("momentum", 0))
+            wanted = group.get("weight_decay", 0.01 if kind == "AdamW" else 0.0)
+            pace.append(reach * scale.flatten())
+            shrunk.append(reach * wanted * (kind == "AdamW") * (scale.flatten() > 0).double())
+            decay.append(torch.full((scale.numel(),), wanted * (kind != "AdamW"), dtype=torch.float64))
+        each = dense.each_ggn(module, ones, names, lambda m, one: m.net(one[0]), bend, middle.parameters)
+        gradients = [dense.gradients(module, ones, names, state=states[k].parameters) for k in run]
+        curvature = each.mean(0) + torch.diag(torch.cat(decay))
+        found.append((curvature, torch.cat(pace), torch.cat(shrunk), torch.stack(gradients).mean(0)))
+    return found
+
+
+def asked_of(module, queries, trajectory):
+    names = [n for n, _ in module.named_parameters()]
+    ones = [[part[None] for part in item] for item in queries.items]
+    return dense.gradients(module, ones, names, state=trajectory.checkpoints[-1].load().parameters)
+
+
+@pytest.mark.parametrize("case", FITS)
+def test_scores_are_those_of_matrix_exponentials(case, tmp_path):
+    module, train, queries, trajectory = fitted(tmp_path, case)
+    found = Attributor(module, train, trajectory).score(SOURCE(3, ExactGGN()), queries)
+    segments, asked = segments_of(case, module, train, trajectory), asked_of(module, queries, trajectory)
+    expected = dense.preconditioned_source(asked, segments)
+    oracles.assert_scores(found.values, expected, 1e-8)
+    assert found.units == "loss"
+    assert any("preconditioner is frozen" in note for note in found.notes) == (case != "sgd")
+
+
+def test_the_oracle_is_the_limit_of_small_steps(tmp_path):
+    module, train, queries, trajectory = fitted(tmp_path, "adamw")
+    segments, asked = segments_of("adamw", module, train, trajectory), asked_of(module, queries, trajectory)
+    limit = dense.preconditioned_source(asked, segments)
+    far, near = (float((dense.walked_source(asked, segments, n) - limit).abs().max()) for n in (2_000, 4_000))
+    assert near < 0.01 * float(limit.abs().max())
+    assert near == pytest.approx(far / 2, rel=0.1)
+
+
+def test_ekfac_takes_the_preconditioner_as_its_diagonal_in_the_eigenbasis(tmp_path):
+    """One layer with one output: the factors are exact, and the basis is that of the layer's inputs."""
+    options = {"net": lambda: nn.Linear(5, 1, bias=False), "loss": squared, "target": "number"}
+    module, train, queries, trajectory = fitted(tmp_path, "adamw", **options)
+    found = Attributor(module, train, trajectory).score(SOURCE(3, EKFAC(labels="exact", tolerance=0)), queries)
+    total, carried = 0.0, asked_of(module, queries, trajectory)
+    segments = segments_of("adamw", module, train, trajectory, dense.square_bend)
+    for curvature, pace, shrunk, gradients in reversed(segments):
+        values, basis = torch.linalg.eigh(curvature)
+        diagonal = basis.square().T @ pace
+        exponents = diagonal * values + basis.square().T @ shrunk
+        total = total + carried @ basis * (diagonal * -torch.expm1(-exponents) / exponents) @ basis.T @ gradients.T
+        carried = carried @ basis * torch.exp(-exponents) @ basis.T
+    oracles.assert_scores(found.values, total / len(train), 1e-8)
+    assert any("stands as its diagonal there" in note for note in found.notes)
+
+
+def test_ekfac_and_the_dense_curvature_agree_about_groups_of_sgd(tmp_path):
+    """Weights and biases of a layer move at paces of their own; nothing is approximated but the curvature."""
+    module, train, queries, trajectory = fitted(tmp_path, "sgd")
+    attributor = Attributor(module, train, trajectory)
+    found, exact = (attributor.score(SOURCE(3, c), queries).values for c in (EKFAC(labels="exact"), ExactGGN()))
+    both_ways = torch.stack([found.flatten(), exact.flatten()])
+    assert float(torch.corrcoef(both_ways)[0, 1]) > 0.7
+
+
+class Late(Grouped):
+    """Its last bias trains from the fourth epoch on, behind the middles of the first two segments."""
+
+    def on_train_epoch_start(self):
+        self.net[-1].bias.requires_grad_(self.current_epoch >= 3)
+
+
+def test_a_parameter_that_adam_had_not_moved_stands_still(tmp_path):
+    module, train, queries, trajectory = fitted(tmp_path, "adamw", kind=Late)
+    found = Attributor(module, train, trajectory).score(SOURCE(3, ExactGGN()), queries)
+    segments, asked = segments_of("adamw", module, train, trajectory), asked_of(module, queries, trajectory)
+    assert [int((pace == 0).sum()) for _, pace, *_ in segments] == [3, 3, 0]
+    oracles.assert_scores(found.values, dense.preconditioned_source(asked, segments), 1e-8)
+    assert any("Adam had not moved net.2.bias, which count as standing still" in note for note in found.notes)
+
+
+def test_it_keeps_every_promise():
+    check_method(SOURCE(2, EKFAC()))
+
+
+@pytest.mark.parametrize(
+    ("group", "error", "text"),
+    [
+        ({"betas": (0.9, 0.999)}, MissingEvidence, "with the state of Adam.*got files that `Trajectory.from_checkp"),
+        ({"alpha": 0.99}, ValueError, "Expected a fit by SGD, Adam or AdamW, got"),
+        ({"dampening": 0, "maximize": True}, ValueError, "got an optimizer with `maximize=True`"),
+    ],
+)
+def test_fits_that_it_cannot_follow_are_refused(tmp_path, group, error, text):
+    data = both(5, target="number")
+    module = Step(nn.Linear(5, 1), squared).double()
+    attributor = Attributor(module, data["train"](), still(module, tmp_path, group))
+    with pytest.raises(error, match=text):
+        attributor.score(SOURCE(1, ExactGGN()), data["queries"]())
+
+
+def test_a_checkpoint_whose_optimizer_state_is_gone(tmp_path, monkeypatch):
+    module, train, queries, trajectory = fitted(tmp_path, "adam")
+    real = type(trajectory.checkpoints[0]).load
+
+    def bare(checkpoint):
+        state = real(checkpoint)
+        state.optimizer.clear()
+        return state
+
+    monkeypatch.setattr(type(trajectory.checkpoints[0]), "load", bare)
+    with pytest.raises(MissingEvidence, match=r"Expected checkpoints with the state of Adam.* got none at step"):
+        Attributor(module, train, trajectory).score(SOURCE(3, ExactGGN()), queries)
