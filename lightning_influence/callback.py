@@ -215,8 +215,9 @@ class Influence(CallbackBase):
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """In manual optimization an accumulation may begin."""
-        if self._recorder is not None:
+        if self._recorder is not None and self._during is not None:
             self._recorder.before_backward()
+            self._during.before_backward()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """A step is about to be made."""

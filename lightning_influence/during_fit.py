@@ -79,6 +79,11 @@ class DuringFit:
         if self._watch is not None:
             self._watch.before_zero_grad()
 
+    def before_backward(self) -> None:
+        """Forward to the watch."""
+        if self._watch is not None:
+            self._watch.before_backward()
+
     def before_step(self) -> None:
         """Forward to the watch."""
         if self._watch is not None:

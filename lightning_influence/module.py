@@ -23,6 +23,10 @@ Loss = Callable[[Any, Batch], Tensor]
 """``loss(module, batch) -> [batch]``: per-sample losses."""
 
 
+class Lossless(TypeError):
+    """``training_step`` returned None: Lightning leaves such a batch out."""
+
+
 class Task:
     """What a LightningModule computes, inside ``quiet``: its loss on a batch, at weights of one's choice.
 
@@ -123,7 +127,7 @@ class Task:
             output = output.get("loss")
         if not isinstance(output, Tensor):
             source = "`loss=`" if self.loss is not None else "`training_step`"
-            raise TypeError(
+            raise (Lossless if output is None else TypeError)(
                 f"Expected {source} to return a tensor (or a dict with 'loss'), got {type(output).__name__}. "
                 "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _SingleProcessDataLoaderIter
 
-from lightning_influence.capture.randomness import moved_since, read_generators
+from lightning_influence.capture.randomness import moved_since, read_gaussians, read_generators
 
 _KEY = "_influence_tracker"
 _CPU = torch.device("cpu")
@@ -36,6 +36,7 @@ class Tracker:
         self.delivered: deque[Delivery] = deque()  # not trained on yet
         self.reads_here = False  # examples are read in this process, right after they are drawn
         self.before: dict[str, Any] | None = None  # the generators then
+        self.gaussians: dict[str, bytes] | None = {}  # what else they keep; None: reading did not draw from such
         self.newest = 0  # number of the newest pass
         self.exhausted = True
         self.unknown: str | None = None  # why the indices cannot be told
@@ -43,6 +44,21 @@ class Tracker:
             self.unknown = "its dataset is an `IterableDataset`, which has no indices"
         elif loader.num_workers > 1 and not getattr(loader, "in_order", True):
             self.unknown = "with `in_order=False` batches overtake one another"
+
+    def about_to_read(self) -> None:
+        """Notes the generators."""
+        self.before = read_generators(_CPU)
+        if self.gaussians is not None:
+            self.gaussians = read_gaussians()
+
+    def drawn_in_reading(self) -> dict[str, bytes] | None:
+        """The noted states of the generators that were drawn from since; None if none was, or nothing was noted."""
+        moved = None if self.before is None else moved_since(self.before, _CPU)
+        self.before = None
+        if moved and self.gaussians is not None:
+            moved = {name: state + self.gaussians.get(name, b"") for name, state in moved.items()}
+        self.gaussians = {} if moved and not moved.keys().isdisjoint({"numpy", "python"}) else None
+        return moved
 
 
 def track(loader: Any) -> Tracker:
@@ -97,7 +113,7 @@ class _Draws:
         drawn = next(self._iterator)
         self._draws.append(drawn)
         if self._tracker.reads_here:
-            self._tracker.before = read_generators(_CPU)
+            self._tracker.about_to_read()
         return drawn
 
 
@@ -161,8 +177,7 @@ class Deliveries:
             if tracker.newest == self.number:
                 tracker.exhausted = True
             raise
-        read = None if tracker.before is None else moved_since(tracker.before, _CPU)
-        tracker.before = None
+        read = tracker.drawn_in_reading()
         ids = self._match() if tracker.unknown is None else None
         tracker.delivered.append(Delivery(self.number, ids, read))
         return batch

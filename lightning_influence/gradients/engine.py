@@ -126,9 +126,9 @@ class Engine:
         if as_drawn is not None and (plan.vectorised or slow):
             raise ValueError(
                 f"Expected parameters whose gradients divide among the examples of a batch, got "
-                f"`{', '.join((*plan.vectorised, *slow)[:5])}` with a pass for each example, while the forward pass "
-                "draws random numbers (dropout) for the batch. Pass `loss=`, a callable (module, batch) -> [batch] of "
-                "per-sample losses."
+                f"`{', '.join((*plan.vectorised, *slow)[:5])}` with a pass for each example, which is not what the "
+                "example did in its batch, with the batch's random numbers (dropout) and sizes. Pass `loss=`, a "
+                "callable (module, batch) -> [batch] of per-sample losses."
             )
         if plan.vectorised:
             try:

@@ -2,6 +2,7 @@
 
 import math
 import random
+import struct
 import sys
 from collections.abc import Mapping
 
@@ -23,17 +24,25 @@ def put_back(states: Mapping[str, bytes], device: torch.device) -> None:
     if "python" in states:
         random.setstate(_python(states["python"]))
     if "numpy" in states and sys.modules.get("numpy") is not None:
-        words = numpy.frombuffer(states["numpy"], dtype=numpy.uint32)
-        numpy.random.set_state(("MT19937", words[:-1], int(words[-1]), 0, 0.0))
+        state, (kept, gauss) = _split(states["numpy"])
+        words = numpy.frombuffer(state, dtype=numpy.uint32)
+        numpy.random.set_state(("MT19937", words[:-1], int(words[-1]), int(kept), gauss))
 
 
 def _bytes(state: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(state), dtype=torch.uint8)
 
 
+def _split(state: bytes) -> tuple[bytes, tuple[float, float]]:
+    """The words, and whether a normal number was kept for the next call, and which."""
+    words, rest = state[: 4 * _WORDS], state[4 * _WORDS :]
+    return words, struct.unpack("2d", rest) if rest else (0.0, 0.0)
+
+
 def _python(state: bytes) -> tuple[int, tuple[int, ...], float | None]:
-    if len(state) == 4 * _WORDS:  # as it lies in memory, position first
+    if len(state) in (4 * _WORDS, 4 * _WORDS + 16):  # as it lies in memory, position first
+        state, (kept, gauss) = _split(state)
         position, *keys = numpy.frombuffer(state, dtype=numpy.uint32).tolist()
-        return 3, (*keys, position), None
-    version, *internal, gauss = numpy.frombuffer(state, dtype=numpy.float64).tolist()
-    return int(version), tuple(int(number) for number in internal), None if math.isnan(gauss) else gauss
+        return 3, (*keys, position), gauss if kept else None
+    version, *internal, last = numpy.frombuffer(state, dtype=numpy.float64).tolist()
+    return int(version), tuple(int(number) for number in internal), None if math.isnan(last) else last

@@ -55,6 +55,23 @@ def refuse(trainer: Any, module: Any, engine: Engine, derives: bool) -> None:
         rule.check(group)
 
 
+def trained(module: Any) -> frozenset[str]:
+    """Names of the parameters that are not frozen."""
+    return frozenset(clean(name) for name, parameter in module.named_parameters() if parameter.requires_grad)
+
+
+def changed(before: frozenset[str], now: frozenset[str]) -> str | None:
+    """Why a fit whose parameters were frozen or unfrozen on the way cannot be followed; None if none was."""
+    if before == now:
+        return None
+    names = sorted(before ^ now)
+    return (
+        f"Expected the parameters that trained when the fit started to train to its end, got `{names[0]}`"
+        f"{f' and {len(names) - 1} more' if len(names) > 1 else ''} "
+        f"{'unfrozen' if names[0] in now else 'frozen'} on the way. Use `HyDRA(mode='replay')`, which follows that."
+    )
+
+
 def clipping_of(trainer: Any) -> Clipping | None:
     """What Lightning clips gradients by."""
     limit, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm

@@ -12,19 +12,22 @@ from torch import Tensor
 
 from lightning_influence.examples import Block
 from lightning_influence.gradients import Engine, Reduction
-from lightning_influence.module import Loss, quiet
+from lightning_influence.module import Loss, Lossless, quiet
 from lightning_influence.numerics.clipping import ByValue
 from lightning_influence.numerics.optimizers import Before, rule_for
 from lightning_influence.session import Asked, Session
 from lightning_influence.setting import Queries
 from lightning_influence.tracking.estimates import plain_seconds, states_of
+from lightning_influence.tracking.guard import Guard
 from lightning_influence.tracking.present import Present, Seen
 from lightning_influence.tracking.record import FOLDER, load_state, save_state
 from lightning_influence.tracking.refusals import (
+    changed,
     clipping_of,
     match_loss,
     refuse,
     refuse_mixing,
+    trained,
     verify_gradients,
     verify_step,
 )
@@ -76,6 +79,7 @@ class Watch:
         self.tracked = [Tracked(tracker, name) for name, tracker in trackers.items()]
         self._engine: Engine | None = None
         self._asked: Asked | None = None
+        self._current: _Seen | None = None
         self._window: list[_Seen] = []
         self._finished = False
         self._places: dict[str, tuple[Tensor, Tensor, dict[str, Tensor]]] = {}
@@ -99,7 +103,7 @@ class Watch:
             Untrackable: this fit cannot be followed.
         """
         refuse(self._trainer, self._module, session.engine, self._derives)
-        self._made = made
+        self._made, self._trained = made, trained(self._module)
         self._engine, self._asked = session.engine, session.asked
         self._mean = {Reduction.MEAN: True, Reduction.SUM: False}.get(session.engine.reduction)
         self._watch()
@@ -161,20 +165,34 @@ class Watch:
         """Shows the trackers a micro-batch, the module standing as its forward pass will find it."""
         if self._finished:
             self._window, self._finished = [], False
+        self._current = None
         if not self._alive:
+            return
+        if self._derives and (why := changed(self._trained, trained(self._module))) is not None:
+            self._lose(why)
             return
         if ids is None:
             self._lose("it is not known which examples are in a batch. Pass `sample_id=`")
             return
-        with self._guarded(), quiet(self._module, self._loss, self._trainer, evaluate=False) as task:
+        with (
+            self._guarded(),
+            contextlib.suppress(Lossless),
+            quiet(self._module, self._loss, self._trainer, evaluate=False) as task,
+        ):
             present = self._present(Seen.of(task), tuple(ids), batch)
             payloads = {each.name: each.tracker.batch(present) for each in self._living()}
-            self._window.append(_Seen(present.ids, payloads, present.whole() if self._is_due() else None))
+            self._current = _Seen(present.ids, payloads, present.whole() if self._is_due() else None)
 
     def before_zero_grad(self) -> None:
-        """What was accumulated is thrown away: the window begins with the current micro-batch."""
-        self._window = self._window[-1:]
-        self._finished = False
+        """What was accumulated is thrown away: the current micro-batch goes backward after this."""
+        self._window, self._finished = [], False
+
+    def before_backward(self) -> None:
+        """The micro-batch counts: one for which ``training_step`` returns None never comes here."""
+        if self._current is None:
+            self._lose("`training_step` returned a loss for a batch for which it had returned None")
+        else:
+            self._window.append(self._current)
 
     def before_step(self) -> None:
         """Gradients are whole and not clipped: remembers where every parameter stands."""
@@ -227,8 +245,8 @@ class Watch:
         for each in self._living():
             each.lost = why
 
-    def _guarded(self) -> "_Guard":
-        return _Guard(self._lose)
+    def _guarded(self) -> Guard:
+        return Guard(self._lose)
 
     def _watch(self) -> None:
         optimizer = getattr(self._trainer.optimizers[0], "_optimizer", self._trainer.optimizers[0])
@@ -248,6 +266,10 @@ class Watch:
         if self._trainer.fit_loop._skip_backward or not self._alive:
             return
         self._finished = True
+        if not self._window:  # no loss since the last step: nothing moves
+            if self._places:
+                self._lose("the weights were moved by a step of which no loss went backward")
+            return
         with self._guarded():
             self._steps += 1
             self._made += 1
@@ -274,11 +296,11 @@ class Watch:
         assert self._engine is not None
         engine = replace(self._engine, task=task)
         if not self._checked:
-            self._checked = True
             if engine.reduction is Reduction.NONE:
                 self._mean = match_loss(task, batch)
             else:
                 refuse_mixing(task, ids, batch, engine)
+            self._checked = True
         share = 1.0 / (self._trainer.accumulate_grad_batches * (len(ids) if self._mean else 1))
         return Present(engine, ids, batch, share)
 
@@ -308,22 +330,6 @@ class _Seen:
     ids: tuple[int, ...]
     payloads: dict[str, Any]
     gradients: dict[str, Tensor] | None
-
-
-class _Guard:
-    """Training matters more than what is tracked of it: whatever goes wrong ends the tracking."""
-
-    def __init__(self, lose: Callable[[str], None]) -> None:
-        self._lose = lose
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, Exception):
-            self._lose(f"{type(error).__name__}: {error}")
-            return True
-        return False
 
 
 def _gradient(parameter: Tensor) -> Tensor:

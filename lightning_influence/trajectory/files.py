@@ -34,7 +34,8 @@ STEPS = pa.schema(
         # state of each random generator before the forward of each micro-batch, where that forward drew from it:
         # torch's own bytes; as 32-bit words numpy's 624 keys and position, Python's position and 624 keys
         pa.field("rng", _RANDOM),
-        # the same before the examples of each micro-batch were read, where reading drew (augmentation) in this process
+        # the same before the examples of each micro-batch were read, where reading drew (augmentation) in this process;
+        # then two float64: whether numpy and Python had kept a normal number for the next call, and which
         pa.field("read_rng", _RANDOM),
     ]
 )

@@ -141,7 +141,7 @@ class Noisy(Dataset):
 
     def __getitem__(self, i):
         x, y, index = self.plain[i]
-        scale = random.choice((0.5, 1.0)) + float(np.random.uniform())
+        scale = random.choice((0.5, 1.0)) + random.gauss(0.0, 0.1) + float(np.random.randn())
         return scale * x + 0.5 * torch.randn_like(x), y, index
 
 

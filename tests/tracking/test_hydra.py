@@ -9,6 +9,7 @@ from oracles import assert_scores
 from oracles_during import fast_influence
 from pytorch_lightning import Callback
 from replay.runs import QUERIES, N, data, fitted, joint
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_influence import Attributor, HyDRA, MissingEvidence
@@ -240,4 +241,53 @@ def test_who_meddles_behind_our_back_ends_the_tracking(how, tmp_path, monkeypatc
     with pytest.warns(UserWarning, match="'HyDRA' is not tracked any more, the fit goes on: Untrackable: "):
         fit = tracked(tmp_path, HyDRA(mode="during_fit"), net="dropout")
     with pytest.raises(KeyError, match="did not run: Untrackable"):
+        of(fit)
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+@pytest.mark.parametrize("divisor", [1, slow(3)])
+@pytest.mark.parametrize("hessian", [True, False])
+def test_batches_without_a_loss_count_for_nothing(hessian, divisor, tmp_path):
+    """The last one of an epoch, which has three examples: alone in its step, or after others."""
+    last = data("mlp", N, 0).tensors[0][8:]
+
+    def step(net, x, y):
+        return None if torch.equal(x, last) else F.cross_entropy(net(x), y)
+
+    options = {"divisor": divisor, "groups": ({"momentum": 0.9},), "loader": {"shuffle": False}}
+    fit = tracked(tmp_path, HyDRA(mode="during_fit", hessian=hessian), step=step, **options)
+    with_loss = [[batch for batch in window if len(batch[0]) == 4] for window in fit.run.windows]
+    assert with_loss != fit.run.windows
+    made = [(window, rates) for window, rates in zip(with_loss, fit.run.rates, strict=True) if window]
+    fit.run.windows, fit.run.rates = [window for window, _ in made], [rates for _, rates in made]
+    assert_scores(of(fit), unrolled(fit) if hessian else unrolled_fast(fit), 1e-9)
+
+
+class Freezing(Callback):
+    """Freezes the first layer, or lets it go, when so many steps were made."""
+
+    def __init__(self, at, trains):
+        self.at, self.trains = at, trains
+
+    def on_fit_start(self, trainer, pl_module):
+        pl_module.net[0].requires_grad_(not self.trains)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.at:
+            pl_module.net[0].requires_grad_(self.trains)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("hessian", [True, False])
+def test_parameters_frozen_or_unfrozen_on_the_way_end_the_tracking(hessian, trains, tmp_path, monkeypatch):
+    """After the fourth step, behind which no step is looked at closely before the eighth."""
+    trainer = pl.Trainer
+    monkeypatch.setattr(
+        "replay.runs.pl.Trainer",
+        lambda callbacks, **options: trainer(callbacks=[Freezing(4, trains), *callbacks], **options),
+    )
+    told = f"got `net.0.bias` and 1 more {'un' if trains else ''}frozen on the way. Use `HyDRA\\(mode='replay'\\)`"
+    with pytest.warns(UserWarning, match=told):
+        fit = tracked(tmp_path, HyDRA(mode="during_fit", hessian=hessian))
+    with pytest.raises(KeyError, match="on the way"):
         of(fit)
