@@ -12,6 +12,8 @@ from traced import still
 
 from lightning_influence import EKFAC, SOURCE, Attributor, ExactGGN, Influence, MissingEvidence, Trajectory
 from lightning_influence.conformance import check_method
+from lightning_influence.curvature.descent import Descent
+from lightning_influence.curvature.kronecker_descent import descend_layer
 
 torch.set_num_threads(1)
 EPOCHS, BATCH, RUNS = 5, 3, [(1, 2), (3,), (4, 5)]
@@ -123,6 +125,24 @@ def test_ekfac_takes_the_preconditioner_as_its_diagonal_in_the_eigenbasis(tmp_pa
         carried = carried @ basis * torch.exp(-exponents) @ basis.T
     oracles.assert_scores(found.values, total / len(train), 1e-8)
     assert any("stands as its diagonal there" in note for note in found.notes)
+
+
+def test_directions_that_no_gradient_has_are_moved_without_being_bent():
+    """A layer whose bases are not whole, at one pace: the curvature is zero outside of them."""
+    draw = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, k, generator=draw).double())[0] for n, k in ((3, 2), (4, 2)))
+    values, pace, added = torch.rand(2, 2, generator=draw).double(), 0.7, 0.2
+    kept = {"basis_out": left, "basis_in": right, "eigenvalues": values, "transposed": torch.tensor(False)}
+    whole = {"weight": torch.ones(3, 4, dtype=torch.float64)}
+    descent = Descent(*({n: number * one for n, one in whole.items()} for number in (pace, added, 0.0)))
+    vectors = torch.randn(5, 3, 4, generator=draw).double()
+    moved, left_over = descend_layer(("weight",), kept, descent, {"weight": vectors})
+    basis = torch.kron(left, right)
+    rate = pace * (basis * values.flatten() @ basis.T + added * torch.eye(12, dtype=torch.float64))
+    remains = torch.linalg.matrix_exp(-rate)
+    gone = torch.linalg.solve(rate, torch.eye(12, dtype=torch.float64) - remains) * pace
+    torch.testing.assert_close(left_over["weight"].flatten(1), vectors.flatten(1) @ remains)
+    torch.testing.assert_close(moved["weight"].flatten(1), vectors.flatten(1) @ gone)
 
 
 def test_ekfac_and_the_dense_curvature_agree_about_groups_of_sgd(tmp_path):
