@@ -12,8 +12,8 @@ positive where having the example in the training set made the query better (a p
 worse (an opponent).
 """
 
-from lightning_influence.attributor import Attributor
-from lightning_influence.callback import Influence
+from lightning_influence.attribution.attributor import Attributor
+from lightning_influence.callback.influence import Influence
 from lightning_influence.curvature.arnoldi import Arnoldi
 from lightning_influence.curvature.conjugate_gradient import ConjugateGradient
 from lightning_influence.curvature.curvature import Curvature
@@ -21,7 +21,6 @@ from lightning_influence.curvature.ekfac import EKFAC
 from lightning_influence.curvature.exact_ggn import ExactGGN
 from lightning_influence.curvature.exact_hessian import ExactHessian
 from lightning_influence.curvature.lissa import LiSSA
-from lightning_influence.method import Evidence, Method
 from lightning_influence.methods.data_shapley import DataShapley
 from lightning_influence.methods.downsampling import Downsampling
 from lightning_influence.methods.gradient_dot import GradientDot
@@ -29,6 +28,7 @@ from lightning_influence.methods.hydra import HyDRA
 from lightning_influence.methods.influence_function import InfluenceFunction
 from lightning_influence.methods.knn_shapley import KNNShapley
 from lightning_influence.methods.leave_one_out import LeaveOneOut
+from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.methods.representer_points import RepresenterPoints
 from lightning_influence.methods.source import SOURCE
 from lightning_influence.methods.tracin import TracIn

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from lightning_influence.attributor import Attributor
-from lightning_influence.method import Evidence, Method
+from lightning_influence.attribution.attributor import Attributor
+from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.types import MissingEvidence
 

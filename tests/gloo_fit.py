@@ -8,7 +8,7 @@ import torch
 from fits import QUIET, Indexed, Net, loader, seeded
 from pytorch_lightning import Callback, Trainer
 
-from lightning_influence.callback import Influence
+from lightning_influence.callback.influence import Influence
 
 
 class Write(Callback):

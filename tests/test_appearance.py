@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import Subset
 
-from lightning_influence.appearance import Look, class_name, look_at, normalization_of, plain
+from lightning_influence.plotting.example_view import Look, class_name, look_at, normalization_of, plain
 
 
 @pytest.mark.parametrize(

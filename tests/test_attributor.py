@@ -19,10 +19,10 @@ from lightning_influence import (
     MissingEvidence,
     TracInCP,
     Trajectory,
-    driver,
-    session,
 )
-from lightning_influence.setting import Setting
+from lightning_influence.attribution import driver
+from lightning_influence.setting import session
+from lightning_influence.setting.setting import Setting
 
 
 class Net(pl.LightningModule):

@@ -11,8 +11,8 @@ import torch
 from fits import Indexed, Net, fit, loader, recorded, seeded
 from pytorch_lightning.loggers import CSVLogger
 
-from lightning_influence.callback import Influence
-from lightning_influence.method import Evidence
+from lightning_influence.callback.influence import Influence
+from lightning_influence.methods.method import Evidence
 from lightning_influence.types import MissingEvidence
 
 

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 import torch
 
+from lightning_influence.files.arrow import FORMAT
 from lightning_influence.scores import BaseIds, Scores, SelfScores, TopK
-from lightning_influence.storage import FORMAT
 
 TRAIN_IDS = torch.tensor([0, 2, 3, 7, 9, 10])
 QUERY_IDS = torch.tensor([4, 5, 8])
@@ -94,7 +94,7 @@ def test_a_k_beyond_what_there_is_is_refused(scores, k, limit):
 
 
 def test_a_group_is_the_sum_of_its_members(monkeypatch):
-    monkeypatch.setattr("lightning_influence.answer.BLOCK", 2)
+    monkeypatch.setattr("lightning_influence.scores.base.BLOCK", 2)
     torch.testing.assert_close(full().group([9, 0]), torch.tensor([2.5, 6.0, -6.0]))
     torch.testing.assert_close(full().group(TRAIN_IDS), VALUES.sum(dim=1))
     torch.testing.assert_close(full().group([]), torch.zeros(3))
@@ -192,7 +192,7 @@ def test_ends_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_scores_that_are_not_finite_are_refused_by_name(bad, monkeypatch):
-    monkeypatch.setattr("lightning_influence.answer.BLOCK", 6)
+    monkeypatch.setattr("lightning_influence.scores.base.BLOCK", 6)
     values = VALUES.clone()
     values[1, 3] = bad
     with pytest.raises(ValueError, match=rf"got {bad} for query 5 and training example 7 .*\[7\]"):

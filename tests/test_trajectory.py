@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from fits import Net, fit, loader, recorded, seeded
 
-from lightning_influence.callback import Influence
+from lightning_influence.callback.influence import Influence
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.types import MissingEvidence
 

@@ -12,7 +12,7 @@ from fits import Indexed, Net, fit, seeded
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from lightning_influence.callback import Influence
+from lightning_influence.callback.influence import Influence
 
 
 class Slow(Callback):

@@ -6,12 +6,12 @@ from weakref import WeakKeyDictionary
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Subset
 
-from lightning_influence.capture.loaders import Deliveries, Tracker, track, tracker_of, untrack
+from lightning_influence.capture.loaders import Deliveries, LoaderState, track, tracker_of, untrack
 
-_taps: "WeakKeyDictionary[Any, Tap]" = WeakKeyDictionary()
+_taps: "WeakKeyDictionary[Any, LoaderTap]" = WeakKeyDictionary()
 
 
-class Tap:
+class LoaderTap:
     """Watches the training loaders of one Trainer, for all callbacks that ask.
 
     Lightning calls `strategy.process_dataloader` after it has put in a distributed sampler and before it starts the
@@ -20,7 +20,7 @@ class Tap:
     """
 
     @classmethod
-    def acquire(cls, trainer: Any) -> "Tap":
+    def acquire(cls, trainer: Any) -> "LoaderTap":
         """The Trainer's tap, wired on first use; every `acquire` asks for one `release`."""
         tap = _taps.get(trainer)
         if tap is None:
@@ -31,7 +31,7 @@ class Tap:
     def __init__(self, trainer: Any) -> None:
         self._users = 0
         self._loaders: list[DataLoader] = []
-        self._trackers: list[Tracker | None] = []
+        self._trackers: list[LoaderState | None] = []
         self._passes: set[tuple[int, int]] = set()  # (loader, pass) of Lightning's own iterators
         self._current: list[list[int] | None] = []
         self.read: list[dict[str, bytes] | None] = []
@@ -135,7 +135,7 @@ def reloaded(before: Any, now: Any) -> tuple[str, bool] | None:
     return f"another {type(now).__name__} of the same length", False
 
 
-def _pop(tracker: Tracker, alone: bool) -> list[int] | None:
+def _pop(tracker: LoaderState, alone: bool) -> list[int] | None:
     if tracker.delivered:
         return tracker.delivered.popleft().ids
     # among several loaders the shorter ones give nothing any more (CombinedLoader's mode "max_size")

@@ -24,7 +24,7 @@ class Delivery(NamedTuple):
     read: dict[str, bytes] | None  # the generators before its examples were read, of those that reading drew from
 
 
-class Tracker:
+class LoaderState:
     """What is known of one loader: indices drawn, then delivered, then trained on.
 
     Holds no reference to an iterator: a cycle through a multiprocessing iterator would be collected inside freshly
@@ -61,12 +61,12 @@ class Tracker:
         return moved
 
 
-def track(loader: Any) -> Tracker:
+def track(loader: Any) -> LoaderState:
     """Start watching a loader in place; a loader already watched keeps its tracker."""
     tracker = loader.__dict__.get(_KEY)
     if tracker is None:
         # persistent workers keep the iterator of an earlier pass, hence one tracker for the loader's life in a fit
-        tracker = loader.__dict__[_KEY] = Tracker(loader)
+        tracker = loader.__dict__[_KEY] = LoaderState(loader)
     tracker.delivered.clear()
     if not hasattr(type(loader), "_influence_original"):
         loader.__class__ = _tracked(type(loader))
@@ -83,7 +83,7 @@ def untrack(loader: Any) -> None:
     _rewire(loader)
 
 
-def tracker_of(loader: Any) -> Tracker | None:
+def tracker_of(loader: Any) -> LoaderState | None:
     """The tracker of a watched loader."""
     return getattr(loader, "__dict__", {}).get(_KEY)
 
@@ -103,7 +103,7 @@ def as_indices(drawn: Any) -> list[int] | None:
 class _Draws:
     """Iterator over a sampler that writes down every draw."""
 
-    def __init__(self, iterator: Iterator, tracker: Tracker) -> None:
+    def __init__(self, iterator: Iterator, tracker: LoaderState) -> None:
         self._iterator, self._tracker, self._draws = iterator, tracker, tracker.draws
 
     def __iter__(self) -> "_Draws":
@@ -130,7 +130,7 @@ class _StatefulDraws(_Draws):
 class _Sampler:
     """What `_index_sampler` of a watched loader returns; `loader.batch_sampler` itself is never replaced."""
 
-    def __init__(self, sampler: Any, tracker: Tracker) -> None:
+    def __init__(self, sampler: Any, tracker: LoaderState) -> None:
         self._sampler, self._tracker = sampler, tracker
 
     def __iter__(self) -> Iterator:
@@ -152,9 +152,9 @@ class _StatefulSampler(_Sampler):
 
 
 class Deliveries:
-    """The loader's iterator; each batch that leaves it moves one draw to `Tracker.delivered`."""
+    """The loader's iterator; each batch that leaves it moves one draw to `LoaderState.delivered`."""
 
-    def __init__(self, iterator: Iterator, tracker: Tracker) -> None:
+    def __init__(self, iterator: Iterator, tracker: LoaderState) -> None:
         self._iterator, self._tracker = iterator, tracker
         self._draws, self.number = tracker.draws, tracker.newest
         # a generator in a loader's own `__iter__` may hold back, merge or drop batches, and hides the workers
@@ -229,7 +229,7 @@ def _tracked(cls: type) -> type:
     if cls in _tracked_classes:
         return _tracked_classes[cls]
 
-    class Tracked(cls):  # type: ignore[misc, valid-type]
+    class WatchedLoader(cls):  # type: ignore[misc, valid-type]
         _influence_original = cls
 
         @property
@@ -256,6 +256,10 @@ def _tracked(cls: type) -> type:
                 {k: (None if k == "_iterator" else v) for k, v in self.__dict__.items() if k != _KEY},
             )
 
-    Tracked.__name__, Tracked.__qualname__, Tracked.__module__ = cls.__name__, cls.__qualname__, cls.__module__
-    _tracked_classes[cls] = Tracked
-    return Tracked
+    WatchedLoader.__name__, WatchedLoader.__qualname__, WatchedLoader.__module__ = (
+        cls.__name__,
+        cls.__qualname__,
+        cls.__module__,
+    )
+    _tracked_classes[cls] = WatchedLoader
+    return WatchedLoader

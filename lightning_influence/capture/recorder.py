@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from lightning_influence.capture.identity import Tap, length_of, reloaded
+from lightning_influence.capture.identity import LoaderTap, length_of, reloaded
 from lightning_influence.capture.loaders import as_indices
 from lightning_influence.capture.states import encode_state, fingerprint, gather_state
-from lightning_influence.capture.steps import Steps, batch_size
-from lightning_influence.capture.store import Link, Store
+from lightning_influence.capture.steps import StepRecorder, batch_size
+from lightning_influence.capture.store import ParentLink, RunWriter
 from lightning_influence.compat import rank_zero_warn
 from lightning_influence.types import clean
 
@@ -35,15 +35,15 @@ class Recorder:
         self,
         trainer: Any,
         module: Any,
-        tap: Tap,
-        store: Store,
+        tap: LoaderTap,
+        store: RunWriter,
         schedule: Schedule,
         sample_id: str | Callable[[Any], Any] | None,
         made: int,
     ) -> None:
         self._trainer, self._module, self._tap, self._store = trainer, module, tap, store
         self._schedule, self._sample_id = schedule, sample_id
-        self._steps = Steps(trainer, module, made)
+        self._steps = StepRecorder(trainer, module, made)
         self._hooked = True
         self._failed = False
         self._written = -1  # step of the newest checkpoint
@@ -259,10 +259,10 @@ class Recorder:
             rank_zero_warn(text)
 
 
-def resume_point(state: dict[str, Any], trainer: Any) -> tuple[Link | None, int]:
+def resume_point(state: dict[str, Any], trainer: Any) -> tuple[ParentLink | None, int]:
     """Where this fit continues: the link to the run before, and the updates made so far."""
     if state:
-        return Link(**{name: state[name] for name in ("run", "path", "id", "step")}), int(state["step"])
+        return ParentLink(**{name: state[name] for name in ("run", "path", "id", "step")}), int(state["step"])
     if trainer.global_step > 0:
         rank_zero_warn(
             f"This fit resumes at step {trainer.global_step} from a checkpoint that knows nothing of an `Influence` run"

@@ -15,7 +15,7 @@ from lightning_influence.types import clean
 
 
 @dataclass
-class MicroBatch:
+class RecordedBatch:
     """One forward and backward pass."""
 
     ids: list[list[int] | None]  # one entry a loader
@@ -26,7 +26,7 @@ class MicroBatch:
     lossless: bool = False  # `training_step` returned None: it was forward only
 
 
-class Steps:
+class StepRecorder:
     """Follows the optimizers of a fit.
 
     Torch's own step hooks are the one event that every loop has: Lightning's are absent with raw optimizers in manual
@@ -38,15 +38,15 @@ class Steps:
         self.made = made  # updates so far, over all optimizers
         self.settings: list[dict[str, Any]] = []
         self.rows: list[dict[str, Any]] = []
-        self._open: list[tuple[dict[str, Any], list[MicroBatch]]] = []  # steps of the batch that is under way
+        self._open: list[tuple[dict[str, Any], list[RecordedBatch]]] = []  # steps of the batch that is under way
         self._trainer, self._module = trainer, module
         self._device = trainer.strategy.root_device
         self._optimizers: list[Optimizer] = []
         self._handles: list[Any] = []
-        self._windows: list[list[MicroBatch]] = []
+        self._windows: list[list[RecordedBatch]] = []
         self._finished: list[bool] = []  # whether the window's step was made
         self._announced: list[Tensor | bool | None] = []  # False, or the clip coefficient of a step about to be made
-        self._current: MicroBatch | None = None
+        self._current: RecordedBatch | None = None
         self._settings_of: dict[int, tuple[Any, int]] = {}
         self._names = {p: clean(name) for name, p in module.named_parameters()}
         self.watch()
@@ -72,7 +72,7 @@ class Steps:
     def batch_starts(self, ids: list[list[int] | None], size: int | None, read: dict[str, bytes] | None = None) -> None:
         """A micro-batch is about to go forward."""
         lossless = self._module.automatic_optimization  # until its backward pass is announced
-        self._current = MicroBatch(ids, size, read_generators(self._device), read=read, lossless=lossless)
+        self._current = RecordedBatch(ids, size, read_generators(self._device), read=read, lossless=lossless)
         for i, finished in enumerate(self._finished):
             if finished:
                 self._windows[i], self._finished[i] = [], False
@@ -230,7 +230,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str, type(None))) else repr(value)
 
 
-def _columns_of(window: list[MicroBatch]) -> dict[str, Any]:
+def _columns_of(window: list[RecordedBatch]) -> dict[str, Any]:
     single = all(len(micro.ids) == 1 for micro in window)
     ids = [micro.ids[0] for micro in window] if single else None
     by_loader = None if single or not window else [micro.ids for micro in window]

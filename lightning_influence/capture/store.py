@@ -15,7 +15,7 @@ from lightning_influence.trajectory.files import FORMAT, MANIFEST, STEPS, encode
 
 
 @dataclass(frozen=True)
-class Link:
+class ParentLink:
     """Where a resumed fit came from. Tensors and builtins only go into a Lightning checkpoint, so this is a dict there.
 
     ``step`` counts updates of weights, Lightning's ``global_step`` counts attempts.
@@ -41,10 +41,10 @@ def claim_run(dirpath: Path) -> Path:
         return folder
 
 
-class Store:
+class RunWriter:
     """The files of one process: rank 0 writes checkpoints, every rank its own steps."""
 
-    def __init__(self, folder: Path, world_size: int, parent: Link | None) -> None:
+    def __init__(self, folder: Path, world_size: int, parent: ParentLink | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._started = time.monotonic()

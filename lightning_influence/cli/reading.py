@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lightning_influence import Scores, SelfScores
-from lightning_influence.storage import read_file
+from lightning_influence.files.arrow import read_file
 from lightning_influence.trajectory.files import MANIFEST, runs_in
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from lightning_influence import SelfScores, TopK
-from lightning_influence.answer import places
 from lightning_influence.cli.reading import existing, load
 from lightning_influence.cli.text import table
+from lightning_influence.scores.base import places
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,14 +6,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightning_influence.checks import one_of
 from lightning_influence.curvature.curvature import Prepared
 from lightning_influence.curvature.damping import of_group
 from lightning_influence.curvature.iterative import Iterative, positive, smallest_added
 from lightning_influence.gradients.products import Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
-from lightning_influence.method import one_of
 from lightning_influence.numerics.solvers import lanczos
-from lightning_influence.setting import Setting
+from lightning_influence.setting.setting import Setting
 
 
 @dataclass(frozen=True)

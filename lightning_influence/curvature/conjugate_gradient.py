@@ -10,7 +10,7 @@ from lightning_influence.curvature.curvature import Prepared
 from lightning_influence.curvature.iterative import Iterative, positive, tell
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.numerics.solvers import conjugate_gradient
-from lightning_influence.setting import Setting
+from lightning_influence.setting.setting import Setting
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_influence.curvature.descent import Descent
 from lightning_influence.gradients.queries import QueryGradients
-from lightning_influence.setting import Setting
+from lightning_influence.setting.setting import Setting
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.setting import Setting, Stage
+from lightning_influence.setting.setting import Setting, Stage
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.checkpoint import is_decoupled
 

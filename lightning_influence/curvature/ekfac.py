@@ -7,22 +7,22 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.budget import at_once
+from lightning_influence.curvature.cost import at_once
 from lightning_influence.curvature.curvature import Curvature, Prepared
 from lightning_influence.curvature.descent import Descent
 from lightning_influence.curvature.factors import WIDEST, Factors, Names, part_named
+from lightning_influence.curvature.fisher_samples import FisherSamples
 from lightning_influence.curvature.kronecker_descent import descend_layer
 from lightning_influence.curvature.kronecker_part import Inverse, KroneckerPart
-from lightning_influence.curvature.labels import Draws
-from lightning_influence.curvature.solved import Solved, shortened
-from lightning_influence.examples import Block
+from lightning_influence.curvature.kronecker_queries import KroneckerQueries, shortened
+from lightning_influence.data.examples import Block
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.directions import Directions
 from lightning_influence.gradients.lookup import Lookup
-from lightning_influence.gradients.outer import Outer
+from lightning_influence.gradients.outer_products import OuterProducts
 from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
-from lightning_influence.setting import Setting
+from lightning_influence.setting.setting import Setting
 from lightning_influence.timing import timed
 
 # Up to so many classes the expectation over labels is taken, at one pass each, rather than a sample of it.
@@ -115,17 +115,17 @@ class EKFAC(Curvature):
         size = sum(shape.numel() for name in setting.engine.plan.names for shape in [torch.Size(shapes[name])])
         return Prepared(tensors, {"mean_eigenvalue": total / size}, (self._about(factors, draws.labels, why),))
 
-    def _draws(self, setting: Setting) -> tuple[Draws, str]:
+    def _draws(self, setting: Setting) -> tuple[FisherSamples, str]:
         """Gradients with the labels asked for, and why with others."""
         if self.labels is not None:
-            return Draws(setting, self.labels, self.seed), ""
+            return FisherSamples(setting, self.labels, self.seed), ""
         try:
-            draws = Draws(setting, "sampled", self.seed)
+            draws = FisherSamples(setting, "sampled", self.seed)
             draws.labels = "exact" if draws.classes <= _FEW_CLASSES else "sampled"
             return draws, ""
         except ValueError:
             why = ", since the model has no linear head to draw labels from"
-            return Draws(setting, "empirical", self.seed), why
+            return FisherSamples(setting, "empirical", self.seed), why
 
     def _about(self, factors: Mapping[Names, Factors], labels: str, why: str) -> str:
         which = {"empirical": "empirical Fisher", "sampled": "Fisher with sampled labels", "exact": "Fisher"}[labels]
@@ -177,7 +177,7 @@ class EKFAC(Curvature):
         groups = {names: setting.engine.groups.get(names[0], 0) for names in layers}
         blocks = [Gradients(parts, groups, len(b)) for parts, b in zip(others, queries.blocks, strict=True)]
         shorten = (lambda parts: self._shortened(prepared, parts, setting)) if self.tolerance else None
-        return Solved(Gradients(joint, groups, size), blocks, shorten)
+        return KroneckerQueries(Gradients(joint, groups, size), blocks, shorten)
 
     def descend(
         self, prepared: Prepared, vectors: Mapping[str, Tensor], setting: Setting, descent: Descent
@@ -259,7 +259,9 @@ class _Layers:
         present = [part for part in parts if part is not None]
         if not present:
             return None
-        if len(present) == len(parts) and all(isinstance(p, Outer) and p.outputs.shape[1] == 1 for p in present):
+        if len(present) == len(parts) and all(
+            isinstance(p, OuterProducts) and p.outputs.shape[1] == 1 for p in present
+        ):
             return KroneckerPart.of(inverse, _one_after_another(present))  # type: ignore[arg-type]
         rows = []
         for part, size in zip(parts, sizes, strict=True):
@@ -283,14 +285,14 @@ def _by_layer(prepared: Prepared) -> dict[Names, dict[str, Tensor]]:
     return kept
 
 
-def _one_after_another(parts: list[Outer]) -> Outer:
+def _one_after_another(parts: list[OuterProducts]) -> OuterProducts:
     if len(parts) == 1:
         return parts[0]
     inputs, outputs = (torch.cat([getattr(p, name) for p in parts]) for name in ("inputs", "outputs"))
     factors = None
     if any(p.factor is not None for p in parts):
         factors = torch.cat([outputs.new_ones(len(p)) if p.factor is None else p.factor for p in parts])
-    return Outer(inputs, outputs, parts[0].shape, parts[0].bias, parts[0].transposed, None, factors)
+    return OuterProducts(inputs, outputs, parts[0].shape, parts[0].bias, parts[0].transposed, None, factors)
 
 
 def _inverted(eigenvalues: Tensor, added: float, names: Names) -> Tensor:

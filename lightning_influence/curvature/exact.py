@@ -7,14 +7,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.budget import at_once, seconds_of_products
+from lightning_influence.curvature.cost import at_once, seconds_of_products
 from lightning_influence.curvature.curvature import Curvature, Prepared
 from lightning_influence.curvature.damping import of_group
 from lightning_influence.curvature.descent import Descent, share_moved
 from lightning_influence.gradients.products import Matrix, Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.numerics.dense import Factored, SingularError, factored
-from lightning_influence.setting import Setting
+from lightning_influence.setting.setting import Setting
 from lightning_influence.timing import timed
 
 # Columns of the matrix that are made at once.

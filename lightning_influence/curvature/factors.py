@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from lightning_influence.gradients import Gradients
-from lightning_influence.gradients.outer import WORKSPACE, Outer
+from lightning_influence.gradients.dense_rows import DenseRows
+from lightning_influence.gradients.outer_products import WORKSPACE, OuterProducts
 from lightning_influence.gradients.part import Part
-from lightning_influence.gradients.rows import Rows
-from lightning_influence.numerics.kronecker import Moment
+from lightning_influence.numerics.kronecker import SecondMoment
 
 Names = tuple[str, ...]
 
@@ -32,14 +32,14 @@ class Factors:
 
     def __init__(self, part: Part, corrected: bool) -> None:
         self.corrected = corrected
-        self.transposed = isinstance(part, Outer) and part.transposed
+        self.transposed = isinstance(part, OuterProducts) and part.transposed
         self.sides = sides_of(part)
         self.count = 0
         self.diagonal: list[Tensor] = []
         self.squares: Tensor | None = None
         self.trace = 0.0
         if self.sides is not None:
-            self.outer, self.inner = (Moment(width) for width in self.sides)
+            self.outer, self.inner = (SecondMoment(width) for width in self.sides)
 
     def add(self, part: Part) -> None:
         """First pass: the moments of both sides, or the whole of a diagonal."""
@@ -50,7 +50,7 @@ class Factors:
             self.diagonal = [a + b for a, b in zip(before, squares, strict=True)]
             return
         for piece in pieces(part):
-            if isinstance(piece, Outer):
+            if isinstance(piece, OuterProducts):
                 self.inner.add(piece.inputs.flatten(0, 1), piece.bias)
                 self.outer.add(unscaled(piece).flatten(0, 1))
             else:
@@ -76,7 +76,7 @@ class Factors:
 
     def _squares(self, piece: Part) -> Tensor:
         """[out, in] in the bases: the sum over the examples of a piece."""
-        if not isinstance(piece, Outer):
+        if not isinstance(piece, OuterProducts):
             self._seen += len(piece) * self.sides[0] if self.sides else 0
             return rotated(matrix_of(piece.dense(), self.transposed), self.basis_out, self.basis_in).square().sum(0)
         t, width_out, width_in = piece.outputs.shape[1], len(self.basis_out), len(self.basis_in)
@@ -88,7 +88,7 @@ class Factors:
             return left[:, 0].square().T @ right[:, 0].square()
         return torch.bmm(left.transpose(1, 2), right).square().sum(0)
 
-    def _turned_inputs(self, piece: Outer) -> Tensor:
+    def _turned_inputs(self, piece: OuterProducts) -> Tensor:
         """[example, position, in] in the basis; the second pass goes in the order of the first."""
         if self._inputs is None:
             return inputs_in(piece.inputs, piece.bias, self.basis_in)
@@ -116,17 +116,17 @@ class Factors:
 
 def sides_of(part: Part) -> tuple[int, int] | None:
     """Width of the two sides, (out, in with bias); None where a diagonal has to do."""
-    if isinstance(part, Outer):
+    if isinstance(part, OuterProducts):
         out = part.outputs.shape[2]
         inner = sum(int(torch.Size(shape).numel()) for shape in part.shapes()[:1]) // out + part.bias
-    elif isinstance(part, Rows) and part.rows[0].ndim >= 3:
+    elif isinstance(part, DenseRows) and part.rows[0].ndim >= 3:
         shape = part.rows[0].shape[1:]
         out, inner = shape[0], shape[1:].numel() + len(part.rows) - 1
         if len(part.rows) > 1 and part.rows[1].shape[1:] != (out,):
             return None
     else:
         return None
-    if max(out, inner) > WIDEST or (min(out, inner) == 1 and not isinstance(part, Outer)):
+    if max(out, inner) > WIDEST or (min(out, inner) == 1 and not isinstance(part, OuterProducts)):
         return None
     return out, inner
 
@@ -134,7 +134,7 @@ def sides_of(part: Part) -> tuple[int, int] | None:
 def pieces(part: Part) -> Iterator[Part]:
     """A part in slices whose written-out form, and whose patches, fit the cache."""
     size = sum(torch.Size(shape).numel() for shape in part.shapes())
-    if isinstance(part, Outer):
+    if isinstance(part, OuterProducts):
         t, out = part.outputs.shape[1:]
         if t == 1 and part.patches is None:
             yield part
@@ -145,7 +145,7 @@ def pieces(part: Part) -> Iterator[Part]:
         yield part.slice(slice(start, start + step))
 
 
-def unscaled(part: Outer) -> Tensor:
+def unscaled(part: OuterProducts) -> Tensor:
     """Output gradients with each example's own number in them, [example, position, out]."""
     return part.outputs if part.factor is None else part.outputs * part.factor.to(part.outputs)[:, None, None]
 
@@ -188,6 +188,6 @@ def part_named(gradients: Gradients, names: Names, shapes: Mapping[str, tuple[in
     if not written:
         return None
     like = next(iter(written.values()))
-    return Rows(
+    return DenseRows(
         tuple(written[n] if n in written else like.new_zeros(gradients.size, *shapes[n]) for n in names),
     )

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.budget import at_once, seconds_of_products
+from lightning_influence.checks import one_of
+from lightning_influence.curvature.cost import at_once, seconds_of_products
 from lightning_influence.curvature.curvature import Curvature, Prepared
 from lightning_influence.curvature.damping import of_group
 from lightning_influence.gradients.products import Matrix, Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
-from lightning_influence.method import one_of
 from lightning_influence.numerics.solvers import Product, Solution, mean_diagonal
-from lightning_influence.setting import Setting
+from lightning_influence.setting.setting import Setting
 
 _COPIES = 6
 _PROBES = 32  # of the mean eigenvalue

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_influence.curvature.factors import inputs_in, matrix_of, rotated, unscaled, written_of
 from lightning_influence.gradients.directions import Directions
-from lightning_influence.gradients.outer import Outer
+from lightning_influence.gradients.outer_products import OuterProducts
 from lightning_influence.gradients.part import Part
 from lightning_influence.numerics.projections import Sketch
 
@@ -61,13 +61,13 @@ class KroneckerPart(Part):
     """
 
     inverse: Inverse
-    raw: Outer
+    raw: OuterProducts
     inputs: Tensor
     outputs: Tensor
     terms: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, inverse: Inverse, raw: Outer) -> "KroneckerPart":
+    def of(cls, inverse: Inverse, raw: OuterProducts) -> "KroneckerPart":
         """Turns gradients into the basis."""
         return cls(inverse, raw, *_turned(inverse, raw))
 
@@ -93,12 +93,12 @@ class KroneckerPart(Part):
 
     def accumulate_dot(self, other: Part, out: Tensor) -> None:
         """``out[i, j] += <direction i, gradient j of other>``."""
-        if not isinstance(other, Outer) or other.outputs.shape[1] != 1:
+        if not isinstance(other, OuterProducts) or other.outputs.shape[1] != 1:
             out += other.against(self.dense())
             return
         inputs, outputs = _turned(self.inverse, other)
         if self.terms is None:
-            block = Outer(inputs[:, None], outputs[:, None], tuple(self.inverse.table.shape))
+            block = OuterProducts(inputs[:, None], outputs[:, None], tuple(self.inverse.table.shape))
             directions = self.outputs[:, :, None] * self.inverse.table * self.inputs[:, None]
             out += block.against((directions,))
             return
@@ -107,7 +107,7 @@ class KroneckerPart(Part):
 
     def with_own(self, other: Part) -> Tensor:
         """[query]: of as many gradients as there are directions, each with that of its number; always exactly."""
-        if not isinstance(other, Outer) or other.outputs.shape[1] != 1:
+        if not isinstance(other, OuterProducts) or other.outputs.shape[1] != 1:
             return with_own(self, other)
         inputs, outputs = _turned(self.inverse, other)
         return ((self.outputs * outputs) @ self.inverse.table * (self.inputs * inputs)).sum(1)
@@ -163,7 +163,7 @@ def with_own(directions: Part, gradients: Part) -> Tensor:
     return found
 
 
-def _turned(inverse: Inverse, part: Outer) -> tuple[Tensor, Tensor]:
+def _turned(inverse: Inverse, part: OuterProducts) -> tuple[Tensor, Tensor]:
     """Inputs and output gradients of one position in the bases, [example, l] and [example, k]."""
     inputs = inputs_in(part.inputs[:, 0], part.bias, inverse.basis_in)
     return inputs, unscaled(part)[:, 0] @ inverse.basis_out

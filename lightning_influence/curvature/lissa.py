@@ -10,7 +10,7 @@ from lightning_influence.curvature.iterative import Iterative, positive, smalles
 from lightning_influence.gradients.products import Products
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.numerics.solvers import Product, Solution, accelerated_neumann, largest_eigenvalue
-from lightning_influence.setting import Setting
+from lightning_influence.setting.setting import Setting
 
 # The power iteration may have stopped at another eigenvalue than the largest.
 _MARGIN = 1.05

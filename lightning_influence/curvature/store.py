@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from lightning_influence.curvature.curvature import Curvature, Prepared
-from lightning_influence.module import seed_for
-from lightning_influence.setting import Setting, Stage
+from lightning_influence.module.task import seed_for
+from lightning_influence.setting.setting import Setting, Stage
 from lightning_influence.trajectory.files import write_atomically
 
 _FORMAT = 1

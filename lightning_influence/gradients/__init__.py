@@ -1,8 +1,8 @@
 """The engine: per-sample gradients as factors, from one batched backward pass over an unchanged module."""
 
 from lightning_influence.gradients.block import Gradients
-from lightning_influence.gradients.check import make_plan
 from lightning_influence.gradients.engine import Engine, Plan
 from lightning_influence.gradients.reduction import Reduction, probe
+from lightning_influence.gradients.self_check import make_plan
 
 __all__ = ["Engine", "Gradients", "Plan", "Reduction", "make_plan", "probe"]

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.part import Part
-from lightning_influence.gradients.rows import Rows
 
 
 @dataclass(frozen=True, eq=False)
-class Directions(Rows):
+class Directions(DenseRows):
     """Rows that many training gradients are multiplied with, without these being written out at once."""
 
     def accumulate_dot(self, other: Part, out: Tensor) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_influence.examples import Block, Examples
+from lightning_influence.data.examples import Block, Examples
 from lightning_influence.gradients.block import Gradients, Names
 from lightning_influence.gradients.general import (
     NotVectorisable,
@@ -16,12 +16,12 @@ from lightning_influence.gradients.general import (
     vectorised_rows,
 )
 from lightning_influence.gradients.layout import Layout, LayoutMismatch
-from lightning_influence.gradients.mixed import Mixed
 from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.reduction import Reduction
-from lightning_influence.gradients.spot import Watch, refuse_difference
+from lightning_influence.gradients.spot_checks import SuspectRows, refuse_difference
+from lightning_influence.gradients.sum_of_parts import SumOfParts
 from lightning_influence.gradients.tape import Call, Tape, Use
-from lightning_influence.module import Task, seed_for
+from lightning_influence.module.task import Task, seed_for
 
 # On the first pass over the data one example is looked at in as many as these.
 _CHECKED = 128
@@ -111,7 +111,7 @@ class Engine:
             ValueError: a spot check found an example whose gradient in its batch is not its own; with ``as_drawn``, a
                 parameter that takes passes of single examples.
         """
-        plan, watch = self.plan, None if as_drawn else Watch(block.size)
+        plan, watch = self.plan, None if as_drawn else SuspectRows(block.size)
         parts: dict[Names, Part] = {}
         slow = list(plan.one_by_one)
         if plan.layouts or plan.unreached:
@@ -144,7 +144,7 @@ class Engine:
             self._spot_check(block, gradients, watch)
         return gradients
 
-    def _note_positions(self, calls: Sequence[Call], watch: Watch) -> None:
+    def _note_positions(self, calls: Sequence[Call], watch: SuspectRows) -> None:
         """A number of positions an example that was not met before is worth a look."""
         for call in calls:
             for name in call.names.values():
@@ -154,7 +154,7 @@ class Engine:
                         self._positions.add(use)
                         watch.rows |= {0, watch.examples - 1}
 
-    def _spot_check(self, block: Block, gradients: Gradients, watch: Watch) -> None:
+    def _spot_check(self, block: Block, gradients: Gradients, watch: SuspectRows) -> None:
         """Looks at what the watch points out, at one in 128 examples on the first pass, and at blocks 4, 16, 64 ..."""
         self._blocks += 1
         self._unchecked += block.size
@@ -188,7 +188,7 @@ class Engine:
         block: Block,
         names: Iterable[str],
         copy_leaves: bool,
-        watch: Watch | None = None,
+        watch: SuspectRows | None = None,
         as_drawn: Callable[[], Any] | None = None,
     ) -> Tape:
         """One forward and one backward pass through activations only: no weight gradient is formed."""
@@ -244,4 +244,4 @@ def _sum(parts: Sequence[Part]) -> Part:
         return parts[0]
     half = len(parts) // 2
     left, right = _sum(parts[:half]), _sum(parts[half:])
-    return left.joined(right) or Mixed((left, right))
+    return left.joined(right) or SumOfParts((left, right))

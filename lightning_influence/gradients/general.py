@@ -11,9 +11,9 @@ import torchmetrics
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_influence.examples import Block
-from lightning_influence.gradients.rows import Rows
-from lightning_influence.module import Task, seed_for
+from lightning_influence.data.examples import Block
+from lightning_influence.gradients.dense_rows import DenseRows
+from lightning_influence.module.task import Task, seed_for
 from lightning_influence.types import clean
 
 # Elements of written-out gradients that one vectorised call may hold.
@@ -24,7 +24,7 @@ class NotVectorisable(RuntimeError):
     """The module cannot run under ``torch.func.vmap``; the cause is chained."""
 
 
-def vectorised_rows(task: Task, block: Block, names: Sequence[str]) -> dict[str, Rows]:
+def vectorised_rows(task: Task, block: Block, names: Sequence[str]) -> dict[str, DenseRows]:
     """``vmap(grad)`` over the examples of a block, by the named parameters only.
 
     Raises:
@@ -35,7 +35,7 @@ def vectorised_rows(task: Task, block: Block, names: Sequence[str]) -> dict[str,
     wanted = {name: parameters[name].detach() for name in names}
     chunk = max(1, _VECTORISED // max(1, sum(p.numel() for p in wanted.values())))
     rows = _over_examples(task, block, wanted, torch.func.grad, chunk)
-    return {name: Rows((rows[name].detach(),)) for name in names}
+    return {name: DenseRows((rows[name].detach(),)) for name in names}
 
 
 def vectorised_losses(task: Task, block: Block) -> Tensor:
@@ -77,10 +77,10 @@ def _over_examples(
         raise NotVectorisable(f"`training_step` does not run under `torch.func.vmap`: {error}") from error
 
 
-def rows_one_by_one(task: Task, block: Block, names: Sequence[str], seed: int) -> dict[str, Rows]:
+def rows_one_by_one(task: Task, block: Block, names: Sequence[str], seed: int) -> dict[str, DenseRows]:
     """One backward pass an example: slow, and the definition of what the other paths must equal."""
     gradients = [one_gradient(task, block.one(i), names, seed, i) for i in block.ids]
-    return {name: Rows((torch.stack([g[name] for g in gradients]),)) for name in names}
+    return {name: DenseRows((torch.stack([g[name] for g in gradients]),)) for name in names}
 
 
 def one_gradient(task: Task, batch: Any, names: Sequence[str], seed: int, example: int) -> dict[str, Tensor]:

@@ -7,9 +7,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_influence.gradients.outer import WORKSPACE, Outer
+from lightning_influence.gradients.dense_rows import DenseRows
+from lightning_influence.gradients.outer_products import WORKSPACE, OuterProducts
 from lightning_influence.gradients.part import Part, one_row_per_example
-from lightning_influence.gradients.rows import Rows
 from lightning_influence.numerics.projections import Kronecker, Sketch
 
 
@@ -63,7 +63,7 @@ class Lookup(Part):
 
     def accumulate_dot(self, other: Part, out: Tensor) -> None:
         """``out[i, j] += <gradient i of self, gradient j of other>``: a join over the ids that both looked up."""
-        if isinstance(other, Outer):
+        if isinstance(other, OuterProducts):
             self._accumulate_tied(other, out)
             return
         if not isinstance(other, Lookup):
@@ -93,7 +93,7 @@ class Lookup(Part):
             values = torch.linalg.vecdot(mine[i], theirs[j])
             out.index_put_((my_examples[i], their_examples[j]), values, accumulate=True)
 
-    def _accumulate_tied(self, other: Outer, out: Tensor) -> None:
+    def _accumulate_tied(self, other: OuterProducts, out: Tensor) -> None:
         """The table is also an output layer's weight: row v of ``other`` is the sum of its ``outputs[v]`` × inputs."""
         ids, mine, s = self.ids.flatten(), self.outputs.flatten(0, 1), self.ids.shape[1]
         counts = (ids >= 0).to(mine)[:, None]
@@ -152,10 +152,10 @@ class Lookup(Part):
         """Outer products: of the sketch's columns that were looked up, and the projected gradients."""
         sketch = sketches[0]
         if not isinstance(sketch, Kronecker) or sketch.left is None:
-            return Rows(self.dense()).projected(sketches)
+            return DenseRows(self.dense()).projected(sketches)
         columns = sketch.left.to(self.outputs).T[self.ids.clamp_min(0)] * (self.ids >= 0)[..., None]
         inputs = sketch.on_right(self.outputs)
-        return (Outer(inputs, columns, (columns.shape[2], inputs.shape[2])),)
+        return (OuterProducts(inputs, columns, (columns.shape[2], inputs.shape[2])),)
 
     def finite(self) -> Tensor:
         """[example]: whether every number is finite."""

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from lightning_influence.examples import Block
+from lightning_influence.data.examples import Block
 from lightning_influence.gradients.engine import Engine
 from lightning_influence.gradients.general import NotVectorisable, vectorised_losses
-from lightning_influence.module import seed_for
+from lightning_influence.module.task import seed_for
 
 # Examples of the first block that take a forward pass of their own as well.
 _COMPARED = 3

@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_influence.examples import Block, Examples
+from lightning_influence.data.examples import Block, Examples
 from lightning_influence.gradients.engine import Engine
 from lightning_influence.gradients.general import math_attention, requiring_gradients
 from lightning_influence.gradients.outputs import OutputWatch, refuse_other_paths
-from lightning_influence.gradients.pull import at_once, pull
+from lightning_influence.gradients.vjp import at_once, pull
 
 Matrix = Literal["ggn", "hessian"]
 _BLOCK = 256

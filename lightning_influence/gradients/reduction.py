@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_influence.examples import Examples
-from lightning_influence.module import Task, seed_for
+from lightning_influence.data.examples import Examples
+from lightning_influence.module.task import Task, seed_for
 
 _WAY_OUT = "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
 _PROBED = 32

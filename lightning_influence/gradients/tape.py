@@ -10,7 +10,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_influence.gradients.rules import RULES, Operands, Rule
+from lightning_influence.gradients.rules import RULES, LayerRule, Operands
 from lightning_influence.gradients.rules.recurrent import RECURRENT, spelled_out
 from lightning_influence.gradients.rules.shared import SHARED_SUM, SUMS, Shared, shared_by
 
@@ -32,7 +32,7 @@ class Call:
         gradient: the gradient that arrived, or None when the loss does not depend on the output.
     """
 
-    rule: Rule
+    rule: LayerRule
     operands: Operands
     names: Mapping[str, str]
     shape: tuple[int, ...]
@@ -119,7 +119,7 @@ class Tape(TorchFunctionMode):
             return _LINEAR(*args, **kwargs)
         return self._record(RULES[_LINEAR], _LINEAR, args, kwargs)
 
-    def _record(self, rule: Rule, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _record(self, rule: LayerRule, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         try:
             operands = rule.operands(*args, **kwargs)
         except TypeError:  # a signature of another torch version: the self-check sends the parameter the general way
@@ -136,7 +136,7 @@ class Tape(TorchFunctionMode):
         self._note(rule, operands, names, output)
         return output.clone() if leaf and self.copy_leaves else output
 
-    def _note(self, rule: Rule, operands: Operands, names: Mapping[str, str], output: Tensor) -> None:
+    def _note(self, rule: LayerRule, operands: Operands, names: Mapping[str, str], output: Tensor) -> None:
         # An edge, not the tensor: where the model changes the output in place afterwards, the tensor stands for the new
         # value and the edge still for the old one.
         self.edges.append(get_gradient_edge(output))

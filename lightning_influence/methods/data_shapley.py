@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_influence.methods.retraining import Estimate, Retraining, losses_of
 from lightning_influence.numerics.subsets import every, prefixes
-from lightning_influence.retraining import Estimate, Retraining, losses_of
-from lightning_influence.setting import Queries, Setting
+from lightning_influence.setting.setting import Queries, Setting
 
 # Prefixes trained together before it is looked whether a permutation may be cut short, and how often in a row its value
 # must be that of the whole set.

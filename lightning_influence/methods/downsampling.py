@@ -5,10 +5,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from lightning_influence.method import one_of
+from lightning_influence.checks import one_of
+from lightning_influence.methods.retraining import Estimate, Retraining, losses_of, tell
 from lightning_influence.numerics.subsets import bernoulli, fixed_size
-from lightning_influence.retraining import Estimate, Retraining, losses_of, tell
-from lightning_influence.setting import Queries, Setting
+from lightning_influence.setting.setting import Queries, Setting
 
 
 @dataclass(frozen=True)

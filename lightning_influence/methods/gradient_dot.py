@@ -5,10 +5,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from lightning_influence.gradients.sides import Sides, check_projection, refuse_constant
-from lightning_influence.method import Evidence, Method, one_of
+from lightning_influence.checks import one_of
+from lightning_influence.gradients.transforms import Transforms, check_projection, refuse_constant
+from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.numerics.projections import RandomProjection
-from lightning_influence.setting import Queries, Setting
+from lightning_influence.setting.setting import Queries, Setting
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class GradientDot(Method):
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """[query, train]."""
         total, stage = setting.zeros(queries), setting.final()
-        sides = Sides(self.normalize, self.projection)
+        sides = Transforms(self.normalize, self.projection)
         query = sides(stage.gradients(queries))
         for columns, block in stage.train():
             total[:, columns] += query.dot(sides(block))
@@ -50,7 +51,7 @@ class GradientDot(Method):
     def self_influence(self, setting: Setting) -> Tensor:
         """[train]: squared length of each example's gradient."""
         refuse_constant(self.normalize)
-        total, sides = setting.zeros(), Sides(None, self.projection)
+        total, sides = setting.zeros(), Transforms(None, self.projection)
         for columns, block in setting.final().train():
             total[columns] += sides(block).norm2()
         return total

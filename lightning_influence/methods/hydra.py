@@ -6,15 +6,16 @@ from typing import Literal
 
 from torch import Tensor
 
+from lightning_influence.checks import one_of
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.block import Names
+from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.part import Part
-from lightning_influence.gradients.rows import Rows
-from lightning_influence.method import Evidence, Method, one_of
+from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.replay import MAX_DRIFT, Replayed
-from lightning_influence.setting import Queries, Setting
+from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.tracking import Tracker, load_record, record_name
-from lightning_influence.tracking.fast import Fast
+from lightning_influence.tracking.fast_hydra import FastHyDRA
 from lightning_influence.tracking.hypergradients import Hypergradients
 from lightning_influence.tracking.visits import add_products
 from lightning_influence.trajectory import Trajectory
@@ -109,7 +110,7 @@ class HyDRA(Method):
             return None
         if self.hessian:
             return Hypergradients(True, self.examples, self.memory)
-        return Fast(self.examples, self.memory)
+        return FastHyDRA(self.examples, self.memory)
 
     def scored(self, n_train: int) -> Sequence[int] | None:
         """The tracked examples."""
@@ -133,7 +134,7 @@ class HyDRA(Method):
         width = sum(v[0].numel() for v in vectors.values())
         inside = ((ids >= setting.ids.start) & (ids < setting.ids.stop)).nonzero()[:, 0]
         for slots in inside.split(max(1, 2**24 // width)):
-            rows: dict[Names, Part] = {(name,): Rows((v[slots].to(total),)) for name, v in vectors.items()}
+            rows: dict[Names, Part] = {(name,): DenseRows((v[slots].to(total),)) for name, v in vectors.items()}
             block = Gradients(rows, {}, len(slots))
             total[:, (ids[slots] - setting.ids.start).to(total.device)] = -query.dot(block)
         setting.on_block(len(setting.ids))

@@ -7,17 +7,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightning_influence.checks import one_of
 from lightning_influence.curvature.curvature import Curvature
 from lightning_influence.curvature.damping import Diagonal, diagonal_at, of_group
 from lightning_influence.curvature.exact import Exact
 from lightning_influence.curvature.iterative import Iterative
-from lightning_influence.curvature.leverage import Leverage
+from lightning_influence.curvature.newton_correction import NewtonCorrection
 from lightning_influence.curvature.store import prepared_at
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.products import Products
 from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
-from lightning_influence.method import Evidence, Method, one_of
-from lightning_influence.setting import Queries, Setting, Stage, stage_positions
+from lightning_influence.methods.method import Evidence, Method
+from lightning_influence.setting.setting import Queries, Setting, Stage, stage_positions
 from lightning_influence.trajectory import Trajectory
 
 
@@ -203,12 +204,12 @@ class _Inverse:
         key = (self.method, "leverage", self.stage.position)
         return self.setting.once(key, self._leverage).corrected(block, range(start, start + len(block)))
 
-    def _leverage(self) -> Leverage:
+    def _leverage(self) -> NewtonCorrection:
         curvature = self.curvature
         assert isinstance(curvature, Exact)
         factor = curvature.factor(self.prepared, self.setting, self.total)
         shift = self.decayed() if self.method.removal == "renormalize" else None
-        return Leverage(self.setting.engine, self.setting.examples, factor, shift)
+        return NewtonCorrection(self.setting.engine, self.setting.examples, factor, shift)
 
     def lengths(self, block: Gradients, first: int) -> Tensor:
         """[example]: what RelatIF divides by, computed once for all queries."""

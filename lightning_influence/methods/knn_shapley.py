@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_influence.examples import Examples
-from lightning_influence.method import Evidence, Method
-from lightning_influence.module import Task
-from lightning_influence.setting import Queries, Setting
+from lightning_influence.data.examples import Examples
+from lightning_influence.methods.method import Evidence, Method
+from lightning_influence.module.task import Task
+from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.types import Batch
 
 _LABELS = ("label", "labels", "y", "target", "targets")

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_influence.methods.retraining import Estimate, Retraining, losses_of
 from lightning_influence.numerics.subsets import without_each
-from lightning_influence.retraining import Estimate, Retraining, losses_of
-from lightning_influence.setting import Queries, Setting
+from lightning_influence.setting.setting import Queries, Setting
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_influence.head import Head, Seen, find_head, seen_by, writable
-from lightning_influence.method import Evidence, Method, one_of
-from lightning_influence.numerics.heads import Fit, Link, PenalisedHead
-from lightning_influence.setting import Queries, Setting
-from lightning_influence.storage import read_file, write_file
+from lightning_influence.checks import one_of
+from lightning_influence.files.arrow import read_file, write_file
+from lightning_influence.gradients.final_layer import Head, HeadRows, find_head, seen_by, writable
+from lightning_influence.methods.method import Evidence, Method
+from lightning_influence.numerics.heads import HeadFit, Link, PenalisedHead
+from lightning_influence.setting.setting import Queries, Setting
 
 
 @dataclass(frozen=True)
@@ -186,24 +187,24 @@ class Points:
 
     head: Head
     link: Link
-    seen: list[Seen]
+    seen: list[HeadRows]
     own: bool
     weight_decay: float
     n_train: int
     passing: Any = None
-    fit: Fit = field(init=False)
+    fit: HeadFit = field(init=False)
 
-    def target(self, rows: Seen) -> Tensor:
+    def target(self, rows: HeadRows) -> Tensor:
         """[example, class]."""
         outputs = rows.outputs.double()
         return self.link.mean(outputs) if self.own else self.link.target(outputs, rows.gradients.double())
 
-    def alpha(self, rows: Seen) -> Tensor:
+    def alpha(self, rows: HeadRows) -> Tensor:
         """The coefficients of some training examples, [example, class]."""
         z = self.head.augmented(rows.features) @ self.fit.weight.T
         return (self.target(rows) - self.link.mean(z)) * (self.link.scale / (self.weight_decay * self.n_train))
 
-    def tile(self, ids: range) -> Iterator[tuple[slice, Seen]]:
+    def tile(self, ids: range) -> Iterator[tuple[slice, HeadRows]]:
         """Rows of a range of training examples, with their columns in it."""
         start = 0
         for batch in self.seen:
@@ -217,7 +218,7 @@ class Points:
         objective = PenalisedHead(self._rows, self.link, self.weight_decay)
         weight = self.head.weight()
         if max_iterations == 0:
-            self.fit = Fit(weight, float(objective.gradient(weight).norm()), 0, False)
+            self.fit = HeadFit(weight, float(objective.gradient(weight).norm()), 0, False)
             return
         if path.is_file():
             self.fit = self._stored(path, weight, objective)
@@ -227,17 +228,17 @@ class Points:
         if self.fit.converged:
             write_file(path, "head", {"weight": self.fit.weight}, {"iterations": self.fit.iterations}, overwrite=True)
 
-    def _stored(self, path: Path, like: Tensor, objective: PenalisedHead) -> Fit:
+    def _stored(self, path: Path, like: Tensor, objective: PenalisedHead) -> HeadFit:
         """The minimum is unique: weights whose gradient vanishes are the right ones, whatever wrote them."""
         try:
             _, columns, metadata = read_file(path, ["head"])
         except ValueError:
-            return Fit(like, 0.0, 0, False)
+            return HeadFit(like, 0.0, 0, False)
         weight = columns["weight"].clone()
         if weight.shape != like.shape:
-            return Fit(like, 0.0, 0, False)
+            return HeadFit(like, 0.0, 0, False)
         norm = float(objective.gradient(weight).norm())
-        return Fit(weight, norm, metadata["iterations"], objective.is_minimum(weight, norm))
+        return HeadFit(weight, norm, metadata["iterations"], objective.is_minimum(weight, norm))
 
     def missed(self) -> float:
         """What the decomposition misses of any training example's pre-activations, at most."""

@@ -9,17 +9,17 @@ from torch import Tensor
 from lightning_influence.curvature.curvature import Curvature
 from lightning_influence.curvature.damping import reach_at
 from lightning_influence.curvature.ekfac import EKFAC
-from lightning_influence.curvature.pace import check_optimizers, descent_at
+from lightning_influence.curvature.preconditioner import check_optimizers, descent_at
 from lightning_influence.curvature.store import prepared_at
 from lightning_influence.gradients.queries import DenseQueries
-from lightning_influence.method import Evidence, Method
-from lightning_influence.setting import Queries, Setting, stage_positions
+from lightning_influence.methods.method import Evidence, Method
+from lightning_influence.setting.setting import Queries, Setting, stage_positions
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.types import MissingEvidence
 
 
 @dataclass(frozen=True, eq=False)
-class Segment:
+class SourceSegment:
     """A stretch of training whose curvature and preconditioner are taken as constant.
 
     Args:
@@ -97,7 +97,7 @@ class SOURCE(Method):
                     total[:, columns] += directions.dot(block) / (setting.n_train * len(segment.checkpoints))
         return total
 
-    def _segments(self, setting: Setting) -> list[Segment]:
+    def _segments(self, setting: Setting) -> list[SourceSegment]:
         """Runs of checkpoints of nearly the same number.
 
         Raises:
@@ -116,7 +116,7 @@ class SOURCE(Method):
             until = self._reach(setting, positions[last - 1])
             run = range(positions[first], positions[last - 1] + 1)
             shrunk = torch.stack([setting.trajectory.shrinkage(k) for k in run]).sum(0)
-            found.append(Segment(tuple(positions[first:last]), until - before, shrunk))
+            found.append(SourceSegment(tuple(positions[first:last]), until - before, shrunk))
             before = until
         reaches = ", ".join(_shown(segment.reach) for segment in found)
         setting.note(f"{count} segments with sums of learning rates / (1 - momentum) of {reaches}")
@@ -133,7 +133,7 @@ class SOURCE(Method):
             )
         return reach
 
-    def _felt(self, setting: Setting, queries: Queries, segments: list[Segment]) -> list[DenseQueries]:
+    def _felt(self, setting: Setting, queries: Queries, segments: list[SourceSegment]) -> list[DenseQueries]:
         """What each segment's gradients are multiplied with: the query, carried back through the segments behind."""
         carried = setting.final().gradients(queries).dense()
         felt: list[DenseQueries] = []

@@ -8,17 +8,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightning_influence.checks import one_of
 from lightning_influence.gradients.queries import EachQuery
-from lightning_influence.gradients.sides import Sides, check_projection, refuse_constant
-from lightning_influence.method import Evidence, Method, one_of
+from lightning_influence.gradients.transforms import Transforms, check_projection, refuse_constant
+from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.numerics.clipping import ByNorm
 from lightning_influence.numerics.projections import RandomProjection
-from lightning_influence.replay import MAX_DRIFT, Moment, Replay, Replayed
-from lightning_influence.replay.captured import Step
+from lightning_influence.replay import MAX_DRIFT, Replay, Replayed, ReplayedStep
 from lightning_influence.replay.forward import Forward
-from lightning_influence.replay.scoring import Told, tell_drift
-from lightning_influence.replay.second import scaled_products
-from lightning_influence.setting import Queries, Setting
+from lightning_influence.replay.hessian_products import scaled_products
+from lightning_influence.replay.scoring import ReplayProgress, tell_drift
+from lightning_influence.replay.steps import Step
+from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.exposure import gain
 
@@ -97,7 +98,7 @@ class TracIn(Method):
 
     def _of_queries(self, queries: Queries) -> Products:
         """[query, example]."""
-        sides = Sides(self.normalize, self.projection)
+        sides = Transforms(self.normalize, self.projection)
 
         def products(forward: Forward, step: Step, pull: Tensor) -> list[Tensor]:
             with forward.scoring():
@@ -108,7 +109,7 @@ class TracIn(Method):
 
     def _of_itself(self) -> Products:
         """[example]."""
-        sides = Sides(None, self.projection)
+        sides = Transforms(None, self.projection)
 
         def products(forward: Forward, step: Step, pull: Tensor) -> list[Tensor]:
             with forward.scoring():
@@ -120,7 +121,7 @@ class TracIn(Method):
 
     def _walk(self, setting: Setting, total: Tensor, products: Products) -> Tensor:
         replay = self._replay(setting)
-        told = Told(setting, sum(len(batch.ids) for step in replay.steps for batch in step.batches))
+        told = ReplayProgress(setting, sum(len(batch.ids) for step in replay.steps for batch in step.batches))
         with replay.training():
             for number, segment in enumerate(replay.segments):
                 for step, found in _visits(setting, replay, number, segment.steps, products):
@@ -163,7 +164,7 @@ def _visits(
         yield moment.step, products(replay.forward, moment.step, _pull(moment, setting))
 
 
-def _pull(moment: Moment, setting: Setting) -> Tensor:
+def _pull(moment: ReplayedStep, setting: Setting) -> Tensor:
     """[group]: what a step moves the weights by, per unit of gradient, in the end."""
     groups = setting.engine.groups
     pull = torch.zeros(1 + max(groups.values(), default=0), dtype=torch.float64)

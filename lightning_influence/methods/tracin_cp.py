@@ -5,10 +5,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from lightning_influence.gradients.sides import Sides, check_projection, refuse_constant
-from lightning_influence.method import Evidence, Method, one_of
+from lightning_influence.checks import one_of
+from lightning_influence.gradients.transforms import Transforms, check_projection, refuse_constant
+from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.numerics.projections import RandomProjection
-from lightning_influence.setting import Queries, Setting, Stage
+from lightning_influence.setting.setting import Queries, Setting, Stage
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class TracInCP(Method):
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """[query, train]."""
-        total, sides = setting.zeros(queries), Sides(self.normalize, self.projection)
+        total, sides = setting.zeros(queries), Transforms(self.normalize, self.projection)
         for stage in setting.stages(self.checkpoints):
             weights = self._weights(stage, total)
             query = sides(stage.gradients(queries))
@@ -63,7 +64,7 @@ class TracInCP(Method):
     def self_influence(self, setting: Setting) -> Tensor:
         """[train]: the same with the example as its own query."""
         refuse_constant(self.normalize)
-        total, sides = setting.zeros(), Sides(None, self.projection)
+        total, sides = setting.zeros(), Transforms(None, self.projection)
         for stage in setting.stages(self.checkpoints):
             weights = self._weights(stage, total)
             for columns, block in stage.train(weights.any(0)):

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_influence.method import Evidence, Method
-from lightning_influence.setting import Queries, Setting
+from lightning_influence.methods.method import Evidence, Method
+from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.tracking import Tracker, load_record, record_name
 from lightning_influence.tracking.losses import LossChanges
 from lightning_influence.types import MissingEvidence

@@ -4,11 +4,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_influence.metrics.judged import Judged, matrix, scatter
+from lightning_influence.metrics.paired_metric import PairedMetric, matrix, scatter
 from lightning_influence.numerics.statistics import nanmean, pearson, slope, spearman
 
 
-class LeaveOneOutCorrelation(Judged):
+class LeaveOneOutCorrelation(PairedMetric):
     """Correlation of scores with the loss changes that leaving examples out truly made, and the slope between them.
 
     Source: Koh, Liang. Understanding Black-box Predictions via Influence Functions. ICML 2017.

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.metrics.judged import Judged, matrix
+from lightning_influence.metrics.paired_metric import PairedMetric, matrix
 from lightning_influence.numerics.statistics import nanmean, pearson, spearman
 
 
-class LinearDatamodelingScore(Judged):
+class LinearDatamodelingScore(PairedMetric):
     r"""Rank correlation between predicted and true query losses over subsets of the training set.
 
     .. math:: \operatorname{mean}_q \; \rho_S \Big( \sum_{i \in S} s(q, z_i), \; -\ell(w_S, q) \Big)

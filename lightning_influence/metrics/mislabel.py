@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.metrics.judged import Judged
+from lightning_influence.metrics.paired_metric import PairedMetric
 from lightning_influence.numerics.statistics import auroc, average_precision, recall_at
 
 
-class MislabelDetection(Judged):
+class MislabelDetection(PairedMetric):
     """How far up wrong labels stand in a ranking of training examples by suspicion.
 
     ``compute`` gives ``auroc`` (ties count half), ``average_precision``, each with its 95 % bootstrap interval over

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.metrics.judged import Judged, scatter
+from lightning_influence.metrics.paired_metric import PairedMetric, scatter
 
 
-class SubsetRemoval(Judged):
+class SubsetRemoval(PairedMetric):
     """How much worse queries are once their strongest proponents were left out and the model was trained again.
 
     Source: Bae, Lin, Lorraine, Grosse. Training Data Attribution via Approximate Unrolled Differentiation. NeurIPS

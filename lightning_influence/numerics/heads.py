@@ -80,7 +80,7 @@ def recognise(z: Tensor, gradient: Tensor, moved: Tensor, moved_gradient: Tensor
 
 
 @dataclass(frozen=True)
-class Fit:
+class HeadFit:
     """A head at the minimum, or as near as the solve came.
 
     Args:
@@ -150,7 +150,7 @@ class PenalisedHead:
         factor = torch.linalg.cholesky(moment)
         return lambda direction: torch.cholesky_solve(direction.T, factor).T
 
-    def fit(self, start: Tensor, tolerance: float = 1e-11, max_iterations: int = 100) -> Fit:
+    def fit(self, start: Tensor, tolerance: float = 1e-11, max_iterations: int = 100) -> HeadFit:
         """Newton steps by conjugate gradients, halved until the objective falls.
 
         Args:
@@ -171,7 +171,7 @@ class PenalisedHead:
                 break  # rounding is all that is left
             weight, value, gradient, norm = trial, reached, slower, float(slower.norm())
             iteration += 1
-        return Fit(weight, norm, iteration, self.is_minimum(weight, norm))
+        return HeadFit(weight, norm, iteration, self.is_minimum(weight, norm))
 
     def is_minimum(self, weight: Tensor, gradient_norm: float) -> bool:
         """Whether what the gradient leaves of the decomposition is below 1e-7 of it."""

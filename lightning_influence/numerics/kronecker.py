@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-class Moment:
+class SecondMoment:
     """The sum of outer products of rows that come in blocks.
 
     While there are clearly fewer rows than columns the rows themselves are kept: their Gram matrix has the same

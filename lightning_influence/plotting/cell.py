@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-from lightning_influence.appearance import Classes, Look, Normalization, class_name, look_at, plain
+from lightning_influence.plotting.example_view import Classes, Look, Normalization, class_name, look_at, plain
 from lightning_influence.plotting.style import fit, page
 
 Render: TypeAlias = Callable[[Any, Any], None]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_influence.refit.pool import Failure, Job
-from lightning_influence.refit.store import Trained, digest_of
+from lightning_influence.refit.store import TrainedModel, digest_of
 from lightning_influence.replay import Replay, run_many
-from lightning_influence.session import Sessions
+from lightning_influence.setting.session import Sessions
 from lightning_influence.types import bytes_in
 
 # Finished models are on disk after about so many seconds.
@@ -49,7 +49,7 @@ class Fixed:
         state = self._trajectory().checkpoints[0].load()
         return {**state.parameters, **state.buffers}
 
-    def train_all(self, jobs: Sequence[Job], take: Callable[[Sequence[Trained]], None]) -> list[Failure]:
+    def train_all(self, jobs: Sequence[Job], take: Callable[[Sequence[TrainedModel]], None]) -> list[Failure]:
         """Trains models side by side and hands over each run's as it ends.
 
         Raises:
@@ -66,7 +66,7 @@ class Fixed:
                 found = run_many(replay, weights, renormalize=self.removal == "renormalize")
                 self._each = each = (time.perf_counter() - start) / len(part)
                 models = [
-                    Trained(membership, seed, each, {name: value[row].cpu() for name, value in found.items()})
+                    TrainedModel(membership, seed, each, {name: value[row].cpu() for name, value in found.items()})
                     for row, (membership, seed) in enumerate(part)
                 ]
                 broken = {id(model): name for model in models if (name := _not_finite(model.weights))}

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Subset
 
-from lightning_influence.module import isolated_random_state
+from lightning_influence.module.task import isolated_random_state
 from lightning_influence.refit.pool import Failure, Job, train_all
 from lightning_influence.refit.recipe import Recipe, quiet_lightning
-from lightning_influence.refit.store import Trained, digest_of
+from lightning_influence.refit.store import TrainedModel, digest_of
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Independent:
         """The untrained model of a seed."""
         return self.recipe.initial(seed)
 
-    def train_all(self, jobs: Sequence[Job], take: Callable[[Sequence[Trained]], None]) -> list[Failure]:
+    def train_all(self, jobs: Sequence[Job], take: Callable[[Sequence[TrainedModel]], None]) -> list[Failure]:
         """Trains models, hands them over one by one, and returns what failed twice."""
         if not self._checked:
             self.recipe.check()

@@ -11,17 +11,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Subset, TensorDataset
 
-from lightning_influence.measure import losses_under
+from lightning_influence.data.source import Source
 from lightning_influence.progress import progress
 from lightning_influence.refit.pool import Failure, Job, named
-from lightning_influence.refit.store import Store, Trained, bytes_of, key_of, layout_of
-from lightning_influence.setting import Queries
-from lightning_influence.sources import Source
+from lightning_influence.refit.store import ModelStore, TrainedModel, bytes_of, key_of, layout_of
+from lightning_influence.setting.losses import losses_under
+from lightning_influence.setting.setting import Queries
 
 _FINGERPRINTED = 16  # examples that tell one dataset from another
 
 
-class Way(Protocol):
+class TrainingBackend(Protocol):
     """How models are trained again: the captured run once more, or the user's own Trainer."""
 
     seeded: bool
@@ -33,7 +33,7 @@ class Way(Protocol):
     def initial(self, seed: int) -> dict[str, Tensor]:
         """The untrained model of a seed."""
 
-    def train_all(self, jobs: Sequence[Job], take: Callable[[Sequence[Trained]], None]) -> list[Failure]:
+    def train_all(self, jobs: Sequence[Job], take: Callable[[Sequence[TrainedModel]], None]) -> list[Failure]:
         """Trains models, hands them over as they are finished, and returns what failed for good."""
 
 
@@ -47,13 +47,13 @@ class Models:
         trainer: whose progress bar says whether progress is shown.
     """
 
-    def __init__(self, way: Way, train: Source, folder: Path, trainer: Any) -> None:
+    def __init__(self, way: TrainingBackend, train: Source, folder: Path, trainer: Any) -> None:
         self.way = way
         self.n_train = len(train.dataset)
         self._trainer = trainer
         self._labels = _labels(train.dataset)
         identity = {"n_train": self.n_train, "dataset": _fingerprint(train), **way.identity()}
-        self.store = Store(folder, identity, layout_of(way.initial(0)))
+        self.store = ModelStore(folder, identity, layout_of(way.initial(0)))
 
     def train(self, membership: Tensor, seeds: Sequence[int]) -> list[str]:
         """Trains the models that are not there yet.
@@ -77,7 +77,7 @@ class Models:
                 return self._lacking(membership)
             with progress(self._trainer, len(jobs), "retraining", unit="model") as done:
 
-                def take(models: Sequence[Trained]) -> None:
+                def take(models: Sequence[TrainedModel]) -> None:
                     self.store.add(models)
                     done(len(models))
 

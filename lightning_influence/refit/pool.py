@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lightning_influence.refit.store import Trained
+from lightning_influence.refit.store import TrainedModel
 
 Job = tuple[Tensor, int]
 """Membership and seed of a model to train."""
@@ -31,7 +31,10 @@ class Failure:
 
 
 def train_all(
-    train: Callable[[Tensor, int], Trained], jobs: Sequence[Job], n_jobs: int | None, take: Callable[[Trained], None]
+    train: Callable[[Tensor, int], TrainedModel],
+    jobs: Sequence[Job],
+    n_jobs: int | None,
+    take: Callable[[TrainedModel], None],
 ) -> list[Failure]:
     """Trains every job, hands each model to ``take`` as soon as it is finished, and tries once more what failed.
 
@@ -63,7 +66,7 @@ def train_all(
                 breakdowns += 1
                 _breakdown(error, breakdowns, len(waiting))
                 break
-            if isinstance(result, Trained):
+            if isinstance(result, TrainedModel):
                 take(result)
                 breakdowns = 0
                 del waiting[index]
@@ -89,8 +92,8 @@ def _breakdown(error: Exception, breakdowns: int, left: int) -> None:
 
 
 def _results(
-    train: Callable[[Tensor, int], Trained], jobs: Sequence[tuple[int, Job]], n_jobs: int | None
-) -> Iterator[tuple[int, Trained | Failure]]:
+    train: Callable[[Tensor, int], TrainedModel], jobs: Sequence[tuple[int, Job]], n_jobs: int | None
+) -> Iterator[tuple[int, TrainedModel | Failure]]:
     """In the order in which they are finished."""
     if not _parallel(n_jobs):
         for index, job in jobs:
@@ -122,7 +125,7 @@ def _parallel(n_jobs: int | None) -> bool:
     return active != 1 or type(backend).__name__ not in ("LokyBackend", "SequentialBackend")
 
 
-def _one(train: Callable[[Tensor, int], Trained], index: int, job: Job) -> tuple[int, Trained | Failure]:
+def _one(train: Callable[[Tensor, int], TrainedModel], index: int, job: Job) -> tuple[int, TrainedModel | Failure]:
     """A model, or why there is none: one failure does not end the others."""
     try:
         return index, train(*job)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from lightning_influence.module import isolated_random_state, unwrapped
-from lightning_influence.refit.store import Trained
+from lightning_influence.module.task import isolated_random_state, unwrapped
+from lightning_influence.refit.store import TrainedModel
 from lightning_influence.types import clean
 
 
@@ -64,7 +64,7 @@ class Recipe:
             seed_everything(seed)
             return weights_of(self.make_module())
 
-    def train(self, membership: Tensor, seed: int) -> Trained:
+    def train(self, membership: Tensor, seed: int) -> TrainedModel:
         """Trains one model; the random state outside is as it was.
 
         Raises:
@@ -80,7 +80,7 @@ class Recipe:
             trainer.fit(module, self.make_dataloader(subset))
             after = weights_of(module)
         _check_trained(trainer, before, after)
-        return Trained(membership, seed, time.perf_counter() - start, after)
+        return TrainedModel(membership, seed, time.perf_counter() - start, after)
 
 
 def _check_trained(trainer: Any, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:

@@ -10,15 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_influence.module import Loss
+from lightning_influence.data.source import Source, source_of
+from lightning_influence.module.task import Loss
 from lightning_influence.numerics import subsets
 from lightning_influence.refit.bank import Bank
 from lightning_influence.refit.fixed import Fixed
 from lightning_influence.refit.independent import Independent
-from lightning_influence.refit.models import Models, Way
+from lightning_influence.refit.models import Models, TrainingBackend
 from lightning_influence.refit.recipe import Recipe
-from lightning_influence.session import Asked, Sessions
-from lightning_influence.sources import Source, source_of
+from lightning_influence.setting.session import AllQueries, Sessions
 from lightning_influence.types import MissingEvidence
 
 # Subsets to judge by are drawn by other seeds than those that a method learns from.
@@ -111,7 +111,7 @@ class Refit:
         return self._models
 
     @contextlib.contextmanager
-    def asking(self, queries: Any, measurement: Loss | None = None, mean: bool = False) -> Iterator[Asked]:
+    def asking(self, queries: Any, measurement: Loss | None = None, mean: bool = False) -> Iterator[AllQueries]:
         """The queries, ready to be measured under any model of this module."""
         subject = self._subject_or_raise()
         source = source_of(queries, "queries", like=subject.train)
@@ -195,7 +195,7 @@ class Refit:
             notes=tuple(notes),
         )
 
-    def _way(self, subject: Subject) -> Way:
+    def _way(self, subject: Subject) -> TrainingBackend:
         if self.seeds == "independent":
             recipe = Recipe(**self.factories, dataset=subject.train.dataset)  # type: ignore[arg-type]
             return Independent(recipe, self.n_jobs)

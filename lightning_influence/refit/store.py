@@ -33,7 +33,7 @@ _ROWS = pa.schema(
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """One finished model.
 
     Args:
@@ -59,7 +59,7 @@ def key_of(membership: Tensor, seed: int) -> str:
     return hashlib.sha256(_packed(membership) + f":{len(membership)}:{seed}".encode()).hexdigest()[:24]
 
 
-class Store:
+class ModelStore:
     """A folder of Arrow files, each with the models that were finished together.
 
     Args:
@@ -98,7 +98,7 @@ class Store:
             self._refresh()
             yield
 
-    def add(self, models: Sequence[Trained]) -> None:
+    def add(self, models: Sequence[TrainedModel]) -> None:
         """Writes finished models as one file that appears when it is whole; those that are there already stay."""
         new = [model for model in models if model.key not in self]
         if not new:

@@ -1,18 +1,18 @@
 """A captured fit run again: step by step, under other weights of its examples, and backwards."""
 
 from lightning_influence.replay.adjoint import adjoint
-from lightning_influence.replay.many import run_many
-from lightning_influence.replay.replay import MAX_DRIFT, DriftError, Moment, Replay
+from lightning_influence.replay.replay import MAX_DRIFT, DriftError, Replay, ReplayedStep
 from lightning_influence.replay.scoring import Replayed
-from lightning_influence.replay.standing import Standing
+from lightning_influence.replay.training_state import TrainingState
+from lightning_influence.replay.vectorized import run_many
 
 __all__ = [
     "MAX_DRIFT",
     "DriftError",
-    "Moment",
     "Replay",
     "Replayed",
-    "Standing",
+    "ReplayedStep",
+    "TrainingState",
     "adjoint",
     "run_many",
 ]

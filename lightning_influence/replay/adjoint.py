@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from lightning_influence.gradients.queries import DenseQueries
-from lightning_influence.numerics.optimizers import Before, State
-from lightning_influence.replay.captured import Step
-from lightning_influence.replay.replay import Moment, Replay
-from lightning_influence.replay.second import Second, Vectors, scaled_products
+from lightning_influence.numerics.optimizers import OptimizerState, UpdateInput
+from lightning_influence.replay.hessian_products import StepProducts, Vectors, scaled_products
+from lightning_influence.replay.replay import Replay, ReplayedStep
+from lightning_influence.replay.steps import Step
 
 
 def adjoint(
@@ -58,18 +58,18 @@ class Walk:
     def __init__(self, replay: Replay, final: Mapping[str, Tensor], hessian: bool, renormalize: bool) -> None:
         self.renormalize = renormalize and replay.forward.mean
         self.trained = sorted({name for step in replay.steps for name in step.moves.options})
-        self.second = Second(replay.forward, self.trained if hessian else ())
-        self.first = Second(replay.forward, ())
+        self.second = StepProducts(replay.forward, self.trained if hessian else ())
+        self.first = StepProducts(replay.forward, ())
         parameters = replay.engine.task.named_parameters()
         count = len(next(iter(final.values())))
         self.by_weight: Vectors = {
             name: final[name] if name in final else parameters[name].new_zeros(count, *parameters[name].shape)
             for name in self.trained
         }
-        self.by_state: dict[str, State] = {}
+        self.by_state: dict[str, OptimizerState] = {}
         self.total = next(iter(final.values())).new_zeros(count, len(replay.examples))
 
-    def back(self, moment: Moment) -> None:
+    def back(self, moment: ReplayedStep) -> None:
         """Through one step."""
         step, directions = moment.step, {}
         clipped = moment.gradients if step.clipping is None else step.clipping(moment.gradients)
@@ -134,13 +134,13 @@ def _factors(replay: Replay) -> list[Tensor]:
     standing = {groups.get(name, 0): name for name in names}  # one parameter stands for its group
     start = replay.start()
     one = torch.ones(1, dtype=torch.float64)
-    states: dict[int, State] = {
+    states: dict[int, OptimizerState] = {
         group: dict.fromkeys(start.optimizer.get(name, {}), one[0]) for group, name in standing.items()
     }
-    places: list[dict[int, Before]] = []
+    places: list[dict[int, UpdateInput]] = []
     for step in replay.steps:
         here = {
-            group: Before(one[0], one[0], states[group], 0, step.moves.options[name])
+            group: UpdateInput(one[0], one[0], states[group], 0, step.moves.options[name])
             for group, name in standing.items()
             if name in step.moves.options
         }
@@ -148,7 +148,7 @@ def _factors(replay: Replay) -> list[Tensor]:
         for group, at in here.items():
             states[group] = step.moves.rule.step(at)[1]
     by_weight = dict.fromkeys(standing, one)
-    by_state: dict[int, State] = {group: {} for group in standing}
+    by_state: dict[int, OptimizerState] = {group: {} for group in standing}
     found = []
     for step, here in zip(reversed(replay.steps), reversed(places), strict=True):
         factor = torch.zeros(count, dtype=torch.float64)

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from lightning_influence.examples import Block, Examples, versions_of
+from lightning_influence.data.examples import Block, Examples, versions_of
 from lightning_influence.gradients import Engine, Gradients, Reduction
 from lightning_influence.gradients.general import requiring_gradients
-from lightning_influence.module import Task
+from lightning_influence.module.task import Task
 from lightning_influence.replay.attention import attention_gap
-from lightning_influence.replay.captured import MicroBatch, Step
-from lightning_influence.replay.generators import put_back
+from lightning_influence.replay.random_states import put_back
+from lightning_influence.replay.steps import MicroBatch, Step
 from lightning_influence.types import bytes_in, foreign
 
 _KEPT_BYTES = 2**28

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_influence.examples import Examples
+from lightning_influence.data.examples import Examples
 from lightning_influence.gradients import Engine
-from lightning_influence.replay.captured import Segment, Step, segments_of
+from lightning_influence.module.trainer_state import set_clock
 from lightning_influence.replay.forward import Forward
-from lightning_influence.replay.standing import Standing
-from lightning_influence.stage import set_clock
+from lightning_influence.replay.steps import Segment, Step, segments_of
+from lightning_influence.replay.training_state import TrainingState
 from lightning_influence.trajectory import Checkpoint, Trajectory
 
 MAX_DRIFT = 0.1
@@ -29,7 +29,7 @@ class DriftError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Moment:
+class ReplayedStep:
     """One step of the replay.
 
     Args:
@@ -39,7 +39,7 @@ class Moment:
     """
 
     step: Step
-    before: Standing
+    before: TrainingState
     gradients: dict[str, Tensor]
 
 
@@ -63,7 +63,7 @@ class Replay:
     trajectory: Trajectory | None
     max_drift: float = MAX_DRIFT
     segments: list[Segment] = field(init=False)
-    _loaded: dict[int, Standing] = field(init=False, default_factory=dict)
+    _loaded: dict[int, TrainingState] = field(init=False, default_factory=dict)
     whole: bool = field(init=False, default=True)
     """Whether this is the captured fit itself, with its checkpoints, and not the fit without some examples."""
     drifts: dict[int, float] = field(init=False, default_factory=dict)
@@ -96,11 +96,11 @@ class Replay:
         """The module in the modes of the fit; every walk happens inside."""
         return self.forward.training(() if self.trajectory is None else self.trajectory.eval_modules)
 
-    def start(self, segment: int = 0) -> Standing:
+    def start(self, segment: int = 0) -> TrainingState:
         """The captured state before a segment."""
         return self._state(self.segments[segment].start)
 
-    def run(self, weights: Tensor | None = None, renormalize: bool = False) -> Standing:
+    def run(self, weights: Tensor | None = None, renormalize: bool = False) -> TrainingState:
         """The whole fit once more, from its first checkpoint, with other weights of its examples.
 
         Args:
@@ -122,12 +122,12 @@ class Replay:
 
     def walk(
         self,
-        start: Standing,
+        start: TrainingState,
         steps: Sequence[Step],
         weights: Tensor | None = None,
         renormalize: bool = False,
         separate: bool = False,
-    ) -> Iterator[Moment]:
+    ) -> Iterator[ReplayedStep]:
         """Every step with the state before it, the module standing there; ``after`` is the state after the last.
 
         Args:
@@ -145,9 +145,9 @@ class Replay:
                 self._stand(here, step)
             gradients, buffers = self.forward.gradients(step, weights, renormalize)
             self.after = here.moved(step, gradients, buffers)
-            yield Moment(step, here, gradients)
+            yield ReplayedStep(step, here, gradients)
 
-    def backwards(self) -> Iterator[Moment]:
+    def backwards(self) -> Iterator[ReplayedStep]:
         """Every step from the last to the first, the module standing before it.
 
         Segments are walked forward from their captured states; one whose states exceed the memory set aside is walked
@@ -159,7 +159,7 @@ class Replay:
         for number in reversed(range(len(self.segments))):
             yield from self._reversed(self.start(number), self.segments[number].steps, number)
 
-    def compare(self, segment: int, here: Standing) -> None:
+    def compare(self, segment: int, here: TrainingState) -> None:
         """Measures how far the state after a segment is from the captured one.
 
         Raises:
@@ -214,24 +214,26 @@ class Replay:
             )
         return f"Likely causes: {others}"
 
-    def _state(self, checkpoint: Checkpoint) -> Standing:
+    def _state(self, checkpoint: Checkpoint) -> TrainingState:
         """The captured state; the two last ones are kept, since a segment starts where its neighbour ends."""
         found = self._loaded.pop(checkpoint.step, None)
         while len(self._loaded) > 1:
             del self._loaded[next(iter(self._loaded))]
-        self._loaded[checkpoint.step] = Standing.of(checkpoint.load(), self.engine.task) if found is None else found
+        self._loaded[checkpoint.step] = (
+            TrainingState.of(checkpoint.load(), self.engine.task) if found is None else found
+        )
         return self._loaded[checkpoint.step]
 
-    def stand(self, moment: Moment) -> None:
+    def stand(self, moment: ReplayedStep) -> None:
         """The module before a step of the replay."""
         self._stand(moment.before, moment.step)
 
-    def _stand(self, here: Standing, step: Step) -> None:
+    def _stand(self, here: TrainingState, step: Step) -> None:
         """The module before a step: its weights, and the numbers that `training_step` may ask for."""
         here.put_into(self.engine.task)
         set_clock(self.engine.task.module, step.made - 1, step.epoch)
 
-    def _reversed(self, start: Standing, steps: Sequence[Step], segment: int | None) -> Iterator[Moment]:
+    def _reversed(self, start: TrainingState, steps: Sequence[Step], segment: int | None) -> Iterator[ReplayedStep]:
         fitting = max(1, _HELD // max(1, start.bytes()))
         if len(steps) <= fitting:
             moments = list(self.walk(start, steps))

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_influence.replay.adjoint import Walk, adjoint
-from lightning_influence.replay.agreement import Refits, removals
-from lightning_influence.replay.captured import Step, examples_of
+from lightning_influence.replay.leave_out import without
+from lightning_influence.replay.refit_agreement import Refits, removals
 from lightning_influence.replay.replay import MAX_DRIFT, Replay
-from lightning_influence.replay.without import without
-from lightning_influence.setting import Queries, Setting
+from lightning_influence.replay.steps import Step, examples_of
+from lightning_influence.setting.setting import Queries, Setting
 
 # Scores of a smooth fit agree by 0.9 and more with refits, those of a rough one by 0.5.
 _AGREEING = 0.8
@@ -42,7 +42,7 @@ class Replayed:
         """[query, train]: minus the derivative of each query's final loss by each example's weight."""
         replay = self.replay(setting)
         total = self.runs * sum(examples_of(segment.steps) for segment in replay.segments)
-        told = Told(setting, total)
+        told = ReplayProgress(setting, total)
         if self.runs == 1:
             setting.final()
             final = queries.gradients().dense()
@@ -57,7 +57,7 @@ class Replayed:
             self._tell_agreement(setting, replay, scores, queries)
         return scores.to(setting.zeros().dtype)
 
-    def _mean(self, setting: Setting, replay: Replay, queries: Queries, told: "Told") -> Tensor:
+    def _mean(self, setting: Setting, replay: Replay, queries: Queries, told: "ReplayProgress") -> Tensor:
         """[query, train]: derivatives at the ends of fits without some examples."""
         task, total = setting.engine.task, None
         replay.run()  # is this the fit?
@@ -118,7 +118,7 @@ class Replayed:
         return len(replay.steps) * (forward * (again + self.checks) + backward * self.runs)
 
 
-class Told:
+class ReplayProgress:
     """Says how far a walk is, in training examples of the tile."""
 
     def __init__(self, setting: Setting, total: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from lightning_influence.appearance import Classes, Look, Normalization, class_name, look_at, plain
+from lightning_influence.plotting.example_view import Classes, Look, Normalization, class_name, look_at, plain
 
 _SIDE = 96  # pixels of a thumbnail's longer side
 _TEXT = 1500  # characters of a text

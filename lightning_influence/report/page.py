@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_influence.files.atomic import whole
 from lightning_influence.report.album import Album
 from lightning_influence.report.decisions import DECISIONS
-from lightning_influence.whole import whole
 
 
 @dataclass(frozen=True)

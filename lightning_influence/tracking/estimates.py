@@ -5,17 +5,17 @@ from typing import Any
 
 import torch
 
-from lightning_influence.examples import Block
+from lightning_influence.data.examples import Block
 from lightning_influence.gradients.general import requiring_gradients
-from lightning_influence.numerics.optimizers import Before, Rule
-from lightning_influence.session import Session
+from lightning_influence.numerics.optimizers import UpdateInput, UpdateRule
+from lightning_influence.setting.session import Session
 from lightning_influence.timing import timed
 
 
-def states_of(rule: Rule, options: Mapping[str, Any]) -> int:
+def states_of(rule: UpdateRule, options: Mapping[str, Any]) -> int:
     """How many tensors an optimizer keeps for each parameter of a group."""
     zero = torch.zeros(1)
-    return len(rule.step(Before(zero, zero, {}, 0, options))[1])
+    return len(rule.step(UpdateInput(zero, zero, {}, 0, options))[1])
 
 
 def plain_seconds(session: Session, sample: Block) -> float:

@@ -13,9 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.setting import Queries
-from lightning_influence.tracking.present import Present, Seen
-from lightning_influence.tracking.tracker import Fit, Plan, PlanError, State, Step, Tracker, Untrackable
+from lightning_influence.setting.setting import Queries
+from lightning_influence.tracking.micro_batch import PreparedTask, TrackedMicroBatch
+from lightning_influence.tracking.tracker import (
+    PlanError,
+    TrackedFit,
+    TrackedStep,
+    Tracker,
+    TrackerState,
+    TrackingPlan,
+    Untrackable,
+)
 
 # Elements of hypergradients that are updated at once.
 _AT_ONCE = 2**24
@@ -45,7 +53,7 @@ class Hypergradients(Tracker):
 
     # ---- the plan -------------------------------------------------------------------------------------------------
 
-    def starts(self, fit: Fit, state: State | None) -> Plan:
+    def starts(self, fit: TrackedFit, state: TrackerState | None) -> TrackingPlan:
         """Makes room, and starts from zero or from where a resumed fit goes on.
 
         Raises:
@@ -64,7 +72,7 @@ class Hypergradients(Tracker):
         total, kept = one * (1 + fit.states + pending), one * (1 + fit.states)
         on_disk = total > self._memory
         self._folder = fit.folder if on_disk else None
-        plan = Plan(0.0 if on_disk else float(total), float(kept + (total if on_disk else 0)), self._time(fit))
+        plan = TrackingPlan(0.0 if on_disk else float(total), float(kept + (total if on_disk else 0)), self._time(fit))
         if plan.disk is not None and plan.disk > fit.free_disk:
             raise PlanError(
                 f"Expected hypergradients of {len(ids):,} examples to fit the {fit.free_disk / 2**20:,.0f} MiB that "
@@ -76,7 +84,7 @@ class Hypergradients(Tracker):
             self._restore(state)
         return plan
 
-    def _time(self, fit: Fit) -> float:
+    def _time(self, fit: TrackedFit) -> float:
         """Times the plain step, by timing the work of a step on a few examples."""
         some = min(len(self.ids), 4)
         vectors = {name: p.expand(some, *p.shape).clone() for name, p in self._like.items()}
@@ -86,8 +94,10 @@ class Hypergradients(Tracker):
         each = (time.perf_counter() - start) * (1 + fit.states)
         if self.hessian:
             batch = fit.engine.task.to_device(fit.sample.batch)
-            seen = Seen.of(fit.engine.task)
-            present = Present(replace(fit.engine, task=seen), tuple(fit.sample.ids), batch, 1.0 / fit.sample.size)
+            seen = PreparedTask.of(fit.engine.task)
+            present = TrackedMicroBatch(
+                replace(fit.engine, task=seen), tuple(fit.sample.ids), batch, 1.0 / fit.sample.size
+            )
             products = present.curvature()
             start = time.perf_counter()
             products.times(vectors)
@@ -103,7 +113,7 @@ class Hypergradients(Tracker):
 
     # ---- the recursion --------------------------------------------------------------------------------------------
 
-    def batch(self, present: Present) -> Any:
+    def batch(self, present: TrackedMicroBatch) -> Any:
         """What the micro-batch adds to the changes of the step's gradient: rows of its examples, and H D."""
         tracked = [j for j, i in enumerate(present.ids) if i in self._slots]
         slots = torch.tensor([self._slots[present.ids[j]] for j in tracked], dtype=torch.int64)
@@ -118,7 +128,7 @@ class Hypergradients(Tracker):
                 change[chunk] = 0.0 if found is None else found[name]
         return slots, rows, changes
 
-    def stepped(self, step: Step, queries: Queries | None) -> None:
+    def stepped(self, step: TrackedStep, queries: Queries | None) -> None:
         """Takes the changes through clipping and the optimizer."""
         moved, made = step.moved, dict[str, set[str]]()
         assert moved is not None
@@ -139,7 +149,7 @@ class Hypergradients(Tracker):
         self._free += [changes for _, _, changes in step.batches if changes is not None]
         self._moved = True
 
-    def _changes(self, step: Step, chunk: slice) -> Vectors:
+    def _changes(self, step: TrackedStep, chunk: slice) -> Vectors:
         """[chunk, *shape]: of the step's gradient before clipping, for some of the tracked examples."""
         dense = [changes for _, _, changes in step.batches if changes is not None]
         first, last = chunk.start, chunk.stop
@@ -170,14 +180,14 @@ class Hypergradients(Tracker):
 
     # ---- what is written ------------------------------------------------------------------------------------------
 
-    def state(self) -> State:
+    def state(self) -> TrackerState:
         """All vectors."""
         tensors = {"ids": self.ids} | {f"weight|{name}": value for name, value in self.weights.items()}
         for name, of_name in self.states.items():
             tensors |= {f"state|{name}|{key}": value for key, value in of_name.items()}
-        return State(tensors, {"kind": "vectors"})
+        return TrackerState(tensors, {"kind": "vectors"})
 
-    def _restore(self, state: State) -> None:
+    def _restore(self, state: TrackerState) -> None:
         if state.facts["kind"] != "vectors" or not torch.equal(state.tensors["ids"], self.ids):
             raise Untrackable(
                 f"Expected the resumed fit to have tracked these {len(self.ids)} examples with this kind of optimizer, "

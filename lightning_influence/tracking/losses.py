@@ -6,8 +6,15 @@ import torch
 from torch import Tensor
 
 from lightning_influence.gradients.losses import Losses
-from lightning_influence.setting import Queries
-from lightning_influence.tracking.tracker import Fit, Plan, State, Step, Tracker, Untrackable
+from lightning_influence.setting.setting import Queries
+from lightning_influence.tracking.tracker import (
+    TrackedFit,
+    TrackedStep,
+    Tracker,
+    TrackerState,
+    TrackingPlan,
+    Untrackable,
+)
 
 _INSTEAD = "With larger batches use `TracIn()`, which divides a step among its examples to first order."
 
@@ -23,7 +30,7 @@ class LossChanges(Tracker):
         self.losses = torch.zeros(0)
         self._losses = Losses()
 
-    def starts(self, fit: Fit, state: State | None) -> Plan:
+    def starts(self, fit: TrackedFit, state: TrackerState | None) -> TrackingPlan:
         """Losses at the weights that the fit starts from.
 
         Raises:
@@ -49,9 +56,9 @@ class LossChanges(Tracker):
                 raise Untrackable(
                     f"Expected the {len(self.changes)} queries that the resumed fit had, got {len(self.losses)}."
                 )
-        return Plan(2.0 * self.changes.numel() * self.changes.element_size(), None, None)
+        return TrackingPlan(2.0 * self.changes.numel() * self.changes.element_size(), None, None)
 
-    def stepped(self, step: Step, queries: Queries | None) -> None:
+    def stepped(self, step: TrackedStep, queries: Queries | None) -> None:
         """One example's step."""
         ids = [i for batch in step.ids for i in batch]
         if len(ids) != 1:
@@ -61,9 +68,9 @@ class LossChanges(Tracker):
         self.changes[:, ids[0]] += self.losses - now
         self.losses = now
 
-    def state(self) -> State:
+    def state(self) -> TrackerState:
         """The changes so far, and the losses now."""
-        return State({"changes": self.changes.clone(), "losses": self.losses.clone()})
+        return TrackerState({"changes": self.changes.clone(), "losses": self.losses.clone()})
 
     def losses_of(self, queries: Queries) -> Tensor:
         """[query] float64, of all queries."""

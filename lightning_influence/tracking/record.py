@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from lightning_influence.tracking.tracker import State
+from lightning_influence.files.atomic import whole
+from lightning_influence.tracking.tracker import TrackerState
 from lightning_influence.types import MissingEvidence
-from lightning_influence.whole import whole
 
 FOLDER = "trackers"
 
@@ -44,18 +44,18 @@ def load(path: Path) -> Any:
         ) from error
 
 
-def save_state(folder: Path, step: int, state: State) -> None:
+def save_state(folder: Path, step: int, state: TrackerState) -> None:
     """A tracker's state after a step."""
     save(folder / f"step-{step:08d}.pt", {"tensors": state.tensors, "facts": state.facts})
 
 
-def load_state(folder: Path, step: int) -> State | None:
+def load_state(folder: Path, step: int) -> TrackerState | None:
     """That state, or None where none was written."""
     path = folder / f"step-{step:08d}.pt"
-    return State(**load(path)) if path.is_file() else None
+    return TrackerState(**load(path)) if path.is_file() else None
 
 
-def load_record(run: Path | None, name: str, step: int) -> State:
+def load_record(run: Path | None, name: str, step: int) -> TrackerState:
     """What was tracked for a method during a fit, as of its last step.
 
     Args:

@@ -9,10 +9,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_influence.gradients import Engine, Reduction
-from lightning_influence.module import Task, isolated_random_state
+from lightning_influence.module.task import Task, isolated_random_state
 from lightning_influence.numerics.clipping import ByNorm, ByValue, Clipping
 from lightning_influence.numerics.optimizers import rule_for
-from lightning_influence.tracking.tracker import Moved, Untrackable
+from lightning_influence.tracking.tracker import Untrackable, WeightUpdate
 from lightning_influence.types import Batch, clean
 
 _JOINT = "Pass `loss=`, a callable (module, batch) -> [batch] that gives the losses of the joint batch."
@@ -132,7 +132,7 @@ def refuse_mixing(task: Task, ids: Sequence[int], batch: Batch, engine: Engine) 
         )
 
 
-def verify_step(moved: Moved, parameters: Mapping[str, Tensor]) -> None:
+def verify_step(moved: WeightUpdate, parameters: Mapping[str, Tensor]) -> None:
     """That the rule makes the step which the optimizer made.
 
     Raises:
@@ -148,7 +148,7 @@ def verify_step(moved: Moved, parameters: Mapping[str, Tensor]) -> None:
             )
 
 
-def verify_gradients(moved: Moved, batches: Sequence[Mapping[str, Tensor]]) -> None:
+def verify_gradients(moved: WeightUpdate, batches: Sequence[Mapping[str, Tensor]]) -> None:
     """That the step's gradients are those of the loss on its micro-batches.
 
     Raises:

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_influence.examples import Block
+from lightning_influence.data.examples import Block
 from lightning_influence.gradients import Engine
 from lightning_influence.numerics.clipping import Clipping
-from lightning_influence.numerics.optimizers import Before, Rule
-from lightning_influence.setting import Queries
-from lightning_influence.tracking.present import Present
+from lightning_influence.numerics.optimizers import UpdateInput, UpdateRule
+from lightning_influence.setting.setting import Queries
+from lightning_influence.tracking.micro_batch import TrackedMicroBatch
 
 
 class Untrackable(ValueError):
@@ -25,7 +25,7 @@ class PlanError(Untrackable):
 
 
 @dataclass(frozen=True)
-class Fit:
+class TrackedFit:
     """What is known before the first step.
 
     Args:
@@ -58,7 +58,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrackingPlan:
     """What tracking will take: bytes of memory and of disk, and times the plain step; None where it is not known."""
 
     memory: float | None
@@ -75,7 +75,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Moved:
+class WeightUpdate:
     """How one step of the optimizer moved its parameters.
 
     Args:
@@ -85,14 +85,14 @@ class Moved:
         raw: gradients by name before clipping.
     """
 
-    rule: Rule
-    places: Mapping[str, Before]
+    rule: UpdateRule
+    places: Mapping[str, UpdateInput]
     clipping: Clipping | None
     raw: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Step:
+class TrackedStep:
     """One step of the optimizer.
 
     Args:
@@ -105,11 +105,11 @@ class Step:
     made: int
     batches: Sequence[Any]
     ids: Sequence[Sequence[int]]
-    moved: Moved | None
+    moved: WeightUpdate | None
 
 
 @dataclass
-class State:
+class TrackerState:
     """What a tracker holds after some step, to be written or read back.
 
     Args:
@@ -130,7 +130,7 @@ class Tracker(ABC):
     """Whether it differentiates the steps, which must then be what the optimizer's rule says."""
 
     @abstractmethod
-    def starts(self, fit: Fit, state: State | None) -> Plan:
+    def starts(self, fit: TrackedFit, state: TrackerState | None) -> TrackingPlan:
         """Before the first step; ``state`` is what a resumed fit goes on from.
 
         Raises:
@@ -138,16 +138,16 @@ class Tracker(ABC):
             PlanError: it could, but not with the memory, disk or time there is.
         """
 
-    def batch(self, present: Present) -> Any:
+    def batch(self, present: TrackedMicroBatch) -> Any:
         """A micro-batch is about to be trained on: what to keep of it until its step is made."""
         return None
 
     @abstractmethod
-    def stepped(self, step: Step, queries: Queries | None) -> None:
+    def stepped(self, step: TrackedStep, queries: Queries | None) -> None:
         """The weights have moved; ``queries`` are taken at the new ones."""
 
     @abstractmethod
-    def state(self) -> State:
+    def state(self) -> TrackerState:
         """Everything held, as of the last step."""
 
     def close(self) -> None:  # noqa: B027 - most hold nothing to let go of

@@ -11,13 +11,21 @@ from torch import Tensor
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.numerics.clipping import ByNorm
-from lightning_influence.numerics.optimizers import Before, Rule
-from lightning_influence.setting import Queries
+from lightning_influence.numerics.optimizers import UpdateInput, UpdateRule
+from lightning_influence.setting.setting import Queries
 from lightning_influence.timing import timed
-from lightning_influence.tracking.encoded import decode, encode
-from lightning_influence.tracking.present import Present, Seen
+from lightning_influence.tracking.micro_batch import PreparedTask, TrackedMicroBatch
 from lightning_influence.tracking.record import load, save
-from lightning_influence.tracking.tracker import Fit, Plan, PlanError, State, Step, Tracker, Untrackable
+from lightning_influence.tracking.serialization import decode, encode
+from lightning_influence.tracking.tracker import (
+    PlanError,
+    TrackedFit,
+    TrackedStep,
+    Tracker,
+    TrackerState,
+    TrackingPlan,
+    Untrackable,
+)
 from lightning_influence.types import bytes_in
 
 _WEIGHT, _GRADIENT = "weight", "gradient"
@@ -44,7 +52,7 @@ class Visits(Tracker):
         self._pending: list[dict[str, Any]] = []
         self._bytes = 0
 
-    def starts(self, fit: Fit, state: State | None) -> Plan:
+    def starts(self, fit: TrackedFit, state: TrackerState | None) -> TrackingPlan:
         """Plans, and goes on where a resumed fit stood.
 
         Raises:
@@ -56,7 +64,9 @@ class Visits(Tracker):
         size, accumulated = fit.batch_sizes
         visits = None if fit.steps is None else fit.steps * accumulated * (size or 1)
         disk = None if visits is None else float(visits * each)
-        plan = Plan(float(self._memory if disk is None else min(disk, self._memory)), disk, seconds / fit.seconds)
+        plan = TrackingPlan(
+            float(self._memory if disk is None else min(disk, self._memory)), disk, seconds / fit.seconds
+        )
         if disk is not None and disk > fit.free_disk:
             raise PlanError(
                 f"Expected the factors of {visits:,} visits to fit the {fit.free_disk / 2**20:,.0f} MiB that are free "
@@ -67,11 +77,11 @@ class Visits(Tracker):
             self._restore(state, fit.resumed)
         return plan
 
-    def batch(self, present: Present) -> Any:
+    def batch(self, present: TrackedMicroBatch) -> Any:
         """The factors of the micro-batch."""
         return present.share, present.gradients()
 
-    def stepped(self, step: Step, queries: Queries | None) -> None:
+    def stepped(self, step: TrackedStep, queries: Queries | None) -> None:
         """Notes what the step does to every earlier visit, and its own visits."""
         moved = step.moved
         assert moved is not None
@@ -102,13 +112,13 @@ class Visits(Tracker):
                 }
             )
 
-    def state(self) -> State:
+    def state(self) -> TrackerState:
         """Segments so far and what the steps did."""
         self._flush()
         facts = {"kind": "visits", "names": self._names, "kinds": self._kinds, "segments": list(self._segments)}
-        return State({"path": torch.tensor(self._path, dtype=torch.int32).view(-1, len(self._names))}, facts)
+        return TrackerState({"path": torch.tensor(self._path, dtype=torch.int32).view(-1, len(self._names))}, facts)
 
-    def _restore(self, state: State, runs: Path | None) -> None:
+    def _restore(self, state: TrackerState, runs: Path | None) -> None:
         if state.facts["kind"] != "visits" or state.facts["names"] != self._names:
             raise Untrackable(
                 "Expected the resumed fit to have had this kind of optimizer and these parameters, got others. Resume "
@@ -133,7 +143,7 @@ class Visits(Tracker):
             self._segments.append(path.relative_to(self._folder.parents[2]).as_posix())
             self._pending, self._bytes = [], 0
 
-    def _kind(self, rule: Rule, at: Before) -> int:
+    def _kind(self, rule: UpdateRule, at: UpdateInput) -> int:
         """The number of this kind of step: how units of weight, state and gradient pass to weight and state."""
         key = repr((type(rule).__name__, sorted(at.options.items(), key=lambda item: item[0]), sorted(at.state)))
         if key not in self._known:
@@ -142,7 +152,7 @@ class Visits(Tracker):
         return self._known[key]
 
 
-def coefficients(rule: Rule, at: Before) -> dict[str, dict[str, float]]:
+def coefficients(rule: UpdateRule, at: UpdateInput) -> dict[str, dict[str, float]]:
     """{after: {before: number}} over the weight, the gradient and the state's names, for a uniform rule."""
     inputs = [_WEIGHT, *sorted(at.state), _GRADIENT]
     unit = torch.eye(len(inputs), dtype=torch.float64)
@@ -168,7 +178,7 @@ class Numbers:
     counts: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(cls, state: State) -> "Numbers":
+    def of(cls, state: TrackerState) -> "Numbers":
         """From what the steps did, last to first."""
         path, kinds, found = state.tensors["path"], state.facts["kinds"], cls()
         columns, of_name = path.unique(dim=1, return_inverse=True)
@@ -193,7 +203,7 @@ def _backwards(path: Sequence[int], kinds: Sequence[Mapping[str, Mapping[str, fl
     return counts
 
 
-def add_products(total: Tensor, first: int, query: QueryGradients, state: State, runs: Path) -> None:
+def add_products(total: Tensor, first: int, query: QueryGradients, state: TrackerState, runs: Path) -> None:
     """``total`` [query, train of a tile that begins with ``first``] += the queries' products with hypergradients.
 
     Args:
@@ -256,7 +266,7 @@ def _only(gradients: Gradients, names: Sequence[str]) -> Gradients:
     return Gradients(parts, {}, gradients.size)
 
 
-def _sample(fit: Fit) -> Present:
-    engine = replace(fit.engine, task=Seen.of(fit.engine.task))
+def _sample(fit: TrackedFit) -> TrackedMicroBatch:
+    engine = replace(fit.engine, task=PreparedTask.of(fit.engine.task))
     batch = fit.engine.task.to_device(fit.sample.batch)
-    return Present(engine, tuple(fit.sample.ids), batch, 1.0 / fit.sample.size)
+    return TrackedMicroBatch(engine, tuple(fit.sample.ids), batch, 1.0 / fit.sample.size)

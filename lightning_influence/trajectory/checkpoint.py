@@ -13,7 +13,7 @@ from lightning_influence.trajectory.files import read_verified
 
 
 @dataclass(frozen=True)
-class State:
+class SavedState:
     """What a checkpoint holds, all of it tensors on the CPU.
 
     ``parameters`` and ``buffers`` are keyed by the module's names (without ``_orig_mod.``), ``optimizer`` by parameter
@@ -37,7 +37,7 @@ class Checkpoint:
     size: int = field(default=-1, repr=False)
     crc32: int = field(default=0, repr=False)
 
-    def load(self) -> State:
+    def load(self) -> SavedState:
         """Read and verify the file.
 
         Raises:
@@ -45,7 +45,7 @@ class Checkpoint:
         """
         content = read_verified(self.path, self.size, self.crc32)
         tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        return State(**tensors)
+        return SavedState(**tensors)
 
 
 def is_plain_sgd(group: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ Reduction = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True)
-class Groups:
+class ParameterGroups:
     """Parameters that every step treated alike, numbered through over all optimizers.
 
     Args:
@@ -36,7 +36,7 @@ class Groups:
         return len(self.places[0]) if self.places else 0
 
     @classmethod
-    def of(cls, settings: Sequence[dict[str, Any]]) -> "Groups":
+    def of(cls, settings: Sequence[dict[str, Any]]) -> "ParameterGroups":
         """Parameters that were frozen, added or moved during the fit stand apart from those that were not."""
         layouts = [_layout(entry) for entry in settings]
         distinct = sorted(dict.fromkeys(layouts), key=itemgetter(0))  # few, however often a setting changed
@@ -78,7 +78,7 @@ def gain(group: dict[str, Any]) -> float:
     return sign * (1.0 - group["dampening"]) / (1.0 - momentum)
 
 
-def pulls(rows: pa.Table, settings: Sequence[dict[str, Any]], groups: Groups) -> np.ndarray:
+def pulls(rows: pa.Table, settings: Sequence[dict[str, Any]], groups: ParameterGroups) -> np.ndarray:
     """[step, group]: learning rate × gain of momentum × clip coefficient / Lightning's divisor."""
     pull = np.zeros((len(rows), groups.count))
     gains = [[gain(group) for group in entry["groups"]] for entry in settings]

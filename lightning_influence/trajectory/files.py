@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from lightning_influence.files.atomic import whole
 from lightning_influence.types import MissingEvidence
-from lightning_influence.whole import whole
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.trajectory.checkpoint import Checkpoint, State
+from lightning_influence.trajectory.checkpoint import Checkpoint, SavedState
 from lightning_influence.types import MissingEvidence, clean
 
 _Rates = float | Sequence[float | Sequence[float]] | None
@@ -19,14 +19,14 @@ _Rates = float | Sequence[float | Sequence[float]] | None
 class LightningCheckpoint(Checkpoint):
     """A state inside a Lightning ``.ckpt``."""
 
-    def load(self) -> State:
+    def load(self) -> SavedState:
         """Read the file.
 
         Raises:
             MissingEvidence: the file is gone or unreadable.
         """
         weights = {clean(name): value for name, value in _raw_weights(_read(self.path), self.path).items()}
-        return State(parameters=weights, buffers=weights, optimizer={}, random={})
+        return SavedState(parameters=weights, buffers=weights, optimizer={}, random={})
 
 
 @dataclass

@@ -176,8 +176,8 @@ class Trajectory:
         return [float(rate) for rate in sum(applied.values(), np.zeros(groups.count))]
 
     @cached_property
-    def _groups(self) -> _exposure.Groups:
-        return _exposure.Groups.of(self.settings)
+    def _groups(self) -> _exposure.ParameterGroups:
+        return _exposure.ParameterGroups.of(self.settings)
 
     @property
     def _moved(self) -> pa.Table:

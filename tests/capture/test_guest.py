@@ -7,7 +7,7 @@ import pytest
 import torch
 from fits import Indexed, Net, fit, loader, recorded, seeded
 
-from lightning_influence.callback import Influence
+from lightning_influence.callback.influence import Influence
 from lightning_influence.capture.identity import _taps
 from lightning_influence.trajectory import Trajectory
 

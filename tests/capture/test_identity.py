@@ -10,7 +10,7 @@ from fits import Indexed, Net, OddFirst, Stream, fit, loader, recorded, seeded
 from pytorch_lightning.utilities import CombinedLoader
 from torch.utils.data import DataLoader, RandomSampler, Subset, WeightedRandomSampler
 
-from lightning_influence.callback import Influence
+from lightning_influence.callback.influence import Influence
 
 
 def run(tmp_path, make_loader, module=None, **options):

@@ -15,7 +15,7 @@ from pytorch_lightning import Callback
 from torch.utils.data import DataLoader, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lightning_influence.callback import Influence
+from lightning_influence.callback.influence import Influence
 from lightning_influence.trajectory import Trajectory
 
 

@@ -8,7 +8,7 @@ import torch
 from fits import Indexed, Net, fit, loader, recorded, seeded
 from pytorch_lightning import Callback
 
-from lightning_influence.callback import Influence
+from lightning_influence.callback.influence import Influence
 from lightning_influence.trajectory import Trajectory
 
 

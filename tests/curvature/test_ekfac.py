@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_influence import EKFAC, Attributor, GradientDot, Influence, InfluenceFunction, Trajectory
+from lightning_influence.attribution.driver import setting_of
 from lightning_influence.curvature import factors
-from lightning_influence.driver import setting_of
 from lightning_influence.gradients.queries import DenseQueries
 
 torch.set_num_threads(1)

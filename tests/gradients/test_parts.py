@@ -5,11 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_influence.gradients.block import Gradients
+from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.lookup import Lookup
-from lightning_influence.gradients.mixed import Mixed
-from lightning_influence.gradients.outer import Outer
+from lightning_influence.gradients.outer_products import OuterProducts
 from lightning_influence.gradients.queries import DenseQueries, EachQuery
-from lightning_influence.gradients.rows import Rows
+from lightning_influence.gradients.sum_of_parts import SumOfParts
 from lightning_influence.numerics.projections import Kronecker, Plain, Projector, RandomProjection
 
 IN, OUT = 3, 4
@@ -25,17 +25,17 @@ def part(kind, n, positions, generator):
     """One part; those of one kind are of the same parameters whatever their positions."""
     if kind.startswith("outer"):
         bias = kind.endswith("bias")
-        made = Outer(normal(generator, n, positions, IN), normal(generator, n, positions, OUT), (OUT, IN), bias)
+        made = OuterProducts(normal(generator, n, positions, IN), normal(generator, n, positions, OUT), (OUT, IN), bias)
         return made.scaled(normal(generator, n)) if positions % 2 else made
     if kind == "lookup":
         ids = torch.randint(-1, OUT, (n, positions), generator=generator)
         return Lookup(ids, normal(generator, n, positions, IN), (OUT, IN))
     if kind == "mixed":
-        return Mixed((part("lookup", n, positions, generator), part("outer", n, 1 + positions, generator)))
+        return SumOfParts((part("lookup", n, positions, generator), part("outer", n, 1 + positions, generator)))
     if kind == "number":
-        return Rows((normal(generator, n),))
+        return DenseRows((normal(generator, n),))
     rows = normal(generator, n, OUT, IN)
-    return Rows((rows, normal(generator, n, OUT))) if kind == "two rows" else Rows((rows,))
+    return DenseRows((rows, normal(generator, n, OUT))) if kind == "two rows" else DenseRows((rows,))
 
 
 def written_out(made):
@@ -220,13 +220,13 @@ def test_products_of_projected_blocks_are_those_of_projected_rows(n, m, together
 
 
 def test_a_gradient_of_zero_stays_zero_when_normalised():
-    made = Gradients({("w",): Rows((torch.zeros(2, 3),))}, {}, 2).normalized("cosine")
+    made = Gradients({("w",): DenseRows((torch.zeros(2, 3),))}, {}, 2).normalized("cosine")
     torch.testing.assert_close(made.norm2(), torch.zeros(2))
 
 
 def test_a_parameter_that_one_side_does_not_reach_counts_for_nothing():
-    left = Gradients({("w",): Rows((torch.ones(2, 3),)), ("v",): Rows((torch.ones(2, 3),))}, {}, 2)
-    right = Gradients({("w",): Rows((torch.ones(1, 3),))}, {}, 1)
+    left = Gradients({("w",): DenseRows((torch.ones(2, 3),)), ("v",): DenseRows((torch.ones(2, 3),))}, {}, 2)
+    right = Gradients({("w",): DenseRows((torch.ones(1, 3),))}, {}, 1)
     torch.testing.assert_close(left.dot(right), torch.full((2, 1), 3.0))
     torch.testing.assert_close(right.dot(left), torch.full((1, 2), 3.0))
 
@@ -234,7 +234,7 @@ def test_a_parameter_that_one_side_does_not_reach_counts_for_nothing():
 def test_examples_that_are_not_finite_are_named_with_their_parameter():
     rows = torch.ones(3, 2)
     rows[1, 0] = torch.nan
-    made = Gradients({("w",): Rows((torch.ones(3, 2),)), ("v",): Rows((rows,))}, {}, 3)
+    made = Gradients({("w",): DenseRows((torch.ones(3, 2),)), ("v",): DenseRows((rows,))}, {}, 3)
     assert made.not_finite() == {1: "v"}
 
 
@@ -248,16 +248,16 @@ def test_products_with_several_vectors_are_those_of_the_rows(two, count, seed):
 
 
 def test_both_orders_of_a_product_with_several_vectors_are_taken_and_chunked(monkeypatch):
-    monkeypatch.setattr("lightning_influence.gradients.outer.WORKSPACE", 40)
+    monkeypatch.setattr("lightning_influence.gradients.outer_products.WORKSPACE", 40)
     generator = torch.Generator().manual_seed(0)
     taken = set()
-    monkeypatch.setattr(Outer, "_against", spied(Outer._against, taken, "inputs first"))
-    monkeypatch.setattr(Outer, "_weight_rows", spied(Outer._weight_rows, taken, "rows"))
+    monkeypatch.setattr(OuterProducts, "_against", spied(OuterProducts._against, taken, "inputs first"))
+    monkeypatch.setattr(OuterProducts, "_weight_rows", spied(OuterProducts._weight_rows, taken, "rows"))
     for count, positions in ((1, 1), (30, 1), (2, 6)):
         for transposed in (False, True):
             shape = (IN, OUT) if transposed else (OUT, IN)
             inputs, outputs = normal(generator, 5, positions, IN), normal(generator, 5, positions, OUT)
-            made = Outer(inputs, outputs, shape, bias=True, transposed=transposed, factor=normal(generator, 5))
+            made = OuterProducts(inputs, outputs, shape, bias=True, transposed=transposed, factor=normal(generator, 5))
             weight, bias = normal(generator, count, *shape), normal(generator, count, OUT)
             order = "nti,nto->nio" if transposed else "nti,nto->noi"
             rows = torch.einsum(order, inputs, outputs) * made.factor[:, None, None]

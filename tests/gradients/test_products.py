@@ -136,7 +136,7 @@ def test_vectors_in_chunks_and_one_by_one_where_vmap_cannot(monkeypatch):
     whole, _, _ = columns(attributor, "ggn")
     for workspace in (1, 10_000):  # one after another; some at once
         with monkeypatch.context() as patch:
-            patch.setattr("lightning_influence.gradients.pull._WORKSPACE", workspace)
+            patch.setattr("lightning_influence.gradients.vjp._WORKSPACE", workspace)
             torch.testing.assert_close(columns(attributor, "ggn")[0], whole)
     real, batched = torch.autograd.grad, []
 

@@ -267,7 +267,7 @@ def test_a_file_that_does_not_fit_is_written_anew(captured, spoiled, tmp_path):
     elif spoiled == "other weights":
         write_other_weights(trajectory, module)
     else:
-        from lightning_influence.storage import read_file, write_file
+        from lightning_influence.files.arrow import read_file, write_file
 
         kind, columns, metadata = read_file(path, ["features"])
         write_file(path, kind, {name: c[:-1].clone() for name, c in columns.items()}, metadata, overwrite=True)
@@ -280,7 +280,7 @@ def test_a_file_that_does_not_fit_is_written_anew(captured, spoiled, tmp_path):
 
 def write_other_weights(trajectory, module):
     """The stored features are as those of another network."""
-    from lightning_influence.storage import read_file, write_file
+    from lightning_influence.files.arrow import read_file, write_file
 
     (path,) = [p for p in (trajectory.path / "features").glob("*.arrow") if ".head" not in p.name]
     kind, columns, metadata = read_file(path, ["features"])
@@ -289,7 +289,7 @@ def write_other_weights(trajectory, module):
 
 
 def test_a_stored_head_that_is_no_minimum_is_not_taken(captured):
-    from lightning_influence.storage import write_file
+    from lightning_influence.files.arrow import write_file
 
     module, train, queries, trajectory = captured
     expected = Attributor(module, train, trajectory).score(RepresenterPoints(), queries).values

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_influence.numerics.clipping import ByNorm, ByValue
-from lightning_influence.numerics.optimizers import Before, Rule, add_rule, moves_of, rule_for
+from lightning_influence.numerics.optimizers import UpdateInput, UpdateRule, add_rule, moves_of, rule_for
 from lightning_influence.numerics.optimizers.adam import Adam
 from lightning_influence.numerics.optimizers.sgd import SGD
 
@@ -67,7 +67,7 @@ def walked(kind, settings, start, gradients):
     """The same by the rule: every place before a step, and the weight after the last."""
     rule, weight, state, places = rule_for(kind), start, {}, []
     for count, (lr, gradient) in enumerate(zip(RATES, gradients, strict=True)):
-        places.append(Before(weight, gradient, state, count, options_of(kind, settings, lr)))
+        places.append(UpdateInput(weight, gradient, state, count, options_of(kind, settings, lr)))
         weight, state = rule.step(places[-1])
     return rule, places, weight
 
@@ -124,21 +124,21 @@ def test_derivatives_written_out_are_those_of_the_step_alone(kind, settings):
         state = {name: drawn(2, 3, seed=10 + i) for i, name in enumerate(at.state)}
         for mine, theirs in zip(
             torch.utils._pytree.tree_leaves(own.tangent(at, change, gradient, state)),
-            torch.utils._pytree.tree_leaves(Rule.tangent(own, at, change, gradient, state)),
+            torch.utils._pytree.tree_leaves(UpdateRule.tangent(own, at, change, gradient, state)),
             strict=True,
         ):
             close(mine, theirs)
         after = {name: drawn(2, 3, seed=20 + i) for i, name in enumerate(own.step(at)[1])}
         for mine, theirs in zip(
             torch.utils._pytree.tree_leaves(own.adjoint(at, change, after)),
-            torch.utils._pytree.tree_leaves(Rule.adjoint(own, at, change, after)),
+            torch.utils._pytree.tree_leaves(UpdateRule.adjoint(own, at, change, after)),
             strict=True,
         ):
             close(mine, theirs)
 
 
 def test_a_moment_of_zero_has_a_derivative_of_zero():
-    at = Before(torch.ones(2), torch.tensor([0.0, 1.0]), {}, 0, options_of("Adam", {}, 0.1))
+    at = UpdateInput(torch.ones(2), torch.tensor([0.0, 1.0]), {}, 0, options_of("Adam", {}, 0.1))
     by_gradient, _, _ = Adam().adjoint(at, torch.ones(1, 2), {})
     assert bool(by_gradient.isfinite().all())
     assert float(Adam().tangent(at, torch.zeros(1, 2), torch.ones(1, 2), {})[0].isfinite().all())
@@ -221,7 +221,7 @@ def test_what_has_no_rule_is_refused_by_name():
 
 
 def test_a_rule_of_ones_own_needs_its_step_only(monkeypatch):
-    class Heavy(Rule):
+    class Heavy(UpdateRule):
         def step(self, at):
             seen = 0.5 * at.state.get("seen", torch.zeros_like(at.weight)) + at.gradient**3
             return at.weight - at.options["lr"] * seen.tanh(), {"seen": seen}
@@ -233,13 +233,13 @@ def test_a_rule_of_ones_own_needs_its_step_only(monkeypatch):
     def run(*gradients):
         weight, state = start, {}
         for count, gradient in enumerate(gradients):
-            weight, state = rule.step(Before(weight, gradient, state, count, {"lr": 0.1}))
+            weight, state = rule.step(UpdateInput(weight, gradient, state, count, {"lr": 0.1}))
         return weight
 
     expected = torch.func.vmap(torch.func.vjp(run, *gradients)[1])(torch.eye(3).double())
     weight, state, places = start, {}, []
     for count, gradient in enumerate(gradients):
-        places.append(Before(weight, gradient, state, count, {"lr": 0.1}))
+        places.append(UpdateInput(weight, gradient, state, count, {"lr": 0.1}))
         weight, state = rule.step(places[-1])
     back, state = torch.eye(3).double(), {}
     for at, truth in zip(reversed(places), reversed(expected), strict=True):

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import Attributor, Refit
 from lightning_influence.refit.pool import Failure
-from lightning_influence.refit.store import Trained
+from lightning_influence.refit.store import TrainedModel
 
 DECAY, WIDTH = 0.3, 3
 
@@ -92,7 +92,7 @@ class ClosedForm:
             weight = normal_equations(self.x, self.y, membership)
             if self.noise:
                 weight = weight + self.noise * torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(seed))
-            done.append(Trained(membership, seed, 0.0, {"layer.weight": weight}))
+            done.append(TrainedModel(membership, seed, 0.0, {"layer.weight": weight}))
             if self.pause or len(done) == 100:
                 take(done)
                 done = []

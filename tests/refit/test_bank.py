@@ -14,7 +14,7 @@ from lightning_influence import DataShapley, Downsampling, LeaveOneOut, MissingE
 from lightning_influence.numerics.subsets import fixed_size
 from lightning_influence.refit import pool
 from lightning_influence.refit.pool import train_all
-from lightning_influence.refit.store import Store, Trained, key_of, layout_of
+from lightning_influence.refit.store import ModelStore, TrainedModel, key_of, layout_of
 from refit.ridge import ClosedRefit, Ridge, Solved, attributor, data, make_loader, make_trainer
 
 TEST = data(3, seed=1)
@@ -50,9 +50,9 @@ def test_a_restart_trains_nothing_twice_and_answers_the_same(tmp_path):
 def test_models_come_back_as_they_were(tmp_path):
     weights = {"a": torch.randn(3, 2), "b": torch.tensor(7), "c": torch.randn(2).bfloat16(), "d": torch.empty(0, 3)}
     membership = torch.tensor([True, False, True, True, False, True, False, False, True])
-    store = Store(tmp_path, {"n_train": 9}, layout_of(weights))
-    store.add([Trained(membership, 5, 0.5, weights)])
-    (found,) = Store(tmp_path, {"n_train": 9}, layout_of(weights)).weights([key_of(membership, 5)])
+    store = ModelStore(tmp_path, {"n_train": 9}, layout_of(weights))
+    store.add([TrainedModel(membership, 5, 0.5, weights)])
+    (found,) = ModelStore(tmp_path, {"n_train": 9}, layout_of(weights)).weights([key_of(membership, 5)])
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[n], weights[n]) and found[n].dtype == weights[n].dtype for n in weights)
     row = pa.ipc.open_file(next(tmp_path.glob("models-*.arrow"))).read_all().to_pylist()[0]

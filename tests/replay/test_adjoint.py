@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_influence import Attributor, HyDRA, MissingEvidence, TracIn, Trajectory
 from lightning_influence.replay import DriftError
-from lightning_influence.replay.agreement import removals
+from lightning_influence.replay.refit_agreement import removals
 from replay.runs import QUERIES, N, data, fitted, joint
 
 CASES = {

@@ -7,9 +7,9 @@ from lightning_influence.gradients.rules.elementwise import ELEMENTWISE
 from lightning_influence.gradients.rules.embedding import EMBEDDINGS
 from lightning_influence.gradients.rules.linear import LINEAR
 from lightning_influence.gradients.rules.normalization import NORMALIZATIONS
-from lightning_influence.gradients.rules.rule import Operands, Rule
+from lightning_influence.gradients.rules.rule import LayerRule, Operands
 
-RULES: dict[Callable[..., object], Rule] = {
+RULES: dict[Callable[..., object], LayerRule] = {
     **LINEAR,
     **CONVOLUTIONS,
     **EMBEDDINGS,
@@ -17,4 +17,4 @@ RULES: dict[Callable[..., object], Rule] = {
     **ELEMENTWISE,
 }
 
-__all__ = ["RULES", "Operands", "Rule"]
+__all__ = ["RULES", "LayerRule", "Operands"]

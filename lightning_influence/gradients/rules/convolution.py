@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.layout import Layout, split
-from lightning_influence.gradients.outer import Outer
+from lightning_influence.gradients.outer_products import OuterProducts
 from lightning_influence.gradients.part import Part
-from lightning_influence.gradients.rows import Rows
-from lightning_influence.gradients.rules.rule import Operands, Rule
+from lightning_influence.gradients.rules.rule import LayerRule, Operands
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class _Convolution:
     ) -> dict[tuple[str, ...], Part]:
         outputs = _positions_last(split(gradient, examples, layout))
         if "weight" not in wanted:
-            return {("bias",): Rows((outputs.sum(1),))}
+            return {("bias",): DenseRows((outputs.sum(1),))}
         shape, groups, patches = (
             tuple(operands["weight"].shape),
             operands.options["groups"],
@@ -119,10 +119,10 @@ class _Convolution:
         )
         maps, bias = split(operands.input, examples, layout), "bias" in wanted
         if groups == 1:
-            part: Part = Outer(maps, outputs, shape, bias, patches=patches)
+            part: Part = OuterProducts(maps, outputs, shape, bias, patches=patches)
         else:
             rows = _grouped_rows(outputs, patches(maps), groups, shape)
-            part = Rows((rows, outputs.sum(1)) if bias else (rows,))
+            part = DenseRows((rows, outputs.sum(1)) if bias else (rows,))
         return {("weight", "bias") if bias else ("weight",): part}
 
 
@@ -154,19 +154,19 @@ class _TransposedConvolution:
         maps = split(gradient, examples, layout)
         parts: dict[tuple[str, ...], Part] = {}
         if "bias" in wanted:
-            parts["bias",] = Rows((maps.flatten(3).sum((1, 3)),))
+            parts["bias",] = DenseRows((maps.flatten(3).sum((1, 3)),))
         if "weight" in wanted:
             shape, groups = tuple(operands["weight"].shape), operands.options["groups"]
             inputs = _positions_last(split(operands.input, examples, layout))
             windows = operands.options["patches"](maps)[:, : inputs.shape[1]]
             if groups == 1:
-                parts["weight",] = Outer(windows, inputs, shape)
+                parts["weight",] = OuterProducts(windows, inputs, shape)
             else:
-                parts["weight",] = Rows((_grouped_rows(inputs, windows, groups, shape),))
+                parts["weight",] = DenseRows((_grouped_rows(inputs, windows, groups, shape),))
         return parts
 
 
-CONVOLUTIONS: dict[Callable[..., object], Rule] = {
+CONVOLUTIONS: dict[Callable[..., object], LayerRule] = {
     F.conv1d: _Convolution(1),
     F.conv2d: _Convolution(2),
     F.conv3d: _Convolution(3),

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.layout import Layout, LayoutMismatch, split
 from lightning_influence.gradients.part import Part
-from lightning_influence.gradients.rows import Rows
-from lightning_influence.gradients.rules.rule import Operands, Rule
+from lightning_influence.gradients.rules.rule import LayerRule, Operands
 
 
 def reduced(gradient: Tensor, shape: tuple[int, ...], examples: int, layout: Layout) -> Tensor:
@@ -36,7 +36,7 @@ class _Sum:
         self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
     ) -> dict[tuple[str, ...], Part]:
         shapes = {role: _shape(operands, role) for role in wanted}
-        return {(role,): Rows((reduced(gradient, shape, examples, layout),)) for role, shape in shapes.items()}
+        return {(role,): DenseRows((reduced(gradient, shape, examples, layout),)) for role, shape in shapes.items()}
 
 
 class _Product:
@@ -48,7 +48,7 @@ class _Product:
         parts: dict[tuple[str, ...], Part] = {}
         for role in wanted:
             other = operands["right" if role == "left" else "left"]
-            parts[role,] = Rows((reduced(gradient * other, _shape(operands, role), examples, layout),))
+            parts[role,] = DenseRows((reduced(gradient * other, _shape(operands, role), examples, layout),))
         return parts
 
 
@@ -65,7 +65,7 @@ def _shape(operands: Operands, role: str) -> tuple[int, ...]:
     return tuple(operands[role].shape)
 
 
-ELEMENTWISE: dict[Callable[..., object], Rule] = {
+ELEMENTWISE: dict[Callable[..., object], LayerRule] = {
     torch.add: _Sum(),
     torch.Tensor.add: _Sum(),
     torch.Tensor.__add__: _Sum(),

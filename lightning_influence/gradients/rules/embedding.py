@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from lightning_influence.gradients.layout import Layout, split
 from lightning_influence.gradients.lookup import Lookup
 from lightning_influence.gradients.part import Part
-from lightning_influence.gradients.rules.rule import Operands, Rule
+from lightning_influence.gradients.rules.rule import LayerRule, Operands
 
 
 def without_padding(ids: Tensor, padding_idx: int | None, rows: int) -> Tensor:
@@ -81,4 +81,4 @@ class _EmbeddingBag:
         return {("weight",): Lookup(ids, outputs, tuple(weight.shape))}
 
 
-EMBEDDINGS: dict[Callable[..., object], Rule] = {F.embedding: _Embedding(), F.embedding_bag: _EmbeddingBag()}
+EMBEDDINGS: dict[Callable[..., object], LayerRule] = {F.embedding: _Embedding(), F.embedding_bag: _EmbeddingBag()}

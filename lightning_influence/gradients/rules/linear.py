@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.layout import Layout, split
-from lightning_influence.gradients.outer import Outer
+from lightning_influence.gradients.outer_products import OuterProducts
 from lightning_influence.gradients.part import Part
-from lightning_influence.gradients.rows import Rows
-from lightning_influence.gradients.rules.rule import Operands, Rule
+from lightning_influence.gradients.rules.rule import LayerRule, Operands
 
 
 def affine_parts(
@@ -20,10 +20,12 @@ def affine_parts(
     """Outer products of inputs and output gradients over all positions of an example."""
     outputs = split(gradient, examples, layout).reshape(examples, -1, gradient.shape[-1])
     if "weight" not in wanted:
-        return {("bias",): Rows((outputs.sum(1),))}
+        return {("bias",): DenseRows((outputs.sum(1),))}
     inputs = split(operands.input, examples, layout).reshape(examples, -1, operands.input.shape[-1])
     bias = "bias" in wanted
-    part = Outer(inputs, outputs, tuple(operands["weight"].shape), bias, transposed=operands.options["transposed"])
+    part = OuterProducts(
+        inputs, outputs, tuple(operands["weight"].shape), bias, transposed=operands.options["transposed"]
+    )
     return {("weight", "bias") if bias else ("weight",): part}
 
 
@@ -56,7 +58,7 @@ class _MatMul:
         return Operands({"weight": weight}, input, input.ndim - 1, {"transposed": True})
 
 
-LINEAR: dict[Callable[..., object], Rule] = {
+LINEAR: dict[Callable[..., object], LayerRule] = {
     F.linear: _Linear(),
     torch.addmm: _AddMM(),
     torch.matmul: _MatMul(),

@@ -6,10 +6,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.layout import Layout, split
 from lightning_influence.gradients.part import Part
-from lightning_influence.gradients.rows import Rows
-from lightning_influence.gradients.rules.rule import Operands, Rule
+from lightning_influence.gradients.rules.rule import LayerRule, Operands
 
 
 def _affine(
@@ -29,9 +29,9 @@ def _affine(
 
     parts: dict[tuple[str, ...], Part] = {}
     if "weight" in wanted:
-        parts["weight",] = Rows((summed(gradient * operands.options["normalize"](operands.input)),))
+        parts["weight",] = DenseRows((summed(gradient * operands.options["normalize"](operands.input)),))
     if "bias" in wanted:
-        parts["bias",] = Rows((summed(gradient),))
+        parts["bias",] = DenseRows((summed(gradient),))
     return parts
 
 
@@ -120,7 +120,7 @@ class _InstanceNorm:
         return Operands({"weight": weight, "bias": bias}, input, 1, options)
 
 
-NORMALIZATIONS: dict[Callable[..., object], Rule] = {
+NORMALIZATIONS: dict[Callable[..., object], LayerRule] = {
     F.layer_norm: _LayerNorm(),
     F.rms_norm: _RMSNorm(),
     F.group_norm: _GroupNorm(),

@@ -34,7 +34,7 @@ class Operands:
         return operand
 
 
-class Rule(Protocol):
+class LayerRule(Protocol):
     """One kind of operation."""
 
     def operands(self, *args: Any, **kwargs: Any) -> Operands | None:

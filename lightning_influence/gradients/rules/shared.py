@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.layout import Layout
 from lightning_influence.gradients.lookup import Lookup
 from lightning_influence.gradients.part import Part
-from lightning_influence.gradients.rows import Rows
 from lightning_influence.gradients.rules.elementwise import reduced
 from lightning_influence.gradients.rules.embedding import without_padding
 from lightning_influence.gradients.rules.rule import Operands
@@ -129,7 +129,7 @@ class SharedSum:
             given = parameter.detach().requires_grad_()
             value = shared.make(given)
         (found,) = torch.autograd.grad(value, given, rows, is_grads_batched=True)
-        return {("shared",): Rows((found,))}
+        return {("shared",): DenseRows((found,))}
 
 
 SHARED_SUM = SharedSum()

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.numerics.optimizers.rule import Before, Rule, State
+from lightning_influence.numerics.optimizers.rule import OptimizerState, UpdateInput, UpdateRule
 
 _MEAN, _SQUARE = "exp_avg", "exp_avg_sq"
 
 
 @dataclass(frozen=True)
-class Adam(Rule):
+class Adam(UpdateRule):
     """Kingma & Ba (2015); Loshchilov & Hutter (2019) where the decay is decoupled.
 
     Args:
@@ -31,7 +31,7 @@ class Adam(Rule):
                 "here. Fit with `amsgrad=False`, or use `TracInCP()`, which works with any optimizer."
             )
 
-    def step(self, at: Before) -> tuple[Tensor, State]:
+    def step(self, at: UpdateInput) -> tuple[Tensor, OptimizerState]:
         """The weight and the state after the step."""
         options = at.options
         weight, decay = at.weight, options["weight_decay"]
@@ -42,7 +42,9 @@ class Adam(Rule):
         denominator = (square.sqrt() / math.sqrt(second)).add(options["eps"])
         return weight.addcdiv(mean, denominator, value=-options["lr"] / first), {_MEAN: mean, _SQUARE: square}
 
-    def tangent(self, at: Before, weight: Tensor, gradient: Tensor, state: State) -> tuple[Tensor, State]:
+    def tangent(
+        self, at: UpdateInput, weight: Tensor, gradient: Tensor, state: OptimizerState
+    ) -> tuple[Tensor, OptimizerState]:
         """Changes of the two moments, and of the weight through them."""
         options, (one, two) = at.options, at.options["betas"]
         own, (mean, square) = self._moments(at)
@@ -58,7 +60,7 @@ class Adam(Rule):
             weight = (1.0 - options["lr"] * decay) * weight
         return weight + by_mean * d_mean + by_square * d_square, {_MEAN: d_mean, _SQUARE: d_square}
 
-    def adjoint(self, at: Before, weight: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+    def adjoint(self, at: UpdateInput, weight: Tensor, state: OptimizerState) -> tuple[Tensor, Tensor, OptimizerState]:
         """The transpose of ``tangent``."""
         options, (one, two) = at.options, at.options["betas"]
         own, (mean, square) = self._moments(at)
@@ -76,7 +78,7 @@ class Adam(Rule):
     def _decoupled(self, options: Mapping[str, Any]) -> bool:
         return bool(options.get("decoupled_weight_decay", self.decoupled))
 
-    def _moments(self, at: Before) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _moments(self, at: UpdateInput) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The gradient that enters the moments, and the moments after it."""
         options, (one, two) = at.options, at.options["betas"]
         gradient = -at.gradient if options.get("maximize") else at.gradient
@@ -87,12 +89,12 @@ class Adam(Rule):
         return gradient, (mean.lerp(gradient, 1.0 - one), (square * two).addcmul(gradient, gradient, value=1.0 - two))
 
 
-def _corrections(at: Before) -> tuple[float, float]:
+def _corrections(at: UpdateInput) -> tuple[float, float]:
     one, two = at.options["betas"]
     return 1.0 - one ** (at.count + 1), 1.0 - two ** (at.count + 1)
 
 
-def _slopes(at: Before, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+def _slopes(at: UpdateInput, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
     """Derivatives of the weight after the step by the two moments after it.
 
     Where the second moment is zero, every gradient was, and so is the one-sided limit.

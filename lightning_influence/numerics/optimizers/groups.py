@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_influence.numerics.optimizers.adam import Adam
-from lightning_influence.numerics.optimizers.rule import Rule
+from lightning_influence.numerics.optimizers.rule import UpdateRule
 from lightning_influence.numerics.optimizers.sgd import SGD
 
-_RULES: dict[str, Rule] = {"SGD": SGD(), "Adam": Adam(), "AdamW": Adam(decoupled=True)}
+_RULES: dict[str, UpdateRule] = {"SGD": SGD(), "Adam": Adam(), "AdamW": Adam(decoupled=True)}
 
 
 @dataclass(frozen=True)
-class Moves:
+class UpdateStep:
     """How one step of one optimizer moves its parameters.
 
     Args:
@@ -21,11 +21,11 @@ class Moves:
             applied as ``lr``.
     """
 
-    rule: Rule
+    rule: UpdateRule
     options: Mapping[str, Mapping[str, Any]]
 
 
-def add_rule(kind: str, rule: Rule) -> None:
+def add_rule(kind: str, rule: UpdateRule) -> None:
     """Makes an optimizer known to everything that follows training step by step.
 
     Args:
@@ -33,17 +33,17 @@ def add_rule(kind: str, rule: Rule) -> None:
         rule: its ``step`` in tensor operations; the derivatives follow from it.
 
     Example:
-        >>> class SignDescent(Rule):
+        >>> class SignDescent(UpdateRule):
         ...     def step(self, at):
         ...         return at.weight - at.options["lr"] * at.gradient.sign(), {}
         >>> add_rule("SignDescent", SignDescent())
     """
-    if not isinstance(rule, Rule):
+    if not isinstance(rule, UpdateRule):
         raise TypeError(f"Expected `rule` to be an instance of a Rule's subclass, got {rule!r}.")
     _RULES[kind] = rule
 
 
-def rule_for(kind: str) -> Rule:
+def rule_for(kind: str) -> UpdateRule:
     """The rule of an optimizer's class.
 
     Raises:
@@ -52,14 +52,14 @@ def rule_for(kind: str) -> Rule:
     if kind not in _RULES:
         raise ValueError(
             f"Expected an optimizer with a rule ({', '.join(sorted(_RULES))}), got `{kind}`. Write a subclass of "
-            "`lightning_influence.numerics.optimizers.Rule` whose `step` returns the weight and the state after one "
+            "`lightning_influence.numerics.optimizers.UpdateRule` whose `step` returns the weight and state after one "
             f"step in tensor operations, and call `add_rule({kind!r}, ...)`; or use `TracInCP()`, which works with any "
             "optimizer."
         )
     return _RULES[kind]
 
 
-def moves_of(entry: Mapping[str, Any], rates: Sequence[float]) -> Moves:
+def moves_of(entry: Mapping[str, Any], rates: Sequence[float]) -> UpdateStep:
     """What a captured step did to each of its optimizer's parameters.
 
     Args:
@@ -75,4 +75,4 @@ def moves_of(entry: Mapping[str, Any], rates: Sequence[float]) -> Moves:
         rule.check(group)
         own = {key: value for key, value in group.items() if key != "parameters"} | {"lr": rate}
         options.update(dict.fromkeys((name for name in group["parameters"] if name not in frozen), own))
-    return Moves(rule, options)
+    return UpdateStep(rule, options)

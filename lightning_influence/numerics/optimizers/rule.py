@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-State = dict[str, Tensor]
+OptimizerState = dict[str, Tensor]
 """The optimizer's tensors of one parameter by torch's own names, without the counter ``step``."""
 
 
 @dataclass(frozen=True)
-class Before:
+class UpdateInput:
     """One parameter about to be moved.
 
     Args:
@@ -26,12 +26,12 @@ class Before:
 
     weight: Tensor
     gradient: Tensor
-    state: State
+    state: OptimizerState
     count: int
     options: Mapping[str, Any]
 
 
-class Rule(ABC):
+class UpdateRule(ABC):
     """How an optimizer of one kind moves one parameter.
 
     Whoever adds a rule writes ``step`` in tensor operations without branches on values, and ``check``; ``tangent`` and
@@ -43,13 +43,15 @@ class Rule(ABC):
     are: ``tangent`` and ``adjoint`` then take tensors of any shape, and one number can stand for a whole gradient."""
 
     @abstractmethod
-    def step(self, at: Before) -> tuple[Tensor, State]:
+    def step(self, at: UpdateInput) -> tuple[Tensor, OptimizerState]:
         """The weight and the state after the step."""
 
     def check(self, options: Mapping[str, Any]) -> None:  # noqa: B027 - an optimizer may have nothing to refuse
         """Raises ValueError where these settings of a parameter group are beyond the rule."""
 
-    def tangent(self, at: Before, weight: Tensor, gradient: Tensor, state: State) -> tuple[Tensor, State]:
+    def tangent(
+        self, at: UpdateInput, weight: Tensor, gradient: Tensor, state: OptimizerState
+    ) -> tuple[Tensor, OptimizerState]:
         """How changes of weight, gradient and state pass to the weight and the state after the step.
 
         Args:
@@ -65,7 +67,7 @@ class Rule(ABC):
 
         return torch.func.vmap(push)(weight, gradient, inner)  # type: ignore[no-any-return]
 
-    def adjoint(self, at: Before, weight: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+    def adjoint(self, at: UpdateInput, weight: Tensor, state: OptimizerState) -> tuple[Tensor, Tensor, OptimizerState]:
         """The transpose: derivatives by the weight and state after the step become those by gradient, weight, state.
 
         Args:
@@ -82,5 +84,5 @@ class Rule(ABC):
         by_weight, by_gradient, by_state = torch.func.vmap(pull)((weight, outer))
         return by_gradient, by_weight, by_state
 
-    def _function(self, at: Before) -> Any:
-        return lambda weight, gradient, state: self.step(Before(weight, gradient, state, at.count, at.options))
+    def _function(self, at: UpdateInput) -> Any:
+        return lambda weight, gradient, state: self.step(UpdateInput(weight, gradient, state, at.count, at.options))

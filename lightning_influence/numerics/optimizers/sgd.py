@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from lightning_influence.numerics.optimizers.rule import Before, Rule, State
+from lightning_influence.numerics.optimizers.rule import OptimizerState, UpdateInput, UpdateRule
 
 _BUFFER = "momentum_buffer"
 
 
-class SGD(Rule):
+class SGD(UpdateRule):
     """Sutskever et al. (2013) in torch's form; the derivatives are those of HyDRA (Chen et al. 2021), eq. for SGD.
 
     A parameter's first step copies the gradient into the buffer: dampening counts from the second step on.
@@ -16,37 +16,39 @@ class SGD(Rule):
 
     uniform = True
 
-    def step(self, at: Before) -> tuple[Tensor, State]:
+    def step(self, at: UpdateInput) -> tuple[Tensor, OptimizerState]:
         """The weight and the state after the step."""
         options = at.options
         gradient = -at.gradient if options.get("maximize") else at.gradient
         if options["weight_decay"]:
             gradient = gradient.add(at.weight, alpha=options["weight_decay"])
-        state: State = {}
+        state: OptimizerState = {}
         if momentum := options["momentum"]:
             buffer = _buffer(at, gradient, at.state.get(_BUFFER))
             gradient = gradient.add(buffer, alpha=momentum) if options["nesterov"] else buffer
             state = {_BUFFER: buffer}
         return at.weight.add(gradient, alpha=-options["lr"]), state
 
-    def tangent(self, at: Before, weight: Tensor, gradient: Tensor, state: State) -> tuple[Tensor, State]:
+    def tangent(
+        self, at: UpdateInput, weight: Tensor, gradient: Tensor, state: OptimizerState
+    ) -> tuple[Tensor, OptimizerState]:
         """The step is linear but for the weight it starts from: the same coefficients."""
         options = at.options
         change = -gradient if options.get("maximize") else gradient
         if options["weight_decay"]:
             change = change + options["weight_decay"] * weight
-        after: State = {}
+        after: OptimizerState = {}
         if momentum := options["momentum"]:
             buffer = _buffer(at, change, state.get(_BUFFER))
             change = change + momentum * buffer if options["nesterov"] else buffer
             after = {_BUFFER: buffer}
         return weight - options["lr"] * change, after
 
-    def adjoint(self, at: Before, weight: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+    def adjoint(self, at: UpdateInput, weight: Tensor, state: OptimizerState) -> tuple[Tensor, Tensor, OptimizerState]:
         """The transpose of ``tangent``."""
         options = at.options
         change = -options["lr"] * weight
-        before: State = {}
+        before: OptimizerState = {}
         if momentum := options["momentum"]:
             nesterov = options["nesterov"]
             buffer = momentum * change if nesterov else change
@@ -63,7 +65,7 @@ class SGD(Rule):
         return (-change if options.get("maximize") else change), weight, before
 
 
-def _buffer(at: Before, gradient: Tensor, buffer: Tensor | None) -> Tensor:
+def _buffer(at: UpdateInput, gradient: Tensor, buffer: Tensor | None) -> Tensor:
     if _BUFFER not in at.state:
         return gradient
     kept = torch.zeros_like(gradient) if buffer is None else buffer * at.options["momentum"]

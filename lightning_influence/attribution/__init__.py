@@ -1,0 +1,1 @@
+"""Asks methods, returns scores."""

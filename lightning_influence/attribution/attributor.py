@@ -1,0 +1,349 @@
+"""The question's setting: a module, its training data and what its fit left behind; asks methods, returns scores."""
+
+import contextlib
+import fnmatch
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.attribution.accumulators import MatrixSink, TopKSink
+from lightning_influence.attribution.driver import estimate, run_group, run_scores, run_self_influence, setting_of
+from lightning_influence.data.source import Source, source_of
+from lightning_influence.methods.method import Evidence, Method
+from lightning_influence.methods.retraining import Estimate, Retraining
+from lightning_influence.module.task import Loss, is_half, unwrapped
+from lightning_influence.scores import Scores, SelfScores
+from lightning_influence.scores.base import whole_numbers
+from lightning_influence.setting.session import AllQueries, Session, Sessions
+from lightning_influence.setting.setting import Setting
+from lightning_influence.tracking import load_record, record_name
+from lightning_influence.trajectory import Trajectory
+from lightning_influence.types import MissingEvidence, clean
+
+
+class Attributor:
+    """Asks what the training examples did to a module.
+
+    Args:
+        module: the LightningModule.
+        train: the training DataLoader or Dataset; an un-augmented one of equal length serves as well.
+        trajectory: what the fit left behind; None: only the module's present weights are known.
+        trainer: its accelerator, precision and data hooks are used; None: the module's own Trainer if it has one.
+        batch_size: examples per block; None: the loader's batch size, or more where examples are small.
+        refit: a ``Refit``: how models are trained again (for methods that retrain).
+        loss: ``(module, batch) -> [batch]`` per-sample losses; None: ``training_step``.
+        parameters: patterns (``fnmatch``) over parameter names; None: all that train.
+
+    Raises:
+        TypeError: data without examples by number.
+        ValueError: empty data, a dataset of another length than the one trained on, or patterns that match nothing.
+
+    Example:
+        >>> attributor = Attributor(model, train=train_dataset, trajectory=trajectory)  # doctest: +SKIP
+        >>> attributor.score(TracInCP(), queries=test_dataset).proponents(k=5)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        train: Any,
+        trajectory: Trajectory | None = None,
+        trainer: Any = None,
+        batch_size: int | None = None,
+        refit: Any = None,
+        loss: Loss | None = None,
+        parameters: str | Sequence[str] | None = None,
+    ) -> None:
+        self.module = unwrapped(module)
+        self.trajectory = trajectory
+        self.trainer = trainer if trainer is not None else getattr(self.module, "_trainer", None)
+        self.refit = refit
+        self.loss = loss
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"Expected `batch_size` to be a positive integer or None, got {batch_size!r}.")
+        self.batch_size = batch_size
+        self._train = source_of(train, "train")
+        known = None if trajectory is None else trajectory.dataset_size
+        if known not in (None, len(self._train.dataset)):
+            raise ValueError(
+                f"Expected `train` to have the {known} examples of the dataset that was trained on, got "
+                f"{len(self._train.dataset)}. Pass that dataset (an un-augmented one of equal length is fine)."
+            )
+        names = _selected(self.module, trajectory, (parameters,) if isinstance(parameters, str) else parameters)
+        self._sessions = Sessions(self.module, self._train, trajectory, self.trainer, loss, names, batch_size)
+        if refit is not None:
+            refit.attach(self._sessions, self._train)
+
+    # ---- questions ------------------------------------------------------------------------------------------------
+
+    def score(
+        self,
+        method: Method,
+        queries: Any,
+        top_k: int | None = None,
+        measurement: Loss | None = None,
+        higher_is_better: bool = False,
+        aggregate: str | None = None,
+        path: str | PathLike[str] | None = None,
+    ) -> Scores:
+        """Scores of every training example on every query.
+
+        Args:
+            method: how influence is estimated.
+            queries: Dataset, DataLoader or ``"train"``; their loss is ``training_step``'s (or ``loss=``).
+            top_k: keep the k strongest proponents and opponents of each query; None: the full matrix.
+            measurement: ``(module, batch) -> [batch]`` in place of the query's loss.
+            higher_is_better: of the measurement; positive scores still mean *makes it better*.
+            aggregate: ``"mean"``: all queries as one.
+            path: also save the scores in this file.
+
+        Returns:
+            ``Scores`` [query, train].
+
+        Raises:
+            MissingEvidence: the method needs what was not captured.
+            ValueError: bad arguments, queries that do not fit the module, gradients that are not finite.
+        """
+        self._check(method)
+        _check_arguments(top_k, aggregate, measurement, higher_is_better)
+        if measurement is not None and not method.measures:
+            raise ValueError(f"Expected no `measurement` for `{type(method).__name__}`, which looks at no loss.")
+        source = self._queries(queries)
+        with self._open(method, source, measurement, aggregate) as session:
+            setting, asked = self._ask(session)
+            dtype = setting.zeros().dtype
+            ids = _scored(method, setting.n_train)
+            sink: MatrixSink | TopKSink
+            if top_k is None:
+                sink = MatrixSink(len(asked), len(ids), dtype)
+            else:
+                sink = TopKSink(len(asked), top_k, dtype)
+            run_scores(method, setting, asked, sink, -1.0 if higher_is_better else 1.0, self.trainer)
+        record = self._record(method, setting) | {
+            "train_ids": ids,
+            "query_ids": torch.arange(len(asked)),
+            "base": (_some(self._train.base_ids(), ids), None if aggregate else source.base_ids()),
+            "allow_nan": method.unknowns,
+        }
+        values, best = sink.kept()
+        if best is not None:  # positions among those that have scores
+            high, low = best
+            best = high._replace(train_ids=ids[high.train_ids]), low._replace(train_ids=ids[low.train_ids])
+        scores = Scores(values, best, **record)
+        scores.at_hand = (self._train.dataset, None if aggregate else source.dataset)
+        if path is not None:
+            scores.save(path)
+        return scores
+
+    def self_influence(self, method: Method, path: str | PathLike[str] | None = None) -> SelfScores:
+        """Score of every training example on itself; mislabelled, odd and memorised ones stand highest.
+
+        Raises:
+            MissingEvidence: the method needs what was not captured.
+            NotImplementedError: the method has no self-influence.
+            ValueError: self-influence that would be constant; gradients that are not finite.
+        """
+        self._check(method)
+        with self._open(method) as session:
+            setting = setting_of(session, self.trajectory, self._train.batches)
+            values = run_self_influence(method, setting, self.trainer)
+        record = self._record(method, setting) | {"base": self._train.base_ids()}
+        scores = SelfScores(torch.arange(len(values)), values, **record)
+        scores.at_hand = (self._train.dataset, None)
+        if path is not None:
+            scores.save(path)
+        return scores
+
+    def group(self, method: Method, ids: Sequence[int], queries: Any) -> Tensor:
+        """[query]: the method's own estimate of what a group of training examples did together.
+
+        Raises:
+            TypeError: ids that are no whole numbers, such as a mask.
+            ValueError: ids outside the training dataset, or without scores.
+        """
+        self._check(method)
+        ids = whole_numbers(ids).tolist()
+        wrong = [i for i in ids if not 0 <= i < len(self._train.dataset)]
+        if wrong:
+            raise ValueError(f"Expected `ids` below {len(self._train.dataset)}, got {wrong[:5]!r}.")
+        scored = _scored(method, len(self._train.dataset))
+        if unscored := sorted(set(ids) - set(scored.tolist())):
+            raise ValueError(f"Expected `ids` that {method!r} has scores for, got {unscored[:5]!r}.")
+        with self._open(method, self._queries(queries)) as session:
+            setting, asked = self._ask(session)
+            return run_group(method, setting, asked, list(ids), self.trainer)
+
+    def losses(self, data: Any = "train") -> Tensor:
+        """[example]: the loss of every example at the final weights, one at a time; the baseline for label errors."""
+        source = self._queries(data)
+        with self._sessions.quiet() as task, torch.no_grad():
+            examples = source.examples(self.batch_size)
+            values = [float(task(task.to_device(examples.one(i))).sum()) for i in range(len(examples))]
+        return torch.tensor(values, dtype=torch.float64)
+
+    def cost(self, method: Method, queries: Any = None, aggregate: str | None = None) -> float:
+        """Seconds that ``score`` (or, without queries, ``self_influence``) will take, by timing one block of each."""
+        self._check(method)
+        source = None if queries is None else self._queries(queries)
+        with self._open(method, source, aggregate=aggregate) as session:
+            return estimate(method, session, setting_of(session, self.trajectory, self._train.batches))
+
+    def session(self, queries: Any = None) -> AbstractContextManager[Session]:
+        """The engines that scores are computed with, for work of one's own on gradients: a context manager.
+
+        Args:
+            queries: Dataset, DataLoader, ``"train"``, or None for the training side alone.
+        """
+        return self._sessions.open(None if queries is None else self._queries(queries))
+
+    def estimate(
+        self, method: Retraining, queries: Any, measurement: Loss | None = None, higher_is_better: bool = False
+    ) -> Estimate:
+        """Scores of a method that retrains, [query, train], with their standard errors and counts of models.
+
+        After ``score`` this costs forward passes only: the models are kept.
+
+        Raises:
+            TypeError: a method that trains no models.
+            MissingEvidence: no ``refit``.
+        """
+        self._check(method)
+        if not isinstance(method, Retraining):
+            raise TypeError(f"Expected a method that trains models, such as `Downsampling()`, got {method!r}.")
+        _check_arguments(None, None, measurement, higher_is_better)
+        with self._open(method, self._queries(queries), measurement) as session:
+            setting, asked = self._ask(session)
+            found = method.estimate(setting, asked[:])
+        return replace(found, values=-found.values) if higher_is_better else found
+
+    # ---- making ready ---------------------------------------------------------------------------------------------
+
+    def _check(self, method: Method) -> None:
+        """Refuses what cannot work before any work begins."""
+        if not isinstance(method, Method):
+            raise TypeError(f"Expected `method` to be a Method such as `TracInCP()`, got {method!r}.")
+        name = type(method).__name__
+        if method.needs & Evidence.CHECKPOINTS and self.trajectory is None:
+            raise MissingEvidence(
+                f"`{name}` needs checkpoints with learning rates, got `trajectory=None`. Fit with "
+                "`Trainer(callbacks=[Influence()])`, read files by `Trajectory.from_checkpoints(paths)`, or use "
+                "`GradientDot()`, which needs the final weights only."
+            )
+        if method.needs & Evidence.TRACKER:
+            last = 0 if self.trajectory is None else self.trajectory.checkpoints[-1].step
+            run = None if self.trajectory is None else self.trajectory.path
+            load_record(run, record_name(name, method.settings()), last)
+        if method.needs & Evidence.REFIT and self.refit is None:
+            raise MissingEvidence(f"`{name}` trains models again. Pass `Attributor(..., refit=Refit(...))`.")
+
+    @contextlib.contextmanager
+    def _open(
+        self,
+        method: Method,
+        queries: Source | None = None,
+        measurement: Loss | None = None,
+        aggregate: str | None = None,
+    ) -> Iterator[Session]:
+        """A session with what the method needs, and no more."""
+        mean = aggregate == "mean"
+        with self._sessions.open(queries, measurement, mean, method.gradients, method.whole) as session:
+            if method.needs & Evidence.REFIT:
+                session.models = self.refit.models
+            if self.refit is not None and queries is not None:
+                self.refit.asked = queries
+            yield session
+
+    def _queries(self, queries: Any) -> Source:
+        if isinstance(queries, str) and queries != "train":
+            raise ValueError(
+                f"Expected `queries` to be a Dataset, a DataLoader or 'train', got {queries!r}. Other loaders of the "
+                "Trainer are known to `Influence(queries=)` only."
+            )
+        return self._train if isinstance(queries, str) else source_of(queries, "queries", like=self._train)
+
+    def _ask(self, session: Session) -> tuple[Setting, AllQueries]:
+        if session.asked is None:
+            raise ValueError("Expected `queries`, got None. Pass a Dataset, a DataLoader or 'train'.")
+        return setting_of(session, self.trajectory, self._train.batches), session.asked
+
+    def _record(self, method: Method, setting: Setting) -> dict[str, Any]:
+        positions = [] if self.trajectory is None else method.positions(self.trajectory)
+        checkpoints = [] if self.trajectory is None else [self.trajectory.checkpoints[i].step for i in positions]
+        notes = list(setting.notes)
+        if method.gradients:
+            notes.append(setting.engine.plan.summary(setting.engine.task.named_parameters()))
+        if any(is_half(p) for p in self.module.parameters()):
+            notes.append("Weights of 16 bits were scored in float32.")
+        if self.trajectory is not None:
+            notes += self.trajectory.notes
+        return {
+            "method": type(method).__name__,
+            "settings": method.settings(),
+            "units": method.unit(setting),
+            "notes": notes,
+            "checkpoints": checkpoints,
+            "figures": setting.figures,
+        }
+
+
+def _check_arguments(top_k: object, aggregate: object, measurement: object, higher_is_better: bool) -> None:
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"Expected `top_k` to be a positive integer or None, got {top_k!r}.")
+    if aggregate not in (None, "mean"):
+        raise ValueError(f"Expected `aggregate` to be None or 'mean', got {aggregate!r}.")
+    if higher_is_better and measurement is None:
+        raise ValueError("Expected `measurement=` with `higher_is_better=True`, got None: a loss is better when low.")
+
+
+def _scored(method: Method, n_train: int) -> Tensor:
+    """[scored] int64: ids of the training examples that a method has scores for."""
+    ids = method.scored(n_train)
+    return torch.arange(n_train) if ids is None else torch.tensor(list(ids), dtype=torch.int64)
+
+
+def _some(base: Tensor | None, ids: Tensor) -> Tensor | None:
+    return None if base is None else base[ids]
+
+
+def _selected(module: Any, trajectory: Trajectory | None, patterns: Sequence[str] | None) -> list[str]:
+    """Names of the parameters that count: those that train, or those of them that match.
+
+    Raises:
+        ValueError: nothing trains, or a pattern matches nothing.
+    """
+    trained = None if trajectory is None else trajectory.parameter_groups
+    captured = trajectory is not None and trajectory.captured  # a fit may have frozen and thawed on the way
+    names = [
+        clean(n)
+        for n, p in module.named_parameters()
+        if (captured or p.requires_grad) and (trained is None or clean(n) in trained)
+    ]
+    if not names:
+        raise ValueError(
+            "Expected parameters that train, got none: all are frozen, or the trajectory is of another module. "
+            "Call `requires_grad_(True)` on those that were trained."
+        )
+    for pattern in patterns or ():
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(
+                f"Expected `parameters` to match trainable parameters, got {pattern!r}, which matches none of "
+                f"{', '.join(names[:10])}{' ...' if len(names) > 10 else ''}."
+            )
+    if patterns is not None:
+        names = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    _refuse_complex(module, names)
+    return names
+
+
+def _refuse_complex(module: Any, names: Sequence[str]) -> None:
+    complex_ = [clean(n) for n, p in module.named_parameters() if p.is_complex() and clean(n) in names]
+    if complex_:
+        raise ValueError(
+            f"Expected real parameters, got complex numbers in {', '.join(f'`{n}`' for n in complex_[:5])}. Leave them "
+            "out with `parameters=`, or keep them as real numbers and call `torch.view_as_complex` in the module."
+        )

@@ -1,0 +1,1 @@
+"""`Influence`, the one callback."""

@@ -1,0 +1,140 @@
+"""Gradients for a Fisher: of the data's own labels, or of labels that the model would give."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_influence.data.examples import Block
+from lightning_influence.gradients import Engine, Gradients, Reduction
+from lightning_influence.gradients.final_layer import Head, find_head
+from lightning_influence.numerics.heads import Link
+from lightning_influence.setting.setting import Setting
+
+# Gradients of one pass over the training data that are kept for the next instead of being taken again.
+_KEPT_BYTES = 2**28
+
+
+@dataclass
+class FisherSamples:
+    """Per-sample gradients whose second moment is a Fisher, block after block; goes through them as often as asked.
+
+    Args:
+        setting: the question's.
+        labels: ``"empirical"``, ``"sampled"`` or ``"exact"``.
+        seed: of the sampled labels.
+    """
+
+    setting: Setting
+    labels: str
+    seed: int
+    _kept: list[Gradients] | None = None
+
+    def __post_init__(self) -> None:
+        engine = self.setting.engine
+        self._pretended: SampledLabelLoss | None = None
+        if self.labels != "empirical":
+            head = find_head(engine.task, engine.reduction, self.setting.examples, None)
+            self._pretended = SampledLabelLoss(head, head.link(self.setting.examples), self.seed, self.setting.n_train)
+
+    @property
+    def classes(self) -> int:
+        """Outputs of the head that labels are drawn from."""
+        return 0 if self._pretended is None else self._pretended.classes
+
+    def __iter__(self) -> Iterator[Gradients]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[Gradients] | None = []
+        size = 0
+        for gradients in self._taken():
+            if kept is not None:
+                size += sum(part.stored_bytes() for part in gradients.parts.values())
+                kept = [*kept, gradients] if size <= _KEPT_BYTES else None
+            yield gradients
+        self._kept = kept
+
+    def _taken(self) -> Iterator[Gradients]:
+        engine, pretended = self.setting.engine, self._pretended
+        for block in self.setting.examples.blocks():
+            if pretended is None:
+                yield engine.gradients(block)
+                continue
+            task = engine.task.measuring(pretended)
+            other = Engine(task, Reduction.NONE, engine.groups, engine.seed, engine.plan)
+            for draw in pretended.draws(self.labels):
+                yield other.gradients(pretended.follow(block, draw))
+
+
+class SampledLabelLoss:
+    """A loss whose gradients are those of labels that the model gives: per-sample, linear in the pre-activations.
+
+    The square root of the loss's scale stands in it, so that the second moment of its gradients is the GGN.
+
+    Args:
+        head: the layer whose outputs the loss is taken of.
+        link: that loss.
+        seed: of the labels.
+        n_train: training examples: every one has random numbers of its own, whatever the blocks.
+    """
+
+    def __init__(self, head: Head, link: Link, seed: int, n_train: int) -> None:
+        self.head, self.link = head, link
+        self.classes = head.layer.out_features
+        draw = torch.Generator().manual_seed(seed)
+        self._normal = torch.randn(n_train, self.classes, generator=draw, dtype=torch.float64)
+        self._uniform = torch.rand(n_train, self.classes, generator=draw, dtype=torch.float64)
+        self._ids: range = range(0)
+        self._draw: int | None = None
+
+    def draws(self, labels: str) -> list[int | None]:
+        """None for a sample; each class once for the expectation."""
+        return [None] if labels == "sampled" else list(range(self.classes))
+
+    def follow(self, block: Block, draw: int | None) -> Block:
+        """The same block, having told which examples come."""
+        self._ids, self._draw = block.ids, draw
+
+        def one(example: int) -> Any:
+            self._ids = range(example, example + 1)
+            return block.one(example)
+
+        return replace(block, one=one)
+
+    def __call__(self, module: nn.Module, batch: Any) -> Tensor:
+        """[batch]."""
+        seen: list[Tensor] = []
+        handle = self.head.layer.register_forward_hook(lambda layer, args, output: seen.append(output))
+        try:
+            self.head.task(batch)
+        finally:
+            handle.remove()
+        (z,) = seen
+        with torch.no_grad():
+            gradient = self._gradient(z.detach().double().cpu()).to(z)
+        return (gradient * z).sum(1)
+
+    def _gradient(self, z: Tensor) -> Tensor:
+        """[example, class]: of the loss by z, for labels drawn where the model stands."""
+        mean, rows, scale = self.link.mean(z), slice(self._ids.start, self._ids.stop), self.link.scale**0.5
+        if self._draw is not None:
+            return scale * self._expected(mean, self._draw)
+        if self.link.kind == "identity":
+            return scale * self._normal[rows]
+        if self.link.kind == "sigmoid":
+            return scale * (mean - (self._uniform[rows] < mean).double())
+        beyond = self._uniform[rows, :1] > mean.cumsum(1)
+        label = beyond.sum(1).clamp_max(self.classes - 1)
+        return scale * (mean - nn.functional.one_hot(label, self.classes).double())
+
+    def _expected(self, mean: Tensor, k: int) -> Tensor:
+        """Gradients whose outer products, summed over k, are the expectation over labels."""
+        own = nn.functional.one_hot(torch.tensor([k]), self.classes).double()
+        if self.link.kind == "identity":
+            return own.expand_as(mean)
+        if self.link.kind == "sigmoid":
+            return (mean * (1 - mean)).sqrt() * own
+        return mean[:, k : k + 1].sqrt() * (mean - own)

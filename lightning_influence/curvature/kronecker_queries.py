@@ -1,0 +1,179 @@
+"""Queries behind a Kronecker-factored inverse, and how few products their scores need."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_influence.curvature.factors import Names
+from lightning_influence.curvature.kronecker_part import KroneckerPart, with_own
+from lightning_influence.gradients import Gradients
+from lightning_influence.gradients.block import SketchOf
+from lightning_influence.gradients.dense_rows import DenseRows
+from lightning_influence.gradients.part import Part
+from lightning_influence.gradients.queries import EachQuery, QueryGradients
+from lightning_influence.numerics.kronecker import products
+
+# A table of fewer entries is never cut.
+_SMALL = 2**10
+# Queries on which the error of the scores is measured.
+_MEASURED = 32
+
+
+class KroneckerQueries(QueryGradients):
+    """Directions of queries: those of Kronecker-factored layers for all queries at once, others block by block.
+
+    Args:
+        joint: of factored layers.
+        others: of the rest, by block of queries.
+        shorten: makes tables of the factored layers cheaper before the first products with many gradients.
+    """
+
+    def __init__(
+        self,
+        joint: Gradients,
+        others: Sequence[Gradients],
+        shorten: Callable[[Mapping[Names, Part]], Mapping[Names, Part]] | None = None,
+    ) -> None:
+        self.joint = joint
+        self.others = EachQuery(others)
+        self._shorten = shorten
+
+    def __len__(self) -> int:
+        return len(self.joint)
+
+    def dot(self, block: Gradients, scale: Tensor | None = None) -> Tensor:
+        """[query, example of block]."""
+        if self._shorten is not None:
+            parts = {**self.joint.parts, **self._shorten(self.joint.parts)}
+            self.joint, self._shorten = Gradients(parts, self.joint.groups, len(self.joint)), None
+        product = self.joint.dot(block, scale)
+        return product + self.others.dot(block, scale) if self._has_others else product
+
+    @property
+    def _has_others(self) -> bool:
+        return any(block.parts for block in self.others.blocks)
+
+    def normalized(self, how: str) -> QueryGradients:
+        """Written out, at length one."""
+        written = Gradients({(n,): DenseRows((r,)) for n, r in self.dense().items()}, self._groups(), len(self.joint))
+        return EachQuery([written.normalized(how)])
+
+    def project(self, sketch_of: SketchOf) -> QueryGradients:
+        """Written out, under the sketches."""
+        written = Gradients({(n,): DenseRows((r,)) for n, r in self.dense().items()}, self._groups(), len(self.joint))
+        return EachQuery([written]).project(sketch_of)
+
+    def _groups(self) -> dict[Names, int]:
+        found: dict[Names, int] = {}
+        for block in (self.joint, *self.others.blocks):
+            found |= {(name,): group for names, group in block.groups.items() for name in names}
+        return found
+
+    def dense(self) -> dict[str, Tensor]:
+        """[query, *shape] by parameter name."""
+        return self.joint.dense() | (self.others.dense() if self._has_others else {})
+
+    def norm2(self) -> Tensor:
+        """[query]."""
+        return self.joint.norm2() + self.others.norm2() if self._has_others else self.joint.norm2()
+
+    def times(self, vector: Mapping[str, Tensor]) -> Tensor:
+        """[query]."""
+        product = self.joint.times(vector)
+        return product + self.others.times(vector) if self._has_others else product
+
+    def diagonal(self, block: Gradients) -> Tensor:
+        """[example]: exactly, whatever ``tolerance``."""
+        total = self.joint._zeros(len(block))
+        start = 0
+        for others in self.others.blocks:
+            rows = slice(start, start + len(others))
+            for names, part in others.parts.items():
+                if names in block.parts:
+                    total[rows] += with_own(part, block.parts[names].slice(rows))
+            start += len(others)
+        for names, part in self.joint.parts.items():
+            if names in block.parts:
+                other = block.parts[names]
+                total += part.with_own(other) if isinstance(part, KroneckerPart) else with_own(part, other)
+        return total
+
+
+def shortened(
+    parts: Mapping[Names, KroneckerPart],
+    weights: Mapping[Names, tuple[Tensor, Tensor]],
+    sample: Gradients,
+    tolerance: float,
+) -> tuple[dict[Names, KroneckerPart], float]:
+    """The parts with tables of as few outer products as keep the scores within the tolerance, and the error.
+
+    Args:
+        parts: exact ones.
+        weights: by part, what the two sides of its table weigh.
+        sample: gradients of some training examples.
+        tolerance: of the scores of some queries with the sample, relative to each query's own in the mean square.
+
+    Returns:
+        Parts that stay exact where that is no more work, and the error measured on the sampled pairs.
+    """
+    queries = len(next(iter(parts.values())))
+    picked = torch.arange(0, queries, max(1, -(-queries // _MEASURED)))
+    tables = {names: _Table(_picked(part, picked), weights[names], sample, names) for names, part in parts.items()}
+    length = torch.stack([table.exact for table in tables.values()]).sum(0).norm(dim=1)
+    length = torch.where(length > 0, length, torch.inf)
+
+    def size(missed: Tensor) -> float:
+        return float((missed.norm(dim=1) / length).square().mean().sqrt())
+
+    while True:
+        error = size(torch.stack([table.missed for table in tables.values()]).sum(0))
+        if error <= tolerance:
+            break
+        # The product that takes most off the error for its work.
+        best = max(tables.values(), key=lambda table: size(table.missed) ** 2 / sum(table.part.inverse.table.shape))
+        best.lengthen()
+    found = {names: replace(part, terms=tables[names].terms) for names, part in parts.items()}
+    return found, error
+
+
+class _Table:
+    """One layer's table, and what its truncation misses of some scores.
+
+    It begins with one product; where more would be as much work as the table itself it is exact.
+    """
+
+    def __init__(self, part: KroneckerPart, weights: tuple[Tensor, Tensor], sample: Gradients, names: Names) -> None:
+        self.part = part
+        self.block = sample.parts.get(names)
+        self.exact = self._dot(part, len(sample))
+        self.missed = torch.zeros_like(self.exact)
+        self.terms: tuple[Tensor, Tensor] | None = None
+        k, l = part.inverse.table.shape  # noqa: E741
+        self.most = min(k, l, int(0.7 * k * l / (k + l))) if k * l >= _SMALL else 0
+        self._truncated = products(part.inverse.table, *weights) if self.most > 1 else None
+        if self._truncated is not None:
+            self.terms = self._truncated(0)
+            self.missed = -self.exact
+            self.lengthen()
+
+    def lengthen(self) -> None:
+        """Two more products, or the table."""
+        rank = 0 if self.terms is None else len(self.terms[0])
+        if self._truncated is None or rank + 2 > self.most:
+            self.terms, self.missed = None, torch.zeros_like(self.exact)
+            return
+        self.terms = self._truncated(rank + 2)
+        new = (self.terms[0][rank:], self.terms[1][rank:])
+        self.missed = self.missed + self._dot(replace(self.part, terms=new), self.exact.shape[1])
+
+    def _dot(self, part: KroneckerPart, examples: int) -> Tensor:
+        out = part.outputs.new_zeros(len(part), examples)
+        if self.block is not None:
+            part.accumulate_dot(self.block, out)
+        return out
+
+
+def _picked(part: KroneckerPart, rows: Tensor) -> KroneckerPart:
+    return replace(part, inputs=part.inputs[rows], outputs=part.outputs[rows])

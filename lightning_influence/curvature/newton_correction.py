@@ -1,0 +1,120 @@
+"""One Newton step without an example, for a model that is linear in the parameters that count."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_influence.data.examples import Block, Examples
+from lightning_influence.gradients import Engine, Gradients
+from lightning_influence.gradients.general import requiring_gradients
+from lightning_influence.gradients.outer_products import OuterProducts
+from lightning_influence.gradients.outputs import OutputWatch, refuse_other_paths
+from lightning_influence.numerics.dense import Factored
+
+
+class NewtonCorrection:
+    r"""Gradients from which an example's own curvature is taken away.
+
+    With outputs z = W x for each example, H_i = S_i \otimes x x^T and
+
+    .. math:: (A - H_i)^{-1} (G_i \otimes x) = A^{-1} [((I - S_i Q_i)^{-1} G_i) \otimes x]
+
+    where A is n times the curvature with its diagonal and Q_i the block of its inverse that x sees.
+
+    Source: Sherman, Morrison and Woodbury's formula for each example; Rubinstein, Hopkins. Rescaled Influence
+    Functions. 2025.
+
+    Args:
+        engine: of the training examples.
+        examples: the training set.
+        factor: of A / n, parameters in the order of the engine's plan.
+        shift: what is added to every example's gradient, by parameter name; None: nothing.
+
+    Raises:
+        ValueError: the parameters that count are not those of one linear layer in front of the loss.
+    """
+
+    def __init__(
+        self, engine: Engine, examples: Examples, factor: Factored, shift: Mapping[str, Tensor] | None
+    ) -> None:
+        self.engine, self.examples = engine, examples
+        self.n = len(examples)
+        self.factor = factor
+        self.shift = shift
+        self._looked = False
+
+    def corrected(self, block: Gradients, ids: range) -> Gradients:
+        """The block's gradients in the form G' ⊗ x, to be multiplied with directions of A."""
+        names, part = self._layer(block)
+        inputs = part.inputs[:, 0].double()
+        if part.bias:
+            inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)
+        classes, width = part.outputs.shape[2], inputs.shape[1]
+        bends = self._bends(ids, classes).double()
+        seen = self._inverse(part, classes, width)  # [class, in, class, in]
+        blocks = torch.einsum("ni,cidj,nj->ncd", inputs, seen, inputs)
+        gradients = part.outputs[:, 0].double()
+        gradients = gradients if part.factor is None else gradients * part.factor[:, None].double()
+        if self.shift is not None:
+            gradients = gradients + torch.einsum("ncd,nd->nc", bends, inputs @ self._shifted(part, names).T)
+        eye = torch.eye(classes).to(bends)
+        outputs = torch.linalg.solve(eye - bends @ blocks, gradients[:, :, None])[:, :, 0]
+        corrected = replace(part, outputs=outputs[:, None].to(part.outputs), factor=None)
+        return Gradients({names: corrected}, block.groups, block.size)
+
+    def _layer(self, block: Gradients) -> tuple[tuple[str, ...], OuterProducts]:
+        names, part = next(iter(block.parts.items()))
+        linear = (
+            isinstance(part, OuterProducts)
+            and part.outputs.shape[1] == 1
+            and not part.transposed
+            and len(part.shape) == 2
+        )
+        if len(block.parts) != 1 or not linear or set(names) != set(self.engine.plan.names):
+            counted = ", ".join(self.engine.plan.names[:6])
+            raise ValueError(
+                "Expected `correction='newton'` with a model that is linear in the parameters that count, one linear "
+                f"layer (weight and bias in one parameter group) in front of the loss, got {counted}. Pass "
+                "`parameters='head.*'` (the last layer's name) to the Attributor, or `correction=None`."
+            )
+        assert isinstance(part, OuterProducts)
+        return names, part
+
+    def _bends(self, ids: range, classes: int) -> Tensor:
+        """[example, class, class]: second derivatives of each example's loss by the layer's outputs."""
+        block: Block = next(iter(self.examples.blocks(ids.start, ids.stop)))
+        named = self.engine.task.named_parameters()
+        parameters = {name: named[name] for name in self.engine.plan.names}
+        with requiring_gradients(self.engine.task.module, list(parameters)):
+            watch = OutputWatch(parameters.values(), last_layer=True)
+            with watch:
+                total = self.engine.total(block)
+            outputs = watch.outputs()
+            if not self._looked:
+                refuse_other_paths(total, outputs, parameters)
+                self._looked = True
+            (arriving,) = torch.autograd.grad(total, outputs, create_graph=True)
+            rows = []
+            for c in range(classes):
+                (row,) = torch.autograd.grad(arriving[:, c].sum(), outputs, retain_graph=True)
+                rows.append(row)
+        return torch.stack(rows, 1)
+
+    def _inverse(self, part: OuterProducts, classes: int, width: int) -> Tensor:
+        """A^-1 as [class, in, class, in], the bias as the last of the inputs."""
+        inverse = self.factor.inverse / self.n
+        order = torch.arange(len(inverse))
+        if part.bias:  # the weight lies first, then the bias
+            weight = order[: classes * (width - 1)].view(classes, width - 1)
+            order = torch.cat([weight, order[classes * (width - 1) :, None]], 1).flatten()
+        return inverse[order][:, order].view(classes, width, classes, width)
+
+    def _shifted(self, part: OuterProducts, names: tuple[str, ...]) -> Tensor:
+        """A^-1 times the shift, [class, in]."""
+        assert self.shift is not None
+        flat = torch.cat([self.shift[name].flatten() for name in names]).double()
+        solved = self.factor.solve(flat[None])[0] / self.n
+        weight = solved[: part.shape[0] * part.shape[1]].view(part.shape[0], -1)
+        return torch.cat([weight, solved[weight.numel() :, None]], 1) if part.bias else weight

@@ -1,0 +1,112 @@
+"""How far a stretch of a fit moved each parameter per unit of gradient: learning rates, times Adam's preconditioner."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.curvature.damping import diagonal_at, of_group
+from lightning_influence.curvature.descent import Descent
+from lightning_influence.setting.setting import Setting, Stage
+from lightning_influence.trajectory import SavedState, Trajectory
+from lightning_influence.trajectory.checkpoint import is_plain_sgd
+from lightning_influence.types import MissingEvidence
+
+_ADAM = ("Adam", "AdamW")
+_INSTEAD = 'Use `HyDRA(mode="replay")`, or `InfluenceFunction(EKFAC())`.'
+
+
+def check_optimizers(trajectory: Trajectory) -> None:
+    """Raises where steps are no gradients times a preconditioner that a checkpoint tells.
+
+    Raises:
+        MissingEvidence: a file of Lightning's, written under Adam.
+        ValueError: an optimizer other than SGD, Adam and AdamW; one that maximizes.
+    """
+    for entry in trajectory.settings:
+        for group in entry["groups"]:
+            if group.get("maximize"):
+                raise ValueError(f"Expected a fit that descends, got an optimizer with `maximize=True`. {_INSTEAD}")
+            if is_plain_sgd(group) or entry.get("kind") in _ADAM:
+                continue
+            if "betas" in group and not trajectory.captured:
+                raise _no_state("files that `Trajectory.from_checkpoints` read, of which it takes the weights alone")
+            raise ValueError(
+                f"Expected a fit by SGD, Adam or AdamW, got `{entry.get('kind')}`, whose steps are no gradients times "
+                f"a preconditioner that is known. {_INSTEAD}"
+            )
+
+
+def descent_at(setting: Setting, stage: Stage, damping: float, reach: Tensor, shrunk: Tensor) -> Descent:
+    """A stretch of training with the optimizer's state of a stage.
+
+    Args:
+        setting: the question's.
+        stage: in it.
+        damping: added to the curvature's diagonal besides the fit's L2 weight decay.
+        reach: [group] float64, sums of learning rates (see ``reach_at``).
+        shrunk: [group] float64, sums of learning rates times decoupled weight decay.
+
+    Raises:
+        MissingEvidence: the checkpoint holds no state of an adaptive optimizer.
+    """
+    added = of_group(diagonal_at(setting, stage, damping, lambda: 0.0).total, setting.engine.groups)
+    pace, fading = (of_group(values, setting.engine.groups) for values in (reach, shrunk))
+    parameters = setting.engine.task.named_parameters()
+    like = {name: torch.ones_like(parameters[name], dtype=torch.float64) for name in setting.engine.plan.names}
+    scales = _preconditioner(setting, stage, like)
+    return Descent(
+        {name: pace(name) * scale for name, scale in scales.items()},
+        {name: added(name) * one for name, one in like.items()},
+        {name: fading(name) * (scale > 0).double() for name, scale in scales.items()},
+    )
+
+
+def _preconditioner(setting: Setting, stage: Stage, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By parameter: 1 under SGD, 1 / (root of the mean square + eps) under Adam."""
+    trajectory = setting.trajectory
+    assert trajectory is not None
+    assert stage.position is not None
+    if not trajectory.adaptive:
+        return dict(like)
+    checkpoint = trajectory.checkpoints[stage.position]
+    state, options = checkpoint.load(), _options_at(trajectory, checkpoint.step)
+    adaptive = {name for name in like if name in options and not is_plain_sgd(dict(options[name]))}
+    known = {name for name in adaptive if "exp_avg_sq" in state.optimizer.get(name, {})}
+    if adaptive and not known:
+        raise _no_state(f"none at step {checkpoint.step}")
+    still = sorted(adaptive - known)
+    if still:
+        setting.note(
+            f"In the middle of a segment (step {checkpoint.step}) Adam had not moved {', '.join(still)}, which count "
+            "as standing still all through it"
+        )
+    return {
+        name: _scale(state, name, options[name]).to(one) if name in known else one * (name not in adaptive)
+        for name, one in like.items()
+    }
+
+
+def _scale(state: SavedState, name: str, options: Mapping[str, Any]) -> Tensor:
+    own = state.optimizer[name]
+    square = own.get("max_exp_avg_sq", own["exp_avg_sq"]).double()
+    corrected = 1.0 - options["betas"][1] ** float(own["step"])
+    return 1 / (square.sqrt() / math.sqrt(corrected) + options["eps"])
+
+
+def _options_at(trajectory: Trajectory, step: int) -> dict[str, Mapping[str, Any]]:
+    """The settings of its group that each parameter had at a step."""
+    used: dict[int, Mapping[str, Any]] = {}
+    for made, entry in zip(*(trajectory.steps[name].to_pylist() for name in ("step", "settings")), strict=True):
+        if made <= step:
+            used[trajectory.settings[entry]["optimizer"]] = trajectory.settings[entry]
+    return {name: group for entry in used.values() for group in entry["groups"] for name in group["parameters"]}
+
+
+def _no_state(got: str) -> MissingEvidence:
+    return MissingEvidence(
+        f"Expected checkpoints with the state of Adam, whose mean squares precondition the steps, got {got}. Fit with "
+        "`Trainer(callbacks=[Influence()])`, or use `InfluenceFunction(EKFAC())`."
+    )

@@ -1,0 +1,241 @@
+"""A dataset as blocks of examples in their own order, each example under a random state of its own."""
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, TensorDataset, default_collate
+
+from lightning_influence.module.task import seed_for
+from lightning_influence.types import Batch, bytes_in, foreign
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some consecutive examples, collated.
+
+    Args:
+        start: id of the first.
+        size: how many.
+        batch: what the collate function made of them, on CPU.
+        one: gives the batch of one for an example's id.
+    """
+
+    start: int
+    size: int
+    batch: Batch
+    one: Callable[[int], Batch]
+
+    @property
+    def ids(self) -> range:
+        """Indices into the dataset."""
+        return range(self.start, self.start + self.size)
+
+
+class Examples:
+    """Reads ``dataset`` in order, in blocks of ``block_size``.
+
+    Args:
+        dataset: map-style: ``len`` and integer indices.
+        collate: the training loader's collate function.
+        block_size: examples per block.
+        workers: worker processes of the loader.
+        seed: with an example's id, sets the random state under which it is read.
+        cache_bytes: blocks are kept for the next pass (the next checkpoint) up to this size.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Callable[[list[Any]], Batch] | None,
+        block_size: int,
+        workers: int = 0,
+        seed: int = 0,
+        cache_bytes: int = 2**28,
+    ) -> None:
+        self.dataset = dataset
+        self.block_size = block_size
+        self._reader = _Reader(dataset, seed)
+        self._collate = collate or default_collate
+        # Tensors are sliced: what torch's own collate would make of their rows, a hundred times faster.
+        self._sliced = type(dataset) is TensorDataset and self._collate is default_collate
+        self._workers = 0 if self._sliced else workers
+        self._seed = seed
+        self._cache: dict[range, tuple[Batch, list[int]]] = {}
+        self._cache_left = cache_bytes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def draws(self) -> bool:
+        """Whether reading an example was seen to draw random numbers."""
+        return self._reader.draws
+
+    def one(self, example: int) -> Batch:
+        """The batch of one for an example; the random state is left as the example's own."""
+        seed_for(self._seed, example)
+        return self._collate([self.dataset[example]])
+
+    def some(self, ids: Sequence[int]) -> Batch:
+        """A batch of any examples."""
+        if self._sliced:
+            seed_for(self._seed, ids[0])
+            rows = torch.as_tensor(ids)
+            return [tensor[rows] for tensor in self.dataset.tensors]
+        items = self._reader.__getitems__(list(ids))
+        seed_for(self._seed, ids[0])
+        return self._collate(items)
+
+    def as_read(self, ids: Sequence[int], only: int | None = None) -> Batch:
+        """The same as a DataLoader makes it, under the random state that there is; or one of them as a batch of one.
+
+        Args:
+            ids: which examples are read.
+            only: place among them of the one that is wanted.
+        """
+        before = None if self.draws else _random_state()
+        many = getattr(self.dataset, "__getitems__", None)
+        items = many(list(ids)) if many else [self.dataset[i] for i in ids]
+        self._reader.draws = before is None or not _same(before, _random_state())
+        return self._collate(items if only is None else [items[only]])
+
+    def check_steady(self) -> None:
+        """Reads a few examples twice.
+
+        Raises:
+            ValueError: one is not the same under the same random state.
+        """
+        for i in sorted({round(k * (len(self) - 1) / 3) for k in range(4)}):
+            if not _alike(self.one(i), self.one(i)):
+                raise ValueError(
+                    f"Expected {type(self.dataset).__name__} to give the same example under the same random state, got "
+                    f"two unlike ones for index {i}: it draws from a generator of its own, or counts its calls. Pass "
+                    "`Attributor(train=)` data without augmentation, or draw from torch's or NumPy's own generator."
+                )
+
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+        """Blocks of ids ``start`` to ``stop``; ``start`` is a multiple of ``block_size``."""
+        stop = len(self) if stop is None else stop
+        spans = [range(s, min(s + self.block_size, stop)) for s in range(start, stop, self.block_size)]
+        loaded = self._load([ids for ids in spans if self._kept(ids) is None])
+        for ids in spans:
+            kept = self._kept(ids)
+            yield Block(ids.start, len(ids), self._keep(ids, next(loaded)) if kept is None else kept, self.one)
+
+    def _kept(self, ids: range) -> Batch | None:
+        """The kept block, unless a step wrote into it."""
+        batch, versions = self._cache.get(ids, (None, []))
+        if versions != versions_of(batch):
+            del self._cache[ids]
+            return None
+        return batch
+
+    def _load(self, blocks: Sequence[range]) -> Iterator[Batch]:
+        if self._workers and len(blocks) > 1:
+            loader: DataLoader[Any] = DataLoader(
+                self._reader,  # type: ignore[arg-type]
+                batch_sampler=[list(ids) for ids in blocks],
+                collate_fn=_SeededCollate(self._collate, self._seed),  # type: ignore[arg-type]
+                num_workers=self._workers,
+            )
+            yield from loader
+        else:
+            for ids in blocks:
+                yield self.some(ids)
+
+    def _keep(self, ids: range, batch: Batch) -> Batch:
+        leaves = tree_leaves(batch)
+        size = bytes_in(batch)
+        # Of somebody's own class neither the size is known nor whether a step wrote into it.
+        if size <= self._cache_left and not any(foreign(leaf) for leaf in leaves):
+            self._cache_left -= size
+            self._cache[ids] = batch, versions_of(batch)
+        return batch
+
+    def close(self) -> None:
+        """Forgets the kept blocks."""
+        self._cache.clear()
+
+
+def _alike(one: Batch, other: Batch) -> bool:
+    """Whether all numbers in two batches agree, as far as they can be seen."""
+    for a, b in zip(tree_leaves(one), tree_leaves(other), strict=True):
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            same = a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124 - NaN
+        else:
+            same = a == b or a != a if isinstance(a, (int, float, str)) else True  # noqa: PLR0124
+        if not same:
+            return False
+    return True
+
+
+def versions_of(batch: Batch) -> list[int]:
+    """Counts what was written into each tensor in place."""
+    return [leaf._version for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+
+
+class _SeededCollate:
+    """Collates in a worker under the same random state as in the main process."""
+
+    def __init__(self, collate: Callable[[list[Any]], Batch], seed: int) -> None:
+        self.collate, self.seed = collate, seed
+
+    def __call__(self, items: "_Items") -> Batch:
+        seed_for(self.seed, items.first)
+        return self.collate(list(items))
+
+
+class _Items(list[Any]):
+    """Examples that remember the id of the first."""
+
+    first: int
+
+
+class _Reader:
+    """Reads examples; seeds each one, unless the dataset draws no random number at all."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.draws = False
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, example: int) -> Any:
+        return self.__getitems__([example])[0]
+
+    def __getitems__(self, ids: list[int]) -> "_Items":
+        if not self.draws:
+            seed_for(self.seed, ids[0])
+            before = _random_state()
+            items = self._items(ids)
+            if _same(before, _random_state()):
+                return items
+            self.draws = True
+        items = _Items()
+        items.first = ids[0]
+        for i in ids:
+            seed_for(self.seed, i)
+            items.append(self.dataset[i])
+        return items
+
+    def _items(self, ids: list[int]) -> "_Items":
+        items = _Items(self.dataset[i] for i in ids)
+        items.first = ids[0]
+        return items
+
+
+def _random_state() -> tuple[Any, ...]:
+    numpy = sys.modules.get("numpy")
+    return torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1:3] if numpy else None
+
+
+def _same(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
+    numpy_same = before[2] is None or (before[2][1] == after[2][1] and bool((before[2][0] == after[2][0]).all()))
+    return torch.equal(before[0], after[0]) and before[1] == after[1] and numpy_same

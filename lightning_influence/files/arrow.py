@@ -1,0 +1,248 @@
+"""Scores as Arrow: one file, written atomically and mapped back without a copy, and the long table of its rows."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from lightning_influence.files.atomic import whole
+
+FORMAT = 1
+_KEY = b"lightning_influence"
+_DTYPES = {pa.float32(): torch.float32, pa.float64(): torch.float64, pa.int64(): torch.int64}
+
+
+def write_file(
+    path: str | os.PathLike[str],
+    kind: str,
+    columns: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    overwrite: bool = False,
+) -> Path:
+    """Write tensors as the columns of one Arrow IPC file, straight from their memory.
+
+    The file appears under its name when it is complete: a crash leaves what was there before.
+
+    Args:
+        path: The file; its folder is made where it is missing.
+        kind: What the file holds; `read_file` asks for it by this word.
+        columns: Name to [row] or [row, width] tensors of float32, float64 or int64, with one number of rows.
+        metadata: JSON-able; travels in the schema.
+        overwrite: Replace a file that is there.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileExistsError: `path` exists and `overwrite` is False.
+        IsADirectoryError: `path` is a folder.
+    """
+    return write_batches(path, kind, [columns], metadata, overwrite)
+
+
+def write_batches(
+    path: str | os.PathLike[str],
+    kind: str,
+    batches: Iterable[Mapping[str, Tensor]],
+    metadata: Mapping[str, Any],
+    overwrite: bool = False,
+) -> Path:
+    """The same in batches of rows that are made while they are written: one at a time is in memory.
+
+    Args:
+        path: As in `write_file`.
+        kind: As in `write_file`.
+        batches: At least one; as `columns` of `write_file`, with the same names, types and widths in each.
+        metadata: As in `write_file`.
+        overwrite: As in `write_file`.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileExistsError: `path` exists and `overwrite` is False.
+        IsADirectoryError: `path` is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"Expected `path` to name a file, got the folder {str(path)!r}. Add a file name to it.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f"Expected no file at {str(path)!r}, found one. Pass `overwrite=True` or choose another path."
+        )
+    head = json.dumps({"format": FORMAT, "kind": kind, **metadata})
+    records = (pa.record_batch({name: _to_arrow(tensor) for name, tensor in batch.items()}) for batch in batches)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as file:
+        first = next(records)
+        with pa.ipc.new_file(file, first.schema.with_metadata({_KEY: head.encode()})) as writer:
+            for record in itertools.chain((first,), records):
+                writer.write_batch(record)
+    return path
+
+
+def read_file(path: str | os.PathLike[str], kinds: Sequence[str]) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """Map a file of `write_file` into memory.
+
+    The tensors are views of the file's pages, private to this process: writing into them does not change the file.
+
+    Args:
+        path: The file.
+        kinds: The kinds that the caller can read.
+
+    Returns:
+        The kind, the columns and the metadata, as they were given to `write_file`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, is not ours, is of another kind or of a later format.
+    """
+    kind, batches, metadata = read_batches(path, kinds)
+    return kind, {name: _joined([batch[name] for batch in batches]) for name in batches[0]}, metadata
+
+
+def read_batches(
+    path: str | os.PathLike[str], kinds: Sequence[str]
+) -> tuple[str, list[dict[str, Tensor]], dict[str, Any]]:
+    """Map a file of `write_batches` into memory, batch by batch: pages are read when they are looked at.
+
+    Args:
+        path: The file.
+        kinds: The kinds that the caller can read.
+
+    Returns:
+        The kind, the columns of every batch, and the metadata.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, is not ours, is of another kind or of a later format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a file of scores at {str(path)!r}, found none. `save` writes one.")
+    try:
+        # A private mapping is writable as far as torch can see, which warns about tensors over read-only memory.
+        with open(path, "rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        whole = pa.py_buffer(pages)
+        reader = pa.ipc.open_file(whole)
+        head = json.loads((reader.schema.metadata or {})[_KEY])
+        _refuse_other(path, head, kinds)
+        records = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        batches = [
+            {name: _to_tensor(record[name], pages, whole.address) for name in reader.schema.names} for record in records
+        ]
+    except _WrongFileError as error:
+        raise ValueError(str(error)) from None
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"Expected {str(path)!r} to be a file written by `save`, but it is damaged, cut short or of another origin "
+            f"({type(error).__name__}: {error}). Write it again."
+        ) from error
+    kind = head.pop("kind")
+    return kind, batches, {name: value for name, value in head.items() if name != "format"}
+
+
+def pack_ids(ids: Tensor | None) -> Any:
+    """Ids as JSON: a range where they are one, otherwise the list; None stays None."""
+    if ids is None:
+        return None
+    first, count = int(ids[0]), ids.numel()
+    if torch.equal(ids, torch.arange(first, first + count)):
+        return {"start": first, "stop": first + count}
+    return ids.tolist()
+
+
+def unpack_ids(packed: Any) -> Any:
+    """The inverse of `pack_ids`: a tensor or None."""
+    if isinstance(packed, Mapping):
+        return torch.arange(packed["start"], packed["stop"])
+    return None if packed is None else torch.tensor(packed, dtype=torch.int64)
+
+
+def stream(
+    columns: Mapping[str, pa.DataType], rows: Callable[[int], Mapping[str, Tensor]], n: int
+) -> pa.RecordBatchReader:
+    """A table that is made batch by batch while it is read.
+
+    Args:
+        columns: Names and types, in order.
+        rows: Makes the i-th batch: a [row] tensor for every name.
+        n: How many batches there are.
+    """
+    schema = pa.schema(list(columns.items()))
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for i in range(n):
+            made = rows(i)
+            yield pa.record_batch([_to_arrow(made[name]) for name in columns], schema=schema)
+
+    return pa.RecordBatchReader.from_batches(schema, batches())
+
+
+def float_type(dtype: torch.dtype) -> pa.DataType:
+    """The Arrow type of a tensor of scores."""
+    return pa.float64() if dtype == torch.float64 else pa.float32()
+
+
+def to_pandas(make: Callable[[], pa.Table]) -> Any:
+    """The table that `make` makes, as a `pandas.DataFrame`.
+
+    Raises:
+        ImportError: pandas is not installed.
+    """
+    try:
+        import pandas  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            '`to_pandas` needs pandas. Run `pip install "lightning-influence[pandas]"`, or use `to_arrow`.'
+        ) from error
+    return make().to_pandas()
+
+
+def as_rows(table: pa.Table, **more: Callable[[Mapping[str, Any]], Any]) -> tuple[list[str], list[list[Any]]]:
+    """Names and rows of a small table, and further columns made from each row."""
+    rows = table.to_pylist()
+    names = [*table.column_names, *more]
+    return names, [[*row.values(), *(make(row) for make in more.values())] for row in rows]
+
+
+class _WrongFileError(Exception):
+    """The file is sound and ours, and not what was asked for."""
+
+
+def _refuse_other(path: Path, head: Mapping[str, Any], kinds: Sequence[str]) -> None:
+    if head["format"] > FORMAT:
+        raise _WrongFileError(
+            f"Expected {str(path)!r} to be of format {FORMAT} or earlier, got {head['format']!r}. "
+            "Update `lightning-influence` to read it."
+        )
+    if head["kind"] not in kinds:
+        owner = "SelfScores" if head["kind"] == "self_scores" else "Scores"
+        raise _WrongFileError(f"Expected {str(path)!r} to hold {kinds[0]}, got {head['kind']}. Use `{owner}.load`.")
+
+
+def _to_arrow(tensor: Tensor) -> pa.Array:
+    flat = pa.array(tensor.contiguous().reshape(-1).numpy())
+    return flat if tensor.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, tensor.shape[1])
+
+
+def _to_tensor(column: pa.Array, pages: mmap.mmap, start: int) -> Tensor:
+    nested = pa.types.is_fixed_size_list(column.type)
+    flat = column.flatten() if nested else column
+    offset = flat.buffers()[1].address - start + flat.offset * flat.type.byte_width
+    tensor = torch.frombuffer(pages, dtype=_DTYPES[flat.type], count=len(flat), offset=offset)
+    return tensor.view(len(column), column.type.list_size) if nested else tensor
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

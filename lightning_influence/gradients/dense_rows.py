@@ -1,0 +1,89 @@
+"""Per-sample gradients written out, one row an example: small parameters, and whatever has no factored rule."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_influence.gradients.part import Part, one_row_per_example
+from lightning_influence.numerics.projections import Sketch
+
+
+@dataclass(frozen=True, eq=False)
+class DenseRows(Part):
+    """Gradients as they are: ``rows`` holds [example, *shape] for each parameter of this part."""
+
+    rows: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows[0])
+
+    @property
+    def like(self) -> Tensor:
+        """Any tensor of this part: its dtype and device."""
+        return self.rows[0]
+
+    def slice(self, rows: slice) -> "DenseRows":
+        """The same for some of the examples."""
+        return DenseRows(tuple(r[rows] for r in self.rows))
+
+    def scaled(self, factor: Tensor) -> "DenseRows":
+        """Each example's gradient times its own number."""
+        return DenseRows(tuple(r * one_row_per_example(factor, r) for r in self.rows))
+
+    def dense(self) -> tuple[Tensor, ...]:
+        """[example, *shape] for each parameter."""
+        return self.rows
+
+    def accumulate_dot(self, other: Part, out: Tensor) -> None:
+        """``out[i, j] += <gradient i of self, gradient j of other>``."""
+        for mine, theirs in zip(self.rows, other.dense(), strict=True):
+            out.addmm_(_flat(mine), _flat(theirs).T)
+
+    def norm2(self) -> Tensor:
+        """[example]: squared length of each example's gradient."""
+        return torch.stack([_flat(r).square().sum(1) for r in self.rows]).sum(0)
+
+    def times(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[example]: inner product of each example's gradient with one parameter-shaped vector."""
+        return torch.stack([_flat(r) @ v.flatten() for r, v in zip(self.rows, vectors, strict=True)]).sum(0)
+
+    def against(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[vector, example]: one matrix product a parameter."""
+        return torch.stack([_flat(v) @ _flat(r).T for v, r in zip(vectors, self.rows, strict=True)]).sum(0)
+
+    def total(self) -> tuple[Tensor, ...]:
+        """The sum over the examples, parameter-shaped."""
+        return tuple(r.sum(0) for r in self.rows)
+
+    def query_bytes(self, n_queries: int) -> int:
+        """Bytes that one example takes when its block stands on the query side."""
+        return sum(r[0].numel() * r.element_size() for r in self.rows if len(r))
+
+    def joined(self, other: Part) -> Part | None:
+        """A second use of the same parameter adds up."""
+        if not isinstance(other, DenseRows):
+            return None
+        return replace(self, rows=tuple(a + b for a, b in zip(self.rows, other.rows, strict=True)))
+
+    def each(self) -> tuple[Part, ...]:
+        """One part a parameter."""
+        return tuple(DenseRows((r,)) for r in self.rows)
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shape of each parameter."""
+        return tuple(tuple(r.shape[1:]) for r in self.rows)
+
+    def projected(self, sketches: Sequence[Sketch]) -> tuple[Part, ...]:
+        """The rows under a sketch for each parameter."""
+        return tuple(DenseRows((sketch.rows(r),)) for sketch, r in zip(sketches, self.rows, strict=True))
+
+    def finite(self) -> Tensor:
+        """[example]: whether every number is finite."""
+        return torch.stack([_flat(r.isfinite()).all(1) for r in self.rows]).all(0)
+
+
+def _flat(rows: Tensor) -> Tensor:
+    """[example, entries], for numbers too."""
+    return rows.flatten(1) if rows.ndim > 1 else rows[:, None]

@@ -1,0 +1,296 @@
+"""The final linear layer of a module: finds it, and reads what enters it and the gradient by what leaves it."""
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_influence.data.examples import Examples
+from lightning_influence.files.arrow import read_batches, write_batches
+from lightning_influence.gradients import Reduction
+from lightning_influence.gradients.general import requiring_gradients
+from lightning_influence.module.task import Task, seed_for
+from lightning_influence.numerics.heads import Link, recognise
+from lightning_influence.types import Batch, clean
+
+_PROBED = 32
+# Of the stored rows these many are computed again: they must be those of the module, the data and the loss asked for.
+_COMPARED = 8
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Some examples at the head.
+
+    Args:
+        features: what entered, [example, dim].
+        outputs: its pre-activations, [example, class].
+        gradients: of each example's loss by its pre-activations.
+    """
+
+    features: Tensor
+    outputs: Tensor
+    gradients: Tensor
+
+    def columns(self) -> dict[str, Tensor]:
+        """By name, on CPU, in types that Arrow keeps."""
+        named = {"features": self.features, "outputs": self.outputs, "gradients": self.gradients}
+        return {name: t.cpu() if t.dtype == torch.float64 else t.float().cpu() for name, t in named.items()}
+
+    def __getitem__(self, rows: slice) -> "HeadRows":
+        return HeadRows(self.features[rows], self.outputs[rows], self.gradients[rows])
+
+
+@dataclass(frozen=True)
+class Head:
+    """The final linear layer, and how it is read; the layers before it run forward only.
+
+    Args:
+        name: of the module.
+        layer: itself.
+        task: the quiet module.
+        reduction: how a batch's loss relates to those of its examples.
+    """
+
+    name: str
+    layer: nn.Linear
+    task: Task
+    reduction: Reduction
+
+    def see(self, batch: Batch, size: int, weight: Tensor | None = None, moved: float = 0.0) -> HeadRows:
+        """One batch at the head.
+
+        Args:
+            batch: of ``size`` examples.
+            size: how many.
+            weight: another one, [class, dim], with the bias as its last column where there is one.
+            moved: add noise of this size to the pre-activations.
+
+        Raises:
+            ValueError: the head is not applied once to every example, or the loss does not depend on it.
+        """
+        spy = _Spy(self.name, size, self.layer.bias is not None, weight, moved)
+        handle = self.layer.register_forward_hook(spy)
+        try:
+            with requiring_gradients(self.task.module, ()):
+                total = self.reduction.total(self.task(self.task.to_device(batch)), size)
+        finally:
+            handle.remove()
+        features, leaf = spy.one_call()
+        if not total.requires_grad:
+            raise ValueError(
+                f"Expected a loss that depends on the linear layer `{self.name}`, got one that does not. "
+                "Name the layer whose output it is taken of: `head=`."
+            )
+        (gradient,) = torch.autograd.grad(total, leaf)
+        return HeadRows(features, leaf.detach(), gradient)
+
+    def weight(self) -> Tensor:
+        """[class, dim] as it stands, float64 on CPU, the bias as its last column."""
+        parts = [self.layer.weight] + ([] if self.layer.bias is None else [self.layer.bias[:, None]])
+        return torch.cat([p.detach().cpu().double() for p in parts], 1)
+
+    def augmented(self, features: Tensor) -> Tensor:
+        """Features in float64 on CPU, with the 1 that the bias multiplies."""
+        features = features.cpu().double()
+        return features if self.layer.bias is None else F.pad(features, (0, 1), value=1.0)
+
+    def link(self, examples: Examples) -> Link:
+        """Which loss stands behind the head, from how its gradient changes with the pre-activations.
+
+        Raises:
+            ValueError: none of the three kinds, or features or gradients that are not finite.
+        """
+        ids = _spread(len(examples), _PROBED)
+        seen = []
+        for noise in (0.0, 1.0):
+            batch = examples.some(ids)
+            seed_for(0, ids[0])
+            seen.append(self.see(batch, len(ids), moved=noise))
+            _refuse_non_finite(seen[0], ids)
+        tolerance = 1e-6 if seen[0].outputs.dtype == torch.float64 else 1e-2
+        (z, gradient), (moved, moved_gradient) = [(s.outputs.cpu(), s.gradients.cpu()) for s in seen]
+        found = recognise(z, gradient, moved, moved_gradient, tolerance)
+        if found is None:
+            raise ValueError(
+                f"Expected cross-entropy, binary cross-entropy (with logits) or a squared error of what `{self.name}` "
+                "gives, one scale for all examples, got another loss. Name another layer by `head=`, or pass `loss=`, "
+                "a callable (module, batch) -> [batch] of per-sample losses of one of these kinds."
+            )
+        return found
+
+
+class _Spy:
+    """A forward hook that keeps what entered and makes a leaf of what leaves."""
+
+    def __init__(self, name: str, size: int, bias: bool, weight: Tensor | None, moved: float) -> None:
+        self.name, self.size, self.bias, self.weight, self.moved = name, size, bias, weight, moved
+        self.calls: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        features = args[0].detach()
+        if output.ndim != 2 or len(output) != self.size:
+            raise ValueError(
+                f"Expected the linear layer `{self.name}` to give [batch, class] with a batch of {self.size}, got "
+                f"shape {tuple(output.shape)}. Representer points belong to one prediction an example; name the layer "
+                "that makes it: `head=`."
+            )
+        leaf = output.detach()
+        if self.weight is not None:
+            weight = self.weight.to(features.device)
+            inputs = features.double()
+            split = (weight[:, :-1], weight[:, -1]) if self.bias else (weight, None)
+            leaf = F.linear(inputs, *split).to(output.dtype)
+        if self.moved:
+            draw = torch.Generator().manual_seed(0)
+            leaf = leaf + self.moved * torch.randn(leaf.shape, generator=draw).to(leaf)
+        leaf = leaf.requires_grad_()
+        self.calls.append((features, leaf))
+        return leaf.clone()  # the model may write into it
+
+    def one_call(self) -> tuple[Tensor, Tensor]:
+        """What was seen.
+
+        Raises:
+            ValueError: the layer was not called once.
+        """
+        if len(self.calls) != 1:
+            raise ValueError(
+                f"Expected the linear layer `{self.name}` to be called once a batch, got {len(self.calls)} calls. "
+                "Name another layer by `head=`."
+            )
+        return self.calls[0]
+
+
+def find_head(task: Task, reduction: Reduction, examples: Examples, name: str | None) -> Head:
+    """The named linear layer, or the one that is called last.
+
+    Raises:
+        ValueError: no such layer.
+    """
+    layers = {clean(n): m for n, m in task.module.named_modules() if isinstance(m, nn.Linear)}
+    kind = type(task.module).__name__
+    if name is not None:
+        if name not in layers:
+            known = ", ".join(f"`{n}`" for n in layers) or "none"
+            raise ValueError(f"Expected `head` to name a linear layer of {kind}, got {name!r}. Its layers: {known}.")
+        return Head(name, layers[name], task, reduction)
+    called: list[str] = []
+    handles = [m.register_forward_hook(lambda *_, n=n: called.append(n)) for n, m in layers.items()]
+    try:
+        with requiring_gradients(task.module, ()):
+            task(task.to_device(examples.one(0)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not called:
+        raise ValueError(
+            f"Expected a model that ends in a linear layer (`nn.Linear`), got {kind} without one. Representer points "
+            "decompose such a layer's output; use `TracInCP()`, which needs none."
+        )
+    return Head(called[-1], layers[called[-1]], task, reduction)
+
+
+def seen_by(head: Head, examples: Examples, path: Path) -> list[HeadRows]:
+    """All training examples at the head, in batches mapped from an Arrow file, which is written where it is missing.
+
+    A file that is damaged, or that holds rows of other weights, data or another loss, is written anew.
+
+    Raises:
+        ValueError: features or gradients that are not finite.
+    """
+    if path.is_file():
+        stored = _read(path)
+        if stored is not None and _same(head, examples, stored):
+            return stored
+
+    def rows() -> Iterator[dict[str, Tensor]]:
+        for block in examples.blocks():
+            seed_for(0, block.start)
+            seen = head.see(block.batch, block.size)
+            _refuse_non_finite(seen, block.ids)
+            yield seen.columns()
+
+    write_batches(path, "features", rows(), {"head": head.name}, overwrite=True)
+    stored = _read(path)
+    if stored is None:
+        raise OSError(f"Expected to read back {str(path)!r}, which was just written, and could not.")
+    return stored
+
+
+def writable(folder: Path | None) -> tuple[Path, Any]:
+    """The folder if files can be written there, else one that lasts as long as the second value is held."""
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder, None
+        except OSError:
+            pass
+    passing = _Passing(tempfile.mkdtemp(prefix="lightning_influence_"))
+    weakref.finalize(passing, shutil.rmtree, passing.name, ignore_errors=True)
+    return Path(passing.name), passing
+
+
+@dataclass(frozen=True, eq=False)
+class _Passing:
+    """While this is held, the folder of that name lasts."""
+
+    name: str
+
+
+def _read(path: Path) -> list[HeadRows] | None:
+    try:
+        _, batches, _ = read_batches(path, ["features"])
+        return [HeadRows(b["features"], b["outputs"], b["gradients"]) for b in batches]
+    except (ValueError, KeyError):
+        return None
+
+
+def _refuse_non_finite(seen: HeadRows, ids: Sequence[int]) -> None:
+    finite = seen.features.isfinite().all(1) & seen.gradients.isfinite().all(1)
+    if not bool(finite.all()):
+        rows = [ids[row] for row in (~finite).nonzero()[:, 0].tolist()]
+        raise ValueError(
+            f"Expected finite features and losses, got NaN or infinity for training examples {rows[:10]!r}. "
+            "Repair them, or leave them out of the training data."
+        )
+
+
+def _same(head: Head, examples: Examples, stored: list[HeadRows]) -> bool:
+    """Whether a few examples, seen again, are as stored."""
+    if sum(len(s.features) for s in stored) != len(examples):
+        return False
+    ids = _spread(len(examples), _COMPARED)
+    batch = examples.some(ids)
+    seed_for(0, ids[0])
+    now = head.see(batch, len(ids)).columns()
+    for name, found in now.items():
+        columns = [getattr(s, name) for s in stored]
+        then = torch.stack([_row(columns, i) for i in ids])
+        tolerance = 1e-9 if found.dtype == torch.float64 else 1e-3
+        if then.shape != found.shape or then.dtype != found.dtype:
+            return False
+        if float((then - found).abs().max()) > tolerance * max(float(found.abs().max()), 1e-30):
+            return False
+    return True
+
+
+def _row(batches: list[Tensor], i: int) -> Tensor:
+    for batch in batches:
+        if i < len(batch):
+            return batch[i]
+        i -= len(batch)
+    raise IndexError(i)
+
+
+def _spread(n: int, count: int) -> list[int]:
+    count = min(n, count)
+    return sorted({round(i * (n - 1) / max(1, count - 1)) for i in range(count)})

@@ -1,0 +1,284 @@
+"""Per-sample gradients of a weight matrix as sums of outer products, never built until that is cheaper."""
+
+import builtins
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_influence.gradients.dense_rows import DenseRows
+from lightning_influence.gradients.part import Part, one_row_per_example
+from lightning_influence.numerics.projections import Kronecker, Sketch
+
+# Elements that one intermediate may hold: small enough to stay in the last-level cache of a CPU and below the size
+# from which malloc maps fresh pages for every allocation (32 MiB), large enough for a full-speed matrix product.
+WORKSPACE = 2**21
+# An element-wise pass over an intermediate costs about this many multiply-adds of a matrix product per element.
+TRAFFIC = 12
+
+
+@dataclass(frozen=True, eq=False)
+class OuterProducts(Part):
+    r"""The gradient of example n is :math:`\sum_t g_{nt} a_{nt}^\top`, and :math:`\sum_t g_{nt}` for the bias.
+
+    Args:
+        source: what entered the layer, [example, position, in]; or what ``patches`` makes that of.
+        outputs: gradients of the per-sample loss by what left it, [example, position, out].
+        shape: the weight's own shape.
+        bias: whether a bias is part of this (it costs one addition in a factored inner product).
+        transposed: whether the weight is stored [in, out] instead of [out, in].
+        patches: unfolds ``source`` into [example, position, in], when and for as many examples as needed.
+        factor: one multiplier an example, or None for ones. Kept apart so that scaling costs nothing.
+    """
+
+    source: Tensor
+    outputs: Tensor
+    shape: tuple[int, ...]
+    bias: bool = False
+    transposed: bool = False
+    patches: Callable[[Tensor], Tensor] | None = None
+    factor: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.outputs)
+
+    @cached_property
+    def inputs(self) -> Tensor:
+        """[example, position, in]."""
+        return self.source if self.patches is None else self.patches(self.source)
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        width_out = self.outputs.shape[2]
+        return self.outputs.shape[1], math.prod(self.shape) // width_out, width_out
+
+    @property
+    def like(self) -> Tensor:
+        """Any tensor of this part: its dtype and device."""
+        return self.outputs
+
+    def slice(self, rows: slice) -> "OuterProducts":
+        """The same for some of the examples."""
+        factor = None if self.factor is None else self.factor[rows]
+        return replace(self, source=self.source[rows], outputs=self.outputs[rows], factor=factor)
+
+    def scaled(self, factor: Tensor) -> "OuterProducts":
+        """Each example's gradient times its own number."""
+        return replace(self, factor=factor if self.factor is None else self.factor * factor)
+
+    # ---- the gradient itself ------------------------------------------------------------------------------------
+
+    def _weight_rows(self) -> Tensor:
+        """[example, in x out]: the sum of outer products, written out."""
+        left, right = (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
+        rows = torch.bmm(left.transpose(1, 2), right).flatten(1)
+        return rows if self.factor is None else rows.mul_(one_row_per_example(self.factor, rows))
+
+    @cached_property
+    def _bias_rows(self) -> Tensor:
+        rows = self.outputs.sum(1)
+        return rows if self.factor is None else rows * self.factor[:, None]
+
+    @cached_property
+    def _query_rows(self) -> Tensor:
+        """The written-out rows of a block that many others are multiplied with: built once."""
+        return self._weight_rows()
+
+    def dense(self) -> tuple[Tensor, ...]:
+        """[example, *weight shape] and, with a bias, [example, out]."""
+        weight = self._weight_rows().view(len(self), *self.shape)
+        return (weight, self._bias_rows) if self.bias else (weight,)
+
+    # ---- inner products -----------------------------------------------------------------------------------------
+
+    def accumulate_dot(self, other: Part, out: Tensor) -> None:
+        """``out[i, j] += <gradient i of self, gradient j of other>``; the cheaper contraction is chosen by counting."""
+        if not isinstance(other, OuterProducts):
+            other.accumulate_dot(self, out.T)
+            return
+        if self.factor is not None or other.factor is not None:
+            product = out.new_zeros(out.shape)
+            replace(self, factor=None).accumulate_dot(replace(other, factor=None), product)
+            for factor, shape in ((self.factor, (-1, 1)), (other.factor, (1, -1))):
+                if factor is not None:
+                    product *= factor.view(shape).to(product)
+            out += product
+            return
+        if self.outputs.shape[1] == other.outputs.shape[1] == 1:
+            self._accumulate_single(other, out)
+        elif self._prefers_rows(len(self), other):
+            self._accumulate_rows(other, out)
+        else:
+            self._accumulate_pairs(other, out)
+
+    def _accumulate_single(self, other: "OuterProducts", out: Tensor) -> None:
+        product = self.inputs[:, 0] @ other.inputs[:, 0].T
+        if self.bias:
+            product += 1
+        out.addcmul_(product, self.outputs[:, 0] @ other.outputs[:, 0].T)
+
+    def _prefers_rows(self, n_queries: int, other: "OuterProducts") -> bool:
+        s, width_in, width_out = self._sizes
+        t = other.outputs.shape[1]
+        pairs = n_queries * s * t * (width_in + width_out + TRAFFIC)
+        rows = width_in * width_out * (t + n_queries + TRAFFIC)
+        return rows <= pairs
+
+    def _chunks(self, elements: int) -> "Iterator[tuple[builtins.slice, OuterProducts]]":
+        step = max(1, WORKSPACE // max(1, elements))
+        for start in range(0, len(self), step):
+            rows = slice(start, min(start + step, len(self)))
+            yield rows, self.slice(rows)
+
+    def _accumulate_rows(self, other: "OuterProducts", out: Tensor) -> None:
+        queries = self._query_rows
+        _, width_in, width_out = self._sizes
+        for columns, part in other._chunks(width_in * width_out):
+            out[:, columns].addmm_(queries, part._weight_rows().T)
+        if self.bias:
+            out.addmm_(self._bias_rows, other._bias_rows.T)
+
+    def _accumulate_pairs(self, other: "OuterProducts", out: Tensor) -> None:
+        s, m = self.outputs.shape[1], len(self)
+        inputs, outputs = self.inputs.flatten(0, 1), self.outputs.flatten(0, 1)
+        for columns, part in other._chunks(m * s * other.outputs.shape[1]):
+            product = inputs @ part.inputs.flatten(0, 1).T
+            if self.bias:
+                product += 1
+            product *= outputs @ part.outputs.flatten(0, 1).T
+            summed = product.view(m, s, -1).sum(1) if s > 1 else product
+            out[:, columns] += summed.view(m, len(part), -1).sum(-1)
+
+    def norm2(self) -> Tensor:
+        """[example]: squared length of each example's gradient."""
+        t, width_in, width_out = self._sizes
+        if len(self) == 0:
+            norms = self.outputs.new_zeros(0)
+        elif t == 1:
+            norms = self.inputs[:, 0].square().sum(1)
+            norms = (norms + 1 if self.bias else norms) * self.outputs[:, 0].square().sum(1)
+        elif t * (width_in + width_out + TRAFFIC) < width_in * width_out * (1 + TRAFFIC / t):
+            norms = torch.cat([part._norm2_pairs() for _, part in self._chunks(2 * t * t)])
+        else:
+            norms = torch.cat([part._norm2_rows() for _, part in self._chunks(width_in * width_out)])
+        return norms if self.factor is None else norms * self.factor.square()
+
+    def _norm2_pairs(self) -> Tensor:
+        product = torch.bmm(self.inputs, self.inputs.transpose(1, 2))
+        if self.bias:
+            product += 1
+        return (product * torch.bmm(self.outputs, self.outputs.transpose(1, 2))).sum((1, 2))
+
+    def _norm2_rows(self) -> Tensor:
+        plain = replace(self, factor=None)
+        rows = plain._weight_rows()
+        norms = torch.linalg.vecdot(rows, rows)
+        return norms + plain._bias_rows.square().sum(1) if self.bias else norms
+
+    def times(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[example]: inner product of each example's gradient with one parameter-shaped vector."""
+        matrix = vectors[0].reshape(self.shape[0], -1)
+        matrix = matrix if self.transposed else matrix.T
+        result = ((self.inputs @ matrix) * self.outputs).sum((1, 2))
+        if self.bias:
+            result = result + self.outputs.sum(1) @ vectors[1]
+        return result if self.factor is None else result * self.factor
+
+    def against(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[vector, example]: the rows written out, or the vectors times the inputs first, whichever is cheaper."""
+        t, width_in, width_out = self._sizes
+        n_vectors = len(vectors[0])
+        rows = width_in * width_out * (t + n_vectors + TRAFFIC)
+        if rows <= n_vectors * t * width_out * (width_in + TRAFFIC):
+            flat = vectors[0].reshape(n_vectors, -1)
+            tiles = [flat @ part._weight_rows().T for _, part in self._chunks(width_in * width_out)]
+            product = torch.cat(tiles, 1) if tiles else flat.new_zeros(n_vectors, 0)
+            return product + vectors[1] @ self._bias_rows.T if self.bias else product
+        matrices = vectors[0].reshape(n_vectors, self.shape[0], -1)
+        matrices = (matrices.transpose(1, 2) if self.transposed else matrices).reshape(n_vectors * width_out, width_in)
+        tiles = [part._against(matrices, n_vectors) for _, part in self._chunks(t * n_vectors * width_out)]
+        product = torch.cat(tiles, 1) if tiles else matrices.new_zeros(n_vectors, 0)
+        if self.bias:
+            product += vectors[1] @ self.outputs.sum(1).T
+        return product if self.factor is None else product * self.factor.to(product)
+
+    def _against(self, matrices: Tensor, n_vectors: int) -> Tensor:
+        """[vector, example] without bias and factor: ``matrices`` [vector x out, in] times the inputs first."""
+        t, _, width_out = self._sizes
+        carried = (self.inputs.flatten(0, 1) @ matrices.T).view(-1, n_vectors, width_out)
+        product = torch.bmm(carried, self.outputs.flatten(0, 1)[:, :, None])
+        return product.view(len(self), t, n_vectors).sum(1).T
+
+    def total(self) -> tuple[Tensor, ...]:
+        """The sum over the examples, parameter-shaped: one matrix product over all positions."""
+        left, right = self._scaled_outputs().flatten(0, 1), self.inputs.flatten(0, 1)
+        weight = (right.T @ left if self.transposed else left.T @ right).view(self.shape)
+        return (weight, left.sum(0)) if self.bias else (weight,)
+
+    def squares(self) -> tuple[Tensor, ...]:
+        """The sum over the examples of squared entries, parameter-shaped."""
+        _, width_in, width_out = self._sizes
+        if self.outputs.shape[1] == 1:
+            left, right = self._scaled_outputs()[:, 0].square(), self.inputs[:, 0].square()
+            weight = right.T @ left if self.transposed else left.T @ right
+        else:
+            rows = (part._weight_rows().square().sum(0) for _, part in self._chunks(width_in * width_out))
+            weight = sum(rows, self.outputs.new_zeros(width_in * width_out))
+        weight = weight.reshape(self.shape)
+        return (weight, self._bias_rows.square().sum(0)) if self.bias else (weight,)
+
+    # ---- bookkeeping --------------------------------------------------------------------------------------------
+
+    def query_bytes(self, n_queries: int) -> int:
+        """Bytes that one example takes when its block stands on the query side."""
+        t, width_in, width_out = self._sizes
+        written_out = width_in * width_out if t > 1 and self._prefers_rows(n_queries, self) else 0
+        return (t * (width_in + width_out) + written_out) * self.outputs.element_size()
+
+    def stored_bytes(self) -> int:
+        """Bytes of what entered, before it is unfolded, and of the output gradients."""
+        return (self.source.numel() + self.outputs.numel()) * self.outputs.element_size()
+
+    def joined(self, other: Part) -> Part | None:
+        """Two uses of one weight are one sum over the positions of both."""
+        if not isinstance(other, OuterProducts) or (self.bias, self.transposed) != (
+            other.bias,
+            other.transposed,
+        ):
+            return None
+        inputs = torch.cat([self.inputs, other.inputs], 1)
+        outputs = torch.cat([self._scaled_outputs(), other._scaled_outputs()], 1)
+        return replace(self, source=inputs, outputs=outputs, patches=None, factor=None)
+
+    def _scaled_outputs(self) -> Tensor:
+        return self.outputs if self.factor is None else self.outputs * one_row_per_example(self.factor, self.outputs)
+
+    def each(self) -> tuple[Part, ...]:
+        """The weight's outer products, and the bias written out."""
+        return (replace(self, bias=False), DenseRows((self._bias_rows,))) if self.bias else (self,)
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shape of the weight, and of the bias."""
+        return (self.shape, (self.outputs.shape[2],)) if self.bias else (self.shape,)
+
+    def projected(self, sketches: Sequence[Sketch]) -> tuple[Part, ...]:
+        """Outer products of projected factors, and the bias; the rows where the sketch has no sides."""
+        weight, sketch = replace(self, bias=False), sketches[0]
+        bias = DenseRows((self._bias_rows,)).projected(sketches[1:]) if self.bias else ()
+        if not isinstance(sketch, Kronecker):
+            chunks = [sketch.rows(part.dense()[0]) for _, part in weight._chunks(math.prod(self.shape))]
+            return (DenseRows((torch.cat(chunks),)), *bias)
+        of_inputs, of_outputs = sketch.on_right, sketch.on_left
+        if self.transposed:
+            of_inputs, of_outputs = of_outputs, of_inputs
+        inputs, outputs = of_inputs(self.inputs), of_outputs(self.outputs)
+        shape = (outputs.shape[2], inputs.shape[2])
+        shape = shape[::-1] if self.transposed else shape
+        return (replace(weight, source=inputs, outputs=outputs, shape=shape, patches=None), *bias)
+
+    def finite(self) -> Tensor:
+        """[example]: whether every number is finite."""
+        return self.outputs.isfinite().flatten(1).all(1) & self.source.isfinite().flatten(1).all(1)

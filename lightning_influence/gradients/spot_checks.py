@@ -1,0 +1,139 @@
+"""Spot checks while scoring: what a block gave for an example, against a backward pass of that example alone."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_influence.gradients.block import Gradients
+
+# Operations by which examples may change places or leave: which positions they are is data.
+_REORDERS = frozenset(
+    getattr(owner, name)
+    for owner in (torch, torch.Tensor)
+    for name in ("sort", "argsort", "topk", "nonzero", "index_select", "index_add", "masked_select", "unique")
+)
+
+
+_COUNTS = frozenset(
+    getattr(owner, name) for owner in (torch, Tensor) for name in ("sum", "mean", "count_nonzero", "unbind")
+)
+_SCALES = frozenset(
+    [getattr(owner, name) for owner in (torch, Tensor) for name in ("div", "true_divide", "divide", "mul", "multiply")]
+    + [Tensor.__truediv__, Tensor.__mul__, Tensor.__rmul__, Tensor.div_, Tensor.mul_]
+)
+_READS = frozenset({Tensor.item, Tensor.tolist, Tensor.__int__, Tensor.__float__})
+
+
+class SuspectRows:
+    """Notes in one forward pass what the self-check's few examples may not have shown.
+
+    Args:
+        examples: in the block.
+    """
+
+    def __init__(self, examples: int) -> None:
+        self.examples = examples
+        self.rows: set[int] = set()
+        self._counted: set[int] = set()  # of a batch-wide count, where examples differ: it may be a denominator
+
+    def __call__(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Is shown every call."""
+        if func is torch.Tensor.__getitem__:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            for i in index:
+                if isinstance(i, Tensor) and i.ndim > 0:
+                    self._reordered(i)
+        elif func in _REORDERS:
+            self._reordered(*args[1:2])
+        elif func is F.cross_entropy or func is F.nll_loss:
+            self._weighed(*args, **kwargs)
+        elif func in _COUNTS:
+            self._count(*args, **kwargs)
+        elif self._counted and (func in _READS or (func in _SCALES and _by_one_number(args))):
+            self.rows |= self._counted
+
+    def _reordered(self, by: Any = None) -> None:
+        self.rows |= {0, self.examples - 1}
+        if isinstance(by, Tensor) and by.dtype is torch.bool:
+            self.rows |= self._unlike(by)
+
+    def _count(self, input: Any, dim: Any = None, *_: Any, **options: Any) -> None:
+        """A sum over the whole batch that no gradient goes through."""
+        if isinstance(input, Tensor) and not input.requires_grad and not input.is_complex():
+            over = [] if dim is None else dim if isinstance(dim, (list, tuple)) else [dim]
+            if not over or len(over) == input.ndim:
+                self._counted |= self._unlike(input)
+
+    def _unlike(self, each: Tensor) -> set[int]:
+        """The examples with the smallest and the largest sum, where these differ; examples stand first or last."""
+        if not each.numel() or each.numel() % self.examples:
+            return set()
+        first, last = each.reshape(self.examples, -1).sum(1), each.reshape(-1, self.examples).sum(0)
+        if not bool((first != first[0]).any()):
+            return set()
+        if len(each) != self.examples and not bool((last != last[0]).any()):
+            return set()
+        return {int(first.argmin()), int(first.argmax())}
+
+    def _weighed(
+        self,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        """Targets that do not count: as many in every example, or else a mean over the batch weighs examples apart."""
+        if reduction != "mean" or target.is_floating_point() or not target.numel() or target.numel() % self.examples:
+            return
+        self.rows |= self._unlike(target == ignore_index)
+
+
+def _by_one_number(operands: Sequence[Any]) -> bool:
+    """Whether a tensor with a gradient is multiplied with, or divided by, a tensor of one number without."""
+    tensors = [t for t in operands if isinstance(t, Tensor)]
+    return any(t.requires_grad for t in tensors) and any(t.numel() == 1 and not t.requires_grad for t in tensors)
+
+
+def agrees(row: Tensor | None, truth: Tensor, largest: Tensor) -> bool:
+    """Whether one parameter's gradient is right, given the largest entry of the example's gradient by any parameter.
+
+    A parameter whose gradient is zero but for rounding (a bias in front of a normalisation) is compared with that.
+    """
+    if row is None or not truth.numel():
+        return not bool(truth.any())
+    tolerance, floor = {torch.float64: (1e-9, 1e-13), torch.float32: (2e-4, 1e-6)}.get(truth.dtype, (5e-2, 1e-2))
+    allowed = tolerance * truth.abs().max() + floor * largest
+    return bool((row - truth).abs().max() <= allowed + torch.finfo(truth.dtype).tiny)
+
+
+def largest_entry(gradients: Iterable[Tensor]) -> Tensor:
+    """Of one example's gradient by all parameters."""
+    return torch.stack([g.abs().max().double() for g in gradients if g.numel()]).max()
+
+
+def refuse_difference(gradients: Gradients, row: int, truth: Mapping[str, Tensor], example: int) -> None:
+    """Raises where an example's gradient in its block is not that of the example alone.
+
+    Raises:
+        ValueError: it is another; names the parameter and the ways out.
+    """
+    if not all(bool(g.isfinite().all()) for g in truth.values()):
+        return  # the driver names every such example
+    mine = gradients.slice(slice(row, row + 1)).dense()
+    largest = largest_entry(truth.values())
+    for name, true in truth.items():
+        found = mine[name][0] if name in mine else None
+        if not agrees(found, true, largest):
+            raise ValueError(
+                f"Expected example {example} to weigh in its batch as it does alone, got another gradient for "
+                f"`{name}`. Something in this batch differs from the examples of the self-check: means over tokens "
+                "of the whole batch, or examples that change places inside the model. Pass `loss=`, a callable "
+                "(module, batch) -> [batch] of per-sample losses, or `batch_size=1`."
+            )

@@ -1,0 +1,92 @@
+"""A parameter used in unlike ways (an embedding table that is also the output layer): a sum of unlike parts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_influence.gradients.part import Part
+from lightning_influence.numerics.projections import Sketch
+
+# Examples per block when squared lengths are read off the diagonal of a block's own inner products.
+_DIAGONAL = 8
+
+
+@dataclass(frozen=True, eq=False)
+class SumOfParts(Part):
+    """The sum of ``terms``, which stay in their own forms."""
+
+    terms: tuple[Part, ...]
+
+    def __len__(self) -> int:
+        return len(self.terms[0])
+
+    @property
+    def like(self) -> Tensor:
+        """Any tensor of this part: its dtype and device."""
+        return self.terms[0].like
+
+    def slice(self, rows: slice) -> "SumOfParts":
+        """The same for some of the examples."""
+        return SumOfParts(tuple(term.slice(rows) for term in self.terms))
+
+    def scaled(self, factor: Tensor) -> "SumOfParts":
+        """Each example's gradient times its own number."""
+        return SumOfParts(tuple(term.scaled(factor) for term in self.terms))
+
+    def dense(self) -> tuple[Tensor, ...]:
+        """[example, *shape]."""
+        return (torch.stack([term.dense()[0] for term in self.terms]).sum(0),)
+
+    def accumulate_dot(self, other: Part, out: Tensor) -> None:
+        """``out[i, j] += <gradient i of self, gradient j of other>``."""
+        for mine in self.terms:
+            for theirs in other.terms if isinstance(other, SumOfParts) else (other,):
+                mine.accumulate_dot(theirs, out)
+
+    def norm2(self) -> Tensor:
+        """[example]: squared length of each example's gradient."""
+        norms = []
+        for start in range(0, len(self), _DIAGONAL):
+            block = self.slice(slice(start, start + _DIAGONAL))
+            product = self.like.new_zeros(len(block), len(block))
+            block.accumulate_dot(block, product)
+            norms.append(product.diagonal())
+        return torch.cat(norms) if norms else self.like.new_zeros(0)
+
+    def times(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[example]: inner product of each example's gradient with one parameter-shaped vector."""
+        return torch.stack([term.times(vectors) for term in self.terms]).sum(0)
+
+    def total(self) -> tuple[Tensor, ...]:
+        """The sum over the examples, parameter-shaped."""
+        return (torch.stack([term.total()[0] for term in self.terms]).sum(0),)
+
+    def query_bytes(self, n_queries: int) -> int:
+        """Bytes that one example takes when its block stands on the query side."""
+        return sum(term.query_bytes(n_queries) for term in self.terms)
+
+    def joined(self, other: Part) -> "Part | None":
+        """One more term, merged with a like one where there is one."""
+        for i, term in enumerate(self.terms):
+            merged = term.joined(other)
+            if merged is not None:
+                return SumOfParts((*self.terms[:i], merged, *self.terms[i + 1 :]))
+        return SumOfParts((*self.terms, other))
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shape of the parameter."""
+        return self.terms[0].shapes()
+
+    def projected(self, sketches: Sequence[Sketch]) -> tuple[Part, ...]:
+        """Each term under the parameter's sketch."""
+        terms = [term.projected(sketches)[0] for term in self.terms]
+        summed: Part = terms[0]
+        for term in terms[1:]:
+            summed = summed.joined(term) or SumOfParts((summed, term))
+        return (summed,)
+
+    def finite(self) -> Tensor:
+        """[example]: whether every number is finite."""
+        return torch.stack([term.finite() for term in self.terms]).all(0)

@@ -1,0 +1,100 @@
+"""What a forward pass may leave behind in a module: attributes, containers, tensors written in place."""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from functools import cache
+from operator import is_
+from typing import Any
+
+from torch import Tensor, nn
+
+# Above this many elements a copy of a tensor costs too much memory.
+_LARGE = 2**26
+
+
+class ModuleSnapshot:
+    """Remembers the attributes and buffers of every submodule, and puts them back.
+
+    Lists, dicts, sets and deques are followed however deep they are nested; other objects are the user's own affair.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._attributes = [(m, dict(m.__dict__)) for m in module.modules()]
+        self._containers: list[tuple[Any, Any]] = []
+        found: dict[int, Tensor] = {}
+        seen: set[int] = set()
+        for _, attributes in self._attributes:
+            for name, value in attributes.items():
+                if _is_hooks(name):
+                    continue
+                if isinstance(value, Tensor):
+                    found[id(value)] = value
+                elif isinstance(value, (list, tuple, dict, set, deque)):
+                    for inner in self._follow(value, seen):
+                        found[id(inner)] = inner
+        tensors = [t for t in found.values() if not t.is_inference() and not isinstance(t, nn.Parameter)]
+        self._tensors = [(t, t._version, None if t.numel() > _LARGE else t.detach().clone()) for t in tensors]
+
+    def _follow(self, container: Any, seen: set[int]) -> Iterator[Tensor]:
+        """Remembers a container and those inside; yields the tensors in them."""
+        if id(container) in seen:
+            return
+        seen.add(id(container))
+        if not isinstance(container, tuple):
+            self._containers.append((container, container.copy()))
+        for value in container.values() if isinstance(container, Mapping) else container:
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, (list, tuple, dict, set, deque)):
+                yield from self._follow(value, seen)
+
+    def restore(self) -> None:
+        """Puts everything back that is not as it was.
+
+        Raises:
+            RuntimeError: a tensor too large to be copied was written in place.
+        """
+        for module, attributes in self._attributes:
+            now = module.__dict__
+            if not _same(now, attributes):
+                now.clear()
+                now.update(attributes)
+        for container, content in self._containers:
+            _refill(container, content)
+        for i, (tensor, version, value) in enumerate(self._tensors):
+            if tensor._version != version:
+                if value is None:
+                    raise RuntimeError(
+                        f"Expected the forward pass in eval mode to leave large buffers alone, got one of shape "
+                        f"{tuple(tensor.shape)} written in place. Write into it only while `self.training`."
+                    )
+                tensor.data.copy_(value)
+                self._tensors[i] = (tensor, tensor._version, value)
+
+
+@cache
+def _is_hooks(name: str) -> bool:
+    return name.endswith("_hooks") or "_hooks_" in name or name == "_modules"
+
+
+def _same(mine: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
+    """Whether both hold the very same objects; asked after every forward pass, hence the loops in C."""
+    if len(mine) != len(other):
+        return False
+    if all(map(is_, mine.values(), other.values())) and all(map(is_, mine, other)):
+        return True
+    return all(mine.get(key, mine) is value for key, value in other.items())  # in another order
+
+
+def _refill(container: Any, content: Any) -> None:
+    if isinstance(content, dict):
+        if _same(container, content):
+            return
+    elif len(container) == len(content):
+        if isinstance(content, set):
+            if container == content:
+                return
+        elif all(map(is_, container, content)):
+            return
+    container.clear()
+    (container.extend if isinstance(container, (list, deque)) else container.update)(content)

@@ -1,0 +1,319 @@
+"""A LightningModule as a function of (weights, batch): quiet, in eval mode, and as it was afterwards."""
+
+import contextlib
+import copy
+import functools
+import inspect
+import logging
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lightning_influence.module.precision import full_precision, plain_checkpointing
+from lightning_influence.module.snapshot import ModuleSnapshot
+from lightning_influence.module.trainer_state import clock_restored, set_clock, silent_loggers, training_stage
+from lightning_influence.types import Batch, clean, foreign
+
+Loss = Callable[[Any, Batch], Tensor]
+"""``loss(module, batch) -> [batch]``: per-sample losses."""
+
+
+class Lossless(TypeError):
+    """``training_step`` returned None: Lightning leaves such a batch out."""
+
+
+class Task:
+    """What a LightningModule computes, inside ``quiet``: its loss on a batch, at weights of one's choice.
+
+    Args:
+        module: the user's LightningModule, already silenced and in eval mode.
+        loss: per-sample losses, or None for ``training_step``.
+        device: where batches go.
+        trainer: for batch transfer and true-precision plugins; None: ``module`` alone.
+    """
+
+    def __init__(self, module: nn.Module, loss: Loss | None, device: torch.device, trainer: Any) -> None:
+        self.module = module
+        self.loss = loss
+        self.device = device
+        self.trainer = trainer
+        self._loss_of: Callable[[Batch], Any] = _step_of(module) if loss is None else functools.partial(loss, module)
+        self._parameters = {clean(name): p for name, p in module.named_parameters()}
+        self._buffers = [
+            (f"{clean(name)}.{key}" if name else key, part._buffers, key)
+            for name, part in module.named_modules()
+            for key in part._buffers
+        ]
+        self._untouched = [ModuleSnapshot(module)]  # shared by the tasks of one module
+        self.on_forward: Callable[[], Any] | None = None
+        """Called after a forward pass, before what it left in the module is taken away."""
+
+    def measuring(self, loss: Loss) -> "Task":
+        """The same module at the same weights, now and after every ``load``, with another loss."""
+        other = Task(self.module, loss, self.device, self.trainer)
+        other._untouched = self._untouched
+        return other
+
+    # ---- weights --------------------------------------------------------------------------------------------------
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter by its clean name, tied ones once."""
+        return self._parameters
+
+    def named_buffers(self) -> dict[str, Tensor]:
+        """Every buffer by its clean name, shared ones once."""
+        found: dict[int, tuple[str, Tensor]] = {}
+        for name, owner, key in self._buffers:
+            buffer = owner.get(key)
+            if buffer is not None:
+                found.setdefault(id(buffer), (name, buffer))
+        return dict(found.values())
+
+    def load(
+        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], step: int = -1, epoch: int = -1
+    ) -> None:
+        """Puts other weights in place. ``quiet`` puts the user's own back: the very tensors, never a copy of them.
+
+        ``self.global_step`` and ``self.current_epoch`` are those of the weights where ``step`` and ``epoch`` are given.
+        """
+        set_clock(self.module, step, epoch)
+        for name, parameter in self.named_parameters().items():
+            if name in parameters:
+                parameter.data = parameters[name].to(device=self.device, dtype=parameter.dtype)
+        for name, buffer in self.named_buffers().items():
+            if name in buffers:
+                buffer.data = buffers[name].to(device=self.device, dtype=buffer.dtype).clone()
+        self.remember()
+
+    def remember(self) -> None:
+        """From now on the module is put back, after a forward pass, to how it stands here: its modes, its buffers."""
+        self._untouched[0] = ModuleSnapshot(self.module)
+
+    # ---- the loss -------------------------------------------------------------------------------------------------
+
+    def to_device(self, batch: Batch) -> Batch:
+        """The batch as Lightning would hand it to ``training_step``, in containers of its own."""
+        batch = tree_map(lambda leaf: copy.copy(leaf) if foreign(leaf) else leaf, batch)
+        if self.trainer is not None and not _is_lower(self.trainer):
+            batch = self.trainer.precision_plugin.convert_input(batch)
+        batch = tree_map(lambda leaf: leaf.float() if is_half(leaf) else leaf, batch)
+        module: Any = self.module
+        if not hasattr(module, "_apply_batch_transfer_handler"):
+            return batch
+        owner = module._trainer
+        with training_stage(module):
+            if owner is not None and getattr(owner._data_connector, "_datahook_selector", True) is None:
+                # a Trainer that has never run does not know whose hooks to call: the module's own
+                batch = module.on_before_batch_transfer(batch, 0)
+                return module.on_after_batch_transfer(module.transfer_batch_to_device(batch, self.device, 0), 0)
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            return module._apply_batch_transfer_handler(batch, device=self.device, dataloader_idx=0)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The loss on a batch: a scalar of ``training_step``, or [batch] of ``loss=``. Leaves no trace."""
+        try:
+            with self._precision(), training_stage(self.module):
+                output = self._loss_of(batch)
+            if self.on_forward is not None:
+                self.on_forward()
+        finally:
+            self._untouched[0].restore()
+        if isinstance(output, Mapping):
+            output = output.get("loss")
+        if not isinstance(output, Tensor):
+            source = "`loss=`" if self.loss is not None else "`training_step`"
+            raise (Lossless if output is None else TypeError)(
+                f"Expected {source} to return a tensor (or a dict with 'loss'), got {type(output).__name__}. "
+                "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
+            )
+        if self.loss is None and output.numel() != 1:
+            raise ValueError(
+                f"Expected `training_step` to return a scalar loss, got shape {tuple(output.shape)}. "
+                "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
+            )
+        if self.loss is not None and output.ndim != 1:
+            raise ValueError(f"Expected `loss=` to return per-sample losses [batch], got shape {tuple(output.shape)}.")
+        return output
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if self.trainer is None or _is_lower(self.trainer):
+            return contextlib.nullcontext()
+        return self.trainer.precision_plugin.forward_context()
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The LightningModule inside ``torch.compile``'s wrapper."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _is_lower(trainer: Any) -> bool:
+    """Whether the Trainer computes in less than float32, which would cost scores three digits and more."""
+    precision = str(getattr(trainer.precision_plugin, "precision", ""))
+    return "mixed" in precision or precision in (
+        "16-true",
+        "bf16-true",
+        "transformer-engine",
+        "transformer-engine-float16",
+    )
+
+
+def is_half(tensor: Any) -> bool:
+    """Whether this is a tensor of 16 bits a number."""
+    return isinstance(tensor, Tensor) and tensor.dtype in (torch.float16, torch.bfloat16)
+
+
+def _step_of(module: nn.Module) -> Callable[[Batch], Any]:
+    """``training_step`` as a function of the batch alone."""
+    context = getattr(module, "_compiler_ctx", None)  # `torch.compile(module)` replaced the step by a compiled one
+    step = context["original_training_step"] if context else getattr(module, "training_step", None)
+    if step is None:
+        raise TypeError(f"Expected a LightningModule with a `training_step`, got {type(module).__name__}.")
+    if getattr(module, "automatic_optimization", True) is False:
+        raise ValueError(
+            "Expected a `training_step` that returns its loss, got manual optimization in "
+            f"{type(module).__name__}: its step moves the weights itself. Pass `loss=`, a callable (module, batch) -> "
+            "[batch] of per-sample losses."
+        )
+    return (lambda batch: step(batch, 0)) if _takes_index(step) else step
+
+
+def _takes_index(step: Callable[..., Any]) -> bool:
+    """Whether there is a second argument, whatever its name: Lightning passes the batch's index by position."""
+    parameters = inspect.signature(step).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+
+
+@contextlib.contextmanager
+def quiet(module: nn.Module, loss: Loss | None = None, trainer: Any = None, evaluate: bool = True) -> Iterator[Task]:
+    """Yields ``module`` as a ``Task`` on the trainer's accelerator; everything touched is put back, whatever happens.
+
+    Inside: eval mode (or, with ``evaluate=False``, the modes it has), gradients enabled, ``self.log`` and the loggers
+    silent, full float32 precision. Afterwards: weights (the same tensors), buffers, attributes, metric states, modes,
+    ``requires_grad``, device and random state are as before.
+    """
+    module = unwrapped(module)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(isolated_random_state())
+        stack.enter_context(full_precision())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(plain_checkpointing())
+        stack.enter_context(_restored(module))
+        device = _enter_device(module, trainer)
+        if trainer is not None:
+            stack.enter_context(silent_loggers(trainer))
+        _attach(module, trainer)
+        stack.enter_context(clock_restored(module))
+        _silence(module)
+        if evaluate:
+            module.eval()
+        else:  # normalisations write into their statistics, without a trace in the tensors' versions
+            for buffer in module.buffers():
+                buffer.data = buffer.data.clone()
+        yield Task(module, loss, device, trainer)
+
+
+@contextlib.contextmanager
+def isolated_random_state() -> Iterator[None]:
+    """Whatever is drawn inside, the random states of torch, NumPy and Python are as before."""
+    numpy = sys.modules.get("numpy")
+    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        if numpy is not None and states[2] is not None:
+            numpy.random.set_state(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def seed_for(seed: int, example: int) -> None:
+    """One random state an example, so that two calls agree even with random transforms."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + (example + 1) * 0xD1B54A32D192ED03) % 2**63
+    # Not `torch.manual_seed`: it queues a call with a stack trace for every kind of device that is not there (1 ms).
+    torch.default_generator.manual_seed(mixed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(mixed)
+    random.seed(mixed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(mixed % 2**32)
+
+
+@contextlib.contextmanager
+def _restored(module: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for m in module.modules()]
+    attributes = ModuleSnapshot(module)
+    tensors = [(t, t.data, t.requires_grad) for t in (*module.parameters(), *module.buffers())]
+    for m in module.modules():
+        if (
+            isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
+        ):  # a look-up shortens the rows of its table in place
+            m.weight.data = m.weight.data.clone()
+    try:
+        yield
+    finally:
+        for tensor, data, required in tensors:
+            tensor.data = data
+            tensor.requires_grad_(required)
+        attributes.restore()
+        for m, mode in modes:
+            m.training = mode
+
+
+def _enter_device(module: nn.Module, trainer: Any) -> torch.device:
+    """Where scoring runs, in float32 at least. Moves by replacing data: going back is putting the old tensors back."""
+    first = next(iter((*module.parameters(), *module.buffers())), None)
+    here = torch.device("cpu") if first is None else first.device
+    device: torch.device = here if trainer is None else trainer.strategy.root_device
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device != device or is_half(tensor):
+            tensor.data = tensor.data.to(device, torch.float32 if is_half(tensor) else tensor.dtype)
+    return device
+
+
+def _attach(module: Any, trainer: Any) -> None:
+    if trainer is not None and hasattr(module, "_trainer") and module._trainer is None:
+        module.trainer = trainer
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Stands in for ``self.log`` and its like."""
+
+
+def _silence(module: nn.Module) -> None:
+    for part in module.modules():
+        if hasattr(type(part), "log_dict") and hasattr(type(part), "training_step"):
+            for name in ("log", "log_dict", "print"):
+                part.__dict__[name] = _nothing
+
+
+def detached_trainer(module: Any) -> Any:
+    """A silent Trainer of the module's own package, for modules that ask ``self.trainer`` outside a fit."""
+    for base in type(module).__mro__:
+        package = base.__module__.partition(".core")[0]
+        if base.__name__ == "LightningModule" and package in ("pytorch_lightning", "lightning.pytorch"):
+            logger = logging.getLogger(package)
+            level = logger.level
+            logger.setLevel(logging.ERROR)
+            try:
+                return sys.modules[package].Trainer(
+                    accelerator="cpu" if module.device.type == "cpu" else "auto",
+                    devices=1,
+                    logger=False,
+                    enable_checkpointing=False,
+                    enable_progress_bar=False,
+                    enable_model_summary=False,
+                )
+            finally:
+                logger.setLevel(level)
+    return None

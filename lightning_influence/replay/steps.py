@@ -1,0 +1,147 @@
+"""The steps of a captured fit as a replay needs them: which micro-batches, under which settings and random states."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_influence.numerics.clipping import ByNorm, ByValue, Clipping
+from lightning_influence.numerics.optimizers import UpdateStep, moves_of
+from lightning_influence.trajectory import Checkpoint, Trajectory
+from lightning_influence.types import MissingEvidence
+
+_AGAIN = "Fit again with `Trainer(callbacks=[Influence(...)])`, or use `TracInCP()`, which needs checkpoints only."
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward and backward pass of the fit.
+
+    Args:
+        ids: the examples in their order.
+        random: states of the random generators before the forward, of those that it drew from.
+        read: likewise before its examples were read.
+        size: how many examples a mean divides by, where some are left out.
+    """
+
+    ids: tuple[int, ...]
+    random: Mapping[str, bytes]
+    read: Mapping[str, bytes] = field(default_factory=dict)
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of an optimizer.
+
+    Args:
+        made: updates of weights up to and with this one.
+        epoch: in which it was made.
+        batches: whose gradients were added up.
+        divisor: of every micro-batch's loss.
+        moves: the rule and settings by parameter.
+        clipping: what clipped the gradients, if anything did.
+        left_out: examples of weight 0, which move nothing.
+    """
+
+    made: int
+    epoch: int
+    batches: tuple[MicroBatch, ...]
+    divisor: int
+    moves: UpdateStep
+    clipping: Clipping | None
+    left_out: tuple[MicroBatch, ...] = ()
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The steps between two checkpoints.
+
+    Args:
+        start: the captured state before them.
+        end: the captured state after them.
+        steps: in their order.
+    """
+
+    start: Checkpoint
+    end: Checkpoint
+    steps: tuple[Step, ...]
+
+
+def segments_of(trajectory: Trajectory | None) -> list[Segment]:
+    """The captured run, checkpoint to checkpoint.
+
+    Raises:
+        MissingEvidence: no run with steps and batch order; steps without a record; clipping of an unknown kind.
+        ValueError: an optimizer without a rule.
+    """
+    if trajectory is None or len(trajectory.checkpoints) < 2 or len(trajectory.steps) == 0:
+        there = "none"
+        if trajectory is not None:
+            there = f"{len(trajectory.checkpoints)} checkpoints and {len(trajectory.steps)} recorded steps"
+        raise MissingEvidence(f"Expected a captured fit with its steps, to replay it, got {there}. {_AGAIN}")
+    if not trajectory.has_batch_order:
+        raise MissingEvidence(
+            "Expected to know which examples were in every step, got steps without them (see the run's notes: "
+            f"{'; '.join(trajectory.notes) or 'none'}). Pass `Influence(sample_id=)`, which names the examples of a "
+            "batch, and fit again."
+        )
+    steps = _steps(trajectory)
+    return [
+        Segment(start, end, _between(steps, start.step, end.step))
+        for start, end in zip(trajectory.checkpoints[:-1], trajectory.checkpoints[1:], strict=True)
+    ]
+
+
+def _steps(trajectory: Trajectory) -> dict[int, Step]:
+    known: dict[tuple[Any, ...], UpdateStep] = {}
+    steps = {}
+    columns = ("step", "epoch", "ids", "rng", "read_rng", "divisor", "lr", "settings", "clip", "skipped")
+    for row in trajectory.steps.select(columns).to_pylist():
+        if row["skipped"]:
+            continue
+        entry = trajectory.settings[row["settings"]]
+        key = row["settings"], *row["lr"]
+        if key not in known:
+            known[key] = moves_of(entry, row["lr"])
+        none = [None] * len(row["ids"])
+        batches = tuple(
+            MicroBatch(tuple(ids), _known(drew), _known(read))
+            for ids, drew, read in zip(row["ids"], row["rng"] or none, row["read_rng"] or none, strict=True)
+        )
+        clipping = _clipping(entry, row["clip"])
+        steps[row["step"]] = Step(row["step"], row["epoch"], batches, row["divisor"], known[key], clipping)
+    return steps
+
+
+def _known(states: Mapping[str, bytes | None] | None) -> dict[str, bytes]:
+    return {name: state for name, state in (states or {}).items() if state is not None}
+
+
+def _between(steps: Mapping[int, Step], after: int, until: int) -> tuple[Step, ...]:
+    missing = [made for made in range(after + 1, until + 1) if made not in steps]
+    if missing:
+        raise MissingEvidence(
+            f"Expected a record of every step from {after + 1} to {until}, got none of {missing[:5]!r}"
+            f"{' and more' if len(missing) > 5 else ''}. {_AGAIN}"
+        )
+    return tuple(steps[made] for made in range(after + 1, until + 1))
+
+
+def _clipping(entry: Mapping[str, Any], coefficient: float | None) -> Clipping | None:
+    found = entry.get("clipping")
+    if found is None:
+        if coefficient is not None and coefficient < 1.0:
+            raise MissingEvidence(f"Expected the limit that gradients were clipped to, got a run without. {_AGAIN}")
+        return None
+    kinds = {"norm": ByNorm, "value": ByValue}
+    if found["algorithm"] not in kinds:
+        raise MissingEvidence(
+            "Expected gradients clipped by `Trainer(gradient_clip_val=)`, got the module's own "
+            f"`configure_gradient_clipping`, which cannot be replayed. {_AGAIN}"
+        )
+    return kinds[found["algorithm"]](found["limit"])
+
+
+def examples_of(steps: Sequence[Step]) -> int:
+    """How many examples went forward."""
+    return sum(len(batch.ids) for step in steps for batch in (*step.batches, *step.left_out))

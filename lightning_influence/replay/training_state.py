@@ -1,0 +1,81 @@
+"""The state of training between two steps: weights, buffers, what the optimizer keeps."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_influence.module.task import Task
+from lightning_influence.numerics.optimizers import OptimizerState, UpdateInput
+from lightning_influence.replay.steps import Step
+from lightning_influence.trajectory import SavedState
+from lightning_influence.types import bytes_in
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Tensors that nobody writes into: a step makes new ones.
+
+    Args:
+        weights: by parameter name, those of frozen parameters too.
+        buffers: by name.
+        optimizer: by parameter name, without torch's counter.
+        counts: steps that each parameter has made, as far as its optimizer counts them.
+    """
+
+    weights: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    optimizer: Mapping[str, OptimizerState] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, captured: SavedState, task: Task) -> "TrainingState":
+        """A captured state on the module's device and in its precision."""
+        like = dict(task.named_parameters())
+        buffers = dict(task.named_buffers())
+        optimizer = {
+            name: {key: v.to(like[name]) for key, v in values.items() if key != "step" and v.shape == like[name].shape}
+            for name, values in captured.optimizer.items()
+            if name in like
+        }
+        return cls(
+            {name: captured.parameters[name].to(p) for name, p in like.items()},
+            {name: captured.buffers[name].to(b) for name, b in buffers.items() if name in captured.buffers},
+            optimizer,
+            {name: int(values["step"]) for name, values in captured.optimizer.items() if "step" in values},
+        )
+
+    def put_into(self, task: Task) -> None:
+        """The module stands here; its buffers are copies, which a forward pass may write into."""
+        for name, parameter in task.named_parameters().items():
+            if name in self.weights:
+                parameter.data = self.weights[name]
+        for name, buffer in task.named_buffers().items():
+            if name in self.buffers:
+                buffer.data = self.buffers[name].clone()
+
+    def before(self, name: str, gradient: Tensor, step: Step) -> UpdateInput:
+        """One parameter about to be moved by a clipped gradient."""
+        options = step.moves.options[name]
+        return UpdateInput(
+            self.weights[name], gradient, self.optimizer.get(name, {}), self.counts.get(name, 0), options
+        )
+
+    def moved(self, step: Step, gradients: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> "TrainingState":
+        """After a step; a parameter without a gradient stays, as it does in torch."""
+        weights, optimizer, counts = dict(self.weights), dict(self.optimizer), dict(self.counts)
+        clipped = gradients if step.clipping is None else step.clipping(gradients)
+        for name, gradient in clipped.items():
+            weights[name], optimizer[name] = step.moves.rule.step(self.before(name, gradient, step))
+            counts[name] = counts.get(name, 0) + 1
+        return TrainingState(weights, {**self.buffers, **buffers}, optimizer, counts)
+
+    def distance(self, other: "TrainingState") -> float:
+        """Length of the difference of all weights."""
+        squares = [(self.weights[n] - other.weights[n]).double().square().sum() for n in self.weights]
+        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+    def bytes(self) -> int:
+        """Memory that one state and one gradient take."""
+        return 2 * bytes_in(self.weights) + bytes_in(self.optimizer) + bytes_in(self.buffers)

@@ -1,0 +1,176 @@
+"""A captured fit run again under many weights of its examples at once, by ``torch.func.vmap`` over models."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lightning_influence.gradients.general import NotVectorisable, in_place_of, without_metrics
+from lightning_influence.module.trainer_state import set_clock
+from lightning_influence.numerics.optimizers import OptimizerState
+from lightning_influence.replay.forward import example_factors
+from lightning_influence.replay.random_states import put_back
+from lightning_influence.replay.replay import Replay
+from lightning_influence.replay.steps import MicroBatch, Step
+from lightning_influence.replay.training_state import TrainingState
+
+# Bytes that the models of one vectorised run may take.
+_BYTES = 2**29
+
+Weights = dict[str, Tensor]
+"""Parameters and buffers by name, [model, *shape]."""
+
+
+def run_many(
+    replay: Replay, weights: Tensor, renormalize: bool = False, done: Callable[[int], Any] = lambda models: None
+) -> Weights:
+    """The final weights and buffers of the captured fit under each of many weights of its examples.
+
+    Where the module's step runs under ``torch.func.vmap`` and draws no random numbers for a batch as a whole, models
+    are trained side by side; else one after another.
+
+    Args:
+        replay: the fit.
+        weights: [model, train], of the examples' losses: 1 as it was, 0 left out.
+        renormalize: a micro-batch is divided by the sum of its weights in place of its size.
+        done: told how many models are finished.
+
+    Returns:
+        [model, *shape] by the name of a parameter or buffer, on the module's device.
+
+    Raises:
+        ValueError: weights of another shape, examples that cannot be told apart.
+    """
+    if weights.ndim != 2 or weights.shape[1] != len(replay.examples):
+        raise ValueError(
+            f"Expected `weights` to be [model, train] with {len(replay.examples)} training examples, got "
+            f"{list(weights.shape)}."
+        )
+    found: list[Weights] = []
+    together = _at_once(replay)
+    first = 0
+    while first < len(weights):
+        part = weights[first : first + max(1, together)]
+        try:
+            if together == 0:
+                raise NotVectorisable("The forward pass draws random numbers for a batch as a whole.")
+            found.append(_vectorised(replay, part, renormalize))
+        except NotVectorisable:
+            together, part = 0, weights[first : first + 1]
+            end = replay.run(part[0], renormalize)
+            found.append({name: value[None] for name, value in (end.weights | end.buffers).items()})  # type: ignore[operator]
+        first += len(part)
+        done(len(part))
+    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+
+
+def _at_once(replay: Replay) -> int:
+    """How many models fit; 0 where they cannot be trained side by side."""
+    forward, steps = replay.forward, replay.steps
+    if not forward.joint and any(batch.random for step in steps for batch in step.batches):
+        return 0
+    largest = max((len(batch.ids) for step in steps for batch in step.batches), default=1)
+    like = next(iter(replay.engine.task.named_parameters().values()))
+    activations = 4 * largest * replay.engine.width() * like.element_size()
+    return max(1, _BYTES // (activations + 2 * replay.start().bytes()))
+
+
+def _vectorised(replay: Replay, weights: Tensor, renormalize: bool) -> Weights:
+    task = replay.engine.task
+    with replay.training():
+        start = replay.start()
+        start.put_into(task)
+        if replay.steps:
+            replay.forward.check(replay.steps[0], separate=True)
+        start.put_into(task)
+        task.on_forward = None
+        models, counts = _Models(start, len(weights)), dict(start.counts)
+        weights = weights.to(task.device)
+        with without_metrics(task.module):
+            for step in replay.steps:
+                set_clock(task.module, step.made - 1, step.epoch)
+                _step(replay, models, counts, step, weights, renormalize)
+    return {**models.parameters, **models.buffers}
+
+
+class _Models:
+    """What differs from model to model, [model, *shape]."""
+
+    def __init__(self, start: TrainingState, count: int) -> None:
+        def many(tensor: Tensor) -> Tensor:
+            return tensor.expand(count, *tensor.shape).clone()
+
+        self.parameters = {name: many(w) for name, w in start.weights.items()}
+        self.buffers = {name: many(b) for name, b in start.buffers.items()}
+        self.states: dict[str, OptimizerState] = {
+            name: {key: many(value) for key, value in state.items()} for name, state in start.optimizer.items()
+        }
+
+
+def _step(
+    replay: Replay, models: _Models, counts: dict[str, int], step: Step, weights: Tensor, renormalize: bool
+) -> None:
+    """One step of all models."""
+    names = [name for name in step.moves.options if name not in replay.engine.plan.unreached]
+    forward = replay.forward
+    factors = [
+        example_factors(weights[:, list(batch.ids)], renormalize and forward.mean) * forward.share(batch, step)
+        for batch in step.batches
+    ]
+    losses = [_Losses(replay, batch) for batch in step.batches]
+
+    def one(parameters: Weights, states: dict[str, OptimizerState], buffers: Weights, factors: list[Tensor]) -> Any:
+        def total(moving: Weights) -> tuple[Tensor, Weights]:
+            value, written = torch.zeros(()), buffers
+            for of_batch, factor in zip(losses, factors, strict=True):
+                each, written = of_batch(parameters | moving, written)
+                value = value + (each * factor.to(each)).sum()
+            return value, written
+
+        gradients, written = torch.func.grad(total, has_aux=True)({name: parameters[name] for name in names})
+        here = TrainingState(parameters, buffers, states, counts)
+        after = here.moved(step, gradients, written)
+        return after.weights, after.optimizer, after.buffers
+
+    try:
+        found = torch.func.vmap(one, randomness="same")(models.parameters, models.states, models.buffers, factors)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
+        raise NotVectorisable(f"The step does not run under `torch.func.vmap`: {error}") from error
+    models.parameters, models.states, models.buffers = found
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+
+
+class _Losses:
+    """Losses of a micro-batch's examples as a function of parameters and buffers."""
+
+    def __init__(self, replay: Replay, batch: MicroBatch) -> None:
+        self._task, self._joint, self._batch = replay.engine.task, replay.forward.joint, batch
+        self._on_device = replay.forward.read(batch)
+        leaves, self._spec = tree_flatten(self._on_device)
+        self._leaves = leaves
+        self._mapped = [isinstance(x, Tensor) and x.ndim > 0 and len(x) == len(batch.ids) for x in leaves]
+
+    def __call__(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> tuple[Tensor, Weights]:
+        """[example], and the buffers as the forward pass leaves them."""
+        own = {name: buffer.clone() for name, buffer in buffers.items()}
+        put_back(self._batch.random, self._task.device)
+        with in_place_of(self._task.module, dict(parameters), own):
+            return (self._task(self._on_device) if self._joint else self._singles()), own
+
+    def _singles(self) -> Tensor:
+        if not all(m or not isinstance(x, Tensor) for m, x in zip(self._mapped, self._leaves, strict=True)):
+            raise NotVectorisable("The batch holds tensors whose first dimension is not the example.")
+
+        def one(*tensors: Tensor) -> Tensor:
+            return self._task(self._of_one(tensors)).sum()
+
+        tensors = [leaf for leaf, m in zip(self._leaves, self._mapped, strict=True) if m]
+        return torch.func.vmap(one)(*tensors)  # type: ignore[no-any-return]
+
+    def _of_one(self, tensors: Sequence[Tensor]) -> Any:
+        given = iter(tensors)
+        leaves = [next(given).unsqueeze(0) if m else x for x, m in zip(self._leaves, self._mapped, strict=True)]
+        return tree_unflatten(leaves, self._spec)

@@ -1,0 +1,7 @@
+"""The answers: what each training example did, readable, storable, drawable and loggable."""
+
+from lightning_influence.scores.base import BaseIds, TopK
+from lightning_influence.scores.scores import Scores
+from lightning_influence.scores.self_scores import SelfScores
+
+__all__ = ["BaseIds", "Scores", "SelfScores", "TopK"]

@@ -1,0 +1,224 @@
+"""What each training example does to itself: high where the model had to learn it by heart."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from lightning_influence import loggers as trackers
+from lightning_influence import plotting, report
+from lightning_influence.files import arrow
+from lightning_influence.numerics.topk import top_k
+from lightning_influence.plotting.example_view import Classes, Normalization
+from lightning_influence.report import Album
+from lightning_influence.scores.base import Answer, TopK, floating, refuse_non_finite
+
+_LOGGED = 100  # rows of the table in a tracker
+
+
+class SelfScores(Answer):
+    """The influence of every training example on itself; mislabelled and odd examples stand highest.
+
+    Args:
+        train_ids: [train] int64, ascending: indices into the training `Dataset`.
+        values: [train] float32 or float64.
+        method: Name of the method.
+        settings: Its hyper-parameters, JSON-able.
+        units: What one unit of a score is, in words.
+        notes: What a reader must know to trust the numbers.
+        checkpoints: Steps of the checkpoints that were used.
+        base: [train] int64, the ids in the dataset under a `Subset`; None where they are the same.
+        figures: Numbers that tell how far to trust the scores, by name, such as a solver's residual.
+
+    Raises:
+        TypeError: `values` or ids of another dtype; `settings` that JSON cannot hold; `figures` that are no numbers.
+        ValueError: Shapes that do not fit, ids not ascending, NaN or infinite values.
+
+    Example:
+        >>> scores = SelfScores(torch.arange(3), torch.tensor([0.5, 4.0, 1.0]), "TracInCP")
+        >>> scores.top(2).train_ids.tolist()
+        [1, 2]
+    """
+
+    def __init__(
+        self,
+        train_ids: Tensor,
+        values: Tensor,
+        method: str,
+        settings: Mapping[str, Any] | None = None,
+        units: str = "loss",
+        notes: Sequence[str] = (),
+        checkpoints: Sequence[int] = (),
+        base: Tensor | None = None,
+        figures: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(train_ids, method, settings, units, notes, checkpoints, base, figures)
+        self.values = floating(values)
+        if self.values.shape != self.train_ids.shape:
+            raise ValueError(
+                f"Expected `values` to be {self.train_ids.numel()} scores, one per training example, "
+                f"got shape {list(self.values.shape)}."
+            )
+        refuse_non_finite(self.values[None], self.train_ids, None)
+
+    def __len__(self) -> int:
+        return self.train_ids.numel()
+
+    def base_ids(self) -> Tensor:
+        """[train] indices into the dataset under any `Subset`; `train_ids` themselves where there is none."""
+        return self.train_ids if self._train_base is None else self._train_base
+
+    def top(self, k: int = 5) -> TopK:
+        """The k highest, descending; among equal ones the smaller id comes first: scores and ids, each [k].
+
+        Raises:
+            ValueError: `k` is below 1 or above the number of training examples.
+        """
+        if not 1 <= k <= len(self):
+            raise ValueError(f"Expected `k` between 1 and {len(self)} (the number of training examples), got {k!r}.")
+        scores, ids = top_k(self.values[None], self.train_ids, k)
+        return TopK(scores[0], ids[0])
+
+    def to_arrow(self, k: int | None = None) -> pa.Table:
+        """The ranking as a table: `train_id`, `score`, `rank` and, where it differs, `train_base_id`.
+
+        Raises:
+            ValueError: `k` is below 1 or above the number of training examples.
+        """
+        scores, ids = self.top(len(self) if k is None else k)
+        columns = {"train_id": ids, "score": scores, "rank": torch.arange(1, ids.numel() + 1)}
+        if self._train_base is not None:
+            columns["train_base_id"] = self._train_base[torch.searchsorted(self.train_ids, ids)]
+        return pa.table({name: column.numpy() for name, column in columns.items()})
+
+    def to_pandas(self, k: int | None = None) -> Any:
+        """The table of `to_arrow` as a `pandas.DataFrame`.
+
+        Raises:
+            ValueError: `k` is below 1 or above the number of training examples.
+            ImportError: pandas is not installed.
+        """
+        return arrow.to_pandas(lambda: self.to_arrow(k))
+
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False, **shown: Any) -> Path:
+        """Write all of this into one Arrow file, a row an example; see `arrow.write_file` for what it raises.
+
+        Args:
+            path: The file.
+            overwrite: Replace a file that is there.
+            shown: As of `report`. With any of it the file also keeps what the highest examples look like.
+
+        Raises:
+            ValueError: Something of `shown`, and no data to show.
+        """
+        columns = {"train_id": self.train_ids, "score": self.values}
+        if self._train_base is not None:
+            columns["train_base_id"] = self._train_base
+        head = self._head() | self._kept_album(shown, self._album)
+        return arrow.write_file(path, "self_scores", columns, head, overwrite)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SelfScores:
+        """Map a saved file back.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is damaged, or something else.
+        """
+        _, columns, head = arrow.read_file(path, ("self_scores",))
+        album = head.pop("album", None)
+        made = cls(columns["train_id"], columns["score"], **head, base=columns.get("train_base_id"))
+        made.album = None if album is None else report.Album.from_json(album)
+        return made
+
+    def __repr__(self) -> str:
+        best = self.top(min(3, len(self)))
+        names = [
+            f"{self._train_name(i)} ({score:+.3g})"
+            for i, score in zip(best.train_ids.tolist(), best.scores.tolist(), strict=True)
+        ]
+        size = f"self-influence of {len(self):,} training examples"
+        return self._paragraph(size, [f"Mean {float(self.values.mean()):.3g}, highest: {', '.join(names)}."])
+
+    def plot(self, flagged_fraction: float = 0.1) -> tuple[Any, Any]:
+        """Draw the distribution, with the highest fraction marked.
+
+        Returns:
+            A `matplotlib.figure.Figure` and its axes, known to no window; `figure.savefig(path)` writes it.
+
+        Raises:
+            ValueError: `flagged_fraction` is not between 0 and 1.
+            ImportError: matplotlib is not installed.
+        """
+        return plotting.self_influence(self.values, flagged_fraction, method=self.method, units=self.units)
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        train: Any = None,
+        render: Callable[[Any], Any] | None = None,
+        labels: Classes | None = None,
+        columns: Sequence[str] | None = None,
+        normalization: Normalization | None = None,
+        megabytes: float = 15.0,
+    ) -> Path:
+        """Write one self-contained page on which to review the training examples; see `Scores.report`.
+
+        Raises:
+            ValueError: An example can only be shown by `render`.
+            ImportError: Jinja2 is not installed.
+        """
+        how = {"render": render, "labels": labels, "columns": columns, "normalization": normalization}
+        kept = self.album if train is None and render is None else None
+        page = report.Page(
+            title=f"{self.method}: self-influence of {len(self):,} training examples",
+            facts=self._facts(),
+            units=self.units,
+            train_ids=self.train_ids,
+            train_base=self._train_base,
+            columns={"Self-influence": self.values},
+            album=self._album(train, megabytes, **how) if kept is None else kept,
+        )
+        return report.write_page(path, page)
+
+    def _repr_html_(self) -> str:
+        best = self.top(min(10, len(self)))
+        rows = [
+            [self._train_name(i), f"{score:.4g}"]
+            for i, score in zip(best.train_ids.tolist(), best.scores.tolist(), strict=True)
+        ]
+        return report.snippet(repr(self), ["training example", "self-influence"], rows)
+
+    def _album(self, train: Any = None, megabytes: float = 15.0, **how: Any) -> Album:
+        """What the examples look like, the highest first."""
+        return self._collect((train, None), (self.top(len(self)).train_ids.tolist(), ()), megabytes, **how)
+
+    def log(self, loggers: Any, step: int | None = None, name: str | None = None, **drawing: Any) -> None:
+        """Write scalars, a table of the highest, a histogram and a figure into Lightning's loggers.
+
+        Args:
+            loggers: `trainer.loggers`, or one logger.
+            step: The x-axis; `trainer.global_step` after a fit.
+            name: What stands after `influence/`; the method by default.
+            drawing: For `plot`: `flagged_fraction`.
+        """
+        if not trackers.listening(loggers):
+            return
+        scalars, histograms = trackers.of_self_influence(self.values)
+        pages = trackers.Pages(
+            name=name or self.method,
+            step=step,
+            scalars=self.figures | scalars,
+            tables={"self_influence": arrow.as_rows(self.to_arrow(min(_LOGGED, len(self))))},
+            figures=trackers.drawn(self_influence=lambda: self.plot(**drawing)[0]),
+            histograms=histograms,
+            texts={"about_self_influence": repr(self)},
+        )
+        trackers.log_influence(loggers, pages)
