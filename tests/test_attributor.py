@@ -20,8 +20,8 @@ from lightning_influence import (
     TracInCP,
     Trajectory,
 )
-from lightning_influence.attribution import driver
-from lightning_influence.setting import session
+from lightning_influence.methods import method
+from lightning_influence.setting import setting as questions
 from lightning_influence.setting.setting import Setting
 
 
@@ -90,8 +90,8 @@ def test_self_influence_is_the_diagonal(fitted):
 def test_blocks_and_tiles_change_nothing(fitted, monkeypatch, batch_size, tile, held):
     net, influence = fitted
     expected = influence.attributor.score(TracInCP(), QUERIES).values
-    monkeypatch.setattr(driver, "_TILE", tile)
-    monkeypatch.setattr(session, "_QUERY_BYTES", held)
+    monkeypatch.setattr(method, "TILE", tile)
+    monkeypatch.setattr(questions, "_QUERY_BYTES", held)
     attributor = Attributor(net, TRAIN, influence.trajectory, batch_size=batch_size)
     close(attributor.score(TracInCP(), QUERIES).values, expected)
     top = attributor.score(TracInCP(), QUERIES, top_k=4)
@@ -188,18 +188,18 @@ class Telling(GradientDot):
     """Tells a residual of each tile, as a solver would."""
 
     def score(self, setting, queries):
-        setting.figure("residual", torch.tensor(1.0 / (1 + setting.ids.start)))
-        setting.figure("ids_seen", len(setting.ids), keep=lambda old, new: old + new)
+        setting.diagnostic("residual", torch.tensor(1.0 / (1 + setting.ids.start)))
+        setting.diagnostic("ids_seen", len(setting.ids), keep=lambda old, new: old + new)
         return super().score(setting, queries)
 
     def self_influence(self, setting):
-        setting.figure("residual", 0.5)
+        setting.diagnostic("residual", 0.5)
         return super().self_influence(setting)
 
 
 def test_what_a_method_tells_in_figures_is_in_the_answer(fitted, monkeypatch):
     net, _ = fitted
-    monkeypatch.setattr(driver, "_TILE", 40)
+    monkeypatch.setattr(method, "TILE", 40)
     attributor = Attributor(net, TRAIN, batch_size=5)
     assert attributor.score(Telling(), QUERIES).figures == {"residual": 1.0, "ids_seen": 23.0}
     assert attributor.self_influence(Telling()).figures == {"residual": 0.5}
@@ -210,8 +210,8 @@ def test_what_a_method_tells_in_figures_is_in_the_answer(fitted, monkeypatch):
 def test_a_figure_that_was_nan_stays_nan(told):
     setting = Setting(None, (), range(0), None)
     for value in told:
-        setting.figure("residual", value)
-    assert setting.figures["residual"] != setting.figures["residual"]
+        setting.diagnostic("residual", value)
+    assert setting.diagnostics["residual"] != setting.diagnostics["residual"]
 
 
 def test_the_estimate_of_cost_is_a_time(fitted):
@@ -245,7 +245,7 @@ class Misshapen(Watches):
     def score(self, setting, queries):
         return setting.zeros()
 
-    def settings(self):
+    def hyperparameters(self):
         return {}
 
 

@@ -115,7 +115,7 @@ class WrongSelf(GradientDot):
 
 
 @dataclass
-class Settable(GradientDot.__mro__[1]):  # type: ignore[misc]
+class Settable(Method):
     size: int = 1
 
     def score(self, setting, queries):

@@ -70,7 +70,7 @@ def wrong_imports(name, source):
             found.append(f"{name} imports {full}: scores are computed from what is on disk, without the capture")
         if target != room and FLOOR[target] >= FLOOR[room]:
             found.append(f"{name} imports {full}: it stands on the same floor or a higher one")
-        if target == room == "methods" and full.split(".")[-1] not in ("method", "retraining"):
+        if target == room == "methods" and full.split(".")[-1] not in ("method", "kinds", "retraining"):
             found.append(f"{name} imports {full}: methods do not import one another")
     return found
 

@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from lightning_influence.attribution.accumulators import MatrixSink, TopKSink
-from lightning_influence.attribution.driver import estimate, run_group, run_scores, run_self_influence, setting_of
+from lightning_influence.attribution.driver import run_group, run_scores, run_self_influence
 from lightning_influence.data.source import Source, source_of
+from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.methods.retraining import Estimate, Retraining
 from lightning_influence.module.task import Loss, is_half, unwrapped
+from lightning_influence.refit import Refit
 from lightning_influence.scores import Scores, SelfScores
 from lightning_influence.scores.base import whole_numbers
-from lightning_influence.setting.session import AllQueries, Session, Sessions
-from lightning_influence.setting.setting import Setting
-from lightning_influence.tracking import load_record, record_name
+from lightning_influence.setting.session import Session
+from lightning_influence.setting.setting import Queries, Setting
+from lightning_influence.tracking import load_record
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.types import MissingEvidence, clean
 
@@ -55,7 +57,7 @@ class Attributor:
         trajectory: Trajectory | None = None,
         trainer: Any = None,
         batch_size: int | None = None,
-        refit: Any = None,
+        refit: Refit | None = None,
         loss: Loss | None = None,
         parameters: str | Sequence[str] | None = None,
     ) -> None:
@@ -75,9 +77,9 @@ class Attributor:
                 f"{len(self._train.dataset)}. Pass that dataset (an un-augmented one of equal length is fine)."
             )
         names = _selected(self.module, trajectory, (parameters,) if isinstance(parameters, str) else parameters)
-        self._sessions = Sessions(self.module, self._train, trajectory, self.trainer, loss, names, batch_size)
+        self._session = Session(self.module, self._train, trajectory, self.trainer, loss, names, batch_size)
         if refit is not None:
-            refit.attach(self._sessions, self._train)
+            refit.attach(self._session, self._train)
 
     # ---- questions ------------------------------------------------------------------------------------------------
 
@@ -111,11 +113,9 @@ class Attributor:
         """
         self._check(method)
         _check_arguments(top_k, aggregate, measurement, higher_is_better)
-        if measurement is not None and not method.measures:
-            raise ValueError(f"Expected no `measurement` for `{type(method).__name__}`, which looks at no loss.")
         source = self._queries(queries)
-        with self._open(method, source, measurement, aggregate) as session:
-            setting, asked = self._ask(session)
+        with self._open(method, source, measurement, aggregate) as setting:
+            asked = _queries_of(setting)
             dtype = setting.zeros().dtype
             ids = _scored(method, setting.n_train)
             sink: MatrixSink | TopKSink
@@ -128,7 +128,7 @@ class Attributor:
             "train_ids": ids,
             "query_ids": torch.arange(len(asked)),
             "base": (_some(self._train.base_ids(), ids), None if aggregate else source.base_ids()),
-            "allow_nan": method.unknowns,
+            "allow_nan": isinstance(method, Retraining),
         }
         values, best = sink.kept()
         if best is not None:  # positions among those that have scores
@@ -149,8 +149,7 @@ class Attributor:
             ValueError: self-influence that would be constant; gradients that are not finite.
         """
         self._check(method)
-        with self._open(method) as session:
-            setting = setting_of(session, self.trajectory, self._train.batches)
+        with self._open(method) as setting:
             values = run_self_influence(method, setting, self.trainer)
         record = self._record(method, setting) | {"base": self._train.base_ids()}
         scores = SelfScores(torch.arange(len(values)), values, **record)
@@ -174,32 +173,31 @@ class Attributor:
         scored = _scored(method, len(self._train.dataset))
         if unscored := sorted(set(ids) - set(scored.tolist())):
             raise ValueError(f"Expected `ids` that {method!r} has scores for, got {unscored[:5]!r}.")
-        with self._open(method, self._queries(queries)) as session:
-            setting, asked = self._ask(session)
-            return run_group(method, setting, asked, list(ids), self.trainer)
+        with self._open(method, self._queries(queries)) as setting:
+            return run_group(method, setting, _queries_of(setting), list(ids), self.trainer)
 
     def losses(self, data: Any = "train") -> Tensor:
         """[example]: the loss of every example at the final weights, one at a time; the baseline for label errors."""
         source = self._queries(data)
-        with self._sessions.quiet() as task, torch.no_grad():
+        with self._session.quiet() as task, torch.no_grad():
             examples = source.examples(self.batch_size)
             values = [float(task(task.to_device(examples.one(i))).sum()) for i in range(len(examples))]
         return torch.tensor(values, dtype=torch.float64)
 
     def cost(self, method: Method, queries: Any = None, aggregate: str | None = None) -> float:
-        """Seconds that ``score`` (or, without queries, ``self_influence``) will take, by timing one block of each."""
+        """Estimated seconds of ``score`` (or, without queries, of ``self_influence``); see ``Method.cost``."""
         self._check(method)
         source = None if queries is None else self._queries(queries)
-        with self._open(method, source, aggregate=aggregate) as session:
-            return estimate(method, session, setting_of(session, self.trajectory, self._train.batches))
+        with self._open(method, source, aggregate=aggregate) as setting:
+            return method.cost(setting, setting.queries).seconds
 
-    def session(self, queries: Any = None) -> AbstractContextManager[Session]:
-        """The engines that scores are computed with, for work of one's own on gradients: a context manager.
+    def session(self, queries: Any = None) -> AbstractContextManager[Setting]:
+        """The question as methods see it, for work of your own on gradients: a context manager.
 
         Args:
             queries: Dataset, DataLoader, ``"train"``, or None for the training side alone.
         """
-        return self._sessions.open(None if queries is None else self._queries(queries))
+        return self._session.open(None if queries is None else self._queries(queries))
 
     def estimate(
         self, method: Retraining, queries: Any, measurement: Loss | None = None, higher_is_better: bool = False
@@ -216,9 +214,8 @@ class Attributor:
         if not isinstance(method, Retraining):
             raise TypeError(f"Expected a method that trains models, such as `Downsampling()`, got {method!r}.")
         _check_arguments(None, None, measurement, higher_is_better)
-        with self._open(method, self._queries(queries), measurement) as session:
-            setting, asked = self._ask(session)
-            found = method.estimate(setting, asked[:])
+        with self._open(method, self._queries(queries), measurement) as setting:
+            found = method.estimate(setting, _queries_of(setting))
         return replace(found, values=-found.values) if higher_is_better else found
 
     # ---- making ready ---------------------------------------------------------------------------------------------
@@ -227,7 +224,7 @@ class Attributor:
         """Refuses what cannot work before any work begins."""
         if not isinstance(method, Method):
             raise TypeError(f"Expected `method` to be a Method such as `TracInCP()`, got {method!r}.")
-        name = type(method).__name__
+        name = method.name
         if method.needs & Evidence.CHECKPOINTS and self.trajectory is None:
             raise MissingEvidence(
                 f"`{name}` needs checkpoints with learning rates, got `trajectory=None`. Fit with "
@@ -237,7 +234,7 @@ class Attributor:
         if method.needs & Evidence.TRACKER:
             last = 0 if self.trajectory is None else self.trajectory.checkpoints[-1].step
             run = None if self.trajectory is None else self.trajectory.path
-            load_record(run, record_name(name, method.settings()), last)
+            load_record(run, method.record, last)
         if method.needs & Evidence.REFIT and self.refit is None:
             raise MissingEvidence(f"`{name}` trains models again. Pass `Attributor(..., refit=Refit(...))`.")
 
@@ -248,15 +245,15 @@ class Attributor:
         queries: Source | None = None,
         measurement: Loss | None = None,
         aggregate: str | None = None,
-    ) -> Iterator[Session]:
-        """A session with what the method needs, and no more."""
-        mean = aggregate == "mean"
-        with self._sessions.open(queries, measurement, mean, method.gradients, method.whole) as session:
-            if method.needs & Evidence.REFIT:
-                session.models = self.refit.models
+    ) -> Iterator[Setting]:
+        """The question with what the method needs, and no more."""
+        gradients = not isinstance(method, ForwardOnly)
+        with self._session.open(queries, measurement, aggregate == "mean", gradients) as setting:
+            if self.refit is not None and method.needs & Evidence.REFIT:
+                setting.models = self.refit.models
             if self.refit is not None and queries is not None:
                 self.refit.asked = queries
-            yield session
+            yield setting
 
     def _queries(self, queries: Any) -> Source:
         if isinstance(queries, str) and queries != "train":
@@ -266,28 +263,23 @@ class Attributor:
             )
         return self._train if isinstance(queries, str) else source_of(queries, "queries", like=self._train)
 
-    def _ask(self, session: Session) -> tuple[Setting, AllQueries]:
-        if session.asked is None:
-            raise ValueError("Expected `queries`, got None. Pass a Dataset, a DataLoader or 'train'.")
-        return setting_of(session, self.trajectory, self._train.batches), session.asked
-
     def _record(self, method: Method, setting: Setting) -> dict[str, Any]:
         positions = [] if self.trajectory is None else method.positions(self.trajectory)
         checkpoints = [] if self.trajectory is None else [self.trajectory.checkpoints[i].step for i in positions]
         notes = list(setting.notes)
-        if method.gradients:
+        if not isinstance(method, ForwardOnly):
             notes.append(setting.engine.plan.summary(setting.engine.task.named_parameters()))
         if any(is_half(p) for p in self.module.parameters()):
             notes.append("Weights of 16 bits were scored in float32.")
         if self.trajectory is not None:
             notes += self.trajectory.notes
         return {
-            "method": type(method).__name__,
-            "settings": method.settings(),
+            "method": method.name,
+            "settings": method.hyperparameters(),
             "units": method.unit(setting),
             "notes": notes,
             "checkpoints": checkpoints,
-            "figures": setting.figures,
+            "figures": setting.diagnostics,
         }
 
 
@@ -298,6 +290,12 @@ def _check_arguments(top_k: object, aggregate: object, measurement: object, high
         raise ValueError(f"Expected `aggregate` to be None or 'mean', got {aggregate!r}.")
     if higher_is_better and measurement is None:
         raise ValueError("Expected `measurement=` with `higher_is_better=True`, got None: a loss is better when low.")
+
+
+def _queries_of(setting: Setting) -> Queries:
+    if setting.queries is None:
+        raise ValueError("Expected `queries`, got None. Pass a Dataset, a DataLoader or 'train'.")
+    return setting.queries
 
 
 def _scored(method: Method, n_train: int) -> Tensor:

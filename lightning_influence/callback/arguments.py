@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_influence.capture.recorder import Schedule
+from lightning_influence.methods.method import Method
 
 
 def named_methods(methods: Any) -> dict[str, Any]:
@@ -13,7 +14,7 @@ def named_methods(methods: Any) -> dict[str, Any]:
     elif isinstance(methods, Sequence) and not isinstance(methods, str):
         named = {}
         for method in methods:
-            name = type(method).__name__
+            name = method.name if isinstance(method, Method) else type(method).__name__
             if name in named:
                 raise ValueError(
                     f"Expected one method of each class in a list, got two of {name!r}."

@@ -6,7 +6,7 @@ from typing import Any
 from lightning_influence.attribution.attributor import Attributor
 from lightning_influence.callback.end_of_fit import resolve_queries
 from lightning_influence.compat import MisconfigurationException, rank_zero_info, rank_zero_warn
-from lightning_influence.tracking import Tracker, record_name
+from lightning_influence.tracking import Tracker
 from lightning_influence.tracking.tracker_loop import TrackerLoop
 
 
@@ -27,7 +27,7 @@ class DuringFit:
         for key, method in influence.methods.items():
             tracker = method.tracker()
             if tracker is not None:
-                name = record_name(type(method).__name__, method.settings())
+                name = method.record
                 trackers.setdefault(name, tracker)
                 self._records.setdefault(name, []).append(key)
         self._watch: TrackerLoop | None = None

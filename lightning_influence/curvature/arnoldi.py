@@ -69,7 +69,7 @@ class Arnoldi(Iterative):
         values, vectors = self._kept(prepared)
         right = products.flat.join(queries.dense(), len(queries), products.like).double()
         added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(right)
-        setting.figure("eigenvectors", len(values))
+        setting.diagnostic("eigenvectors", len(values))
         full = len(values) == len(products.flat)
         if self.complement == "drop" or full:
             solved = self._on_the_span(values, vectors, right, added)
@@ -77,7 +77,7 @@ class Arnoldi(Iterative):
             smallest_added(diagonal, self.name, "Arnoldi")
             solved = _low_rank(values, vectors, right, added)
             share = (right @ vectors.T).square().sum() / right.square().sum().clamp_min(1e-300)
-            setting.figure("share_of_gradient_in_eigenvectors", float(share), keep=min)
+            setting.diagnostic("share_of_gradient_in_eigenvectors", float(share), keep=min)
         return DenseQueries(products.flat.split(solved.to(products.like)), setting.engine.groups)
 
     def _kept(self, prepared: Prepared) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,7 @@ class Curvature(ABC):
         Args:
             prepared: by ``prepare`` at these weights.
             queries: gradients q.
-            setting: takes ``note`` and ``figure`` (residual, iterations), and gives products with the curvature.
+            setting: takes ``note`` and ``diagnostic`` (residual, iterations), and gives products with the curvature.
             diagonal: [group] float64, what is added for the parameters of each of the optimizer's groups; which group
                 a parameter is in, ``setting.engine.groups`` says (absent: 0).
 

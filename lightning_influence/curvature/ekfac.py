@@ -201,7 +201,7 @@ class EKFAC(Curvature):
             return {}
         weights = {names: _weights(prepared, names) for names in parts}
         found, error = shortened(parts, weights, _sample(setting), self.tolerance)
-        setting.figure("score_error", error)
+        setting.diagnostic("score_error", error)
         if error:
             setting.note(
                 f"Eigenvalue tables are cut to a few products: the scores are off by {error:.2g} of their own size in "

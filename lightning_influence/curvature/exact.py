@@ -23,6 +23,14 @@ _COLUMNS = 256
 _TIMED_FACTOR = 512
 
 
+@dataclass
+class _LastFactor:
+    """The factorisation made last, and of what."""
+
+    prepared: Prepared | None = None
+    factored: Factored | None = None
+
+
 @dataclass(frozen=True)
 class Exact(Curvature):
     """A [parameters, parameters] matrix in float64, column by column through products with unit vectors.
@@ -100,11 +108,10 @@ class Exact(Curvature):
         Raises:
             ValueError: it is singular.
         """
-        key = ("factor", self, tuple(diagonal.tolist()))
-        if key not in setting.kept or setting.kept[key][0] is not prepared:  # one at a time
-            setting.kept[key] = prepared, self._factored(prepared, setting, diagonal)
-        found: Factored = setting.kept[key][1]
-        return found
+        kept = setting.state((self, tuple(diagonal.tolist())), _LastFactor)
+        if kept.factored is None or kept.prepared is not prepared:  # of one checkpoint at a time
+            kept.prepared, kept.factored = prepared, self._factored(prepared, setting, diagonal)
+        return kept.factored
 
     def _factored(self, prepared: Prepared, setting: Setting, diagonal: Tensor) -> Factored:
         products = Products(setting.engine, setting.examples)

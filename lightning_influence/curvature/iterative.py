@@ -82,8 +82,8 @@ class Iterative(Curvature):
         right = products.flat.join(queries.dense(), len(queries), products.like)
         good = right.isfinite().all(1)  # of the others the driver tells
         solution = run(self._damped(products, setting, diagonal), torch.where(good[:, None], right, 0))
-        setting.figure("solver_residual", float(solution.residuals.max()))
-        setting.figure("solver_iterations", solution.iterations)
+        setting.diagnostic("solver_residual", float(solution.residuals.max()))
+        setting.diagnostic("solver_iterations", solution.iterations)
         found = torch.where(good[:, None], solution.vectors, torch.nan)
         return solution, DenseQueries(products.flat.split(found), setting.engine.groups)
 

@@ -62,7 +62,7 @@ class LiSSA(Iterative):
         """Each query stops on its own; what does not converge is told, what diverges is stopped."""
         smallest = smallest_added(diagonal, self.name, "LiSSA")
         scale = _MARGIN * prepared.figures["largest_eigenvalue"] + float(diagonal.max())
-        setting.figure("solver_scale", scale)
+        setting.diagnostic("solver_scale", scale)
 
         def run(product: Product, right: Tensor) -> Solution:
             return accelerated_neumann(product, right, smallest, scale, self.tolerance, self.depth)

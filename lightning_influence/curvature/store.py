@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from lightning_influence.curvature.curvature import Curvature, Prepared
 from lightning_influence.module.task import seed_for
-from lightning_influence.setting.setting import Setting, Stage
+from lightning_influence.setting.setting import Setting, Stage, cached
 from lightning_influence.trajectory.files import write_atomically
 
 _FORMAT = 1
@@ -20,20 +21,23 @@ _MAGIC = b"lightning_influence curvature\n"
 _LOOKED_AT = 8
 
 
+@dataclass
+class _PreparedCurvatures:
+    """What is prepared of one curvature while a question lasts, by position of the checkpoint."""
+
+    prepared: dict[int | None, Prepared] = field(default_factory=dict)
+
+
 def prepared_at(curvature: Curvature, setting: Setting, stage: Stage) -> Prepared:
     """The curvature at a stage: from this question's memory, from disk, or made and kept in both.
 
     Where the trajectory lies on disk only the stage looked at last is held in memory.
     """
     folder = None if setting.trajectory is None or setting.trajectory.path is None else setting.trajectory.path
-    key = ("prepared", curvature, stage.position)
-    if key in setting.kept:
-        found: Prepared = setting.kept[key]
-        return found
-    if folder is not None:
-        for old in [k for k in setting.kept if isinstance(k, tuple) and k[:2] == key[:2]]:
-            del setting.kept[old]
-    return setting.once(key, lambda: _from_disk_or_made(curvature, setting, stage, folder))
+    kept = setting.state(curvature, _PreparedCurvatures).prepared
+    if folder is not None and stage.position not in kept:
+        kept.clear()
+    return cached(kept, stage.position, lambda: _from_disk_or_made(curvature, setting, stage, folder))
 
 
 def _from_disk_or_made(curvature: Curvature, setting: Setting, stage: Stage, folder: Path | None) -> Prepared:

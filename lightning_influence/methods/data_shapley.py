@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_influence.methods.retraining import Estimate, Retraining, losses_of
+from lightning_influence.methods.retraining import Estimate, Retraining, losses_of, models_of
 from lightning_influence.numerics.subsets import every, prefixes
 from lightning_influence.setting.setting import Queries, Setting
 
@@ -145,7 +145,7 @@ class DataShapley(Retraining):
     def _nothing(self, setting: Setting, queries: Queries, seed: int) -> Tensor:
         """[1, query]."""
         if self.empty == "initial":
-            return setting.models.untrained([seed], queries)
+            return models_of(setting).untrained([seed], queries)
         return torch.full((1, len(queries)), float(self.empty), dtype=torch.float64)
 
     def _converged(self, total: Tensor, square: Tensor, count: Tensor, orders: int) -> bool:

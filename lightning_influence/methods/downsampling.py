@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from lightning_influence.checks import one_of
-from lightning_influence.methods.retraining import Estimate, Retraining, losses_of, tell
+from lightning_influence.methods.retraining import Estimate, Retraining, losses_of, report
 from lightning_influence.numerics.subsets import bernoulli, fixed_size
 from lightning_influence.setting.setting import Queries, Setting
 
@@ -65,7 +65,7 @@ class Downsampling(Retraining):
                 f"Expected every example in some subset and out of some, got training examples {unknown[:10]} that are "
                 f"not with `n_models={self.n_models}`. Train more."
             )
-        tell(self, setting, found)
+        report(self, setting, found)
         return found.values[0]
 
     def unit(self, setting: Setting) -> str:

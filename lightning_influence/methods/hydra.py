@@ -1,113 +1,260 @@
 """HyDRA: the derivative of a query's final loss by each training example's weight in training (Chen et al., 2021)."""
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import InitVar, dataclass
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from lightning_influence.checks import one_of
+from lightning_influence.checks import check_integer, check_positive, one_of
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.part import Part
-from lightning_influence.methods.method import Evidence, Method
-from lightning_influence.replay import MAX_DRIFT, Replayed
+from lightning_influence.gradients.queries import QueryGradients
+from lightning_influence.methods.kinds import WholeRun
+from lightning_influence.methods.method import Evidence
+from lightning_influence.replay import MAX_DRIFT, Replay, adjoint
+from lightning_influence.replay.adjoint import Walk
+from lightning_influence.replay.leave_out import without
+from lightning_influence.replay.progress import ReplayProgress, note_drift
+from lightning_influence.replay.refit_agreement import Refits, removals
+from lightning_influence.replay.steps import examples_of
 from lightning_influence.setting.setting import Queries, Setting
+from lightning_influence.timing import timed
 from lightning_influence.tracking import Tracker, load_record, record_name
 from lightning_influence.tracking.fast_hydra import FastHyDRA
 from lightning_influence.tracking.hypergradients import Hypergradients
+from lightning_influence.tracking.tracker import TrackerState
 from lightning_influence.tracking.visits import add_products
-from lightning_influence.trajectory import Trajectory
+
+# Scores of a smooth fit agree with refits by 0.9 and more, those of a rough one by 0.5.
+_AGREEING = 0.8
+# Vectors of the model's size that a query has at once: by weight and state, their successors, and in the products.
+_VECTORS = 8
+_QUERY_BYTES = 2**29
+# Numbers of hypergradients that are multiplied with queries at once.
+_NUMBERS = 2**24
 
 
 @dataclass(frozen=True)
-class HyDRA(Method):
+class HyDRA(WholeRun):
     r"""How much higher a query's loss would be had the example been left out of this very fit, to first order.
 
     .. math:: s(q, z_i) = -\nabla\ell(w_T, q) \cdot \frac{d w_T}{d \omega_i}
 
+    The captured fit is run once more and walked backwards, for all examples at once. ``HyDRA.during_fit()`` gives the
+    same numbers by following the derivatives forwards while the fit runs; it suits few tracked examples and many
+    queries.
+
     Source: Chen, Li, Yu, Wu, Miao. HyDRA: Hypergradient Data Relevance Analysis for Interpreting Deep Neural Networks.
-    AAAI 2021. ``mode="replay"`` is its adjoint: Ilyas, Engstrom. MAGIC: Near-Optimal Data Attribution for Deep
+    AAAI 2021. The walk backwards is its adjoint: Ilyas, Engstrom. MAGIC: Near-Optimal Data Attribution for Deep
     Learning. 2025.
-    Needs: to watch the fit, or for ``"replay"`` its batch order, learning rates and checkpoints.
+    Needs: the batch order, learning rates and checkpoints of a fit by an optimizer that can be replayed.
     Units: query loss.
-    Cost: ``"replay"``: the fit once more, and for each query about two steps' worth a step (one without the Hessian);
-    memory: the states between two checkpoints, and some vectors of the model's size a query.
-    ``"during_fit"``: with the Hessian, one Hessian-vector product a tracked example and step; without it, for SGD,
-    the gradients of the examples at each visit, for Adam one elementwise pass over a vector of the model's size an
-    example and step.
+    Cost: the fit once more, and per query about two steps' time per step (one without the Hessian). Memory: the states
+    between two checkpoints, and a few vectors of the model's size per query.
     Departs from the paper: nothing is left out of the Hessian; an example counts at the steps that it *is* in (the
     printed algorithm has this the other way round).
 
     Args:
-        mode: ``"replay"`` runs a captured fit once more and walks it backwards, for all examples at once;
-            ``"during_fit"`` follows the hypergradients while the fit runs.
         hessian: whether a change of the weights changes the gradients after it; without it, the paper's fast
             approximation.
-        examples: ids of the training examples to track; None: all.
-        memory: ``"during_fit"``: bytes that may stay in memory, beyond which a file takes over.
-        removal: left out means weight 0 with the divisor of the batch unchanged (``"downweight"``), or, by replay,
-            divided by the sum of the weights (``"renormalize"``).
+        examples: ids of the training examples that get scores; None: all.
+        removal: left out means weight 0 with the divisor of the batch unchanged (``"downweight"``), or divided by the
+            sum of the weights (``"renormalize"``).
         max_drift: a replay that strays from the captured weights by more, relative to the distance that they moved
             between checkpoints, is an error.
-        runs: by replay, 1: the derivative at the fit itself. More: the mean of the derivatives at so many fits, each
-            without a random tenth of the examples, for fits too rough to follow a single derivative as far as an
-            example's removal (``agreement`` tells).
-        checks: by replay, refits side by side, each without a random tenth of the examples, whose changes of the
-            queries' losses the scores are held against; ``Scores.figures["agreement"]`` is the correlation of
-            predicted with true changes, which says how far to trust the scores. 0: none.
+        runs: 1: the derivative at the fit itself. More: the mean of the derivatives at this many fits, each without a
+            random tenth of the examples, for fits too rough to follow a single derivative as far as the removal of an
+            example (see ``agreement``).
+        checks: refits, each without a random tenth of the examples, whose changes of the queries' losses the scores are
+            compared with; ``Scores.diagnostics["agreement"]`` is the correlation of predicted with true changes, which
+            says how far to trust the scores. 0: none.
+        mode: ``"during_fit"`` makes ``HyDRA.during_fit()``, as earlier versions wrote it.
+        memory: for that mode.
 
     Raises:
-        ValueError: other values; an optimizer without a rule; by replay, a loss that mixes examples in training without
-            ``loss=``.
-        MissingEvidence: asked for a fit that it did not watch, or that was not captured step by step.
+        ValueError: other values; an optimizer without a rule; a loss that mixes examples in training without ``loss=``.
+        MissingEvidence: a fit that was not captured step by step.
         DriftError: a replay that is not the fit.
     """
 
-    mode: Literal["replay", "during_fit"] = "replay"
+    mode: InitVar[Literal["replay", "during_fit"]] = "replay"
     hessian: bool = True
     examples: tuple[int, ...] | None = None
-    memory: int = 2**30
+    memory: InitVar[int] = 2**30
     removal: Literal["downweight", "renormalize"] = "downweight"
     max_drift: float = MAX_DRIFT
     runs: int = 1
     checks: int = 4
+    needs: ClassVar[Evidence] = Evidence.CHECKPOINTS | Evidence.BATCH_ORDER
 
-    def __post_init__(self) -> None:
-        one_of("mode", self.mode, ("replay", "during_fit"))
+    def __new__(
+        cls,
+        mode: str = "replay",
+        hessian: bool = True,
+        examples: Sequence[int] | None = None,
+        memory: int = 2**30,
+        removal: str = "downweight",
+        max_drift: float = MAX_DRIFT,
+        runs: int = 1,
+        checks: int = 4,
+    ) -> Any:
+        """``HyDRA(mode="during_fit")`` is ``HyDRA.during_fit()``."""
+        if mode != "during_fit":
+            return super().__new__(cls)
+        _check_only_replay(mode, removal, runs)
+        return cls.during_fit(hessian, examples, memory)
+
+    def __post_init__(self, mode: str, memory: int) -> None:
+        one_of("mode", mode, ("replay", "during_fit"))
         one_of("hessian", self.hessian, (True, False))
         one_of("removal", self.removal, ("downweight", "renormalize"))
-        if self.removal == "renormalize" and self.mode != "replay":
-            raise ValueError(f"Expected `mode='replay'` for `removal='renormalize'`, got {self.mode!r}.")
-        if not self.max_drift > 0:
-            raise ValueError(f"Expected `max_drift` to be a positive number, got {self.max_drift!r}.")
+        check_positive("max_drift", self.max_drift)
         if isinstance(self.checks, bool) or not isinstance(self.checks, int) or self.checks < 0 or self.checks == 1:
             raise ValueError(f"Expected `checks` to be 0 or at least 2 refits, got {self.checks!r}.")
-        if isinstance(self.runs, bool) or not isinstance(self.runs, int) or self.runs < 1:
-            raise ValueError(f"Expected `runs` to be a positive whole number, got {self.runs!r}.")
-        if self.runs > 1 and (self.mode != "replay" or self.removal != "downweight"):
-            raise ValueError(
-                f"Expected `mode='replay'` and `removal='downweight'` for `runs={self.runs}`, got {self.mode!r} and "
-                f"{self.removal!r}."
+        check_integer("runs", self.runs)
+        if self.runs > 1 and self.removal != "downweight":
+            _check_only_replay(mode, self.removal, self.runs)
+        object.__setattr__(self, "examples", _ids(self.examples))
+
+    @classmethod
+    def during_fit(
+        cls, hessian: bool = True, examples: Sequence[int] | None = None, memory: int = 2**30
+    ) -> "HyDRADuringFit":
+        """The same derivatives, followed forwards while the fit runs; see ``HyDRADuringFit``."""
+        return HyDRADuringFit(hessian, None if examples is None else tuple(examples), memory)
+
+    def scored(self, n_train: int) -> Sequence[int] | None:
+        """The given examples."""
+        return self.examples
+
+    def unit(self, setting: Setting) -> str:
+        """Loss."""
+        return "loss"
+
+    def score(self, setting: Setting, queries: Queries) -> Tensor:
+        """[query, train]: minus the derivative of each query's final loss by each example's weight."""
+        replay = self._replay(setting)
+        progress = ReplayProgress(setting, self.runs * sum(examples_of(part.steps) for part in replay.segments))
+        if self.runs == 1:
+            setting.final()
+            final = queries.gradients().dense()
+            scores = -adjoint(replay, final, self.hessian, self.removal == "renormalize", progress)
+        else:
+            scores = -self._mean(setting, replay, queries, progress)
+        if self.removal == "renormalize" and not replay.forward.mean:
+            setting.note("`removal='renormalize'` is `'downweight'` here: the loss is a sum and divides by nothing.")
+        progress.finish()
+        note_drift(setting, replay)
+        if self.checks:
+            self._note_agreement(setting, replay, scores, queries)
+        return scores.to(setting.zeros().dtype)
+
+    def queries_at_once(self, setting: Setting) -> int:
+        """As many as their vectors fit."""
+        return max(1, _QUERY_BYTES // max(1, _VECTORS * setting.engine.vector_bytes))
+
+    def seconds(self, setting: Setting, queries: Queries | None) -> float:
+        """By timing a few steps forward and one back."""
+        if queries is None:
+            return 0.0  # refused as soon as it is asked
+        replay = self._replay(setting)
+        setting.final()
+        walk = Walk(replay, queries.gradients().dense(), self.hessian, False)
+        segment = next(s for s in reversed(range(len(replay.segments))) if replay.segments[s].steps)
+        with replay.training():
+            here = replay.start(segment)
+            steps = replay.segments[segment].steps[:3]
+            list(replay.walk(here, steps[:1], separate=True))
+            started = time.perf_counter()
+            moment = list(replay.walk(here, steps))[-1]
+            forward = (time.perf_counter() - started) / len(steps)
+            replay.stand(moment)
+            started = time.perf_counter()
+            walk.back(moment)
+            backward = time.perf_counter() - started
+        again = 1 if self.runs == 1 else 2 * self.runs
+        return len(replay.steps) * (forward * (again + self.checks) + backward * self.runs)
+
+    def _mean(self, setting: Setting, replay: Replay, queries: Queries, progress: ReplayProgress) -> Tensor:
+        """[query, train]: derivatives at the ends of fits without some examples."""
+        total = None
+        replay.run()  # raises where the replay is not the fit
+        for weights in removals(len(replay.examples), self.runs, seed=1):
+            part = without(replay, weights == 0)
+            setting.final()
+            part.run().put_into(setting.task)
+            found = adjoint(part, queries.gradients().dense(), self.hessian, done=progress)
+            total = found if total is None else total + found
+        assert total is not None
+        return total / self.runs
+
+    def _replay(self, setting: Setting) -> Replay:
+        return setting.state(self, Replay, setting.engine, setting.examples, setting.trajectory, self.max_drift)
+
+    def _note_agreement(self, setting: Setting, replay: Replay, scores: Tensor, queries: Queries) -> None:
+        """How far the derivative of this fit can be trusted."""
+        weights = removals(len(replay.examples), self.checks)
+        refits = setting.state(self, Refits, replay, weights, self.removal == "renormalize")
+        value = refits.agreement(scores, queries)
+        setting.diagnostic("agreement", value, min)
+        if not value >= _AGREEING:
+            setting.note(
+                f"Agreement is {value:.2f}, below {_AGREEING}: in {self.checks} refits of this very fit, each without "
+                "a random tenth of the examples, the queries' losses did not change as the scores predict. What really "
+                "happens without an example may differ from its score. `HyDRA(runs=20)` predicts such removals better; "
+                "larger batches, a lower learning rate or smoother activations make a fit easier to predict; "
+                "`InfluenceFunction` and `SOURCE` are better estimates of averages over seeds."
             )
-        if self.examples is not None:
-            object.__setattr__(self, "examples", tuple(sorted({int(i) for i in self.examples})))
+
+
+@dataclass(frozen=True)
+class HyDRADuringFit(WholeRun):
+    """``HyDRA`` by hypergradients that a callback follows while the fit runs. Made by ``HyDRA.during_fit()``.
+
+    Needs: ``Influence(methods=[HyDRA.during_fit()])``.
+    Units: query loss.
+    Cost: with the Hessian, one Hessian-vector product per tracked example and step; without it, for SGD, the gradients
+    of the examples at each visit, for Adam one elementwise pass over a vector of the model's size per example and step.
+
+    Args:
+        hessian: whether a change of the weights changes the gradients after it; without it, the paper's fast
+            approximation.
+        examples: ids of the training examples to track; None: all.
+        memory: bytes that may stay in memory; beyond that a file is used.
+
+    Raises:
+        ValueError: other values; an optimizer without a rule.
+        MissingEvidence: a fit that was not followed with these hyper-parameters.
+    """
+
+    hessian: bool = True
+    examples: tuple[int, ...] | None = None
+    memory: int = 2**30
+    needs: ClassVar[Evidence] = Evidence.TRACKER
+
+    def __post_init__(self) -> None:
+        one_of("hessian", self.hessian, (True, False))
+        check_integer("memory", self.memory)
+        object.__setattr__(self, "examples", _ids(self.examples))
 
     @property
-    def needs(self) -> Evidence:  # type: ignore[override]
-        """By its mode."""
-        return Evidence.TRACKER if self.mode == "during_fit" else Evidence.CHECKPOINTS | Evidence.BATCH_ORDER
+    def name(self) -> str:
+        """That of the paper."""
+        return "HyDRA"
 
     @property
-    def walks(self) -> bool:  # type: ignore[override]
-        """One replay scores every example."""
-        return self.mode == "replay"
+    def record(self) -> str:
+        """As the versions before 0.2 named it, which had one class for both modes: their records are found."""
+        replays = {"mode": "during_fit", "removal": "downweight", "max_drift": MAX_DRIFT, "runs": 1, "checks": 4}
+        return record_name(self.name, self.hyperparameters() | replays)
 
-    def tracker(self) -> Tracker | None:
+    def tracker(self) -> Tracker:
         """Follows hypergradients as vectors, or visits where numbers suffice."""
-        if self.mode == "replay":
-            return None
         if self.hessian:
             return Hypergradients(True, self.examples, self.memory)
         return FastHyDRA(self.examples, self.memory)
@@ -116,46 +263,54 @@ class HyDRA(Method):
         """The tracked examples."""
         return self.examples
 
-    def score(self, setting: Setting, queries: Queries) -> Tensor:
-        """[query, train]; zeros for examples that were not tracked, which the driver leaves out."""
-        if self.mode == "replay":
-            return self._replayed.score(setting, queries)
-        assert setting.trajectory is not None
-        assert setting.trajectory.path is not None
-        stage, total = setting.final(), setting.zeros(queries)
-        record = load_record(setting.trajectory.path, record_name("HyDRA", self.settings()), stage.step)
-        query = queries.once((self, stage.step), lambda: stage.gradients(queries))
-        if record.facts["kind"] == "visits":
-            add_products(total, setting.ids.start, query, record, setting.trajectory.path.parent)
-            setting.on_block(len(setting.ids))
-            return -total
-        ids = record.tensors["ids"]
-        vectors = {n.partition("|")[2]: v for n, v in record.tensors.items() if n.startswith("weight|")}
-        width = sum(v[0].numel() for v in vectors.values())
-        inside = ((ids >= setting.ids.start) & (ids < setting.ids.stop)).nonzero()[:, 0]
-        for slots in inside.split(max(1, 2**24 // width)):
-            rows: dict[Names, Part] = {(name,): DenseRows((v[slots].to(total),)) for name, v in vectors.items()}
-            block = Gradients(rows, {}, len(slots))
-            total[:, (ids[slots] - setting.ids.start).to(total.device)] = -query.dot(block)
-        setting.on_block(len(setting.ids))
-        return total
-
-    def at_once(self, setting: Setting) -> int | None:
-        """By replay, as many queries as their vectors fit."""
-        return self._replayed.at_once(setting) if self.mode == "replay" else None
-
-    def seconds(self, setting: Setting, queries: Queries) -> float | None:
-        """By replay, from the time of a few steps."""
-        return self._replayed.seconds(setting, queries) if self.mode == "replay" else None
-
-    def positions(self, trajectory: Trajectory | None) -> list[int]:
-        """The final weights: earlier ones are where a replay starts from."""
-        return [] if trajectory is None else [len(trajectory.checkpoints) - 1]
-
     def unit(self, setting: Setting) -> str:
         """Loss."""
         return "loss"
 
-    @property
-    def _replayed(self) -> Replayed:
-        return Replayed(self.hessian, self.removal, self.max_drift, self.runs, self.checks)
+    def score(self, setting: Setting, queries: Queries) -> Tensor:
+        """[query, train]; zeros for examples that were not tracked, which the driver leaves out."""
+        assert setting.trajectory is not None
+        assert setting.trajectory.path is not None
+        stage, total = setting.final(), setting.zeros(queries)
+        record = load_record(setting.trajectory.path, self.record, stage.step)
+        query = stage.gradients(queries)
+        if record.facts["kind"] == "visits":
+            add_products(total, setting.ids.start, query, record, setting.trajectory.path.parent)
+        else:
+            _add_hypergradients(total, query, record)
+        setting.on_block(len(setting.ids))
+        return -total
+
+    def seconds(self, setting: Setting, queries: Queries | None) -> float:
+        """As for products with the gradients of all training examples."""
+        if queries is None:
+            return 0.0  # refused as soon as it is asked
+        examples = setting.examples
+        block = next(iter(examples.blocks(0, min(len(examples), examples.block_size))))
+        query = queries.gradients()
+        product = timed(lambda: query.dot(setting.engine.gradients(block)))
+        return timed(queries.gradients) + product * len(examples) / block.size
+
+
+def _check_only_replay(mode: str, removal: str, runs: int) -> None:
+    """Raises ValueError where several runs, or renormalising, are asked for together or without a replay."""
+    if runs > 1:
+        raise ValueError(
+            f"Expected `mode='replay'` and `removal='downweight'` for `runs={runs}`, got {mode!r} and {removal!r}."
+        )
+    if removal == "renormalize":
+        raise ValueError(f"Expected `mode='replay'` for `removal='renormalize'`, got {mode!r}.")
+
+
+def _ids(examples: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if examples is None else tuple(sorted({int(i) for i in examples}))
+
+
+def _add_hypergradients(total: Tensor, query: QueryGradients, record: TrackerState) -> None:
+    """``total`` [query, train] += the queries' products with stored derivatives of the weights."""
+    ids = record.tensors["ids"]
+    vectors = {n.partition("|")[2]: v for n, v in record.tensors.items() if n.startswith("weight|")}
+    width = sum(v[0].numel() for v in vectors.values())
+    for slots in torch.arange(len(ids)).split(max(1, _NUMBERS // width)):
+        rows: dict[Names, Part] = {(name,): DenseRows((v[slots].to(total),)) for name, v in vectors.items()}
+        total[:, ids[slots].to(total.device)] += query.dot(Gradients(rows, {}, len(slots)))

@@ -1,7 +1,7 @@
 """Influence functions: what leaving an example out would do, through the inverse of the loss's curvature."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,13 +17,14 @@ from lightning_influence.curvature.store import prepared_at
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.products import Products
 from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
-from lightning_influence.methods.method import Evidence, Method
-from lightning_influence.setting.setting import Queries, Setting, Stage, stage_positions
+from lightning_influence.methods.kinds import GradientProduct, TrainBlock
+from lightning_influence.methods.method import Evidence
+from lightning_influence.setting.setting import Queries, Setting, Stage, cached, stage_positions
 from lightning_influence.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
-class InfluenceFunction(Method):
+class InfluenceFunction(GradientProduct):
     r"""How much higher a query's loss would be, had the optimum been found without the example.
 
     .. math:: s(q, z_i) = \frac{1}{n} \nabla\ell(w, q)^\top (C + \lambda + \delta)^{-1} \nabla\ell(w, z_i)
@@ -82,31 +83,29 @@ class InfluenceFunction(Method):
 
     # ---- scores -------------------------------------------------------------------------------------------------
 
+    def query_side(self, stage: Stage, queries: Queries) -> QueryGradients:
+        """The queries' directions, solved for once whatever the number of tiles."""
+        return _Inverse(self, stage).directions(queries)
+
+    def product(self, stage: Stage, query: QueryGradients, block: TrainBlock) -> Tensor:
+        """[query, example]."""
+        inverse = _Inverse(self, stage)
+        product = query.dot(inverse.corrected(block.gradients, block.ids))
+        if self.removal == "renormalize":
+            product = product + query.times(inverse.decayed())[:, None]
+        return product / inverse.lengths(block) if self.normalize else product / stage.setting.n_train
+
+    def product_with_itself(self, stage: Stage, block: TrainBlock) -> Tensor:
+        """[example]: the same with the example as its own query."""
+        return torch.cat(list(_Inverse(self, stage).on_itself(block)))
+
     def score(self, setting: Setting, queries: Queries) -> Tensor:
-        """[query, train]."""
-        total, stages = setting.zeros(queries), 0
-        for stage in self._stages(setting):
-            stages += 1
-            inverse = _Inverse(self, setting, stage)
-            solved = queries.once((self, stage.position), lambda: inverse.solve(stage.gradients(queries)))  # noqa: B023
-            for columns, block in stage.train():
-                product = solved.dot(inverse.corrected(block, columns.start))
-                if self.removal == "renormalize":
-                    product = product + solved.times(inverse.decayed())[:, None]
-                if self.normalize:
-                    product = product / inverse.lengths(block, columns.start)
-                total[:, columns] += product / (1 if self.normalize else setting.n_train)
-        return total / stages
+        """[query, train]: the mean over the checkpoints."""
+        return super().score(setting, queries) / max(1, len(self.positions(setting.trajectory)))
 
     def self_influence(self, setting: Setting) -> Tensor:
-        """[train]: the same with the example as its own query."""
-        total, stages = setting.zeros(), 0
-        for stage in self._stages(setting):
-            stages += 1
-            inverse = _Inverse(self, setting, stage)
-            for columns, block in stage.train():
-                total[columns] += torch.cat(list(inverse.on_itself(block, columns.start)))
-        return total / stages
+        """[train]: the mean over the checkpoints."""
+        return super().self_influence(setting) / max(1, len(self.positions(setting.trajectory)))
 
     def group(self, setting: Setting, queries: Queries, ids: Sequence[int]) -> Tensor | None:
         """[query]: to second order in the group, where the curvature gives products; None: the sum."""
@@ -114,28 +113,21 @@ class InfluenceFunction(Method):
         if not plain or not isinstance(self.curvature, (Exact, Iterative)):
             return None
         total, stages = torch.zeros(len(queries), dtype=torch.float64), 0
-        for stage in self._stages(setting):
+        for stage in self.stages(setting):
             stages += 1
-            inverse = _Inverse(self, setting, stage)
-            change = setting.once((self, "group", stage.position, tuple(ids)), lambda: inverse.group_change(ids))  # noqa: B023
+            change = _Inverse(self, stage).group_change(tuple(ids))
             total += stage.gradients(queries).times(change).double().cpu()
         return total / stages
 
-    def _stages(self, setting: Setting) -> Iterator[Stage]:
-        if self.checkpoints is None:
-            yield setting.final()
-        else:
-            yield from setting.stages(self.checkpoints)
-
     # ---- the record ---------------------------------------------------------------------------------------------
 
-    def at_once(self, setting: Setting) -> int | None:
+    def queries_at_once(self, setting: Setting) -> int | None:
         """As many as the curvature solves together."""
         return self.curvature.at_once(setting)
 
-    def overhead(self, setting: Setting, queries: int) -> float:
+    def preparation_seconds(self, setting: Setting, vectors: int) -> float:
         """Preparing the curvature and solving for every query (for every training example where lengths are taken)."""
-        return self.curvature.seconds(setting, queries + (setting.n_train if self.normalize else 0))
+        return self.curvature.seconds(setting, vectors + (setting.n_train if self.normalize else 0))
 
     def positions(self, trajectory: Trajectory | None) -> list[int]:
         """The last, or the given ones."""
@@ -147,20 +139,42 @@ class InfluenceFunction(Method):
         """Loss, unless normalised."""
         return "arbitrary" if self.normalize else "loss"
 
-    def settings(self) -> dict[str, Any]:
-        """The curvature by its name and its own settings."""
+    def hyperparameters(self) -> dict[str, Any]:
+        """Those of the curvature too, with its name."""
         own = {f.name: getattr(self.curvature, f.name) for f in fields(self.curvature)}
-        return super().settings() | {"curvature": {"name": type(self.curvature).__name__, **own}}
+        return super().hyperparameters() | {"curvature": {"name": type(self.curvature).__name__, **own}}
+
+
+@dataclass
+class _Solved:
+    """What is kept from one tile and block of queries to the next; checkpoints by position.
+
+    Args:
+        diagonals: added to the curvature.
+        corrections: of ``correction="newton"``.
+        lengths: what RelatIF divides by, by checkpoint and training examples.
+        changes: of the weights when a group is left out, by checkpoint and group.
+        queries: those that ``directions`` are of.
+        directions: of these queries.
+    """
+
+    diagonals: dict[int | None, Diagonal] = field(default_factory=dict)
+    corrections: dict[int | None, NewtonCorrection] = field(default_factory=dict)
+    lengths: dict[tuple[int | None, range], Tensor] = field(default_factory=dict)
+    changes: dict[tuple[int | None, tuple[int, ...]], dict[str, Tensor]] = field(default_factory=dict)
+    queries: Queries | None = None
+    directions: dict[int | None, QueryGradients] = field(default_factory=dict)
 
 
 class _Inverse:
     """The inverse at one stage, as influence functions use it."""
 
-    def __init__(self, method: InfluenceFunction, setting: Setting, stage: Stage) -> None:
-        self.method, self.setting, self.stage = method, setting, stage
+    def __init__(self, method: InfluenceFunction, stage: Stage) -> None:
+        self.method, self.setting, self.stage = method, stage.setting, stage
         self.curvature = method.curvature
-        self.prepared = prepared_at(self.curvature, setting, stage)
-        self.diagonal = setting.once((method, "diagonal", stage.position), self._diagonal)
+        self.prepared = prepared_at(self.curvature, self.setting, stage)
+        self.kept = self.setting.state(method, _Solved)
+        self.diagonal = cached(self.kept.diagonals, stage.position, self._diagonal)
 
     def _diagonal(self) -> Diagonal:
         setting, curvature = self.setting, self.curvature
@@ -171,8 +185,8 @@ class _Inverse:
         found = diagonal_at(setting, self.stage, curvature.damping, mean, curvature.share)
         for note in self.prepared.notes:
             setting.note(note)
-        setting.figure("damping", float(found.damping.max()))
-        setting.figure("weight_decay", float(found.decay.max()))
+        setting.diagnostic("damping", float(found.damping.max()))
+        setting.diagnostic("weight_decay", float(found.decay.max()))
         shown = ", ".join(f"{value:.3g}" for value in found.damping.tolist())
         decay = ", ".join(f"{value:.3g}" for value in found.decay.tolist())
         setting.note(f"Damping {shown} ({found.why}), beside an L2 weight decay of {decay}")
@@ -186,6 +200,12 @@ class _Inverse:
             return self.diagonal.decay * (n - 1) / n + self.diagonal.damping  # beside n - 1 examples
         return self.diagonal.total
 
+    def directions(self, queries: Queries) -> QueryGradients:
+        """Of the queries' gradients."""
+        if self.kept.queries is not queries:
+            self.kept.queries, self.kept.directions = queries, {}
+        return cached(self.kept.directions, self.stage.position, lambda: self.solve(self.stage.gradients(queries)))
+
     def solve(self, queries: QueryGradients) -> QueryGradients:
         """The directions of some queries."""
         return self.curvature.solve(self.prepared, queries, self.setting, self.total)
@@ -196,32 +216,32 @@ class _Inverse:
         parameters, decay = engine.task.named_parameters(), of_group(self.diagonal.decay, engine.groups)
         return {name: decay(name) * parameters[name].detach() for name in engine.plan.names}
 
-    def corrected(self, block: Gradients, first: int) -> Gradients:
-        """The gradients whose products with the directions are wanted; ``first``: of the tile, that of the block."""
+    def corrected(self, gradients: Gradients, ids: range) -> Gradients:
+        """The training gradients whose products with the directions are wanted."""
         if not self.method.correction:
-            return block
-        start = self.setting.ids.start + first
-        key = (self.method, "leverage", self.stage.position)
-        return self.setting.once(key, self._leverage).corrected(block, range(start, start + len(block)))
+            return gradients
+        correction = cached(self.kept.corrections, self.stage.position, self._correction)
+        return correction.corrected(gradients, ids)
 
-    def _leverage(self) -> NewtonCorrection:
+    def _correction(self) -> NewtonCorrection:
         curvature = self.curvature
         assert isinstance(curvature, Exact)
         factor = curvature.factor(self.prepared, self.setting, self.total)
         shift = self.decayed() if self.method.removal == "renormalize" else None
         return NewtonCorrection(self.setting.engine, self.setting.examples, factor, shift)
 
-    def lengths(self, block: Gradients, first: int) -> Tensor:
+    def lengths(self, block: TrainBlock) -> Tensor:
         """[example]: what RelatIF divides by, computed once for all queries."""
-        key = (self.method, "lengths", self.stage.position, self.setting.ids.start + first, len(block))
-        return self.setting.once(
-            key, lambda: torch.cat([self._length(solved, piece) for solved, piece, _ in self._directions(block)])
+        return cached(
+            self.kept.lengths,
+            (self.stage.position, block.ids),
+            lambda: torch.cat([self._length(solved, piece) for solved, piece, _ in self._own_directions(block)]),
         )
 
-    def on_itself(self, block: Gradients, first: int) -> Iterator[Tensor]:
+    def on_itself(self, block: TrainBlock) -> Iterator[Tensor]:
         """Self-influence of a block's examples, in pieces."""
-        for solved, piece, start in self._directions(block):
-            own = solved.diagonal(self.corrected(piece, first + start))
+        for solved, piece, ids in self._own_directions(block):
+            own = solved.diagonal(self.corrected(piece, ids))
             if self.method.removal == "renormalize":
                 own = own + solved.times(self.decayed())
             yield own / (self._length(solved, piece) if self.method.normalize else self.setting.n_train)
@@ -230,15 +250,18 @@ class _Inverse:
         squares = solved.norm2() if self.method.normalize == "relatif" else solved.diagonal(piece)
         return torch.where(squares > 0, squares, torch.inf).sqrt()
 
-    def _directions(self, block: Gradients) -> Iterator[tuple[QueryGradients, Gradients, int]]:
+    def _own_directions(self, block: TrainBlock) -> Iterator[tuple[QueryGradients, Gradients, range]]:
         """The directions of a block's own gradients, as many at once as fit."""
-        step = self.curvature.at_once(self.setting) or len(block)
-        for start in range(0, len(block), step):
-            piece = block.slice(slice(start, start + step))
-            yield self.solve(EachQuery([piece])), piece, start
+        step = self.curvature.at_once(self.setting) or len(block.ids)
+        for start in range(0, len(block.ids), step):
+            piece = block.gradients.slice(slice(start, start + step))
+            yield self.solve(EachQuery([piece])), piece, block.ids[start : start + step]
 
-    def group_change(self, ids: Sequence[int]) -> dict[str, Tensor]:
-        r"""The change of weights when a group leaves: :math:`A^{-1} (I + H_S A^{-1} / n) g_S / n`."""
+    def group_change(self, ids: tuple[int, ...]) -> dict[str, Tensor]:
+        r"""The change of weights when a group is left out: :math:`A^{-1} (I + H_S A^{-1} / n) g_S / n`."""
+        return cached(self.kept.changes, (self.stage.position, ids), lambda: self._group_change(ids))
+
+    def _group_change(self, ids: Sequence[int]) -> dict[str, Tensor]:
         products, n = Products(self.setting.engine, self.setting.examples), self.setting.n_train
         matrix = self.curvature.matrix  # type: ignore[attr-defined]
         first = self._flat_solve(products, products.gradient(ids) / n)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.data.examples import Examples
-from lightning_influence.methods.method import Evidence, Method
+from lightning_influence.methods.kinds import ForwardOnly
+from lightning_influence.methods.method import Evidence
 from lightning_influence.module.task import Task
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.types import Batch
@@ -17,7 +18,7 @@ _LABELS = ("label", "labels", "y", "target", "targets")
 
 
 @dataclass(frozen=True)
-class KNNShapley(Method):
+class KNNShapley(ForwardOnly):
     r"""What each training example adds to the share of a query's k nearest neighbours that have its label.
 
     .. math:: s_{(n)} = \frac{\min(k, n)}{n k} m_n, \quad
@@ -43,16 +44,19 @@ class KNNShapley(Method):
     features: Callable[[Any, Batch], Tensor] | None = None
     labels: Callable[[Batch], Tensor] | None = None
     needs: ClassVar[Evidence] = Evidence.FINAL_WEIGHTS
-    gradients: ClassVar[bool] = False
-    whole: ClassVar[bool] = True
-    measures: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f"Expected `k` to be 1 or more, got {self.k!r}.")
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
-        """[query, train]."""
+        """[query, train].
+
+        Raises:
+            ValueError: a measurement, since no loss is read.
+        """
+        if queries.measured:
+            raise ValueError("Expected no `measurement` for `KNNShapley`, which reads no loss.")
         train, of_train = self._embedded(setting.engine.task, setting.examples, range(setting.n_train))
         asked, of_asked = self._embedded(queries.engine.task, queries.examples, queries.ids)
         values = knn_shapley(torch.cdist(asked, train), of_asked[:, None] == of_train, self.k)
@@ -62,7 +66,7 @@ class KNNShapley(Method):
         """Of the vote."""
         return f"share of {self.k} nearest neighbours with the query's label"
 
-    def settings(self) -> dict[str, Any]:
+    def hyperparameters(self) -> dict[str, Any]:
         """With the names of the functions."""
         return {
             "k": self.k,

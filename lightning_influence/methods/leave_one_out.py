@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_influence.methods.retraining import Estimate, Retraining, losses_of
+from lightning_influence.methods.retraining import Estimate, Retraining, losses_of, models_of
 from lightning_influence.numerics.subsets import without_each
 from lightning_influence.setting.setting import Queries, Setting
 
@@ -48,7 +48,7 @@ class LeaveOneOut(Retraining):
 
     def estimate(self, setting: Setting, queries: Queries) -> Estimate:
         """Scores, with standard errors over seeds."""
-        n_train, n_seeds = setting.n_train, self.n_seeds if setting.models.way.seeded else 1
+        n_train, n_seeds = setting.n_train, self.n_seeds if models_of(setting).seeded else 1
         chosen = self.scored(n_train)
         ids = torch.arange(n_train) if chosen is None else torch.tensor(chosen, dtype=torch.int64)
         every = torch.ones(1, n_train, dtype=torch.bool)
@@ -58,7 +58,7 @@ class LeaveOneOut(Retraining):
         change = losses[1:] - losses[:1]  # of equal seeds, so that what they share falls away
         values = _spread(change.nanmean(1).T, ids, n_train)
         errors = None
-        if setting.models.way.seeded:
+        if models_of(setting).seeded:
             spread = change.std(1) if n_seeds > 1 else torch.full_like(change[:, 0], torch.nan)
             errors = _spread(spread.T / n_seeds**0.5, ids, n_train)
         out = torch.zeros(n_train, dtype=torch.int64)

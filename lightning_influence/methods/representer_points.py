@@ -11,14 +11,16 @@ from torch import Tensor
 
 from lightning_influence.checks import one_of
 from lightning_influence.files.arrow import read_file, write_file
+from lightning_influence.gradients import Reduction
 from lightning_influence.gradients.final_layer import Head, HeadRows, find_head, seen_by, writable
-from lightning_influence.methods.method import Evidence, Method
+from lightning_influence.methods.kinds import ForwardOnly
+from lightning_influence.methods.method import Evidence
 from lightning_influence.numerics.heads import HeadFit, Link, PenalisedHead
 from lightning_influence.setting.setting import Queries, Setting
 
 
 @dataclass(frozen=True)
-class RepresenterPoints(Method):
+class RepresenterPoints(ForwardOnly):
     r"""What each training example holds up of a prediction, by the final linear layer.
 
     At the minimum W of the mean loss plus :math:`\frac{\lambda}{2}\lVert W\rVert^2`, bias included, with features f
@@ -63,7 +65,6 @@ class RepresenterPoints(Method):
     head: str | None = None
     max_iterations: int = 100
     needs: ClassVar[Evidence] = Evidence.FINAL_WEIGHTS
-    gradients: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.of, int) or isinstance(self.of, bool) or self.of < 0:
@@ -80,7 +81,7 @@ class RepresenterPoints(Method):
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """[query, train]."""
         points, total = self._points(setting), setting.zeros(queries)
-        features, weights = self._asked(points, queries)
+        features, weights = self._at_head(points, queries, setting.reduction_of(queries))
         # The mean over the queries of (weight × feature), one matrix whatever their number.
         mean = weights.T @ features / len(features)
         for columns, rows in points.tile(setting.ids):
@@ -110,9 +111,9 @@ class RepresenterPoints(Method):
         """Loss or pre-activation."""
         return "loss" if self.of == "loss" else "pre-activation"
 
-    def _asked(self, points: "Points", queries: Queries) -> tuple[Tensor, Tensor]:
+    def _at_head(self, points: "Points", queries: Queries, reduction: Reduction) -> tuple[Tensor, Tensor]:
         """Features of the queries, [query, dim], and what each class of them counts, [query, class]."""
-        head = Head(points.head.name, points.head.layer, queries.engine.task, queries.engine.reduction)
+        head = Head(points.head.name, points.head.layer, queries.engine.task, reduction)
         features, weights = [], []
         for block in queries.examples.blocks(queries.ids.start, queries.ids.stop):
             seen = head.see(block.batch, block.size, points.fit.weight if self.refit else None)
@@ -132,13 +133,14 @@ class RepresenterPoints(Method):
 
     def _points(self, setting: Setting) -> "Points":
         """The decomposition, made once a question."""
-        if "representer points" not in setting.kept:
-            setting.kept["representer points"] = self._decompose(setting)
-        return setting.kept["representer points"]  # type: ignore[no-any-return]
+        kept = setting.state(self, _Decomposition)
+        if kept.points is None:
+            kept.points = self._decompose(setting)
+        return kept.points
 
     def _decompose(self, setting: Setting) -> "Points":
-        engine, trajectory = setting.engine, setting.trajectory
-        head = find_head(engine.task, engine.reduction, setting.examples, self.head)
+        trajectory = setting.trajectory
+        head = find_head(setting.task, setting.reduction_of(None), setting.examples, self.head)
         link = head.link(setting.examples)
         folder, passing = writable(
             None if trajectory is None or trajectory.path is None else trajectory.path / "features"
@@ -160,8 +162,8 @@ class RepresenterPoints(Method):
             f"{self.weight_decay:g}; the sum over training examples misses a training example's pre-activations by at "
             f"most {missed:.1e}."
         )
-        setting.figure("head_gradient_norm", fit.gradient_norm)
-        setting.figure("reconstruction_error", missed)
+        setting.diagnostic("head_gradient_norm", fit.gradient_norm)
+        setting.diagnostic("reconstruction_error", missed)
         if self.refit and not fit.converged:
             text = (
                 f"The head `{points.head.name}` stopped after {fit.iterations} Newton steps at gradient norm "
@@ -248,3 +250,10 @@ class Points:
     def _rows(self) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in self.seen:
             yield self.head.augmented(rows.features), self.target(rows)
+
+
+@dataclass
+class _Decomposition:
+    """What is kept while a question lasts."""
+
+    points: Points | None = None

@@ -1,14 +1,15 @@
-"""What methods that train models again have in common: an estimate, and how much it rests on."""
+"""The kind of method that trains models again: an estimate, and how much it rests on."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.methods.method import Evidence, Method
-from lightning_influence.setting.setting import Queries, Setting
+from lightning_influence.setting.setting import Queries, Setting, TrainedModels
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,10 @@ class Estimate:
     n_models: int
 
 
-class Retraining(Method):
-    """A method that asks models trained on parts of the data; what is unknown is NaN, never 0."""
+class Retraining(ForwardOnly):
+    """Compares models trained on parts of the data; an unknown score is NaN, never 0."""
 
     needs: ClassVar[Evidence] = Evidence.REFIT
-    gradients: ClassVar[bool] = False
-    whole: ClassVar[bool] = True
-    unknowns: ClassVar[bool] = True
 
     @abstractmethod
     def estimate(self, setting: Setting, queries: Queries) -> Estimate:
@@ -45,7 +43,7 @@ class Retraining(Method):
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """[query, train]: the values of ``estimate``."""
         found = self.estimate(setting, queries)
-        tell(self, setting, found)
+        report(self, setting, found)
         return found.values
 
     def unit(self, setting: Setting) -> str:
@@ -53,18 +51,18 @@ class Retraining(Method):
         return "query loss (or measurement)"
 
 
-def tell(method: Method, setting: Setting, found: Estimate) -> None:
+def report(method: Method, setting: Setting, found: Estimate) -> None:
     """Notes how far to trust an estimate."""
     chosen = method.scored(setting.n_train)
     values = found.values if chosen is None else found.values[:, list(chosen)]
     unknown = int(values.isnan().all(0).sum())
     if unknown:
         setting.note(f"{unknown} of {values.shape[1]} training examples have no known score (NaN).")
-    setting.figure("models", found.n_models)
+    setting.diagnostic("models", found.n_models)
     if found.standard_errors is not None:
         known = found.standard_errors[~found.standard_errors.isnan()]
         if known.numel():
-            setting.figure("standard_error_median", float(known.median()))
+            setting.diagnostic("standard_error_median", float(known.median()))
             spread = found.values[~found.values.isnan()].std() if known.numel() > 1 else torch.tensor(torch.nan)
             if float(spread) < 2 * float(known.median()):
                 setting.note(
@@ -76,7 +74,13 @@ def tell(method: Method, setting: Setting, found: Estimate) -> None:
 
 def losses_of(setting: Setting, queries: Queries, membership: Tensor, seeds: list[int]) -> Tensor:
     """[model, query]: trains what is missing, notes what failed, measures the queries."""
-    models: Any = setting.models
+    models = models_of(setting)
     for note in models.train(membership, seeds):
         setting.note(note)
     return models.losses(membership, seeds, queries)
+
+
+def models_of(setting: Setting) -> TrainedModels:
+    """The models that the attributor brought."""
+    assert setting.models is not None, "the attributor refuses such a method without `refit`"
+    return setting.models

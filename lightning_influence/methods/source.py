@@ -11,9 +11,10 @@ from lightning_influence.curvature.damping import reach_at
 from lightning_influence.curvature.ekfac import EKFAC
 from lightning_influence.curvature.preconditioner import check_optimizers, descent_at
 from lightning_influence.curvature.store import prepared_at
-from lightning_influence.gradients.queries import DenseQueries
-from lightning_influence.methods.method import Evidence, Method
-from lightning_influence.setting.setting import Queries, Setting, stage_positions
+from lightning_influence.gradients.queries import DenseQueries, QueryGradients
+from lightning_influence.methods.kinds import GradientProduct, TrainBlock
+from lightning_influence.methods.method import Evidence
+from lightning_influence.setting.setting import Queries, Setting, Stage, stage_positions
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.types import MissingEvidence
 
@@ -39,7 +40,7 @@ class SourceSegment:
 
 
 @dataclass(frozen=True)
-class SOURCE(Method):
+class SOURCE(GradientProduct):
     r"""How much higher a query's loss would be, had training gone on without the example, segment by segment.
 
     .. math:: s(q, z_i) = \frac1n \sum_l \nabla\ell(w_T, q)^\top S_L \cdots S_{l+1} F_l \, \bar g_{li}, \quad
@@ -88,14 +89,23 @@ class SOURCE(Method):
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """[query, train]."""
-        segments = setting.once((self, "segments"), lambda: self._segments(setting))
-        felt = queries.once((self, "felt"), lambda: self._felt(setting, queries, segments))
-        total = setting.zeros(queries)
-        for segment, directions in zip(segments, felt, strict=True):
-            for stage in setting.stages(segment.checkpoints):
-                for columns, block in stage.train():
-                    total[:, columns] += directions.dot(block) / (setting.n_train * len(segment.checkpoints))
-        return total
+        run = setting.state(self, _SegmentedRun)
+        if not run.segments:
+            run.segments = self._segments(setting)
+        if run.queries is not queries:  # before any stage is visited: it is done at the weights of other checkpoints
+            run.queries, run.directions = queries, self._directions(setting, queries, run.segments)
+        return super().score(setting, queries)
+
+    def query_side(self, stage: Stage, queries: Queries) -> QueryGradients:
+        """What the gradients in the stage's segment are multiplied with."""
+        run = stage.setting.state(self, _SegmentedRun)
+        return run.directions[run.segment_at(stage)]
+
+    def product(self, stage: Stage, query: QueryGradients, block: TrainBlock) -> Tensor:
+        """[query, example]."""
+        run = stage.setting.state(self, _SegmentedRun)
+        averaged = len(run.segments[run.segment_at(stage)].checkpoints)
+        return query.dot(block.gradients) / (stage.setting.n_train * averaged)
 
     def _segments(self, setting: Setting) -> list[SourceSegment]:
         """Runs of checkpoints of nearly the same number.
@@ -133,10 +143,10 @@ class SOURCE(Method):
             )
         return reach
 
-    def _felt(self, setting: Setting, queries: Queries, segments: list[SourceSegment]) -> list[DenseQueries]:
-        """What each segment's gradients are multiplied with: the query, carried back through the segments behind."""
+    def _directions(self, setting: Setting, queries: Queries, segments: list[SourceSegment]) -> list[DenseQueries]:
+        """For each segment the queries' gradients, carried back through the segments after it."""
         carried = setting.final().gradients(queries).dense()
-        felt: list[DenseQueries] = []
+        directions: list[DenseQueries] = []
         for segment in reversed(segments):
             (stage,) = setting.stages([segment.middle])
             prepared = prepared_at(self.curvature, setting, stage)
@@ -144,19 +154,19 @@ class SOURCE(Method):
                 setting.note(note)
             descent = descent_at(setting, stage, self.curvature.damping or 0.0, segment.reach, segment.shrunk)
             moved, carried = self.curvature.descend(prepared, carried, setting, descent)
-            felt.append(DenseQueries(moved, setting.engine.groups))
-        return felt[::-1]
+            directions.append(DenseQueries(moved, setting.engine.groups))
+        return directions[::-1]
 
     # ---- the record ---------------------------------------------------------------------------------------------
 
-    def at_once(self, setting: Setting) -> int | None:
+    def queries_at_once(self, setting: Setting) -> int | None:
         """As many as the curvature holds written out, for each segment."""
         most = self.curvature.at_once(setting)
         return None if most is None else max(1, most // (self.segments + 1))
 
-    def overhead(self, setting: Setting, queries: int) -> float:
-        """The curvature of every segment."""
-        return self.curvature.seconds(setting, queries) * self.segments / len(self.positions(setting.trajectory))
+    def preparation_seconds(self, setting: Setting, vectors: int) -> float:
+        """The curvature of every segment, shared out among the checkpoints."""
+        return self.curvature.seconds(setting, vectors) * self.segments / len(self.positions(setting.trajectory))
 
     def positions(self, trajectory: Trajectory | None) -> list[int]:
         """All but the initial one."""
@@ -165,6 +175,25 @@ class SOURCE(Method):
     def unit(self, setting: Setting) -> str:
         """Loss."""
         return "loss"
+
+
+@dataclass
+class _SegmentedRun:
+    """What is kept from one tile and block of queries to the next.
+
+    Args:
+        segments: of the run.
+        queries: those that ``directions`` are of.
+        directions: of these queries, one for each segment.
+    """
+
+    segments: list[SourceSegment] = field(default_factory=list)
+    queries: Queries | None = None
+    directions: list[DenseQueries] = field(default_factory=list)
+
+    def segment_at(self, stage: Stage) -> int:
+        """Which segment a checkpoint is in."""
+        return next(k for k, segment in enumerate(self.segments) if stage.position in segment.checkpoints)
 
 
 def _shown(reach: Tensor) -> str:

@@ -11,16 +11,16 @@ from torch import Tensor
 from lightning_influence.checks import one_of
 from lightning_influence.gradients.queries import EachQuery
 from lightning_influence.gradients.transforms import Transforms, check_projection, refuse_constant
-from lightning_influence.methods.method import Evidence, Method
+from lightning_influence.methods.kinds import WholeRun
+from lightning_influence.methods.method import Evidence
 from lightning_influence.numerics.clipping import ByNorm
 from lightning_influence.numerics.projections import RandomProjection
-from lightning_influence.replay import MAX_DRIFT, Replay, Replayed, ReplayedStep
+from lightning_influence.replay import MAX_DRIFT, Replay, ReplayedStep
 from lightning_influence.replay.forward import Forward
 from lightning_influence.replay.hessian_products import scaled_products
-from lightning_influence.replay.scoring import ReplayProgress, tell_drift
+from lightning_influence.replay.progress import ReplayProgress, note_drift
 from lightning_influence.replay.steps import Step
 from lightning_influence.setting.setting import Queries, Setting
-from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.exposure import gain
 
 Products = Callable[[Forward, Step, Tensor], list[Tensor]]
@@ -28,7 +28,7 @@ Products = Callable[[Forward, Step, Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
-class TracIn(Method):
+class TracIn(WholeRun):
     r"""How much each training example lowered a query's loss at the steps that it was in, to first order.
 
     .. math:: s(q, z_i) = \sum_{t: i \in B_t} c_{ti} \, \nabla\ell(w_t, q) \cdot \nabla\ell(w_t, z_i)
@@ -62,7 +62,6 @@ class TracIn(Method):
     projection: RandomProjection | None = None
     max_drift: float = MAX_DRIFT
     needs: ClassVar[Evidence] = Evidence.CHECKPOINTS | Evidence.BATCH_ORDER
-    walks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         one_of("normalize", self.normalize, (None, "cosine", "layerwise"))
@@ -79,17 +78,9 @@ class TracIn(Method):
         refuse_constant(self.normalize)
         return self._walk(setting, setting.zeros(), self._of_itself())
 
-    def seconds(self, setting: Setting, queries: Queries) -> float:
-        """What the queries will take together, by timing a few steps."""
-        return self._seconds(setting, self._of_queries(queries))
-
-    def overhead(self, setting: Setting, queries: int) -> float:
-        """What self-influence takes beyond a pass over the examples."""
-        return self._seconds(setting, self._of_itself())
-
-    def positions(self, trajectory: Trajectory | None) -> list[int]:
-        """The final weights: earlier ones are where the replay starts from."""
-        return [] if trajectory is None else [len(trajectory.checkpoints) - 1]
+    def seconds(self, setting: Setting, queries: Queries | None) -> float:
+        """By timing a few steps."""
+        return self._seconds(setting, self._of_itself() if queries is None else self._of_queries(queries))
 
     def unit(self, setting: Setting) -> str:
         """Loss, unless something took the scale away."""
@@ -121,17 +112,17 @@ class TracIn(Method):
 
     def _walk(self, setting: Setting, total: Tensor, products: Products) -> Tensor:
         replay = self._replay(setting)
-        told = ReplayProgress(setting, sum(len(batch.ids) for step in replay.steps for batch in step.batches))
+        progress = ReplayProgress(setting, sum(len(batch.ids) for step in replay.steps for batch in step.batches))
         with replay.training():
             for number, segment in enumerate(replay.segments):
                 for step, found in _visits(setting, replay, number, segment.steps, products):
                     for batch, of_batch in zip(step.batches, found, strict=True):
                         ids = torch.as_tensor(batch.ids, device=total.device)
                         total.index_add_(total.ndim - 1, ids, of_batch.to(total))
-                    told(step)
+                    progress(step)
                 replay.compare(number, replay.after)
-        told.rest()
-        tell_drift(setting, replay)
+        progress.finish()
+        note_drift(setting, replay)
         return total
 
     def _seconds(self, setting: Setting, products: Products) -> float:
@@ -145,7 +136,7 @@ class TracIn(Method):
         return (time.perf_counter() - started) * len(replay.steps) / len(steps)
 
     def _replay(self, setting: Setting) -> Replay:
-        replay = Replayed(max_drift=self.max_drift).replay(setting)
+        replay = setting.state(self, Replay, setting.engine, setting.examples, setting.trajectory, self.max_drift)
         if replay.forward.joint and (self.normalize is not None or self.projection is not None):
             raise ValueError(
                 f"Expected `normalize=None` and `projection=None` with `loss=`, got {self.normalize!r} and "

@@ -6,14 +6,14 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from lightning_influence.checks import one_of
-from lightning_influence.gradients.transforms import Transforms, check_projection, refuse_constant
-from lightning_influence.methods.method import Evidence, Method
+from lightning_influence.methods.kinds import TransformedProduct
+from lightning_influence.methods.method import Evidence
 from lightning_influence.numerics.projections import RandomProjection
-from lightning_influence.setting.setting import Queries, Setting, Stage
+from lightning_influence.setting.setting import Setting, Stage
 
 
 @dataclass(frozen=True)
-class TracInCP(Method):
+class TracInCP(TransformedProduct):
     r"""How much each training example lowered a query's loss at the moments it was seen, at a few checkpoints.
 
     .. math:: s(q, z_i) = \sum_k c_{ki} \, \nabla\ell(w_k, q) \cdot \nabla\ell(w_k, z_i)
@@ -47,29 +47,14 @@ class TracInCP(Method):
     needs: ClassVar[Evidence] = Evidence.CHECKPOINTS
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("units", self.units, ("loss", "paper"))
-        one_of("normalize", self.normalize, (None, "cosine", "layerwise"))
-        check_projection(self.projection)
 
-    def score(self, setting: Setting, queries: Queries) -> Tensor:
-        """[query, train]."""
-        total, sides = setting.zeros(queries), Transforms(self.normalize, self.projection)
-        for stage in setting.stages(self.checkpoints):
-            weights = self._weights(stage, total)
-            query = sides(stage.gradients(queries))
-            for columns, block in stage.train(weights.any(0)):
-                total[:, columns] += query.dot(sides(block), weights[:, columns])
-        return total
-
-    def self_influence(self, setting: Setting) -> Tensor:
-        """[train]: the same with the example as its own query."""
-        refuse_constant(self.normalize)
-        total, sides = setting.zeros(), Transforms(None, self.projection)
-        for stage in setting.stages(self.checkpoints):
-            weights = self._weights(stage, total)
-            for columns, block in stage.train(weights.any(0)):
-                total[columns] += sides(block).norm2(weights[:, columns])
-        return total
+    def weight(self, stage: Stage) -> Tensor:
+        """[group, train]: exposure, or the learning rate at the checkpoint for all alike."""
+        if self.units == "paper":
+            return stage.learning_rates[:, None].expand_as(stage.exposure)
+        return stage.exposure
 
     def unit(self, setting: Setting) -> str:
         """Loss, unless something took the scale away."""
@@ -77,9 +62,3 @@ class TracInCP(Method):
         if self.normalize or self.units == "paper" or adaptive:
             return "arbitrary"
         return "loss (summed over the moments the example was seen)"
-
-    def _weights(self, stage: Stage, like: Tensor) -> Tensor:
-        """[group, train]."""
-        if self.units == "paper":
-            return stage.learning_rates.to(like)[:, None].expand_as(stage.exposure)
-        return stage.exposure.to(like)

@@ -6,15 +6,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_influence.methods.method import Evidence, Method
+from lightning_influence.methods.kinds import WholeRun
+from lightning_influence.methods.method import Evidence
 from lightning_influence.setting.setting import Queries, Setting
-from lightning_influence.tracking import Tracker, load_record, record_name
+from lightning_influence.timing import timed
+from lightning_influence.tracking import Tracker, load_record
 from lightning_influence.tracking.losses import LossChanges
 from lightning_influence.types import MissingEvidence
 
 
 @dataclass(frozen=True)
-class TracInIdeal(Method):
+class TracInIdeal(WholeRun):
     r"""The change of a query's loss, summed over the steps that trained on the example alone: exact, no gradient in it.
 
     .. math:: s(q, z_i) = \sum_{t: z_t = z_i} \ell(w_t, q) - \ell(w_{t+1}, q)
@@ -40,25 +42,23 @@ class TracInIdeal(Method):
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """[query, train]."""
         assert setting.trajectory is not None
-        stage = setting.final()
-        record = load_record(setting.trajectory.path, record_name("TracInIdeal", self.settings()), stage.step)
-        changes, there = record.tensors["changes"], record.tensors["losses"]
+        record = load_record(setting.trajectory.path, self.record, setting.final().step)
+        changes, losses = (record.tensors[name][queries.ids.start : queries.ids.stop] for name in ("changes", "losses"))
+        now = LossChanges().losses_of(queries)
         if queries.mean:
-            changes, there, asked = changes.mean(0, keepdim=True), there.mean(0, keepdim=True), slice(0, 1)
-        else:
-            asked = slice(queries.ids.start, queries.ids.stop)
-        now = queries.once((self, stage.step), lambda: LossChanges().losses_of(queries))
-        now = now.mean(0, keepdim=True) if queries.mean else now
-        if len(there[asked]) != len(now) or not torch.allclose(there[asked], now, rtol=1e-3, atol=1e-4):
+            changes, losses, now = (values.mean(0, keepdim=True) for values in (changes, losses, now))
+        if len(losses) != len(now) or not torch.allclose(losses, now, rtol=1e-3, atol=1e-4):
             raise MissingEvidence(
                 f"Expected the {len(record.tensors['losses'])} queries whose losses were followed during the fit, got "
                 "queries with other losses. `TracInIdeal` answers for those of `Influence(queries=)` only; use "
                 "`TracInCP()` for others."
             )
-        total = setting.zeros(queries)
-        total += changes[asked, setting.ids.start : setting.ids.stop].to(total)
         setting.on_block(len(setting.ids))
-        return total
+        return changes[:, setting.ids.start : setting.ids.stop].to(setting.zeros())
+
+    def seconds(self, setting: Setting, queries: Queries | None) -> float:
+        """The losses of the queries."""
+        return 0.0 if queries is None else timed(lambda: LossChanges().losses_of(queries))
 
     def unit(self, setting: Setting) -> str:
         """Loss."""

@@ -50,13 +50,14 @@ class Task:
             for key in part._buffers
         ]
         self._untouched = [ModuleSnapshot(module)]  # shared by the tasks of one module
+        self._version = [0]  # likewise
         self.on_forward: Callable[[], Any] | None = None
         """Called after a forward pass, before what it left in the module is taken away."""
 
     def measuring(self, loss: Loss) -> "Task":
         """The same module at the same weights, now and after every ``load``, with another loss."""
         other = Task(self.module, loss, self.device, self.trainer)
-        other._untouched = self._untouched
+        other._untouched, other._version = self._untouched, self._version
         return other
 
     # ---- weights --------------------------------------------------------------------------------------------------
@@ -88,7 +89,17 @@ class Task:
         for name, buffer in self.named_buffers().items():
             if name in buffers:
                 buffer.data = buffers[name].to(device=self.device, dtype=buffer.dtype).clone()
+        self.weights_changed()
         self.remember()
+
+    @property
+    def version(self) -> int:
+        """Counts how often the weights were replaced, through whichever task of the module."""
+        return self._version[0]
+
+    def weights_changed(self) -> None:
+        """To be called by whoever puts other weights in place without ``load``."""
+        self._version[0] += 1
 
     def remember(self) -> None:
         """From now on the module is put back, after a forward pass, to how it stands here: its modes, its buffers."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_influence.refit.pool import Failure, Job
 from lightning_influence.refit.store import TrainedModel, digest_of
 from lightning_influence.replay import Replay, run_many
-from lightning_influence.setting.session import Sessions
+from lightning_influence.setting.session import Session
 from lightning_influence.types import bytes_in
 
 # Finished models are on disk after about so many seconds.
@@ -26,11 +26,11 @@ class Fixed:
     """Trains by replaying the captured run.
 
     Args:
-        sessions: of the module that was trained, its data and its fit.
+        session: of the module that was trained, its data and its fit.
         removal: what becomes of a batch's divisor.
     """
 
-    sessions: Sessions
+    session: Session
     removal: Literal["downweight", "renormalize"] = "downweight"
     seeded: bool = False
     _seconds: float = 0.0  # that the run takes as it was
@@ -88,8 +88,8 @@ class Fixed:
 
     @contextlib.contextmanager
     def _replay(self) -> Iterator[Replay]:
-        with self.sessions.open() as session:
-            replay = Replay(session.engine, session.examples, self._trajectory())
+        with self.session.open() as setting:
+            replay = Replay(setting.engine, setting.examples, self._trajectory())
             if self._seconds == 0:
                 start = time.perf_counter()
                 replay.run()  # as it was: raises where it does not end where the fit ended
@@ -97,7 +97,7 @@ class Fixed:
             yield replay
 
     def _trajectory(self) -> Any:
-        return self.sessions.trajectory
+        return self.session.trajectory
 
 
 def _not_finite(weights: Any) -> str | None:

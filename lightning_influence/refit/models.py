@@ -55,6 +55,11 @@ class Models:
         identity = {"n_train": self.n_train, "dataset": _fingerprint(train), **way.identity()}
         self.store = ModelStore(folder, identity, layout_of(way.initial(0)))
 
+    @property
+    def seeded(self) -> bool:
+        """Whether models of one subset differ by their seed."""
+        return self.way.seeded
+
     def train(self, membership: Tensor, seeds: Sequence[int]) -> list[str]:
         """Trains the models that are not there yet.
 

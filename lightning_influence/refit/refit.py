@@ -18,7 +18,8 @@ from lightning_influence.refit.fixed import Fixed
 from lightning_influence.refit.independent import Independent
 from lightning_influence.refit.models import Models, TrainingBackend
 from lightning_influence.refit.recipe import Recipe
-from lightning_influence.setting.session import AllQueries, Sessions
+from lightning_influence.setting.session import Session
+from lightning_influence.setting.setting import Queries
 from lightning_influence.types import MissingEvidence
 
 # Subsets to judge by are drawn by other seeds than those that a method learns from.
@@ -29,7 +30,7 @@ _JUDGES = 10**6
 class Subject:
     """What is trained again: an attributor's module, data and fit."""
 
-    sessions: Sessions
+    session: Session
     train: Source
 
 
@@ -93,9 +94,9 @@ class Refit:
         self.asked: Source | None = None
         """The queries that the attributor was last asked about."""
 
-    def attach(self, sessions: Sessions, train: Source) -> None:
+    def attach(self, session: Session, train: Source) -> None:
         """An ``Attributor(refit=)`` says what is trained again."""
-        self._subject, self._models, self.asked = Subject(sessions, train), None, None
+        self._subject, self._models, self.asked = Subject(session, train), None, None
 
     @property
     def models(self) -> Models:
@@ -107,17 +108,17 @@ class Refit:
         """
         if self._models is None:
             subject = self._subject_or_raise()
-            self._models = Models(self._way(subject), subject.train, self._folder(subject), subject.sessions.trainer)
+            self._models = Models(self._way(subject), subject.train, self._folder(subject), subject.session.trainer)
         return self._models
 
     @contextlib.contextmanager
-    def asking(self, queries: Any, measurement: Loss | None = None, mean: bool = False) -> Iterator[AllQueries]:
+    def asking(self, queries: Any, measurement: Loss | None = None, mean: bool = False) -> Iterator[Queries]:
         """The queries, ready to be measured under any model of this module."""
         subject = self._subject_or_raise()
         source = source_of(queries, "queries", like=subject.train)
-        with subject.sessions.open(source, measurement, mean, forward_only=True) as session:
-            assert session.asked is not None
-            yield session.asked
+        with subject.session.open(source, measurement, mean, gradients=False) as setting:
+            assert setting.queries is not None
+            yield setting.queries
 
     def bank(
         self,
@@ -199,17 +200,17 @@ class Refit:
         if self.seeds == "independent":
             recipe = Recipe(**self.factories, dataset=subject.train.dataset)  # type: ignore[arg-type]
             return Independent(recipe, self.n_jobs)
-        if subject.sessions.trajectory is None:
+        if subject.session.trajectory is None:
             raise MissingEvidence(
                 "Expected a captured run for `seeds='fixed'`, got `trajectory=None`. Fit with "
                 "`Trainer(callbacks=[Influence()])`, or pass factories and `seeds='independent'`."
             )
-        return Fixed(subject.sessions, self.removal)
+        return Fixed(subject.session, self.removal)
 
     def _folder(self, subject: Subject) -> Path:
         if self.dirpath is not None:
             return self.dirpath
-        path = None if subject.sessions.trajectory is None else subject.sessions.trajectory.path
+        path = None if subject.session.trajectory is None else subject.session.trajectory.path
         if path is None:
             raise ValueError("Expected `dirpath` for the models where there is no captured run, got None.")
         return path / f"refit-{self.seeds}"

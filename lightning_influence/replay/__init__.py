@@ -2,7 +2,6 @@
 
 from lightning_influence.replay.adjoint import adjoint
 from lightning_influence.replay.replay import MAX_DRIFT, DriftError, Replay, ReplayedStep
-from lightning_influence.replay.scoring import Replayed
 from lightning_influence.replay.training_state import TrainingState
 from lightning_influence.replay.vectorized import run_many
 
@@ -10,7 +9,6 @@ __all__ = [
     "MAX_DRIFT",
     "DriftError",
     "Replay",
-    "Replayed",
     "ReplayedStep",
     "TrainingState",
     "adjoint",

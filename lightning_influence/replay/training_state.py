@@ -54,6 +54,7 @@ class TrainingState:
         for name, buffer in task.named_buffers().items():
             if name in self.buffers:
                 buffer.data = self.buffers[name].clone()
+        task.weights_changed()
 
     def before(self, name: str, gradient: Tensor, step: Step) -> UpdateInput:
         """One parameter about to be moved by a clipped gradient."""

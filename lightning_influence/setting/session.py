@@ -1,6 +1,7 @@
-"""A module made ready for one question: quiet, at its final weights, with engines that the self-check has planned."""
+"""A module and its training data, prepared for questions: quiet, at its final weights, self-checked once for all."""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,74 +13,17 @@ from lightning_influence.data.examples import Examples
 from lightning_influence.data.source import Source
 from lightning_influence.gradients import Engine, Plan, Reduction, make_plan, probe
 from lightning_influence.module.task import Loss, Task, detached_trainer, quiet
-from lightning_influence.setting.setting import Queries
+from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.trajectory import Trajectory
 
-# Bytes that the gradients of a block of queries may take.
-_QUERY_BYTES = 2**29
 # A block of training examples is enlarged up to this size while its factors take no more bytes than that.
 _BLOCK = 2048
 _BLOCK_BYTES = 2**24
 
 
-@dataclass(frozen=True)
-class AllQueries:
-    """All queries, to be taken in slices.
-
-    Args:
-        engine: takes their gradients.
-        examples: their dataset.
-        mean: all of them count as one.
-    """
-
-    engine: Engine
-    examples: Examples
-    mean: bool
-
-    def __len__(self) -> int:
-        return 1 if self.mean else len(self.examples)
-
-    def __getitem__(self, part: slice) -> Queries:
-        every = range(len(self.examples))
-        return Queries(self.engine, self.examples, every if self.mean else every[part], self.mean)
-
-    def block(self) -> int:
-        """How many queries are held at once: as many whole blocks of the dataset as fit the memory set aside."""
-        if len(self) == 1:
-            return 1
-        some = next(iter(self.examples.blocks(0, min(4, len(self.examples)))))
-        each = self.engine.gradients(some).query_bytes(len(self))
-        fitting = max(1, _QUERY_BYTES // max(1, each))
-        return whole_blocks(fitting, self.examples.block_size)
-
-
-def whole_blocks(count: int, size: int) -> int:
-    """At most ``count`` examples that are whole blocks of ``size``, where one fits."""
-    return count // size * size if count >= size else count
-
-
 @dataclass
 class Session:
-    """Engines for both sides of a score, under one plan.
-
-    Args:
-        task: the quiet module.
-        engine: takes gradients of training examples.
-        examples: the training dataset.
-        asked: the queries, where there are any.
-        models: models trained again, where the question is put to them.
-    """
-
-    task: Task
-    engine: Engine
-    examples: Examples
-    asked: AllQueries | None = None
-    models: Any = None
-
-
-@dataclass
-class Sessions:
-    """Opens sessions on one module and training set; what the self-check found is kept from one to the next.
+    """Opens questions on one module and training set; what the self-check found is kept from one to the next.
 
     Args:
         module: the LightningModule.
@@ -99,6 +43,7 @@ class Sessions:
     names: Sequence[str]
     batch_size: int | None
     _found: dict[tuple[Any, ...], tuple[Reduction, Plan]] = field(default_factory=dict)
+    _checked: dict[tuple[Any, ...], Reduction] = field(default_factory=dict)
     _kept: list[Any] = field(default_factory=list)
     _fitting: int | None = None
     _reduction: Reduction | None = None
@@ -117,87 +62,81 @@ class Sessions:
 
     @contextlib.contextmanager
     def open(
-        self,
-        queries: Source | None = None,
-        measurement: Loss | None = None,
-        mean: bool = False,
-        gradients: bool = True,
-        forward_only: bool = False,
-    ) -> Iterator[Session]:
-        """Everything that a method needs, until the context ends; without ``gradients`` none are planned or checked.
+        self, queries: Source | None = None, measurement: Loss | None = None, mean: bool = False, gradients: bool = True
+    ) -> Iterator[Setting]:
+        """A question, its tile being the whole training set, until the context ends.
 
         Args:
             queries: what is asked about.
             measurement: in place of the queries' loss.
             mean: all queries count as one.
-            gradients: plan how to take them, and check that.
-            forward_only: nor is it asked how a batch's loss relates to those of its examples.
+            gradients: find out how to take them, and check that. Without it, how a batch's loss relates to those of its
+                examples is found out only for a method that reads ``Setting.reduction_of``.
 
         Raises:
             ValueError: a loss that cannot be divided among examples, queries that do not fit the module.
         """
-        groups = self._groups()
         with self.quiet() as task:
             examples = self.train.examples(self.batch_size)
-            if forward_only:
-                yield self._forward_only(task, examples, queries, measurement, mean)
-                return
-            reduction, plan = self._planned(task, examples, gradients)
-            asked = None
-            if queries is not None:
-                theirs = queries.examples(self.batch_size)
-                other = task if measurement is None else task.measuring(measurement)
-                their_reduction, their_plan = self._planned_for(other, theirs, queries, examples, gradients)
-                asked = AllQueries(Engine(other, their_reduction, groups, plan=their_plan), theirs, mean)
-            engine = Engine(task, reduction, groups, plan=plan)
-            if self.batch_size is None and gradients:
-                examples.block_size = self._block_size(engine, examples)
-            yield Session(task, engine, examples, asked)
-
-    def _forward_only(
-        self, task: Task, examples: Examples, queries: Source | None, measurement: Loss | None, mean: bool
-    ) -> Session:
-        """A session whose engines have no plan: they carry the task."""
-        asked = None
-        if queries is not None:
+            asked = None if queries is None else queries.examples(self.batch_size)
             other = task if measurement is None else task.measuring(measurement)
-            asked = AllQueries(Engine(other, Reduction.NONE), queries.examples(self.batch_size), mean)
-        return Session(task, Engine(task, Reduction.NONE), examples, asked)
+            engine, theirs = Engine(task, Reduction.NONE), Engine(other, Reduction.NONE)
+            if gradients:
+                engine = self._engine(task, *self._planned(task, examples))
+            if gradients and queries is not None and asked is not None:
+                theirs = self._engine(other, *self._planned_for(other, asked, queries, examples))
+            setting = Setting(engine, examples, range(len(examples)), self.trajectory, self.train.batches)
+            setting.reduction_of = functools.partial(self._reduction_of, task, examples)
+            if asked is not None:
+                setting.queries = Queries(theirs, asked, range(len(asked)), mean, measurement is not None)
+            if gradients and self.batch_size is None:
+                examples.block_size = self._block_size(engine, examples)
+            yield setting
 
-    def _planned(self, task: Task, examples: Examples, gradients: bool) -> tuple[Reduction, Plan]:
+    def _engine(self, task: Task, reduction: Reduction, plan: Plan) -> Engine:
+        return Engine(task, reduction, self._groups(), plan=plan)
+
+    def _planned(self, task: Task, examples: Examples) -> tuple[Reduction, Plan]:
         """The self-check of the training side."""
-        if self._reduction is None:
-            examples.check_steady()
-            self._reduction = probe(task, examples, 0)
-        if not gradients:
-            return self._reduction, Plan({})
         if () not in self._found:
-            engine = Engine(task, self._reduction, self._groups())
-            self._found[()] = self._reduction, make_plan(engine, examples, self.names)
+            reduction = self._train_reduction(task, examples)
+            self._found[()] = reduction, make_plan(self._engine(task, reduction, Plan({})), examples, self.names)
         return self._found[()]
 
-    def _planned_for(
-        self, task: Task, asked: Examples, queries: Source, examples: Examples, gradients: bool
-    ) -> tuple[Reduction, Plan]:
+    def _planned_for(self, task: Task, asked: Examples, queries: Source, examples: Examples) -> tuple[Reduction, Plan]:
         """The self-check of the query side."""
-        reduction, plan = self._planned(task, examples, gradients)
+        reduction, plan = self._found[()]
         if queries is self.train and task.loss is self.loss:
             return reduction, plan
-        key = (id(queries.dataset), task.loss, gradients)
+        key = (id(queries.dataset), task.loss)
         if key not in self._found:
             asked.check_steady()
             reduction = Reduction.NONE if task.loss is not None else reduction
-            try:
-                if gradients:
-                    theirs = make_plan(Engine(task, reduction, self._groups()), asked, self.names)
-                else:
-                    reduction.total(task(task.to_device(asked.one(0))), 1)
-                    theirs = plan
-            except (RuntimeError, TypeError, IndexError, KeyError, ValueError, AttributeError) as error:
-                raise ValueError(_misfit(error, examples, asked)) from error
-            self._found[key] = reduction, theirs
+            with _fitting(examples, asked):
+                self._found[key] = reduction, make_plan(self._engine(task, reduction, Plan({})), asked, self.names)
             self._kept.append(queries.dataset)  # while it lives, its id is its own
         return self._found[key]
+
+    def _train_reduction(self, task: Task, examples: Examples) -> Reduction:
+        if self._reduction is None:
+            examples.check_steady()
+            self._reduction = probe(task, examples, 0)
+        return self._reduction
+
+    def _reduction_of(self, task: Task, examples: Examples, queries: Queries | None) -> Reduction:
+        """Of the training side, or of the queries, one of which must then pass."""
+        reduction = self._train_reduction(task, examples)
+        if queries is None:
+            return reduction
+        task, asked = queries.engine.task, queries.examples
+        key = (id(asked.dataset), task.loss)
+        if key not in self._checked:
+            asked.check_steady()
+            self._checked[key] = Reduction.NONE if task.loss is not None else reduction
+            with _fitting(examples, asked):
+                self._checked[key].total(task(task.to_device(asked.one(0))), 1)
+            self._kept.append(asked.dataset)
+        return self._checked[key]
 
     def _block_size(self, engine: Engine, examples: Examples) -> int:
         """Larger blocks where an example's factors are small: fewer, larger matrix products."""
@@ -231,12 +170,18 @@ def _check_same_model(task: Task, saved: Mapping[str, Tensor], trajectory: Traje
         )
 
 
-def _misfit(error: Exception, examples: Examples, asked: Examples) -> str:
+@contextlib.contextmanager
+def _fitting(examples: Examples, queries: Examples) -> Iterator[None]:
+    """Whatever goes wrong inside, the queries do not fit the module."""
+
     def shapes(data: Examples) -> str:
         leaves = torch.utils._pytree.tree_leaves(data.one(0))
         return ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in leaves)
 
-    return (
-        f"Expected queries that the module's loss accepts (a training example as a batch of one: {shapes(examples)}), "
-        f"got {shapes(asked)}: {error}"
-    )
+    try:
+        yield
+    except (RuntimeError, TypeError, IndexError, KeyError, ValueError, AttributeError) as error:
+        raise ValueError(
+            "Expected queries that the module's loss accepts (a training example as a batch of one: "
+            f"{shapes(examples)}), got {shapes(queries)}: {error}"
+        ) from error

@@ -8,7 +8,7 @@ import torch
 from lightning_influence.data.examples import Block
 from lightning_influence.gradients.general import requiring_gradients
 from lightning_influence.numerics.optimizers import UpdateInput, UpdateRule
-from lightning_influence.setting.session import Session
+from lightning_influence.setting.setting import Setting
 from lightning_influence.timing import timed
 
 
@@ -18,7 +18,7 @@ def states_of(rule: UpdateRule, options: Mapping[str, Any]) -> int:
     return len(rule.step(UpdateInput(zero, zero, {}, 0, options))[1])
 
 
-def plain_seconds(session: Session, sample: Block) -> float:
+def plain_seconds(session: Setting, sample: Block) -> float:
     """Of a forward and backward pass over a batch, without an optimizer: the faster of two."""
     task, names = session.task, list(session.engine.plan.names)
 

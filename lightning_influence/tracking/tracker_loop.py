@@ -15,8 +15,7 @@ from lightning_influence.gradients import Engine, Reduction
 from lightning_influence.module.task import Loss, Lossless, quiet
 from lightning_influence.numerics.clipping import ByValue
 from lightning_influence.numerics.optimizers import UpdateInput, rule_for
-from lightning_influence.setting.session import AllQueries, Session
-from lightning_influence.setting.setting import Queries
+from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.tracking.error_guard import ErrorGuard
 from lightning_influence.tracking.estimates import plain_seconds, states_of
 from lightning_influence.tracking.micro_batch import PreparedTask, TrackedMicroBatch
@@ -86,7 +85,7 @@ class TrackerLoop:
         self._trainer, self._module, self._run, self._loss, self._max_cost = trainer, module, run, loss, max_cost
         self.tracked = [TrackerRecord(tracker, name) for name, tracker in trackers.items()]
         self._engine: Engine | None = None
-        self._asked: AllQueries | None = None
+        self._asked: Queries | None = None
         self._current: _PendingBatch | None = None
         self._window: list[_PendingBatch] = []
         self._finished = False
@@ -99,7 +98,7 @@ class TrackerLoop:
 
     # ---- before the first step ------------------------------------------------------------------------------------
 
-    def starts(self, session: Session, parent: Path | None, made: int) -> None:
+    def starts(self, session: Setting, parent: Path | None, made: int) -> None:
         """Plans, and refuses.
 
         Args:
@@ -112,7 +111,7 @@ class TrackerLoop:
         """
         refuse(self._trainer, self._module, session.engine, self._derives)
         self._made, self._trained = made, trained(self._module)
-        self._engine, self._asked = session.engine, session.asked
+        self._engine, self._asked = session.engine, session.queries
         self._mean = {Reduction.MEAN: True, Reduction.SUM: False}.get(session.engine.reduction)
         self._watch()
         session.engine.width(session.examples)
@@ -131,11 +130,11 @@ class TrackerLoop:
             each.plan = each.tracker.starts(replace(fit, folder=folder), state)
             self._afford(each, fit)
 
-    def _fit(self, session: Session, resumed: Path | None) -> TrackedFit:
+    def _fit(self, session: Setting, resumed: Path | None) -> TrackedFit:
         trainer = self._trainer
         sizes = getattr(trainer.train_dataloader, "batch_size", None), trainer.accumulate_grad_batches
         rule = rule_for(type(self._optimizer).__name__) if self._derives else None
-        asked = session.asked
+        asked = session.queries
         count = min(sizes[0] or 1, len(session.examples))
         sample = Block(0, count, session.examples.some(range(count)), session.examples.one)
         total = trainer.estimated_stepping_batches

@@ -21,7 +21,7 @@ PROBES, ITERATIONS, QUERIES = 32, 50, 4
 
 def seconds(monkeypatch, **questions):
     """Where every piece of work that is timed takes a second."""
-    for room in ("attribution.driver", "curvature.cost", "curvature.exact", "curvature.ekfac"):
+    for room in ("methods.method", "curvature.cost", "curvature.exact", "curvature.ekfac"):
         monkeypatch.setattr(f"lightning_influence.{room}.timed", lambda work: work() is None or 1.0)
     torch.manual_seed(0)
     data = both(5, n=24)

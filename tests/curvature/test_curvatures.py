@@ -278,7 +278,7 @@ solved: list[int] = []
 )
 def test_directions_are_solved_once_a_block_of_queries_whatever_the_tiles(monkeypatch, few, blocks):
     expected = score(ConjugateGradient(0.02, tolerance=1e-11)).values
-    monkeypatch.setattr("lightning_influence.attribution.driver._TILE", 12)
+    monkeypatch.setattr("lightning_influence.methods.method.TILE", 12)
     solved.clear()
     found = score(Counted(0.02, tolerance=1e-11, few=few), batch_size=3)
     assert solved == blocks

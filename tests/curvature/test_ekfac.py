@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_influence import EKFAC, Attributor, GradientDot, Influence, InfluenceFunction, Trajectory
-from lightning_influence.attribution.driver import setting_of
 from lightning_influence.curvature import factors
 from lightning_influence.gradients.queries import DenseQueries
 
@@ -175,10 +174,10 @@ def test_the_mean_square_of_the_gradients_is_the_trace(name, corrected):
 def test_measured_eigenvalues_are_nearer_to_the_fisher_than_products():
     module, train, _ = problem("positions")
     attributor, distance = Attributor(module, train), {}
-    with attributor._sessions.open() as session:
+    with attributor._session.open() as setting:
         for corrected in (True, False):
             curvature = EKFAC(corrected=corrected, labels="empirical")
-            kept = curvature.prepare(setting_of(session, None, None)).tensors
+            kept = curvature.prepare(setting).tensors
             for key, name in (("net.layer.weight|net.layer.bias", "net.layer"), ("net.last.weight", "net.last")):
                 parts = (kept[f"{key}/{what}"] for what in ("basis_out", "basis_in", "eigenvalues"))
                 distance[name, corrected] = kronecker.dense_fisher(*parts)
@@ -328,11 +327,11 @@ def test_a_factor_that_is_too_wide_has_its_diagonal(name, monkeypatch):
 def test_directions_as_factors_are_those_written_out(name):
     module, train, queries = problem(name) if name in NETS else other(name)
     attributor, diagonal = Attributor(module, train), torch.tensor([DAMPING], dtype=torch.float64)
-    with attributor._sessions.open(attributor._queries(queries)) as session:
-        setting, asked = setting_of(session, None, None), session.asked[0:4]
+    with attributor._session.open(attributor._queries(queries)) as setting:
+        asked = setting.queries[0:4]
         curvature = EKFAC(labels="empirical")
         solved = curvature.solve(curvature.prepare(setting), asked.gradients(), setting, diagonal)
-        block = next(iter(setting.train_blocks()))[1]
+        block = next(setting.final().train())[1]
         plain = DenseQueries(solved.dense(), {})
         vector = {n: torch.randn(p.shape, dtype=p.dtype) for n, p in module.named_parameters()}
         torch.testing.assert_close(solved.dot(block), plain.dot(block))

@@ -98,7 +98,7 @@ def opened(net, loss, data, **options):
 
 def columns(attributor, matrix, ids=None):
     """The dense matrix by products with unit vectors, with the parameters' names in its order."""
-    with attributor._sessions.open() as session:
+    with attributor._session.open() as session:
         products = Products(session.engine, session.examples)
         unit = torch.eye(len(products.flat), dtype=products.like.dtype)
         return products.times(matrix, unit, ids), list(products.flat.shapes), products.gradient(ids or [0])

@@ -374,7 +374,7 @@ def test_failed_models_are_left_out_and_named(tmp_path):
         (lambda a: DataShapley(empty="final"), ValueError, "a number or 'initial', got 'final'"),
         (lambda a: a.score(DataShapley(budget=11), TEST), ValueError, "one order of the 12 training examples"),
         (lambda a: KNNShapley(k=0), ValueError, "1 or more, got 0"),
-        (lambda a: a.score(KNNShapley(), TEST, measurement=plain), ValueError, "looks at no loss"),
+        (lambda a: a.score(KNNShapley(), TEST, measurement=plain), ValueError, "reads no loss"),
         (lambda a: Attributor(Bare(), train=TEST).score(KNNShapley(), TEST), ValueError, "Pass `features=`"),
         (
             lambda a: Attributor(Ridge(), train=Unlabelled()).score(KNNShapley(features=first), TEST),

@@ -286,7 +286,7 @@ def test_wrong_settings_and_missing_evidence(tmp_path):
         ({"max_drift": 0.0}, "`max_drift` to be a positive number, got 0.0"),
         ({"checks": 1}, "`checks` to be 0 or at least 2 refits, got 1"),
         ({"checks": True}, "`checks` to be 0 or at least 2 refits, got True"),
-        ({"runs": 0}, "`runs` to be a positive whole number, got 0"),
+        ({"runs": 0}, "`runs` to be a positive integer, got 0"),
         (
             {"runs": 2, "mode": "during_fit"},
             "`mode='replay'` and `removal='downweight'` for `runs=2`, got 'during_fit'",

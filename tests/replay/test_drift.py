@@ -22,7 +22,7 @@ def plain(**settings):
 def replayed(fit, max_drift=0.1, train=None):
     """The replay of a fit, run."""
     attributor = Attributor(fit.module, train or fit.data, fit.influence.trajectory, fit.trainer)
-    with attributor._sessions.open() as session:
+    with attributor._session.open() as session:
         replay = Replay(session.engine, session.examples, fit.influence.trajectory, max_drift)
         replay.run()
     return replay

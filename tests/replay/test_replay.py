@@ -43,7 +43,7 @@ def test_runs_under_any_weights_are_those_written_out(case, tmp_path):
     buffers = {name: b.clone() for name, b in fit.module.named_buffers()}
     losses = (joint,) if options.get("net") == "batchnorm" else (None, joint)
     for loss in losses:
-        with fit.attributor(loss)._sessions.open() as session:
+        with fit.attributor(loss)._session.open() as session:
             replay = Replay(session.engine, session.examples, fit.influence.trajectory)
             end = replay.run()
             assert replay.drift <= 1e-12
@@ -63,7 +63,7 @@ def test_runs_under_any_weights_are_those_written_out(case, tmp_path):
 
 def test_walking_backwards_in_stretches_of_any_length_is_walking_at_once(tmp_path, monkeypatch):
     fit = fitted(tmp_path, groups=({"momentum": 0.9},))
-    with fit.attributor()._sessions.open() as session:
+    with fit.attributor()._session.open() as session:
         replay = Replay(session.engine, session.examples, fit.influence.trajectory)
         with replay.training():
             whole = list(replay.backwards())
@@ -81,11 +81,11 @@ def test_a_fit_that_something_else_moved_is_refused(tmp_path):
     fit = fitted(tmp_path)
     x = fit.data.tensors[0]
     x.add_(1.0)  # other data than what was trained on
-    with fit.attributor()._sessions.open() as session:
+    with fit.attributor()._session.open() as session:
         replay = Replay(session.engine, session.examples, fit.influence.trajectory)
         with pytest.raises(DriftError, match=r"meet the captured weights of step 3 within 0\.1 .*Likely causes"):
             replay.run()
-    with fit.attributor()._sessions.open() as session:
+    with fit.attributor()._session.open() as session:
         replay = Replay(session.engine, session.examples, fit.influence.trajectory, max_drift=100.0)
         replay.run()
         assert replay.drift > 0.1
@@ -94,7 +94,7 @@ def test_a_fit_that_something_else_moved_is_refused(tmp_path):
 
 def test_batch_statistics_need_losses_of_the_joint_batch(tmp_path):
     fit = fitted(tmp_path, net="batchnorm")
-    with fit.attributor()._sessions.open() as session:
+    with fit.attributor()._session.open() as session:
         replay = Replay(session.engine, session.examples, fit.influence.trajectory)
         replay.run()  # whole batches are as they were
         with pytest.raises(ValueError, match=r"got `net\.1` \(BatchNorm1d\) in train mode.*Pass `loss=`"):
@@ -103,7 +103,7 @@ def test_batch_statistics_need_losses_of_the_joint_batch(tmp_path):
 
 def test_losses_that_were_not_trained_on_are_refused(tmp_path):
     fit = fitted(tmp_path)
-    with fit.attributor(lambda module, batch: 2 * joint(module, batch))._sessions.open() as session:
+    with fit.attributor(lambda module, batch: 2 * joint(module, batch))._session.open() as session:
         replay = Replay(session.engine, session.examples, fit.influence.trajectory)
         with pytest.raises(ValueError, match=r"the sum of `loss=` to be what `training_step` returns"):
             replay.run()
@@ -111,7 +111,7 @@ def test_losses_that_were_not_trained_on_are_refused(tmp_path):
 
 def test_weights_of_another_shape(tmp_path):
     fit = fitted(tmp_path)
-    with fit.attributor()._sessions.open() as session:
+    with fit.attributor()._session.open() as session:
         replay = Replay(session.engine, session.examples, fit.influence.trajectory)
         with pytest.raises(ValueError, match=rf"\[model, train\] with {N} training examples, got \[2, 3\]"):
             run_many(replay, torch.ones(2, 3))
