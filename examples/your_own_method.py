@@ -1,4 +1,4 @@
-"""A method of your own in one file: a frozen dataclass, passed as an instance, nothing to register.
+"""A method of your own in one file: a frozen dataclass of one of the kinds, passed as an instance, nothing to register.
 
 Plain inner products favour training examples with large gradients: odd ones and wrong labels come first for every
 query. `UnitStep` asks what one step of fixed length along an example's gradient would do to the query instead.
@@ -7,7 +7,6 @@ query. `UnitStep` asks what one step of fixed length along an example's gradient
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -16,44 +15,36 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence import Evidence, GradientDot, Influence, Method
+from lightning_influence import GradientDot, GradientProduct, Influence
 from lightning_influence.conformance import check_method
-from lightning_influence.setting import Queries, Setting
+from lightning_influence.gradients import Gradients
 
 N_TRAIN = 1000
 
 
 @dataclass(frozen=True)
-class UnitStep(Method):
+class UnitStep(GradientProduct):
     r"""How much the query's loss would fall along a step of length one that lowers a training example's loss.
 
     .. math:: s(q, z) = \nabla\ell(w, q) \cdot \nabla\ell(w, z) / \lVert \nabla\ell(w, z) \rVert
 
-    Needs: the final weights. Units: query loss per unit of length in weight space. Cost: one backward pass an example.
+    Needs: the final weights. Units: query loss per unit of length in weight space. Cost: one backward pass per example.
     """
 
     smallest: float = 1e-12
-    """Gradients shorter than this count as no direction."""
-    needs: ClassVar[Evidence] = Evidence.FINAL_WEIGHTS
+    """Gradients shorter than this have no direction."""
 
-    def score(self, setting: Setting, queries: Queries) -> Tensor:
-        total, stage = setting.zeros(queries), setting.final()
-        asked = stage.gradients(queries)
-        for columns, block in stage.train():
-            total[:, columns] = asked.dot(block) / self._length(block.norm2())
-        return total
+    def product(self, stage, query, block) -> Tensor:
+        return query.dot(block.gradients) / self._length(block.gradients)
 
-    def self_influence(self, setting: Setting) -> Tensor:
-        total = setting.zeros()
-        for columns, block in setting.final().train():
-            total[columns] = block.norm2() / self._length(block.norm2())
-        return total
+    def product_with_itself(self, stage, block) -> Tensor:
+        return block.gradients.norm2() / self._length(block.gradients)
 
-    def unit(self, setting: Setting) -> str:
+    def unit(self, setting) -> str:
         return "loss per unit of length in weight space"
 
-    def _length(self, norm2: Tensor) -> Tensor:
-        return norm2.sqrt().clamp(min=self.smallest)
+    def _length(self, gradients: Gradients) -> Tensor:
+        return gradients.norm2().sqrt().clamp(min=self.smallest)
 
 
 class Classifier(pl.LightningModule):

@@ -26,10 +26,12 @@ from lightning_influence.methods.downsampling import Downsampling
 from lightning_influence.methods.gradient_dot import GradientDot
 from lightning_influence.methods.hydra import HyDRA
 from lightning_influence.methods.influence_function import InfluenceFunction
+from lightning_influence.methods.kinds import ForwardOnly, GradientProduct, WholeRun
 from lightning_influence.methods.knn_shapley import KNNShapley
 from lightning_influence.methods.leave_one_out import LeaveOneOut
-from lightning_influence.methods.method import Evidence, Method
+from lightning_influence.methods.method import Cost, Evidence, Method
 from lightning_influence.methods.representer_points import RepresenterPoints
+from lightning_influence.methods.retraining import Retraining
 from lightning_influence.methods.source import SOURCE
 from lightning_influence.methods.tracin import TracIn
 from lightning_influence.methods.tracin_cp import TracInCP
@@ -49,6 +51,7 @@ __all__ = [
     "Arnoldi",
     "Attributor",
     "ConjugateGradient",
+    "Cost",
     "Curvature",
     "DataShapley",
     "Decisions",
@@ -56,7 +59,9 @@ __all__ = [
     "Evidence",
     "ExactGGN",
     "ExactHessian",
+    "ForwardOnly",
     "GradientDot",
+    "GradientProduct",
     "HyDRA",
     "Influence",
     "InfluenceFunction",
@@ -68,6 +73,7 @@ __all__ = [
     "RandomProjection",
     "Refit",
     "RepresenterPoints",
+    "Retraining",
     "Scores",
     "SelfScores",
     "TopK",
@@ -75,5 +81,6 @@ __all__ = [
     "TracInCP",
     "TracInIdeal",
     "Trajectory",
+    "WholeRun",
     "read_decisions",
 ]

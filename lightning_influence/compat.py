@@ -27,6 +27,9 @@ def _installed() -> list[ModuleType]:
 
 _packages = _installed()
 
+Trainer: Any = _packages[0].Trainer
+LightningModule: Any = _packages[0].LightningModule
+
 # A Trainer takes a callback of its own package only (LightningCLI, `Trainer(callbacks=one)`, lightning < 2.6 always).
 CallbackBase: Any = type("CallbackBase", tuple(dict.fromkeys(p.Callback for p in _packages)), {})
 
@@ -38,4 +41,11 @@ MisconfigurationException: Any = type(
     {"__module__": __name__},
 )
 
-__all__ = ["CallbackBase", "MisconfigurationException", "rank_zero_info", "rank_zero_warn"]
+__all__ = [
+    "CallbackBase",
+    "LightningModule",
+    "MisconfigurationException",
+    "Trainer",
+    "rank_zero_info",
+    "rank_zero_warn",
+]

@@ -1,8 +1,11 @@
-"""The promises that any method must keep; `check_method` raises, naming the one that is broken."""
+"""Checks of the contract that every method must keep; `check_method` raises, naming the broken promise."""
 
+import contextlib
+import logging
 import pickle
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_influence.attribution.attributor import Attributor
+from lightning_influence.callback.influence import Influence
+from lightning_influence.compat import LightningModule, Trainer
 from lightning_influence.methods.method import Evidence, Method
+from lightning_influence.methods.retraining import Retraining
+from lightning_influence.refit import Refit
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.types import MissingEvidence
 
@@ -21,17 +28,17 @@ _OFFLINE = Evidence.FINAL_WEIGHTS | Evidence.CHECKPOINTS
 
 
 class BrokenPromiseError(AssertionError):
-    """A method does not do what every method promises."""
+    """A method breaks the contract that all methods keep."""
 
 
 def check_method(method: Method) -> None:
-    """Runs a method on a small logistic regression and checks what users and the driver rely on.
+    """Run a method on a small logistic regression and check what users and the driver rely on.
 
-    Methods that need more than checkpoints (batch order, a tracker, retraining) are checked as far as they can be asked
-    without a fit.
+    Methods that need more than checkpoints (batch order, a tracker, retraining) are asked about a short fit through a
+    Trainer.
 
     Raises:
-        BrokenPromiseError: with the promise, what was expected and what came.
+        BrokenPromiseError: a promise is broken; the message names it and what was found.
 
     Example:
         >>> from lightning_influence import GradientDot
@@ -42,6 +49,7 @@ def check_method(method: Method) -> None:
         case = _Case(Path(folder))
         _check_missing_evidence(method, case)
         if method.needs & ~_OFFLINE:
+            _check_after_a_fit(method, case, Path(folder) / "fit")
             return
         _check_scores(method, case)
         _check_self_influence(method, case)
@@ -57,6 +65,21 @@ class _Model(nn.Module):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
         return F.cross_entropy(self.layer(x), y)
+
+
+class _FittedModel(LightningModule):  # type: ignore[misc]
+    """The same for a Trainer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3, dtype=torch.float64)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.layer(x), y)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 class _Case:
@@ -91,9 +114,9 @@ class _Case:
         return Attributor(self.model, train or self.train, self.trajectory, batch_size=batch_size)
 
 
-def _promise(promise: str, kept: bool, came: object) -> None:
+def _promise(promise: str, kept: bool, found: object) -> None:
     if not kept:
-        raise BrokenPromiseError(f"Promise broken: {promise}. Got {came}.")
+        raise BrokenPromiseError(f"Promise broken: {promise}. Got {found}.")
 
 
 def _same(promise: str, first: Tensor, second: Tensor) -> None:
@@ -105,12 +128,12 @@ def _same(promise: str, first: Tensor, second: Tensor) -> None:
 def _check_record(method: Method) -> None:
     _promise("a method is an instance of `Method`", isinstance(method, Method), repr(method))
     _promise("a method is a dataclass", is_dataclass(method), type(method).__name__)
-    for setting in fields(method):  # type: ignore[arg-type]
+    for parameter in fields(method):  # type: ignore[arg-type]
         try:
-            setattr(method, setting.name, getattr(method, setting.name))
+            setattr(method, parameter.name, getattr(method, parameter.name))
         except FrozenInstanceError:
             break
-        raise BrokenPromiseError(f"Promise broken: a method is a frozen record. Got a settable `{setting.name}`.")
+        raise BrokenPromiseError(f"Promise broken: a method is a frozen record. Got a settable `{parameter.name}`.")
     _promise("`needs` is an Evidence", isinstance(method.needs, Evidence), repr(method.needs))
     copy = pickle.loads(pickle.dumps(method))
     _promise("a method survives pickling", copy == method and hash(copy) == hash(method), repr(copy))
@@ -142,9 +165,52 @@ def _check_scores(method: Method, case: _Case) -> None:
     shuffled = _scores(method, case.attributor(Subset(case.train, order.tolist())), case.queries)
     _same("permuting the training set permutes columns", values[:, order], shuffled)
     alone = [_scores(method, case.attributor(), Subset(case.queries, [i])) for i in range(3)]
-    _same("queries do not see one another", values, torch.cat(alone))
+    _same("the scores of a query do not depend on the other queries", values, torch.cat(alone))
     own = values[torch.arange(3), torch.tensor(case.queries.indices)]
     _promise("a duplicate of the query is a proponent", bool((own > 0).all()), own.tolist())
+
+
+def _check_after_a_fit(method: Method, case: _Case, folder: Path) -> None:
+    """Two epochs in batches of one, which every kind of method can follow."""
+    methods = [method] if method.needs & Evidence.TRACKER else []
+    influence = Influence(methods, case.queries, folder, max_cost=1e9, log_scores=False)
+    with torch.random.fork_rng(), _silent():
+        torch.manual_seed(0)
+        module = _FittedModel()
+        _trainer(influence).fit(module, DataLoader(case.train, shuffle=True))
+    refit = Refit(dirpath=folder / "models") if method.needs & Evidence.REFIT else None
+    attributor = Attributor(module, case.train, influence.trajectory, refit=refit)
+    before = _state(module)
+    values = _scores(method, attributor, case.queries)
+    _promise("the module is left as it was", _state(module) == before, "other weights, modes or random state")
+    scored = method.scored(12)
+    _promise("scores are [query, scored]", values.shape == (3, 12 if scored is None else len(scored)), values.shape)
+    known = values[~values.isnan()] if isinstance(method, Retraining) else values
+    _promise("scores are finite", bool(known.isfinite().all()) and known.numel() > 0, values)
+    _same("two calls agree", values.nan_to_num(), _scores(method, attributor, case.queries).nan_to_num())
+    if methods:
+        _same("scores at the end of the fit are those of later", influence.scores[method.name].values, values)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Lightning says nothing."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _trainer(influence: Influence) -> Any:
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    return Trainer(accelerator="cpu", devices=1, max_epochs=2, callbacks=[influence], **quiet)
 
 
 def _check_self_influence(method: Method, case: _Case) -> None:

@@ -132,9 +132,10 @@ class Session:
         key = (id(asked.dataset), task.loss)
         if key not in self._checked:
             asked.check_steady()
-            self._checked[key] = Reduction.NONE if task.loss is not None else reduction
+            reduction = Reduction.NONE if task.loss is not None else reduction
             with _fitting(examples, asked):
-                self._checked[key].total(task(task.to_device(asked.one(0))), 1)
+                reduction.total(task(task.to_device(asked.one(0))), 1)
+            self._checked[key] = reduction
             self._kept.append(asked.dataset)
         return self._checked[key]
 
