@@ -10,8 +10,9 @@ from torch import Tensor
 from lightning_influence.data.examples import Block, Examples
 from lightning_influence.gradients.engine import Engine
 from lightning_influence.gradients.general import math_attention, requiring_gradients
+from lightning_influence.gradients.hessian import NamedProduct, gradient_of, hessian_of
 from lightning_influence.gradients.outputs import OutputWatch, refuse_other_paths
-from lightning_influence.gradients.vjp import at_once, pull
+from lightning_influence.gradients.vjp import named, vectors_per_pass, vjp
 
 Matrix = Literal["ggn", "hessian"]
 _BLOCK = 256
@@ -86,14 +87,16 @@ class Products:
             ValueError: the network's output is not found (GGN), or the module cannot be differentiated twice.
         """
         total = torch.zeros_like(vectors)
-        apply = self._hessian if matrix == "hessian" else self._ggn
+        matrix_of = self._hessian if matrix == "hessian" else self._ggn
         with requiring_gradients(self.engine.task.module, list(self.parameters)), math_attention():
             for block in self._blocks(ids):
-                step = at_once(len(self.flat), block.size * self.engine.width(self.examples))
+                activations = block.size * self.engine.width(self.examples)
+                step = vectors_per_pass(len(self.flat), activations)
                 try:
-                    multiply = apply(block)
+                    multiply = matrix_of(block, activations)
                     for start in range(0, len(vectors), step):
-                        total[start : start + step] += multiply(vectors[start : start + step])
+                        some = vectors[start : start + step]
+                        total[start : start + step] += self.flat.join(multiply(self.flat.split(some)), len(some), some)
                 except RuntimeError as error:
                     if "not implemented" not in str(error):
                         raise
@@ -127,62 +130,34 @@ class Products:
     def gradient(self, ids: Sequence[int]) -> Tensor:
         """[1, entries]: the sum of the gradients of some training examples."""
         total = self.like.detach().new_zeros(1, len(self.flat))
-        values = list(self.parameters.values())
         with requiring_gradients(self.engine.task.module, list(self.parameters)):
             for block in self._blocks(ids):
-                found = _gradients(self.engine.total(block), values, create_graph=False)
-                total += self._joined([None if g is None else g[None] for g in found], total)
+                found = gradient_of(self.engine.total(block), self.parameters)
+                total += self.flat.join({name: g[None] for name, g in found.items()}, 1, total)
         return total
 
-    def _hessian(self, block: Block) -> Callable[[Tensor], Tensor]:
-        total, values = self.engine.total(block), list(self.parameters.values())
-        gradients = _gradients(total, values, create_graph=True)
-        live = [g for g in gradients if g is not None and g.requires_grad]
-        where = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
+    def _hessian(self, block: Block, activations: int) -> NamedProduct:
+        return hessian_of(self.engine.total(block), self.parameters, activations)
 
-        def multiply(vectors: Tensor) -> Tensor:
-            named = list(self.flat.split(vectors).values())
-            return self._joined(pull(live, values, [named[i] for i in where], len(vectors)), vectors)
-
-        return multiply
-
-    def _ggn(self, block: Block) -> Callable[[Tensor], Tensor]:
+    def _ggn(self, block: Block, activations: int) -> NamedProduct:
         """J^T S J v: J by differentiating the linear map u -> J^T u, S by differentiating the loss by the outputs."""
-        values = list(self.parameters.values())
-        watch = OutputWatch(values)
+        watch = OutputWatch(self.parameters.values())
         with watch:
             total = self.engine.total(block)
-        outputs = watch.outputs()
+        outputs = dict(enumerate(watch.outputs()))
         if not self._looked:
-            refuse_other_paths(total, outputs, self.parameters)
+            refuse_other_paths(total, list(outputs.values()), self.parameters)
             self._looked = True
-        arriving = torch.autograd.grad(total, outputs, create_graph=True, allow_unused=True)
-        weights = [torch.zeros_like(o, requires_grad=True) for o in outputs]
-        back = torch.autograd.grad(outputs, values, weights, create_graph=True, allow_unused=True)
-        live = [g for g in back if g is not None and g.requires_grad]
-        where = [i for i, g in enumerate(back) if g is not None and g.requires_grad]
-        curved = [i for i, g in enumerate(arriving) if g is not None and g.requires_grad]
+        by_outputs = gradient_of(total, outputs, create_graph=True)
+        weights = {i: torch.zeros_like(output, requires_grad=True) for i, output in outputs.items()}
+        found = torch.autograd.grad(
+            [*outputs.values()], [*self.parameters.values()], [*weights.values()], create_graph=True, allow_unused=True
+        )
+        by_weights = named(self.parameters, found)
 
-        def multiply(vectors: Tensor) -> Tensor:
-            named = list(self.flat.split(vectors).values())
-            moved = pull(live, weights, [named[i] for i in where], len(vectors))
-            moved = [
-                torch.zeros(len(vectors), *o.shape).to(o) if m is None else m
-                for m, o in zip(moved, outputs, strict=True)
-            ]
-            bent = pull([arriving[i] for i in curved], outputs, [moved[i] for i in curved], len(vectors))  # type: ignore[misc]
-            felt = [i for i, b in enumerate(bent) if b is not None]
-            found = pull([outputs[i] for i in felt], values, [bent[i] for i in felt], len(vectors))  # type: ignore[misc]
-            return self._joined(found, vectors)
+        def multiply(directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            moved = vjp(by_weights, weights, directions, activations)
+            bent = vjp(by_outputs, outputs, moved, activations)
+            return vjp(outputs, self.parameters, bent, activations)
 
         return multiply
-
-    def _joined(self, products: Sequence[Tensor | None], like: Tensor) -> Tensor:
-        named = {n: p for n, p in zip(self.parameters, products, strict=True) if p is not None}
-        return self.flat.join(named, len(like), like)
-
-
-def _gradients(total: Tensor, values: Sequence[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
-    if not total.requires_grad:
-        return (None,) * len(values)
-    return torch.autograd.grad(total, values, create_graph=create_graph, allow_unused=True)

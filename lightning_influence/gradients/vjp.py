@@ -1,50 +1,69 @@
-"""Vectors pulled back through a graph that is kept: many at once, as far as they stay near the processor."""
+"""Vector-Jacobian products through a graph that is kept: many vectors at once, while they fit the caches of a CPU."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-# Numbers that vectors on their way through a network may hold at once: beyond the caches of a CPU, several vectors
-# together take longer than one after another.
+# Numbers that all vectors of one backward pass may hold together: beyond the caches, several vectors in one pass take
+# longer than one pass per vector.
 _WORKSPACE = 2**24
 
+Source = TypeVar("Source")
+Target = TypeVar("Target")
 
-def at_once(parameters: int, activations: int) -> int:
-    """How many vectors to pull back together.
+
+def vectors_per_pass(parameters: int, activations: int) -> int:
+    """How many vectors to take through a graph in one backward pass.
 
     Args:
-        parameters: numbers that a vector holds.
-        activations: numbers that the examples' passage through the network makes.
+        parameters: numbers in one vector.
+        activations: numbers that the forward pass made.
     """
     return max(1, _WORKSPACE // max(1, parameters, activations))
 
 
-def pull(
-    sources: Sequence[Tensor], targets: Sequence[Tensor], vectors: Sequence[Tensor], together: int
-) -> list[Tensor | None]:
-    """Derivatives of <sources, vectors> by the targets.
+def vjp(
+    sources: Mapping[Source, Tensor],
+    targets: Mapping[Target, Tensor],
+    vectors: Mapping[Source, Tensor],
+    activations: int,
+) -> dict[Target, Tensor]:
+    """Derivatives of <sources, vector> with respect to the targets, for every vector.
 
     Args:
-        sources: with their graph, which stays.
-        targets: by which is differentiated.
-        vectors: [vector, *shape of source] for each source.
-        together: how many of them at once.
+        sources: with their graph, which is kept.
+        targets: tensors in that graph.
+        vectors: [vector, *shape of source]; an absent one is zero.
+        activations: numbers that the forward pass made.
 
     Returns:
-        [vector, *shape of target] for each target, None where no source depends on it.
+        [vector, *shape of target]; absent where no source depends on the target.
     """
-    if not sources or not targets:
-        return [None] * len(targets)
+    live = [key for key, source in sources.items() if source.requires_grad and key in vectors]
+    if not live or not targets:
+        return {}
+    per_pass = vectors_per_pass(sum(v[0].numel() for v in vectors.values()), activations)
     parts = [
-        _together(sources, targets, [v[first : first + together] for v in vectors])
-        for first in range(0, len(vectors[0]), together)
+        _one_pass(
+            [sources[key] for key in live],
+            list(targets.values()),
+            [vectors[key][first : first + per_pass] for key in live],
+        )
+        for first in range(0, len(vectors[live[0]]), per_pass)
     ]
-    return parts[0] if len(parts) == 1 else [_joined(of_target) for of_target in zip(*parts, strict=True)]
+    found = parts[0] if len(parts) == 1 else [_concatenated(of_target) for of_target in zip(*parts, strict=True)]
+    return named(targets, found)
 
 
-def _together(sources: Sequence[Tensor], targets: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor | None]:
+def named(names: Iterable[Target], tensors: Iterable[Tensor | None]) -> dict[Target, Tensor]:
+    """The tensors by name, without those that are None."""
+    return {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
+
+
+def _one_pass(sources: Sequence[Tensor], targets: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor | None]:
     if len(vectors[0]) > 1:
         try:
             with warnings.catch_warnings():
@@ -60,9 +79,11 @@ def _together(sources: Sequence[Tensor], targets: Sequence[Tensor], vectors: Seq
         torch.autograd.grad(sources, targets, [v[i] for v in vectors], retain_graph=True, allow_unused=True)
         for i in range(len(vectors[0]))
     ]
-    return [_joined([None if g is None else g[None] for g in of_target]) for of_target in zip(*single, strict=True)]
+    return [
+        _concatenated([None if g is None else g[None] for g in of_target]) for of_target in zip(*single, strict=True)
+    ]
 
 
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """One behind the other; whether a target is reached does not depend on the vector."""
+def _concatenated(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """One tensor of all vectors; whether a target is reached does not depend on the vector."""
     return None if parts[0] is None else torch.cat([part for part in parts if part is not None])

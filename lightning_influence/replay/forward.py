@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_influence.data.examples import Block, Examples, versions_of
 from lightning_influence.gradients import Engine, Gradients, Reduction
-from lightning_influence.gradients.general import requiring_gradients
+from lightning_influence.gradients.general import math_attention, requiring_gradients
+from lightning_influence.gradients.hessian import gradient_of
 from lightning_influence.module.task import Task
 from lightning_influence.replay.attention import attention_gap
 from lightning_influence.replay.random_states import put_back
@@ -70,7 +71,7 @@ class Forward:
         self.task.on_forward = self._note_buffers
         try:
             with contextlib.ExitStack() as stack:
-                stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
+                stack.enter_context(math_attention())
                 if recurrent:  # neither library has second derivatives of its recurrent layers
                     stack.enter_context(torch.backends.cudnn.flags(enabled=False))
                     stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
@@ -94,6 +95,11 @@ class Forward:
                 part.training = mode
             self.task.remember()
             self.task.on_forward = self._note_buffers
+
+    def parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Some of the module's parameters by name."""
+        parameters = self.task.named_parameters()
+        return {name: parameters[name] for name in names}
 
     def share(self, batch: MicroBatch, step: Step) -> float:
         """What an example's loss is multiplied with in the step's gradient."""
@@ -189,14 +195,9 @@ class Forward:
         return True
 
     def _plain(self, batch: MicroBatch, step: Step) -> dict[str, Tensor]:
-        names = list(step.moves.options)
-        parameters = self.task.named_parameters()
-        with requiring_gradients(self.task.module, names):
-            total = self.total(batch, step)
-            if not total.requires_grad:
-                return {}
-            found = torch.autograd.grad(total, [parameters[name] for name in names], allow_unused=True)
-        return _present(names, found)
+        moved = self.parameters(step.moves.options)
+        with requiring_gradients(self.task.module, list(moved)):
+            return gradient_of(self.total(batch, step), moved)
 
     def _weighted(self, batch: MicroBatch, step: Step, weights: Tensor, renormalize: bool) -> dict[str, Tensor]:
         own = weights[list(batch.ids)].to(self.task.device)
@@ -205,12 +206,10 @@ class Forward:
             rows = self.rows(batch)
             scaled = rows.scaled(dict.fromkeys(rows.parts, factor))
             return {name: gradient for name, gradient in scaled.total().items() if name in step.moves.options}
-        names, parameters = list(step.moves.options), self.task.named_parameters()
-        with requiring_gradients(self.task.module, names):
+        moved = self.parameters(step.moves.options)
+        with requiring_gradients(self.task.module, list(moved)):
             losses = self.losses(batch)
-            total = (losses * factor.to(losses)).sum()
-            found = torch.autograd.grad(total, [parameters[name] for name in names], allow_unused=True)
-        return _present(names, found)
+            return gradient_of((losses * factor.to(losses)).sum(), moved)
 
     def _one_of(self, batch: MicroBatch) -> Callable[[int], Any]:
         """Gives an example of a micro-batch as a batch of one, as it was read in the fit where that is known."""
@@ -296,7 +295,3 @@ def example_factors(weights: Tensor, renormalize: bool) -> Tensor:
         return weights
     total = weights.sum(-1, keepdim=True)
     return weights * weights.shape[-1] / torch.where(total == 0, torch.ones_like(total), total)
-
-
-def _present(names: Sequence[str], tensors: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}

@@ -1,16 +1,17 @@
 """What a step's gradients say along given directions: of each example, and of their change with the weights."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.general import requiring_gradients
+from lightning_influence.gradients.hessian import gradient_of
 from lightning_influence.gradients.outputs import OutputWatch
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
-from lightning_influence.gradients.vjp import at_once, pull
+from lightning_influence.gradients.vjp import vjp
 from lightning_influence.replay.forward import Forward
 from lightning_influence.replay.steps import MicroBatch, Step
 
@@ -19,6 +20,8 @@ Vectors = dict[str, Tensor]
 
 # Two ways to one product may differ by rounding: by so many units of the last place of the largest.
 _ROUNDING = 1e4
+# The key of the examples' weights beside the names of parameters.
+_WEIGHTS = "weights of the examples' losses"
 
 
 class StepProducts:
@@ -61,29 +64,28 @@ class StepProducts:
         An example's product is the gradient by its outputs times their change along the direction, and that change is
         met anyway on the way back through the gradient's graph.
         """
-        parameters = self.forward.task.named_parameters()
-        watch = OutputWatch(parameters[name] for name in directions)
+        moved, trained = self.forward.parameters(directions), self.forward.parameters(self.trained)
+        watch = OutputWatch(moved.values())
         with requiring_gradients(self.forward.task.module, self.trained):
             with watch if self._at_outputs else contextlib.nullcontext():
                 total = self.forward.total(batch, step)
-            outputs = [output for output in watch.outputs() if output.ndim and len(output) == len(batch.ids)]
-            found = _gradients(total, [*outputs, *(parameters[name] for name in directions)])
-            gradients = _by_name(directions, found[len(outputs) :])
-            reached = [g for g in found[: len(outputs)] if g is not None and g.requires_grad]
-            targets = [*reached, *(parameters[name] for name in self.trained)]
-            pulled = _pulled(gradients, directions, targets, _together(self.forward, batch, directions))
-        curved = _by_name(self.trained, pulled[len(reached) :])
-        return _told_apart(reached, pulled, gradients, directions), curved
+            outputs = {i: o for i, o in enumerate(watch.outputs()) if o.ndim and len(o) == len(batch.ids)}
+            found = gradient_of(total, outputs | moved, create_graph=True)
+            gradients = {name: found[name] for name in directions if name in found}
+            reached = {i: found[i] for i in outputs if i in found and found[i].requires_grad}
+            changes = vjp(gradients, reached | trained, directions, _activations(self.forward, batch))
+        products = _by_outputs(reached, changes, gradients, directions)
+        return products, {name: changes[name] for name in trained if name in changes}
 
 
-def _told_apart(
-    reached: Sequence[Tensor], changes: Sequence[Tensor | None], gradients: Vectors, directions: Vectors
+def _by_outputs(
+    reached: Mapping[int, Tensor], changes: Mapping[int | str, Tensor], gradients: Vectors, directions: Vectors
 ) -> Tensor | None:
     """[k, example]: gradients by outputs times the changes of these; None where that is not all there is."""
     products: Tensor | None = None
-    for g, change in zip(reached, changes, strict=False):
-        if change is not None:
-            product = (change.detach() * g.detach()).reshape(len(change), len(g), -1).sum(2)
+    for i, g in reached.items():
+        if i in changes:
+            product = (changes[i].detach() * g.detach()).reshape(len(changes[i]), len(g), -1).sum(2)
             products = product if products is None else products + product
     if products is None:
         return None
@@ -101,17 +103,16 @@ def _weighted(
     forward: Forward, batch: MicroBatch, step: Step, directions: Vectors, trained: Sequence[str]
 ) -> tuple[Tensor, Vectors]:
     """Both, where ``loss=`` gives the losses of the examples: by the weights that they have in their sum."""
-    parameters = forward.task.named_parameters()
     with requiring_gradients(forward.task.module, trained or list(directions)):
         losses = forward.losses(batch)
         weights = torch.ones_like(losses, requires_grad=True)
         total = (losses * weights).sum() * forward.share(batch, step)
-        gradients = _by_name(directions, _gradients(total, [parameters[name] for name in directions]))
-        targets = [weights, *(parameters[name] for name in trained)]
-        pulled = _pulled(gradients, directions, targets, _together(forward, batch, directions))
+        gradients = gradient_of(total, forward.parameters(directions), create_graph=True)
+        targets = {_WEIGHTS: weights} | forward.parameters(trained)
+        changes = vjp(gradients, targets, directions, _activations(forward, batch))
     count = len(next(iter(directions.values())))
-    products = losses.new_zeros(count, len(batch.ids)) if pulled[0] is None else pulled[0].detach()
-    return products, _by_name(trained, pulled[1:])
+    products = changes.pop(_WEIGHTS, losses.new_zeros(count, len(batch.ids)))
+    return products.detach(), changes
 
 
 def scaled_products(
@@ -142,27 +143,5 @@ def scaled_products(
     return _weighted(forward, batch, step, directions, ())[0]
 
 
-def _together(forward: Forward, batch: MicroBatch, directions: Vectors) -> int:
-    """How many directions at once."""
-    numbers = sum(rows[0].numel() for rows in directions.values())
-    return at_once(numbers, len(batch.ids) * forward.engine.width())
-
-
-def _by_name(names: Iterable[str], tensors: Sequence[Tensor | None]) -> Vectors:
-    """Those that there are."""
-    return {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
-
-
-def _gradients(total: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """That can be differentiated once more."""
-    if not total.requires_grad:
-        return [None] * len(inputs)
-    return torch.autograd.grad(total, inputs, create_graph=True, allow_unused=True)
-
-
-def _pulled(
-    gradients: Vectors, directions: Vectors, inputs: Sequence[Tensor], together: int
-) -> Sequence[Tensor | None]:
-    """Derivatives of <gradients, directions> by the inputs."""
-    curved = {name: gradient for name, gradient in gradients.items() if gradient.requires_grad}
-    return pull(list(curved.values()), inputs, [directions[name] for name in curved], together)
+def _activations(forward: Forward, batch: MicroBatch) -> int:
+    return len(batch.ids) * forward.engine.width()

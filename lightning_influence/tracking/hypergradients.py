@@ -98,9 +98,9 @@ class Hypergradients(Tracker):
             present = TrackedMicroBatch(
                 replace(fit.engine, task=seen), tuple(fit.sample.ids), batch, 1.0 / fit.sample.size
             )
-            products = present.curvature()
+            times_hessian = present.hessian()
             start = time.perf_counter()
-            products.times(vectors)
+            times_hessian(vectors)
             each += time.perf_counter() - start
         return each / some * len(self.ids) / max(fit.seconds, 1e-9)
 
@@ -121,11 +121,12 @@ class Hypergradients(Tracker):
         if not self.hessian:
             return slots, rows, None
         changes = self._free.pop() if self._free else self._room()
-        products = present.curvature() if self._moved else None
+        times_hessian = present.hessian() if self._moved else None
         for chunk in self._chunks():
-            found = None if products is None else products.times({n: d[chunk] for n, d in self.weights.items()})
+            directions = {name: d[chunk].to(self._like[name]) for name, d in self.weights.items()}
+            found = {} if times_hessian is None else times_hessian(directions)
             for name, change in changes.items():
-                change[chunk] = 0.0 if found is None else found[name]
+                change[chunk] = found.get(name, 0.0)
         return slots, rows, changes
 
     def stepped(self, step: TrackedStep, queries: Queries | None) -> None:

@@ -1,6 +1,6 @@
 """A micro-batch that a running fit is about to train on: its per-sample gradients and Hessian products."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +10,9 @@ from lightning_influence.data.examples import Block
 from lightning_influence.gradients import Engine, Gradients, Reduction
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.dense_rows import DenseRows
-from lightning_influence.gradients.general import requiring_gradients
+from lightning_influence.gradients.general import math_attention, requiring_gradients
+from lightning_influence.gradients.hessian import NamedProduct, gradient_of, hessian_of
 from lightning_influence.gradients.part import Part
-from lightning_influence.gradients.vjp import at_once, pull
 from lightning_influence.module.task import Task, isolated_random_state
 from lightning_influence.types import Batch
 
@@ -78,84 +78,41 @@ class TrackedMicroBatch:
 
     def whole(self) -> dict[str, Tensor]:
         """The micro-batch's part of the step's gradient."""
-        names, parameters = list(self.engine.plan.names), self.engine.task.named_parameters()
-        with isolated_random_state(), requiring_gradients(self.engine.task.module, names):
-            found = torch.autograd.grad(self.total(), [parameters[name] for name in names], allow_unused=True)
-        return {
-            name: torch.zeros_like(parameters[name]) if gradient is None else gradient
-            for name, gradient in zip(names, found, strict=True)
-        }
+        parameters = self._parameters()
+        with isolated_random_state(), requiring_gradients(self.engine.task.module, list(parameters)):
+            found = gradient_of(self.total(), parameters)
+        return {name: found[name] if name in found else torch.zeros_like(p) for name, p in parameters.items()}
 
-    def curvature(self) -> "HessianProducts":
+    def hessian(self) -> NamedProduct:
         """The Hessian of the micro-batch's part of the step's loss."""
-        with isolated_random_state(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            return HessianProducts.of(self)
+        parameters = self._parameters()
+        with isolated_random_state(), math_attention(), requiring_gradients(self.engine.task.module, list(parameters)):
+            return hessian_of(self.total(), parameters, len(self.ids) * self.engine.width())
 
     def total(self) -> Tensor:
         """The micro-batch's part of what the fit calls backward on."""
         loss = self.engine.task(self.data)
         return self.engine.reduction.total(loss, len(self.ids)) * self.share
 
+    def _parameters(self) -> dict[str, Tensor]:
+        parameters = self.engine.task.named_parameters()
+        return {name: parameters[name] for name in self.engine.plan.names}
+
     def _one_by_one(self, chosen: Sequence[int]) -> Gradients:
         """One backward pass for each example's weight: right where the forward pass mixes examples."""
-        names, parameters = list(self.engine.plan.names), self.engine.task.named_parameters()
-        rows: dict[str, list[Tensor]] = {name: [] for name in names}
-        with requiring_gradients(self.engine.task.module, names):
+        parameters = self._parameters()
+        rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
+        with requiring_gradients(self.engine.task.module, list(parameters)):
             losses = self.engine.task(self.data)
             for i in chosen:
-                found = torch.autograd.grad(
-                    losses[i], [parameters[n] for n in names], retain_graph=True, allow_unused=True
-                )
-                for name, gradient in zip(names, found, strict=True):
-                    rows[name].append(torch.zeros_like(parameters[name]) if gradient is None else gradient)
-        groups: dict[Names, int] = {(name,): self.engine.groups.get(name, 0) for name in names}
+                found = torch.autograd.grad(losses[i], list(parameters.values()), retain_graph=True, allow_unused=True)
+                for (name, parameter), gradient in zip(parameters.items(), found, strict=True):
+                    rows[name].append(torch.zeros_like(parameter) if gradient is None else gradient)
+        groups: dict[Names, int] = {(name,): self.engine.groups.get(name, 0) for name in parameters}
         parts: dict[Names, Part] = {
             (name,): DenseRows((_stacked(of_name, parameters[name]),)) for name, of_name in rows.items()
         }
         return Gradients(parts, groups, len(chosen))
-
-
-@dataclass(frozen=True)
-class HessianProducts:
-    """Products with the Hessian of one micro-batch, from a graph that is kept: many directions at once.
-
-    Args:
-        names: the parameters.
-        gradients: of the micro-batch's loss, by name, with their graph; those without second derivatives are absent.
-        parameters: by name.
-        activations: numbers that the micro-batch's passage through the network makes.
-    """
-
-    names: Sequence[str]
-    gradients: Mapping[str, Tensor]
-    parameters: Mapping[str, Tensor]
-    activations: int
-
-    @classmethod
-    def of(cls, present: TrackedMicroBatch) -> "HessianProducts":
-        """Runs the forward pass and the first backward pass."""
-        names, parameters = list(present.engine.plan.names), present.engine.task.named_parameters()
-        with requiring_gradients(present.engine.task.module, names):
-            total = present.total()
-            wanted = [parameters[name] for name in names]
-            found = torch.autograd.grad(total, wanted, create_graph=True, allow_unused=True)
-        bent = {n: g for n, g in zip(names, found, strict=True) if g is not None and g.requires_grad}
-        activations = len(present.ids) * present.engine.width()
-        return cls(names, bent, {name: parameters[name] for name in names}, activations)
-
-    def times(self, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """[direction, *shape] by name for directions of that shape."""
-        width = sum(p.numel() for p in self.parameters.values())
-        found = pull(
-            list(self.gradients.values()),
-            list(self.parameters.values()),
-            [directions[name].to(gradient) for name, gradient in self.gradients.items()],
-            at_once(width, self.activations),
-        )
-        return {
-            name: torch.zeros_like(directions[name]) if product is None else product.to(directions[name])
-            for name, product in zip(self.names, found, strict=True)
-        }
 
 
 def _stacked(rows: Sequence[Tensor], like: Tensor) -> Tensor:
