@@ -11,7 +11,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_influence.module.task import seed_for
+from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.types import Batch, bytes_in, foreign
+
+_READ_TWICE = 4  # examples
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Examples:
         Raises:
             ValueError: one is not the same under the same random state.
         """
-        for i in sorted({round(k * (len(self) - 1) / 3) for k in range(4)}):
+        for i in evenly_spread(len(self), _READ_TWICE):
             if not _alike(self.one(i), self.one(i)):
                 raise ValueError(
                     f"Expected {type(self.dataset).__name__} to give the same example under the same random state, got "

@@ -18,6 +18,7 @@ from lightning_influence.gradients import Reduction
 from lightning_influence.gradients.general import requiring_gradients
 from lightning_influence.module.task import Task, seed_for
 from lightning_influence.numerics.heads import Link, recognise
+from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.types import Batch, clean
 
 _PROBED = 32
@@ -108,7 +109,7 @@ class Head:
         Raises:
             ValueError: none of the three kinds, or features or gradients that are not finite.
         """
-        ids = _spread(len(examples), _PROBED)
+        ids = evenly_spread(len(examples), _PROBED)
         seen = []
         for noise in (0.0, 1.0):
             batch = examples.some(ids)
@@ -268,7 +269,7 @@ def _same(head: Head, examples: Examples, stored: list[HeadRows]) -> bool:
     """Whether a few examples, seen again, are as stored."""
     if sum(len(s.features) for s in stored) != len(examples):
         return False
-    ids = _spread(len(examples), _COMPARED)
+    ids = evenly_spread(len(examples), _COMPARED)
     batch = examples.some(ids)
     seed_for(0, ids[0])
     now = head.see(batch, len(ids)).columns()
@@ -289,8 +290,3 @@ def _row(batches: list[Tensor], i: int) -> Tensor:
             return batch[i]
         i -= len(batch)
     raise IndexError(i)
-
-
-def _spread(n: int, count: int) -> list[int]:
-    count = min(n, count)
-    return sorted({round(i * (n - 1) / max(1, count - 1)) for i in range(count)})

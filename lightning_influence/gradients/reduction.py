@@ -5,14 +5,18 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from lightning_influence.data.examples import Examples
 from lightning_influence.module.task import Task, seed_for
+from lightning_influence.numerics.subsets import evenly_spread
+from lightning_influence.types import clean
 
 _WAY_OUT = "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
+_WAY_OUT_IN_TRAINING = "Pass `loss=`, a callable (module, batch) -> [batch] that gives the losses of the joint batch."
 _PROBED = 32
 
 
@@ -51,14 +55,13 @@ def probe(task: Task, examples: Examples, seed: int) -> Reduction:
     """
     if task.loss is not None:
         return Reduction.NONE
-    count = min(_PROBED, len(examples))
-    spread = sorted({round(i * (len(examples) - 1) / max(1, count - 1)) for i in range(count)})
+    probed = evenly_spread(len(examples), _PROBED)
     watch = _LossWatch()
     with watch:  # with gradients: a step may differentiate by its inputs
-        losses = {i: _loss(task, examples.one(i), seed, i) for i in spread}
+        losses = {i: _loss(task, examples.one(i), seed, i) for i in probed}
         ids = [i for i, loss in losses.items() if math.isfinite(loss)]  # the others are named once scores are there
         if not ids:
-            raise ValueError(f"Expected finite losses, got NaN or infinity for each of the examples {spread[:10]}.")
+            raise ValueError(f"Expected finite losses, got NaN or infinity for each of the examples {probed[:10]}.")
         singles = [losses[i] for i in ids]
         batches = {size: _loss(task, examples.some(ids[:size]), seed, ids[0]) for size in {min(2, len(ids)), len(ids)}}
     watch.refuse()
@@ -84,10 +87,67 @@ def _loss(task: Task, batch: Any, seed: int, example: int) -> float:
         ) from error
 
 
-def _agrees(reduction: Reduction, singles: Sequence[float], batch: float) -> bool:
-    total = sum(singles) / (len(singles) if reduction is Reduction.MEAN else 1)
+def match_loss(losses: Tensor, value: float) -> bool:
+    """Whether a training step returns the mean of ``loss=`` (True) or its sum (False).
+
+    Args:
+        losses: [example], what ``loss=`` returns for a batch.
+        value: what ``training_step`` returns for it.
+
+    Raises:
+        ValueError: neither.
+    """
+    singles = losses.double().tolist()
+    for reduction in (Reduction.MEAN, Reduction.SUM):
+        if _agrees(reduction, singles, value):
+            return reduction is Reduction.MEAN
+    raise ValueError(
+        f"Expected the mean or the sum of `loss=` to be what `training_step` returns, got mean "
+        f"{sum(singles) / len(singles):.6g} and sum {sum(singles):.6g} for {value:.6g}. Let `loss=` return each "
+        "example's share of the loss that is trained on."
+    )
+
+
+def refuse_mixing(singles: Sequence[float], batch: float, mean: bool) -> None:
+    """Raises where the loss of a batch in training is not that of its examples.
+
+    Args:
+        singles: each example's loss alone.
+        batch: their loss together.
+        mean: whether a batch's loss is the mean over its examples, else their sum.
+
+    Raises:
+        ValueError: examples change one another's loss.
+    """
+    reduction = Reduction.MEAN if mean else Reduction.SUM
+    if not _agrees(reduction, singles, batch, 1e-3):
+        raise ValueError(
+            f"Expected the loss of a batch in training to be the {reduction.value} of the losses of its examples, got "
+            f"{batch:.6g} for examples that give {_reduced(reduction, singles):.6g} alone. {_WAY_OUT_IN_TRAINING}"
+        )
+
+
+def refuse_batch_statistics(module: nn.Module) -> None:
+    """Raises where a layer normalises by the statistics of its batch.
+
+    Raises:
+        ValueError: names the layer.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, _BatchNorm) and part.training:
+            raise ValueError(
+                f"Expected examples that do not change one another's loss in training, got `{clean(name)}` "
+                f"({type(part).__name__}) in train mode, which normalises by its batch. {_WAY_OUT_IN_TRAINING}"
+            )
+
+
+def _reduced(reduction: Reduction, singles: Sequence[float]) -> float:
+    return sum(singles) / (len(singles) if reduction is Reduction.MEAN else 1)
+
+
+def _agrees(reduction: Reduction, singles: Sequence[float], batch: float, tolerance: float = 1e-4) -> bool:
     scale = max(abs(batch), max(abs(x) for x in singles) / len(singles), 1e-30)
-    return abs(total - batch) <= 1e-4 * scale
+    return abs(_reduced(reduction, singles) - batch) <= tolerance * scale
 
 
 def _refusal(singles: Sequence[float], batches: Mapping[int, float]) -> str:

@@ -148,6 +148,7 @@ def _sample(examples: Examples) -> list[Block]:
     n = len(examples)
     blocks: list[Block] = []
     for b, size in enumerate(_SIZES):
+        # Not `evenly_spread`: always this many, and other examples in the second block than in the first.
         ids = [(round((i + 0.5 * b) * n / size)) % n for i in range(size)]
         blocks.append(_SampledBlock(ids[0], size, examples.some(ids), examples.one, ids))
     return blocks

@@ -1,4 +1,4 @@
-"""Memberships [subset, train]: which examples each of many models is trained on."""
+"""Subsets of examples: memberships [subset, train] of many models, and a few ids spread evenly."""
 
 import torch
 from torch import Tensor
@@ -33,3 +33,9 @@ def prefixes(order: Tensor) -> Tensor:
 def every(n_train: int) -> Tensor:
     """All 2^n subsets; bit i of a row's number says whether example i is in."""
     return (torch.arange(2**n_train)[:, None] >> torch.arange(n_train)).bitwise_and(1).bool()
+
+
+def evenly_spread(n: int, count: int) -> list[int]:
+    """At most ``count`` of the ids below ``n``, ascending, from the first to the last."""
+    count = min(n, count)
+    return sorted({round(i * (n - 1) / max(1, count - 1)) for i in range(count)})

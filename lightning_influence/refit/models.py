@@ -12,13 +12,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import Subset, TensorDataset
 
 from lightning_influence.data.source import Source
+from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.progress import progress
 from lightning_influence.refit.pool import Failure, Job, named
 from lightning_influence.refit.store import ModelStore, TrainedModel, bytes_of, key_of, layout_of
 from lightning_influence.setting.losses import losses_under
 from lightning_influence.setting.setting import Queries
 
-_FINGERPRINTED = 16  # examples that tell one dataset from another
+_FINGERPRINTED = 17  # examples that tell one dataset from another
 
 
 class TrainingBackend(Protocol):
@@ -155,9 +156,8 @@ def _labels(dataset: Any) -> Tensor | None:
 
 def _fingerprint(train: Source) -> str:
     """A hash of a few examples, spread evenly."""
-    examples, n = train.examples(None), len(train.dataset)
-    digest = hashlib.sha256()
-    for i in sorted({round(k * (n - 1) / _FINGERPRINTED) for k in range(_FINGERPRINTED + 1)}):
+    examples, digest = train.examples(None), hashlib.sha256()
+    for i in evenly_spread(len(train.dataset), _FINGERPRINTED):
         for leaf in tree_leaves(examples.one(i)):
             digest.update(bytes_of(leaf))
     return digest.hexdigest()[:24]

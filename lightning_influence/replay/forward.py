@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from lightning_influence.data.examples import Block, Examples, versions_of
 from lightning_influence.gradients import Engine, Gradients, Reduction
 from lightning_influence.gradients.general import math_attention, requiring_gradients
 from lightning_influence.gradients.hessian import gradient_of
+from lightning_influence.gradients.reduction import match_loss, refuse_batch_statistics, refuse_mixing
 from lightning_influence.module.task import Task
 from lightning_influence.replay.attention import attention_gap
 from lightning_influence.replay.random_states import put_back
@@ -23,7 +23,6 @@ from lightning_influence.types import bytes_in, foreign
 
 _KEPT_BYTES = 2**28
 _CPU = torch.device("cpu")
-_WAY_OUT = "Pass `loss=`, a callable (module, batch) -> [batch] that gives the losses of the joint batch."
 
 
 @dataclass(frozen=True)
@@ -253,40 +252,21 @@ class Forward:
         except (TypeError, ValueError):  # manual optimization: the mean, until the weights say otherwise
             return
         with torch.no_grad():
-            losses = self.losses(batch).double()
+            losses = self.losses(batch)
             put_back(batch.random, self.task.device)
             value = float(own(self.read(batch)))
-        for mean, mine in ((True, float(losses.mean())), (False, float(losses.sum()))):
-            if abs(mine - value) <= 1e-4 * max(abs(value), float(losses.abs().max()) / len(losses), 1e-30):
-                self.mean = mean
-                return
-        raise ValueError(
-            f"Expected the mean or the sum of `loss=` to be what `training_step` returns, got mean "
-            f"{float(losses.mean()):.6g} and sum {float(losses.sum()):.6g} for {value:.6g}: replaying needs the loss "
-            "that was trained on. Let `loss=` return each example's share of it."
-        )
+        self.mean = match_loss(losses, value)
 
     def _refuse_mixing(self, step: Step) -> None:
-        for name, part in self.task.module.named_modules():
-            if isinstance(part, _BatchNorm) and part.training:
-                raise ValueError(
-                    f"Expected examples that do not change one another's loss in training, got `{name}` "
-                    f"({type(part).__name__}) in train mode, which normalises by its batch. {_WAY_OUT}"
-                )
+        refuse_batch_statistics(self.task.module)
         batch = step.batches[0]
         if batch.random or (self.examples.draws and not batch.read):  # an example alone would draw other numbers
             return
         with torch.no_grad():
             joint = float(self.losses(batch))
-            singles = []
-            for example in batch.ids:
-                singles.append(float(self.task(self.task.to_device(self._one_of(batch)(example)))))
-        mine = sum(singles) / (len(singles) if self.mean else 1)
-        if not abs(mine - joint) <= 1e-3 * max(abs(joint), max(abs(x) for x in singles) / len(singles), 1e-30):
-            raise ValueError(
-                f"Expected the loss of a batch in training to be the {'mean' if self.mean else 'sum'} of those of its "
-                f"examples, got {joint:.6g} for examples that give {mine:.6g} alone. {_WAY_OUT}"
-            )
+            one = self._one_of(batch)
+            singles = [float(self.task(self.task.to_device(one(example)))) for example in batch.ids]
+        refuse_mixing(singles, joint, self.mean)
 
 
 def example_factors(weights: Tensor, renormalize: bool) -> Tensor:

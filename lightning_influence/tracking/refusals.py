@@ -5,17 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_influence.gradients import Engine, Reduction
+from lightning_influence.gradients.reduction import match_loss, refuse_batch_statistics, refuse_mixing
 from lightning_influence.module.task import Task, isolated_random_state
 from lightning_influence.numerics.clipping import ByNorm, ByValue, Clipping
 from lightning_influence.numerics.optimizers import rule_for
 from lightning_influence.tracking.tracker import Untrackable, WeightUpdate
 from lightning_influence.types import Batch, clean
 
-_JOINT = "Pass `loss=`, a callable (module, batch) -> [batch] that gives the losses of the joint batch."
 _INSTEAD = "Use `TracInCP()`, which needs checkpoints only."
 
 
@@ -81,39 +80,27 @@ def clipping_of(trainer: Any) -> Clipping | None:
     return ByValue(float(limit)) if name == "value" else ByNorm(float(limit))
 
 
-def match_loss(task: Task, batch: Batch) -> bool:
+def takes_mean(task: Task, batch: Batch) -> bool:
     """Whether the step takes the mean of ``loss=``, or the sum.
 
     Raises:
-        Untrackable: neither.
+        ValueError: neither.
     """
     with torch.no_grad():
         with isolated_random_state():
-            losses = task(batch).double()
+            losses = task(batch)
         with isolated_random_state():
             value = float(type(task)(task.module, None, task.device, task.trainer)(batch))
-    for mean, mine in ((True, float(losses.mean())), (False, float(losses.sum()))):
-        if abs(mine - value) <= 1e-4 * max(abs(value), float(losses.abs().max()) / len(losses), 1e-30):
-            return mean
-    raise Untrackable(
-        f"Expected the mean or the sum of `loss=` to be what `training_step` returns, got mean "
-        f"{float(losses.mean()):.6g} and sum {float(losses.sum()):.6g} for {value:.6g}. Let `loss=` return each "
-        "example's share of the loss that is trained on."
-    )
+    return match_loss(losses, value)
 
 
-def refuse_mixing(task: Task, ids: Sequence[int], batch: Batch, engine: Engine) -> None:
+def refuse_mixed(task: Task, ids: Sequence[int], batch: Batch, engine: Engine) -> None:
     """Looks at one batch for examples that change one another's loss in training.
 
     Raises:
-        Untrackable: they do, and ``loss=`` was not given.
+        ValueError: they do.
     """
-    for name, part in task.module.named_modules():
-        if isinstance(part, _BatchNorm) and part.training:
-            raise Untrackable(
-                f"Expected examples that do not change one another's loss in training, got `{clean(name)}` "
-                f"({type(part).__name__}) in train mode, which normalises by its batch. {_JOINT}"
-            )
+    refuse_batch_statistics(task.module)
     leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
     if len(ids) == 1 or not all(leaf.ndim > 0 and len(leaf) == len(ids) for leaf in leaves):
         return
@@ -123,13 +110,7 @@ def refuse_mixing(task: Task, ids: Sequence[int], batch: Batch, engine: Engine) 
         if not torch.equal(torch.get_rng_state(), before):  # an example's own pass would draw other numbers
             return
         singles = [float(task(tree_map(_one(i), batch))) for i in range(len(ids))]
-    mean = engine.reduction is Reduction.MEAN
-    mine = sum(singles) / (len(singles) if mean else 1)
-    if not abs(mine - joint) <= 1e-3 * max(abs(joint), max(abs(x) for x in singles) / len(singles), 1e-30):
-        raise Untrackable(
-            f"Expected the loss of a batch in training to be the {'mean' if mean else 'sum'} of the losses of its "
-            f"examples, got {joint:.6g} for examples that give {mine:.6g} alone. {_JOINT}"
-        )
+    refuse_mixing(singles, joint, engine.reduction is Reduction.MEAN)
 
 
 def verify_step(moved: WeightUpdate, parameters: Mapping[str, Tensor]) -> None:

@@ -23,9 +23,9 @@ from lightning_influence.tracking.record import FOLDER, load_state, save_state
 from lightning_influence.tracking.refusals import (
     changed,
     clipping_of,
-    match_loss,
     refuse,
-    refuse_mixing,
+    refuse_mixed,
+    takes_mean,
     trained,
     verify_gradients,
     verify_step,
@@ -304,9 +304,9 @@ class TrackerLoop:
         engine = replace(self._engine, task=task)
         if not self._checked:
             if engine.reduction is Reduction.NONE:
-                self._mean = match_loss(task, batch)
+                self._mean = takes_mean(task, batch)
             else:
-                refuse_mixing(task, ids, batch, engine)
+                refuse_mixed(task, ids, batch, engine)
             self._checked = True
         share = 1.0 / (self._trainer.accumulate_grad_batches * (len(ids) if self._mean else 1))
         return TrackedMicroBatch(engine, ids, batch, share)
