@@ -1,4 +1,4 @@
-"""Hessian and Gauss-Newton matrix of the mean training loss, times many vectors at once."""
+"""Products of many vectors with the Hessian or the Gauss-Newton matrix (GGN) of the mean training loss."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,11 @@ _BLOCK = 256
 
 @dataclass(frozen=True)
 class Flat:
-    """Parameters laid one behind the other: vectors as [vector, entries] or by name as [vector, *shape]."""
+    """All parameters as one flat vector: converts [vector, entries] to [vector, *shape] by name and back.
+
+    Args:
+        shapes: of each parameter, in the order of the flat vector.
+    """
 
     shapes: Mapping[str, torch.Size]
 
@@ -28,7 +32,7 @@ class Flat:
         return sum(shape.numel() for shape in self.shapes.values())
 
     def join(self, vectors: Mapping[str, Tensor], count: int, like: Tensor) -> Tensor:
-        """[vector, entries]; a name that is absent stands for zeros."""
+        """[vector, entries]; an absent name is zeros."""
         return torch.cat(
             [
                 vectors[name].reshape(count, -1) if name in vectors else like.new_zeros(count, shape.numel())
@@ -43,7 +47,7 @@ class Flat:
         return {name: p.reshape(-1, *s) for p, (name, s) in zip(parts, self.shapes.items(), strict=True)}
 
     def fill(self, value_of: Callable[[str], float]) -> Tensor:
-        """[entries] float64: one value for all entries of each parameter."""
+        """[entries] float64: the same value for all entries of a parameter."""
         values = [torch.full((s.numel(),), value_of(name), dtype=torch.float64) for name, s in self.shapes.items()]
         return torch.cat(values)
 
@@ -51,10 +55,10 @@ class Flat:
 class Products:
     """C v for C the Hessian or the Gauss-Newton matrix (GGN) of the mean training loss, at the module's weights.
 
-    In eval mode and over the whole training set, without sampling: the same at every call.
+    In eval mode and over the whole training set, without sampling: every call gives the same result.
 
     Args:
-        engine: whose task and reduction define the per-sample losses.
+        engine: its task and reduction define the per-sample losses.
         examples: the training set.
     """
 
@@ -65,26 +69,27 @@ class Products:
         parameters = engine.task.named_parameters()
         self.parameters = {name: parameters[name] for name in engine.plan.names if name not in unreached}
         self.flat = Flat({name: p.shape for name, p in self.parameters.items()})
-        self._looked = False
+        self._outputs_checked = False
 
     @property
     def like(self) -> Tensor:
-        """Any parameter: its dtype and device."""
+        """One of the parameters, for its dtype and device."""
         return next(iter(self.parameters.values()))
 
     def times(self, matrix: Matrix, vectors: Tensor, ids: Sequence[int] | None = None) -> Tensor:
-        """C v for each of some vectors.
+        """C v for each vector v.
 
         Args:
-            matrix: which C.
+            matrix: which matrix C is.
             vectors: [vector, entries] in the order of ``flat``.
-            ids: of these training examples only, their sum instead of the mean over all.
+            ids: use the sum of these examples' losses in place of the mean over all.
 
         Returns:
             [vector, entries].
 
         Raises:
-            ValueError: the network's output is not found (GGN), or the module cannot be differentiated twice.
+            ValueError: the network's output is not found (GGN), the module cannot be differentiated twice, or second
+                derivatives are not finite.
         """
         total = torch.zeros_like(vectors)
         matrix_of = self._hessian if matrix == "hessian" else self._ggn
@@ -109,13 +114,13 @@ class Products:
         return total if ids is not None else total / len(self.examples)
 
     def _refuse_non_finite(self, vectors: Tensor) -> None:
-        """Raises where it was not the vectors that brought NaN or infinity in."""
+        """Raises unless the NaN or infinity came with the vectors and all examples are finite."""
         blocks = self.examples.blocks()
-        found = [b.start + row for b in blocks for row in self.engine.gradients(b).not_finite()]
-        if found or bool(vectors.isfinite().all()):
-            named = f"for training examples {found[:10]}" if found else "in second derivatives"
+        wrong = [b.start + row for b in blocks for row in self.engine.gradients(b).not_finite()]
+        if wrong or bool(vectors.isfinite().all()):
+            where = f"for training examples {wrong[:10]}" if wrong else "in second derivatives"
             raise ValueError(
-                f"Expected finite gradients, got NaN or infinity {named}. Look at their inputs and losses, or leave "
+                f"Expected finite gradients, got NaN or infinity {where}. Look at their inputs and losses, or leave "
                 "them out (`torch.utils.data.Subset`)."
             )
 
@@ -124,11 +129,11 @@ class Products:
             yield from self.examples.blocks()
             return
         for start in range(0, len(ids), _BLOCK):
-            some = list(ids[start : start + _BLOCK])
-            yield Block(some[0], len(some), self.examples.some(some), self.examples.one)
+            chosen = list(ids[start : start + _BLOCK])
+            yield Block(chosen[0], len(chosen), self.examples.some(chosen), self.examples.one)
 
     def gradient(self, ids: Sequence[int]) -> Tensor:
-        """[1, entries]: the sum of the gradients of some training examples."""
+        """[1, entries]: the sum of the gradients of these training examples."""
         total = self.like.detach().new_zeros(1, len(self.flat))
         with requiring_gradients(self.engine.task.module, list(self.parameters)):
             for block in self._blocks(ids):
@@ -140,14 +145,17 @@ class Products:
         return hessian_of(self.engine.total(block), self.parameters, activations)
 
     def _ggn(self, block: Block, activations: int) -> NamedProduct:
-        """J^T S J v: J by differentiating the linear map u -> J^T u, S by differentiating the loss by the outputs."""
+        """J^T S J, for J the Jacobian of the network's outputs and S the Hessian of the loss with respect to them.
+
+        J v is the derivative of the linear map u -> J^T u.
+        """
         watch = OutputWatch(self.parameters.values())
         with watch:
             total = self.engine.total(block)
         outputs = dict(enumerate(watch.outputs()))
-        if not self._looked:
+        if not self._outputs_checked:
             refuse_other_paths(total, list(outputs.values()), self.parameters)
-            self._looked = True
+            self._outputs_checked = True
         by_outputs = gradient_of(total, outputs, create_graph=True)
         weights = {i: torch.zeros_like(output, requires_grad=True) for i, output in outputs.items()}
         found = torch.autograd.grad(
