@@ -1,4 +1,4 @@
-"""A captured fit run again: step by step, under other weights of its examples, and backwards."""
+"""Replays a captured fit: step by step, backwards, and under other weights of its examples."""
 
 from lightning_influence.replay.adjoint import adjoint
 from lightning_influence.replay.replay import MAX_DRIFT, DriftError, Replay, ReplayedStep

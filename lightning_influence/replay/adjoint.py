@@ -1,4 +1,4 @@
-"""The derivative of quantities at the end of a fit by the weight of every example in it, backwards through the fit."""
+"""Derivatives of quantities at the end of a fit with respect to the weight of every example in it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,26 +20,27 @@ def adjoint(
     renormalize: bool = False,
     done: Callable[[Step], Any] = lambda step: None,
 ) -> Tensor:
-    """Derivatives by the weights of the examples' losses, at weights of 1.
+    """Derivatives of quantities at the end of a fit with respect to its examples' weights, where these are 1.
 
     Source: the adjoint of the recursion of Chen et al. (2021); Ilyas and Engstrom, MAGIC (2025).
 
     Args:
         replay: the fit.
-        final: derivatives by the final weights, [quantity, *shape] by name; absent ones are zero.
+        final: derivatives of the quantities with respect to the final weights, [quantity, *shape] by name; absent ones
+            are zero.
         hessian: whether a change of the weights changes the gradients of the steps after it.
         renormalize: an example's weight also counts in the divisor of its micro-batch.
-        done: told of every step.
+        done: called after every step.
 
     Returns:
         [quantity, train].
 
     Raises:
-        DriftError: the replay is not the fit.
-        ValueError: examples that cannot be told apart.
+        DriftError: the replay does not reproduce the fit.
+        ValueError: the examples of a batch change one another's loss.
     """
     if not hessian and replay.whole:
-        found = _lean(replay, final, renormalize, done)
+        found = _one_walk_forward(replay, final, renormalize, done)
         if found is not None:
             return found
     walk = Walk(replay, final, hessian, renormalize)
@@ -53,7 +54,7 @@ def adjoint(
 
 
 class Walk:
-    """Derivatives by the weights and the optimizer's state, carried from the last step to the first."""
+    """Derivatives with respect to the weights and the optimizer's state, carried from the last step to the first."""
 
     def __init__(self, replay: Replay, final: Mapping[str, Tensor], hessian: bool, renormalize: bool) -> None:
         self.renormalize = renormalize and replay.forward.mean
@@ -70,7 +71,7 @@ class Walk:
         self.total = next(iter(final.values())).new_zeros(count, len(replay.examples))
 
     def back(self, moment: ReplayedStep) -> None:
-        """Through one step."""
+        """Carries the derivatives through one step; adds those with respect to its examples' weights to ``total``."""
         step, directions = moment.step, {}
         clipped = moment.gradients if step.clipping is None else step.clipping(moment.gradients)
         for name, gradient in clipped.items():
@@ -97,11 +98,13 @@ def _add(total: Tensor, ids: tuple[int, ...], products: Tensor, renormalize: boo
     total.index_add_(1, torch.as_tensor(ids, device=total.device), products.to(total))
 
 
-def _lean(replay: Replay, final: Mapping[str, Tensor], renormalize: bool, done: Callable[[Step], Any]) -> Tensor | None:
-    """Without second derivatives, where a step moves every entry of a group by the same numbers.
+def _one_walk_forward(
+    replay: Replay, final: Mapping[str, Tensor], renormalize: bool, done: Callable[[Step], Any]
+) -> Tensor | None:
+    """The same without second derivatives, where a step treats every entry of a parameter group alike.
 
-    Derivatives by the weights before a step are then those at the end times one number for each step and parameter
-    group, so that one walk forward suffices; no vector is carried along. None where numbers do not suffice.
+    The derivatives before a step are then those at the end times one number per step and parameter group, so that one
+    walk forward suffices and no vector is carried along. None where the steps are of another kind.
     """
     steps, groups = replay.steps, replay.engine.groups
     if any(not step.moves.rule.uniform or step.clipping is not None for step in steps):
@@ -116,7 +119,7 @@ def _lean(replay: Replay, final: Mapping[str, Tensor], renormalize: bool, done: 
             for moment in replay.walk(replay.start(segment), part.steps, separate=True):
                 step = moment.step
                 if moment.gradients.keys() != step.moves.options.keys():
-                    return None  # torch leaves a parameter without a gradient alone: its numbers are others
+                    return None  # torch does not move a parameter without a gradient, so its factors differ
                 for batch in step.batches:
                     products = scaled_products(replay.forward, batch, step, queries, factors[number])
                     _add(total, batch.ids, products, renormalize and replay.forward.mean)
@@ -127,28 +130,28 @@ def _lean(replay: Replay, final: Mapping[str, Tensor], renormalize: bool, done: 
 
 
 def _factors(replay: Replay) -> list[Tensor]:
-    """For every step, [group]: what multiplies the final derivative to give that by the step's gradients."""
+    """For every step, [group]: the derivative with respect to the step's gradient, relative to the final one."""
     groups = replay.engine.groups
     names = sorted({name for step in replay.steps for name in step.moves.options})
     count = 1 + max((groups.get(name, 0) for name in names), default=0)
-    standing = {groups.get(name, 0): name for name in names}  # one parameter stands for its group
+    of_group = {groups.get(name, 0): name for name in names}  # the rule is the same for all parameters of a group
     start = replay.start()
     one = torch.ones(1, dtype=torch.float64)
     states: dict[int, OptimizerState] = {
-        group: dict.fromkeys(start.optimizer.get(name, {}), one[0]) for group, name in standing.items()
+        group: dict.fromkeys(start.optimizer.get(name, {}), one[0]) for group, name in of_group.items()
     }
     places: list[dict[int, UpdateInput]] = []
     for step in replay.steps:
         here = {
             group: UpdateInput(one[0], one[0], states[group], 0, step.moves.options[name])
-            for group, name in standing.items()
+            for group, name in of_group.items()
             if name in step.moves.options
         }
         places.append(here)
         for group, at in here.items():
             states[group] = step.moves.rule.step(at)[1]
-    by_weight = dict.fromkeys(standing, one)
-    by_state: dict[int, OptimizerState] = {group: {} for group in standing}
+    by_weight = dict.fromkeys(of_group, one)
+    by_state: dict[int, OptimizerState] = {group: {} for group in of_group}
     found = []
     for step, here in zip(reversed(replay.steps), reversed(places), strict=True):
         factor = torch.zeros(count, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The module in training, as it was in the fit: the loss of a captured micro-batch and its derivatives."""
+"""The module as it ran during the fit: the loss of a captured micro-batch and its gradients."""
 
 import contextlib
 import copy
@@ -27,7 +27,11 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Drawn(Block):
-    """Examples as they were drawn together."""
+    """Examples that were drawn into one micro-batch.
+
+    Args:
+        drawn: their indices into the dataset.
+    """
 
     drawn: Sequence[int] = ()
 
@@ -38,29 +42,33 @@ class Drawn(Block):
 
 
 class Forward:
-    """Losses and gradients of micro-batches at the module's present weights.
+    """Losses and gradients of micro-batches at the module's current weights.
 
     Args:
-        engine: with the plan of the self-check.
+        engine: holds the plan of the self-check.
         examples: the training dataset.
     """
 
     def __init__(self, engine: Engine, examples: Examples) -> None:
         self.engine, self.task, self.examples = engine, engine.task, examples
         self.joint = engine.reduction is Reduction.NONE
-        """Whether ``loss=`` gives the losses of every example of a joint batch."""
+        """Whether ``loss=`` gives the losses of all examples of a joint batch."""
         self.mean = engine.reduction is not Reduction.SUM
         self._checked: set[bool] = set()
         self._kept: dict[Hashable, tuple[Any, list[int]]] = {}
         self._kept_left = _KEPT_BYTES
         self.attention: float | None = None
-        """Where the fit's attention ran in a fused kernel: see ``attention_gap``, of a step's first micro-batch."""
+        """``attention_gap`` of a step's first micro-batch; None where the fit's attention ran in no fused kernel."""
         self.written: dict[str, Tensor] = {}
-        """Buffers that the forward passes since the last step wrote into."""
+        """Buffers after the forward passes since the last step, by name."""
 
     @contextlib.contextmanager
     def training(self, eval_modules: Sequence[str]) -> Iterator[None]:
-        """The module in the modes of the fit, its attention in the kernel that has second derivatives."""
+        """Puts the module into the modes of the fit, and its attention into the kernel that has second derivatives.
+
+        Args:
+            eval_modules: names of the modules that were in eval mode.
+        """
         module = self.task.module
         recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
         module.train()
@@ -82,7 +90,7 @@ class Forward:
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[None]:
-        """In the middle of a replay, the module in eval mode, as queries are looked at."""
+        """Puts the module into eval mode in the middle of a replay, to compute gradients of queries."""
         modes = [(part, part.training) for part in self.task.module.modules()]
         self.task.module.eval()
         self.task.on_forward = None
@@ -101,11 +109,19 @@ class Forward:
         return {name: parameters[name] for name in names}
 
     def share(self, batch: MicroBatch, step: Step) -> float:
-        """What an example's loss is multiplied with in the step's gradient."""
+        """The factor of an example's loss in the step's gradient."""
         return 1.0 / (step.divisor * ((batch.size or len(batch.ids)) if self.mean else 1))
 
     def losses(self, batch: MicroBatch, on_device: Any = None) -> Tensor:
-        """The joint batch's losses, [example] where ``loss=`` is given, else the scalar of ``training_step``."""
+        """The losses [example] of ``loss=`` where it is given, else the scalar of ``training_step``.
+
+        Args:
+            batch: the micro-batch.
+            on_device: its data, where they have been read already.
+
+        Raises:
+            ValueError: ``loss=`` returned another number of losses than there are examples.
+        """
         on_device = self.read(batch) if on_device is None else on_device
         put_back(batch.random, self.task.device)
         losses = self.task(on_device)
@@ -116,7 +132,7 @@ class Forward:
         return losses
 
     def total(self, batch: MicroBatch, step: Step) -> Tensor:
-        """What the fit called backward on."""
+        """The micro-batch's share of the step's loss, which the fit called backward on."""
         losses = self.losses(batch)
         if self.joint:
             return losses.sum() * self.share(batch, step)
@@ -125,12 +141,16 @@ class Forward:
     def gradients(
         self, step: Step, weights: Tensor | None = None, renormalize: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The step's gradients before clipping, by name, without those that the loss does not reach; buffers written.
+        """The step's gradients before clipping.
 
         Args:
-            step: whose micro-batches.
+            step: the step.
             weights: [train] of the examples' losses; None: all 1.
-            renormalize: divide a micro-batch by the sum of its weights in place of its size.
+            renormalize: divide a micro-batch's loss by the sum of its weights in place of its size.
+
+        Returns:
+            The gradients by name, absent where the loss does not depend on the parameter; and the buffers that the
+            forward passes wrote into.
         """
         total: dict[str, Tensor] = {}
         self.written = {}
@@ -139,28 +159,28 @@ class Forward:
             for name, gradient in found.items():
                 total[name] = total[name] + gradient if name in total else gradient
             self._keep_buffers()
-        if not step.batches:  # nobody counts, but momentum and weight decay go on
+        if not step.batches:  # all examples have weight 0, but momentum and weight decay go on
             parameters = self.task.named_parameters()
-            reached = [name for name in step.moves.options if name not in self.engine.plan.unreached]
-            total = {name: torch.zeros_like(parameters[name]) for name in reached}
+            used = [name for name in step.moves.options if name not in self.engine.plan.unreached]
+            total = {name: torch.zeros_like(parameters[name]) for name in used}
         return total, self.written
 
     def rows(self, batch: MicroBatch, as_drawn: bool = True) -> Gradients:
         """Gradients of the examples' own losses in the joint forward pass.
 
         Args:
-            batch: of which examples.
-            as_drawn: under the random state of the fit, in place of the example's own.
+            batch: the micro-batch.
+            as_drawn: use the random state of the fit in place of each example's own.
         """
         block = Drawn(batch.ids[0], len(batch.ids), self._batch(batch), self._one_of(batch), batch.ids)
         draws: Callable[[], Any] | None = None
-        twice = bool(batch.read) and len(set(batch.ids)) < len(batch.ids)  # an id does not tell which of its two looks
+        twice = bool(batch.read) and len(set(batch.ids)) < len(batch.ids)  # one id has two augmentations
         if (batch.random and as_drawn) or twice:
             draws = lambda: put_back(batch.random, self.task.device)  # noqa: E731
         return self.engine.gradients(block, draws)
 
-    def again(self) -> "Forward":
-        """The same, for other parts of the batches: what was checked need not be checked again."""
+    def copy(self) -> "Forward":
+        """A copy for other parts of the batches, which does not repeat the checks."""
         other = copy.copy(self)
         other._kept, other._kept_left, other.written = {}, _KEPT_BYTES, {}
         return other
@@ -173,14 +193,15 @@ class Forward:
         """Looks once at what the losses of a batch are to its examples when the module trains.
 
         Args:
-            step: the module stands before it.
-            separate: whether examples must be told apart.
+            step: the module has the weights before it.
+            separate: whether the losses of single examples are needed.
 
         Returns:
             Whether there were forward passes, which may have written into buffers.
 
         Raises:
-            ValueError: a forward pass that mixes examples, without ``loss=``; a ``loss=`` that is not the fit's.
+            ValueError: the examples change one another's loss and ``loss=`` is not given; ``loss=`` is not the loss of
+                the fit.
         """
         if separate in self._checked or (self.joint and self._checked):
             return False
@@ -211,7 +232,7 @@ class Forward:
             return gradient_of((losses * factor.to(losses)).sum(), moved)
 
     def _one_of(self, batch: MicroBatch) -> Callable[[int], Any]:
-        """Gives an example of a micro-batch as a batch of one, as it was read in the fit where that is known."""
+        """Reads an example, by its id, as a batch of one: as it was read in the fit where that is known."""
 
         def one(example: int) -> Any:
             put_back(batch.read, _CPU)
@@ -222,7 +243,7 @@ class Forward:
     def _batch(self, batch: MicroBatch) -> Any:
         key = batch.ids, *batch.read.items()
         kept, versions = self._kept.get(key, (None, None))
-        if versions is not None and versions == versions_of(kept):  # no step wrote into it
+        if versions is not None and versions == versions_of(kept):  # no `training_step` wrote into it
             return kept
         if batch.read:
             put_back(batch.read, _CPU)
@@ -239,17 +260,17 @@ class Forward:
         self.written = {name: buffer.detach().clone() for name, buffer in self.task.named_buffers().items()}
 
     def _keep_buffers(self) -> None:
-        """The next micro-batch of the step finds the buffers as this one left them."""
+        """Puts the buffers that the micro-batch wrote into the module, for the next one of the step."""
         buffers = self.task.named_buffers()
         for name, value in self.written.items():
             buffers[name].data = value.clone()
 
     def _match_loss(self, step: Step) -> None:
-        """Whether the step takes the mean or the sum of ``loss=``: where it can be asked, it must be one of them."""
+        """Finds whether the fit took the mean or the sum of ``loss=``."""
         batch = step.batches[0]
         try:
             own = Task(self.task.module, None, self.task.device, self.task.trainer)
-        except (TypeError, ValueError):  # manual optimization: the mean, until the weights say otherwise
+        except (TypeError, ValueError):  # manual optimization: the mean, which the comparison with checkpoints tests
             return
         with torch.no_grad():
             losses = self.losses(batch)
@@ -270,7 +291,7 @@ class Forward:
 
 
 def example_factors(weights: Tensor, renormalize: bool) -> Tensor:
-    """What the weights of a micro-batch's examples, [..., example], multiply their shares with."""
+    """[..., example]: the factors of the examples' shares, given the weights of all examples of a micro-batch."""
     if not renormalize:
         return weights
     total = weights.sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""What a step's gradients say along given directions: of each example, and of their change with the weights."""
+"""Products of a micro-batch's per-sample gradients, and of its Hessian, with many directions."""
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,20 +16,20 @@ from lightning_influence.replay.forward import Forward
 from lightning_influence.replay.steps import MicroBatch, Step
 
 Vectors = dict[str, Tensor]
-"""[k, *shape] by parameter name."""
+"""[direction, *shape] by parameter name."""
 
-# Two ways to one product may differ by rounding: by so many units of the last place of the largest.
+# Two ways to compute one product may differ by this many units in the last place of the largest term.
 _ROUNDING = 1e4
 # The key of the examples' weights beside the names of parameters.
 _WEIGHTS = "weights of the examples' losses"
 
 
 class StepProducts:
-    """Products of gradients, and of Hessians, of one micro-batch after another with directions.
+    """Products of per-sample gradients, and of the Hessian, of one micro-batch after another with directions.
 
     Args:
         forward: the module in training.
-        trained: names by which second derivatives are taken; none: they are not.
+        trained: parameters that second derivatives are taken with respect to; empty: no second derivatives.
     """
 
     def __init__(self, forward: Forward, trained: Sequence[str]) -> None:
@@ -38,16 +38,16 @@ class StepProducts:
         self._compared = False
 
     def along(self, batch: MicroBatch, step: Step, directions: Vectors) -> tuple[Tensor, Vectors]:
-        """Products of a micro-batch's share of the step's gradient, and of its Hessian, with directions.
+        """Products of directions with a micro-batch's share of the step's gradient and of its Hessian.
 
         Args:
-            batch: one of the step's, before which the module stands.
-            step: in which it was.
-            directions: [k, *shape] by name of the parameters that the step moves.
+            batch: one of the step's micro-batches; the module has the weights before the step.
+            step: the step.
+            directions: of the parameters that the step moves.
 
         Returns:
-            [k, example], of each example's share of the gradient; and [k, *shape] of the Hessian, by name of
-            ``trained``.
+            [direction, example], with each example's share of the gradient; and [direction, *shape], with the Hessian,
+            by name of ``trained``.
         """
         if self.forward.joint:
             return _weighted(self.forward, batch, step, directions, self.trained)
@@ -59,10 +59,10 @@ class StepProducts:
         return products, curved
 
     def _curved(self, batch: MicroBatch, step: Step, directions: Vectors) -> tuple[Tensor | None, Vectors]:
-        """Both in one pass where the network's outputs tell its examples apart, else the Hessian alone.
+        """Both from one pass where the network's outputs have a row per example, else those with the Hessian alone.
 
-        An example's product is the gradient by its outputs times their change along the direction, and that change is
-        met anyway on the way back through the gradient's graph.
+        An example's product is the derivative with respect to its outputs times the change of these outputs along the
+        direction, which the backward pass through the gradient's graph computes anyway.
         """
         moved, trained = self.forward.parameters(directions), self.forward.parameters(self.trained)
         watch = OutputWatch(moved.values())
@@ -81,7 +81,7 @@ class StepProducts:
 def _by_outputs(
     reached: Mapping[int, Tensor], changes: Mapping[int | str, Tensor], gradients: Vectors, directions: Vectors
 ) -> Tensor | None:
-    """[k, example]: gradients by outputs times the changes of these; None where that is not all there is."""
+    """[direction, example]: output gradients times output changes; None where these are not the whole product."""
     products: Tensor | None = None
     for i, g in reached.items():
         if i in changes:
@@ -95,14 +95,14 @@ def _by_outputs(
 
 
 def _close(found: Tensor, expected: Tensor, scale: Tensor) -> bool:
-    """Whether the difference is rounding."""
+    """Whether the difference is no more than rounding."""
     return bool(((found - expected).abs() <= _ROUNDING * torch.finfo(found.dtype).eps * scale).all())
 
 
 def _weighted(
     forward: Forward, batch: MicroBatch, step: Step, directions: Vectors, trained: Sequence[str]
 ) -> tuple[Tensor, Vectors]:
-    """Both, where ``loss=`` gives the losses of the examples: by the weights that they have in their sum."""
+    """Both, where ``loss=`` gives the losses of the examples: derivatives with respect to their weights in the sum."""
     with requiring_gradients(forward.task.module, trained or list(directions)):
         losses = forward.losses(batch)
         weights = torch.ones_like(losses, requires_grad=True)
@@ -123,15 +123,15 @@ def scaled_products(
     factor: Tensor,
     change: Callable[[Gradients], Gradients] | None = None,
 ) -> Tensor:
-    """[query, example]: products of queries' gradients with the examples' shares of a step's.
+    """[query, example]: products of the queries' gradients with the examples' shares of a step's gradient.
 
     Args:
-        forward: the module stands before the step.
-        batch: one of the step's.
-        step: in which it was.
-        queries: what is multiplied.
-        factor: [group], what the products of each parameter group count.
-        change: what is done to the gradients of the examples before, as to those of the queries; not with ``loss=``.
+        forward: the module has the weights before the step.
+        batch: one of the step's micro-batches.
+        step: the step.
+        queries: their gradients.
+        factor: [group], multiplies the products of each parameter group.
+        change: applied to the examples' gradients first, as it was to those of the queries; not with ``loss=``.
     """
     if not forward.joint:
         scale = factor[:, None].expand(-1, len(batch.ids)) * forward.share(batch, step)

@@ -1,4 +1,4 @@
-"""Puts captured states of the random generators back, as they were before a micro-batch's forward pass."""
+"""Restores captured states of the random generators."""
 
 import math
 import random
@@ -13,9 +13,11 @@ _WORDS = 625  # 624 keys and the position
 
 
 def put_back(states: Mapping[str, bytes], device: torch.device) -> None:
-    """Sets the generators that the forward pass drew from; the others stay as they are.
+    """Sets the generators that have a captured state; the others do not change.
 
-    The device's own generator is set only where the fit ran on a device of that kind.
+    Args:
+        states: of the generators that the forward pass or the reading of examples drew from.
+        device: the module's; a CUDA generator's state is skipped on other devices.
     """
     if "torch" in states:
         torch.set_rng_state(_bytes(states["torch"]))
@@ -34,13 +36,13 @@ def _bytes(state: bytes) -> torch.Tensor:
 
 
 def _split(state: bytes) -> tuple[bytes, tuple[float, float]]:
-    """The words, and whether a normal number was kept for the next call, and which."""
+    """The generator's words; whether it holds a normal number for the next call, and that number."""
     words, rest = state[: 4 * _WORDS], state[4 * _WORDS :]
     return words, struct.unpack("2d", rest) if rest else (0.0, 0.0)
 
 
 def _python(state: bytes) -> tuple[int, tuple[int, ...], float | None]:
-    if len(state) in (4 * _WORDS, 4 * _WORDS + 16):  # as it lies in memory, position first
+    if len(state) in (4 * _WORDS, 4 * _WORDS + 16):  # the layout in memory, position first
         state, (kept, gauss) = _split(state)
         position, *keys = numpy.frombuffer(state, dtype=numpy.uint32).tolist()
         return 3, (*keys, position), gauss if kept else None

@@ -1,4 +1,4 @@
-"""How well scores foresee what really happens without some examples: refits side by side, as far as trust goes."""
+"""How well scores predict refits without some examples."""
 
 import torch
 from torch import Tensor
@@ -21,12 +21,12 @@ def removals(n_train: int, count: int, seed: int = 0) -> Tensor:
 
 
 class Refits:
-    """The captured fit again under several weights of its examples, to hold scores against.
+    """Refits of the captured fit under several weights of its examples, to compare scores with.
 
     Args:
         replay: the fit.
         weights: [removal, train].
-        renormalize: a micro-batch is divided by the sum of its weights in place of its size.
+        renormalize: divide a micro-batch's loss by the sum of its weights in place of its size.
     """
 
     def __init__(self, replay: Replay, weights: Tensor, renormalize: bool) -> None:
@@ -35,19 +35,19 @@ class Refits:
         self._models = run_many(replay, weights.to(like), renormalize)
 
     def agreement(self, scores: Tensor, queries: Queries) -> float:
-        """Correlation over the removals of a query's loss with what the scores foresee, mean over the queries.
+        """Correlation over the removals between a query's loss and its prediction by the scores, mean over the queries.
 
         Args:
             scores: [query, train].
-            queries: that they are about.
+            queries: of these scores.
 
         Returns:
-            From -1 to 1; NaN where no query's loss or no prediction differs from removal to removal.
+            From -1 to 1; NaN where all losses or all predictions are the same for every removal.
         """
         models = [{name: of_all[k] for name, of_all in self._models.items()} for k in range(len(self._weights))]
         true = losses_under(models, queries)
-        foreseen = (1 - self._weights) @ scores.detach().cpu().double().T
-        true, foreseen = true - true.mean(0), foreseen - foreseen.mean(0)
-        size = true.norm(dim=0) * foreseen.norm(dim=0)
-        moved = size > 0
-        return float(((true * foreseen).sum(0)[moved] / size[moved]).mean())
+        predicted = (1 - self._weights) @ scores.detach().cpu().double().T
+        true, predicted = true - true.mean(0), predicted - predicted.mean(0)
+        size = true.norm(dim=0) * predicted.norm(dim=0)
+        varies = size > 0
+        return float(((true * predicted).sum(0)[varies] / size[varies]).mean())

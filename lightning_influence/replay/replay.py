@@ -1,4 +1,4 @@
-"""Walks a captured fit again, step by step, and measures how far it strays from the captured checkpoints."""
+"""Replays a captured fit step by step, and measures its distance from the captured checkpoints."""
 
 import contextlib
 import math
@@ -17,15 +17,15 @@ from lightning_influence.replay.training_state import TrainingState
 from lightning_influence.trajectory import Checkpoint, Trajectory
 
 MAX_DRIFT = 0.1
-"""A replay that strays further than this share of the distance that the weights moved is not that fit."""
-# Above this many units of the weights' last place, relative to the distance moved, drift is no rounding.
+"""The largest distance from a checkpoint, relative to the distance that the weights moved since the one before."""
+# Drift of more units in the last place than this is more than rounding.
 _ROUNDING = 1e4
-# Bytes of states that may be held at once while a stretch of steps is walked backwards.
+# Bytes of states that may be kept at once on a walk backwards.
 _HELD = 2**29
 
 
 class DriftError(RuntimeError):
-    """Replayed weights are not those that the fit had."""
+    """The replayed weights differ from those of the fit."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class ReplayedStep:
     """One step of the replay.
 
     Args:
-        step: what was captured of it.
-        before: the state that it starts from.
-        gradients: by parameter name, before clipping; what the loss does not reach is absent.
+        step: the captured step.
+        before: the state of training before it.
+        gradients: before clipping, by parameter name; absent where the loss does not depend on the parameter.
     """
 
     step: Step
@@ -45,17 +45,17 @@ class ReplayedStep:
 
 @dataclass
 class Replay:
-    """A captured fit that can be run again.
+    """A captured fit that can be replayed.
 
     Args:
-        engine: of the quiet module, with the plan of the self-check; all parameters that trained must be in it.
+        engine: holds the plan of the self-check, which must have all parameters that trained.
         examples: the training dataset.
-        trajectory: of the fit.
+        trajectory: what the fit recorded.
         max_drift: see ``MAX_DRIFT``.
 
     Raises:
         MissingEvidence: the fit was not captured step by step.
-        ValueError: an optimizer without a rule, settings beyond it, or only some of the parameters that trained.
+        ValueError: an optimizer or options of it that have no rule; a plan without some parameters that trained.
     """
 
     engine: Engine
@@ -65,9 +65,9 @@ class Replay:
     segments: list[Segment] = field(init=False)
     _loaded: dict[int, TrainingState] = field(init=False, default_factory=dict)
     whole: bool = field(init=False, default=True)
-    """Whether this is the captured fit itself, with its checkpoints, and not the fit without some examples."""
+    """Whether all examples take part, so that the states are those at the captured checkpoints."""
     drifts: dict[int, float] = field(init=False, default_factory=dict)
-    """By the step of each checkpoint met: distance from it, relative to the distance moved since the one before."""
+    """By step of each checkpoint: distance from it, relative to the distance moved since the one before."""
 
     def __post_init__(self) -> None:
         self.segments = segments_of(self.trajectory)
@@ -76,15 +76,15 @@ class Replay:
         left_out = sorted(trained - set(self.engine.plan.names))
         if left_out:
             raise ValueError(
-                f"Expected every parameter that trained to count, got `parameters=` without `{left_out[0]}`"
-                f"{f' and {len(left_out) - 1} more' if len(left_out) > 1 else ''}: a change of one weight moves all "
-                "others in the steps after it. Leave `parameters` out."
+                f"Expected every parameter that trained to be selected, got `parameters=` without `{left_out[0]}`"
+                f"{f' and {len(left_out) - 1} more' if len(left_out) > 1 else ''}: a change of one weight changes all "
+                "others in later steps. Leave `parameters` out."
             )
-        self.engine.width(self.examples)  # while the module is in eval mode
+        self.engine.width(self.examples)  # measured now, while the module is in eval mode
 
     @property
     def drift(self) -> float:
-        """The largest so far."""
+        """The largest of ``drifts``."""
         return max(self.drifts.values(), default=0.0)
 
     @property
@@ -93,19 +93,19 @@ class Replay:
         return [step for segment in self.segments for step in segment.steps]
 
     def training(self) -> contextlib.AbstractContextManager[None]:
-        """The module in the modes of the fit; every walk happens inside."""
+        """Puts the module into the modes of the fit; every walk happens inside."""
         return self.forward.training(() if self.trajectory is None else self.trajectory.eval_modules)
 
     def start(self, segment: int = 0) -> TrainingState:
-        """The captured state before a segment."""
+        """The captured state at the start of a segment."""
         return self._state(self.segments[segment].start)
 
     def run(self, weights: Tensor | None = None, renormalize: bool = False) -> TrainingState:
-        """The whole fit once more, from its first checkpoint, with other weights of its examples.
+        """Replays the whole fit from its first checkpoint, with weights of its examples.
 
         Args:
-            weights: [train] float; None: all 1, compared with the captured checkpoints.
-            renormalize: a micro-batch is divided by the sum of its weights in place of its size.
+            weights: [train] float; None: all 1, and the states are compared with the captured checkpoints.
+            renormalize: divide a micro-batch's loss by the sum of its weights in place of its size.
 
         Returns:
             The state after the last step.
@@ -128,30 +128,30 @@ class Replay:
         renormalize: bool = False,
         separate: bool = False,
     ) -> Iterator[ReplayedStep]:
-        """Every step with the state before it, the module standing there; ``after`` is the state after the last.
+        """Yields every step with the state before it loaded; in the end ``after`` is the state after the last.
 
         Args:
-            start: before the first step.
+            start: the state before the first step.
             steps: in their order.
             weights: see ``run``.
             renormalize: see ``run``.
-            separate: whether the losses of examples must be told apart although all weights are 1.
+            separate: whether the losses of single examples are needed although all weights are 1.
         """
         self.after = start
         for step in steps:
             here = self.after
-            self._stand(here, step)
+            self._load(here, step)
             if self.forward.check(step, separate=separate or weights is not None):
-                self._stand(here, step)
+                self._load(here, step)
             gradients, buffers = self.forward.gradients(step, weights, renormalize)
             self.after = here.moved(step, gradients, buffers)
             yield ReplayedStep(step, here, gradients)
 
     def backwards(self) -> Iterator[ReplayedStep]:
-        """Every step from the last to the first, the module standing before it.
+        """Yields every step from the last to the first, with the state before it loaded.
 
-        Segments are walked forward from their captured states; one whose states exceed the memory set aside is walked
-        a second time in stretches.
+        Each segment is walked forward from its captured state; where its states do not fit into memory together, it is
+        walked a second time, in parts.
         """
         if not self.whole:
             yield from self._reversed(self.start(), self.steps, None)
@@ -160,38 +160,42 @@ class Replay:
             yield from self._reversed(self.start(number), self.segments[number].steps, number)
 
     def compare(self, segment: int, here: TrainingState) -> None:
-        """Measures how far the state after a segment is from the captured one.
+        """Records the drift at the end of a segment.
+
+        Args:
+            segment: its number.
+            here: the replayed state at its end.
 
         Raises:
-            DriftError: further than ``max_drift``.
+            DriftError: it is more than ``max_drift``.
         """
         found = self.segments[segment]
         end = self._state(found.end)
         moved = end.distance(self._state(found.start))
-        away = here.distance(end)
-        drift = 0.0 if away == 0.0 else away / moved if moved else float("inf")
+        missed = here.distance(end)
+        drift = 0.0 if missed == 0.0 else missed / moved if moved else float("inf")
         self.drifts[found.end.step] = max(drift, self.drifts.get(found.end.step, 0.0))
         if not drift <= self.max_drift:
             raise DriftError(
                 f"Expected the replay to meet the captured weights of step {found.end.step} within "
                 f"{self.max_drift:g} of the distance that they moved since step {found.start.step}, got {drift:.2g}. "
-                f"{self.cause()} Influence of a run that cannot be repeated is not its derivative: use `TracInCP()`, "
-                "fit without what cannot be repeated, or raise `max_drift`."
+                f"{self.cause()} Scores from this replay would not be about the captured fit: use `TracInCP()`, fit "
+                "again without what cannot be repeated, or raise `max_drift`."
             )
 
     def beyond_rounding(self) -> bool:
-        """Whether the drift is more than rounding makes of it."""
+        """Whether the drift is more than rounding."""
         like = next(iter(self.engine.task.named_parameters().values()))
         return self.drift > _ROUNDING * torch.finfo(like.dtype).eps
 
     def cause(self) -> str:
-        """What most likely made the replay stray."""
+        """A sentence that names the most likely cause of the drift."""
         task, batches = self.engine.task, [batch for step in self.steps for batch in step.batches]
         augmented = any(batch.read for batch in batches)
         if self.examples.draws and not augmented:
             return (
-                "The training data draws random numbers (augmentation), in worker processes whose state no fit "
-                "captures: with `num_workers=0` it is repeated exactly."
+                "The training data draws random numbers (augmentation), in worker processes, whose random state is not "
+                "captured: with `num_workers=0` it is repeated exactly."
             )
         if augmented and not self.examples.draws:
             return (
@@ -199,13 +203,13 @@ class Replay:
                 "dataset that was trained on."
             )
         if any("cuda" in batch.random for batch in batches) and task.device.type != "cuda":
-            return "The fit drew random numbers on a GPU, which a CPU does not repeat."
+            return "The fit drew random numbers on a GPU, which cannot be repeated on a CPU."
         precision = str(getattr(getattr(task.trainer, "precision_plugin", None), "precision", ""))
         if "mixed" in precision:
             return f"The fit ran in `precision={precision!r}`, the replay in the weights' own precision."
         others = (
-            "something else moved the weights or the gradients (a callback, a hook of the module, another device or "
-            "precision), or data that is not what was trained on."
+            "something else changed the weights or the gradients (a callback, a hook of the module, another device or "
+            "precision), or the data are not those that were trained on."
         )
         if self.forward.attention is not None:
             return (
@@ -215,7 +219,7 @@ class Replay:
         return f"Likely causes: {others}"
 
     def _state(self, checkpoint: Checkpoint) -> TrainingState:
-        """The captured state; the two last ones are kept, since a segment starts where its neighbour ends."""
+        """The captured state at a checkpoint; the last two are kept, since a segment starts where another ends."""
         found = self._loaded.pop(checkpoint.step, None)
         while len(self._loaded) > 1:
             del self._loaded[next(iter(self._loaded))]
@@ -225,17 +229,17 @@ class Replay:
         return self._loaded[checkpoint.step]
 
     def stand(self, moment: ReplayedStep) -> None:
-        """The module before a step of the replay."""
-        self._stand(moment.before, moment.step)
+        """Loads the state before a step of the replay into the module."""
+        self._load(moment.before, moment.step)
 
-    def _stand(self, here: TrainingState, step: Step) -> None:
-        """The module before a step: its weights, and the numbers that `training_step` may ask for."""
+    def _load(self, here: TrainingState, step: Step) -> None:
+        """Loads the state, and the numbers of step and epoch that ``training_step`` may read."""
         here.put_into(self.engine.task)
         set_clock(self.engine.task.module, step.made - 1, step.epoch)
 
     def _reversed(self, start: TrainingState, steps: Sequence[Step], segment: int | None) -> Iterator[ReplayedStep]:
-        fitting = max(1, _HELD // max(1, start.bytes()))
-        if len(steps) <= fitting:
+        most = max(1, _HELD // max(1, start.bytes()))
+        if len(steps) <= most:
             moments = list(self.walk(start, steps))
             if segment is not None:
                 self.compare(segment, self.after)
@@ -244,7 +248,7 @@ class Replay:
                 self.stand(moment)
                 yield moment
             return
-        length = max(fitting, math.isqrt(len(steps)))
+        length = max(most, math.isqrt(len(steps)))
         starts = [start]
         for first in range(0, len(steps), length):
             for _ in self.walk(starts[-1], steps[first : first + length]):

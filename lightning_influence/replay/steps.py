@@ -1,4 +1,4 @@
-"""The steps of a captured fit as a replay needs them: which micro-batches, under which settings and random states."""
+"""The steps of a captured fit: their micro-batches, optimizer options and random states."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +18,9 @@ class MicroBatch:
 
     Args:
         ids: the examples in their order.
-        random: states of the random generators before the forward, of those that it drew from.
-        read: likewise before its examples were read.
-        size: how many examples a mean divides by, where some are left out.
+        random: states before the forward pass of the random generators that it drew from.
+        read: states before its examples were read of the random generators that this drew from.
+        size: the divisor of a mean, where some examples are left out; None: the number of ``ids``.
     """
 
     ids: tuple[int, ...]
@@ -34,13 +34,13 @@ class Step:
     """One step of an optimizer.
 
     Args:
-        made: updates of weights up to and with this one.
-        epoch: in which it was made.
-        batches: whose gradients were added up.
-        divisor: of every micro-batch's loss.
-        moves: the rule and settings by parameter.
-        clipping: what clipped the gradients, if anything did.
-        left_out: examples of weight 0, which move nothing.
+        made: number of optimizer steps up to and including this one.
+        epoch: number of the epoch.
+        batches: their gradients were added up.
+        divisor: divides the loss of every micro-batch (gradient accumulation).
+        moves: the optimizer's rule, and its options by parameter.
+        clipping: how gradients were clipped, or None.
+        left_out: examples of weight 0, which do not change the step.
     """
 
     made: int
@@ -68,22 +68,23 @@ class Segment:
 
 
 def segments_of(trajectory: Trajectory | None) -> list[Segment]:
-    """The captured run, checkpoint to checkpoint.
+    """Splits a captured fit at its checkpoints.
 
     Raises:
-        MissingEvidence: no run with steps and batch order; steps without a record; clipping of an unknown kind.
+        MissingEvidence: no captured fit with steps and batch order; a step without a record; the module clips gradients
+            itself.
         ValueError: an optimizer without a rule.
     """
     if trajectory is None or len(trajectory.checkpoints) < 2 or len(trajectory.steps) == 0:
-        there = "none"
+        got = "none"
         if trajectory is not None:
-            there = f"{len(trajectory.checkpoints)} checkpoints and {len(trajectory.steps)} recorded steps"
-        raise MissingEvidence(f"Expected a captured fit with its steps, to replay it, got {there}. {_AGAIN}")
+            got = f"{len(trajectory.checkpoints)} checkpoints and {len(trajectory.steps)} recorded steps"
+        raise MissingEvidence(f"Expected a captured fit with its steps, to replay it, got {got}. {_AGAIN}")
     if not trajectory.has_batch_order:
         raise MissingEvidence(
-            "Expected to know which examples were in every step, got steps without them (see the run's notes: "
-            f"{'; '.join(trajectory.notes) or 'none'}). Pass `Influence(sample_id=)`, which names the examples of a "
-            "batch, and fit again."
+            "Expected the ids of the examples in every step, got steps without them (the run's notes: "
+            f"{'; '.join(trajectory.notes) or 'none'}). Pass `Influence(sample_id=)`, which identifies the examples of "
+            "a batch, and fit again."
         )
     steps = _steps(trajectory)
     return [
@@ -93,7 +94,7 @@ def segments_of(trajectory: Trajectory | None) -> list[Segment]:
 
 
 def _steps(trajectory: Trajectory) -> dict[int, Step]:
-    known: dict[tuple[Any, ...], UpdateStep] = {}
+    moves: dict[tuple[Any, ...], UpdateStep] = {}
     steps = {}
     columns = ("step", "epoch", "ids", "rng", "read_rng", "divisor", "lr", "settings", "clip", "skipped")
     for row in trajectory.steps.select(columns).to_pylist():
@@ -101,19 +102,19 @@ def _steps(trajectory: Trajectory) -> dict[int, Step]:
             continue
         entry = trajectory.settings[row["settings"]]
         key = row["settings"], *row["lr"]
-        if key not in known:
-            known[key] = moves_of(entry, row["lr"])
+        if key not in moves:
+            moves[key] = moves_of(entry, row["lr"])
         none = [None] * len(row["ids"])
         batches = tuple(
-            MicroBatch(tuple(ids), _known(drew), _known(read))
+            MicroBatch(tuple(ids), _captured(drew), _captured(read))
             for ids, drew, read in zip(row["ids"], row["rng"] or none, row["read_rng"] or none, strict=True)
         )
         clipping = _clipping(entry, row["clip"])
-        steps[row["step"]] = Step(row["step"], row["epoch"], batches, row["divisor"], known[key], clipping)
+        steps[row["step"]] = Step(row["step"], row["epoch"], batches, row["divisor"], moves[key], clipping)
     return steps
 
 
-def _known(states: Mapping[str, bytes | None] | None) -> dict[str, bytes]:
+def _captured(states: Mapping[str, bytes | None] | None) -> dict[str, bytes]:
     return {name: state for name, state in (states or {}).items() if state is not None}
 
 
@@ -131,7 +132,7 @@ def _clipping(entry: Mapping[str, Any], coefficient: float | None) -> Clipping |
     found = entry.get("clipping")
     if found is None:
         if coefficient is not None and coefficient < 1.0:
-            raise MissingEvidence(f"Expected the limit that gradients were clipped to, got a run without. {_AGAIN}")
+            raise MissingEvidence(f"Expected the limit that gradients were clipped to, got a run without it. {_AGAIN}")
         return None
     kinds = {"norm": ByNorm, "value": ByValue}
     if found["algorithm"] not in kinds:
@@ -143,5 +144,5 @@ def _clipping(entry: Mapping[str, Any], coefficient: float | None) -> Clipping |
 
 
 def examples_of(steps: Sequence[Step]) -> int:
-    """How many examples went forward."""
+    """The number of examples in the forward passes of some steps."""
     return sum(len(batch.ids) for step in steps for batch in (*step.batches, *step.left_out))

@@ -1,4 +1,4 @@
-"""The state of training between two steps: weights, buffers, what the optimizer keeps."""
+"""The state of training between two steps: weights, buffers and the optimizer's state."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,13 +15,13 @@ from lightning_influence.types import bytes_in
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Tensors that nobody writes into: a step makes new ones.
+    """Weights, buffers and optimizer state. The tensors are never written into: a step makes new ones.
 
     Args:
-        weights: by parameter name, those of frozen parameters too.
+        weights: by parameter name, including frozen ones.
         buffers: by name.
-        optimizer: by parameter name, without torch's counter.
-        counts: steps that each parameter has made, as far as its optimizer counts them.
+        optimizer: by parameter name, without torch's counter of steps.
+        counts: steps that each parameter has made, where its optimizer counts them.
     """
 
     weights: Mapping[str, Tensor]
@@ -47,7 +47,7 @@ class TrainingState:
         )
 
     def put_into(self, task: Task) -> None:
-        """The module stands here; its buffers are copies, which a forward pass may write into."""
+        """Loads the state into the module; its buffers are copies, which a forward pass may write into."""
         for name, parameter in task.named_parameters().items():
             if name in self.weights:
                 parameter.data = self.weights[name]
@@ -57,14 +57,14 @@ class TrainingState:
         task.weights_changed()
 
     def before(self, name: str, gradient: Tensor, step: Step) -> UpdateInput:
-        """One parameter about to be moved by a clipped gradient."""
+        """The input of the optimizer's rule for one parameter and its clipped gradient."""
         options = step.moves.options[name]
         return UpdateInput(
             self.weights[name], gradient, self.optimizer.get(name, {}), self.counts.get(name, 0), options
         )
 
     def moved(self, step: Step, gradients: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> "TrainingState":
-        """After a step; a parameter without a gradient stays, as it does in torch."""
+        """The state after a step; as in torch, a parameter without a gradient does not move."""
         weights, optimizer, counts = dict(self.weights), dict(self.optimizer), dict(self.counts)
         clipped = gradients if step.clipping is None else step.clipping(gradients)
         for name, gradient in clipped.items():
@@ -73,7 +73,7 @@ class TrainingState:
         return TrainingState(weights, {**self.buffers, **buffers}, optimizer, counts)
 
     def distance(self, other: "TrainingState") -> float:
-        """Length of the difference of all weights."""
+        """Euclidean distance of all weights."""
         squares = [(self.weights[n] - other.weights[n]).double().square().sum() for n in self.weights]
         return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 

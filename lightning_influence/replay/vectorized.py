@@ -1,4 +1,4 @@
-"""A captured fit run again under many weights of its examples at once, by ``torch.func.vmap`` over models."""
+"""Replays a captured fit under many weights of its examples at once, by ``torch.func.vmap`` over models."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,22 +26,22 @@ Weights = dict[str, Tensor]
 def run_many(
     replay: Replay, weights: Tensor, renormalize: bool = False, done: Callable[[int], Any] = lambda models: None
 ) -> Weights:
-    """The final weights and buffers of the captured fit under each of many weights of its examples.
+    """The final weights and buffers of the captured fit under many weights of its examples.
 
-    Where the module's step runs under ``torch.func.vmap`` and draws no random numbers for a batch as a whole, models
-    are trained side by side; else one after another.
+    Models are trained side by side where ``training_step`` runs under ``torch.func.vmap`` and draws no random numbers
+    for a batch as a whole, else one after another.
 
     Args:
         replay: the fit.
-        weights: [model, train], of the examples' losses: 1 as it was, 0 left out.
-        renormalize: a micro-batch is divided by the sum of its weights in place of its size.
-        done: told how many models are finished.
+        weights: [model, train], of the examples' losses: 1 as in the fit, 0 left out.
+        renormalize: divide a micro-batch's loss by the sum of its weights in place of its size.
+        done: called with the number of models that were just finished.
 
     Returns:
         [model, *shape] by the name of a parameter or buffer, on the module's device.
 
     Raises:
-        ValueError: weights of another shape, examples that cannot be told apart.
+        ValueError: ``weights`` of another shape; the examples of a batch change one another's loss.
     """
     if weights.ndim != 2 or weights.shape[1] != len(replay.examples):
         raise ValueError(
@@ -49,16 +49,16 @@ def run_many(
             f"{list(weights.shape)}."
         )
     found: list[Weights] = []
-    together = _at_once(replay)
+    at_once = _models_at_once(replay)
     first = 0
     while first < len(weights):
-        part = weights[first : first + max(1, together)]
+        part = weights[first : first + max(1, at_once)]
         try:
-            if together == 0:
+            if at_once == 0:
                 raise NotVectorisable("The forward pass draws random numbers for a batch as a whole.")
             found.append(_vectorised(replay, part, renormalize))
         except NotVectorisable:
-            together, part = 0, weights[first : first + 1]
+            at_once, part = 0, weights[first : first + 1]
             end = replay.run(part[0], renormalize)
             found.append({name: value[None] for name, value in (end.weights | end.buffers).items()})  # type: ignore[operator]
         first += len(part)
@@ -66,8 +66,8 @@ def run_many(
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
-def _at_once(replay: Replay) -> int:
-    """How many models fit; 0 where they cannot be trained side by side."""
+def _models_at_once(replay: Replay) -> int:
+    """How many models fit into memory together; 0 where they cannot be trained side by side."""
     forward, steps = replay.forward, replay.steps
     if not forward.joint and any(batch.random for step in steps for batch in step.batches):
         return 0
@@ -96,23 +96,23 @@ def _vectorised(replay: Replay, weights: Tensor, renormalize: bool) -> Weights:
 
 
 class _Models:
-    """What differs from model to model, [model, *shape]."""
+    """Parameters, buffers and optimizer states by name, [model, *shape]."""
 
     def __init__(self, start: TrainingState, count: int) -> None:
-        def many(tensor: Tensor) -> Tensor:
+        def repeated(tensor: Tensor) -> Tensor:
             return tensor.expand(count, *tensor.shape).clone()
 
-        self.parameters = {name: many(w) for name, w in start.weights.items()}
-        self.buffers = {name: many(b) for name, b in start.buffers.items()}
+        self.parameters = {name: repeated(w) for name, w in start.weights.items()}
+        self.buffers = {name: repeated(b) for name, b in start.buffers.items()}
         self.states: dict[str, OptimizerState] = {
-            name: {key: many(value) for key, value in state.items()} for name, state in start.optimizer.items()
+            name: {key: repeated(value) for key, value in state.items()} for name, state in start.optimizer.items()
         }
 
 
 def _step(
     replay: Replay, models: _Models, counts: dict[str, int], step: Step, weights: Tensor, renormalize: bool
 ) -> None:
-    """One step of all models."""
+    """Moves all models by one step."""
     names = [name for name in step.moves.options if name not in replay.engine.plan.unreached]
     forward = replay.forward
     factors = [
@@ -130,8 +130,7 @@ def _step(
             return value, written
 
         gradients, written = torch.func.grad(total, has_aux=True)({name: parameters[name] for name in names})
-        here = TrainingState(parameters, buffers, states, counts)
-        after = here.moved(step, gradients, written)
+        after = TrainingState(parameters, buffers, states, counts).moved(step, gradients, written)
         return after.weights, after.optimizer, after.buffers
 
     try:
@@ -154,7 +153,7 @@ class _Losses:
         self._mapped = [isinstance(x, Tensor) and x.ndim > 0 and len(x) == len(batch.ids) for x in leaves]
 
     def __call__(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> tuple[Tensor, Weights]:
-        """[example], and the buffers as the forward pass leaves them."""
+        """[example]; and the buffers after the forward pass."""
         own = {name: buffer.clone() for name, buffer in buffers.items()}
         put_back(self._batch.random, self._task.device)
         with in_place_of(self._task.module, dict(parameters), own):
