@@ -232,7 +232,9 @@ def same(found, expected):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: SubsetRemoval(n_bootstrap=-1), ValueError, "0 or more, got -1"),
+        (lambda: SubsetRemoval(n_bootstrap=-1), ValueError, "`n_bootstrap` to be an integer of at least 0, got -1"),
+        (lambda: SubsetRemoval(n_bootstrap=True), ValueError, "`n_bootstrap` to be an integer of at least 0, got True"),
+        (lambda: SubsetRemoval(n_bootstrap=20.0), ValueError, "`n_bootstrap` to be an integer of at least 0, got 20.0"),
         (lambda: MislabelDetection(fractions=(0.1, 1.5)), ValueError, r"got \[1.5\]"),
         (lambda: LinearDatamodelingScore().update([1], subsets(), drawn(25, 1)), TypeError, "pass `.values`"),
         (lambda: LinearDatamodelingScore().update(drawn(12), subsets(), drawn(25, 1)), ValueError, "two dimensions"),

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_influence.checks import check_integer
 from lightning_influence.data.examples import Examples
 from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.methods.method import Evidence
@@ -46,8 +47,7 @@ class KNNShapley(ForwardOnly):
     needs: ClassVar[Evidence] = Evidence.FINAL_WEIGHTS
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"Expected `k` to be 1 or more, got {self.k!r}.")
+        check_integer("k", self.k)
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """[query, train].

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_influence.checks import one_of
+from lightning_influence.checks import check_integer, check_positive, one_of
 from lightning_influence.files.arrow import read_file, write_file
 from lightning_influence.gradients import Reduction
 from lightning_influence.gradients.final_layer import Head, HeadRows, find_head, seen_by, writable
@@ -70,13 +70,12 @@ class RepresenterPoints(ForwardOnly):
         if not isinstance(self.of, int) or isinstance(self.of, bool) or self.of < 0:
             one_of("of", self.of, ("loss", "label", "a class (0, 1, ...)"))
         one_of("target", self.target, ("labels", "model"))
-        if not self.weight_decay > 0:
-            raise ValueError(
-                f"Expected `weight_decay` to be positive, got {self.weight_decay!r}. The decomposition divides by it: "
-                "pass the weight decay of the fit, or a small one such as 1e-3."
-            )
-        if self.max_iterations < 1:
-            raise ValueError(f"Expected `max_iterations` to be at least 1, got {self.max_iterations!r}.")
+        check_positive(
+            "weight_decay",
+            self.weight_decay,
+            "The decomposition divides by it: pass the weight decay of the fit, or a small one such as 1e-3.",
+        )
+        check_integer("max_iterations", self.max_iterations)
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """[query, train]."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
+from lightning_influence.checks import check_integer
 from lightning_influence.numerics.statistics import bootstrap
 
 
@@ -31,8 +32,7 @@ class PairedMetric(Metric):
 
     def __init__(self, n_bootstrap: int = 500, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if isinstance(n_bootstrap, bool) or not isinstance(n_bootstrap, int) or n_bootstrap < 0:
-            raise ValueError(f"Expected `n_bootstrap` to be a number of resamples, 0 or more, got {n_bootstrap!r}.")
+        check_integer("n_bootstrap", n_bootstrap, least=0)
         self.n_bootstrap, self.seed = n_bootstrap, seed
         self.add_state("said", default=[], dist_reduce_fx="cat")
         self.add_state("came", default=[], dist_reduce_fx="cat")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_influence.checks import check_fraction, check_integer, one_of
 from lightning_influence.data.source import Source, source_of
 from lightning_influence.module.task import Loss
 from lightning_influence.numerics import subsets
@@ -68,12 +69,8 @@ class Refit:
         removal: Literal["downweight", "renormalize"] = "downweight",
         n_jobs: int | None = None,
     ) -> None:
-        for name, value, allowed in (
-            ("seeds", seeds, ("fixed", "independent")),
-            ("removal", removal, ("downweight", "renormalize")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        one_of("seeds", seeds, ("fixed", "independent"))
+        one_of("removal", removal, ("downweight", "renormalize"))
         factories = {"make_module": make_module, "make_trainer": make_trainer, "make_dataloader": make_dataloader}
         given = [name for name, value in factories.items() if value is not None]
         if seeds == "independent" and len(given) < 3:
@@ -174,6 +171,7 @@ class Refit:
         self, membership: Tensor, queries: Any, n_seeds: int, paired: bool, measurement: Loss | None, sign: float
     ) -> Bank:
         """Trains and measures; where ``paired``, every subset has the seeds of the model with everything."""
+        check_integer("n_seeds", n_seeds)
         models, n_train = self.models, membership.shape[1]
         n_seeds = n_seeds if models.way.seeded else 1
         everything = torch.ones(n_seeds, n_train, dtype=torch.bool)
@@ -231,6 +229,6 @@ def _membership(n_train: int, n_subsets: int, fraction: float, leave_out: Sequen
         if wrong or not len(ids):
             raise ValueError(f"Expected `leave_out` to be ids below {n_train}, got {wrong[:5] or 'none'}.")
         return subsets.without_each(n_train, ids)
-    if not 0 < fraction < 1:
-        raise ValueError(f"Expected `fraction` between 0 and 1, got {fraction!r}.")
+    check_integer("n_subsets", n_subsets)
+    check_fraction("fraction", fraction)
     return subsets.fixed_size(n_train, n_subsets, max(1, round(fraction * n_train)), seed + _JUDGES)

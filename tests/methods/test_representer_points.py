@@ -328,14 +328,20 @@ def test_it_runs_at_the_end_of_a_fit(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"weight_decay": 0.0}, "Expected `weight_decay` to be positive, got 0.0"),
-        ({"weight_decay": -1.0}, "Expected `weight_decay` to be positive, got -1.0"),
-        ({"weight_decay": float("nan")}, "Expected `weight_decay` to be positive, got nan"),
+        (
+            {"weight_decay": 0.0},
+            "Expected `weight_decay` to be a positive number, got 0.0. The decomposition divides by it",
+        ),
+        ({"weight_decay": -1.0}, "Expected `weight_decay` to be a positive number, got -1.0"),
+        ({"weight_decay": float("nan")}, "Expected `weight_decay` to be a positive number, got nan"),
+        ({"weight_decay": True}, "Expected `weight_decay` to be a positive number, got True"),
         ({"of": "class"}, "Expected `of` to be one of 'loss', 'label'.*got 'class'"),
         ({"of": -1}, "Expected `of` to be one of .*got -1"),
         ({"of": True}, "Expected `of` to be one of .*got True"),
         ({"target": "own"}, "Expected `target` to be one of 'labels', 'model', got 'own'"),
-        ({"max_iterations": 0}, "Expected `max_iterations` to be at least 1, got 0"),
+        ({"max_iterations": 0}, "Expected `max_iterations` to be a positive integer, got 0"),
+        ({"max_iterations": True}, "Expected `max_iterations` to be a positive integer, got True"),
+        ({"max_iterations": 1.5}, "Expected `max_iterations` to be a positive integer, got 1.5"),
     ],
 )
 def test_bad_settings_are_named(arguments, says):
