@@ -1,5 +1,6 @@
 """The names of types that the whole package shares, and the one exception of its own."""
 
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -7,6 +8,9 @@ from torch.utils._pytree import tree_leaves
 
 Batch: TypeAlias = Any
 """Whatever the user's ``collate_fn`` returns and ``training_step`` accepts."""
+
+LABELS = ("label", "labels", "y", "target", "targets", "class")
+"""Names under which the dicts of a dataset usually hold the label."""
 
 
 class MissingEvidence(RuntimeError):
@@ -16,6 +20,18 @@ class MissingEvidence(RuntimeError):
 def bytes_in(batch: Any) -> int:
     """Of all tensors in a batch, or in any nest of containers."""
     return sum(x.numel() * x.element_size() for x in tree_leaves(batch) if isinstance(x, Tensor))
+
+
+def labels_in(batch: Any) -> Any:
+    """The labels of a batch, or the label of an example: its second part, or its entry of a usual name; else None.
+
+    Example:
+        >>> labels_in(("image", 3)), labels_in({"text": "words", "target": 3}), labels_in(["image"])
+        (3, 3, None)
+    """
+    if isinstance(batch, Mapping):
+        return next((batch[name] for name in LABELS if name in batch), None)
+    return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
 
 
 def clean(name: str) -> str:

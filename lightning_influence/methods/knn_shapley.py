@@ -13,9 +13,7 @@ from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.methods.method import Evidence
 from lightning_influence.module.task import Task
 from lightning_influence.setting.setting import Queries, Setting
-from lightning_influence.types import Batch
-
-_LABELS = ("label", "labels", "y", "target", "targets")
+from lightning_influence.types import Batch, labels_in
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class KNNShapley(ForwardOnly):
     Args:
         k: neighbours that vote.
         features: ``(module, batch) -> [batch, dim]``; None: what goes into the module's last linear layer.
-        labels: ``batch -> [batch]``; None: the second part of the batch, or its "label", "y" or "target".
+        labels: ``batch -> [batch]``; None: the second part of the batch, or its "label", "y", "target" or "class".
 
     Raises:
         ValueError: ``k`` below 1; no linear layer, or no labels where they usually are.
@@ -115,11 +113,7 @@ def _before_last_layer(task: Task, batch: Batch) -> Tensor:
 
 
 def _labels(batch: Batch) -> Tensor:
-    found = None
-    if isinstance(batch, (list, tuple)) and len(batch) > 1:
-        found = batch[1]
-    elif isinstance(batch, dict):
-        found = next((batch[name] for name in _LABELS if name in batch), None)
+    found = labels_in(batch)
     if not isinstance(found, Tensor) or found.ndim != 1:
         raise ValueError("Expected labels [batch] in the batch, got none. Pass `labels=`, a callable batch -> [batch].")
     return found
