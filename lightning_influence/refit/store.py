@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from filelock import FileLock, Timeout  # a dependency of torch
 from torch import Tensor
 
 from lightning_influence.trajectory.files import write_atomically
@@ -89,12 +89,19 @@ class ModelStore:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Nobody else trains models into the folder meanwhile; those that came since it was opened are known inside.
+        """Locks the folder against other processes that train models into it, and picks up the models they added.
 
         Raises:
-            RuntimeError: somebody does.
+            RuntimeError: another process holds the lock.
         """
-        with _locked(self.folder):
+        try:
+            held = FileLock(self.folder / ".lock").acquire(timeout=0)
+        except Timeout:
+            raise RuntimeError(
+                f"Expected to be the only one who trains models into `{self.folder}`, got another process at work on "
+                "it. Wait for it, or choose another `dirpath`."
+            ) from None
+        with held:
             self._refresh()
             yield
 
@@ -208,27 +215,3 @@ def _packed(membership: Tensor) -> bytes:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 160 else text[:157] + "..."
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds a file that is ours until this ends, or this process does, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two processes at work on one folder are not told apart
-        yield
-        return
-    with open(folder / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise RuntimeError(
-                f"Expected to be the only one who trains models into `{folder}`, got process {owner} at work on it. "
-                "Wait for it, or choose another `dirpath`."
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield

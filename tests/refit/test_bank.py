@@ -1,6 +1,8 @@
 """The bank: one model never trained twice, everything kept that was finished, clear errors."""
 
+import multiprocessing
 import shutil
+import time
 import warnings
 
 import pyarrow as pa
@@ -106,6 +108,32 @@ def test_two_at_work_on_one_folder(tmp_path):
     other.score(Downsampling(5), TEST)
     assert asker.score(Downsampling(5), TEST) is not None
     assert refit.way.trained == []  # what the other has trained meanwhile is seen
+
+
+def test_a_lock_file_that_nobody_holds_blocks_nobody(tmp_path):
+    asker, refit = closed(tmp_path, data())
+    (refit.models.store.folder / ".lock").write_text("12345")  # as earlier versions leave it
+    assert asker.score(Downsampling(5), TEST) is not None
+
+
+def hold(store, marker):
+    with store.writing():
+        marker.touch()
+        time.sleep(60)
+
+
+def test_a_killed_process_holds_nothing_back(tmp_path):
+    asker, refit = closed(tmp_path, data())
+    child = multiprocessing.get_context("fork").Process(target=hold, args=(refit.models.store, tmp_path / "held"))
+    child.start()
+    while not (tmp_path / "held").exists():
+        assert child.is_alive()
+        time.sleep(0.005)
+    with pytest.raises(RuntimeError, match=r"got another process at work on it\. Wait for it"):
+        asker.score(Downsampling(5), TEST)
+    child.kill()
+    child.join()
+    assert asker.score(Downsampling(5), TEST) is not None
 
 
 # ---- the user's own Trainer ------------------------------------------------------------------------------------------
