@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -141,12 +141,11 @@ class RepresenterPoints(ForwardOnly):
         trajectory = setting.trajectory
         head = find_head(setting.task, setting.reduction_of(None), setting.examples, self.head)
         link = head.link(setting.examples)
-        folder, passing = writable(
-            None if trajectory is None or trajectory.path is None else trajectory.path / "features"
-        )
+        run = None if trajectory is None else trajectory.path
+        folder = writable(None if run is None else run / "features", owner=head)
         step = 0 if trajectory is None else trajectory.checkpoints[-1].step
         seen = seen_by(head, setting.examples, folder / f"{head.name}-step-{step}.arrow")
-        points = Points(head, link, seen, self.target == "model", self.weight_decay, setting.n_train, passing)
+        points = Points(head, link, seen, self.target == "model", self.weight_decay, setting.n_train)
         name = f"{head.name}-step-{step}-{self.target}-{self.weight_decay!r}.head.arrow"
         points.solve(folder / name, self.max_iterations if self.refit else 0)
         self._report(setting, points)
@@ -183,7 +182,6 @@ class Points:
         own: the model's own outputs are the targets.
         weight_decay: λ.
         n_train: training examples.
-        passing: whatever must live as long as this.
     """
 
     head: Head
@@ -192,7 +190,6 @@ class Points:
     own: bool
     weight_decay: float
     n_train: int
-    passing: Any = None
     fit: HeadFit = field(init=False)
 
     def target(self, rows: HeadRows) -> Tensor:

@@ -1,6 +1,9 @@
 """Representer points: what they add up to, whatever the loss; features taken once; what cannot work is named."""
 
+import gc
+import tempfile
 import warnings
+from pathlib import Path
 
 import oracles
 import oracles_heads
@@ -301,15 +304,25 @@ def test_a_stored_head_that_is_no_minimum_is_not_taken(captured):
         )
 
 
-def test_where_nothing_can_be_written_a_passing_folder_serves(captured):
+def test_where_nothing_can_be_written_a_temporary_folder_serves_and_goes(captured, tmp_path, monkeypatch):
     module, train, queries, trajectory = captured
     expected = Attributor(module, train, trajectory).score(RepresenterPoints(), queries).values
     for file in (trajectory.path / "features").iterdir():
         file.unlink()
     (trajectory.path / "features").rmdir()
     (trajectory.path / "features").write_text("a file in the way")
+    made = []
+
+    class Kept(tempfile.TemporaryDirectory):
+        def __init__(self, **options):
+            super().__init__(dir=tmp_path, **options)
+            made.append(Path(self.name))
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", Kept)
     found = Attributor(module, train, trajectory).score(RepresenterPoints(), queries).values
     torch.testing.assert_close(found, expected)
+    gc.collect()
+    assert [folder.exists() for folder in made] == [False]  # as many as questions, and gone with them
 
 
 def test_it_runs_at_the_end_of_a_fit(tmp_path):
