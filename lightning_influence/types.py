@@ -1,4 +1,4 @@
-"""The names of types that the whole package shares, and the one exception of its own."""
+"""Names and small helpers shared by the whole package, and its one exception type."""
 
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -14,16 +14,18 @@ LABELS = ("label", "labels", "y", "target", "targets", "class")
 
 
 class MissingEvidence(RuntimeError):
-    """A method needs something that this fit did not capture; the message says what and how to get it."""
+    """A method needs something that this fit did not capture; the message says what is missing and how to get it."""
 
 
 def bytes_in(batch: Any) -> int:
-    """Of all tensors in a batch, or in any nest of containers."""
+    """Total size in bytes of the tensors in a batch, or in any nested container."""
     return sum(x.numel() * x.element_size() for x in tree_leaves(batch) if isinstance(x, Tensor))
 
 
 def labels_in(batch: Any) -> Any:
-    """The labels of a batch, or the label of an example: its second part, or its entry of a usual name; else None.
+    """The labels of a batch, or the label of an example.
+
+    The second part of a tuple or list, or the entry of a dict under the first of ``LABELS`` that it has; else None.
 
     Example:
         >>> labels_in(("image", 3)), labels_in({"text": "words", "target": 3}), labels_in(["image"])
@@ -35,10 +37,10 @@ def labels_in(batch: Any) -> Any:
 
 
 def clean(name: str) -> str:
-    """A parameter's or module's name without what ``torch.compile`` puts into it."""
+    """The name of a parameter or module without the prefix that ``torch.compile`` adds."""
     return name.replace("_orig_mod.", "")
 
 
 def foreign(leaf: object) -> bool:
-    """Whether part of a batch is somebody's own class that moves itself between devices, as graphs do."""
+    """Whether part of a batch is a third-party class that moves itself between devices, such as a graph."""
     return hasattr(leaf, "to") and not isinstance(leaf, Tensor)
