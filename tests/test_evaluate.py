@@ -44,6 +44,7 @@ def test_linear_datamodeling_is_that_of_loops(tmp_path):
     losses = torch.stack([losses_on(row.nonzero()[:, 0].tolist()) for row in bank.membership])
     torch.testing.assert_close(bank.mean, losses, rtol=0, atol=1e-12)
     found = evaluate(scores, bank)
+    assert found.metrics is found.figures  # the earlier name
     assert found.figures["lds"] == pytest.approx(correlation_over_subsets(scores.values, bank.membership, losses))
     assert found.figures["lds_low"] > found.baselines["random"]["lds_high"]
     assert "noise ceiling of rank correlations: 1.00" in repr(found)

@@ -253,9 +253,9 @@ def test_errors(call, error, message):
 def test_calls_with_other_subsets_are_refused():
     metric = LinearDatamodelingScore()
     metric.update(drawn(2, 12), subsets(), drawn(25, 2))
-    with pytest.raises(ValueError, match="the 25 subsets of the calls before, got 24"):
+    with pytest.raises(ValueError, match="the 25 subsets of earlier calls, got 24"):
         metric.update(drawn(2, 12), subsets(24), drawn(24, 2))
     other = LeaveOneOutCorrelation()
     other.update(drawn(2, 12), drawn(2, 12))
-    with pytest.raises(ValueError, match="the 12 examples of the calls before, got 11"):
+    with pytest.raises(ValueError, match="the 12 examples of earlier calls, got 11"):
         other.update(drawn(2, 11), drawn(2, 11))
