@@ -1,5 +1,6 @@
-"""Checks of arguments: each raises, naming the argument, what was expected and what came."""
+"""Checks of arguments: each raises an error that names the argument, what was expected and what was passed."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,10 +23,26 @@ def check_integer(name: str, value: object, least: int = 1, optional: bool = Fal
         raise ValueError(f"Expected `{name}` to be {what}{' or None' if optional else ''}, got {value!r}.")
 
 
-def check_positive(name: str, value: object) -> None:
-    """Raises ValueError where ``value`` is not a positive number."""
+def check_positive(name: str, value: object, hint: str = "") -> None:
+    """Raises ValueError where ``value`` is not a positive number; the message ends with ``hint``, the way out."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ValueError(f"Expected `{name}` to be a positive number, got {value!r}.")
+        raise ValueError(f"Expected `{name}` to be a positive number, got {value!r}. {hint}".rstrip())
+
+
+def check_fraction(name: str, value: object) -> None:
+    """Raises ValueError where ``value`` is not a number above 0 and below 1."""
+    if not isinstance(value, float) or not 0 < value < 1:
+        raise ValueError(f"Expected `{name}` to be a number between 0 and 1, got {value!r}.")
+
+
+def check_at_least_0(name: str, value: object, below: float = math.inf, optional: bool = False, hint: str = "") -> None:
+    """Raises ValueError where ``value`` is not a number of at least 0 and below ``below`` (or None, where optional)."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < below:
+        what = "a finite number of at least 0" if below == math.inf else f"a number of at least 0 and below {below}"
+        what += " or None" if optional else ""
+        raise ValueError(f"Expected `{name}` to be {what}, got {value!r}. {hint}".rstrip())
 
 
 def check_flag(name: str, value: object) -> None:

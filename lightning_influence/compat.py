@@ -1,4 +1,4 @@
-"""One `Callback` for both copies of Lightning: ``pytorch_lightning`` and ``lightning.pytorch``."""
+"""One `Callback` base class for both Lightning packages, ``pytorch_lightning`` and ``lightning.pytorch``."""
 
 import sys
 from importlib import import_module
@@ -11,15 +11,15 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 def _installed() -> list[ModuleType]:
     found = []
-    # Each package makes itself the voice of both when it is imported: the user's own keeps it, or the first.
-    voice = rank_zero.log if {"pytorch_lightning", "lightning.pytorch"} & sys.modules.keys() else None
+    # Each package replaces the logger that both share when it is imported: the user's own package keeps it.
+    logger = rank_zero.log if {"pytorch_lightning", "lightning.pytorch"} & sys.modules.keys() else None
     for name in ("pytorch_lightning", "lightning.pytorch"):
         try:
             found.append(import_module(name))
         except ModuleNotFoundError:
             continue
-        voice = voice or rank_zero.log
-    rank_zero.log = voice or rank_zero.log
+        logger = logger or rank_zero.log
+    rank_zero.log = logger or rank_zero.log
     if not found:
         raise ModuleNotFoundError("Expected `pytorch-lightning` or `lightning` to be installed, got neither.")
     return found
@@ -30,7 +30,7 @@ _packages = _installed()
 Trainer: Any = _packages[0].Trainer
 LightningModule: Any = _packages[0].LightningModule
 
-# A Trainer takes a callback of its own package only (LightningCLI, `Trainer(callbacks=one)`, lightning < 2.6 always).
+# A Trainer accepts callbacks of its own package only (LightningCLI, `Trainer(callbacks=one)`, lightning < 2.6 always).
 CallbackBase: Any = type("CallbackBase", tuple(dict.fromkeys(p.Callback for p in _packages)), {})
 
 MisconfigurationException: Any = type(

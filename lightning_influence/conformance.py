@@ -34,8 +34,8 @@ class BrokenPromiseError(AssertionError):
 def check_method(method: Method) -> None:
     """Run a method on a small logistic regression and check what users and the driver rely on.
 
-    Methods that need more than checkpoints (batch order, a tracker, retraining) are asked about a short fit through a
-    Trainer.
+    Methods that need more than checkpoints (batch order, a tracker, retraining) are checked on a short
+    fit with a Trainer.
 
     Raises:
         BrokenPromiseError: a promise is broken; the message names it and what was found.

@@ -1,4 +1,4 @@
-"""Progress of long work, shown the way the Trainer shows its own."""
+"""Progress bars in the style of the Trainer's own."""
 
 import contextlib
 import sys
@@ -10,9 +10,9 @@ from tqdm.auto import tqdm
 
 @contextlib.contextmanager
 def progress(trainer: Any, total: int, label: str, unit: str = "example") -> Iterator[Callable[[int], Any]]:
-    """Yields a function that is told how many training examples (or other units) are done.
+    """Yields a function to call with the number of training examples (or other units) just done.
 
-    Nothing is shown where the Trainer shows nothing, or without a Trainer where nobody looks at a terminal.
+    Nothing is shown where the Trainer shows no progress bar, or, without a Trainer, where stderr is no terminal.
     """
     bar = None if trainer is None else trainer.progress_bar_callback
     if trainer is not None and (bar is None or not bar.is_enabled or not trainer.is_global_zero):

@@ -1,4 +1,4 @@
-"""How long a piece of work takes, for estimates of what is to come."""
+"""Timing of a piece of work, for cost estimates."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Seconds of the faster of two runs."""
+    """Runs the work twice and returns the seconds of the faster run."""
     seconds = []
     for _ in range(2):
         start = time.perf_counter()

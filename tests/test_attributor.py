@@ -276,6 +276,7 @@ class Misshapen(Watches):
         ),
         ({"train": 3}, TypeError, r"Expected `train` to be a map-style Dataset or a DataLoader of one, got int"),
         ({"batch_size": 0}, ValueError, r"Expected `batch_size` to be a positive integer or None, got 0"),
+        ({"batch_size": True}, ValueError, r"Expected `batch_size` to be a positive integer or None, got True"),
         ({"parameters": ["nett.*"]}, ValueError, r"got 'nett\.\*', which matches none of net\.0\.weight"),
     ],
 )

@@ -137,9 +137,9 @@ def test_report_writes_the_page_with_the_self_influence_beside_it(written, capsy
 def test_verify_says_what_is_whole_and_what_can_be_computed(written, capsys):
     code, out, _ = said(capsys, "verify", written)
     assert code == 0
-    assert out.endswith("All files are whole.\n")
+    assert out.endswith("All files are intact.\n")
     files = [p for p in (written / "run-1").rglob("*") if p.is_file()]
-    assert f"{len(files)} of {len(files)} files are whole" in out
+    assert f"{len(files)} of {len(files)} files are intact" in out
     assert cells(out, "TracInCP") == ["TracInCP", "yes"]
 
 
@@ -161,7 +161,7 @@ def test_verify_names_what_is_damaged_and_the_other_run_is_still_checked(copy, c
     assert text in out
     assert out.count("DAMAGED: ") == 1
     assert out.endswith("1 problem found.\n")
-    assert "what can be computed" in out.split("run-1")[0]
+    assert "methods that can be computed" in out.split("run-1")[0]
 
 
 def _flip(path):

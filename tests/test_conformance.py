@@ -139,7 +139,7 @@ class Plain(Method):
     ("method", "promise"),
     [
         (Flipped(), "a duplicate of the query is a proponent"),
-        (Centred(), "queries do not see one another"),
+        (Centred(), "the scores of a query do not depend on the other queries"),
         (Positional(), "permuting the training set permutes columns|scores do not depend on the batch size"),
         (Random(), "two calls agree"),
         (WrongSelf(), "self-influence is the score of an example on itself"),

@@ -44,6 +44,7 @@ def test_linear_datamodeling_is_that_of_loops(tmp_path):
     losses = torch.stack([losses_on(row.nonzero()[:, 0].tolist()) for row in bank.membership])
     torch.testing.assert_close(bank.mean, losses, rtol=0, atol=1e-12)
     found = evaluate(scores, bank)
+    assert found.metrics is found.figures  # the earlier name
     assert found.figures["lds"] == pytest.approx(correlation_over_subsets(scores.values, bank.membership, losses))
     assert found.figures["lds_low"] > found.baselines["random"]["lds_high"]
     assert "noise ceiling of rank correlations: 1.00" in repr(found)
@@ -112,6 +113,13 @@ def test_failed_models_do_not_count(tmp_path):
         (lambda s, r: evaluate(s, r.bank(data(3), 4)), ValueError, "bank's 3 queries and 20 training examples, got 6"),
         (lambda s, r: evaluate(part(s), r.bank(TEST, 4)), ValueError, r"no scores of the training examples \[2, 3"),
         (lambda s, r: r.bank(TEST, fraction=1.0), ValueError, "between 0 and 1, got 1.0"),
+        (lambda s, r: r.bank(TEST, n_subsets=True), ValueError, "`n_subsets` to be a positive integer, got True"),
+        (lambda s, r: r.bank(TEST, n_seeds=1.5), ValueError, "`n_seeds` to be a positive integer, got 1.5"),
+        (
+            lambda s, r: subset_removal(s, r, 2, n_seeds=True),
+            ValueError,
+            "`n_seeds` to be a positive integer, got True",
+        ),
         (lambda s, r: r.bank(TEST, leave_out=[20]), ValueError, r"ids below 20, got \[20\]"),
         (lambda s, r: subset_removal(s, Refit(), 2), MissingEvidence, "Pass it to `Attributor"),
         (lambda s, r: subset_removal(s, fresh(r), 2), ValueError, "Pass their dataset"),

@@ -12,7 +12,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 # A room is a folder or a file at the top. It imports rooms of the floors below, never its neighbours.
 FLOORS = (
-    {"numerics", "files", "plotting", "loggers", "types", "checks", "compat", "timing", "progress"},
+    {"types", "checks"},
+    {"numerics", "files", "plotting", "loggers", "compat", "timing", "progress"},
     {"module", "report", "trajectory"},
     {"scores", "data", "capture"},
     {"gradients"},

@@ -232,7 +232,9 @@ def same(found, expected):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: SubsetRemoval(n_bootstrap=-1), ValueError, "0 or more, got -1"),
+        (lambda: SubsetRemoval(n_bootstrap=-1), ValueError, "`n_bootstrap` to be an integer of at least 0, got -1"),
+        (lambda: SubsetRemoval(n_bootstrap=True), ValueError, "`n_bootstrap` to be an integer of at least 0, got True"),
+        (lambda: SubsetRemoval(n_bootstrap=20.0), ValueError, "`n_bootstrap` to be an integer of at least 0, got 20.0"),
         (lambda: MislabelDetection(fractions=(0.1, 1.5)), ValueError, r"got \[1.5\]"),
         (lambda: LinearDatamodelingScore().update([1], subsets(), drawn(25, 1)), TypeError, "pass `.values`"),
         (lambda: LinearDatamodelingScore().update(drawn(12), subsets(), drawn(25, 1)), ValueError, "two dimensions"),
@@ -251,9 +253,9 @@ def test_errors(call, error, message):
 def test_calls_with_other_subsets_are_refused():
     metric = LinearDatamodelingScore()
     metric.update(drawn(2, 12), subsets(), drawn(25, 2))
-    with pytest.raises(ValueError, match="the 25 subsets of the calls before, got 24"):
+    with pytest.raises(ValueError, match="the 25 subsets of earlier calls, got 24"):
         metric.update(drawn(2, 12), subsets(24), drawn(24, 2))
     other = LeaveOneOutCorrelation()
     other.update(drawn(2, 12), drawn(2, 12))
-    with pytest.raises(ValueError, match="the 12 examples of the calls before, got 11"):
+    with pytest.raises(ValueError, match="the 12 examples of earlier calls, got 11"):
         other.update(drawn(2, 11), drawn(2, 11))

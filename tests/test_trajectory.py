@@ -290,7 +290,7 @@ def test_groups_with_different_rates_need_to_be_told(tmp_path):
     trainer.save_checkpoint(tmp_path / "w.ckpt")
     with (
         pytest.warns(UserWarning, match="step after"),
-        pytest.raises(MissingEvidence, match="which parameter stood in which group"),
+        pytest.raises(MissingEvidence, match="which parameter was in which group"),
     ):
         Trajectory.from_checkpoints([tmp_path / "w.ckpt"])
     assert Trajectory.from_checkpoints([tmp_path / "w.ckpt"], 0.1).adaptive

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_influence.attribution.accumulators import MatrixSink, TopKSink
 from lightning_influence.attribution.driver import run_group, run_scores, run_self_influence
+from lightning_influence.checks import check_integer
 from lightning_influence.data.source import Source, source_of
 from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.methods.method import Evidence, Method
@@ -66,8 +67,7 @@ class Attributor:
         self.trainer = trainer if trainer is not None else getattr(self.module, "_trainer", None)
         self.refit = refit
         self.loss = loss
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise ValueError(f"Expected `batch_size` to be a positive integer or None, got {batch_size!r}.")
+        check_integer("batch_size", batch_size, optional=True)
         self.batch_size = batch_size
         self._train = source_of(train, "train")
         known = None if trajectory is None else trajectory.dataset_size
@@ -284,8 +284,7 @@ class Attributor:
 
 
 def _check_arguments(top_k: object, aggregate: object, measurement: object, higher_is_better: bool) -> None:
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"Expected `top_k` to be a positive integer or None, got {top_k!r}.")
+    check_integer("top_k", top_k, optional=True)
     if aggregate not in (None, "mean"):
         raise ValueError(f"Expected `aggregate` to be None or 'mean', got {aggregate!r}.")
     if higher_is_better and measurement is None:

@@ -1,4 +1,4 @@
-"""`lightning-influence`: looks at what a fit left on disk without a line of Python; a file for each command."""
+"""The command `lightning-influence`, which inspects captured fits and scores on disk; one file per subcommand."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lightning_influence.types import MissingEvidence
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS: dict[str, ModuleType] = {"show": show, "top": top, "report": report, "verify": verify}
-"""Each has `arguments(parser)` and `run(options) -> exit code`; its docstring is its help."""
+"""Each has `arguments(parser)` and `run(options) -> exit code`; its docstring is its help text."""
 
-_EXIT_CODES = "exit codes: 0 all is well; 1 something is damaged, missing or refused; 2 wrong arguments"
+_EXIT_CODES = "exit codes: 0 success; 1 something is damaged, missing or refused; 2 wrong arguments"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: What stands behind the program's name; None takes the process's own.
+        arguments: The command-line arguments without the program's name; None: those of the process.
 
     Returns:
         The exit code.
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = int(options.run(options))
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # whoever read the output has seen enough; Python's own flush at the end must not fail
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does; Python's own flush at exit must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (MissingEvidence, ValueError, OSError, ImportError) as error:
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-influence",
-        description="Shows what `Influence` left on disk: captured fits and scores.",
+        description="Inspect the captured fits and scores that `Influence` wrote to disk.",
         epilog=_EXIT_CODES,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

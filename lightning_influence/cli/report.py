@@ -8,7 +8,7 @@ from lightning_influence.cli.reading import existing, load
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Declare the arguments."""
     parser.add_argument("scores", type=Path, help="a file of scores, such as influence/run-0/scores/TracInCP.arrow")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("influence.html"), help="the page (default: influence.html)"
@@ -16,7 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the page, sorted by self-influence where that stands beside the scores."""
+    """Write the page, sorted by self-influence where its file is beside that of the scores."""
     path: Path = existing(options.scores)
     scores = load(path)
     beside = path.with_suffix(".self.arrow")

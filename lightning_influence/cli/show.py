@@ -1,4 +1,4 @@
-"""Print what a folder of captured fits, a run or a file of scores holds."""
+"""Print the content of a folder of captured fits, a run or a file of scores."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from lightning_influence import MissingEvidence, Trajectory
 from lightning_influence.cli.reading import existing, load, runs_of, score_files
 from lightning_influence.cli.text import megabytes, table
 
-_ROWS = 12  # of a list of checkpoints
+_ROWS = 12  # of a list of checkpoints that are printed
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Declare the arguments."""
     parser.add_argument("path", type=Path, help="the folder `influence`, one of its run-N, or a file of scores")
 
 

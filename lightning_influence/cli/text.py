@@ -1,11 +1,11 @@
-"""Rows as a table of plain text, and sizes in words."""
+"""Plain-text tables and file sizes."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 def table(names: Sequence[str], rows: Sequence[Sequence[Any]], indent: str = "  ") -> str:
-    """Columns as wide as what is in them; numbers stand to the right."""
+    """Rows as a plain-text table; columns of numbers are right-aligned."""
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(names), *cells]) for i in range(len(names))]
     right = [
@@ -19,7 +19,7 @@ def table(names: Sequence[str], rows: Sequence[Sequence[Any]], indent: str = "  
 
 
 def megabytes(size: int) -> str:
-    """Bytes in words."""
+    """A number of bytes in kB or MB."""
     return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
 
 

@@ -12,10 +12,10 @@ from lightning_influence.scores.base import places
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Declare the arguments."""
     parser.add_argument("scores", type=Path, help="a file of scores, such as influence/run-0/scores/TracInCP.arrow")
     parser.add_argument("--query", type=int, metavar="ID", help="id of the query (default: the first one)")
-    parser.add_argument("-k", type=int, default=5, metavar="K", help="how many of either side (default: 5)")
+    parser.add_argument("-k", type=int, default=5, metavar="K", help="how many proponents and opponents (default: 5)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     query = int(scores.query_ids[0]) if options.query is None else options.query
     row = int(places(scores.query_ids, torch.tensor([query]), "--query"))
     base = scores.base_ids().train_ids
-    # Of this query only: a matrix on disk may be larger than memory.
+    # Only this query's row is read: a matrix on disk may be larger than memory.
     ends = [scores._strongest(options.k, largest, slice(row, row + 1)) for largest in (True, False)]
     print(f"{scores.method}: influence on query {query} ({scores.units})")
     for title, sign, end in (("proponents", 1, ends[0]), ("opponents", -1, ends[1])):
@@ -49,6 +49,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _of_sign(end: TopK, sign: int) -> TopK:
-    """A positive score is no opponent, however low it stands."""
+    """The scores of the given sign: a positive score is no opponent, however low it ranks."""
     right = end.scores[0] * sign > 0
     return TopK(end.scores[0][right], end.train_ids[0][right])

@@ -1,4 +1,4 @@
-"""Check whether what is on disk is whole, and say what can be computed from it."""
+"""Check files for damage and list the methods that can be computed from a run."""
 
 import argparse
 import inspect
@@ -13,12 +13,12 @@ from lightning_influence.trajectory.files import read_manifest, read_verified
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Declare the arguments."""
     parser.add_argument("path", type=Path, help="the folder `influence`, one of its run-N, or a file of scores")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check every file of every run; 1 where one is not whole."""
+    """Check every file of every run; returns 1 if one is damaged."""
     path = existing(options.path)
     runs = runs_of(path) if path.is_dir() else []
     files = [path] if path.is_file() else score_files(path) if not runs else []
@@ -32,21 +32,21 @@ def run(options: argparse.Namespace) -> int:
         if not bad:
             _computable(Trajectory.load(folder))
     problems += _report([*_of_scores(files)]) if files else 0
-    print("\nAll files are whole." if not problems else f"\n{problems} problem{'s' * (problems > 1)} found.")
+    print("\nAll files are intact." if not problems else f"\n{problems} problem{'s' * (problems > 1)} found.")
     return 1 if problems else 0
 
 
 def _report(checks: list[tuple[str, str | None]]) -> int:
-    """Print what is wrong, or that nothing is; returns how many problems there are."""
+    """Print how many files are intact and what is wrong with the others; returns the number of problems."""
     wrong = [problem for _, problem in checks if problem is not None]
-    print(f"  {len(checks) - len(wrong)} of {len(checks)} files are whole")
+    print(f"  {len(checks) - len(wrong)} of {len(checks)} files are intact")
     for problem in wrong:
         print(f"  DAMAGED: {problem}")
     return len(wrong)
 
 
 def _of_run(folder: Path) -> Iterator[tuple[str, str | None]]:
-    """Every file that the manifests of a run list: its name, and what is wrong with it."""
+    """The name of every file listed in a run's manifests, and what is wrong with it or None."""
     ranks = [folder]
     while ranks:
         part = ranks.pop(0)
@@ -78,17 +78,17 @@ def _of_scores(files: list[Path]) -> Iterator[tuple[str, str | None]]:
 
 
 def _computable(found: Trajectory) -> None:
-    """Print what is missing for a whole record, and which methods have what they need."""
+    """Print the notes of a run, and for each method whether its evidence is there."""
     for note in found.notes:
         print(f"  Note: {note}")
     missing = {
         Evidence.FINAL_WEIGHTS: None if found.checkpoints else "no checkpoint",
         Evidence.CHECKPOINTS: None if found.checkpoints and len(found.steps) else "no checkpoint with learning rates",
         Evidence.BATCH_ORDER: None if found.has_batch_order else "the batch order is not known",
-        Evidence.TRACKER: "watches a fit while it runs: `Influence(methods=[...])`",
-        Evidence.REFIT: "trains again: `Attributor(..., refit=Refit(...))`",
+        Evidence.TRACKER: "runs during a fit: `Influence(methods=[...])`",
+        Evidence.REFIT: "retrains models: `Attributor(..., refit=Refit(...))`",
     }
-    print("  what can be computed:")
+    print("  methods that can be computed:")
     lines = []
     for name, needs in _methods():
         why = [text for evidence, text in missing.items() if text is not None and needs & evidence]
@@ -97,7 +97,7 @@ def _computable(found: Trajectory) -> None:
 
 
 def _methods() -> list[tuple[str, Evidence]]:
-    """Each method of the package and what it needs; where that depends on its settings, by default."""
+    """Each method of the package and its evidence; where that depends on hyper-parameters, their defaults count."""
     public = [getattr(lightning_influence, name) for name in lightning_influence.__all__]
     classes = [
         one for one in public if inspect.isclass(one) and issubclass(one, Method) and not inspect.isabstract(one)

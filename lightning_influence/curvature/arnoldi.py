@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_influence.checks import one_of
+from lightning_influence.checks import check_integer, one_of
 from lightning_influence.curvature.curvature import Prepared
 from lightning_influence.curvature.damping import of_group
-from lightning_influence.curvature.iterative import Iterative, positive, smallest_added
+from lightning_influence.curvature.iterative import Iterative, smallest_added
 from lightning_influence.gradients.products import Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.numerics.solvers import lanczos
@@ -47,10 +47,9 @@ class Arnoldi(Iterative):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("steps", self.steps, int)
+        check_integer("steps", self.steps)
         one_of("complement", self.complement, ("damped", "drop"))
-        if self.rank is not None:
-            positive("rank", self.rank, int)
+        check_integer("rank", self.rank, optional=True)
 
     def prepare(self, setting: Setting) -> Prepared:
         """``values`` [k] and ``vectors`` [k, parameter]."""

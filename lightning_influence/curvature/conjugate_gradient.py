@@ -6,8 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lightning_influence.checks import check_integer, check_positive
 from lightning_influence.curvature.curvature import Prepared
-from lightning_influence.curvature.iterative import Iterative, positive, tell
+from lightning_influence.curvature.iterative import Iterative, tell
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.numerics.solvers import conjugate_gradient
 from lightning_influence.setting.setting import Setting
@@ -39,8 +40,8 @@ class ConjugateGradient(Iterative):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("tolerance", self.tolerance, (int, float))
-        positive("max_iterations", self.max_iterations, int)
+        check_positive("tolerance", self.tolerance)
+        check_integer("max_iterations", self.max_iterations)
 
     def solve(self, prepared: Prepared, queries: QueryGradients, setting: Setting, diagonal: Tensor) -> QueryGradients:
         """Each query takes its own steps and stops on its own."""

@@ -1,6 +1,5 @@
 """What a curvature is: a frozen record that says how (C + diagonal)^-1 q is computed for a block of queries at once."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -8,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lightning_influence.checks import check_at_least_0
 from lightning_influence.curvature.descent import Descent
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.setting.setting import Setting
@@ -56,12 +56,7 @@ class Curvature(ABC):
     """Settings that ``prepare`` does not look at: what is on disk serves whatever they are."""
 
     def __post_init__(self) -> None:
-        damping: Any = self.damping
-        if damping is not None and (not isinstance(damping, (int, float)) or not 0 <= damping < math.inf):
-            raise ValueError(
-                f"Expected `damping` to be a finite number of at least 0 or None, got {damping!r}. None follows the "
-                "fit's learning rates."
-            )
+        check_at_least_0("damping", self.damping, optional=True, hint="None follows the fit's learning rates.")
 
     @abstractmethod
     def prepare(self, setting: Setting) -> Prepared:

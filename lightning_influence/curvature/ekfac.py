@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightning_influence.checks import check_at_least_0, one_of
 from lightning_influence.curvature.cost import at_once
 from lightning_influence.curvature.curvature import Curvature, Prepared
 from lightning_influence.curvature.descent import Descent
@@ -78,12 +79,8 @@ class EKFAC(Curvature):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.labels not in (None, "sampled", "exact", "empirical"):
-            raise ValueError(
-                f"Expected `labels` to be one of None, 'sampled', 'exact', 'empirical', got {self.labels!r}."
-            )
-        if not 0 <= self.tolerance < 1:
-            raise ValueError(f"Expected `tolerance` to be at least 0 and below 1, got {self.tolerance!r}.")
+        one_of("labels", self.labels, (None, "sampled", "exact", "empirical"))
+        check_at_least_0("tolerance", self.tolerance, below=1)
 
     # ---- once per set of weights ------------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,13 +92,6 @@ def tell(setting: Setting, message: str) -> None:
     if message not in setting.notes:
         warnings.warn(message, UserWarning, stacklevel=2)
     setting.note(message)
-
-
-def positive(name: str, value: Any, kind: Any) -> None:
-    """Raises ValueError where a setting is not a positive number of its kind."""
-    if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:
-        words = "a positive integer" if kind is int else "a positive number"
-        raise ValueError(f"Expected `{name}` to be {words}, got {value!r}.")
 
 
 def smallest_added(diagonal: Tensor, kind: str, name: str) -> float:

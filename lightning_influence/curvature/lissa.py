@@ -5,8 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lightning_influence.checks import check_integer, check_positive
 from lightning_influence.curvature.curvature import Prepared
-from lightning_influence.curvature.iterative import Iterative, positive, smallest_added, tell
+from lightning_influence.curvature.iterative import Iterative, smallest_added, tell
 from lightning_influence.gradients.products import Products
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.numerics.solvers import Product, Solution, accelerated_neumann, largest_eigenvalue
@@ -48,8 +49,8 @@ class LiSSA(Iterative):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("tolerance", self.tolerance, (int, float))
-        positive("depth", self.depth, int)
+        check_positive("tolerance", self.tolerance)
+        check_integer("depth", self.depth)
 
     def prepare(self, setting: Setting) -> Prepared:
         """The largest eigenvalue too."""

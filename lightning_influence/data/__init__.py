@@ -1,1 +1,1 @@
-"""A dataset as blocks of examples."""
+"""Reads a dataset in blocks of examples."""

@@ -1,4 +1,4 @@
-"""A dataset as blocks of examples in their own order, each example under a random state of its own."""
+"""Reads a dataset in order, in blocks; each example is read under its own seeded random state."""
 
 import random
 import sys
@@ -19,13 +19,13 @@ _READ_TWICE = 4  # examples
 
 @dataclass(frozen=True)
 class Block:
-    """Some consecutive examples, collated.
+    """A batch of consecutive examples.
 
     Args:
         start: id of the first.
         size: how many.
-        batch: what the collate function made of them, on CPU.
-        one: gives the batch of one for an example's id.
+        batch: the collated examples, on the CPU.
+        one: returns the batch of one for an example's id.
     """
 
     start: int
@@ -43,12 +43,12 @@ class Examples:
     """Reads ``dataset`` in order, in blocks of ``block_size``.
 
     Args:
-        dataset: map-style: ``len`` and integer indices.
+        dataset: map-style, with ``len`` and integer indices.
         collate: the training loader's collate function.
         block_size: examples per block.
         workers: worker processes of the loader.
-        seed: with an example's id, sets the random state under which it is read.
-        cache_bytes: blocks are kept for the next pass (the next checkpoint) up to this size.
+        seed: together with an example's id, seeds the random state under which it is read.
+        cache_bytes: blocks are kept for the next pass (the next checkpoint) up to this total size.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Examples:
         self.block_size = block_size
         self._reader = _Reader(dataset, seed)
         self._collate = collate or default_collate
-        # Tensors are sliced: what torch's own collate would make of their rows, a hundred times faster.
+        # Slicing tensors gives what torch's own collate makes of their rows, a hundred times faster.
         self._sliced = type(dataset) is TensorDataset and self._collate is default_collate
         self._workers = 0 if self._sliced else workers
         self._seed = seed
@@ -76,16 +76,16 @@ class Examples:
 
     @property
     def draws(self) -> bool:
-        """Whether reading an example was seen to draw random numbers."""
+        """Whether reading an example has drawn random numbers so far."""
         return self._reader.draws
 
     def one(self, example: int) -> Batch:
-        """The batch of one for an example; the random state is left as the example's own."""
+        """The batch of one for an example; the random state is left seeded for that example."""
         seed_for(self._seed, example)
         return self._collate([self.dataset[example]])
 
     def some(self, ids: Sequence[int]) -> Batch:
-        """A batch of any examples."""
+        """A batch of the given examples."""
         if self._sliced:
             seed_for(self._seed, ids[0])
             rows = torch.as_tensor(ids)
@@ -95,11 +95,11 @@ class Examples:
         return self._collate(items)
 
     def as_read(self, ids: Sequence[int], only: int | None = None) -> Batch:
-        """The same as a DataLoader makes it, under the random state that there is; or one of them as a batch of one.
+        """The batch that a DataLoader makes of these examples under the current random state.
 
         Args:
             ids: which examples are read.
-            only: place among them of the one that is wanted.
+            only: position of the single example to return as a batch of one; all are read all the same.
         """
         before = None if self.draws else _random_state()
         many = getattr(self.dataset, "__getitems__", None)
@@ -108,30 +108,30 @@ class Examples:
         return self._collate(items if only is None else [items[only]])
 
     def check_steady(self) -> None:
-        """Reads a few examples twice.
+        """Reads a few examples twice and compares them.
 
         Raises:
-            ValueError: one is not the same under the same random state.
+            ValueError: one differs under the same random state.
         """
         for i in evenly_spread(len(self), _READ_TWICE):
             if not _alike(self.one(i), self.one(i)):
                 raise ValueError(
                     f"Expected {type(self.dataset).__name__} to give the same example under the same random state, got "
-                    f"two unlike ones for index {i}: it draws from a generator of its own, or counts its calls. Pass "
+                    f"different ones for index {i}: it draws from a generator of its own, or counts its calls. Pass "
                     "`Attributor(train=)` data without augmentation, or draw from torch's or NumPy's own generator."
                 )
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
-        """Blocks of ids ``start`` to ``stop``; ``start`` is a multiple of ``block_size``."""
+        """The blocks from id ``start`` up to ``stop``; ``start`` is a multiple of ``block_size``."""
         stop = len(self) if stop is None else stop
         spans = [range(s, min(s + self.block_size, stop)) for s in range(start, stop, self.block_size)]
-        loaded = self._load([ids for ids in spans if self._kept(ids) is None])
+        loaded = self._load([ids for ids in spans if self._cached(ids) is None])
         for ids in spans:
-            kept = self._kept(ids)
-            yield Block(ids.start, len(ids), self._keep(ids, next(loaded)) if kept is None else kept, self.one)
+            kept = self._cached(ids)
+            yield Block(ids.start, len(ids), self._add_to_cache(ids, next(loaded)) if kept is None else kept, self.one)
 
-    def _kept(self, ids: range) -> Batch | None:
-        """The kept block, unless a step wrote into it."""
+    def _cached(self, ids: range) -> Batch | None:
+        """The cached block, unless it was written to in place."""
         batch, versions = self._cache.get(ids, (None, []))
         if versions != versions_of(batch):
             del self._cache[ids]
@@ -151,22 +151,22 @@ class Examples:
             for ids in blocks:
                 yield self.some(ids)
 
-    def _keep(self, ids: range, batch: Batch) -> Batch:
+    def _add_to_cache(self, ids: range, batch: Batch) -> Batch:
         leaves = tree_leaves(batch)
         size = bytes_in(batch)
-        # Of somebody's own class neither the size is known nor whether a step wrote into it.
+        # Of a third-party class, neither the size nor in-place writes are known.
         if size <= self._cache_left and not any(foreign(leaf) for leaf in leaves):
             self._cache_left -= size
             self._cache[ids] = batch, versions_of(batch)
         return batch
 
     def close(self) -> None:
-        """Forgets the kept blocks."""
+        """Empties the cache."""
         self._cache.clear()
 
 
 def _alike(one: Batch, other: Batch) -> bool:
-    """Whether all numbers in two batches agree, as far as they can be seen."""
+    """Whether the tensors, numbers and strings of two batches agree; other objects are not compared."""
     for a, b in zip(tree_leaves(one), tree_leaves(other), strict=True):
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
             same = a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124 - NaN
@@ -178,12 +178,12 @@ def _alike(one: Batch, other: Batch) -> bool:
 
 
 def versions_of(batch: Batch) -> list[int]:
-    """Counts what was written into each tensor in place."""
+    """The number of in-place writes to each tensor of a batch so far."""
     return [leaf._version for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
 
 
 class _SeededCollate:
-    """Collates in a worker under the same random state as in the main process."""
+    """A collate function that seeds itself, so that workers collate as the main process does."""
 
     def __init__(self, collate: Callable[[list[Any]], Batch], seed: int) -> None:
         self.collate, self.seed = collate, seed
@@ -194,13 +194,13 @@ class _SeededCollate:
 
 
 class _Items(list[Any]):
-    """Examples that remember the id of the first."""
+    """A list of examples with the id of the first."""
 
     first: int
 
 
 class _Reader:
-    """Reads examples; seeds each one, unless the dataset draws no random number at all."""
+    """Reads examples and seeds each one; as long as the dataset draws no random numbers, only the first of a list."""
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset = dataset

@@ -1,4 +1,4 @@
-"""What the user hands over as data, as a dataset of examples with the training loader's way of collating."""
+"""Turns the user's Dataset or DataLoader into a dataset with a collate function."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from lightning_influence.data.examples import Examples
 from lightning_influence.types import Batch, bytes_in
 
-# A block need not be larger than this to keep the arithmetic units busy, nor than this many bytes of input.
+# Examples per block, and bytes of input per block, beyond which larger blocks are no faster.
 _BLOCK = 256
 _BLOCK_BYTES = 2**25
 
 
 @dataclass(frozen=True)
 class Source:
-    """A map-style dataset and how its examples become batches.
+    """A map-style dataset and how its examples are collated into batches.
 
     Args:
         dataset: ``len`` and integer indices.
         collate: None for torch's default.
-        workers: of the loader it came from.
-        batch_size: of the loader it came from, where it has one.
-        batches: batches per epoch of that loader, where known.
+        workers: number of worker processes of the loader it was taken from.
+        batch_size: of that loader, if it has one.
+        batches: batches per epoch of that loader, if known.
     """
 
     dataset: Any
@@ -36,18 +36,18 @@ class Source:
     batches: int | None = None
 
     def examples(self, batch_size: int | None) -> Examples:
-        """Its examples in blocks of ``batch_size``, or of a size that suits them."""
+        """The examples in blocks of ``batch_size``; None: a size chosen from the bytes of one example."""
         size = batch_size or self._block_size()
         return Examples(self.dataset, self.collate, size, self.workers)
 
     def _block_size(self) -> int:
-        """The training batch size is known to fit; small examples go in larger blocks."""
+        """At least the training batch size, which is known to fit; small examples get larger blocks."""
         batch = Examples(self.dataset, self.collate, 1).one(0)
         one = bytes_in(batch)
         return max(self.batch_size or 1, min(_BLOCK, _BLOCK_BYTES // max(1, one)))
 
     def base_ids(self) -> Tensor | None:
-        """Indices into the dataset under any ``Subset``; None where there is none."""
+        """[example]: indices into the dataset underneath nested ``Subset``s; None if it is no ``Subset``."""
         dataset, ids = self.dataset, None
         while isinstance(dataset, Subset):
             indices = torch.as_tensor(list(dataset.indices), dtype=torch.int64)
@@ -57,16 +57,16 @@ class Source:
 
 
 def source_of(data: Any, name: str, like: Source | None = None) -> Source:
-    """Reads a Dataset or DataLoader.
+    """The source of a Dataset or DataLoader.
 
     Args:
         data: what the user passed.
-        name: the argument's name, for messages.
-        like: the training source, whose collate function and workers serve for a Dataset.
+        name: the argument's name, for error messages.
+        like: the training source, whose collate function and workers are used for a Dataset.
 
     Raises:
-        TypeError: something without a length and integer indices.
-        ValueError: no examples in it.
+        TypeError: it has no length and integer indices.
+        ValueError: it is empty.
     """
     if isinstance(data, Source):
         source = data
@@ -79,7 +79,7 @@ def source_of(data: Any, name: str, like: Source | None = None) -> Source:
     ):
         raise TypeError(
             f"Expected `{name}` to be a map-style Dataset or a DataLoader of one, got {type(data).__name__}, which has "
-            "no examples by number. Pass a Dataset with `__len__` and `__getitem__` (for several loaders at once, the "
+            "no examples by index. Pass a Dataset with `__len__` and `__getitem__` (for several loaders at once, the "
             "one whose examples are meant, with `loss=`)."
         )
     else:
@@ -92,7 +92,7 @@ def source_of(data: Any, name: str, like: Source | None = None) -> Source:
 
 
 def _holds_loaders(data: Any) -> bool:
-    """Whether these are the several loaders of a Trainer, which look like a list or dict of examples."""
+    """Whether this is a list or dict of loaders, as a Trainer accepts, rather than of examples."""
     values = data.values() if isinstance(data, Mapping) else data if isinstance(data, (list, tuple)) else ()
     return any(isinstance(value, DataLoader) for value in islice(values, 8))
 
@@ -101,7 +101,7 @@ def _from_loader(loader: DataLoader[Any], name: str) -> Source:
     if isinstance(loader.dataset, IterableDataset):
         return source_of(loader.dataset, name)
     collate = loader.collate_fn
-    if loader.batch_sampler is None:  # `batch_size=None`: the dataset's own items are the batches
+    if loader.batch_sampler is None:  # `batch_size=None`: the items of the dataset are the batches
         raise TypeError(
             f"Expected `{name}` to be a loader that collates examples into batches, got `batch_size=None`. Pass the "
             "Dataset of single examples, with a loader or trajectory whose ids are theirs."

@@ -1,1 +1,1 @@
-"""Files that are written as a whole or not at all; Arrow."""
+"""Atomic file writes, and tensors as Arrow files."""

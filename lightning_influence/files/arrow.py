@@ -1,4 +1,4 @@
-"""Scores as Arrow: one file, written atomically and mapped back without a copy, and the long table of its rows."""
+"""Tensors as Arrow files, written atomically and memory-mapped back without a copy; tables of scores."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def write_file(
 ) -> Path:
     """Write tensors as the columns of one Arrow IPC file, straight from their memory.
 
-    The file appears under its name when it is complete: a crash leaves what was there before.
+    The file appears under its name once it is complete; after a crash, the previous file is still there.
 
     Args:
-        path: The file; its folder is made where it is missing.
-        kind: What the file holds; `read_file` asks for it by this word.
-        columns: Name to [row] or [row, width] tensors of float32, float64 or int64, with one number of rows.
-        metadata: JSON-able; travels in the schema.
-        overwrite: Replace a file that is there.
+        path: The file; its folder is created if it is missing.
+        kind: What the file holds; `read_file` checks it.
+        columns: Name to [row] or [row, width] tensors of float32, float64 or int64, all with the same number of rows.
+        metadata: JSON-serialisable; stored in the schema.
+        overwrite: Replace an existing file.
 
     Returns:
         The path.
@@ -56,12 +56,12 @@ def write_batches(
     metadata: Mapping[str, Any],
     overwrite: bool = False,
 ) -> Path:
-    """The same in batches of rows that are made while they are written: one at a time is in memory.
+    """Write batches of rows as they are produced: only one of them is in memory at a time.
 
     Args:
         path: As in `write_file`.
         kind: As in `write_file`.
-        batches: At least one; as `columns` of `write_file`, with the same names, types and widths in each.
+        batches: At least one; each like `columns` of `write_file`, with the same names, types and widths.
         metadata: As in `write_file`.
         overwrite: As in `write_file`.
 
@@ -91,20 +91,20 @@ def write_batches(
 
 
 def read_file(path: str | os.PathLike[str], kinds: Sequence[str]) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
-    """Map a file of `write_file` into memory.
+    """Memory-map a file written by `write_file`.
 
-    The tensors are views of the file's pages, private to this process: writing into them does not change the file.
+    The tensors are views of the file's pages, private to this process: writing to them does not change the file.
 
     Args:
         path: The file.
         kinds: The kinds that the caller can read.
 
     Returns:
-        The kind, the columns and the metadata, as they were given to `write_file`.
+        The kind, the columns and the metadata, as passed to `write_file`.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, is not ours, is of another kind or of a later format.
+        ValueError: The file is damaged, not written by this package, of another kind or of a later format.
     """
     kind, batches, metadata = read_batches(path, kinds)
     return kind, {name: _joined([batch[name] for batch in batches]) for name in batches[0]}, metadata
@@ -113,7 +113,7 @@ def read_file(path: str | os.PathLike[str], kinds: Sequence[str]) -> tuple[str, 
 def read_batches(
     path: str | os.PathLike[str], kinds: Sequence[str]
 ) -> tuple[str, list[dict[str, Tensor]], dict[str, Any]]:
-    """Map a file of `write_batches` into memory, batch by batch: pages are read when they are looked at.
+    """Memory-map a file written by `write_batches`, batch by batch: pages are read on access.
 
     Args:
         path: The file.
@@ -124,13 +124,13 @@ def read_batches(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, is not ours, is of another kind or of a later format.
+        ValueError: The file is damaged, not written by this package, of another kind or of a later format.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"Expected a file of scores at {str(path)!r}, found none. `save` writes one.")
     try:
-        # A private mapping is writable as far as torch can see, which warns about tensors over read-only memory.
+        # torch warns about tensors over read-only memory; a private mapping counts as writable.
         with open(path, "rb") as file:
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         whole = pa.py_buffer(pages)
@@ -153,7 +153,7 @@ def read_batches(
 
 
 def pack_ids(ids: Tensor | None) -> Any:
-    """Ids as JSON: a range where they are one, otherwise the list; None stays None."""
+    """Ids as JSON: start and stop where they are consecutive, otherwise a list; None stays None."""
     if ids is None:
         return None
     first, count = int(ids[0]), ids.numel()
@@ -172,11 +172,11 @@ def unpack_ids(packed: Any) -> Any:
 def stream(
     columns: Mapping[str, pa.DataType], rows: Callable[[int], Mapping[str, Tensor]], n: int
 ) -> pa.RecordBatchReader:
-    """A table that is made batch by batch while it is read.
+    """A table whose batches are produced while it is read.
 
     Args:
         columns: Names and types, in order.
-        rows: Makes the i-th batch: a [row] tensor for every name.
+        rows: Returns the i-th batch: a [row] tensor for every name.
         n: How many batches there are.
     """
     schema = pa.schema(list(columns.items()))
@@ -190,12 +190,12 @@ def stream(
 
 
 def float_type(dtype: torch.dtype) -> pa.DataType:
-    """The Arrow type of a tensor of scores."""
+    """The Arrow type for scores of a torch dtype."""
     return pa.float64() if dtype == torch.float64 else pa.float32()
 
 
 def to_pandas(make: Callable[[], pa.Table]) -> Any:
-    """The table that `make` makes, as a `pandas.DataFrame`.
+    """The table returned by `make`, as a `pandas.DataFrame`.
 
     Raises:
         ImportError: pandas is not installed.
@@ -210,14 +210,14 @@ def to_pandas(make: Callable[[], pa.Table]) -> Any:
 
 
 def as_rows(table: pa.Table, **more: Callable[[Mapping[str, Any]], Any]) -> tuple[list[str], list[list[Any]]]:
-    """Names and rows of a small table, and further columns made from each row."""
+    """Column names and rows of a small table, with further columns computed from each row."""
     rows = table.to_pylist()
     names = [*table.column_names, *more]
     return names, [[*row.values(), *(make(row) for make in more.values())] for row in rows]
 
 
 class _WrongFileError(Exception):
-    """The file is sound and ours, and not what was asked for."""
+    """A valid file of this package, but of another kind or a later format."""
 
 
 def _refuse_other(path: Path, head: Mapping[str, Any], kinds: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds the whole file, the one before it, or none."""
+"""Atomic writes: a reader finds the complete new file, the previous one, or none."""
 
 import contextlib
 import os
@@ -9,9 +9,9 @@ from typing import IO
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[IO[bytes]]:
-    """Yields a file that stands under ``path`` when the context has ended, and leaves no trace if it fails.
+    """Yields an open file that replaces ``path`` when the context ends; where it fails, ``path`` is left as it was.
 
-    Another process may write the same path at the same time: the last one to end wins.
+    Another process may write the same path at the same time: the last one to finish wins.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,6 +1,6 @@
 """The final linear layer of a module: finds it, and reads what enters it and the gradient by what leaves it."""
 
-import shutil
+import contextlib
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
@@ -226,25 +226,16 @@ def seen_by(head: Head, examples: Examples, path: Path) -> list[HeadRows]:
     return stored
 
 
-def writable(folder: Path | None) -> tuple[Path, Any]:
-    """The folder if files can be written there, else one that lasts as long as the second value is held."""
+def writable(folder: Path | None, owner: object) -> Path:
+    """The folder if files can be written there, otherwise a temporary one that is removed together with ``owner``."""
     if folder is not None:
-        try:
+        with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return folder, None
-        except OSError:
-            pass
-    passing = _Passing(tempfile.mkdtemp(prefix="lightning_influence_"))
-    weakref.finalize(passing, shutil.rmtree, passing.name, ignore_errors=True)
-    return Path(passing.name), passing
-
-
-@dataclass(frozen=True, eq=False)
-class _Passing:
-    """While this is held, the folder of that name lasts."""
-
-    name: str
+            tempfile.TemporaryFile(dir=folder).close()
+            return folder
+    temporary = tempfile.TemporaryDirectory(prefix="lightning_influence_", ignore_cleanup_errors=True)
+    weakref.finalize(owner, temporary.cleanup)  # by itself it would warn of a resource that was not closed
+    return Path(temporary.name)
 
 
 def _read(path: Path) -> list[HeadRows] | None:

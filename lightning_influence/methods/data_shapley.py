@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_influence.checks import check_at_least_0, check_integer
 from lightning_influence.methods.retraining import Estimate, Retraining, losses_of, models_of
 from lightning_influence.numerics.subsets import every, prefixes
 from lightning_influence.setting.setting import Queries, Setting
@@ -56,10 +57,8 @@ class DataShapley(Retraining):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.budget < 1:
-            raise ValueError(f"Expected `budget` to be a number of models, got {self.budget!r}.")
-        if self.tolerance < 0:
-            raise ValueError(f"Expected `tolerance` to be 0 or more, in units of the loss, got {self.tolerance!r}.")
+        check_integer("budget", self.budget)
+        check_at_least_0("tolerance", self.tolerance)
         if isinstance(self.empty, str) and self.empty != "initial":
             raise ValueError(f"Expected `empty` to be a number or 'initial', got {self.empty!r}.")
 

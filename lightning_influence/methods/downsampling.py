@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from lightning_influence.checks import one_of
+from lightning_influence.checks import check_fraction, check_integer, one_of
 from lightning_influence.methods.retraining import Estimate, Retraining, losses_of, report
 from lightning_influence.numerics.subsets import bernoulli, fixed_size
 from lightning_influence.setting.setting import Queries, Setting
@@ -43,10 +43,8 @@ class Downsampling(Retraining):
 
     def __post_init__(self) -> None:
         one_of("sampling", self.sampling, ("fixed", "bernoulli"))
-        if self.n_models < 2:
-            raise ValueError(f"Expected `n_models` to be 2 or more, got {self.n_models!r}.")
-        if not 0 < self.fraction < 1:
-            raise ValueError(f"Expected `fraction` between 0 and 1, got {self.fraction!r}.")
+        check_integer("n_models", self.n_models, least=2)
+        check_fraction("fraction", self.fraction)
 
     def estimate(self, setting: Setting, queries: Queries) -> Estimate:
         """Scores, with standard errors and counts."""

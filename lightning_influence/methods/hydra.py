@@ -114,8 +114,9 @@ class HyDRA(WholeRun):
         one_of("hessian", self.hessian, (True, False))
         one_of("removal", self.removal, ("downweight", "renormalize"))
         check_positive("max_drift", self.max_drift)
-        if isinstance(self.checks, bool) or not isinstance(self.checks, int) or self.checks < 0 or self.checks == 1:
-            raise ValueError(f"Expected `checks` to be 0 or at least 2 refits, got {self.checks!r}.")
+        check_integer("checks", self.checks, least=0)
+        if self.checks == 1:
+            raise ValueError("Expected `checks` to be 0 or at least 2 refits, got 1.")
         check_integer("runs", self.runs)
         if self.runs > 1 and self.removal != "downweight":
             _check_only_replay(mode, self.removal, self.runs)

@@ -7,14 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_influence.checks import check_integer
 from lightning_influence.data.examples import Examples
 from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.methods.method import Evidence
 from lightning_influence.module.task import Task
 from lightning_influence.setting.setting import Queries, Setting
-from lightning_influence.types import Batch
-
-_LABELS = ("label", "labels", "y", "target", "targets")
+from lightning_influence.types import Batch, labels_in
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class KNNShapley(ForwardOnly):
     Args:
         k: neighbours that vote.
         features: ``(module, batch) -> [batch, dim]``; None: what goes into the module's last linear layer.
-        labels: ``batch -> [batch]``; None: the second part of the batch, or its "label", "y" or "target".
+        labels: ``batch -> [batch]``; None: the second part of the batch, or its "label", "y", "target" or "class".
 
     Raises:
         ValueError: ``k`` below 1; no linear layer, or no labels where they usually are.
@@ -46,8 +45,7 @@ class KNNShapley(ForwardOnly):
     needs: ClassVar[Evidence] = Evidence.FINAL_WEIGHTS
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"Expected `k` to be 1 or more, got {self.k!r}.")
+        check_integer("k", self.k)
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """[query, train].
@@ -115,11 +113,7 @@ def _before_last_layer(task: Task, batch: Batch) -> Tensor:
 
 
 def _labels(batch: Batch) -> Tensor:
-    found = None
-    if isinstance(batch, (list, tuple)) and len(batch) > 1:
-        found = batch[1]
-    elif isinstance(batch, dict):
-        found = next((batch[name] for name in _LABELS if name in batch), None)
+    found = labels_in(batch)
     if not isinstance(found, Tensor) or found.ndim != 1:
         raise ValueError("Expected labels [batch] in the batch, got none. Pass `labels=`, a callable batch -> [batch].")
     return found

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_influence.checks import check_integer
 from lightning_influence.methods.retraining import Estimate, Retraining, losses_of, models_of
 from lightning_influence.numerics.subsets import without_each
 from lightning_influence.setting.setting import Queries, Setting
@@ -34,8 +35,7 @@ class LeaveOneOut(Retraining):
     n_seeds: int = 1
 
     def __post_init__(self) -> None:
-        if self.n_seeds < 1:
-            raise ValueError(f"Expected `n_seeds` to be 1 or more, got {self.n_seeds!r}.")
+        check_integer("n_seeds", self.n_seeds)
 
     def scored(self, n_train: int) -> Sequence[int] | None:
         """The examples that are left out."""

@@ -4,12 +4,12 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_influence.checks import one_of
+from lightning_influence.checks import check_integer, check_positive, one_of
 from lightning_influence.files.arrow import read_file, write_file
 from lightning_influence.gradients import Reduction
 from lightning_influence.gradients.final_layer import Head, HeadRows, find_head, seen_by, writable
@@ -70,13 +70,12 @@ class RepresenterPoints(ForwardOnly):
         if not isinstance(self.of, int) or isinstance(self.of, bool) or self.of < 0:
             one_of("of", self.of, ("loss", "label", "a class (0, 1, ...)"))
         one_of("target", self.target, ("labels", "model"))
-        if not self.weight_decay > 0:
-            raise ValueError(
-                f"Expected `weight_decay` to be positive, got {self.weight_decay!r}. The decomposition divides by it: "
-                "pass the weight decay of the fit, or a small one such as 1e-3."
-            )
-        if self.max_iterations < 1:
-            raise ValueError(f"Expected `max_iterations` to be at least 1, got {self.max_iterations!r}.")
+        check_positive(
+            "weight_decay",
+            self.weight_decay,
+            "The decomposition divides by it: pass the weight decay of the fit, or a small one such as 1e-3.",
+        )
+        check_integer("max_iterations", self.max_iterations)
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """[query, train]."""
@@ -142,12 +141,11 @@ class RepresenterPoints(ForwardOnly):
         trajectory = setting.trajectory
         head = find_head(setting.task, setting.reduction_of(None), setting.examples, self.head)
         link = head.link(setting.examples)
-        folder, passing = writable(
-            None if trajectory is None or trajectory.path is None else trajectory.path / "features"
-        )
+        run = None if trajectory is None else trajectory.path
+        folder = writable(None if run is None else run / "features", owner=head)
         step = 0 if trajectory is None else trajectory.checkpoints[-1].step
         seen = seen_by(head, setting.examples, folder / f"{head.name}-step-{step}.arrow")
-        points = Points(head, link, seen, self.target == "model", self.weight_decay, setting.n_train, passing)
+        points = Points(head, link, seen, self.target == "model", self.weight_decay, setting.n_train)
         name = f"{head.name}-step-{step}-{self.target}-{self.weight_decay!r}.head.arrow"
         points.solve(folder / name, self.max_iterations if self.refit else 0)
         self._report(setting, points)
@@ -184,7 +182,6 @@ class Points:
         own: the model's own outputs are the targets.
         weight_decay: λ.
         n_train: training examples.
-        passing: whatever must live as long as this.
     """
 
     head: Head
@@ -193,7 +190,6 @@ class Points:
     own: bool
     weight_decay: float
     n_train: int
-    passing: Any = None
     fit: HeadFit = field(init=False)
 
     def target(self, rows: HeadRows) -> Tensor:

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_influence.checks import check_integer
 from lightning_influence.curvature.curvature import Curvature
 from lightning_influence.curvature.damping import reach_at
 from lightning_influence.curvature.ekfac import EKFAC
@@ -79,8 +80,7 @@ class SOURCE(GradientProduct):
     needs: ClassVar[Evidence] = Evidence.CHECKPOINTS
 
     def __post_init__(self) -> None:
-        if isinstance(self.segments, bool) or not isinstance(self.segments, int) or self.segments < 1:
-            raise ValueError(f"Expected `segments` to be a positive whole number, got {self.segments!r}.")
+        check_integer("segments", self.segments)
         if not isinstance(self.curvature, Curvature) or not self.curvature.has_eigenvalues:
             raise TypeError(
                 f"Expected `curvature` to be one whose eigenvalues are known, `EKFAC()` or `ExactGGN()`, got "

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_influence.checks import one_of
+from lightning_influence.checks import check_positive, one_of
 from lightning_influence.gradients.queries import EachQuery
 from lightning_influence.gradients.transforms import Transforms, check_projection, refuse_constant
 from lightning_influence.methods.kinds import WholeRun
@@ -66,8 +66,7 @@ class TracIn(WholeRun):
     def __post_init__(self) -> None:
         one_of("normalize", self.normalize, (None, "cosine", "layerwise"))
         check_projection(self.projection)
-        if not self.max_drift > 0:
-            raise ValueError(f"Expected `max_drift` to be a positive number, got {self.max_drift!r}.")
+        check_positive("max_drift", self.max_drift)
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """[query, train]."""

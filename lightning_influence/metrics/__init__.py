@@ -1,6 +1,7 @@
-"""How good an estimate of influence is, as `torchmetrics.Metric`s.
+"""Metrics of how good estimates of influence are, as `torchmetrics.Metric`s.
 
-Every value is a dict of float64 scalars, so that `self.log_dict(metric.compute())` works; what cannot be said is NaN.
+Each `compute` returns a dict of float64 scalars, so that `self.log_dict(metric.compute())` works; what is undefined is
+NaN.
 """
 
 from lightning_influence.metrics.evaluate import Evaluation, evaluate, subset_removal

@@ -1,4 +1,4 @@
-"""One call that says whether scores beat random on this model, and how close they come to what is possible."""
+"""One call that compares scores with retrained models, a random baseline and the noise ceiling."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,32 +17,37 @@ from lightning_influence.scores import Scores
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures by name; ``print`` it.
+    """Metrics of scores beside those of baselines; ``print`` shows them as a table.
 
     Args:
-        figures: what was measured of the scores: values and the ends of their 95 % intervals.
-        baselines: the same of what needs no scores: ``random``, and ``plain loss`` for wrong labels.
-        ceiling: the highest rank correlation that any estimate can be expected to have, since the truth itself is an
-            average over a few seeds; 1 where seeds make no difference; NaN where there is one seed only.
-        notes: what a reader must know.
+        metrics: values by name, and the ends of their 95 % intervals as ``name_low`` and ``name_high``.
+        baselines: the same metrics for what needs no scores: ``random``, and ``plain loss`` for wrong labels.
+        ceiling: the highest rank correlation that any estimate can be expected to reach, since the truth itself is an
+            average over a few seeds; 1 where seeds make no difference; NaN where there is only one seed.
+        notes: what a reader of the metrics must know.
     """
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     baselines: dict[str, dict[str, float]]
     ceiling: float
     notes: tuple[str, ...] = field(default=())
 
     @property
+    def figures(self) -> dict[str, float]:
+        """The earlier name of ``metrics``."""
+        return self.metrics
+
+    @property
     def beats_random(self) -> bool:
-        """Whether the interval of the main figure lies above the random baseline's value."""
-        name = "lds" if "lds" in self.figures else "spearman"
-        return self.figures[f"{name}_low"] > self.baselines["random"][name]
+        """Whether the whole interval of the main metric is above the random baseline's value."""
+        name = "lds" if "lds" in self.metrics else "spearman"
+        return self.metrics[f"{name}_low"] > self.baselines["random"][name]
 
     def __repr__(self) -> str:
         lines = [f"{'':20}" + "".join(f"{name:>22}" for name in ("scores", *self.baselines))]
-        shown = [name for name in self.figures if not name.endswith(("_low", "_high"))]
+        shown = [name for name in self.metrics if not name.endswith(("_low", "_high"))]
         for name in shown:
-            cells = [_cell(name, column) for column in (self.figures, *self.baselines.values())]
+            cells = [_cell(name, column) for column in (self.metrics, *self.baselines.values())]
             lines.append(f"{name:20}" + "".join(f"{cell:>22}" for cell in cells))
         lines.append(f"noise ceiling of rank correlations: {self.ceiling:.2f}")
         return "\n".join([*lines, *self.notes])
@@ -51,21 +56,25 @@ class Evaluation:
 def evaluate(
     scores: Scores, bank: Bank, mislabelled: Tensor | None = None, suspicion: Tensor | None = None, seed: int = 0
 ) -> Evaluation:
-    """Judges scores by models that were trained again.
+    """Evaluate scores against retrained models.
 
     Args:
-        scores: [query, train], of the queries that the bank was asked about.
+        scores: [query, train], of the queries that the bank measured.
         bank: from ``Refit.bank``: random subsets give the linear datamodeling score, ``leave_out=`` the leave-one-out
             correlation.
-        mislabelled: [train], nonzero for wrong labels; adds how well they are found.
-        suspicion: [train], what ranks the labels: self-influence. None: the mean negative score over queries.
-        seed: of the random baseline and of the intervals.
+        mislabelled: [train], nonzero for wrong labels; adds metrics of how well they are detected.
+        suspicion: [train], ranks the labels, such as self-influence. None: the mean negative score over queries.
+        seed: of the random baseline and of the bootstrap intervals.
 
     Returns:
-        Figures with intervals, baselines, and the noise ceiling.
+        Metrics with intervals, baselines, and the noise ceiling.
 
     Raises:
-        ValueError: other queries or training examples than the bank's.
+        ValueError: the scores are of other queries or training examples than the bank.
+
+    Example:
+        >>> from lightning_influence.metrics import evaluate
+        >>> evaluate(scores, refit.bank(test_dataset, n_seeds=2))  # doctest: +SKIP
     """
     values = scores.values.double()
     bank = bank.whole()
@@ -76,35 +85,35 @@ def evaluate(
         values = whole
     draw = torch.Generator().manual_seed(seed)
     noise = torch.randn(values.shape, generator=draw, dtype=torch.float64)
-    judge = _leave_one_out if bank.left_out is not None else _datamodeling
-    figures, random = judge(values, bank, seed), judge(noise, bank, seed)
+    measure = _leave_one_out if bank.left_out is not None else _datamodeling
+    metrics, random = measure(values, bank, seed), measure(noise, bank, seed)
     baselines = {"random": random}
     if mislabelled is not None:
         own = -scores.values.double().nanmean(0) if suspicion is None else suspicion
-        figures |= _wrong_labels(own, mislabelled, seed)
+        metrics |= _wrong_labels(own, mislabelled, seed)
         random |= _wrong_labels(torch.rand(len(mislabelled), generator=draw), mislabelled, seed)
         if bank.train_losses is not None:
             baselines["plain loss"] = _wrong_labels(bank.train_losses, mislabelled, seed)
     notes = list(bank.notes)
     ceiling = _ceiling(bank, notes)
-    return Evaluation(figures, baselines, ceiling, tuple(notes))
+    return Evaluation(metrics, baselines, ceiling, tuple(notes))
 
 
 def subset_removal(scores: Scores, refit: Refit, k: int, queries: Any = None, n_seeds: int = 1) -> SubsetRemoval:
-    """Leaves out each query's k strongest proponents, trains again, and tells how much worse the query became.
+    """Leave out each query's k strongest proponents, retrain, and measure how much worse the query becomes.
 
     Args:
         scores: of queries and training examples.
-        refit: how models are trained again; given to the ``Attributor``.
+        refit: how models are retrained; the one passed to the ``Attributor``.
         k: how many proponents are left out.
-        queries: the queries' dataset; None: those that the refit's attributor was last asked about.
-        n_seeds: models averaged for each query, where seeds are independent.
+        queries: the queries' dataset; None: those that the attributor last scored.
+        n_seeds: models averaged per query, for independent seeds.
 
     Returns:
-        The metric, fed: ``compute``, ``plot``.
+        The metric, updated: call ``compute`` or ``plot``.
 
     Raises:
-        ValueError: no queries, or another number of them than of scores.
+        ValueError: no queries, or another number of queries than the scores have.
     """
     bank = refit.without(scores.proponents(k).train_ids, queries, n_seeds)
     if len(bank.query_ids) != len(scores):
@@ -137,12 +146,12 @@ def _numbers(metric: Any) -> dict[str, float]:
 
 
 def _ceiling(bank: Bank, notes: list[str]) -> float:
-    """What an estimate of the mean over all seeds could reach against the mean over these."""
+    """The rank correlation that the mean over all seeds would have with the mean over these."""
     if bank.deterministic:
         return 1.0
     halves = bank.halves()
     if halves is None:
-        notes.append("One model a subset: how much of the truth is noise is unknown. Give `Refit.bank(n_seeds=2)`.")
+        notes.append("One model per subset: the noise of the truth is unknown. Pass `Refit.bank(n_seeds=2)`.")
         return float("nan")
     if bank.left_out is not None:
         halves = tuple(half - bank.full.nanmean(0) for half in halves)  # type: ignore[assignment]

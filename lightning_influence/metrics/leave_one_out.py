@@ -1,4 +1,4 @@
-"""Do scores tell what leaving single examples out did, in rank, in proportion and in size?"""
+"""Correlation and slope of scores against measured leave-one-out loss changes."""
 
 from typing import Any
 
@@ -9,18 +9,18 @@ from lightning_influence.numerics.statistics import nanmean, pearson, slope, spe
 
 
 class LeaveOneOutCorrelation(PairedMetric):
-    """Correlation of scores with the loss changes that leaving examples out truly made, and the slope between them.
+    """Correlation of scores with measured loss changes from leaving examples out, and the slope between them.
 
     Source: Koh, Liang. Understanding Black-box Predictions via Influence Functions. ICML 2017.
 
-    ``compute`` gives ``pearson`` and ``spearman`` (means over queries, with 95 % bootstrap intervals over examples and
-    queries), ``slope`` of what was predicted against what came (1: the scale is right; over all queries at once, each
-    around its own mean), and ``undefined``: queries without a correlation, which do not count.
+    ``compute`` returns ``pearson`` and ``spearman`` (means over queries, with 95 % bootstrap intervals over examples
+    and queries), ``slope`` of predicted over observed changes (1: the scale is right; over all queries at once, each
+    centred at its own mean), and ``undefined``: the number of queries without a correlation, which are left out.
 
     Args:
-        n_bootstrap: resamples that the intervals are taken from; 0: no interval.
+        n_bootstrap: bootstrap resamples per interval; 0: no intervals.
         seed: of the resampling.
-        kwargs: of ``torchmetrics.Metric``.
+        kwargs: passed to ``torchmetrics.Metric``.
 
     Raises:
         ValueError: a negative ``n_bootstrap``; shapes or ids that do not fit.
@@ -34,12 +34,12 @@ class LeaveOneOutCorrelation(PairedMetric):
     """
 
     def update(self, scores: Tensor, changes: Tensor, ids: Any = None) -> None:
-        """Take in some queries.
+        """Add some queries.
 
         Args:
             scores: [query, train], positive for proponents.
-            changes: [query, chosen]: loss without the example less loss with it (``LeaveOneOut`` gives these).
-            ids: columns of ``scores`` that stand beside those of ``changes``; None: all.
+            changes: [query, chosen]: loss without the example minus loss with it (``LeaveOneOut`` estimates these).
+            ids: the columns of ``scores`` that match those of ``changes``; None: all.
         """
         scores, changes = matrix("scores", scores), matrix("changes", changes)
         chosen = scores if ids is None else scores[:, list(ids)]
@@ -48,12 +48,12 @@ class LeaveOneOutCorrelation(PairedMetric):
                 f"Expected `changes` to be [query, chosen] = {list(chosen.shape)}, got {list(changes.shape)}. "
                 "Pass the `ids` of the training examples that were left out."
             )
-        if self.said and self.said[0].shape[1] != chosen.shape[1]:
+        if self.predicted and self.predicted[0].shape[1] != chosen.shape[1]:
             raise ValueError(
-                f"Expected the {self.said[0].shape[1]} examples of the calls before, got {chosen.shape[1]}. "
-                "Give every call the same examples and other queries."
+                f"Expected the {self.predicted[0].shape[1]} examples of earlier calls, got {chosen.shape[1]}. "
+                "Pass the same examples and other queries in every call."
             )
-        self._take(chosen, changes)
+        self._append(chosen, changes)
 
     def compute(self) -> dict[str, Tensor]:
         """Scalars by name."""
@@ -63,5 +63,4 @@ class LeaveOneOutCorrelation(PairedMetric):
         return found | {"slope": slope(*pairs), "undefined": pearson(*pairs).isnan().sum().double()}
 
     def _draw(self, axes: Any) -> None:
-        said, came = self._pairs()
-        scatter(axes, said, came, ("loss change when left out", "score"))
+        scatter(axes, *self._pairs(), ("loss change when left out", "score"))

@@ -1,4 +1,4 @@
-"""The linear datamodeling score: do sums of scores tell how models trained on other subsets will do?"""
+"""The linear datamodeling score: do sums of scores predict the losses of models trained on subsets?"""
 
 from typing import Any
 
@@ -16,15 +16,15 @@ class LinearDatamodelingScore(PairedMetric):
 
     Source: Park, Georgiev, Ilyas, Leclerc, Madry. TRAK: Attributing Model Behavior at Scale. ICML 2023.
 
-    ``compute`` gives ``lds`` with the ends ``lds_low``, ``lds_high`` of its 95 % bootstrap interval over subsets and
-    queries, ``pearson``, and ``undefined``: how many queries have no correlation, because their scores or their losses
-    are the same for all subsets or hold a NaN. They do not count; where no query counts, the values are NaN.
-    Ranks see no wrong scale: see ``LeaveOneOutCorrelation`` for that.
+    ``compute`` returns ``lds`` with the ends ``lds_low``, ``lds_high`` of its 95 % bootstrap interval over subsets and
+    queries, ``pearson``, and ``undefined``: the number of queries without a correlation, because their scores or losses
+    are the same for all subsets or hold a NaN. They are left out; if all are, the values are NaN. Rank correlations do
+    not notice a wrong scale; see ``LeaveOneOutCorrelation`` for that.
 
     Args:
-        n_bootstrap: resamples that the interval is taken from; 0: no interval.
+        n_bootstrap: bootstrap resamples for the interval; 0: no interval.
         seed: of the resampling.
-        kwargs: of ``torchmetrics.Metric``.
+        kwargs: passed to ``torchmetrics.Metric``.
 
     Raises:
         ValueError: a negative ``n_bootstrap``; shapes that do not fit.
@@ -38,13 +38,13 @@ class LinearDatamodelingScore(PairedMetric):
     """
 
     def update(self, scores: Tensor, membership: Tensor, losses: Tensor) -> None:
-        """Take in some queries.
+        """Add some queries.
 
         Args:
             scores: [query, train], positive for proponents.
             membership: [subset, train], nonzero where an example was trained on; the same subsets in every call.
-            losses: [subset, query]: of the models trained on those subsets. For a measurement that is better when high,
-                its negative.
+            losses: [subset, query], of the models trained on those subsets. Of a measurement that is better when high,
+                pass the negative.
         """
         scores, losses = matrix("scores", scores), matrix("losses", losses)
         membership = matrix("membership", membership)
@@ -53,25 +53,25 @@ class LinearDatamodelingScore(PairedMetric):
                 "Expected `membership` [subset, train] and `losses` [subset, query] that fit `scores` [query, train], "
                 f"which are {list(scores.shape)}, got {list(membership.shape)} and {list(losses.shape)}."
             )
-        if self.said and self.said[0].shape[1] != len(membership):
+        if self.predicted and self.predicted[0].shape[1] != len(membership):
             raise ValueError(
-                f"Expected the {self.said[0].shape[1]} subsets of the calls before, got {len(membership)}. "
-                "Give every call all subsets and other queries."
+                f"Expected the {self.predicted[0].shape[1]} subsets of earlier calls, got {len(membership)}. "
+                "Pass all subsets and other queries in every call."
             )
-        # What all scores have in common is counted apart, so that constant scores predict exactly the same for all.
+        # A common offset is summed apart, so that constant scores predict exactly the same for subsets of one size.
         common = scores[:, :1]
         mask = membership.ne(0).to(scores)
-        self._take((scores - common) @ mask.T + common * mask.sum(1), -losses.T)
+        self._append((scores - common) @ mask.T + common * mask.sum(1), -losses.T)
 
     def compute(self) -> dict[str, Tensor]:
         """Scalars by name."""
-        said, came = self._pairs()
-        found = self._interval("lds", lambda a, b: nanmean(spearman(a, b)), (said, came), rows=True)
-        found["pearson"] = nanmean(pearson(said, came))
-        return found | {"undefined": spearman(said, came).isnan().sum().double()}
+        pairs = self._pairs()
+        found = self._interval("lds", lambda a, b: nanmean(spearman(a, b)), pairs, rows=True)
+        found["pearson"] = nanmean(pearson(*pairs))
+        return found | {"undefined": spearman(*pairs).isnan().sum().double()}
 
     def per_query(self) -> Tensor:
-        """[query]: the rank correlation of each query on this process, in the order they came."""
+        """[query]: the rank correlation of each query of this process, in the order of the updates."""
         return spearman(*self._pairs())
 
     def _draw(self, axes: Any) -> None:

@@ -1,4 +1,4 @@
-"""Do scores find the wrong labels?"""
+"""Detection of wrong labels by scores."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,17 +12,17 @@ from lightning_influence.numerics.statistics import auroc, average_precision, re
 
 
 class MislabelDetection(PairedMetric):
-    """How far up wrong labels stand in a ranking of training examples by suspicion.
+    """How high wrong labels rank among training examples sorted by suspicion.
 
-    ``compute`` gives ``auroc`` (ties count half), ``average_precision``, each with its 95 % bootstrap interval over
+    ``compute`` returns ``auroc`` (ties count half), ``average_precision``, each with its 95 % bootstrap interval over
     examples, and ``recall_at_F``: the share of the wrong labels in the most suspicious fraction F. The plain loss is
-    the baseline that a score has to beat.
+    the baseline to beat.
 
     Args:
-        fractions: of the training set that one would look through.
-        n_bootstrap: resamples that the intervals are taken from; 0: no interval.
+        fractions: shares of the training set that would be reviewed.
+        n_bootstrap: bootstrap resamples per interval; 0: no intervals.
         seed: of the resampling.
-        kwargs: of ``torchmetrics.Metric``.
+        kwargs: passed to ``torchmetrics.Metric``.
 
     Raises:
         ValueError: a fraction outside (0, 1]; shapes that do not fit; suspicions that are not finite.
@@ -44,22 +44,22 @@ class MislabelDetection(PairedMetric):
         self.fractions = tuple(fractions)
 
     def update(self, suspicion: Tensor, mislabelled: Tensor) -> None:
-        """Take in some training examples.
+        """Add some training examples.
 
         Args:
-            suspicion: [train], high where the label looks wrong: self-influence, the loss, or the negative influence
+            suspicion: [train], high for labels that look wrong: self-influence, the loss, or the negative influence
                 on clean queries.
-            mislabelled: [train], nonzero where it is.
+            mislabelled: [train], nonzero for wrong labels.
         """
         if suspicion.ndim != 1 or suspicion.shape != mislabelled.shape:
             raise ValueError(
-                f"Expected `suspicion` and `mislabelled` to be [train] both, got {list(suspicion.shape)} and "
+                f"Expected `suspicion` and `mislabelled` to be both [train], got {list(suspicion.shape)} and "
                 f"{list(mislabelled.shape)}."
             )
         unknown = int((~suspicion.isfinite()).sum())
         if unknown:
             raise ValueError(f"Expected finite `suspicion`, got NaN or infinity for {unknown} of {len(suspicion)}.")
-        self._take(suspicion, mislabelled.ne(0))
+        self._append(suspicion, mislabelled.ne(0))
 
     def compute(self) -> dict[str, Tensor]:
         """Scalars by name."""
@@ -75,6 +75,6 @@ class MislabelDetection(PairedMetric):
         fractions = torch.linspace(0.005, 1, 200)
         axes.plot(fractions, [float(recall_at(*pairs, fraction)) for fraction in fractions.tolist()], color="#1b7f5c")
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":", label="random order")
-        axes.set_xlabel("fraction of the training set looked through")
+        axes.set_xlabel("fraction of the training set reviewed")
         axes.set_ylabel("share of the wrong labels found")
         axes.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""What the metrics share: pairs of what was said and what came, gathered over updates and processes."""
+"""The base of the metrics: pairs of predicted and observed values, gathered over updates and processes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,16 +8,17 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
+from lightning_influence.checks import check_integer
 from lightning_influence.numerics.statistics import bootstrap
 
 
 class PairedMetric(Metric):
-    """Two states of equal shape, one row or entry for each thing judged, and bootstrap intervals of statistics on them.
+    """Two states of equal shape, one row or entry per query or example, and bootstrap intervals of their statistics.
 
     Args:
-        n_bootstrap: resamples that an interval is taken from; 0: no interval.
+        n_bootstrap: bootstrap resamples per interval; 0: no intervals.
         seed: of the resampling.
-        kwargs: of ``torchmetrics.Metric``.
+        kwargs: passed to ``torchmetrics.Metric``.
 
     Raises:
         ValueError: a negative ``n_bootstrap``.
@@ -26,23 +27,22 @@ class PairedMetric(Metric):
     is_differentiable = False
     full_state_update = False
     higher_is_better = True
-    said: list[Tensor]
-    came: list[Tensor]
+    predicted: list[Tensor]
+    observed: list[Tensor]
 
     def __init__(self, n_bootstrap: int = 500, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if isinstance(n_bootstrap, bool) or not isinstance(n_bootstrap, int) or n_bootstrap < 0:
-            raise ValueError(f"Expected `n_bootstrap` to be a number of resamples, 0 or more, got {n_bootstrap!r}.")
+        check_integer("n_bootstrap", n_bootstrap, least=0)
         self.n_bootstrap, self.seed = n_bootstrap, seed
-        self.add_state("said", default=[], dist_reduce_fx="cat")
-        self.add_state("came", default=[], dist_reduce_fx="cat")
+        self.add_state("predicted", default=[], dist_reduce_fx="cat")
+        self.add_state("observed", default=[], dist_reduce_fx="cat")
 
     def plot(self, val: Any = None, ax: Any = None) -> tuple[Any, Any]:
-        """Draw what was judged, or values as torchmetrics draws them.
+        """Draw the pairs, or given values as torchmetrics does.
 
         Args:
-            val: results of ``compute`` or ``forward``, one or a list; None: everything that was judged so far.
-            ax: matplotlib axes to draw into; None: a figure of its own.
+            val: results of ``compute`` or ``forward``, one or a list; None: draw all pairs so far.
+            ax: matplotlib axes to draw into; None: a new figure.
 
         Returns:
             The figure and its axes.
@@ -57,12 +57,12 @@ class PairedMetric(Metric):
         axes.spines[["top", "right"]].set_visible(False)
         return figure, axes
 
-    def _take(self, said: Tensor, came: Tensor) -> None:
-        self.said.append(said.detach())
-        self.came.append(came.detach())
+    def _append(self, predicted: Tensor, observed: Tensor) -> None:
+        self.predicted.append(predicted.detach())
+        self.observed.append(observed.detach())
 
     def _pairs(self) -> tuple[Tensor, Tensor]:
-        return dim_zero_cat(self.said).cpu(), dim_zero_cat(self.came).cpu()
+        return dim_zero_cat(self.predicted).cpu(), dim_zero_cat(self.observed).cpu()
 
     def _interval(
         self, name: str, statistic: Callable[..., Tensor], data: tuple[Tensor, ...], rows: bool = False
@@ -78,9 +78,9 @@ class PairedMetric(Metric):
         raise NotImplementedError
 
 
-def scatter(axes: Any, said: Tensor, came: Tensor, labels: Sequence[str]) -> None:
-    """Points of what was said against what came."""
-    axes.scatter(came.flatten(), said.flatten(), s=9, alpha=0.5, color="#1b7f5c", linewidths=0)
+def scatter(axes: Any, predicted: Tensor, observed: Tensor, labels: Sequence[str]) -> None:
+    """Predicted values over observed ones, as points."""
+    axes.scatter(observed.flatten(), predicted.flatten(), s=9, alpha=0.5, color="#1b7f5c", linewidths=0)
     axes.axhline(0, color="grey", linewidth=0.6)
     axes.axvline(0, color="grey", linewidth=0.6)
     axes.set_xlabel(labels[0])
@@ -88,11 +88,11 @@ def scatter(axes: Any, said: Tensor, came: Tensor, labels: Sequence[str]) -> Non
 
 
 def matrix(name: str, value: object) -> Tensor:
-    """``value``, if it is a matrix of numbers.
+    """``value`` in float64, if it is a matrix.
 
     Raises:
-        TypeError: it is no tensor.
-        ValueError: it has not two dimensions.
+        TypeError: it is not a tensor.
+        ValueError: it does not have two dimensions.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"Expected `{name}` to be a Tensor, got {type(value).__name__}. For `Scores`, pass `.values`.")
@@ -108,7 +108,7 @@ def _canvas(ax: Any) -> tuple[Any, Any]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            'Figures need matplotlib. Run `pip install "lightning-influence[plot]"`, or read `compute()`.'
+            'Plots need matplotlib. Run `pip install "lightning-influence[plot]"`, or read `compute()`.'
         ) from error
     figure = Figure(figsize=(5.2, 4.0), layout="constrained", dpi=120)
     return figure, figure.add_subplot()

@@ -1,4 +1,4 @@
-"""Does taking away what a score calls the strongest proponents make a query worse?"""
+"""Loss increase of queries after their strongest proponents are removed and the model is retrained."""
 
 from typing import Any
 
@@ -9,19 +9,19 @@ from lightning_influence.metrics.paired_metric import PairedMetric, scatter
 
 
 class SubsetRemoval(PairedMetric):
-    """How much worse queries are once their strongest proponents were left out and the model was trained again.
+    """How much worse queries become when their strongest proponents are left out and the model is retrained.
 
     Source: Bae, Lin, Lorraine, Grosse. Training Data Attribution via Approximate Unrolled Differentiation. NeurIPS
     2024; Ilyas et al., Datamodels. ICML 2022 (data brittleness).
 
-    ``compute`` gives ``increase``, the mean of loss after less loss before, with its 95 % bootstrap interval over
-    queries, and ``share_worse``, the share of queries whose loss rose. Random removals of as many examples are the
-    baseline: a metric of its own, fed with those. ``subset_removal(scores, refit, k)`` makes the losses.
+    ``compute`` returns ``increase``, the mean of loss after minus loss before, with its 95 % bootstrap interval over
+    queries, and ``share_worse``, the share of queries whose loss rose. The baseline is a second
+    metric, updated with random removals of as many examples. ``subset_removal(scores, refit, k)`` makes the losses.
 
     Args:
-        n_bootstrap: resamples that the interval is taken from; 0: no interval.
+        n_bootstrap: bootstrap resamples for the interval; 0: no interval.
         seed: of the resampling.
-        kwargs: of ``torchmetrics.Metric``.
+        kwargs: passed to ``torchmetrics.Metric``.
 
     Raises:
         ValueError: a negative ``n_bootstrap``; shapes that do not fit.
@@ -34,7 +34,7 @@ class SubsetRemoval(PairedMetric):
     """
 
     def update(self, before: Tensor, after: Tensor) -> None:
-        """Take in some queries.
+        """Add some queries.
 
         Args:
             before: [query] losses of the model trained on everything, or [query, seed].
@@ -46,7 +46,7 @@ class SubsetRemoval(PairedMetric):
                 f"Expected `before` and `after` to be [query] or [query, seed] of the same queries, got "
                 f"{list(before.shape)} and {list(after.shape)}."
             )
-        self._take(*(part.double().reshape(len(part), -1).mean(1) for part in (before, after)))
+        self._append(*(part.double().reshape(len(part), -1).mean(1) for part in (before, after)))
 
     def compute(self) -> dict[str, Tensor]:
         """Scalars by name."""

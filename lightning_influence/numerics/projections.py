@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_influence.checks import check_integer, one_of
+
 Frame = Callable[[int, int, str], Tensor]
 """``frame(dim, size, label)``: the [dim, size] matrix of that label."""
 
@@ -112,14 +114,9 @@ class RandomProjection:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.dim, bool) or not isinstance(self.dim, int) or self.dim < 1:
-            raise ValueError(f"Expected `dim` to be a positive integer, got {self.dim!r}.")
-        for name, value, allowed in (
-            ("structure", self.structure, ("kronecker", "plain")),
-            ("entries", self.entries, ("orthogonal", "gaussian")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"Expected `{name}` to be {allowed[0]!r} or {allowed[1]!r}, got {value!r}.")
+        check_integer("dim", self.dim)
+        one_of("structure", self.structure, ("kronecker", "plain"))
+        one_of("entries", self.entries, ("orthogonal", "gaussian"))
 
     def frame(self, dim: int, size: int, label: str) -> Tensor:
         """The [dim, size] matrix of that label: independent of those of other labels and other seeds."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_influence.checks import check_integer
+
 _TIE_BLOCK = 1 << 24  # scores looked at together where rows tie at their boundary: 64 MB of float32
 
 
@@ -21,7 +23,7 @@ class StreamingTopK:
         dtype: Of the scores that are kept, a floating type that holds the tiles' numbers.
 
     Raises:
-        ValueError: `n_queries` or `k` below 1.
+        ValueError: `n_queries` or `k` is not a positive integer.
 
     Example:
         >>> best = StreamingTopK(n_queries=1, k=2)
@@ -32,9 +34,8 @@ class StreamingTopK:
     """
 
     def __init__(self, n_queries: int, k: int, dtype: torch.dtype = torch.float32) -> None:
-        for name, value in (("n_queries", n_queries), ("k", k)):
-            if value < 1:
-                raise ValueError(f"Expected `{name}` to be at least 1, got {value!r}.")
+        check_integer("n_queries", n_queries)
+        check_integer("k", k)
         self.k = k
         self._dtype = dtype
         # Per row, since tiles may come for some queries only: (scores, ids) so far and how many columns were seen.

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_influence.types import LABELS, labels_in
+
 Classes: TypeAlias = Sequence[str] | Mapping[int, str]
 """Names of the classes, by number."""
 Normalization: TypeAlias = tuple[Any, Any]
 """Mean and standard deviation that an image was normalised with: numbers, or one a channel."""
 
 _ROW = 40  # numbers that are read one by one; more are a curve
-_LABELS = ("label", "labels", "y", "target", "targets", "class")
 _TEXTS = ("text", "sentence", "content", "document", "question", "premise", "review")
 
 
@@ -105,14 +106,13 @@ def plain(value: Any) -> Any:
 
 def _parts(example: Any) -> tuple[Any, Any]:
     """What to show of an example, and its label."""
+    label = plain(labels_in(example))
     if isinstance(example, Mapping):
-        label = next((plain(example[key]) for key in _LABELS if key in example), None)
-        return _of_mapping({key: value for key, value in example.items() if key not in _LABELS}), label
+        return _of_mapping({key: value for key, value in example.items() if key not in LABELS}), label
     if isinstance(example, (tuple, list)):
-        label = plain(example[1]) if len(example) > 1 else None
         content = example[0] if example else None
         return (_of_mapping(content) if isinstance(content, Mapping) else content), label
-    return example, None
+    return example, label
 
 
 def _of_mapping(entries: Mapping[Any, Any]) -> Any:

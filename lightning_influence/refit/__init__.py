@@ -1,4 +1,4 @@
-"""The bank of retrained models: resumable, parallel, one for all that retrain."""
+"""Retrains models on subsets of the data: resumable, in parallel, shared by all methods that need them."""
 
 from lightning_influence.refit.bank import Bank
 from lightning_influence.refit.models import Models

@@ -1,4 +1,4 @@
-"""What retrained models say about queries: the truth that estimates of influence are judged by."""
+"""Losses of queries under retrained models: the ground truth for estimates of influence."""
 
 from dataclasses import dataclass, field
 
@@ -11,13 +11,14 @@ class Bank:
 
     Args:
         membership: [subset, train] bool.
-        losses: [subset, seed, query] float64; negative measurements where a higher one is better. NaN: that model could
-            not be trained.
-        full: [seed, query], under models trained on everything.
-        query_ids: [query].
-        deterministic: a seed makes no difference: the same run with other weights of its examples.
-        train_losses: [train], of the training examples under the model trained on everything; for label errors.
-        notes: what a reader must know.
+        losses: [subset, seed, query] float64; negative measurements where a higher one is better. NaN where a model
+            could not be trained.
+        full: [seed, query], the same under models trained on everything.
+        query_ids: [query], indices into the queries' dataset.
+        deterministic: whether models of different seeds are the same, as for ``seeds="fixed"``.
+        train_losses: [train], losses of the training examples under the model trained on everything; a baseline for
+            finding label errors.
+        notes: what a reader of results must know.
     """
 
     membership: Tensor = field(repr=False)
@@ -33,24 +34,24 @@ class Bank:
 
     @property
     def mean(self) -> Tensor:
-        """[subset, query]: over the seeds that there are."""
+        """[subset, query]: mean loss over the seeds whose model could be trained."""
         return self.losses.nanmean(1)
 
     @property
     def left_out(self) -> Tensor | None:
-        """[subset]: the one example that each subset lacks; None where they lack more or fewer."""
-        lacking = ~self.membership
-        if len(self) == 0 or not bool((lacking.sum(1) == 1).all()):
+        """[subset]: the one example missing from each subset; None unless exactly one is missing from each."""
+        missing = ~self.membership
+        if len(self) == 0 or not bool((missing.sum(1) == 1).all()):
             return None
-        return lacking.int().argmax(1)
+        return missing.int().argmax(1)
 
     @property
     def changes(self) -> Tensor:
-        """[query, subset]: mean loss on the subset less mean loss on everything."""
+        """[query, subset]: mean loss of models trained on the subset minus that of models trained on everything."""
         return (self.mean - self.full.nanmean(0)).T
 
     def halves(self) -> tuple[Tensor, Tensor] | None:
-        """[subset, query] over either half of the seeds; None where there are fewer than two."""
+        """Two [subset, query] mean losses, one over each half of the seeds; None if there are fewer than two seeds."""
         seeds = self.losses.shape[1]
         if seeds < 2:
             return None
@@ -58,7 +59,7 @@ class Bank:
         return first, self.losses[:, seeds // 2 : 2 * (seeds // 2)].nanmean(1)
 
     def whole(self) -> "Bank":
-        """Without the subsets whose models could not be trained."""
+        """The bank without subsets of which a model could not be trained for any seed."""
         kept = ~self.losses.isnan().any(-1).all(1)
         return Bank(self.membership[kept], self.losses[kept], *self._rest()) if not bool(kept.all()) else self
 

@@ -1,4 +1,4 @@
-"""Models of the captured run itself: the same steps once more, with other weights of its examples, many at once."""
+"""Models of the captured run replayed with other weights of its examples, many at once."""
 
 import contextlib
 import time
@@ -15,29 +15,29 @@ from lightning_influence.replay import Replay, run_many
 from lightning_influence.setting.session import Session
 from lightning_influence.types import bytes_in
 
-# Finished models are on disk after about so many seconds.
+# Finished models are written to disk about this often, in seconds.
 _SECONDS = 10.0
-# Models, and bytes of them, that go into one call at most.
+# At most this many models, and bytes of them, are trained in one call.
 _MODELS, _BYTES = 1024, 2**28
 
 
 @dataclass
 class Fixed:
-    """Trains by replaying the captured run.
+    """Trains by replaying the captured run with the weight of what is left out set to 0.
 
     Args:
-        session: of the module that was trained, its data and its fit.
-        removal: what becomes of a batch's divisor.
+        session: opens the module that was trained, with its data and trajectory.
+        removal: whether the divisor of a batch's loss stays, or is what remains of the batch.
     """
 
     session: Session
     removal: Literal["downweight", "renormalize"] = "downweight"
     seeded: bool = False
-    _seconds: float = 0.0  # that the run takes as it was
-    _each: float = 0.0  # that a model took last
+    _seconds: float = 0.0  # of one replay of the run as it was
+    _each: float = 0.0  # per model, in the last call
 
     def identity(self) -> dict[str, Any]:
-        """The captured run: its first and last weights and the batches between."""
+        """Hash of the captured run: its first and last weights, batches and learning rates."""
         trajectory = self._trajectory()
         steps = [trajectory.steps["ids"].to_pylist(), trajectory.steps["lr"].to_pylist()]
         end = trajectory.checkpoints[-1].load().parameters
@@ -45,16 +45,16 @@ class Fixed:
         return {"seeds": "fixed", "removal": self.removal, "run": run}
 
     def initial(self, seed: int) -> dict[str, Tensor]:
-        """The weights that the run started from."""
+        """The initial weights of the run, whatever the seed."""
         state = self._trajectory().checkpoints[0].load()
         return {**state.parameters, **state.buffers}
 
     def train_all(self, jobs: Sequence[Job], take: Callable[[Sequence[TrainedModel]], None]) -> list[Failure]:
-        """Trains models side by side and hands over each run's as it ends.
+        """Trains models side by side, passes those of each call to ``take``, and returns the jobs that failed.
 
         Raises:
             MissingEvidence: the fit was not captured step by step.
-            DriftError: its replay does not meet the captured weights.
+            DriftError: its replay does not reproduce the captured weights.
         """
         with self._replay() as replay:
             failures: list[Failure] = []
@@ -80,8 +80,8 @@ class Fixed:
         return failures
 
     def _count(self) -> int:
-        """How many models to train before they are written."""
-        # Side by side, models take far less than the run alone did; if they cannot stand so, no more than it.
+        """How many models to train in one call, after which they are written."""
+        # Side by side, a model takes far less time than the run alone; where they are trained in turn, as much.
         each = self._each or self._seconds / 4
         size = bytes_in(self.initial(0))
         return max(1, min(_MODELS, int(_SECONDS / each), _BYTES // max(1, size)))
@@ -92,7 +92,7 @@ class Fixed:
             replay = Replay(setting.engine, setting.examples, self._trajectory())
             if self._seconds == 0:
                 start = time.perf_counter()
-                replay.run()  # as it was: raises where it does not end where the fit ended
+                replay.run()  # unchanged: raises unless it ends at the captured weights
                 self._seconds = time.perf_counter() - start
             yield replay
 

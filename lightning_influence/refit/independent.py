@@ -1,4 +1,4 @@
-"""Models of independent seeds, each through the user's own Trainer."""
+"""Models of independent seeds, each trained by the user's own Trainer."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -16,11 +16,11 @@ from lightning_influence.refit.store import TrainedModel, digest_of
 
 @dataclass
 class Independent:
-    """Trains by a recipe, in this process or wherever joblib says.
+    """Trains each model from its own seed, in this process or by joblib.
 
     Args:
         recipe: how one model is trained.
-        n_jobs: processes; None: what ``joblib.parallel_config`` says.
+        n_jobs: processes; None: those of a ``joblib.parallel_config`` around the call, otherwise only this process.
     """
 
     recipe: Recipe
@@ -29,13 +29,13 @@ class Independent:
     _checked: bool = False
 
     def identity(self) -> dict[str, Any]:
-        """The untrained model of seed 0, and what the factories are seen to set."""
+        """Hash of the untrained model of seed 0 and of the hyper-parameters that can be read from the factories."""
         recipe = self.recipe
         with isolated_random_state(), quiet_lightning():
             module, trainer = recipe.make_module(), recipe.make_trainer()
             loader = recipe.make_dataloader(Subset(recipe.dataset, range(len(recipe.dataset))))
             optimizers: Any = None
-            with contextlib.suppress(Exception):  # it may ask for a Trainer that is not there yet
+            with contextlib.suppress(Exception):  # it may use a Trainer, and none is attached yet
                 optimizers = repr(module.configure_optimizers())
         settings = {
             "hparams": {name: repr(value) for name, value in getattr(module, "hparams", {}).items()},
@@ -50,11 +50,11 @@ class Independent:
         return {"seeds": "independent", "recipe": digest_of(self.initial(0), **settings)}
 
     def initial(self, seed: int) -> dict[str, Tensor]:
-        """The untrained model of a seed."""
+        """The weights of the untrained model of a seed."""
         return self.recipe.initial(seed)
 
     def train_all(self, jobs: Sequence[Job], take: Callable[[Sequence[TrainedModel]], None]) -> list[Failure]:
-        """Trains models, hands them over one by one, and returns what failed twice."""
+        """Trains models, passes each to ``take`` as it is finished, and returns the jobs that failed twice."""
         if not self._checked:
             self.recipe.check()
             self._checked = True

@@ -1,4 +1,4 @@
-"""Models trained on parts of the data: what is not there yet is trained, and queries are measured under all of them."""
+"""Models trained on subsets of the data: missing ones are trained, and queries are measured under all of them."""
 
 import hashlib
 import warnings
@@ -14,89 +14,88 @@ from torch.utils.data import Subset, TensorDataset
 from lightning_influence.data.source import Source
 from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.progress import progress
-from lightning_influence.refit.pool import Failure, Job, named
+from lightning_influence.refit.pool import Failure, Job, described
 from lightning_influence.refit.store import ModelStore, TrainedModel, bytes_of, key_of, layout_of
 from lightning_influence.setting.losses import losses_under
 from lightning_influence.setting.setting import Queries
 
-_FINGERPRINTED = 17  # examples that tell one dataset from another
+_FINGERPRINTED = 17  # examples that are hashed to recognise a dataset
 
 
 class TrainingBackend(Protocol):
-    """How models are trained again: the captured run once more, or the user's own Trainer."""
+    """How models are retrained: by replaying the captured run, or by the user's own Trainer."""
 
     seeded: bool
     """Whether a seed makes a difference."""
 
     def identity(self) -> dict[str, Any]:
-        """What tells its models from those of another way, as JSON."""
+        """What distinguishes its models from those of another backend or configuration, as JSON."""
 
     def initial(self, seed: int) -> dict[str, Tensor]:
-        """The untrained model of a seed."""
+        """The weights of the untrained model of a seed."""
 
     def train_all(self, jobs: Sequence[Job], take: Callable[[Sequence[TrainedModel]], None]) -> list[Failure]:
-        """Trains models, hands them over as they are finished, and returns what failed for good."""
+        """Trains models, passes them to ``take`` as they are finished, and returns the jobs that failed for good."""
 
 
 class Models:
-    """A folder of models of one training set, and the way to train more of them.
+    """A folder of models of one training set, and the backend that trains more of them.
 
     Args:
-        way: how a model is trained.
+        backend: how a model is trained.
         train: the training data.
         folder: where models are kept.
-        trainer: whose progress bar says whether progress is shown.
+        trainer: progress is shown if its progress bar is enabled.
     """
 
-    def __init__(self, way: TrainingBackend, train: Source, folder: Path, trainer: Any) -> None:
-        self.way = way
+    def __init__(self, backend: TrainingBackend, train: Source, folder: Path, trainer: Any) -> None:
+        self.backend = backend
         self.n_train = len(train.dataset)
         self._trainer = trainer
         self._labels = _labels(train.dataset)
-        identity = {"n_train": self.n_train, "dataset": _fingerprint(train), **way.identity()}
-        self.store = ModelStore(folder, identity, layout_of(way.initial(0)))
+        identity = {"n_train": self.n_train, "dataset": _fingerprint(train), **backend.identity()}
+        self.store = ModelStore(folder, identity, layout_of(backend.initial(0)))
 
     @property
     def seeded(self) -> bool:
         """Whether models of one subset differ by their seed."""
-        return self.way.seeded
+        return self.backend.seeded
 
     def train(self, membership: Tensor, seeds: Sequence[int]) -> list[str]:
-        """Trains the models that are not there yet.
+        """Trains the models that are not in the folder yet.
 
         Args:
             membership: [model, train] bool.
-            seeds: one a model; all the same where a seed makes no difference.
+            seeds: one per model; ignored where a seed makes no difference.
 
         Returns:
-            What a reader of results must know: which models failed, what their subsets lack.
+            What a reader of results must know: which models failed, which subsets lack a class.
 
         Raises:
             ValueError: a subset without any example, or of another dataset.
-            RuntimeError: another process trains into the same folder; workers that die again and again; nothing but
-                failures.
+            RuntimeError: another process trains into the same folder; workers keep dying; every model failed.
         """
         self._check(membership)
         with self.store.writing():
             jobs = {key: job for key, job in self._jobs(membership, seeds).items() if key not in self.store}
             if not jobs:
-                return self._lacking(membership)
+                return self._missing_classes(membership)
             with progress(self._trainer, len(jobs), "retraining", unit="model") as done:
 
                 def take(models: Sequence[TrainedModel]) -> None:
                     self.store.add(models)
                     done(len(models))
 
-                failures = self.way.train_all(list(jobs.values()), take)
+                failures = self.backend.train_all(list(jobs.values()), take)
         if len(failures) == len(jobs):
-            raise RuntimeError(f"Expected models that train, got {len(jobs)} failures. {named(failures[0])}")
-        notes = [f"{named(failure)} (twice): it is left out." for failure in failures]
+            raise RuntimeError(f"Expected models that train, got {len(jobs)} failures. {described(failures[0])}")
+        notes = [f"{described(failure)} (twice): it is left out." for failure in failures]
         for note in notes:
             warnings.warn(note, stacklevel=2)
-        return notes + self._lacking(membership)
+        return notes + self._missing_classes(membership)
 
     def losses(self, membership: Tensor, seeds: Sequence[int], queries: Queries) -> Tensor:
-        """[model, query] in float64, by forward passes; NaN for a model that could not be trained."""
+        """[model, query]: losses in float64, by forward passes; NaN for a model that could not be trained."""
         keys = [key_of(row, seed) for row, seed in zip(membership, self._seeds(seeds), strict=True)]
         rows = {key: row for row, key in enumerate(dict.fromkeys(key for key in keys if key in self.store))}
         found = losses_under(self.store.weights(rows), queries)
@@ -105,11 +104,11 @@ class Models:
         return every[[rows.get(key, len(found)) for key in keys]]
 
     def untrained(self, seeds: Sequence[int], queries: Queries) -> Tensor:
-        """[seed, query]: under the models as they are before any training."""
-        return losses_under((self.way.initial(seed) for seed in self._seeds(seeds)), queries)
+        """[seed, query]: losses under the untrained models."""
+        return losses_under((self.backend.initial(seed) for seed in self._seeds(seeds)), queries)
 
     def _seeds(self, seeds: Sequence[int]) -> list[int]:
-        return list(seeds) if self.way.seeded else [0] * len(seeds)
+        return list(seeds) if self.backend.seeded else [0] * len(seeds)
 
     def _jobs(self, membership: Tensor, seeds: Sequence[int]) -> dict[str, Job]:
         pairs = zip(membership, self._seeds(seeds), strict=True)
@@ -128,8 +127,8 @@ class Models:
                 "subsets; the value of the empty set is `DataShapley(empty=)`."
             )
 
-    def _lacking(self, membership: Tensor) -> list[str]:
-        """Subsets that hold no example of some class, where labels can be read."""
+    def _missing_classes(self, membership: Tensor) -> list[str]:
+        """A note per class of which some subsets hold no example, where the labels can be read from the dataset."""
         if self._labels is None:
             return []
         notes = []
@@ -141,7 +140,7 @@ class Models:
 
 
 def _labels(dataset: Any) -> Tensor | None:
-    """[train] integer labels, where the dataset keeps them where datasets usually do."""
+    """[train]: integer labels, if the dataset is a ``TensorDataset`` or has ``targets``; otherwise None."""
     if isinstance(dataset, Subset):
         inner = _labels(dataset.dataset)
         return None if inner is None else inner[torch.as_tensor(list(dataset.indices))]
@@ -155,7 +154,7 @@ def _labels(dataset: Any) -> Tensor | None:
 
 
 def _fingerprint(train: Source) -> str:
-    """A hash of a few examples, spread evenly."""
+    """A hash of a few evenly spread examples."""
     examples, digest = train.examples(None), hashlib.sha256()
     for i in evenly_spread(len(train.dataset), _FINGERPRINTED):
         for leaf in tree_leaves(examples.one(i)):

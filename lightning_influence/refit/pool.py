@@ -1,4 +1,4 @@
-"""Many models by joblib: whatever backend the user set, failures and dead workers included."""
+"""Trains many models, in this process or by joblib; survives failures and dead workers."""
 
 import pickle
 import sys
@@ -16,10 +16,10 @@ from lightning_influence.refit.store import TrainedModel
 Job = tuple[Tensor, int]
 """Membership and seed of a model to train."""
 
-# The pool may break down this often in a row without one model more.
+# The pool may break down this often in a row without finishing a model.
 _BREAKDOWNS = 3
-# Errors that no other worker would help against: what cannot be sent to one.
-_OURS = (pickle.PicklingError, TypeError, AttributeError, ImportError)
+# Raised where the job cannot be sent to a worker, which no other worker would help against.
+_UNSENDABLE = (pickle.PicklingError, TypeError, AttributeError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,19 @@ def train_all(
     n_jobs: int | None,
     take: Callable[[TrainedModel], None],
 ) -> list[Failure]:
-    """Trains every job, hands each model to ``take`` as soon as it is finished, and tries once more what failed.
+    """Trains every job, passes each model to ``take`` as soon as it is finished, and retries failures once.
 
     Args:
         train: called with membership and seed, here or in another process.
         jobs: what to train.
-        n_jobs: processes; None: what ``joblib.parallel_config`` around the call says, else this process alone.
-        take: keeps a model.
+        n_jobs: processes; None: those of a ``joblib.parallel_config`` around the call, otherwise only this process.
+        take: stores a model.
 
     Returns:
-        What failed twice.
+        The jobs that failed twice.
 
     Raises:
-        RuntimeError: the pool breaks down again and again.
+        RuntimeError: the pool keeps breaking down.
         ImportError: ``n_jobs`` asks for processes and joblib is not installed.
     """
     waiting, tries, breakdowns = dict(enumerate(jobs)), Counter[int](), 0
@@ -60,7 +60,7 @@ def train_all(
                 index, result = next(results)
             except StopIteration:
                 break
-            except _OURS:
+            except _UNSENDABLE:
                 raise
             except Exception as error:
                 breakdowns += 1
@@ -76,7 +76,7 @@ def train_all(
                 lost.append(result)
                 del waiting[index]
             else:
-                warnings.warn(f"{named(result)} It is tried once more.", stacklevel=2)
+                warnings.warn(f"{described(result)} It is tried once more.", stacklevel=2)
     return lost
 
 
@@ -84,17 +84,17 @@ def _breakdown(error: Exception, breakdowns: int, left: int) -> None:
     cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if breakdowns >= _BREAKDOWNS:
         raise RuntimeError(
-            f"Expected workers that train, got {breakdowns} breakdowns of the pool without one model more ({cause}). "
-            f"{left} models are left; those that are finished are kept. Look at the memory of the workers, or train "
-            "with `n_jobs=1`."
+            f"Expected workers that train, got {breakdowns} breakdowns of the pool without a finished model ({cause}). "
+            f"{left} models are left; finished ones are kept. Check the memory of the workers, or train with "
+            "`n_jobs=1`."
         ) from error
-    warnings.warn(f"A worker was lost ({cause}): what it was training is trained again.", stacklevel=3)
+    warnings.warn(f"A worker was lost ({cause}): its models are trained again.", stacklevel=3)
 
 
 def _results(
     train: Callable[[Tensor, int], TrainedModel], jobs: Sequence[tuple[int, Job]], n_jobs: int | None
 ) -> Iterator[tuple[int, TrainedModel | Failure]]:
-    """In the order in which they are finished."""
+    """Each job's number with its model or failure, in the order in which they finish."""
     if not _parallel(n_jobs):
         for index, job in jobs:
             yield _one(train, index, job)
@@ -109,14 +109,14 @@ def _results(
     if joblib.parallel.get_active_backend()[0].supports_return_generator:
         yield from joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered", batch_size=1)(tasks)
         return
-    wave = 2 * joblib.effective_n_jobs(n_jobs)  # Ray gives nothing back before everything is done
+    wave = 2 * joblib.effective_n_jobs(n_jobs)  # Ray returns no result before all are done
     with joblib.Parallel(n_jobs=n_jobs, batch_size=1) as pool:
         for first in range(0, len(tasks), wave):
             yield from pool(tasks[first : first + wave])
 
 
 def _parallel(n_jobs: int | None) -> bool:
-    """Whether joblib has a say: processes were asked for, or the user's ``parallel_config`` names a backend."""
+    """Whether to train by joblib: ``n_jobs`` asks for processes, or the user's ``parallel_config`` sets a backend."""
     if n_jobs is not None or "joblib" not in sys.modules:
         return n_jobs not in (None, 1)
     from joblib.parallel import get_active_backend
@@ -126,7 +126,7 @@ def _parallel(n_jobs: int | None) -> bool:
 
 
 def _one(train: Callable[[Tensor, int], TrainedModel], index: int, job: Job) -> tuple[int, TrainedModel | Failure]:
-    """A model, or why there is none: one failure does not end the others."""
+    """A model, or its failure: an exception would end the other jobs."""
     try:
         return index, train(*job)
     except Exception as error:
@@ -135,8 +135,8 @@ def _one(train: Callable[[Tensor, int], TrainedModel], index: int, job: Job) -> 
         return index, Failure(job, cause)
 
 
-def named(failure: Failure) -> str:
-    """One sentence that says which model failed and why."""
+def described(failure: Failure) -> str:
+    """One sentence: which model failed, and why."""
     membership, seed = failure.job
     out = (~membership).nonzero()[:, 0].tolist()
     what = f"without {out}" if len(out) <= 5 else f"on {int(membership.sum())} of {len(membership)} examples"

@@ -1,4 +1,4 @@
-"""One model through the user's own Trainer, on a part of the training data, under a seed."""
+"""Trains one model on a subset of the training data under a seed, with the user's own Trainer."""
 
 import contextlib
 import logging
@@ -20,12 +20,12 @@ from lightning_influence.types import clean
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the user makes a model, a Trainer and a loader; travels to other processes.
+    """The user's factories and dataset; can be sent to other processes.
 
     Args:
-        make_module: a new LightningModule.
-        make_trainer: a new Trainer.
-        make_dataloader: the training loader of a ``Subset``.
+        make_module: returns a new LightningModule.
+        make_trainer: returns a new Trainer.
+        make_dataloader: returns the training loader of a ``Subset``.
         dataset: the whole training dataset.
     """
 
@@ -35,7 +35,7 @@ class Recipe:
     dataset: Any
 
     def check(self) -> None:
-        """Calls each factory twice, as cheap as that is, before anything is trained.
+        """Calls each factory twice before anything is trained.
 
         Raises:
             ValueError: one of them returns the same object twice, or modules that share their parameters.
@@ -48,14 +48,14 @@ class Recipe:
         }
         if first is second or shared:
             raise ValueError(
-                "Expected `make_module` to make a new module each time, got the same one twice"
-                f"{'' if first is second else ' (its parameters are shared)'}: a model would go on from where the one "
-                "before stopped. Build the module inside the function."
+                "Expected `make_module` to return a new module each time, got the same one twice"
+                f"{'' if first is second else ' (its parameters are shared)'}: each model would continue from "
+                "the weights of the previous one. Build the module inside the function."
             )
         if trainers[0] is trainers[1]:
             raise ValueError(
-                "Expected `make_trainer` to make a new Trainer each time, got the same one twice: a Trainer that is "
-                "done does not train again. Build the Trainer inside the function."
+                "Expected `make_trainer` to return a new Trainer each time, got the same one twice: a Trainer that has "
+                "finished does not train again. Build the Trainer inside the function."
             )
 
     def initial(self, seed: int) -> dict[str, Tensor]:
@@ -65,10 +65,10 @@ class Recipe:
             return weights_of(self.make_module())
 
     def train(self, membership: Tensor, seed: int) -> TrainedModel:
-        """Trains one model; the random state outside is as it was.
+        """Trains one model; the global random state is restored.
 
         Raises:
-            ValueError: the Trainer took no step, or the weights are as they were or not finite.
+            ValueError: the Trainer took no step, or the weights did not change or are not finite.
         """
         start = time.perf_counter()
         subset = Subset(self.dataset, membership.nonzero()[:, 0].tolist())
@@ -90,7 +90,7 @@ def _check_trained(trainer: Any, before: dict[str, Tensor], after: dict[str, Ten
         raise ValueError(
             f"Expected the Trainer of `make_trainer` to train, got {trainer.global_step} steps "
             f"(`max_epochs={trainer.max_epochs}`, `limit_train_batches={trainer.limit_train_batches}`) that left the "
-            "weights as they were. Look at `make_trainer`, `make_dataloader` and at what requires gradients."
+            "weights unchanged. Check `make_trainer`, `make_dataloader` and which parameters require gradients."
         )
     broken = [name for name, value in after.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
@@ -98,14 +98,14 @@ def _check_trained(trainer: Any, before: dict[str, Tensor], after: dict[str, Ten
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of parameters and persistent buffers by clean name, on the CPU."""
+    """Copies of parameters and persistent buffers on the CPU, by name without the prefix of ``torch.compile``."""
     state = unwrapped(module).state_dict()
     named = {*dict(unwrapped(module).named_parameters()), *dict(unwrapped(module).named_buffers())}
     return {clean(name): value.detach().cpu().clone() for name, value in state.items() if name in named}
 
 
 def seed_everything(seed: int) -> None:
-    """What ``pytorch_lightning.seed_everything(seed)`` sets, so that the user can train the same model alone."""
+    """Seeds what ``pytorch_lightning.seed_everything(seed)`` does, so that the user can train the same model alone."""
     torch.manual_seed(seed)
     random.seed(seed)
     numpy = sys.modules.get("numpy")
@@ -115,14 +115,14 @@ def seed_everything(seed: int) -> None:
 
 @contextlib.contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """A thousand Trainers do not tell a thousand times which accelerators there are."""
+    """Silences what every new Trainer logs about accelerators, until the context ends."""
     names = ("lightning", "pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric")
-    voices = [logging.getLogger(name) for name in names]
-    levels = [voice.level for voice in voices]
-    for voice in voices:
-        voice.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        for voice, level in zip(voices, levels, strict=True):
-            voice.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

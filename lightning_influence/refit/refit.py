@@ -1,4 +1,4 @@
-"""How models are trained again, and where they are kept."""
+"""`Refit`: retrains models on subsets of the training data and keeps them on disk."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_influence.checks import check_fraction, check_integer, one_of
 from lightning_influence.data.source import Source, source_of
 from lightning_influence.module.task import Loss
 from lightning_influence.numerics import subsets
@@ -22,35 +23,35 @@ from lightning_influence.setting.session import Session
 from lightning_influence.setting.setting import Queries
 from lightning_influence.types import MissingEvidence
 
-# Subsets to judge by are drawn by other seeds than those that a method learns from.
-_JUDGES = 10**6
+# Subsets for evaluation are drawn with other seeds than those that a method estimates from.
+_FIRST_SEED = 10**6
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is trained again: an attributor's module, data and fit."""
+    """What is retrained: an attributor's module, data and fit."""
 
     session: Session
     train: Source
 
 
 class Refit:
-    """How models are trained again for methods that retrain, and for judging scores by the truth.
+    """How models are retrained, for methods that need it and for evaluating scores against the truth.
 
     Args:
         make_module: returns a new LightningModule; for ``seeds="independent"``.
-        make_trainer: returns a new Trainer, best one without logger and checkpoints.
+        make_trainer: returns a new Trainer, preferably without logger and checkpoints.
         make_dataloader: returns the training loader of a ``Subset`` of the training data.
-        seeds: ``"fixed"``: the captured run once more, step by step, with the weight of what is left out set to 0;
-            needs no factories. ``"independent"``: each model from its own seed through the user's Trainer.
-        dirpath: where finished models are kept; a restart goes on there. None: in the captured run's folder.
-        removal: for fixed seeds: ``"downweight"`` leaves the divisor of a batch as it was, ``"renormalize"`` divides by
-            what remains of it.
-        n_jobs: processes, for independent seeds. None: what ``joblib.parallel_config`` around the call says (Dask and
-            Ray are joblib backends), else this process alone.
+        seeds: ``"fixed"``: replay the captured run step by step with the weight of what is left out set to 0; needs no
+            factories. ``"independent"``: train each model from its own seed with the user's Trainer.
+        dirpath: where finished models are kept; a restart continues there. None: in the captured run's folder.
+        removal: for fixed seeds: ``"downweight"`` keeps the divisor of a batch's loss, ``"renormalize"`` divides by the
+            number of examples that remain.
+        n_jobs: processes, for independent seeds. None: those of a ``joblib.parallel_config`` around the call (Dask and
+            Ray are joblib backends), otherwise only this process.
 
     Raises:
-        ValueError: another word; factories that are missing, or given where none are needed.
+        ValueError: another value; factories that are missing, or given where none are needed.
 
     Example:
         >>> refit = Refit(make_module, make_trainer, make_loader, "independent", "bank")  # doctest: +SKIP
@@ -68,12 +69,8 @@ class Refit:
         removal: Literal["downweight", "renormalize"] = "downweight",
         n_jobs: int | None = None,
     ) -> None:
-        for name, value, allowed in (
-            ("seeds", seeds, ("fixed", "independent")),
-            ("removal", removal, ("downweight", "renormalize")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        one_of("seeds", seeds, ("fixed", "independent"))
+        one_of("removal", removal, ("downweight", "renormalize"))
         factories = {"make_module": make_module, "make_trainer": make_trainer, "make_dataloader": make_dataloader}
         given = [name for name, value in factories.items() if value is not None]
         if seeds == "independent" and len(given) < 3:
@@ -83,8 +80,8 @@ class Refit:
             )
         if seeds == "fixed" and given:
             raise ValueError(
-                f"Expected no factories for `seeds='fixed'`, which trains the captured run once more, got "
-                f"{', '.join(given)}. Leave them out, or pass `seeds='independent'`."
+                f"Expected no factories for `seeds='fixed'`, which replays the captured run, got {', '.join(given)}. "
+                "Leave them out, or pass `seeds='independent'`."
             )
         self.factories = factories
         self.seeds, self.removal, self.n_jobs = seeds, removal, n_jobs
@@ -92,28 +89,28 @@ class Refit:
         self._subject: Subject | None = None
         self._models: Models | None = None
         self.asked: Source | None = None
-        """The queries that the attributor was last asked about."""
+        """The queries that the attributor last scored."""
 
     def attach(self, session: Session, train: Source) -> None:
-        """An ``Attributor(refit=)`` says what is trained again."""
+        """Set what is retrained; ``Attributor(refit=)`` calls this."""
         self._subject, self._models, self.asked = Subject(session, train), None, None
 
     @property
     def models(self) -> Models:
-        """The models that there are.
+        """The models trained so far, and the backend that trains more.
 
         Raises:
-            MissingEvidence: no ``Attributor`` was given this, or fixed seeds without a captured run.
-            ValueError: no place for them, or one with models of something else.
+            MissingEvidence: this was passed to no ``Attributor``, or has fixed seeds without a captured run.
+            ValueError: there is no folder for the models, or it holds models of something else.
         """
         if self._models is None:
-            subject = self._subject_or_raise()
-            self._models = Models(self._way(subject), subject.train, self._folder(subject), subject.session.trainer)
+            what = self._subject_or_raise()
+            self._models = Models(self._backend(what), what.train, self._folder(what), what.session.trainer)
         return self._models
 
     @contextlib.contextmanager
-    def asking(self, queries: Any, measurement: Loss | None = None, mean: bool = False) -> Iterator[Queries]:
-        """The queries, ready to be measured under any model of this module."""
+    def _opened(self, queries: Any, measurement: Loss | None = None, mean: bool = False) -> Iterator[Queries]:
+        """The queries, to be measured under any model of this module while the context lasts."""
         subject = self._subject_or_raise()
         source = source_of(queries, "queries", like=subject.train)
         with subject.session.open(source, measurement, mean, gradients=False) as setting:
@@ -131,20 +128,23 @@ class Refit:
         higher_is_better: bool = False,
         seed: int = 0,
     ) -> Bank:
-        """Trains models on subsets of the data and measures queries under them, for ``metrics.evaluate``.
+        """Train models on subsets of the data and measure queries under them, for ``metrics.evaluate``.
 
         Args:
             queries: Dataset or DataLoader.
-            n_subsets: how many subsets, of one size.
-            fraction: of the training data in each.
-            n_seeds: models a subset; more than one tells how much of the truth is noise.
-            leave_out: in place of random subsets, all but one of these examples each.
-            measurement: ``(module, batch) -> [batch]`` in place of the loss.
-            higher_is_better: of the measurement.
-            seed: of the subsets; other ones than ``Downsampling`` draws.
+            n_subsets: number of random subsets, all of the same size.
+            fraction: of the training data in each subset.
+            n_seeds: models per subset; with more than one, the noise of the truth can be estimated.
+            leave_out: instead of random subsets, one subset per id, with all examples but that one.
+            measurement: ``(module, batch) -> [batch]`` instead of the loss.
+            higher_is_better: whether a higher measurement is better.
+            seed: of the random subsets, which differ from those of ``Downsampling`` under the same seed.
+
+        Returns:
+            Losses of the queries by subset and seed.
 
         Raises:
-            ValueError: a fraction outside (0, 1), ids outside the data.
+            ValueError: a fraction outside (0, 1), ids outside the data, a number of subsets or seeds below 1.
             RuntimeError: no model could be trained.
         """
         n_train = len(self._subject_or_raise().train.dataset)
@@ -153,12 +153,15 @@ class Refit:
         return self._bank(membership, queries, n_seeds, leave_out is not None, measurement, sign)
 
     def without(self, ids: Tensor, queries: Any = None, n_seeds: int = 1) -> Bank:
-        """A bank whose k-th subset lacks the examples of the k-th row: the brittleness test trains on those.
+        """A bank whose k-th subset leaves out the examples in the k-th row, for ``metrics.subset_removal``.
 
         Args:
-            ids: [subset, few] training ids.
-            queries: Dataset or DataLoader; None: those that the attributor was last asked about.
-            n_seeds: models a subset; the model with everything is of the same seeds.
+            ids: [subset, left out] training ids.
+            queries: Dataset or DataLoader; None: those that the attributor last scored.
+            n_seeds: models per subset; the models trained on everything have the same seeds.
+
+        Returns:
+            Losses of the queries by subset and seed.
 
         Raises:
             ValueError: no queries.
@@ -166,37 +169,38 @@ class Refit:
         n_train = len(self._subject_or_raise().train.dataset)
         queries = self.asked if queries is None else queries
         if queries is None:
-            raise ValueError("Expected `queries`, got None, and none were asked about before. Pass their dataset.")
+            raise ValueError("Expected `queries`, got None, and none were scored before. Pass their dataset.")
         membership = torch.ones(len(ids), n_train, dtype=torch.bool).scatter_(1, ids, False)
         return self._bank(membership, queries, n_seeds, True, None, 1.0)
 
     def _bank(
         self, membership: Tensor, queries: Any, n_seeds: int, paired: bool, measurement: Loss | None, sign: float
     ) -> Bank:
-        """Trains and measures; where ``paired``, every subset has the seeds of the model with everything."""
+        """Trains and measures; if ``paired``, every subset has the same seeds as the models trained on everything."""
+        check_integer("n_seeds", n_seeds)
         models, n_train = self.models, membership.shape[1]
-        n_seeds = n_seeds if models.way.seeded else 1
+        n_seeds = n_seeds if models.seeded else 1
         everything = torch.ones(n_seeds, n_train, dtype=torch.bool)
         rows = membership.repeat_interleave(n_seeds, 0)
-        # Of a difference, what the seeds share falls away.
-        seeds = list(range(n_seeds)) * len(membership) if paired else [_JUDGES + row for row in range(len(rows))]
+        # In a difference of models of the same seed, the seed's own effect largely cancels.
+        seeds = list(range(n_seeds)) * len(membership) if paired else [_FIRST_SEED + row for row in range(len(rows))]
         notes = models.train(torch.cat([everything, rows]), [*range(n_seeds), *seeds])
-        with self.asking(queries, measurement) as asked:
-            losses = sign * models.losses(rows, seeds, asked[:])
-            full = sign * models.losses(everything, list(range(n_seeds)), asked[:])
-        with self.asking(self._subject_or_raise().train) as asked:
-            train_losses = models.losses(everything[:1], [0], asked[:])[0]
+        with self._opened(queries, measurement) as opened:
+            losses = sign * models.losses(rows, seeds, opened[:])
+            full = sign * models.losses(everything, list(range(n_seeds)), opened[:])
+        with self._opened(self._subject_or_raise().train) as opened:
+            train_losses = models.losses(everything[:1], [0], opened[:])[0]
         return Bank(
             membership=membership,
             losses=losses.reshape(len(membership), n_seeds, -1),
             full=full,
             query_ids=torch.arange(losses.shape[1]),
-            deterministic=not models.way.seeded,
+            deterministic=not models.seeded,
             train_losses=train_losses,
             notes=tuple(notes),
         )
 
-    def _way(self, subject: Subject) -> TrainingBackend:
+    def _backend(self, subject: Subject) -> TrainingBackend:
         if self.seeds == "independent":
             recipe = Recipe(**self.factories, dataset=subject.train.dataset)  # type: ignore[arg-type]
             return Independent(recipe, self.n_jobs)
@@ -218,7 +222,7 @@ class Refit:
     def _subject_or_raise(self) -> Subject:
         if self._subject is None:
             raise MissingEvidence(
-                "Expected a `Refit` that knows what to train again, got one on its own. Pass it to "
+                "Expected a `Refit` of an attributor, got one that no attributor has. Pass it to "
                 "`Attributor(model, train, trajectory, refit=refit)` first."
             )
         return self._subject
@@ -231,6 +235,6 @@ def _membership(n_train: int, n_subsets: int, fraction: float, leave_out: Sequen
         if wrong or not len(ids):
             raise ValueError(f"Expected `leave_out` to be ids below {n_train}, got {wrong[:5] or 'none'}.")
         return subsets.without_each(n_train, ids)
-    if not 0 < fraction < 1:
-        raise ValueError(f"Expected `fraction` between 0 and 1, got {fraction!r}.")
-    return subsets.fixed_size(n_train, n_subsets, max(1, round(fraction * n_train)), seed + _JUDGES)
+    check_integer("n_subsets", n_subsets)
+    check_fraction("fraction", fraction)
+    return subsets.fixed_size(n_train, n_subsets, max(1, round(fraction * n_train)), seed + _FIRST_SEED)

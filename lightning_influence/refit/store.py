@@ -1,9 +1,8 @@
-"""Trained models on disk: each is recorded once it is finished, and found again by what it was trained on."""
+"""Trained models on disk, written as they finish, and found by subset and seed."""
 
 import contextlib
 import hashlib
 import json
-import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from filelock import FileLock, Timeout  # a dependency of torch
 from torch import Tensor
 
 from lightning_influence.trajectory.files import write_atomically
@@ -38,8 +38,8 @@ class TrainedModel:
 
     Args:
         membership: [train] bool.
-        seed: under which it was made and trained.
-        seconds: that it took.
+        seed: under which it was initialised and trained.
+        seconds: training time.
         weights: parameters and buffers, on the CPU.
     """
 
@@ -50,21 +50,21 @@ class TrainedModel:
 
     @property
     def key(self) -> str:
-        """What it is known by."""
+        """Identifies the model in the store."""
         return key_of(self.membership, self.seed)
 
 
 def key_of(membership: Tensor, seed: int) -> str:
-    """One name for a subset and a seed."""
+    """A hash of a subset and a seed."""
     return hashlib.sha256(_packed(membership) + f":{len(membership)}:{seed}".encode()).hexdigest()[:24]
 
 
 class ModelStore:
-    """A folder of Arrow files, each with the models that were finished together.
+    """A folder of Arrow files, each with models that finished together.
 
     Args:
-        folder: is made where it is missing.
-        identity: what makes models belong together: dataset, module, how they are trained.
+        folder: created if it is missing.
+        identity: what all models in it share: dataset, module, how they are trained.
         layout: name, dtype and shape of each tensor of a model.
 
     Raises:
@@ -89,17 +89,24 @@ class ModelStore:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Nobody else trains models into the folder meanwhile; those that came since it was opened are known inside.
+        """Locks the folder against other processes that train models into it, and picks up the models they added.
 
         Raises:
-            RuntimeError: somebody does.
+            RuntimeError: another process holds the lock.
         """
-        with _locked(self.folder):
+        try:
+            held = FileLock(self.folder / ".lock").acquire(timeout=0)
+        except Timeout:
+            raise RuntimeError(
+                f"Expected to be the only process that trains models into `{self.folder}`, got another one that does. "
+                "Wait for it, or choose another `dirpath`."
+            ) from None
+        with held:
             self._refresh()
             yield
 
     def add(self, models: Sequence[TrainedModel]) -> None:
-        """Writes finished models as one file that appears when it is whole; those that are there already stay."""
+        """Writes finished models as one file, atomically; models already in the store are skipped."""
         new = [model for model in models if model.key not in self]
         if not new:
             return
@@ -120,7 +127,7 @@ class ModelStore:
         self.seconds += [model.seconds for model in new]
 
     def weights(self, keys: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-        """The tensors of some models, one model in memory at a time."""
+        """The tensors of the given models, one model in memory at a time."""
         opened: tuple[Path | None, Any] = (None, None)
         for key in keys:
             path, row = self._places[key]
@@ -159,7 +166,7 @@ class ModelStore:
             if found.get(name) != value:
                 raise ValueError(
                     f"Expected a bank of models with `{name}` {_short(value)} in `{self.folder}`, got one with "
-                    f"{_short(found.get(name))}. Its models answer another question: choose another `dirpath`."
+                    f"{_short(found.get(name))}. Its models were trained on something else: choose another `dirpath`."
                 )
 
     def _bytes(self, weights: Mapping[str, Tensor]) -> bytes:
@@ -183,7 +190,7 @@ def layout_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[str, list[int]]]
 
 
 def digest_of(weights: Mapping[str, Tensor], **more: Any) -> str:
-    """A hash of tensors by name and of JSON-able settings."""
+    """A hash of named tensors and of further JSON-serialisable values."""
     digest = hashlib.sha256(json.dumps(more, sort_keys=True, default=repr).encode())
     for name, value in weights.items():
         digest.update(name.encode() + bytes_of(value))
@@ -191,7 +198,7 @@ def digest_of(weights: Mapping[str, Tensor], **more: Any) -> str:
 
 
 def bytes_of(leaf: Any) -> bytes:
-    """What a leaf of a batch is told by."""
+    """The content of a leaf of a batch as bytes, for hashing; leaves of unknown types all give the same."""
     if isinstance(leaf, Tensor):
         return leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if leaf.numel() else b""
     return repr(leaf).encode() if isinstance(leaf, (str, int, float, bool, bytes, type(None))) else b"?"
@@ -208,27 +215,3 @@ def _packed(membership: Tensor) -> bytes:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 160 else text[:157] + "..."
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds a file that is ours until this ends, or this process does, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two processes at work on one folder are not told apart
-        yield
-        return
-    with open(folder / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise RuntimeError(
-                f"Expected to be the only one who trains models into `{folder}`, got process {owner} at work on it. "
-                "Wait for it, or choose another `dirpath`."
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield

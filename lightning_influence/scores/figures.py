@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,12 @@ from lightning_influence.plotting.example_view import (
     Classes,
     Normalization,
     class_name,
-    look_at,
     normalization_of,
     plain,
 )
 from lightning_influence.scores import base as answer
 from lightning_influence.scores.base import Answer, TopK
+from lightning_influence.types import labels_in
 
 
 class Shown(Answer):
@@ -171,7 +171,7 @@ def _classes(name: str, data: Any, ids: Tensor) -> tuple[list[Any], Tensor]:
             raise ValueError(f"Expected `{name}` to hold {ids.numel()} classes, got shape {list(data.shape)}.")
         found = data.tolist()
     else:
-        found = [_label(data[i]) for i in ids.tolist()]
+        found = [plain(labels_in(data[i])) for i in ids.tolist()]
     missing = [i for i, label in zip(ids.tolist(), found, strict=True) if label is None]
     if missing:
         raise ValueError(
@@ -181,10 +181,3 @@ def _classes(name: str, data: Any, ids: Tensor) -> tuple[list[Any], Tensor]:
     classes = sorted(set(found), key=lambda label: (isinstance(label, str), label))
     place = {label: at for at, label in enumerate(classes)}
     return classes, torch.tensor([place[label] for label in found])
-
-
-def _label(example: Any) -> Any:
-    """The class of an example, whatever the rest of it is."""
-    if isinstance(example, (tuple, list)) and len(example) > 1:
-        return plain(example[1])
-    return look_at(example).label if isinstance(example, Mapping) else None

@@ -1,4 +1,4 @@
-"""One captured state of a fit."""
+"""A checkpoint: the weights and states of a fit after one optimizer step."""
 
 import io
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ from lightning_influence.trajectory.files import read_verified
 
 @dataclass(frozen=True)
 class SavedState:
-    """What a checkpoint holds, all of it tensors on the CPU.
+    """The content of a checkpoint, as tensors on the CPU.
 
     ``parameters`` and ``buffers`` are keyed by the module's names (without ``_orig_mod.``), ``optimizer`` by parameter
-    name and then by the optimizer's own key, ``random`` by generator. Of a Lightning ``.ckpt``, which does not tell
-    parameters from buffers, both dicts hold all of ``state_dict``: pick by the module's names.
+    name and then by the optimizer's own key, ``random`` by generator. A Lightning ``.ckpt`` does not distinguish
+    parameters from buffers, so both dicts hold all of its ``state_dict``: select by the module's names.
     """
 
     parameters: dict[str, Tensor]
@@ -29,7 +29,7 @@ class SavedState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state on disk: read only when asked for, verified when read."""
+    """A checkpoint on disk; ``load`` reads it and verifies its size and checksum."""
 
     step: int
     epoch: int
@@ -41,7 +41,7 @@ class Checkpoint:
         """Read and verify the file.
 
         Raises:
-            MissingEvidence: the file is gone, truncated or changed.
+            MissingEvidence: the file is missing, truncated or changed.
         """
         content = read_verified(self.path, self.size, self.crc32)
         tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -49,10 +49,10 @@ class Checkpoint:
 
 
 def is_plain_sgd(group: dict[str, Any]) -> bool:
-    """Whether a parameter group is one of ``torch.optim.SGD``: no other optimizer of torch has ``dampening``."""
+    """Whether a parameter group belongs to ``torch.optim.SGD``, the only torch optimizer with ``dampening``."""
     return "dampening" in group
 
 
 def is_decoupled(entry: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
-    """Whether a parameter group's weight decay is a shrinkage of its own, as in AdamW, and no gradient of a penalty."""
+    """Whether a parameter group's weight decay shrinks the weights directly, as in AdamW, not by a gradient."""
     return entry.get("kind") == "AdamW" or bool(group.get("decoupled_weight_decay", False))

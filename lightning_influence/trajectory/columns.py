@@ -1,4 +1,4 @@
-"""Python values as Arrow arrays without `pa.array`, which imports pandas where it can: 0.4 s of a user's fit."""
+"""Python values as Arrow arrays without `pa.array`, which imports pandas if it is installed: 0.4 s of a fit."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,12 +8,12 @@ import pyarrow as pa
 
 
 def encode_rows(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
-    """One record batch of rows that have every column of the schema."""
+    """A record batch of rows, each with all columns of the schema."""
     return pa.RecordBatch.from_arrays([encode([row[f.name] for row in rows], f.type) for f in schema], schema=schema)
 
 
 def encode(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
-    """An array of lists, structs, binaries, booleans or numbers, any of them None."""
+    """An array of lists, structs, binaries, booleans or numbers, any of which may be None."""
     present = np.fromiter((value is not None for value in values), bool, len(values))
     buffers = [None if present.all() else _bits(present)]
     children = None

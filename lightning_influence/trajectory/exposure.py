@@ -1,4 +1,4 @@
-"""How strongly the steps of a window acted on each training example."""
+"""How strongly each training example was trained on, from the records of optimizer steps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ Reduction = Literal["mean", "sum"]
 
 @dataclass(frozen=True)
 class ParameterGroups:
-    """Parameters that every step treated alike, numbered through over all optimizers.
+    """Groups of parameters that every step treated alike, numbered over all optimizers.
 
     Args:
-        places: for each entry of the settings, the optimizer's group in which each of these stood, or -1 for none: not
-            this optimizer's, not yet added, or frozen.
-        of_parameter: the number of every parameter that any step trained.
+        places: for each entry of the optimizer options, [group]: the optimizer's own group that each group belonged to,
+            or -1 where it belonged to none: another optimizer's, not yet added, or frozen.
+        of_parameter: the group number of every parameter that any step trained.
     """
 
     places: tuple[np.ndarray, ...]
@@ -32,19 +32,19 @@ class ParameterGroups:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """The number of groups."""
         return len(self.places[0]) if self.places else 0
 
     @classmethod
     def of(cls, settings: Sequence[dict[str, Any]]) -> "ParameterGroups":
-        """Parameters that were frozen, added or moved during the fit stand apart from those that were not."""
+        """The groups of a fit; parameters frozen, added or moved during the fit get groups of their own."""
         layouts = [_layout(entry) for entry in settings]
-        distinct = sorted(dict.fromkeys(layouts), key=itemgetter(0))  # few, however often a setting changed
+        distinct = sorted(dict.fromkeys(layouts), key=itemgetter(0))  # few, however often an option changed
         places: dict[str | tuple[int, int], list[int]] = {}
         for k, (optimizer, groups, frozen) in enumerate(distinct):
             for index, names in enumerate(groups):
                 members: list[str | tuple[int, int]] = [name for name in names if name not in frozen]
-                if not names:  # a file may not name a group's parameters: it stands for itself
+                if not names:  # a file may not name a group's parameters: the group is then its own only member
                     members.append((optimizer, index))
                 for name in members:
                     places.setdefault(name, [-1] * len(distinct))[k] = index
@@ -56,7 +56,7 @@ class ParameterGroups:
         return cls(tuple(row_of[layout] for layout in layouts), named)
 
     def spread(self, entry: int, values: Sequence[float]) -> np.ndarray:
-        """[group]: what the optimizer's own groups have, where an entry of the settings puts them; else 0."""
+        """[group]: the values of the optimizer's own groups under one entry of its options; 0 for groups it lacks."""
         place = self.places[entry]
         return np.where(place < 0, 0.0, np.append(values, 0.0)[place])
 
@@ -70,7 +70,10 @@ def _layout(entry: dict[str, Any]) -> _Layout:
 
 
 def gain(group: dict[str, Any]) -> float:
-    """What a gradient moves the weights by in the end, per unit of learning rate."""
+    """How far a gradient moves the weights over all later steps, per unit of learning rate.
+
+    (1 - dampening) / (1 - momentum) for SGD, 1 for other optimizers; negative where the loss is maximised.
+    """
     sign = -1.0 if group.get("maximize") else 1.0
     momentum = group.get("momentum") or 0.0
     if not is_plain_sgd(group) or momentum == 0.0:
@@ -78,19 +81,28 @@ def gain(group: dict[str, Any]) -> float:
     return sign * (1.0 - group["dampening"]) / (1.0 - momentum)
 
 
-def pulls(rows: pa.Table, settings: Sequence[dict[str, Any]], groups: ParameterGroups) -> np.ndarray:
-    """[step, group]: learning rate × gain of momentum × clip coefficient / Lightning's divisor."""
-    pull = np.zeros((len(rows), groups.count))
+def effective_rates(rows: pa.Table, settings: Sequence[dict[str, Any]], groups: ParameterGroups) -> np.ndarray:
+    """[step, group]: learning rate × gain of momentum × clip coefficient / divisor of gradient accumulation."""
+    effective = np.zeros((len(rows), groups.count))
     gains = [[gain(group) for group in entry["groups"]] for entry in settings]
     columns = (rows[name].to_pylist() for name in ("lr", "settings", "clip", "divisor"))
     for row, (rates, entry, clip, divisor) in enumerate(zip(*columns, strict=True)):
         scale = (1.0 if clip is None else clip) / divisor
-        pull[row] = groups.spread(entry, np.multiply(rates, gains[entry]) * scale)
-    return pull
+        effective[row] = groups.spread(entry, np.multiply(rates, gains[entry]) * scale)
+    return effective
 
 
-def visited(rows: pa.Table, pull: np.ndarray, reduction: Reduction, n_train: int) -> Tensor:
-    """[group, train]: the pull of the steps in which each example was drawn, times its weight there.
+def visited(rows: pa.Table, rates: np.ndarray, reduction: Reduction, n_train: int) -> Tensor:
+    """The exposure of each example where the batch order is known.
+
+    Args:
+        rows: the optimizer steps.
+        rates: their effective learning rates, [step, group].
+        reduction: of the loss over a batch.
+        n_train: length of the training dataset.
+
+    Returns:
+        [group, train]: the effective rates of the steps in which an example was drawn, times its weight there.
 
     Raises:
         ValueError: a recorded id is not an index of a dataset of ``n_train`` examples.
@@ -107,15 +119,25 @@ def visited(rows: pa.Table, pull: np.ndarray, reduction: Reduction, n_train: int
         )
     row_of_id = np.repeat(np.repeat(np.arange(len(rows)), micro_per_row), sizes)
     share = np.repeat(1.0 / np.maximum(sizes, 1), sizes) if reduction == "mean" else np.ones(len(ids))
-    weights = [np.bincount(ids, weights=pull[row_of_id, g] * share, minlength=n_train) for g in range(pull.shape[1])]
+    weights = [np.bincount(ids, weights=rates[row_of_id, g] * share, minlength=n_train) for g in range(rates.shape[1])]
     return torch.from_numpy(np.stack(weights)) if weights else torch.zeros(0, n_train, dtype=torch.float64)
 
 
-def expected(rows: pa.Table, pull: np.ndarray, reduction: Reduction, n_train: int, batches: int | None) -> Tensor:
-    """[group, train]: the same where it is unknown which examples were drawn, as its expectation.
+def expected(rows: pa.Table, rates: np.ndarray, reduction: Reduction, n_train: int, batches: int | None) -> Tensor:
+    """The expected exposure of each example where the batch order is unknown: the same for all.
+
+    Args:
+        rows: the optimizer steps.
+        rates: their effective learning rates, [step, group].
+        reduction: of the loss over a batch.
+        n_train: length of the training dataset.
+        batches: batches per epoch, where known.
+
+    Returns:
+        [group, train].
 
     Raises:
-        MissingEvidence: batch sizes are unknown and decide.
+        MissingEvidence: the batch sizes are required and unknown.
     """
     sizes = rows["sizes"].to_pylist()
     if reduction == "mean":
@@ -129,5 +151,5 @@ def expected(rows: pa.Table, pull: np.ndarray, reduction: Reduction, n_train: in
             "A loss with `reduction='sum'` needs the batch sizes, which this fit did not capture."
             " Pass `batches_per_epoch=`."
         )
-    total = torch.from_numpy((pull * np.asarray(weight).reshape(-1, 1)).sum(0))
+    total = torch.from_numpy((rates * np.asarray(weight).reshape(-1, 1)).sum(0))
     return total[:, None].repeat(1, n_train)

@@ -1,4 +1,4 @@
-"""How a run lies on disk: the names, the Arrow schema, atomic writing and verified reading."""
+"""The format of a run on disk: file names, the Arrow schema, atomic writes and verified reads."""
 
 import json
 import re
@@ -42,17 +42,17 @@ STEPS = pa.schema(
 
 
 def write_atomically(path: Path, content: bytes) -> dict[str, int]:
-    """Write so that a reader finds the old file or the new one, never half of it; returns size and checksum."""
+    """Write a file so that a reader finds the previous or the complete new one; returns size and checksum."""
     with whole(path) as file:
         file.write(content)
     return {"size": len(content), "crc32": zlib.crc32(content)}
 
 
 def read_verified(path: Path, size: int, crc32: int) -> bytes:
-    """The content of a file that a manifest lists.
+    """The content of a file listed in a manifest.
 
     Raises:
-        MissingEvidence: the file is gone, truncated or changed.
+        MissingEvidence: the file is missing, truncated or changed.
     """
     way_out = "Load another run of this folder, or fit again."
     try:
@@ -67,16 +67,16 @@ def read_verified(path: Path, size: int, crc32: int) -> bytes:
 
 
 def encode_manifest(manifest: dict[str, Any]) -> bytes:
-    """JSON that carries its own checksum."""
+    """A manifest as JSON with its checksum."""
     body = json.dumps(manifest, sort_keys=True)
     return json.dumps({"crc32": zlib.crc32(body.encode()), "manifest": manifest}, indent=1, sort_keys=True).encode()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a run says about itself.
+    """A run's manifest.
 
     Raises:
-        MissingEvidence: there is no manifest, it is damaged, or a newer version wrote it.
+        MissingEvidence: there is no manifest, it is damaged, or it was written by a newer version.
     """
     path = folder / MANIFEST
     try:
@@ -109,7 +109,7 @@ def runs_in(dirpath: Path) -> list[Path]:
 
 
 def read_steps(folder: Path, entries: list[dict[str, Any]]) -> pa.Table:
-    """The step segments that a manifest lists, as one table."""
+    """The step files listed in a manifest, as one table."""
     tables = []
     for entry in entries:
         content = read_verified(folder / entry["file"], entry["size"], entry["crc32"])

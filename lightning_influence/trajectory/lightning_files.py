@@ -1,4 +1,4 @@
-"""A user's existing Lightning ``.ckpt`` files as checkpoints with learning rates."""
+"""Existing Lightning ``.ckpt`` files as checkpoints with learning rates."""
 
 import pickle
 import warnings
@@ -17,13 +17,13 @@ _Rates = float | Sequence[float | Sequence[float]] | None
 
 
 class LightningCheckpoint(Checkpoint):
-    """A state inside a Lightning ``.ckpt``."""
+    """A checkpoint in a Lightning ``.ckpt`` file."""
 
     def load(self) -> SavedState:
         """Read the file.
 
         Raises:
-            MissingEvidence: the file is gone or unreadable.
+            MissingEvidence: the file is missing or unreadable.
         """
         weights = {clean(name): value for name, value in _raw_weights(_read(self.path), self.path).items()}
         return SavedState(parameters=weights, buffers=weights, optimizer={}, random={})
@@ -31,7 +31,7 @@ class LightningCheckpoint(Checkpoint):
 
 @dataclass
 class LightningFiles:
-    """What the files of one run say together."""
+    """What was read from the ``.ckpt`` files of one fit."""
 
     checkpoints: list[LightningCheckpoint]
     rates: list[list[float]]
@@ -40,7 +40,7 @@ class LightningFiles:
 
 
 def read_lightning_files(paths: Sequence[Path], learning_rates: _Rates) -> LightningFiles:
-    """Read steps, learning rates and optimizer settings; the weights stay on disk."""
+    """Read steps, learning rates and optimizer options; the weights stay on disk."""
     if not paths:
         raise ValueError("Expected at least one path of a Lightning checkpoint, got none.")
     if isinstance(learning_rates, Sequence) and len(learning_rates) != len(paths):
@@ -116,14 +116,14 @@ def _stored_rates(groups: list[dict[str, Any]], path: Path) -> list[float]:
 
 
 def _reconcile(rates: list[list[float]], groups: list[dict[str, Any]]) -> tuple[list[list[float]], dict[str, Any]]:
-    """Learning rates and groups that go together; a file rarely says which parameter stood in which group."""
+    """Learning rates and matching groups; a file rarely says which parameter was in which group."""
     if len({len(rate) for rate in rates}) > 1:
         raise ValueError(f"Expected as many learning rates at every checkpoint, got {[len(r) for r in rates]!r}.")
     named = bool(groups) and all("param_names" in group for group in groups) and len(groups) == len(rates[0])
     if not named and any(len(set(rate)) > 1 for rate in rates):
         raise MissingEvidence(
             f"Expected one learning rate for all parameters, got {rates[-1]!r}, and the files do not say which"
-            " parameter stood in which group. Pass `learning_rates=` with one number for each checkpoint."
+            " parameter was in which group. Pass `learning_rates=` with one number for each checkpoint."
         )
     described = [
         {key: value for key, value in group.items() if key not in ("params", "param_names", "lr")}

@@ -1,4 +1,4 @@
-"""A run as read from its folder, joined to the runs it was resumed from."""
+"""Reads a run from its folder, joined with the runs it was resumed from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from lightning_influence.types import MissingEvidence
 
 @dataclass
 class Run:
-    """Everything that a run's manifest leads to."""
+    """What a run's manifest and step files hold; the checkpoints stay on disk."""
 
     path: Path
     checkpoints: list[Checkpoint]
@@ -30,7 +30,7 @@ class Run:
 
 
 def find_run(dirpath: Path) -> tuple[Path, list[str]]:
-    """The folder itself if it is a run, else the newest run in it that has a manifest.
+    """The folder itself if it is a run, otherwise the newest run in it that has a manifest; and notes.
 
     Raises:
         MissingEvidence: there is none.
@@ -41,14 +41,16 @@ def find_run(dirpath: Path) -> tuple[Path, list[str]]:
     for run in reversed(runs_in(dirpath)):
         if (run / MANIFEST).is_file():
             return run, notes
-        notes.append(f"{run.name} has no manifest (its fit stopped before the first checkpoint); an older run is read.")
+        notes.append(
+            f"{run.name} has no manifest (its fit stopped before the first checkpoint); an older run was read."
+        )
     raise MissingEvidence(
         f"Expected a run of `Influence` in `{dirpath}`, got none. Pass `dirpath` of the callback, or one of its run-N."
     )
 
 
 def read_run(folder: Path, until: int | None = None) -> Run:
-    """Read a run up to step ``until`` (None: all of it), with the runs before it."""
+    """Read a run up to step ``until`` (None: all of it), joined with the runs it was resumed from."""
     manifest = read_manifest(folder)
     steps = _union_of_ranks(folder, manifest)
     run = Run(
@@ -77,8 +79,8 @@ def _join(run: Run, link: dict[str, Any], first_is_resumed: list[dict[str, Any]]
     parent = parent_run(run.path, link)
     if parent is None:
         run.notes.append(
-            f"{run.path.name} resumed {link['run']} at step {link['step']}, which is not in {link['path']!r} any more:"
-            f" nothing is known of the steps before."
+            f"{run.path.name} resumed {link['run']} at step {link['step']}, which is no longer in {link['path']!r}:"
+            f" the steps before it are unknown."
         )
         return
     older = read_run(parent, until=link["step"])
@@ -88,7 +90,7 @@ def _join(run: Run, link: dict[str, Any], first_is_resumed: list[dict[str, Any]]
         run.notes.append(f"Steps {known + 1} to {link['step']} of {link['run']} were never written to disk.")
     if older.dataset_size != run.dataset_size:
         run.notes.append(f"The dataset had {older.dataset_size} examples in {link['run']}, {run.dataset_size} after.")
-    # the state that a resumed fit starts from belongs to no schedule: an undisturbed fit would not have it
+    # the state that a resumed fit starts from is not on the checkpoint schedule: an uninterrupted fit would not have it
     own = run.checkpoints[1:] if first_is_resumed and first_is_resumed[0]["kind"] == "initial" else run.checkpoints
     run.checkpoints = older.checkpoints + own
     shift = pa.scalar(len(older.settings), pa.int32())
@@ -101,7 +103,7 @@ def _join(run: Run, link: dict[str, Any], first_is_resumed: list[dict[str, Any]]
 
 
 def parent_run(folder: Path, link: Mapping[str, Any]) -> Path | None:
-    """The run that a link names. A sibling first: the whole folder may have been moved."""
+    """The run that a link refers to. A sibling is tried first: the whole folder may have been moved."""
     for candidate in (folder.parent / link["run"], Path(link["path"])):
         try:
             if read_manifest(candidate)["id"] == link["id"]:
@@ -112,7 +114,7 @@ def parent_run(folder: Path, link: Mapping[str, Any]) -> Path | None:
 
 
 def _union_of_ranks(folder: Path, manifest: dict[str, Any]) -> pa.Table:
-    """One row a step with the micro-batches of all ranks; gradients are means over ranks, hence the divisor."""
+    """One row per step with the micro-batches of all ranks; gradients are means over ranks, hence the divisor."""
     tables = [read_steps(folder, manifest["steps"])]
     for rank in range(1, manifest["world_size"]):
         try:

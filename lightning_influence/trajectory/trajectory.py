@@ -1,4 +1,4 @@
-"""The evidence that a method works from."""
+"""The record of a fit that methods work from."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,11 +23,23 @@ from lightning_influence.trajectory.run import Run, find_run, read_run
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a fit left on disk. Make one with ``load`` or ``from_checkpoints``.
+    """The record of a fit on disk. Make one with ``load`` or ``from_checkpoints``.
 
-    ``steps`` has one row per optimizer step (empty where no fit was captured); ``parameter_groups`` says in which
-    group, counted over all optimizers, each parameter was trained (parameters frozen, added or moved on the way have
-    groups of their own); ``fit_seconds`` lasts up to the last write.
+    Args:
+        path: The run's folder; None for a trajectory made of ``.ckpt`` files.
+        checkpoints: Weights during the fit, in the order of their steps; the first may be the initial weights.
+        dataset_size: Number of training examples, where known.
+        steps: One row per optimizer step: examples, learning rates, divisor and so on; empty where no fit was captured.
+        settings: Optimizer options, one entry for each combination that the fit used; ``steps`` refers to them.
+        notes: What a reader of scores must know about the record.
+        finished: Whether the fit ran to its end.
+        fit_seconds: Seconds from the start of the fit to the last write.
+        eval_modules: Names of the modules that were in eval mode during training.
+
+    Example:
+        >>> trajectory = Trajectory.load("influence")  # doctest: +SKIP
+        >>> trajectory.exposure(-1, "mean", n_train=60_000).shape  # [group, train]  # doctest: +SKIP
+        torch.Size([1, 60000])
     """
 
     path: Path | None
@@ -43,10 +55,13 @@ class Trajectory:
 
     @classmethod
     def load(cls, dirpath: str | PathLike[str]) -> "Trajectory":
-        """Read the newest run in a folder, or a run's own folder, with the runs that it was resumed from.
+        """Read a run, together with the runs that it was resumed from.
+
+        Args:
+            dirpath: A run's own folder (``run-N``), or the folder that holds the runs: then the newest of them.
 
         Raises:
-            MissingEvidence: there is no run, or a file of it is gone or damaged.
+            MissingEvidence: there is no run, or one of its files is missing or damaged.
         """
         folder, notes = find_run(Path(dirpath))
         run = read_run(folder)
@@ -56,7 +71,7 @@ class Trajectory:
             dataset_size=run.dataset_size,
             steps=run.steps,
             settings=tuple(run.settings),
-            notes=(*notes, *run.notes, *_loose_ends(run)),
+            notes=(*notes, *run.notes, *_notes_on_the_end(run)),
             finished=run.finished,
             fit_seconds=run.seconds,
             eval_modules=run.eval_modules,
@@ -68,16 +83,16 @@ class Trajectory:
         paths: Sequence[str | PathLike[str]],
         learning_rates: float | Sequence[float | Sequence[float]] | None = None,
     ) -> "Trajectory":
-        """Read a run trained before anyone thought of influence: Lightning's ``.ckpt`` files, in any order.
+        """Read a fit that was not captured, from Lightning's ``.ckpt`` files in any order.
 
         Args:
-            paths: The files. Where an averaging callback wrote them, the raw weights in them are taken.
-            learning_rates: What was applied: one number, or for each path a number or a list with one per group.
-                None takes the stored ones, which are those of the *next* step.
+            paths: The files. Of files written under an averaging callback, the raw weights are read.
+            learning_rates: The learning rates that were applied: one number, or for each path a number or a list with
+                one number per parameter group. None: those stored in the files, which are those of the *next* step.
 
         Raises:
-            ValueError: no paths, or another number of learning rates.
-            MissingEvidence: a file cannot be read or holds no weights or no learning rate.
+            ValueError: no paths, or another number of learning rates than of paths.
+            MissingEvidence: a file cannot be read, or it holds no weights or no learning rate.
         """
         found = read_lightning_files([Path(path) for path in paths], learning_rates)
         return cls(
@@ -92,49 +107,57 @@ class Trajectory:
 
     @property
     def captured(self) -> bool:
-        """Whether the steps of a fit are known, and so what each of them trained."""
+        """Whether the optimizer steps of the fit were recorded."""
         return len(self.steps) > 0
 
     @property
     def has_batch_order(self) -> bool:
-        """Whether it is known which examples stood in every step."""
-        moved = self._moved
-        return len(moved) > 0 and moved["ids"].null_count == 0
+        """Whether it is known which examples were in every optimizer step."""
+        applied = self._applied
+        return len(applied) > 0 and applied["ids"].null_count == 0
 
     @property
     def parameter_groups(self) -> Mapping[str, int]:
-        """Every parameter that was trained -> its group: those that all steps treated alike share one."""
+        """The group number of every trained parameter, counted over all optimizers.
+
+        Parameters that all steps treated alike share a group; those that were frozen, added or moved between the
+        optimizer's groups during the fit are in groups of their own.
+        """
         if self._stored_rates is not None and not self._groups.of_parameter:
             return _AlwaysFirst()
         return MappingProxyType(self._groups.of_parameter)
 
     @property
     def n_groups(self) -> int:
-        """How many of these groups there are."""
+        """The number of groups in ``parameter_groups``."""
         return self._groups.count
 
     @property
     def adaptive(self) -> bool:
-        """Whether an optimizer other than plain SGD moved the weights, which leaves TracIn's units arbitrary."""
+        """Whether an optimizer other than SGD updated the weights; the units of TracIn's scores are then arbitrary."""
         return any(not is_plain_sgd(group) for entry in self.settings for group in entry["groups"])
 
     def exposure(
         self, index: int, reduction: _exposure.Reduction, n_train: int, batches_per_epoch: int | None = None
     ) -> Tensor:
-        """How strongly each example was trained on in the window that ends at a checkpoint: [group, train], float64.
+        """How strongly each example was trained on between the previous checkpoint and this one.
 
-        The sum over the optimizer steps after the checkpoint before, in which the example was drawn, of
-        learning rate × weight in the step's gradient / (1 - momentum); its expectation where no order is known.
+        The sum of learning rate × the example's weight in the step's gradient / (1 - momentum) over the optimizer steps
+        of that window in which the example was drawn; where the batch order is unknown, its expectation. In units of
+        the learning rate: minus the example's loss gradient times this is the change of the weights, to first order.
 
         Args:
-            index: Which checkpoint. The only one of a trajectory stands for all steps.
+            index: Position of the checkpoint. If there is only one, its window holds all steps.
             reduction: How ``training_step`` reduces the losses of a batch.
             n_train: Length of the training dataset.
-            batches_per_epoch: Needed where a sum is reduced and batch sizes are unknown.
+            batches_per_epoch: Required for ``reduction="sum"`` where the batch sizes are unknown.
+
+        Returns:
+            [group, train], float64.
 
         Raises:
             ValueError: `reduction` is neither word, or a recorded index is not below `n_train`.
-            MissingEvidence: batch sizes are needed and unknown.
+            MissingEvidence: The batch sizes are required and unknown.
         """
         if reduction not in ("mean", "sum"):
             raise ValueError(f"Expected `reduction` to be 'mean' or 'sum', got {reduction!r}.")
@@ -144,51 +167,68 @@ class Trajectory:
         window = self._window(index)
         if len(self.checkpoints) == 1 and len(window) == 0:
             return torch.full((self.n_groups, n_train), 1.0 / n_train, dtype=torch.float64)
-        pull = _exposure.pulls(window, self.settings, self._groups)
+        rates = _exposure.effective_rates(window, self.settings, self._groups)
         if window["ids"].null_count == 0:
-            return _exposure.visited(window, pull, reduction, n_train)
-        return _exposure.expected(window, pull, reduction, n_train, batches_per_epoch)
+            return _exposure.visited(window, rates, reduction, n_train)
+        return _exposure.expected(window, rates, reduction, n_train, batches_per_epoch)
 
     def shrinkage(self, index: int) -> Tensor:
-        """Sum of learning rate × decoupled weight decay over the window that ends at a checkpoint: [group], float64.
+        """The sum of learning rate × decoupled weight decay between the previous checkpoint and this one.
 
-        Zero under other optimizers than AdamW, and where the steps of a fit were not captured.
+        The relative amount by which weight decay alone shrank the weights, to first order. Zero for optimizers other
+        than AdamW, and where the optimizer steps were not recorded.
+
+        Args:
+            index: Position of the checkpoint.
+
+        Returns:
+            [group], float64, dimensionless.
         """
         total, window = np.zeros(self.n_groups), self._window(range(len(self.checkpoints))[index])
         for entry, rates in zip(window["settings"].to_pylist(), window["lr"].to_pylist(), strict=True):
-            made = self.settings[entry]
-            decays = [float(g.get("weight_decay") or 0.0) * is_decoupled(made, g) for g in made["groups"]]
+            options = self.settings[entry]
+            decays = [float(g.get("weight_decay") or 0.0) * is_decoupled(options, g) for g in options["groups"]]
             total += self._groups.spread(entry, np.multiply(rates, decays))
         return torch.from_numpy(total)
 
     def learning_rates(self, index: int) -> list[float]:
-        """Per flat group, what the last step at or before a checkpoint applied (the initial one: the first step)."""
+        """The learning rates that the last optimizer step up to a checkpoint applied, one per parameter group.
+
+        For the initial weights, those of the first step.
+
+        Args:
+            index: Position of the checkpoint.
+
+        Returns:
+            [group], in the numbering of ``parameter_groups``.
+        """
         index = range(len(self.checkpoints))[index]
         if self._stored_rates is not None:
             return list(self._stored_rates[index])
-        groups, moved = self._groups, self._moved
+        groups, rows = self._groups, self._applied
         step, optimizer_of = self.checkpoints[index].step, [entry["optimizer"] for entry in self.settings]
-        applied: dict[int, Any] = {}
-        columns = zip(*(moved[name].to_pylist() for name in ("step", "settings", "lr")), strict=True)
-        for made, entry, rates in columns:
-            if made <= step or optimizer_of[entry] not in applied:
-                applied[optimizer_of[entry]] = groups.spread(entry, rates)
-        return [float(rate) for rate in sum(applied.values(), np.zeros(groups.count))]
+        found: dict[int, Any] = {}
+        columns = zip(*(rows[name].to_pylist() for name in ("step", "settings", "lr")), strict=True)
+        for at, entry, rates in columns:
+            if at <= step or optimizer_of[entry] not in found:
+                found[optimizer_of[entry]] = groups.spread(entry, rates)
+        return [float(rate) for rate in sum(found.values(), np.zeros(groups.count))]
 
     @cached_property
     def _groups(self) -> _exposure.ParameterGroups:
         return _exposure.ParameterGroups.of(self.settings)
 
     @property
-    def _moved(self) -> pa.Table:
+    def _applied(self) -> pa.Table:
+        """The steps that changed the weights: gradient scaling skips some."""
         return self.steps.filter(pc.invert(self.steps["skipped"]))
 
     def _window(self, index: int) -> pa.Table:
-        moved = self._moved
+        applied = self._applied
         if len(self.checkpoints) == 1:
-            return moved
+            return applied
         after = self.checkpoints[index - 1].step if index else -1
-        return moved.filter((pc.field("step") > after) & (pc.field("step") <= self.checkpoints[index].step))
+        return applied.filter((pc.field("step") > after) & (pc.field("step") <= self.checkpoints[index].step))
 
     def _expected_from_files(self, index: int, reduction: str, n_train: int, batches: int | None) -> Tensor:
         after = self.checkpoints[index - 1].step if index else 0
@@ -207,7 +247,7 @@ class Trajectory:
 
 
 class _AlwaysFirst(Mapping[str, int]):
-    """One group for every parameter: a ``.ckpt`` names none, and needs none where there is one learning rate."""
+    """Group 0 for every parameter: a ``.ckpt`` with one learning rate need not name its parameters."""
 
     def __getitem__(self, name: str) -> int:
         return 0
@@ -222,12 +262,12 @@ class _AlwaysFirst(Mapping[str, int]):
         return True
 
 
-def _loose_ends(run: Run) -> list[str]:
+def _notes_on_the_end(run: Run) -> list[str]:
     notes = []
     last = run.checkpoints[-1].step if run.checkpoints else 0
     behind = pc.sum(pc.and_(pc.greater(run.steps["step"], last), pc.invert(run.steps["skipped"]))).as_py() or 0
     if behind and len(run.checkpoints) != 1:
-        notes.append(f"{behind} steps after the last checkpoint (step {last}) count for no checkpoint.")
+        notes.append(f"{behind} steps after the last checkpoint (step {last}) are not counted.")
     if not run.finished:
-        notes.append("The fit did not finish: this is what was whole on disk.")
+        notes.append("The fit did not finish: this is what it had written by then.")
     return notes

@@ -186,9 +186,11 @@ def test_a_singular_curvature_without_damping_is_refused(curvature):
         score(curvature)
 
 
-@pytest.mark.parametrize("damping", [-0.1, float("nan"), float("inf"), "much"])
+@pytest.mark.parametrize("damping", [-0.1, float("nan"), float("inf"), "much", True])
 def test_a_damping_that_is_no_size_is_refused(damping):
-    with pytest.raises(ValueError, match=r"Expected `damping` to be a finite number of at least 0 or None, got"):
+    with pytest.raises(
+        ValueError, match=r"Expected `damping` to be a finite number of at least 0 or None, got .* None follows"
+    ):
         ExactGGN(damping)
 
 
@@ -200,7 +202,8 @@ def test_a_damping_that_is_no_size_is_refused(damping):
         (lambda: ConjugateGradient(matrix="fisher"), "`matrix` to be one of 'ggn', 'hessian', got 'fisher'"),
         (lambda: LiSSA(depth=True), "`depth` to be a positive integer, got True"),
         (lambda: Arnoldi(steps=-1), "`steps` to be a positive integer, got -1"),
-        (lambda: Arnoldi(rank=0), "`rank` to be a positive integer, got 0"),
+        (lambda: Arnoldi(rank=0), "`rank` to be a positive integer or None, got 0"),
+        (lambda: Arnoldi(rank=True), "`rank` to be a positive integer or None, got True"),
         (lambda: Arnoldi(complement="kept"), "`complement` to be one of 'damped', 'drop', got 'kept'"),
     ],
 )

@@ -457,9 +457,10 @@ def test_where_few_products_do_not_do_the_table_stays():
     ("arguments", "says"),
     [
         ({"labels": "true"}, "Expected `labels` to be one of None, 'sampled', 'exact', 'empirical', got 'true'"),
-        ({"tolerance": -0.1}, "Expected `tolerance` to be at least 0 and below 1, got -0.1"),
-        ({"tolerance": 1.0}, "Expected `tolerance` to be at least 0 and below 1, got 1.0"),
-        ({"tolerance": float("nan")}, "Expected `tolerance` to be at least 0 and below 1, got nan"),
+        ({"tolerance": -0.1}, "Expected `tolerance` to be a number of at least 0 and below 1, got -0.1"),
+        ({"tolerance": 1.0}, "Expected `tolerance` to be a number of at least 0 and below 1, got 1.0"),
+        ({"tolerance": float("nan")}, "Expected `tolerance` to be a number of at least 0 and below 1, got nan"),
+        ({"tolerance": False}, "Expected `tolerance` to be a number of at least 0 and below 1, got False"),
         ({"damping": -1.0}, "Expected `damping` to be a finite number of at least 0"),
     ],
 )

@@ -1,6 +1,9 @@
 """Representer points: what they add up to, whatever the loss; features taken once; what cannot work is named."""
 
+import gc
+import tempfile
 import warnings
+from pathlib import Path
 
 import oracles
 import oracles_heads
@@ -301,15 +304,25 @@ def test_a_stored_head_that_is_no_minimum_is_not_taken(captured):
         )
 
 
-def test_where_nothing_can_be_written_a_passing_folder_serves(captured):
+def test_where_nothing_can_be_written_a_temporary_folder_serves_and_goes(captured, tmp_path, monkeypatch):
     module, train, queries, trajectory = captured
     expected = Attributor(module, train, trajectory).score(RepresenterPoints(), queries).values
     for file in (trajectory.path / "features").iterdir():
         file.unlink()
     (trajectory.path / "features").rmdir()
     (trajectory.path / "features").write_text("a file in the way")
+    made = []
+
+    class Kept(tempfile.TemporaryDirectory):
+        def __init__(self, **options):
+            super().__init__(dir=tmp_path, **options)
+            made.append(Path(self.name))
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", Kept)
     found = Attributor(module, train, trajectory).score(RepresenterPoints(), queries).values
     torch.testing.assert_close(found, expected)
+    gc.collect()
+    assert [folder.exists() for folder in made] == [False]  # as many as questions, and gone with them
 
 
 def test_it_runs_at_the_end_of_a_fit(tmp_path):
@@ -328,14 +341,20 @@ def test_it_runs_at_the_end_of_a_fit(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"weight_decay": 0.0}, "Expected `weight_decay` to be positive, got 0.0"),
-        ({"weight_decay": -1.0}, "Expected `weight_decay` to be positive, got -1.0"),
-        ({"weight_decay": float("nan")}, "Expected `weight_decay` to be positive, got nan"),
+        (
+            {"weight_decay": 0.0},
+            "Expected `weight_decay` to be a positive number, got 0.0. The decomposition divides by it",
+        ),
+        ({"weight_decay": -1.0}, "Expected `weight_decay` to be a positive number, got -1.0"),
+        ({"weight_decay": float("nan")}, "Expected `weight_decay` to be a positive number, got nan"),
+        ({"weight_decay": True}, "Expected `weight_decay` to be a positive number, got True"),
         ({"of": "class"}, "Expected `of` to be one of 'loss', 'label'.*got 'class'"),
         ({"of": -1}, "Expected `of` to be one of .*got -1"),
         ({"of": True}, "Expected `of` to be one of .*got True"),
         ({"target": "own"}, "Expected `target` to be one of 'labels', 'model', got 'own'"),
-        ({"max_iterations": 0}, "Expected `max_iterations` to be at least 1, got 0"),
+        ({"max_iterations": 0}, "Expected `max_iterations` to be a positive integer, got 0"),
+        ({"max_iterations": True}, "Expected `max_iterations` to be a positive integer, got True"),
+        ({"max_iterations": 1.5}, "Expected `max_iterations` to be a positive integer, got 1.5"),
     ],
 )
 def test_bad_settings_are_named(arguments, says):

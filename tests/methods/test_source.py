@@ -118,8 +118,9 @@ def test_it_keeps_every_promise():
 @pytest.mark.parametrize(
     ("settings", "error", "text"),
     [
-        ({"segments": 0}, ValueError, "Expected `segments` to be a positive whole number, got 0"),
-        ({"segments": True}, ValueError, "Expected `segments` to be a positive whole number, got True"),
+        ({"segments": 0}, ValueError, "Expected `segments` to be a positive integer, got 0"),
+        ({"segments": True}, ValueError, "Expected `segments` to be a positive integer, got True"),
+        ({"segments": 1.5}, ValueError, "Expected `segments` to be a positive integer, got 1.5"),
         ({"curvature": ConjugateGradient()}, TypeError, r"`EKFAC\(\)` or `ExactGGN\(\)`, got ConjugateGradient"),
         ({"curvature": 3}, TypeError, "eigenvalues are known, .* got 3"),
     ],

@@ -105,8 +105,8 @@ def test_sides_share_the_numbers_there_are(dim, rows, columns, kept):
     [
         ((0,), "Expected `dim` to be a positive integer, got 0"),
         ((2.5,), "Expected `dim` to be a positive integer, got 2.5"),
-        ((4, "dense"), "Expected `structure` to be 'kronecker' or 'plain', got 'dense'"),
-        ((4, "plain", "signs"), "Expected `entries` to be 'orthogonal' or 'gaussian', got 'signs'"),
+        ((4, "dense"), "Expected `structure` to be one of 'kronecker', 'plain', got 'dense'"),
+        ((4, "plain", "signs"), "Expected `entries` to be one of 'orthogonal', 'gaussian', got 'signs'"),
     ],
 )
 def test_other_values_are_refused(arguments, message):

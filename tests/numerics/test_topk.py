@@ -93,9 +93,12 @@ def test_shapes_that_do_not_fit_are_refused():
         best.update(torch.zeros(2, 4), torch.arange(5))
 
 
-@pytest.mark.parametrize(("n_queries", "k", "name"), [(0, 1, "n_queries"), (1, 0, "k")])
-def test_sizes_below_one_are_refused(n_queries, k, name):
-    with pytest.raises(ValueError, match=f"`{name}` to be at least 1, got 0"):
+@pytest.mark.parametrize(
+    ("n_queries", "k", "name", "value"),
+    [(0, 1, "n_queries", 0), (1, 0, "k", 0), (True, 1, "n_queries", True), (1, 1.5, "k", 1.5)],
+)
+def test_sizes_that_are_no_positive_integers_are_refused(n_queries, k, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` to be a positive integer, got {value}"):
         StreamingTopK(n_queries, k)
 
 

@@ -114,5 +114,5 @@ class ClosedRefit(Refit):
         super().__init__(dirpath=dirpath)
         self.way = ClosedForm(train, **options)
 
-    def _way(self, subject):
+    def _backend(self, subject):
         return self.way

@@ -1,6 +1,8 @@
 """The bank: one model never trained twice, everything kept that was finished, clear errors."""
 
+import multiprocessing
 import shutil
+import time
 import warnings
 
 import pyarrow as pa
@@ -91,7 +93,7 @@ def test_a_bank_of_something_else_is_refused(tmp_path, what):
     asker, refit = closed(tmp_path, other)
     if what == "module":
         refit.way.initial = lambda seed: {"layer.weight": torch.zeros(1, 9, dtype=torch.float64)}
-    with pytest.raises(ValueError, match="answer another question: choose another `dirpath`"):
+    with pytest.raises(ValueError, match="were trained on something else: choose another `dirpath`"):
         asker.score(Downsampling(5), TEST)
 
 
@@ -100,12 +102,38 @@ def test_two_at_work_on_one_folder(tmp_path):
     other, _ = closed(tmp_path, data())
     with (
         refit.models.store.writing(),
-        pytest.raises(RuntimeError, match="the only one who trains models"),
+        pytest.raises(RuntimeError, match="the only process that trains models"),
     ):
         other.score(Downsampling(5), TEST)
     other.score(Downsampling(5), TEST)
     assert asker.score(Downsampling(5), TEST) is not None
     assert refit.way.trained == []  # what the other has trained meanwhile is seen
+
+
+def test_a_lock_file_that_nobody_holds_blocks_nobody(tmp_path):
+    asker, refit = closed(tmp_path, data())
+    (refit.models.store.folder / ".lock").write_text("12345")  # as earlier versions leave it
+    assert asker.score(Downsampling(5), TEST) is not None
+
+
+def hold(store, marker):
+    with store.writing():
+        marker.touch()
+        time.sleep(60)
+
+
+def test_a_killed_process_holds_nothing_back(tmp_path):
+    asker, refit = closed(tmp_path, data())
+    child = multiprocessing.get_context("fork").Process(target=hold, args=(refit.models.store, tmp_path / "held"))
+    child.start()
+    while not (tmp_path / "held").exists():
+        assert child.is_alive()
+        time.sleep(0.005)
+    with pytest.raises(RuntimeError, match=r"got another one that does\. Wait for it"):
+        asker.score(Downsampling(5), TEST)
+    child.kill()
+    child.join()
+    assert asker.score(Downsampling(5), TEST) is not None
 
 
 # ---- the user's own Trainer ------------------------------------------------------------------------------------------
@@ -185,9 +213,9 @@ TRAINER = make_trainer()
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"module": lambda: SHARED}, ValueError, "got the same one twice: a model would go on"),
+        ({"module": lambda: SHARED}, ValueError, "got the same one twice: each model would continue"),
         ({"module": sharing}, ValueError, "its parameters are shared"),
-        ({"trainer": one_trainer}, ValueError, "a Trainer that is done does not train again"),
+        ({"trainer": one_trainer}, ValueError, "a Trainer that has finished does not train again"),
     ],
 )
 def test_factories_that_make_nothing_new(tmp_path, options, error, message):
@@ -199,7 +227,7 @@ def test_factories_that_make_nothing_new(tmp_path, options, error, message):
     ("options", "message"),
     [
         ({"trainer": lambda: pl.Trainer(**QUIET, max_epochs=0)}, "to train, got 0 steps"),
-        ({"module": Stuck}, "that left the weights as they were"),
+        ({"module": Stuck}, "that left the weights unchanged"),
         ({"module": Diverging}, "finite weights after training, got NaN or infinity in `layer.weight`"),
     ],
 )

@@ -145,7 +145,7 @@ def test_a_run_that_cannot_be_repeated_is_refused(tmp_path):
 def test_models_that_diverge_are_named(tmp_path):
     asker, _ = asked(tmp_path)
     asker.score(LeaveOneOut(examples=(0,)), TEST_CLASSES)
-    way = asker.refit.models.way
+    way = asker.refit.models.backend
     from lightning_influence.refit import fixed
 
     def broken(replay, weights, renormalize):

@@ -285,8 +285,11 @@ def test_wrong_settings_and_missing_evidence(tmp_path):
         ({"removal": "x"}, "`removal` to be one of"),
         ({"max_drift": 0.0}, "`max_drift` to be a positive number, got 0.0"),
         ({"checks": 1}, "`checks` to be 0 or at least 2 refits, got 1"),
-        ({"checks": True}, "`checks` to be 0 or at least 2 refits, got True"),
+        ({"checks": True}, "`checks` to be an integer of at least 0, got True"),
+        ({"checks": 2.5}, "`checks` to be an integer of at least 0, got 2.5"),
         ({"runs": 0}, "`runs` to be a positive integer, got 0"),
+        ({"runs": True}, "`runs` to be a positive integer, got True"),
+        ({"max_drift": True}, "`max_drift` to be a positive number, got True"),
         (
             {"runs": 2, "mode": "during_fit"},
             "`mode='replay'` and `removal='downweight'` for `runs=2`, got 'during_fit'",

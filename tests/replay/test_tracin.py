@@ -101,6 +101,7 @@ def test_units_and_settings(tmp_path):
     assert fit.attributor().score(TracIn(), fit.queries).units == "arbitrary"
     for settings, message in (
         ({"max_drift": -1}, "`max_drift` to be a positive number, got -1"),
+        ({"max_drift": True}, "`max_drift` to be a positive number, got True"),
         ({"normalize": "x"}, "`normalize` to be one of None, 'cosine', 'layerwise', got 'x'"),
     ):
         with pytest.raises(ValueError, match=message):
