@@ -3,6 +3,7 @@
 import re
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_influence.attribution.attributor import Attributor
+from lightning_influence.callback.plan import ScoringPlan
 from lightning_influence.compat import rank_zero_info, rank_zero_warn
 from lightning_influence.data.source import source_of
 from lightning_influence.methods.method import Method
+from lightning_influence.scores import Scores, SelfScores
+
+_Work = Callable[[str, Method], Scores | SelfScores]
 
 
 class Results(dict[str, Any]):
@@ -40,42 +45,45 @@ def check_queries(queries: Any) -> None:
         source_of(queries, "queries")
 
 
-@dataclass
+@dataclass(frozen=True)
 class EndOfFit:
-    """Runs an `Influence`'s methods in `on_train_end`. No error of its own ends the fit.
+    """Runs the methods in `on_train_end`. No error of its own ends the fit.
 
     Args:
-        influence: the callback, for its settings, and for the dicts that the results go to.
+        plan: what to score.
         trainer: at the end of its fit, loggers still open and the module still on the accelerator.
-        attributor: asks about this fit.
+        attributor: scores this fit.
         run_dir: where scores are saved, in `scores/`.
         fit_seconds: how long the fit took.
+        scores: filled with the methods' scores, or with the reasons why there are none.
+        self_scores: likewise with self-influence.
     """
 
-    influence: Any
+    plan: ScoringPlan
     trainer: Any
     attributor: Attributor
     run_dir: Path
     fit_seconds: float
+    scores: Results
+    self_scores: Results
 
     def run(self) -> None:
         """Every method in turn, pairwise scores first, then self-influence."""
+        lost = set(self.scores.reasons)
         try:
-            for name, method in self.influence.methods.items():
-                if name in self.influence.lost:
-                    self.influence.scores.reasons[name] = self.influence.lost[name]
-                elif self.influence.queries is not None:
-                    self._guarded(name, method, self.influence.scores, self._score)
-                elif not self.influence.self_influence:
-                    self.influence.scores.reasons[name] = "no `queries` were given; ask `influence.attributor.score`."
-                if self.influence.self_influence:
-                    self._guarded(name, method, self.influence.self_scores, self._score_itself)
+            for name, method in self.plan.methods.items():
+                if name not in lost and self.plan.queries is not None:
+                    self._guarded(name, method, self.scores, self._score)
+                elif name not in lost and not self.plan.self_influence:
+                    self.scores.reasons[name] = "no `queries` were given; ask `influence.attributor.score`."
+                if self.plan.self_influence:
+                    self._guarded(name, method, self.self_scores, self._score_itself)
         except KeyboardInterrupt:
             rank_zero_warn(
                 f"Scoring was interrupted; the fit itself is complete. To go on:\n{offline_lines(self.run_dir)}"
             )
 
-    def _guarded(self, name: str, method: Method, results: Results, work: Any) -> None:
+    def _guarded(self, name: str, method: Method, results: Results, work: _Work) -> None:
         try:
             results[name] = work(name, method)
         except _TooExpensiveError as refusal:
@@ -89,26 +97,26 @@ class EndOfFit:
                 f"The fit is complete and captured. To go on:\n{offline_lines(self.run_dir)}"
             )
 
-    def _score(self, name: str, method: Method) -> Any:
-        queries = resolve_queries(self.influence.queries, self.trainer)
+    def _score(self, name: str, method: Method) -> Scores:
+        queries = resolve_queries(self.plan.queries, self.trainer)
         self._afford(name, self.attributor.cost(method, queries))
-        scores = self.attributor.score(method, queries, top_k=self.influence.top_k)
+        scores = self.attributor.score(method, queries, top_k=self.plan.top_k)
         scores.save(self._place(name), overwrite=True)
-        if self.influence.log_scores:
+        if self.plan.log_scores:
             train = getattr(self.trainer.train_dataloader, "dataset", None)
             asked = queries.dataset if isinstance(queries, DataLoader) else queries
             self._log(scores, name, train=train, queries=train if isinstance(asked, str) else asked)
         return scores
 
-    def _score_itself(self, name: str, method: Method) -> Any:
+    def _score_itself(self, name: str, method: Method) -> SelfScores:
         self._afford(f"{name} self-influence", self.attributor.cost(method))
         scores = self.attributor.self_influence(method)
         scores.save(self._place(f"{name}.self"), overwrite=True)
-        if self.influence.log_scores:
+        if self.plan.log_scores:
             self._log(scores, name)
         return scores
 
-    def _log(self, scores: Any, name: str, **drawing: Any) -> None:
+    def _log(self, scores: Scores | SelfScores, name: str, **drawing: Any) -> None:
         try:
             with warnings.catch_warnings():
                 scores.log(self.trainer.loggers, step=self.trainer.global_step, name=name, **drawing)
@@ -122,12 +130,12 @@ class EndOfFit:
 
     def _afford(self, name: str, seconds: float) -> None:
         """Raises where the estimate is beyond `max_cost` times the fit."""
-        allowed = self.influence.max_cost * self.fit_seconds
+        allowed = self.plan.max_cost * self.fit_seconds
         share = seconds / max(self.fit_seconds, 1e-9)
         rank_zero_info(f"{name}: about {seconds:.1f} s ({share:.2g} x the fit's {self.fit_seconds:.1f} s).")
         if seconds > allowed:
             raise _TooExpensiveError(
-                f"It would take about {seconds:.1f} s, more than `max_cost={self.influence.max_cost:g}` times the "
+                f"It would take about {seconds:.1f} s, more than `max_cost={self.plan.max_cost:g}` times the "
                 f"fit's {self.fit_seconds:.1f} s. Give fewer queries, fewer checkpoints (`checkpoints=(-1,)`), ask "
                 f"afterwards with `aggregate='mean'`, or raise `max_cost`:\n{offline_lines(self.run_dir)}"
             )

@@ -1,6 +1,7 @@
 """`Influence`: the one callback."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lightning_influence.callback.arguments import (
 )
 from lightning_influence.callback.during_fit import DuringFit
 from lightning_influence.callback.end_of_fit import EndOfFit, Results, check_queries, offline_lines
+from lightning_influence.callback.plan import ScoringPlan
 from lightning_influence.capture.identity import LoaderTap
 from lightning_influence.capture.places import check_strategy, check_training_step, check_writable, resolve_dirpath
 from lightning_influence.capture.recorder import Recorder, folder_for_rank, resume_point
@@ -98,7 +100,6 @@ class Influence(CallbackBase):
         self._tap: LoaderTap | None = None
         self._recorder: Recorder | None = None
         self._during: DuringFit | None = None
-        self.lost: dict[str, str] = {}
 
     # ---- what the user reads ----
 
@@ -151,7 +152,11 @@ class Influence(CallbackBase):
             rank_zero_warn(f"Scores were not computed, the fit is complete: {type(error).__name__}: {error}")
             self.scores.reasons |= {name: str(error) for name in self.methods}
             return
-        EndOfFit(self, trainer, attributor, self.run_dir, seconds).run()
+        EndOfFit(self._plan, trainer, attributor, self.run_dir, seconds, self.scores, self.self_scores).run()
+
+    @property
+    def _plan(self) -> ScoringPlan:
+        return ScoringPlan(**{field.name: getattr(self, field.name) for field in fields(ScoringPlan)})
 
     # ---- hooks ----
 
@@ -162,7 +167,7 @@ class Influence(CallbackBase):
         self._unwire(trainer)
         self.scores.clear()
         self.self_scores.clear()
-        self.run_dir, self._restored, self.lost = None, {}, {}
+        self.run_dir, self._restored = None, {}
         if trainer.fast_dev_run:
             return
         check_strategy(trainer.strategy, self.dirpath)
@@ -193,36 +198,35 @@ class Influence(CallbackBase):
         store = RunWriter(folder_for_rank(self.run_dir, trainer.global_rank), trainer.world_size, parent)
         self._recorder = Recorder(trainer, pl_module, self._tap, store, self._schedule, self.sample_id, made)
         self._recorder.starts()
-        self._during = DuringFit(self, trainer, pl_module)
+        self._during = DuringFit(self._plan, trainer, pl_module, self.run_dir)
+        self._recorder.steps.follower = self._during.stepped
         self._during.starts(None if parent is None else parent_run(self.run_dir, vars(parent)), made)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at loaders and optimizers again."""
-        if self._recorder is not None and self._during is not None:
+        if self._recorder is not None:
             self._recorder.epoch_starts()
-            self._during.epoch_starts()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Note the examples of the batch."""
         if self._recorder is not None and self._during is not None:
-            self._during.batch_starts(self._recorder.batch_starts(batch), batch)
+            recorded = self._recorder.batch_starts(batch)
+            self._during.batch_starts(recorded, recorded.ids, batch)
 
     def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """An accumulation begins."""
-        if self._recorder is not None and self._during is not None:
-            self._recorder.before_zero_grad(optimizer)
-            self._during.before_zero_grad()
+        if self._recorder is not None:
+            self._recorder.steps.windows.before_zero_grad(optimizer)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """In manual optimization an accumulation may begin."""
-        if self._recorder is not None and self._during is not None:
-            self._recorder.before_backward()
-            self._during.before_backward()
+        if self._recorder is not None:
+            self._recorder.steps.windows.before_backward()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """A step is about to be made."""
         if self._recorder is not None and self._during is not None:
-            self._recorder.before_step(optimizer)
+            self._recorder.steps.before_step(optimizer)
             self._during.before_step()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -299,7 +303,7 @@ class Influence(CallbackBase):
     def _end_tracking(self, made: int) -> None:
         if self._during is not None:
             self._during.save(made)
-            self.lost = self._during.lost
+            self.scores.reasons |= self._during.lost
             self._during.close()
             self._during = None
 

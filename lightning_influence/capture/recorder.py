@@ -14,6 +14,7 @@ from lightning_influence.capture.loaders import as_indices
 from lightning_influence.capture.states import encode_state, fingerprint, gather_state
 from lightning_influence.capture.steps import StepRecorder, batch_size
 from lightning_influence.capture.store import ParentLink, RunWriter
+from lightning_influence.capture.windows import RecordedBatch
 from lightning_influence.compat import rank_zero_warn
 from lightning_influence.types import clean
 
@@ -43,7 +44,7 @@ class Recorder:
     ) -> None:
         self._trainer, self._module, self._tap, self._store = trainer, module, tap, store
         self._schedule, self._sample_id = schedule, sample_id
-        self._steps = StepRecorder(trainer, module, made)
+        self.steps = StepRecorder(trainer, module, made)
         self._hooked = True
         self._failed = False
         self._written = -1  # step of the newest checkpoint
@@ -56,7 +57,7 @@ class Recorder:
     @property
     def made(self) -> int:
         """Updates of weights so far."""
-        return self._steps.made
+        return self.steps.made
 
     @property
     def alive(self) -> bool:
@@ -71,7 +72,7 @@ class Recorder:
     def starts(self) -> None:
         """The initial checkpoint."""
         self._tap.epoch_starts(self._trainer)
-        if self._steps.clips_untold:
+        if self.steps.clips_untold:
             self._store.manifest["notes"].append(
                 "Gradients were clipped in a way that is no single coefficient (by value, or by the module's own"
                 " `configure_gradient_clipping`); exposure takes them as not clipped."
@@ -84,37 +85,24 @@ class Recorder:
         """Loaders may have been reloaded and optimizers replaced."""
         self._tap.epoch_starts(self._trainer)
         self._notice(self._tap.dataset())
-        self._steps.watch()
+        self.steps.windows.watch()
 
-    def batch_starts(self, batch: Any) -> list[list[int] | None]:
-        """Note which examples are about to be trained on; returns them, a list for each loader."""
+    def batch_starts(self, batch: Any) -> RecordedBatch:
+        """Note which examples are about to be trained on."""
         ids = self._identify(batch)
         read = self._tap.read[0] if len(self._tap.read) == 1 else None
-        self._steps.batch_starts(ids, batch_size(batch, ids), read)
-        self._made_at_start = self._steps.made
-        return ids
-
-    def before_zero_grad(self, optimizer: Any) -> None:
-        """Forward to the steps."""
-        self._steps.before_zero_grad(optimizer)
-
-    def before_backward(self) -> None:
-        """Forward to the steps."""
-        self._steps.before_backward()
-
-    def before_step(self, optimizer: Any) -> None:
-        """Forward to the steps."""
-        self._steps.before_step(optimizer)
+        self._made_at_start = self.made
+        return self.steps.batch_starts(ids, batch_size(batch, ids), read)
 
     def batch_ended(self, batch: Any) -> None:
         """Close the batch's steps; write a checkpoint where one is due."""
         if batch is None:  # Lightning calls no `on_train_batch_start` for it
             self._tap.take(self._trainer, id(self))
-        self._steps.batch_ended()
+        self.steps.batch_ended()
         every = self._schedule.every_n_train_steps
-        if every and self._steps.made // every > self._made_at_start // every:
+        if every and self.steps.made // every > self._made_at_start // every:
             self._checkpoint("scheduled")
-        elif len(self._steps.rows) >= _ROWS_IN_MEMORY:
+        elif len(self.steps.rows) >= _ROWS_IN_MEMORY:
             self.flush()
 
     def epoch_ended(self) -> None:
@@ -122,7 +110,7 @@ class Recorder:
         self._tap.epoch_ends()
         if self._trainer.fit_loop._skip_backward:  # StochasticWeightAveraging has put averaged weights in
             return
-        self._steps.batch_ended()
+        self.steps.batch_ended()
         trainer, every = self._trainer, self._schedule.every_n_epochs
         self._fingerprint = fingerprint(self._module)
         if every and (trainer.current_epoch + 1) % every == 0:
@@ -132,7 +120,7 @@ class Recorder:
 
     def ended(self) -> None:
         """The final checkpoint: the raw weights after the last step, whatever averaging callbacks have done since."""
-        self._steps.batch_ended()
+        self.steps.batch_ended()
         if self._written != self.made and self._is_writer:
             if self._held is not None and self._held[0] == self.made:
                 self._checkpoint("final", self._held[2])
@@ -148,7 +136,7 @@ class Recorder:
 
     def interrupted(self) -> None:
         """Write the steps that were made; the weights may be in the middle of one."""
-        self._steps.batch_ended()
+        self.steps.batch_ended()
         self.flush()
 
     def flush(self) -> None:
@@ -159,7 +147,7 @@ class Recorder:
         """Take all hooks out; harmless when repeated."""
         if self._hooked:
             self._hooked = False
-            self._steps.unwatch()
+            self.steps.windows.unwatch()
 
     @property
     def _is_writer(self) -> bool:
@@ -182,10 +170,10 @@ class Recorder:
 
     def _write_steps(self) -> None:
         manifest = self._store.manifest
-        manifest["settings"] = self._steps.settings
+        manifest["settings"] = self.steps.settings
         if manifest["dataset_size"] is None:
             manifest["dataset_size"] = length_of(self._tap.dataset())
-        rows = self._steps.drain()
+        rows = self.steps.drain()
         if rows:
             self._store.add_steps(rows)
         self._store.write_manifest()
