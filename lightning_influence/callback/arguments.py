@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_influence.capture.recorder import Schedule
+from lightning_influence.checks import check_integer
 from lightning_influence.methods.method import Method
 
 
@@ -45,9 +46,8 @@ def checked_queries(queries: Any) -> Any:
 
 def schedule_of(every_n_epochs: Any, every_n_train_steps: Any) -> Schedule:
     """The checkpoint schedule, `every_n_epochs` being the default."""
-    for name, value in (("every_n_epochs", every_n_epochs), ("every_n_train_steps", every_n_train_steps)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise ValueError(f"Expected `{name}` to be a whole number of at least 0, got {value!r}.")
+    check_integer("every_n_epochs", every_n_epochs, least=0, optional=True)
+    check_integer("every_n_train_steps", every_n_train_steps, least=0, optional=True)
     if not every_n_train_steps:
         return Schedule(every_n_epochs or 0, 0)
     if every_n_epochs not in (None, 0, 1):  # 1 is the default, which `every_n_train_steps` replaces
@@ -56,27 +56,6 @@ def schedule_of(every_n_epochs: Any, every_n_train_steps: Any) -> Schedule:
             f" ({every_n_epochs!r}, {every_n_train_steps!r}). Leave one of them out."
         )
     return Schedule(0, every_n_train_steps)
-
-
-def positive_integer(name: str, value: Any) -> Any:
-    """A number of at least 1, or None."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"Expected `{name}` to be a positive whole number or None, got {value!r}.")
-    return value
-
-
-def flag(name: str, value: Any) -> bool:
-    """True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"Expected `{name}` to be True or False, got {value!r}.")
-    return value
-
-
-def callable_or_none(name: str, value: Any) -> Any:
-    """A function, or None."""
-    if value is not None and not callable(value):
-        raise TypeError(f"Expected `{name}` to be a function or None, got {value!r}.")
-    return value
 
 
 def patterns_of(parameters: Any) -> list[str] | None:

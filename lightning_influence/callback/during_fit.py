@@ -1,6 +1,5 @@
 """What `Influence` does while a fit runs, for methods whose trackers must see every step."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ class DuringFit:
                 name = method.record
                 trackers.setdefault(name, tracker)
                 self._records.setdefault(name, []).append(key)
-        self._loop = TrackerLoop(trainer, module, run_dir, trackers, plan.loss, plan.max_cost)
+        self.loop = TrackerLoop(trainer, module, run_dir, trackers, plan.loss, plan.max_cost)
 
     def starts(self, parent: Path | None, made: int) -> None:
         """Estimates what tracking will cost, and refuses before any time is spent on training.
@@ -59,44 +58,36 @@ class DuringFit:
             )
             queries = None if plan.queries is None else resolve_queries(plan.queries, trainer)
             with attributor.session(queries) as session:
-                self._loop.starts(session, parent, made)
+                self.loop.starts(session, parent, made)
         except (ValueError, TypeError) as error:
             raise MisconfigurationException(str(error)) from error
-        for each in self._loop.tracked:
+        for each in self.loop.tracked:
             rank_zero_info(f"Tracking for {', '.join(map(repr, self._records[each.name]))}: {each.plan}.")
 
     def batch_starts(self, batch: object, ids: list[list[int] | None], data: Any) -> None:
         """Show the trackers a micro-batch.
 
         Args:
-            batch: stands for it until its step is made, see `stepped`.
+            batch: stands for it until its step is made, see `TrackerLoop.stepped`.
             ids: its examples, a list for each loader.
             data: what `training_step` will be given.
         """
-        self._loop.batch_starts(batch, ids[0] if len(ids) == 1 else None, data)
+        self.loop.batch_starts(batch, ids[0] if len(ids) == 1 else None, data)
         self._warn()
-
-    def before_step(self) -> None:
-        """Gradients are whole and not clipped."""
-        self._loop.before_step()
-
-    def stepped(self, made: int, batches: Sequence[object]) -> None:
-        """The optimizer has moved the weights by the gradients of these micro-batches."""
-        self._loop.stepped(made, batches)
 
     def save(self, made: int) -> None:
         """Write what is held as of a step, for a fit that resumes from it or for scores afterwards."""
-        self._loop.save(made)
+        self.loop.save(made)
         self._warn()
 
     def close(self) -> None:
         """Release working files; harmless when repeated."""
-        self._loop.close()
+        self.loop.close()
 
     @property
     def lost(self) -> dict[str, str]:
         """Why methods cannot be scored, by their key."""
-        return {key: each.lost for each in self._loop.tracked if each.lost for key in self._records[each.name]}
+        return {key: each.lost for each in self.loop.tracked if each.lost for key in self._records[each.name]}
 
     def _warn(self) -> None:
         """Once for each method that is no longer tracked."""

@@ -7,15 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_influence.attribution.attributor import Attributor
-from lightning_influence.callback.arguments import (
-    callable_or_none,
-    checked_queries,
-    flag,
-    named_methods,
-    patterns_of,
-    positive_integer,
-    schedule_of,
-)
+from lightning_influence.callback.arguments import checked_queries, named_methods, patterns_of, schedule_of
 from lightning_influence.callback.during_fit import DuringFit
 from lightning_influence.callback.end_of_fit import EndOfFit, Results, check_queries, offline_lines
 from lightning_influence.callback.plan import ScoringPlan
@@ -23,6 +15,7 @@ from lightning_influence.capture.identity import LoaderTap
 from lightning_influence.capture.places import check_strategy, check_training_step, check_writable, resolve_dirpath
 from lightning_influence.capture.recorder import Recorder, folder_for_rank, resume_point
 from lightning_influence.capture.store import RunWriter, claim_run
+from lightning_influence.checks import check_callable, check_flag, check_integer, check_positive
 from lightning_influence.compat import CallbackBase, MisconfigurationException, rank_zero_warn
 from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.trajectory import Trajectory
@@ -78,18 +71,20 @@ class Influence(CallbackBase):
                     f"Expected `methods` that run when a fit ends, got {name!r}, which trains models again. "
                     f"Ask for it afterwards: `influence.attributor.score({name}(...), queries=...)`."
                 )
+        check_integer("top_k", top_k, optional=True)
+        check_flag("self_influence", self_influence)
+        check_callable("loss", loss)
+        if not isinstance(sample_id, str):
+            check_callable("sample_id", sample_id)
+        check_positive("max_cost", max_cost)
+        check_flag("log_scores", log_scores)
         self.queries = checked_queries(queries)
         self.dirpath = None if dirpath is None else fspath(dirpath)
         self._schedule = schedule_of(every_n_epochs, every_n_train_steps)
-        self.top_k = positive_integer("top_k", top_k)
-        self.self_influence = flag("self_influence", self_influence)
+        self.top_k, self.self_influence = top_k, self_influence
         self.parameters = patterns_of(parameters)
-        self.loss = callable_or_none("loss", loss)
-        self.sample_id = sample_id if isinstance(sample_id, str) else callable_or_none("sample_id", sample_id)
-        if isinstance(max_cost, bool) or not isinstance(max_cost, (int, float)) or not max_cost > 0:
-            raise ValueError(f"Expected `max_cost` to be a positive number, got {max_cost!r}.")
-        self.max_cost = float(max_cost)
-        self.log_scores = flag("log_scores", log_scores)
+        self.loss, self.sample_id = loss, sample_id
+        self.max_cost, self.log_scores = float(max_cost), log_scores
         self.scores = Results()
         self.self_scores = Results()
         self.run_dir: Path | None = None
@@ -199,7 +194,7 @@ class Influence(CallbackBase):
         self._recorder = Recorder(trainer, pl_module, self._tap, store, self._schedule, self.sample_id, made)
         self._recorder.starts()
         self._during = DuringFit(self._plan, trainer, pl_module, self.run_dir)
-        self._recorder.steps.follower = self._during.stepped
+        self._recorder.steps.follower = self._during.loop.stepped
         self._during.starts(None if parent is None else parent_run(self.run_dir, vars(parent)), made)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -227,7 +222,7 @@ class Influence(CallbackBase):
         """A step is about to be made."""
         if self._recorder is not None and self._during is not None:
             self._recorder.steps.before_step(optimizer)
-            self._during.before_step()
+            self._during.loop.before_step()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Close the batch."""
@@ -241,12 +236,12 @@ class Influence(CallbackBase):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the final checkpoint, then score."""
-        if self._recorder is None:
+        if self._recorder is None or self._during is None:
             return
         self._recorder.ended()
-        self._end_tracking(self._recorder.made)
-        self._recorder.close()
-        self._recorder = None
+        self._during.save(self._recorder.made)
+        self.scores.reasons |= self._during.lost
+        self._stop()
         self._score_at_end(trainer, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -300,20 +295,14 @@ class Influence(CallbackBase):
         state = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
         return state | {name: None for name in _NOT_PICKLED if name in state}
 
-    def _end_tracking(self, made: int) -> None:
-        if self._during is not None:
-            self._during.save(made)
-            self.scores.reasons |= self._during.lost
-            self._during.close()
-            self._during = None
+    def _stop(self) -> None:
+        for part in (self._during, self._recorder):
+            if part is not None:
+                part.close()
+        self._during = self._recorder = None
 
     def _unwire(self, trainer: Any) -> None:
-        if self._during is not None:
-            self._during.close()
-            self._during = None
-        if self._recorder is not None:
-            self._recorder.close()
-            self._recorder = None
+        self._stop()
         if self._tap is not None:
             self._tap.release(trainer)
             self._tap = None
