@@ -1,4 +1,4 @@
-"""What `Influence` does while a fit runs, for methods whose trackers must see every step."""
+"""What `Influence` does during a fit for methods whose trackers must see every step."""
 
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ from lightning_influence.tracking.tracker_loop import TrackerLoop
 
 
 class DuringFit:
-    """The trackers of the methods on one fit.
+    """The trackers of one fit. Methods with the same hyper-parameters share a tracker.
 
     Args:
-        plan: the methods, and what their trackers may cost.
+        plan: methods, queries and `max_cost`.
         trainer: about to train.
         module: the LightningModule.
-        run_dir: where trackers write.
+        run_dir: folder of this fit.
     """
 
     def __init__(self, plan: ScoringPlan, trainer: Any, module: Any, run_dir: Path) -> None:
@@ -35,15 +35,14 @@ class DuringFit:
         self.loop = TrackerLoop(trainer, module, run_dir, trackers, plan.loss, plan.max_cost)
 
     def starts(self, parent: Path | None, made: int) -> None:
-        """Estimates what tracking will cost, and refuses before any time is spent on training.
+        """Estimate the cost of tracking, and start it or refuse before any time is spent on training.
 
         Args:
             parent: folder of the run that this fit resumes.
-            made: updates of weights so far.
+            made: weight updates so far.
 
         Raises:
-            MisconfigurationException: a fit that cannot be tracked, or one that would take more memory, disk or time
-                than there is.
+            MisconfigurationException: the fit cannot be tracked, or tracking would exceed memory, disk or `max_cost`.
         """
         if not self._records:
             return
@@ -68,15 +67,15 @@ class DuringFit:
         """Show the trackers a micro-batch.
 
         Args:
-            batch: stands for it until its step is made, see `TrackerLoop.stepped`.
-            ids: its examples, a list for each loader.
-            data: what `training_step` will be given.
+            batch: key under which its gradients are kept, see `TrackerLoop.stepped`.
+            ids: its examples, one list per loader.
+            data: the batch that `training_step` will receive.
         """
         self.loop.batch_starts(batch, ids[0] if len(ids) == 1 else None, data)
         self._warn()
 
     def save(self, made: int) -> None:
-        """Write what is held as of a step, for a fit that resumes from it or for scores afterwards."""
+        """Write the trackers' state as of a step, for scores after the fit or for a fit that resumes from there."""
         self.loop.save(made)
         self._warn()
 
@@ -86,12 +85,12 @@ class DuringFit:
 
     @property
     def lost(self) -> dict[str, str]:
-        """Why methods cannot be scored, by their key."""
+        """Why tracking ended early, by the key of the method."""
         return {key: each.lost for each in self.loop.tracked if each.lost for key in self._records[each.name]}
 
     def _warn(self) -> None:
-        """Once for each method that is no longer tracked."""
+        """Warn once per method that is no longer tracked."""
         for key, why in self.lost.items():
             if key not in self._warned:
                 self._warned.add(key)
-                rank_zero_warn(f"{key!r} is not tracked any more, the fit goes on: {why}")
+                rank_zero_warn(f"{key!r} is no longer tracked; the fit goes on. {why}")

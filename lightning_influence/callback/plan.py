@@ -1,4 +1,4 @@
-"""What a user asked of a fit, as its parts need it."""
+"""The arguments of `Influence` that its parts need, without the callback itself."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from lightning_influence.module.task import Loss
 
 @dataclass(frozen=True)
 class ScoringPlan:
-    """What to score when a fit ends, and what to track for that while it runs.
+    """What to score when a fit ends, and what to track for it during the fit.
 
-    The arguments of `Influence` of the same names, after they were checked.
+    Fields are the arguments of `Influence` with the same names, checked.
     """
 
     methods: Mapping[str, Method]
