@@ -95,7 +95,7 @@ def test_both_packages_take_the_callback(package, tmp_path):
     assert recorded(influence.trajectory) == module.seen
     bad = Influence(dirpath=tmp_path / "file" / "below")
     (tmp_path / "file").write_text("")
-    with pytest.raises(package.utilities.exceptions.MisconfigurationException, match="Expected a folder"):
+    with pytest.raises(package.utilities.exceptions.MisconfigurationException, match="Expected a writable folder"):
         fit(module, loader(), bad, package=package)
 
 

@@ -48,11 +48,9 @@ def checked_queries(queries: Any) -> Any:
     if isinstance(queries, str):
         loader, _, number = queries.partition(":")
         if loader not in ("train", "val", "test") or (":" in queries and not number.isdigit()):
-            raise ValueError(f"Expected `queries` to be 'train', 'val', 'test' or, for instance, 'val:1', got {queries!r}.")
+            raise ValueError(f"Expected `queries` to be 'train', 'val', 'test' or such as 'val:1', got {queries!r}.")
     elif queries is not None and not (hasattr(queries, "__getitem__") or hasattr(queries, "__iter__")):
-        raise TypeError(
-            f"Expected `queries` to be a Dataset, a DataLoader, 'train', 'val' or 'test', got {queries!r}."
-        )
+        raise TypeError(f"Expected `queries` to be a Dataset, a DataLoader, 'train', 'val' or 'test', got {queries!r}.")
     return queries
 
 
@@ -84,5 +82,5 @@ def patterns_of(parameters: Any) -> list[str] | None:
         return None
     patterns = [parameters] if isinstance(parameters, str) else list(parameters)
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
-        raise ValueError(f"Expected `parameters` to hold patterns such as 'head.*', got {parameters!r}. None takes all.")
+        raise ValueError(f"Expected `parameters` to hold patterns such as 'head.*', got {parameters!r}.")
     return patterns

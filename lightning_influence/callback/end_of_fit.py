@@ -137,7 +137,8 @@ class EndOfFit:
             raise _TooExpensiveError(
                 f"It would take about {seconds:.1f} s, more than `max_cost={self.plan.max_cost:g}` times the "
                 f"fit's {self.fit_seconds:.1f} s. Pass fewer queries or fewer checkpoints (`checkpoints=(-1,)`), raise "
-                f"`max_cost`, or score after the fit, for instance with `aggregate='mean'`:\n{offline_lines(self.run_dir)}"
+                "`max_cost`, or score after the fit, for instance with `aggregate='mean'`:\n"
+                f"{offline_lines(self.run_dir)}"
             )
 
 

@@ -1,4 +1,4 @@
-"""What each optimizer step did: its micro-batches, learning rates, settings and clipping."""
+"""Records each optimizer step: its micro-batches, learning rates, optimizer options and clipping."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,15 +14,15 @@ from lightning_influence.types import clean
 
 
 class StepRecorder:
-    """One row for every optimizer step of a fit, in the order in which they were made."""
+    """Records one row per optimizer step, in order."""
 
     def __init__(self, trainer: Any, module: Any, made: int) -> None:
-        self.made = made  # updates so far, over all optimizers
+        self.made = made  # weight updates so far, over all optimizers
         self.settings: list[dict[str, Any]] = []
         self.rows: list[dict[str, Any]] = []
         self.follower: Callable[[int, Sequence[RecordedBatch]], None] | None = None
-        """Called after each step, with the updates so far and the micro-batches whose gradients it added up."""
-        self._open: list[tuple[dict[str, Any], list[RecordedBatch]]] = []  # steps of the batch that is under way
+        """Called after each step with the number of updates and the micro-batches whose gradients it summed."""
+        self._open: list[tuple[dict[str, Any], list[RecordedBatch]]] = []  # steps of the current batch
         self._trainer, self._module = trainer, module
         self._device = trainer.strategy.root_device
         self._settings_of: dict[int, tuple[Any, int]] = {}
@@ -32,19 +32,19 @@ class StepRecorder:
     def batch_starts(
         self, ids: list[list[int] | None], size: int | None, read: dict[str, bytes] | None = None
     ) -> RecordedBatch:
-        """A micro-batch is about to go forward."""
+        """Begin a micro-batch, before its forward pass."""
         lossless = self._module.automatic_optimization  # until its backward pass is announced
         batch = RecordedBatch(ids, size, read_generators(self._device), read=read, lossless=lossless)
         self.windows.batch_starts(batch)
         return batch
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Lightning is about to step: gradients are whole, unscaled (unless fused) and not clipped."""
+        """Lightning is about to step: gradients are complete, unscaled (unless fused) and not clipped."""
         if (window := self.windows.of(optimizer)) is not None:
             window.announced, window.clip = True, self._clip_coefficient(window.optimizer)
 
     def batch_ended(self) -> None:
-        """Close the steps of this batch."""
+        """Complete the rows of this batch's steps."""
         batch = self.windows.current
         self.windows.batch_ended()
         if batch is not None and batch.before is not None:
@@ -55,10 +55,10 @@ class StepRecorder:
         self._open.clear()
 
     def drain(self) -> list[dict[str, Any]]:
-        """The closed rows, handed over."""
+        """Return the completed rows and forget them."""
         rows, self.rows = self.rows, []
         clips = [row["clip"] for row in rows]
-        if any(isinstance(clip, Tensor) for clip in clips):  # read here, together: never a synchronisation in a step
+        if any(isinstance(clip, Tensor) for clip in clips):  # read here, all at once, not within a step
             for row in rows:
                 row["clip"] = None if row["clip"] is None else float(row["clip"])
         return rows
@@ -72,16 +72,16 @@ class StepRecorder:
             "optimizer": window.index,
             "epoch": self._trainer.current_epoch,
             "divisor": self._trainer.accumulate_grad_batches if self._module.automatic_optimization else 1,
-            # here the learning rate is the one applied: schedulers step later, warm-up in `optimizer_step` came before
+            # the learning rate applied: schedulers step later, and a warm-up in `optimizer_step` has run already
             "lr": [float(group["lr"]) for group in window.optimizer.param_groups],
             "settings": self._settings_entry(window.index, window.optimizer),
             "clip": window.clip,
             "skipped": skipped,
         }
         self._open.append((row, batches))
-        if self.windows.current is None:  # a step outside of any batch, such as in `on_train_epoch_end`
+        if self.windows.current is None:  # a step outside any batch, such as in `on_train_epoch_end`
             self.batch_ended()
-        if self.follower is not None and not (skipped and batches):  # without a loss, momentum may still have moved
+        if self.follower is not None and not (skipped and batches):  # momentum moves weights without a loss
             self.follower(self.made, batches)
 
     def _settings_entry(self, i: int, optimizer: Optimizer) -> int:
@@ -104,7 +104,7 @@ class StepRecorder:
         return len(self.settings) - 1
 
     def _clipping(self) -> dict[str, Any] | None:
-        """What Lightning clips gradients by; None where it does not, or in manual optimization, which nobody sees."""
+        """How Lightning clips gradients; None if it does not, or in manual optimization, where clipping is not seen."""
         if not self._module.automatic_optimization:
             return None
         if _is_own(type(self._module), "configure_gradient_clipping"):
@@ -114,24 +114,24 @@ class StepRecorder:
         return {"algorithm": str(getattr(algorithm, "value", algorithm) or "norm"), "limit": limit} if limit else None
 
     def _name_of(self, parameter: Tensor) -> str:
-        if parameter not in self._names:  # made during the fit
+        if parameter not in self._names:  # created during the fit
             self._names = {p: clean(name) for name, p in self._module.named_parameters()}
         return self._names.get(parameter, "")  # type: ignore[call-overload]
 
     def _clip_coefficient(self, optimizer: Optimizer) -> Tensor | None:
         limit = self._trainer.gradient_clip_val
-        if not limit or not self._module.automatic_optimization or self.clips_untold:
+        if not limit or not self._module.automatic_optimization or self.clips_otherwise:
             return None
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:
             return None
         with torch.no_grad():
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-            return (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
+            return (limit / (norm + 1e-6)).clamp(max=1.0)  # as in torch.nn.utils.clip_grad_norm_
 
     @property
-    def clips_untold(self) -> bool:
-        """Whether gradients are clipped otherwise than by one number for all, which alone is recorded."""
+    def clips_otherwise(self) -> bool:
+        """Whether gradients are clipped other than by one coefficient for all, which alone is recorded."""
         by_value = self._trainer.gradient_clip_val and self._trainer.gradient_clip_algorithm not in (None, "norm")
         return bool(by_value or _is_own(type(self._module), "configure_gradient_clipping"))
 
@@ -142,7 +142,7 @@ def _is_own(cls: type, hook: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as JSON knows it."""
+    """Convert an optimizer option to JSON types."""
     if isinstance(value, Tensor):
         return value.tolist()
     if isinstance(value, (list, tuple)):
@@ -169,7 +169,7 @@ def _by_generator(states: list[dict[str, bytes] | None]) -> list[dict[str, bytes
 
 
 def batch_size(batch: Any, ids: list[list[int] | None]) -> int | None:
-    """Examples in a micro-batch, as far as it can be seen."""
+    """Number of examples in a micro-batch, from its ids or else its first tensor; None if neither gives it."""
     if len(ids) == 1 and ids[0] is not None:
         return len(ids[0])
     find: Callable[[Any], Any] = torch.utils._pytree.tree_leaves

@@ -1,4 +1,4 @@
-"""Which micro-batches the gradients of each optimizer step are made of: the one place that follows accumulation."""
+"""Which micro-batches are summed in the gradients of each optimizer step. Steps and trackers both read it here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,40 +15,40 @@ class RecordedBatch:
 
     ids: list[list[int] | None]  # one entry per loader
     size: int | None
-    before: dict[str, Any] | None  # the generators before the forward pass; None once compared
-    drew: dict[str, bytes] | None = None  # of those, the ones that it drew from
-    read: dict[str, bytes] | None = None  # likewise before its examples were read
+    before: dict[str, Any] | None  # random states before the forward pass; None once compared
+    drew: dict[str, bytes] | None = None  # of those, the generators that it used
+    read: dict[str, bytes] | None = None  # likewise, before its examples were read
     lossless: bool = False  # `training_step` returned None
 
 
 @dataclass(eq=False)
 class Window:
-    """The micro-batches since an optimizer's gradients were last zero."""
+    """The micro-batches since the gradients of an optimizer were last zero."""
 
     index: int
     optimizer: Optimizer
     batches: list[RecordedBatch] = field(default_factory=list)
-    finished: bool = False  # its step was made: the next micro-batch begins another window
+    finished: bool = False  # the step was made: the next micro-batch begins a new window
     announced: bool = False  # Lightning is about to step
-    clip: Tensor | None = None  # what the gradients of that step will be multiplied by
+    clip: Tensor | None = None  # coefficient by which that step's gradients are clipped
 
     @property
     def with_loss(self) -> list[RecordedBatch]:
-        """Those that went backward."""
+        """Those with a backward pass."""
         return [batch for batch in self.batches if not batch.lossless]
 
 
 class AccumulationWindows:
-    """Follows the optimizers of a fit.
+    """The accumulation windows of all optimizers of a fit.
 
-    Torch's own step hooks are the one event that every loop has: Lightning's are absent with raw optimizers in manual
-    optimization, and `on_train_batch_end` sees the next learning rate. A skipped step of a GradScaler fires no torch
-    hook (or, fused, one with `found_inf`).
+    Torch's step hooks are the only event that every training loop has: Lightning's are absent with raw optimizers in
+    manual optimization, and `on_train_batch_end` sees the next learning rate. When a GradScaler skips a step, torch
+    calls no hook (or, with a fused optimizer, one with `found_inf`).
 
     Args:
         trainer: of the fit.
         module: the LightningModule.
-        on_step: called with a window and whether its step was skipped, when the step was made or failed to be.
+        on_step: called after each step, made or skipped, with its window and whether it was skipped.
     """
 
     def __init__(self, trainer: Any, module: Any, on_step: Callable[[Window, bool], None]) -> None:
@@ -59,7 +59,7 @@ class AccumulationWindows:
         self.watch()
 
     def watch(self) -> None:
-        """Hook the Trainer's optimizers; again where a callback replaced them."""
+        """Register hooks on the Trainer's optimizers; again after a callback has replaced them."""
         optimizers = list(self._trainer.optimizers)
         if [id(o) for o in optimizers] == [id(window.optimizer) for window in self._windows]:
             return
@@ -74,7 +74,7 @@ class AccumulationWindows:
         self._handles, self._windows = [], []
 
     def batch_starts(self, batch: RecordedBatch) -> None:
-        """A micro-batch is about to go forward."""
+        """Add a micro-batch, before its forward pass."""
         self.current = batch
         for window in self._windows:
             if window.finished:
@@ -82,12 +82,12 @@ class AccumulationWindows:
             window.batches.append(batch)
 
     def before_zero_grad(self, optimizer: Any) -> None:
-        """What was accumulated is discarded: the window begins with the current micro-batch."""
+        """Accumulated gradients are discarded: the window begins with the current micro-batch."""
         if (window := self.of(optimizer)) is not None:
             self._restart(window)
 
     def before_backward(self) -> None:
-        """The micro-batch has a loss. In manual optimization `zero_grad` calls no hook, but leaves no gradients."""
+        """The micro-batch has a loss. In manual optimization, `zero_grad` calls no hook but leaves no gradients."""
         if self.current is not None:
             self.current.lossless = False
         if not self._module.automatic_optimization:
@@ -96,14 +96,14 @@ class AccumulationWindows:
                     self._restart(window)
 
     def batch_ended(self) -> None:
-        """Report the steps that were announced and never made: a GradScaler found an infinite gradient."""
+        """Report announced steps that were not made, because a GradScaler found an infinite gradient."""
         for window in self._windows:
             if window.announced:
                 self._finish(window, skipped=True)
         self.current = None
 
     def of(self, optimizer: Any) -> Window | None:
-        """The window of an optimizer, which Lightning may have wrapped."""
+        """Return the window of an optimizer, which Lightning may have wrapped."""
         inner = getattr(optimizer, "_optimizer", optimizer)
         return next((window for window in self._windows if window.optimizer is inner), None)
 
@@ -112,7 +112,7 @@ class AccumulationWindows:
         window.finished = False
 
     def _stepped(self, window: Window, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._trainer.fit_loop._skip_backward:  # the extra epoch of StochasticWeightAveraging updates nothing
+        if self._trainer.fit_loop._skip_backward:  # the extra epoch of StochasticWeightAveraging
             window.announced, window.clip = False, None
             return
         found_inf = getattr(optimizer, "found_inf", None)  # set on fused optimizers only, by the GradScaler
@@ -127,6 +127,6 @@ class AccumulationWindows:
 
 
 def _has_no_gradients(optimizer: Optimizer) -> bool:
-    """None, or zero where `zero_grad(set_to_none=False)` left them; the first other number ends the search."""
+    """Whether all gradients are None, or zero as `zero_grad(set_to_none=False)` leaves them."""
     gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
     return not any(g is not None and (g.is_sparse or bool(g.any())) for g in gradients)
