@@ -228,7 +228,7 @@ class Recorder:
         try:
             ids = key(batch) if callable(key) else batch[key] if isinstance(batch, dict) else getattr(batch, key)
             found = as_indices(ids)
-            return found if found is not None else [as_index(i.item() if isinstance(i, Tensor) else i) for i in ids]
+            return found if found is not None else [as_index(i.tolist() if isinstance(i, Tensor) else i) for i in ids]
         except Exception as error:
             self._note(
                 f"Expected `sample_id={key!r}` to give one integer for each example of a batch, got"
