@@ -33,10 +33,14 @@ class SomeMethod:
         ({"queries": "validation"}, ValueError, "got 'validation'"),
         ({"queries": "val:x"}, ValueError, "got 'val:x'"),
         ({"queries": 3}, TypeError, "got 3"),
-        ({"every_n_epochs": -1}, ValueError, "`every_n_epochs` to be a whole number of at least 0, got -1"),
-        ({"every_n_train_steps": 1.5}, ValueError, "`every_n_train_steps` to be a whole number of at least 0, got 1.5"),
+        ({"every_n_epochs": -1}, ValueError, "`every_n_epochs` to be an integer of at least 0 or None, got -1"),
+        (
+            {"every_n_train_steps": 1.5},
+            ValueError,
+            "`every_n_train_steps` to be an integer of at least 0 or None, got 1.5",
+        ),
         ({"every_n_epochs": 2, "every_n_train_steps": 5}, ValueError, "got both (2, 5)"),
-        ({"top_k": 0}, ValueError, "`top_k` to be a positive whole number or None, got 0"),
+        ({"top_k": 0}, ValueError, "`top_k` to be a positive integer or None, got 0"),
         ({"self_influence": "yes"}, TypeError, "`self_influence` to be True or False, got 'yes'"),
         ({"parameters": []}, ValueError, "got []"),
         ({"loss": "mse"}, TypeError, "`loss` to be a function or None, got 'mse'"),
@@ -91,7 +95,7 @@ def test_both_packages_take_the_callback(package, tmp_path):
     assert recorded(influence.trajectory) == module.seen
     bad = Influence(dirpath=tmp_path / "file" / "below")
     (tmp_path / "file").write_text("")
-    with pytest.raises(package.utilities.exceptions.MisconfigurationException, match="Expected a folder"):
+    with pytest.raises(package.utilities.exceptions.MisconfigurationException, match="Expected a writable folder"):
         fit(module, loader(), bad, package=package)
 
 

@@ -107,7 +107,7 @@ def test_a_setting_that_a_method_has_not_is_refused_before_the_fit(package, tmp_
     [
         (
             ["--trainer.callbacks.help", "lightning_influence.Influence"],
-            ["Records what a fit did with each training example", "Keep only the so many strongest", "TracInCP"],
+            ["Record what a fit does with each training example", "Keep only the k strongest", "TracInCP"],
         ),
         (
             ["--trainer.callbacks", "lightning_influence.Influence"]

@@ -127,7 +127,7 @@ def test_an_unknown_key_lists_what_exists(tmp_path):
     influence = Influence([GradientDot()], queries="val", max_cost=1e6)
     assert dict(influence.scores) == {}
     fit(influence, tmp_path)
-    with pytest.raises(KeyError, match=r"Expected one of the scores there are \('GradientDot'\), got 'EKFAC'"):
+    with pytest.raises(KeyError, match=r"Expected the name of existing scores \('GradientDot'\), got 'EKFAC'"):
         influence.scores["EKFAC"]
 
 
@@ -228,7 +228,7 @@ class Refits(Fails):
 
 
 def test_methods_that_train_again_are_refused_at_once():
-    with pytest.raises(ValueError, match=r"Expected `methods` that run when a fit ends, got 'Refits'"):
+    with pytest.raises(ValueError, match=r"Expected `methods` that can run when a fit ends, got 'Refits'"):
         Influence([Refits()])
 
 

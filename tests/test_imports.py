@@ -1,6 +1,7 @@
 """Which files import which, the public names and the size ceilings of the package."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,34 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LIGHTNING = {"attribution", "callback", "capture", "compat", "conformance", "loggers", "module", "progress"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"), key=str)
+
+# Names that are those of our classes, rooms or files, but stand for objects of others, which may be `Any`.
+FOREIGN = {
+    "module": "the LightningModule",
+    "queries": "a user's Dataset, DataLoader or word for one",
+    "data": "a user's Dataset or DataLoader",
+    "example": "one item of a user's Dataset",
+    "loggers": "the Trainer's",
+    "outputs": "what `training_step` returned",
+    "types": "of torch's `__torch_function__`",
+    "weights": "what a user's `training_step` made of them",
+    "drawn": "what a sampler yields",
+    "optimizers": "the Trainer's",
+}
+
+# What `Any` hides today, and why it is not mended yet.
+KNOWN_ANY = {
+    ("attribution/attributor.py", "refit"): "a `Refit`, whose folder should not be imported before it is used",
+    ("callback/arguments.py", "methods"): "what a user passed, before it is checked",
+    ("curvature/curvature.py", "damping"): "a number that a user passed, before it is checked",
+    ("curvature/damping.py", "reduction"): "a word or a number, as `Trajectory.exposure` takes it",
+    ("methods/retraining.py", "models"): "see `Setting.models`",
+    ("setting/session.py", "models"): "see `Setting.models`",
+    (
+        "setting/setting.py",
+        "models",
+    ): "the models that `Refit` trains, two floors up: to be a Protocol of what is asked",
+}
 
 
 def imports(tree):
@@ -108,6 +137,112 @@ def test_a_wrong_import_is_named(name, source, message):
     (wrong,) = wrong_imports(name, source)
     assert wrong.startswith(name)
     assert message in wrong
+
+
+def snake_case(name):
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+def members(node):
+    """Methods, fields and attributes of a class."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.FunctionDef):
+            yield part.name
+        elif isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+            yield part.target.id
+        elif isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store) and ast.unparse(part.value) == "self":
+            yield part.attr
+
+
+CLASSES = [
+    (path.relative_to(PACKAGE).as_posix(), node.name, frozenset(members(node)))
+    for path in MODULES
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.ClassDef)
+]
+OWN_NAMES = {snake_case(name) for _, name, _ in CLASSES if not name.startswith("_")}
+OWN_NAMES |= {part.removesuffix(".py") for path in MODULES for part in path.relative_to(PACKAGE).parts}
+
+
+def held_as_any(scope):
+    """Names of parameters, fields and attributes annotated `Any` or `Any | None` inside a function or class."""
+    nodes = list(ast.walk(scope))
+    rest = [getattr(node, kind, None) for node in nodes for kind in ("vararg", "kwarg")]
+    for node in nodes:
+        annotation = getattr(node, "annotation", None)
+        if node not in rest and annotation is not None and ast.unparse(annotation) in ("Any", "Any | None"):
+            target = getattr(node, "target", node)
+            yield getattr(target, "arg", None) or getattr(target, "id", None) or target.attr
+
+
+def read_of(name, scope):
+    """Attributes that are read of a variable or attribute of that name, whatever its leading underscore."""
+    for node in ast.walk(scope):
+        if isinstance(node, ast.Attribute):
+            owner = getattr(node.value, "id", None) or getattr(node.value, "attr", None)
+            if owner is not None and owner.strip("_") == name.strip("_"):
+                yield node.attr
+
+
+def back_doors(file, source):
+    """Where `Any` hides an object of this package, by its name or by what is read of it."""
+    floor, found = FLOOR[file.removesuffix(".py").split("/")[0]], {}
+    for scope in ast.walk(ast.parse(source)):
+        if not isinstance(scope, (ast.FunctionDef, ast.ClassDef)):
+            continue
+        for name in held_as_any(scope):
+            plain, read = name.strip("_"), set(read_of(name, scope))
+            if {plain, plain.removesuffix("s")} & OWN_NAMES and plain not in FOREIGN:
+                found[plain] = "has the name of a class, a room or a file of this package"
+            for home, owner, has in CLASSES:
+                if len(read) > 1 and read <= has and FLOOR[home.removesuffix(".py").split("/")[0]] >= floor:
+                    found[plain] = f"is read like a `{owner}` of {home}: {', '.join(sorted(read))}"
+    return found
+
+
+def test_any_hides_no_object_of_this_package():
+    found = {
+        (file, name): why
+        for path in MODULES
+        for file in [path.relative_to(PACKAGE).as_posix()]
+        for name, why in back_doors(file, path.read_text()).items()
+    }
+    new = [f"{file}: `{name}: Any` {why}" for (file, name), why in found.items() if (file, name) not in KNOWN_ANY]
+    assert not new, "\n".join(new)
+    mended = KNOWN_ANY.keys() - found.keys()
+    assert not mended, f"{sorted(mended)} are mended: take them out of KNOWN_ANY"
+
+
+HOLDS = """
+class Part:
+    def __init__(self, {name}: Any, trainer: Any) -> None:
+        self._held, self._trainer = {name}, trainer
+        self._steps = trainer.global_step, trainer.max_epochs
+
+    def run(self, owner: {kind}):
+        return owner.methods, owner.queries, self._trainer.loggers
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "kind", "expected"),
+    [
+        ("callback/end_of_fit.py", "influence", "str", {"influence": "has the name of a class"}),
+        ("setting/setting.py", "models", "str", {"models": "has the name of a class, a room or a file"}),
+        ("setting/setting.py", "_attributor", "str", {"attributor": "has the name of a class"}),
+        ("setting/setting.py", "thing", "Any", {"owner": "is read like a `"}),
+        ("setting/setting.py", "thing", "Any | None", {"owner": "is read like a `"}),
+        ("setting/setting.py", "module", "str", {}),
+    ],
+)
+def test_a_back_door_is_named(file, name, kind, expected):
+    found = back_doors(file, HOLDS.format(name=name, kind=kind))
+    assert found.keys() == expected.keys()
+    assert all(found[key].startswith(start) for key, start in expected.items())
+
+
+def test_a_back_door_in_a_field_is_named():
+    assert back_doors("scores/base.py", "class Part:\n    influence: Any = None").keys() == {"influence"}
 
 
 def test_floors_name_existing_files():

@@ -1,1 +1,1 @@
-"""`Influence`, the one callback."""
+"""`Influence`, the callback: records a fit, drives trackers, runs methods when the fit ends."""

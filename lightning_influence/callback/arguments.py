@@ -1,14 +1,20 @@
-"""What a user may pass to `Influence`; each function returns what was passed or says what was expected."""
+"""Checks of `Influence`'s arguments: each returns the argument in its final form, or raises."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_influence.capture.recorder import Schedule
+from lightning_influence.checks import check_integer
 from lightning_influence.methods.method import Method
 
 
 def named_methods(methods: Any) -> dict[str, Any]:
-    """Methods by name."""
+    """Return the methods by name.
+
+    Raises:
+        ValueError: two methods of one class in a list.
+        TypeError: neither a list nor a dict, or something in it that is not a method.
+    """
     if isinstance(methods, Mapping):
         named = dict(methods)
     elif isinstance(methods, Sequence) and not isinstance(methods, str):
@@ -33,21 +39,29 @@ def named_methods(methods: Any) -> dict[str, Any]:
 
 
 def checked_queries(queries: Any) -> Any:
-    """Queries as far as they can be judged before there is a Trainer."""
+    """Check what can be checked before there is a Trainer.
+
+    Raises:
+        ValueError: an unknown name of a loader.
+        TypeError: neither data nor such a name.
+    """
     if isinstance(queries, str):
         loader, _, number = queries.partition(":")
         if loader not in ("train", "val", "test") or (":" in queries and not number.isdigit()):
-            raise ValueError(f"Expected `queries` to be 'train', 'val', 'test' or like 'val:1', got {queries!r}.")
+            raise ValueError(f"Expected `queries` to be 'train', 'val', 'test' or such as 'val:1', got {queries!r}.")
     elif queries is not None and not (hasattr(queries, "__getitem__") or hasattr(queries, "__iter__")):
-        raise TypeError(f"Expected `queries` to be a dataset, a loader or a word for one, got {queries!r}.")
+        raise TypeError(f"Expected `queries` to be a Dataset, a DataLoader, 'train', 'val' or 'test', got {queries!r}.")
     return queries
 
 
 def schedule_of(every_n_epochs: Any, every_n_train_steps: Any) -> Schedule:
-    """The checkpoint schedule, `every_n_epochs` being the default."""
-    for name, value in (("every_n_epochs", every_n_epochs), ("every_n_train_steps", every_n_train_steps)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise ValueError(f"Expected `{name}` to be a whole number of at least 0, got {value!r}.")
+    """Return the checkpoint schedule; every epoch by default.
+
+    Raises:
+        ValueError: both arguments are given, or one is not an integer of at least 0.
+    """
+    check_integer("every_n_epochs", every_n_epochs, least=0, optional=True)
+    check_integer("every_n_train_steps", every_n_train_steps, least=0, optional=True)
     if not every_n_train_steps:
         return Schedule(every_n_epochs or 0, 0)
     if every_n_epochs not in (None, 0, 1):  # 1 is the default, which `every_n_train_steps` replaces
@@ -58,32 +72,15 @@ def schedule_of(every_n_epochs: Any, every_n_train_steps: Any) -> Schedule:
     return Schedule(0, every_n_train_steps)
 
 
-def positive_integer(name: str, value: Any) -> Any:
-    """A number of at least 1, or None."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"Expected `{name}` to be a positive whole number or None, got {value!r}.")
-    return value
-
-
-def flag(name: str, value: Any) -> bool:
-    """True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"Expected `{name}` to be True or False, got {value!r}.")
-    return value
-
-
-def callable_or_none(name: str, value: Any) -> Any:
-    """A function, or None."""
-    if value is not None and not callable(value):
-        raise TypeError(f"Expected `{name}` to be a function or None, got {value!r}.")
-    return value
-
-
 def patterns_of(parameters: Any) -> list[str] | None:
-    """Patterns over parameter names, or None."""
+    """Return patterns over parameter names as a list, or None.
+
+    Raises:
+        ValueError: no patterns, or patterns that are not strings.
+    """
     if parameters is None:
         return None
     patterns = [parameters] if isinstance(parameters, str) else list(parameters)
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
-        raise ValueError(f"Expected `parameters` to be patterns such as 'head.*', got {parameters!r}.")
+        raise ValueError(f"Expected `parameters` to hold patterns such as 'head.*', got {parameters!r}.")
     return patterns

@@ -1,8 +1,9 @@
-"""What `Influence` does when a fit has ended: estimate, score, save, log; and tell why where it does not."""
+"""What `Influence` does when a fit ends: estimate the cost, score, save and log, or record why not."""
 
 import re
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,71 +12,79 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_influence.attribution.attributor import Attributor
+from lightning_influence.callback.plan import ScoringPlan
 from lightning_influence.compat import rank_zero_info, rank_zero_warn
 from lightning_influence.data.source import source_of
 from lightning_influence.methods.method import Method
+from lightning_influence.scores import Scores, SelfScores
+
+_Work = Callable[[str, Method], Scores | SelfScores]
 
 
 class Results(dict[str, Any]):
-    """Scores by name; asking for one that is not there says what is, and why a method did not run."""
+    """Scores by method name. A missing key raises with the names that exist and why the method did not run."""
 
     def __init__(self) -> None:
         super().__init__()
         self.reasons: dict[str, str] = {}
 
     def __missing__(self, key: str) -> Any:
-        there = ", ".join(repr(name) for name in self) or "nothing"
+        names = ", ".join(map(repr, self)) or "none yet"
         why = f" {key!r} did not run: {self.reasons[key]}" if key in self.reasons else ""
-        raise KeyError(f"Expected one of the scores there are ({there}), got {key!r}.{why}")
+        raise KeyError(f"Expected the name of existing scores ({names}), got {key!r}.{why}")
 
     def clear(self) -> None:
-        """Forgets scores and reasons."""
+        """Remove scores and reasons."""
         super().clear()
         self.reasons.clear()
 
 
 def check_queries(queries: Any) -> None:
-    """Raises before the fit what would otherwise be found out after it: data that cannot be scored."""
+    """Raise before the fit, rather than after it, for data that cannot be scored."""
     if queries is not None and not isinstance(queries, str):
         source_of(queries, "queries")
 
 
-@dataclass
+@dataclass(frozen=True)
 class EndOfFit:
-    """Runs an `Influence`'s methods in `on_train_end`. No error of its own ends the fit.
+    """Runs the methods in `on_train_end`. An error in a method becomes a warning and never fails the fit.
 
     Args:
-        influence: the callback, for its settings, and for the dicts that the results go to.
-        trainer: at the end of its fit, loggers still open and the module still on the accelerator.
-        attributor: asks about this fit.
-        run_dir: where scores are saved, in `scores/`.
-        fit_seconds: how long the fit took.
+        plan: what to score.
+        trainer: at the end of its fit, with open loggers and the module still on the accelerator.
+        attributor: computes scores from this fit.
+        run_dir: folder of this fit; scores are saved in `scores/` inside it.
+        fit_seconds: duration of the fit.
+        scores: filled with scores, or with the reason where there are none. A method that already has a reason is not
+            scored.
+        self_scores: the same for self-influence.
     """
 
-    influence: Any
+    plan: ScoringPlan
     trainer: Any
     attributor: Attributor
     run_dir: Path
     fit_seconds: float
+    scores: Results
+    self_scores: Results
 
     def run(self) -> None:
-        """Every method in turn, pairwise scores first, then self-influence."""
+        """Run each method: first scores on the queries, then self-influence."""
+        lost = set(self.scores.reasons)
         try:
-            for name, method in self.influence.methods.items():
-                if name in self.influence.lost:
-                    self.influence.scores.reasons[name] = self.influence.lost[name]
-                elif self.influence.queries is not None:
-                    self._guarded(name, method, self.influence.scores, self._score)
-                elif not self.influence.self_influence:
-                    self.influence.scores.reasons[name] = "no `queries` were given; ask `influence.attributor.score`."
-                if self.influence.self_influence:
-                    self._guarded(name, method, self.influence.self_scores, self._score_itself)
+            for name, method in self.plan.methods.items():
+                if name not in lost and self.plan.queries is not None:
+                    self._guarded(name, method, self.scores, self._score)
+                elif name not in lost and not self.plan.self_influence:
+                    self.scores.reasons[name] = "no `queries` were given. Call `influence.attributor.score`."
+                if self.plan.self_influence:
+                    self._guarded(name, method, self.self_scores, self._score_itself)
         except KeyboardInterrupt:
             rank_zero_warn(
-                f"Scoring was interrupted; the fit itself is complete. To go on:\n{offline_lines(self.run_dir)}"
+                f"Scoring was interrupted; the fit itself is complete. To continue:\n{offline_lines(self.run_dir)}"
             )
 
-    def _guarded(self, name: str, method: Method, results: Results, work: Any) -> None:
+    def _guarded(self, name: str, method: Method, results: Results, work: _Work) -> None:
         try:
             results[name] = work(name, method)
         except _TooExpensiveError as refusal:
@@ -86,29 +95,29 @@ class EndOfFit:
             where = traceback.extract_tb(error.__traceback__)[-1]
             rank_zero_warn(
                 f"`{name}` failed with {type(error).__name__} ({Path(where.filename).name}:{where.lineno}): {error}\n"
-                f"The fit is complete and captured. To go on:\n{offline_lines(self.run_dir)}"
+                f"The fit is complete and recorded. To continue:\n{offline_lines(self.run_dir)}"
             )
 
-    def _score(self, name: str, method: Method) -> Any:
-        queries = resolve_queries(self.influence.queries, self.trainer)
+    def _score(self, name: str, method: Method) -> Scores:
+        queries = resolve_queries(self.plan.queries, self.trainer)
         self._afford(name, self.attributor.cost(method, queries))
-        scores = self.attributor.score(method, queries, top_k=self.influence.top_k)
+        scores = self.attributor.score(method, queries, top_k=self.plan.top_k)
         scores.save(self._place(name), overwrite=True)
-        if self.influence.log_scores:
+        if self.plan.log_scores:
             train = getattr(self.trainer.train_dataloader, "dataset", None)
-            asked = queries.dataset if isinstance(queries, DataLoader) else queries
-            self._log(scores, name, train=train, queries=train if isinstance(asked, str) else asked)
+            dataset = queries.dataset if isinstance(queries, DataLoader) else queries
+            self._log(scores, name, train=train, queries=train if isinstance(dataset, str) else dataset)
         return scores
 
-    def _score_itself(self, name: str, method: Method) -> Any:
+    def _score_itself(self, name: str, method: Method) -> SelfScores:
         self._afford(f"{name} self-influence", self.attributor.cost(method))
         scores = self.attributor.self_influence(method)
         scores.save(self._place(f"{name}.self"), overwrite=True)
-        if self.influence.log_scores:
+        if self.plan.log_scores:
             self._log(scores, name)
         return scores
 
-    def _log(self, scores: Any, name: str, **drawing: Any) -> None:
+    def _log(self, scores: Scores | SelfScores, name: str, **drawing: Any) -> None:
         try:
             with warnings.catch_warnings():
                 scores.log(self.trainer.loggers, step=self.trainer.global_step, name=name, **drawing)
@@ -121,24 +130,24 @@ class EndOfFit:
         return folder / (re.sub(r"[^\w.-]", "_", name) + ".arrow")
 
     def _afford(self, name: str, seconds: float) -> None:
-        """Raises where the estimate is beyond `max_cost` times the fit."""
-        allowed = self.influence.max_cost * self.fit_seconds
+        """Report the estimated time, and raise where it exceeds `max_cost` times the duration of the fit."""
         share = seconds / max(self.fit_seconds, 1e-9)
-        rank_zero_info(f"{name}: about {seconds:.1f} s ({share:.2g} x the fit's {self.fit_seconds:.1f} s).")
-        if seconds > allowed:
+        rank_zero_info(f"{name}: about {seconds:.1f} s ({share:.2g} times the fit's {self.fit_seconds:.1f} s).")
+        if seconds > self.plan.max_cost * self.fit_seconds:
             raise _TooExpensiveError(
-                f"It would take about {seconds:.1f} s, more than `max_cost={self.influence.max_cost:g}` times the "
-                f"fit's {self.fit_seconds:.1f} s. Give fewer queries, fewer checkpoints (`checkpoints=(-1,)`), ask "
-                f"afterwards with `aggregate='mean'`, or raise `max_cost`:\n{offline_lines(self.run_dir)}"
+                f"It would take about {seconds:.1f} s, more than `max_cost={self.plan.max_cost:g}` times the "
+                f"fit's {self.fit_seconds:.1f} s. Pass fewer queries or fewer checkpoints (`checkpoints=(-1,)`), raise "
+                "`max_cost`, or score after the fit, for instance with `aggregate='mean'`:\n"
+                f"{offline_lines(self.run_dir)}"
             )
 
 
 class _TooExpensiveError(RuntimeError):
-    """A plan beyond the user's budget."""
+    """The estimated time exceeds `max_cost`."""
 
 
 def offline_lines(run_dir: Path) -> str:
-    """The three lines that ask the same later, in any process."""
+    """Three lines of code that compute scores later, in any process."""
     return (
         f"  trajectory = Trajectory.load({str(run_dir)!r})\n"
         "  attributor = Attributor(model, train=train_dataset, trajectory=trajectory)\n"
@@ -147,10 +156,10 @@ def offline_lines(run_dir: Path) -> str:
 
 
 def resolve_queries(queries: Any, trainer: Any) -> Any:
-    """The data that `queries` names.
+    """Return the loader that `queries` names, or `queries` itself where it is data.
 
     Raises:
-        ValueError: the Trainer has no such loader, or no loader of that number.
+        ValueError: the Trainer has no such loader.
     """
     if not isinstance(queries, str) or queries == "train":
         return queries
@@ -167,7 +176,7 @@ def resolve_queries(queries: Any, trainer: Any) -> Any:
 
 def _loaders(kind: str, trainer: Any) -> list[Any]:
     found = trainer.val_dataloaders if kind == "val" else trainer.test_dataloaders
-    if found is None:  # not loaded in this fit: made as Lightning would
+    if found is None:  # not loaded in this fit: create it as Lightning would
         owner = trainer.datamodule if trainer.datamodule is not None else trainer.lightning_module
         try:
             found = getattr(owner, f"{kind}_dataloader")()

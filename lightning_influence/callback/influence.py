@@ -1,56 +1,64 @@
-"""`Influence`: the one callback."""
+"""`Influence`: the callback that users add to their Trainer."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
 from lightning_influence.attribution.attributor import Attributor
-from lightning_influence.callback.arguments import (
-    callable_or_none,
-    checked_queries,
-    flag,
-    named_methods,
-    patterns_of,
-    positive_integer,
-    schedule_of,
-)
+from lightning_influence.callback.arguments import checked_queries, named_methods, patterns_of, schedule_of
 from lightning_influence.callback.during_fit import DuringFit
 from lightning_influence.callback.end_of_fit import EndOfFit, Results, check_queries, offline_lines
+from lightning_influence.callback.plan import ScoringPlan
 from lightning_influence.capture.identity import LoaderTap
 from lightning_influence.capture.places import check_strategy, check_training_step, check_writable, resolve_dirpath
 from lightning_influence.capture.recorder import Recorder, folder_for_rank, resume_point
 from lightning_influence.capture.store import RunWriter, claim_run
+from lightning_influence.checks import check_callable, check_flag, check_integer, check_positive
 from lightning_influence.compat import CallbackBase, MisconfigurationException, rank_zero_warn
 from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.run import parent_run
 from lightning_influence.types import MissingEvidence
 
-# Lightning hangs bound methods of the module on every callback
+# attributes that hold the model or open files
 _NOT_PICKLED = ("log", "log_dict", "_trainer", "_module", "_recorder", "_tap", "_during")
 
 
 class Influence(CallbackBase):
-    """Records what a fit did with each training example, and scores their influence when it ends.
+    """Record what a fit does with each training example, and estimate their influence when it ends.
 
-    Training is not changed by it: weights, random state, loaders and `self.log` are those of a fit without it.
+    Add it to the callbacks of a `Trainer`; the LightningModule stays unchanged. The fit itself is unaffected: weights,
+    random state, data loaders and everything logged are identical to those without the callback.
 
     Args:
-        methods: What to run when the fit ends; none only captures. A list (a score's key is the class name) or a dict.
-        queries: A `Dataset`, a `DataLoader`, or "train", "val", "test" for the Trainer's loader ("val:1": the
-            second of several).
-        dirpath: Where to write; by default beside the logger's run. Each fit makes its own `run-N` in it.
-        every_n_epochs: Write a checkpoint after every so many epochs; 0 for never. Initial and final ones are
-            always written.
-        every_n_train_steps: Write one after every so many optimizer steps instead.
-        top_k: Keep only the so many strongest proponents and opponents of a query; None keeps all.
-        self_influence: Also score every training example on itself.
-        parameters: Patterns (fnmatch) over `named_parameters()`; None takes all that train.
-        loss: Per-sample losses, as `loss(module, batch) -> [batch]`; None takes `training_step`.
-        sample_id: Key of the batch, or function of it, with unique integers, where no sampler gives them.
-        max_cost: What runs at the end of the fit may cost at most so many times the fit itself.
+        methods: Methods to run when the fit ends: a list (scores are keyed by class name) or a dict of names and
+            methods. Empty: only record.
+        queries: Data to explain: a `Dataset`, a `DataLoader`, or "train", "val" or "test" for the Trainer's loader
+            ("val:1" for the second of several). None: compute scores later with `attributor`.
+        dirpath: Folder to write to; each fit creates a `run-N` inside it. None: next to the logger's run.
+        every_n_epochs: Save a checkpoint every n epochs; 0 disables it. Initial and final weights are always saved.
+        every_n_train_steps: Save a checkpoint every n optimizer steps instead.
+        top_k: Keep only the k strongest proponents and opponents of each query. None: keep all scores.
+        self_influence: Also score each training example on itself.
+        parameters: Patterns (fnmatch) over `named_parameters()`. None: all parameters that are trained.
+        loss: Per-sample losses, `loss(module, batch) -> [batch]`. None: the loss of `training_step`.
+        sample_id: Key of the batch, or function of the batch, that gives one unique integer per example. Needed where
+            no sampler provides indices, as for an `IterableDataset`.
+        max_cost: Do not start a method whose estimated time exceeds this many times the duration of the fit, nor a
+            fit in which tracking would take this many times as long as plain training.
         log_scores: Write scores to the Trainer's loggers.
+
+    Attributes:
+        scores: `Scores` by name of the method, once the fit has ended.
+        self_scores: `SelfScores` by name of the method, with `self_influence=True`.
+        run_dir: Folder of the newest fit.
+
+    Example:
+        >>> influence = Influence([TracInCP()], queries="val")  # doctest: +SKIP
+        >>> Trainer(max_epochs=5, callbacks=[influence]).fit(model, datamodule)  # doctest: +SKIP
+        >>> influence.scores["TracInCP"].proponents(k=5)  # doctest: +SKIP
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - the contract's names
@@ -73,21 +81,23 @@ class Influence(CallbackBase):
         for name, method in self.methods.items():
             if method.needs & Evidence.REFIT:
                 raise ValueError(
-                    f"Expected `methods` that run when a fit ends, got {name!r}, which trains models again. "
-                    f"Ask for it afterwards: `influence.attributor.score({name}(...), queries=...)`."
+                    f"Expected `methods` that can run when a fit ends, got {name!r}, which retrains models. "
+                    f"Run it afterwards: `influence.attributor.score({name}(...), queries=...)`."
                 )
+        check_integer("top_k", top_k, optional=True)
+        check_flag("self_influence", self_influence)
+        check_callable("loss", loss)
+        if not isinstance(sample_id, str):
+            check_callable("sample_id", sample_id)
+        check_positive("max_cost", max_cost)
+        check_flag("log_scores", log_scores)
         self.queries = checked_queries(queries)
         self.dirpath = None if dirpath is None else fspath(dirpath)
         self._schedule = schedule_of(every_n_epochs, every_n_train_steps)
-        self.top_k = positive_integer("top_k", top_k)
-        self.self_influence = flag("self_influence", self_influence)
+        self.top_k, self.self_influence = top_k, self_influence
         self.parameters = patterns_of(parameters)
-        self.loss = callable_or_none("loss", loss)
-        self.sample_id = sample_id if isinstance(sample_id, str) else callable_or_none("sample_id", sample_id)
-        if isinstance(max_cost, bool) or not isinstance(max_cost, (int, float)) or not max_cost > 0:
-            raise ValueError(f"Expected `max_cost` to be a positive number, got {max_cost!r}.")
-        self.max_cost = float(max_cost)
-        self.log_scores = flag("log_scores", log_scores)
+        self.loss, self.sample_id = loss, sample_id
+        self.max_cost, self.log_scores = float(max_cost), log_scores
         self.scores = Results()
         self.self_scores = Results()
         self.run_dir: Path | None = None
@@ -98,21 +108,20 @@ class Influence(CallbackBase):
         self._tap: LoaderTap | None = None
         self._recorder: Recorder | None = None
         self._during: DuringFit | None = None
-        self.lost: dict[str, str] = {}
 
-    # ---- what the user reads ----
+    # ---- results ----
 
     @property
     def trajectory(self) -> Trajectory:
-        """What the newest fit has left on disk so far.
+        """What the newest fit has written to disk so far.
 
         Raises:
-            MissingEvidence: no fit was recorded yet.
+            MissingEvidence: no fit has been recorded yet.
         """
         if self.run_dir is None:
             raise MissingEvidence(
                 "Expected a fit with this callback, got none yet (`fast_dev_run` records nothing). Call `trainer.fit`,"
-                " or read an earlier one with `Trajectory.load(dirpath)`."
+                " or load an earlier fit with `Trajectory.load(dirpath)`."
             )
         if self._recorder is not None:
             self._recorder.flush()
@@ -120,10 +129,10 @@ class Influence(CallbackBase):
 
     @property
     def attributor(self) -> Attributor:
-        """Asks further questions about the fit that was captured.
+        """Computes further scores from the newest fit.
 
         Raises:
-            MissingEvidence: no fit was recorded yet.
+            MissingEvidence: no fit has been recorded yet.
         """
         trajectory = self.trajectory
         return Attributor(
@@ -136,13 +145,13 @@ class Influence(CallbackBase):
         )
 
     def _score_at_end(self, trainer: Any, module: Any) -> None:
-        """Run the methods on what was captured."""
+        """Run the methods on what was recorded."""
         if not self.methods or self.run_dir is None:
             return
         if trainer.world_size > 1:
             rank_zero_warn(
-                f"Under {trainer.world_size} processes a fit is captured and `methods` do not run yet. "
-                f"Ask in one process afterwards:\n{offline_lines(self.run_dir)}"
+                f"Expected one process to run `methods` in, got {trainer.world_size}. The fit is recorded. "
+                f"Compute scores afterwards in a single process:\n{offline_lines(self.run_dir)}"
             )
             return
         try:
@@ -151,18 +160,22 @@ class Influence(CallbackBase):
             rank_zero_warn(f"Scores were not computed, the fit is complete: {type(error).__name__}: {error}")
             self.scores.reasons |= {name: str(error) for name in self.methods}
             return
-        EndOfFit(self, trainer, attributor, self.run_dir, seconds).run()
+        EndOfFit(self._plan, trainer, attributor, self.run_dir, seconds, self.scores, self.self_scores).run()
+
+    @property
+    def _plan(self) -> ScoringPlan:
+        return ScoringPlan(**{field.name: getattr(self, field.name) for field in fields(ScoringPlan)})
 
     # ---- hooks ----
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Wire the loaders: the only hook that is always early enough."""
+        """Start watching the data loaders: later hooks may come after their iterators were created."""
         if stage != "fit":
             return
         self._unwire(trainer)
         self.scores.clear()
         self.self_scores.clear()
-        self.run_dir, self._restored, self.lost = None, {}, {}
+        self.run_dir, self._restored = None, {}
         if trainer.fast_dev_run:
             return
         check_strategy(trainer.strategy, self.dirpath)
@@ -174,7 +187,7 @@ class Influence(CallbackBase):
         self._tap = LoaderTap.acquire(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Claim a run and write the initial checkpoint."""
+        """Create the folder of the run and save the initial checkpoint."""
         if self._tap is None or self._resolved is None:
             return
         parent, made = resume_point(self._restored, trainer)
@@ -187,72 +200,71 @@ class Influence(CallbackBase):
         folder, error = trainer.strategy.broadcast((folder, error))
         if error is not None:
             raise MisconfigurationException(
-                f"Expected to make a run in `{self._resolved}`, got {error!r}. Pass another `dirpath=`."
+                f"Expected to create a folder in `{self._resolved}`, got {error!r}. Pass another `dirpath=`."
             )
         self.run_dir = Path(folder)
         store = RunWriter(folder_for_rank(self.run_dir, trainer.global_rank), trainer.world_size, parent)
         self._recorder = Recorder(trainer, pl_module, self._tap, store, self._schedule, self.sample_id, made)
         self._recorder.starts()
-        self._during = DuringFit(self, trainer, pl_module)
+        self._during = DuringFit(self._plan, trainer, pl_module, self.run_dir)
+        self._recorder.steps.follower = self._during.loop.stepped
         self._during.starts(None if parent is None else parent_run(self.run_dir, vars(parent)), made)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Look at loaders and optimizers again."""
-        if self._recorder is not None and self._during is not None:
+        """Notice loaders that were reloaded and optimizers that were replaced."""
+        if self._recorder is not None:
             self._recorder.epoch_starts()
-            self._during.epoch_starts()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Note the examples of the batch."""
+        """Record which examples are in the batch, and show it to the trackers."""
         if self._recorder is not None and self._during is not None:
-            self._during.batch_starts(self._recorder.batch_starts(batch), batch)
+            recorded = self._recorder.batch_starts(batch)
+            self._during.batch_starts(recorded, recorded.ids, batch)
 
     def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """An accumulation begins."""
-        if self._recorder is not None and self._during is not None:
-            self._recorder.before_zero_grad(optimizer)
-            self._during.before_zero_grad()
+        """An accumulation window begins."""
+        if self._recorder is not None:
+            self._recorder.steps.windows.before_zero_grad(optimizer)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
-        """In manual optimization an accumulation may begin."""
-        if self._recorder is not None and self._during is not None:
-            self._recorder.before_backward()
-            self._during.before_backward()
+        """The batch has a loss; in manual optimization, an accumulation window may begin."""
+        if self._recorder is not None:
+            self._recorder.steps.windows.before_backward()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """A step is about to be made."""
+        """The optimizer is about to step."""
         if self._recorder is not None and self._during is not None:
-            self._recorder.before_step(optimizer)
-            self._during.before_step()
+            self._recorder.steps.before_step(optimizer)
+            self._during.loop.before_step()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Close the batch."""
+        """Complete the record of the batch, and save a checkpoint if one is due."""
         if self._recorder is not None:
             self._recorder.batch_ended(batch)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write a checkpoint where one is due."""
+        """Save a checkpoint if one is due."""
         if self._recorder is not None:
             self._recorder.epoch_ended()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write the final checkpoint, then score."""
-        if self._recorder is None:
+        """Save the final checkpoint, then run the methods."""
+        if self._recorder is None or self._during is None:
             return
         self._recorder.ended()
-        self._end_tracking(self._recorder.made)
-        self._recorder.close()
-        self._recorder = None
+        self._during.save(self._recorder.made)
+        self.scores.reasons |= self._during.lost
+        self._stop()
         self._score_at_end(trainer, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Write what is known and put everything back; Lightning calls no `teardown` after an error."""
+        """Write what was recorded and remove all hooks; Lightning calls no `teardown` after an error."""
         if self._recorder is not None:
             self._recorder.interrupted()
         self._unwire(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Put everything back."""
+        """Remove all hooks."""
         if stage == "fit":
             self._unwire(trainer)
 
@@ -260,7 +272,7 @@ class Influence(CallbackBase):
 
     @property
     def state_key(self) -> str:
-        """Tells two of these callbacks in one Trainer apart."""
+        """Distinguishes several of these callbacks in one Trainer."""
         return self._generate_state_key(
             dirpath=self.dirpath,
             methods=sorted(self.methods),
@@ -270,10 +282,10 @@ class Influence(CallbackBase):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where a resumed fit finds this one: builtins only, or a user's checkpoint could not be loaded safely."""
+        """Where a resumed fit finds this run: builtins only, so that checkpoints load with `weights_only=True`."""
         if self._recorder is None or self.run_dir is None:
             return {}
-        self._recorder.flush()  # whoever resumes from this checkpoint finds every step before it
+        self._recorder.flush()  # a fit that resumes from this checkpoint needs every step before it
         if self._during is not None:
             self._during.save(self._recorder.made)
         if not self._recorder.alive:
@@ -282,11 +294,11 @@ class Influence(CallbackBase):
         return link | {"id": self._recorder.manifest["id"]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the run that is resumed."""
+        """Keep the link to the run that is resumed."""
         self._restored = dict(state_dict)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Find the state of an `Influence` with other arguments, such as a method added since."""
+        """Accept the state of an `Influence` with other arguments, such as one more method."""
         states = checkpoint.get("callbacks", {})
         own = [state for key, state in states.items() if str(key).startswith(type(self).__qualname__ + "{")]
         if self.state_key not in states and len(own) == 1:
@@ -296,20 +308,14 @@ class Influence(CallbackBase):
         state = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
         return state | {name: None for name in _NOT_PICKLED if name in state}
 
-    def _end_tracking(self, made: int) -> None:
-        if self._during is not None:
-            self._during.save(made)
-            self.lost = self._during.lost
-            self._during.close()
-            self._during = None
+    def _stop(self) -> None:
+        for part in (self._during, self._recorder):
+            if part is not None:
+                part.close()
+        self._during = self._recorder = None
 
     def _unwire(self, trainer: Any) -> None:
-        if self._during is not None:
-            self._during.close()
-            self._during = None
-        if self._recorder is not None:
-            self._recorder.close()
-            self._recorder = None
+        self._stop()
         if self._tap is not None:
             self._tap.release(trainer)
             self._tap = None

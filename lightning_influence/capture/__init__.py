@@ -1,1 +1,1 @@
-"""The guest in the Trainer: example identity, steps and learning rates, checkpoints, and how they reach the disk."""
+"""Records a fit without changing it: examples of each batch, optimizer steps and checkpoints, written to disk."""

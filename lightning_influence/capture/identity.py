@@ -1,4 +1,4 @@
-"""Which training examples stand in the batch that Lightning is about to train on."""
+"""Which training examples are in the batch that Lightning is about to train on."""
 
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,16 +12,16 @@ _taps: "WeakKeyDictionary[Any, LoaderTap]" = WeakKeyDictionary()
 
 
 class LoaderTap:
-    """Watches the training loaders of one Trainer, for all callbacks that ask.
+    """Watches the training loaders of one Trainer for all callbacks that need example indices.
 
-    Lightning calls `strategy.process_dataloader` after it has put in a distributed sampler and before it starts the
-    iterator (fit_loop.setup_data, lightning 2.4 to 2.6); no hook of a callback lies between the two. The loader's
-    indices are written down as they are drawn and never computed again from a seed.
+    Lightning calls `strategy.process_dataloader` after it has inserted a distributed sampler and before it creates the
+    iterator (fit_loop.setup_data, lightning 2.4 to 2.6); no callback hook is called between the two. Indices are
+    recorded as the loader draws them, never recomputed from a seed.
     """
 
     @classmethod
     def acquire(cls, trainer: Any) -> "LoaderTap":
-        """The Trainer's tap, wired on first use; every `acquire` asks for one `release`."""
+        """Return the Trainer's tap, creating it on first use; each `acquire` needs one `release`."""
         tap = _taps.get(trainer)
         if tap is None:
             tap = _taps[trainer] = cls(trainer)
@@ -35,13 +35,13 @@ class LoaderTap:
         self._passes: set[tuple[int, int]] = set()  # (loader, pass) of Lightning's own iterators
         self._current: list[list[int] | None] = []
         self.read: list[dict[str, bytes] | None] = []
-        """For each loader, the random generators before the batch last taken was read, of those that this drew from."""
+        """Per loader: the random states before the newest batch was read, of the generators that reading it used."""
         self._served: set[int] = set()
         self._strategy = trainer.strategy
         original = self._strategy.process_dataloader
 
         def process_dataloader(dataloader: Any) -> Any:
-            # sanity checking and validation come through here too, and are not `training`
+            # called for sanity checking and validation too, where `training` is False
             if trainer.training and isinstance(dataloader, DataLoader):
                 track(dataloader)
                 self._loaders.append(dataloader)
@@ -50,7 +50,7 @@ class LoaderTap:
         self._strategy.process_dataloader = process_dataloader
 
     def release(self, trainer: Any) -> None:
-        """Undo the wiring when the last user leaves."""
+        """Stop watching once every user has released the tap."""
         self._users -= 1
         if self._users > 0:
             return
@@ -61,18 +61,18 @@ class LoaderTap:
         self._loaders, self._trackers = [], []
 
     def epoch_starts(self, trainer: Any) -> None:
-        """Find out which loaders this epoch draws from: they may have been reloaded."""
+        """Look up the loaders of this epoch: they may have been reloaded."""
         leaves = tree_leaves(trainer.train_dataloader, is_leaf=lambda node: isinstance(node, DataLoader))
         self._trackers = [tracker_of(leaf) for leaf in leaves]
 
     def epoch_ends(self) -> None:
-        """Forget batches that were delivered and not trained on."""
+        """Discard batches that were delivered but not trained on."""
         for tracker in self._trackers:
             if tracker is not None:
                 tracker.delivered.clear()
 
     def take(self, trainer: Any, user: int) -> list[list[int] | None]:
-        """The indices of the next batch, one entry a loader; every user sees every batch once."""
+        """Return the indices of the next batch, one entry per loader; each user sees each batch once."""
         if user in self._served or not self._served:
             self._served.clear()
             self._current = self._next(trainer)
@@ -80,23 +80,23 @@ class LoaderTap:
         return self._current
 
     def unknown(self) -> str | None:
-        """Why examples cannot be told, if they cannot."""
+        """Why it is unknown which examples are in a batch; None if it is known."""
         for tracker in self._trackers:
             if tracker is None:
-                return "it is no `torch.utils.data.DataLoader`"
+                return "it is not a `torch.utils.data.DataLoader`"
             if tracker.unknown is not None:
                 return tracker.unknown
         return None
 
     def dataset(self) -> Any:
-        """The one training dataset; None among several."""
+        """The training dataset; None if there are several."""
         if len(self._trackers) != 1:
             return None
         loaders = (loader for loader in reversed(self._loaders) if tracker_of(loader) is self._trackers[0])
         return getattr(next(loaders, None), "dataset", None)
 
     def _next(self, trainer: Any) -> list[list[int] | None]:
-        """Pop one delivery of each loader, past those of passes that are not Lightning's (a user's own loop)."""
+        """Take one batch from each loader, skipping those of iterators that are not Lightning's (a user's own loop)."""
         iterators = _iterators_of(trainer)
         taken: list[list[int] | None] = []
         self.read = []
@@ -115,7 +115,7 @@ class LoaderTap:
 
 
 def length_of(dataset: Any) -> int | None:
-    """How many examples it has, where it knows."""
+    """Number of examples; None for datasets without a length."""
     try:
         return len(dataset)
     except (TypeError, AttributeError, NotImplementedError):
@@ -123,14 +123,14 @@ def length_of(dataset: Any) -> int | None:
 
 
 def reloaded(before: Any, now: Any) -> tuple[str, bool] | None:
-    """What a loader that was made again changed, and whether its ids surely stand for other examples now."""
+    """What a reloaded loader changed, and whether its ids certainly belong to other examples now; None: nothing."""
     if before is None or now is None or before is now:
         return None
     if length_of(before) != length_of(now):
-        return f"a dataset of {length_of(now)} examples in place of {length_of(before)}", True
+        return f"a dataset of {length_of(now)} examples instead of {length_of(before)}", True
     if isinstance(before, Subset) and isinstance(now, Subset):
         if list(before.indices) != list(now.indices):
-            return "a `Subset` of other indices", True
+            return "a `Subset` with other indices", True
         return reloaded(before.dataset, now.dataset)
     return f"another {type(now).__name__} of the same length", False
 
@@ -138,11 +138,11 @@ def reloaded(before: Any, now: Any) -> tuple[str, bool] | None:
 def _pop(tracker: LoaderState, alone: bool) -> list[int] | None:
     if tracker.delivered:
         return tracker.delivered.popleft().ids
-    # among several loaders the shorter ones give nothing any more (CombinedLoader's mode "max_size")
+    # with several loaders, the shorter ones are exhausted earlier (CombinedLoader's mode "max_size")
     return [] if tracker.exhausted and tracker.unknown is None and not alone else None
 
 
 def _iterators_of(trainer: Any) -> list[Any]:
-    """The iterators inside Lightning's CombinedLoader, which has no public name for them."""
+    """The iterators inside Lightning's CombinedLoader, which does not expose them."""
     combined = getattr(trainer.fit_loop, "_combined_loader", None)
     return getattr(getattr(combined, "_iterator", None), "iterators", None) or []

@@ -1,4 +1,4 @@
-"""A `DataLoader` that tells which indices are in the batch it just delivered, and is otherwise itself."""
+"""Makes a `DataLoader` report the indices of each batch it delivers, and leaves it otherwise unchanged."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -17,42 +17,43 @@ _CPU = torch.device("cpu")
 
 
 class Delivery(NamedTuple):
-    """A batch that left the loader."""
+    """A batch that the loader has returned."""
 
-    number: int  # of the pass
+    number: int  # of the iteration over the loader
     ids: list[int] | None
-    read: dict[str, bytes] | None  # the generators before its examples were read, of those that reading drew from
+    read: dict[str, bytes] | None  # random states before its examples were read, of generators that reading used
 
 
 class LoaderState:
-    """What is known of one loader: indices drawn, then delivered, then trained on.
+    """Indices of one loader, from being drawn to being trained on.
 
     Holds no reference to an iterator: a cycle through a multiprocessing iterator would be collected inside freshly
-    forked workers, which torch answers with "can only test a child process".
+    forked workers, where torch raises "can only test a child process".
     """
 
     def __init__(self, loader: DataLoader) -> None:
-        self.draws: deque[Any] = deque()  # by the newest pass, not delivered yet
-        self.delivered: deque[Delivery] = deque()  # not trained on yet
-        self.reads_here = False  # examples are read in this process, right after they are drawn
-        self.before: dict[str, Any] | None = None  # the generators then
-        self.gaussians: dict[str, bytes] | None = {}  # what else they keep; None: reading did not draw from such
-        self.newest = 0  # number of the newest pass
+        self.draws: deque[Any] = deque()  # drawn by the newest iteration, not yet delivered
+        self.delivered: deque[Delivery] = deque()  # not yet trained on
+        self.reads_here = False  # examples are read in this process, right after their indices are drawn
+        self.before: dict[str, Any] | None = None  # random states at that moment
+        # normal numbers that generators cache; None: reading uses no generator that does
+        self.gaussians: dict[str, bytes] | None = {}
+        self.newest = 0  # number of the newest iteration
         self.exhausted = True
-        self.unknown: str | None = None  # why the indices cannot be told
+        self.unknown: str | None = None  # why the indices are unknown, if they are
         if isinstance(loader.dataset, IterableDataset):
             self.unknown = "its dataset is an `IterableDataset`, which has no indices"
         elif loader.num_workers > 1 and not getattr(loader, "in_order", True):
-            self.unknown = "with `in_order=False` batches overtake one another"
+            self.unknown = "with `in_order=False`, batches arrive in another order than they are drawn"
 
     def about_to_read(self) -> None:
-        """Notes the generators."""
+        """Read the random states before the examples are read."""
         self.before = read_generators(_CPU)
         if self.gaussians is not None:
             self.gaussians = read_gaussians()
 
     def drawn_in_reading(self) -> dict[str, bytes] | None:
-        """The noted states of the generators that were drawn from since; None if none was, or nothing was noted."""
+        """States before reading, of the generators that reading used; None if it used none, or none were read."""
         moved = None if self.before is None else moved_since(self.before, _CPU)
         self.before = None
         if moved and self.gaussians is not None:
@@ -62,10 +63,10 @@ class LoaderState:
 
 
 def track(loader: Any) -> LoaderState:
-    """Start watching a loader in place; a loader already watched keeps its tracker."""
+    """Start watching a loader, in place; a loader that is already watched keeps its state."""
     tracker = loader.__dict__.get(_KEY)
     if tracker is None:
-        # persistent workers keep the iterator of an earlier pass, hence one tracker for the loader's life in a fit
+        # persistent workers keep the iterator of an earlier epoch, hence one state per loader and fit
         tracker = loader.__dict__[_KEY] = LoaderState(loader)
     tracker.delivered.clear()
     if not hasattr(type(loader), "_influence_original"):
@@ -75,7 +76,7 @@ def track(loader: Any) -> LoaderState:
 
 
 def untrack(loader: Any) -> None:
-    """Make a loader what it was."""
+    """Stop watching a loader and restore its class."""
     original = getattr(type(loader), "_influence_original", None)
     if original is not None:
         loader.__class__ = original
@@ -84,16 +85,16 @@ def untrack(loader: Any) -> None:
 
 
 def tracker_of(loader: Any) -> LoaderState | None:
-    """The tracker of a watched loader."""
+    """The state of a watched loader."""
     return getattr(loader, "__dict__", {}).get(_KEY)
 
 
 def as_indices(drawn: Any) -> list[int] | None:
-    """What a sampler yielded for one batch as integers; None if it yields other keys."""
+    """Convert what a sampler yielded for one batch to integers; None if it yields other keys."""
     if isinstance(drawn, Tensor) or (hasattr(drawn, "tolist") and not isinstance(drawn, (list, tuple))):
         drawn = drawn.tolist()
     if not isinstance(drawn, (list, tuple)):
-        drawn = [drawn]  # batch_size=None draws single indices
+        drawn = [drawn]  # with batch_size=None, samplers yield single indices
     try:
         return [as_index(i) for i in drawn]
     except TypeError:
@@ -101,7 +102,7 @@ def as_indices(drawn: Any) -> list[int] | None:
 
 
 class _Draws:
-    """Iterator over a sampler that writes down every draw."""
+    """Iterator over a sampler that records every draw."""
 
     def __init__(self, iterator: Iterator, tracker: LoaderState) -> None:
         self._iterator, self._tracker, self._draws = iterator, tracker, tracker.draws
@@ -118,7 +119,7 @@ class _Draws:
 
 
 class _StatefulDraws(_Draws):
-    """torchdata's `StatefulDataLoader` looks for these two methods, and they must be absent where they do nothing."""
+    """For torchdata's `StatefulDataLoader`, which checks whether these two methods exist."""
 
     def state_dict(self) -> dict:
         return self._iterator.state_dict()  # type: ignore[attr-defined]
@@ -128,14 +129,14 @@ class _StatefulDraws(_Draws):
 
 
 class _Sampler:
-    """What `_index_sampler` of a watched loader returns; `loader.batch_sampler` itself is never replaced."""
+    """Returned by `_index_sampler` of a watched loader; `loader.batch_sampler` itself is never replaced."""
 
     def __init__(self, sampler: Any, tracker: LoaderState) -> None:
         self._sampler, self._tracker = sampler, tracker
 
     def __iter__(self) -> Iterator:
         iterator = iter(self._sampler)
-        # a new pass, also when persistent workers are reset: what was drawn ahead and not delivered is forgotten
+        # a new iteration, also when persistent workers are reset: indices drawn ahead but not delivered are discarded
         self._tracker.draws = deque()
         return (_StatefulDraws if _is_stateful(iterator) else _Draws)(iterator, self._tracker)
 
@@ -152,12 +153,12 @@ class _StatefulSampler(_Sampler):
 
 
 class Deliveries:
-    """The loader's iterator; each batch that leaves it moves one draw to `LoaderState.delivered`."""
+    """The loader's iterator; each batch it returns moves one draw to `LoaderState.delivered`."""
 
     def __init__(self, iterator: Iterator, tracker: LoaderState) -> None:
         self._iterator, self._tracker = iterator, tracker
         self._draws, self.number = tracker.draws, tracker.newest
-        # a generator in a loader's own `__iter__` may hold back, merge or drop batches, and hides the workers
+        # a generator in a subclass's `__iter__` may delay, merge or drop batches, and hides the workers
         self._foreign = not isinstance(iterator, _BaseDataLoaderIter)
         tracker.reads_here = type(iterator) is _SingleProcessDataLoaderIter
 
@@ -165,7 +166,7 @@ class Deliveries:
         return self
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_iterator":  # not there yet while unpickling
+        if name == "_iterator":  # not yet set while unpickling
             raise AttributeError(name)
         return getattr(self._iterator, name)
 
@@ -183,7 +184,7 @@ class Deliveries:
         return batch
 
     def _match(self) -> list[int] | None:
-        """Loaders deliver in the order of drawing; workers were sent some batches ahead, which are the newest draws."""
+        """Indices of the batch just returned: batches arrive as drawn, and the newest draws may be prefetched."""
         ahead = getattr(self._iterator, "_send_idx", 0) - getattr(self._iterator, "_rcvd_idx", 0)
         surplus = len(self._draws) - ahead - 1
         if surplus > 0 and not self._foreign and _is_fast_forwarding(self._iterator):
@@ -191,11 +192,11 @@ class Deliveries:
                 self._draws.popleft()
             surplus = 0
         if surplus != 0:
-            self._tracker.unknown = "its iterator delivers batches other than those its sampler draws, one by one"
+            self._tracker.unknown = "its iterator does not deliver exactly one batch for each that its sampler draws"
             return None
         indices = as_indices(self._draws.popleft())
         if indices is None:
-            self._tracker.unknown = "its sampler yields keys that are no integers"
+            self._tracker.unknown = "its sampler yields keys that are not integers"
         return indices
 
 
@@ -204,12 +205,12 @@ def _is_stateful(thing: Any) -> bool:
 
 
 def _is_fast_forwarding(iterator: Any) -> bool:
-    """Torchdata's stateful iterators skip, on resuming, what was already trained on."""
+    """Whether it is a stateful iterator of torchdata, which skips trained batches when it resumes."""
     return hasattr(iterator, "state_dict")
 
 
 def _rewire(loader: Any) -> None:
-    """Persistent workers that the user already iterated hold the sampler of then."""
+    """Replace the sampler that persistent workers hold from an earlier iteration by the user."""
     iterator = getattr(loader, "_iterator", None)
     if iterator is not None and hasattr(iterator, "_index_sampler"):
         iterator._index_sampler = loader._index_sampler
@@ -225,7 +226,7 @@ _tracked_classes: dict[type, type] = {}
 
 
 def _tracked(cls: type) -> type:
-    """A subclass that overrides two members: what is drawn, and what is delivered."""
+    """Return a subclass that overrides how indices are drawn and how batches are delivered."""
     if cls in _tracked_classes:
         return _tracked_classes[cls]
 
@@ -242,10 +243,10 @@ def _tracked(cls: type) -> type:
 
         def __iter__(self) -> Iterator:
             tracker = tracker_of(self)
-            if tracker is None:  # Lightning re-instantiates loaders by their type
+            if tracker is None:  # Lightning creates new loaders of the same type
                 return super().__iter__()
             if not tracker.exhausted:
-                tracker.delivered.clear()  # the pass before was abandoned: reload, `return -1`, limit_train_batches
+                tracker.delivered.clear()  # the last iteration was abandoned: reload, `return -1`, limit_train_batches
             tracker.newest += 1
             tracker.exhausted, tracker.draws = False, deque()
             return Deliveries(super().__iter__(), tracker)

@@ -1,4 +1,4 @@
-"""Where a run is written, and which Trainers can be recorded at all."""
+"""Where a run is written, and which Trainers cannot be recorded."""
 
 import os
 import tempfile
@@ -17,10 +17,10 @@ _UNSUPPORTED = {
 
 
 def check_strategy(strategy: Any, dirpath: str | None) -> None:
-    """Refuse, by name, what cannot be recorded.
+    """Refuse strategies that cannot be recorded.
 
     Raises:
-        MisconfigurationException: the strategy hides steps or weights, or starts processes whose files nobody finds.
+        MisconfigurationException: the strategy hides steps or weights, or spawns processes and has no `dirpath`.
     """
     for cls in type(strategy).__mro__:
         if (why := _UNSUPPORTED.get(cls.__name__)) is not None:
@@ -33,12 +33,12 @@ def check_strategy(strategy: Any, dirpath: str | None) -> None:
     if spawns and dirpath is None:
         raise MisconfigurationException(
             f"Expected `Influence(dirpath=...)` with {type(strategy).__name__!r}, got `dirpath=None`: its processes end"
-            " with the fit and only files stay. Pass `dirpath=` and read it with `Trajectory.load(dirpath)`."
+            " with the fit and leave only files. Pass `dirpath=` and load it with `Trajectory.load(dirpath)`."
         )
 
 
 def check_training_step(module: Any) -> None:
-    """Refuse a step that fetches its batch itself.
+    """Refuse a `training_step` that fetches its batch itself.
 
     Raises:
         MisconfigurationException: `training_step` takes `dataloader_iter`.
@@ -47,12 +47,12 @@ def check_training_step(module: Any) -> None:
     if code is not None and "dataloader_iter" in code.co_varnames[: code.co_argcount]:
         raise MisconfigurationException(
             "Expected `training_step(self, batch, ...)`, got `training_step(self, dataloader_iter)`: the batch is"
-            " fetched inside the step, where `Influence` cannot tell which examples it holds. Take `batch` instead."
+            " fetched inside the step, where `Influence` does not see its examples. Take `batch` instead."
         )
 
 
 def resolve_dirpath(trainer: Any, dirpath: str | None) -> Path:
-    """The given folder, or one beside the logger's run as `ModelCheckpoint` has it; the same on all ranks."""
+    """Return the given folder, or one next to the logger's run as for `ModelCheckpoint`; the same on all ranks."""
     if dirpath is None:
         if trainer.loggers:
             logger = trainer.loggers[0]
@@ -65,10 +65,10 @@ def resolve_dirpath(trainer: Any, dirpath: str | None) -> Path:
 
 
 def check_writable(trainer: Any, dirpath: Path) -> None:
-    """Make the folder and write a byte.
+    """Create the folder and check that rank 0 can write to it.
 
     Raises:
-        MisconfigurationException: on all ranks, if rank 0 cannot.
+        MisconfigurationException: it cannot; raised on all ranks.
     """
     error = None
     if trainer.is_global_zero:
@@ -81,5 +81,5 @@ def check_writable(trainer: Any, dirpath: Path) -> None:
     error = trainer.strategy.broadcast(error)
     if error is not None:
         raise MisconfigurationException(
-            f"Expected a folder that can be written to at `{dirpath}`, got {error!r}. Pass another `dirpath=`."
+            f"Expected a writable folder at `{dirpath}`, got {error!r}. Pass another `dirpath=`."
         )

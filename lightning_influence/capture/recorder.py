@@ -1,4 +1,4 @@
-"""Records one fit: ties example identity, steps and checkpoints to a run on disk."""
+"""Records one fit: writes example indices, steps and checkpoints to a run on disk."""
 
 import warnings
 from collections.abc import Callable
@@ -7,13 +7,14 @@ from operator import index as as_index
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from lightning_influence.capture.identity import LoaderTap, length_of, reloaded
 from lightning_influence.capture.loaders import as_indices
 from lightning_influence.capture.states import encode_state, fingerprint, gather_state
 from lightning_influence.capture.steps import StepRecorder, batch_size
 from lightning_influence.capture.store import ParentLink, RunWriter
+from lightning_influence.capture.windows import RecordedBatch
 from lightning_influence.compat import rank_zero_warn
 from lightning_influence.types import clean
 
@@ -22,14 +23,14 @@ _ROWS_IN_MEMORY = 1024
 
 @dataclass(frozen=True)
 class Schedule:
-    """When checkpoints are written, in `ModelCheckpoint`'s words; 0 is never."""
+    """When checkpoints are saved, with the names of `ModelCheckpoint`; 0 disables it."""
 
     every_n_epochs: int
     every_n_train_steps: int
 
 
 class Recorder:
-    """The guest. Nothing it does draws from a random generator, and no write that fails ends the fit."""
+    """Records a fit. It uses no random generator, and a failed write does not fail the fit."""
 
     def __init__(
         self,
@@ -43,86 +44,74 @@ class Recorder:
     ) -> None:
         self._trainer, self._module, self._tap, self._store = trainer, module, tap, store
         self._schedule, self._sample_id = schedule, sample_id
-        self._steps = StepRecorder(trainer, module, made)
+        self.steps = StepRecorder(trainer, module, made)
         self._hooked = True
         self._failed = False
         self._written = -1  # step of the newest checkpoint
         self._made_at_start = made
-        self._held: tuple[int, int, dict[str, dict]] | None = None  # raw weights before `on_train_end` of others
+        # step, epoch and state at the end of the last epoch: other callbacks may average the weights in `on_train_end`
+        self._held: tuple[int, int, dict[str, dict]] | None = None
         self._fingerprint: list[tuple[int, int]] | None = None
         self._warned: set[str] = set()
         self._dataset: Any = None
 
     @property
     def made(self) -> int:
-        """Updates of weights so far."""
-        return self._steps.made
+        """Weight updates so far."""
+        return self.steps.made
 
     @property
     def alive(self) -> bool:
-        """Whether recording goes on."""
+        """Whether the fit is still being recorded."""
         return self._hooked and not self._failed
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What the run says about itself by now."""
+        """The manifest of the run so far."""
         return self._store.manifest
 
     def starts(self) -> None:
-        """The initial checkpoint."""
+        """Save the initial checkpoint."""
         self._tap.epoch_starts(self._trainer)
-        if self._steps.clips_untold:
+        if self.steps.clips_otherwise:
             self._store.manifest["notes"].append(
-                "Gradients were clipped in a way that is no single coefficient (by value, or by the module's own"
-                " `configure_gradient_clipping`); exposure takes them as not clipped."
+                "Gradients were clipped by value or by the module's own `configure_gradient_clipping`, which no single"
+                " coefficient describes; exposure treats them as not clipped."
             )
         names = {id(part): clean(name) for name, part in self._module.named_modules()}
         self._store.manifest["eval_modules"] = [names[id(m)] for m in self._module.modules() if not m.training]
         self._checkpoint("initial", gather_state(self._trainer, self._module) if self._is_writer else None)
 
     def epoch_starts(self) -> None:
-        """Loaders may have been reloaded and optimizers replaced."""
+        """Notice reloaded loaders and replaced optimizers."""
         self._tap.epoch_starts(self._trainer)
         self._notice(self._tap.dataset())
-        self._steps.watch()
+        self.steps.windows.watch()
 
-    def batch_starts(self, batch: Any) -> list[list[int] | None]:
-        """Note which examples are about to be trained on; returns them, a list for each loader."""
+    def batch_starts(self, batch: Any) -> RecordedBatch:
+        """Record which examples are about to be trained on."""
         ids = self._identify(batch)
         read = self._tap.read[0] if len(self._tap.read) == 1 else None
-        self._steps.batch_starts(ids, batch_size(batch, ids), read)
-        self._made_at_start = self._steps.made
-        return ids
-
-    def before_zero_grad(self, optimizer: Any) -> None:
-        """Forward to the steps."""
-        self._steps.before_zero_grad(optimizer)
-
-    def before_backward(self) -> None:
-        """Forward to the steps."""
-        self._steps.before_backward()
-
-    def before_step(self, optimizer: Any) -> None:
-        """Forward to the steps."""
-        self._steps.before_step(optimizer)
+        self._made_at_start = self.made
+        return self.steps.batch_starts(ids, batch_size(batch, ids), read)
 
     def batch_ended(self, batch: Any) -> None:
-        """Close the batch's steps; write a checkpoint where one is due."""
-        if batch is None:  # Lightning calls no `on_train_batch_start` for it
+        """Complete the rows of the batch's steps; save a checkpoint if one is due."""
+        if batch is None:  # Lightning does not call `on_train_batch_start` then
             self._tap.take(self._trainer, id(self))
-        self._steps.batch_ended()
+        self.steps.batch_ended()
         every = self._schedule.every_n_train_steps
-        if every and self._steps.made // every > self._made_at_start // every:
+        if every and self.steps.made // every > self._made_at_start // every:
             self._checkpoint("scheduled")
-        elif len(self._steps.rows) >= _ROWS_IN_MEMORY:
+        elif len(self.steps.rows) >= _ROWS_IN_MEMORY:
             self.flush()
 
     def epoch_ended(self) -> None:
-        """Write a checkpoint where one is due, else keep the raw weights if the fit is about to end."""
+        """Save a checkpoint if one is due; otherwise keep the weights in memory if the fit is about to end."""
         self._tap.epoch_ends()
-        if self._trainer.fit_loop._skip_backward:  # StochasticWeightAveraging has put averaged weights in
+        if self._trainer.fit_loop._skip_backward:  # StochasticWeightAveraging has loaded averaged weights
             return
-        self._steps.batch_ended()
+        self.steps.batch_ended()
         trainer, every = self._trainer, self._schedule.every_n_epochs
         self._fingerprint = fingerprint(self._module)
         if every and (trainer.current_epoch + 1) % every == 0:
@@ -131,15 +120,15 @@ class Recorder:
             self._held = (self.made, trainer.current_epoch, gather_state(trainer, self._module))
 
     def ended(self) -> None:
-        """The final checkpoint: the raw weights after the last step, whatever averaging callbacks have done since."""
-        self._steps.batch_ended()
+        """Save the final checkpoint: the weights after the last step, before other callbacks averaged them."""
+        self.steps.batch_ended()
         if self._written != self.made and self._is_writer:
             if self._held is not None and self._held[0] == self.made:
                 self._checkpoint("final", self._held[2])
             elif self._fingerprint not in (None, fingerprint(self._module)):
                 self._note(
-                    "Another callback changed the weights in `on_train_end` before `Influence` could read them, so the"
-                    " final checkpoint is missing. Put `Influence` before it in `callbacks`."
+                    "Another callback changed the weights in `on_train_end` before `Influence` could save them, so the"
+                    " final checkpoint is missing. List `Influence` before it in `callbacks`."
                 )
             else:
                 self._checkpoint("final")
@@ -147,26 +136,26 @@ class Recorder:
         self.flush()
 
     def interrupted(self) -> None:
-        """Write the steps that were made; the weights may be in the middle of one."""
-        self._steps.batch_ended()
+        """Write the steps made so far, without a checkpoint: the weights may be halfway through a step."""
+        self.steps.batch_ended()
         self.flush()
 
     def flush(self) -> None:
-        """Write what is recorded so far."""
+        """Write everything recorded so far."""
         self._guarded(self._write_steps)
 
     def close(self) -> None:
-        """Take all hooks out; harmless when repeated."""
+        """Remove all hooks; harmless when repeated."""
         if self._hooked:
             self._hooked = False
-            self._steps.unwatch()
+            self.steps.windows.unwatch()
 
     @property
     def _is_writer(self) -> bool:
         return bool(self._trainer.is_global_zero)
 
     def _checkpoint(self, kind: str, state: dict[str, dict] | None = None) -> None:
-        """Write steps and state together; a step has one checkpoint at most."""
+        """Write a checkpoint and the steps before it; a step has at most one checkpoint."""
         step, epoch = self.made, self._trainer.current_epoch
         if step == self._written:
             return
@@ -182,16 +171,16 @@ class Recorder:
 
     def _write_steps(self) -> None:
         manifest = self._store.manifest
-        manifest["settings"] = self._steps.settings
+        manifest["settings"] = self.steps.settings
         if manifest["dataset_size"] is None:
             manifest["dataset_size"] = length_of(self._tap.dataset())
-        rows = self._steps.drain()
+        rows = self.steps.drain()
         if rows:
             self._store.add_steps(rows)
         self._store.write_manifest()
 
     def _guarded(self, write: Callable[[], None]) -> None:
-        """Training matters more than its record: a full disk ends the recording, not the fit."""
+        """Write; an OSError, such as a full disk, stops the recording, not the fit."""
         if self._failed:
             return
         try:
@@ -200,59 +189,55 @@ class Recorder:
             self._failed = True
             warnings.warn(
                 f"`Influence` could not write {error.filename or str(self._store.folder)!r}"
-                f" ({error.strerror or error}). The fit goes on without being recorded; what was written before can"
-                f" still be loaded from {str(self._store.folder)!r}.",
+                f" ({error.strerror or error}). The fit continues without being recorded; what was written before can"
+                f" be loaded from {str(self._store.folder)!r}.",
                 UserWarning,
                 stacklevel=2,
             )
 
     def _notice(self, dataset: Any) -> None:
-        """Ids are indices into the dataset of the moment."""
+        """Note a changed dataset: ids are indices into the current one."""
         change, self._dataset = reloaded(self._dataset, dataset), dataset
         if change is None or self._sample_id is not None:
             return
-        text = f"The training loader was made again during the fit, with {change[0]}: "
+        text = f"The training loader was reloaded during the fit, with {change[0]}: "
         if change[1]:
-            self._note(text + "one id stands for several examples, and scores mix them. Keep one dataset for the fit.")
+            self._note(text + "one id means several examples, and scores mix them. Use one dataset for the whole fit.")
         elif not any(note.startswith(text) for note in self._store.manifest["notes"]):
-            self._store.manifest["notes"].append(text + "its examples are taken to be the same.")
+            self._store.manifest["notes"].append(text + "its examples are assumed to be the same.")
 
     def _identify(self, batch: Any) -> list[list[int] | None]:
         ids = self._tap.take(self._trainer, id(self))
         if self._sample_id is not None:
-            return [self._ask(batch)]
+            return [self._ids_of(batch)]
         if any(x is None for x in ids):
-            reason = self._tap.unknown() or "it delivered a batch that was never drawn"
+            reason = self._tap.unknown() or "it delivered a batch that its sampler did not draw"
             self._note(
-                f"`Influence` cannot tell which examples are in a batch of the training loader: {reason}."
+                f"`Influence` does not know which examples are in a batch of the training loader: {reason}."
                 " Pass `sample_id=`, a key of the batch or a function of it that gives unique integers."
             )
         elif len(ids) > 1:
             self._store.manifest["notes"] = self._store.manifest["notes"] or [
-                f"Each batch came from {len(ids)} loaders at once; `steps['loader_ids']` says which examples of each."
+                f"Each batch combines {len(ids)} loaders; `steps['loader_ids']` holds the examples of each."
             ]
         return ids
 
-    def _ask(self, batch: Any) -> list[int] | None:
-        """Ids by the user's key or function."""
-        ask = self._sample_id
+    def _ids_of(self, batch: Any) -> list[int] | None:
+        """Ids from the user's `sample_id`."""
+        key: Any = self._sample_id
         try:
-            answer = (
-                ask(batch) if callable(ask) else batch[ask] if isinstance(batch, dict) else getattr(batch, str(ask))
-            )
-            found = as_indices(answer)
-            if found is None:
-                found = [int(as_index(i.item() if isinstance(i, torch.Tensor) else i)) for i in answer]  # type: ignore[arg-type]
-            return found
+            ids = key(batch) if callable(key) else batch[key] if isinstance(batch, dict) else getattr(batch, key)
+            found = as_indices(ids)
+            return found if found is not None else [as_index(i.tolist() if isinstance(i, Tensor) else i) for i in ids]
         except Exception as error:
             self._note(
-                f"Expected `sample_id={ask!r}` to give one integer for each example of a batch, got"
-                f" {type(error).__name__}: {error}. Examples of this fit are recorded as unknown."
+                f"Expected `sample_id={key!r}` to give one integer for each example of a batch, got"
+                f" {type(error).__name__}: {error}. The examples of these batches are recorded as unknown."
             )
             return None
 
     def _note(self, text: str) -> None:
-        """Say it once, and write it where the reader of the run will see it."""
+        """Warn once, and write the note to the manifest."""
         if text not in self._warned:
             self._warned.add(text)
             self._store.manifest["notes"].append(text)
@@ -260,19 +245,19 @@ class Recorder:
 
 
 def resume_point(state: dict[str, Any], trainer: Any) -> tuple[ParentLink | None, int]:
-    """Where this fit continues: the link to the run before, and the updates made so far."""
+    """Return the run that this fit resumes, if any, and the weight updates made so far."""
     if state:
         return ParentLink(**{name: state[name] for name in ("run", "path", "id", "step")}), int(state["step"])
     if trainer.global_step > 0:
         rank_zero_warn(
-            f"This fit resumes at step {trainer.global_step} from a checkpoint that knows nothing of an `Influence` run"
-            " (the callback was not there, or had other arguments). Its run begins there, without what came before."
+            f"This fit resumes at step {trainer.global_step} from a checkpoint without the state of this `Influence`"
+            " (the callback was missing, or had other arguments). Its run begins there, without earlier steps."
         )
     return None, int(trainer.global_step)
 
 
 def folder_for_rank(run: Path, rank: int) -> Path:
-    """Each process writes into a folder of its own, rank 0 into the run itself."""
+    """Return the folder that a process writes to: the run itself for rank 0."""
     return run if rank == 0 else run / f"steps-rank{rank}"
 
 

@@ -1,4 +1,4 @@
-"""The state of a fit between two steps, as nested dicts of CPU tensors."""
+"""The content of a checkpoint: the state of a fit between two steps, as nested dicts of CPU tensors."""
 
 import io
 from typing import Any
@@ -11,7 +11,7 @@ from lightning_influence.types import clean
 
 
 def gather_state(trainer: Any, module: Any) -> dict[str, dict]:
-    """Raw weights, buffers, optimizer state and random state, copied; nothing is drawn or moved."""
+    """Copy weights, buffers, optimizer state and random state to the CPU, without changing any of them."""
     return {
         "parameters": {clean(name): _copy(p) for name, p in module.named_parameters()},
         "buffers": {clean(name): _copy(b) for name, b in module.named_buffers()},
@@ -21,14 +21,14 @@ def gather_state(trainer: Any, module: Any) -> dict[str, dict]:
 
 
 def encode_state(state: dict[str, dict]) -> bytes:
-    """What `torch.load(weights_only=True)` reads."""
+    """Serialise a state for `torch.load(weights_only=True)`."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
 
 
 def fingerprint(module: Any) -> list[tuple[int, int]]:
-    """Changes when any weight is written to or replaced."""
+    """Return a value that changes when any weight is modified or replaced."""
     return [(p.data_ptr(), p._version) for p in module.parameters()]
 
 
@@ -39,7 +39,7 @@ def _optimizer_state(trainer: Any, module: Any) -> dict[str, dict[str, Tensor]]:
         for parameter, values in optimizer.state.items():
             if parameter not in names:
                 continue
-            # LBFGS keeps lists of tensors, which no method here reads
+            # LBFGS keeps lists of tensors, which no method reads
             kept = {key: _copy(value) for key, value in values.items() if isinstance(value, (Tensor, int, float))}
             found.setdefault(names[parameter], {}).update(kept)
     return found

@@ -1,4 +1,4 @@
-"""Writes one run of one process to disk; what its manifest lists is whole at every moment."""
+"""Writes one run of one process to disk. Every file that the manifest lists is complete at all times."""
 
 import os
 import re
@@ -16,9 +16,9 @@ from lightning_influence.trajectory.files import FORMAT, MANIFEST, STEPS, encode
 
 @dataclass(frozen=True)
 class ParentLink:
-    """Where a resumed fit came from. Tensors and builtins only go into a Lightning checkpoint, so this is a dict there.
+    """The run that a fit resumes. Lightning checkpoints hold it as a dict, which loads with `weights_only=True`.
 
-    ``step`` counts updates of weights, Lightning's ``global_step`` counts attempts.
+    `step` counts weight updates; Lightning's `global_step` also counts skipped steps.
     """
 
     run: str
@@ -28,7 +28,7 @@ class ParentLink:
 
 
 def claim_run(dirpath: Path) -> Path:
-    """A new `run-N`: making a folder succeeds for one process only, so two fits never share one."""
+    """Create a new `run-N`. Creating a folder succeeds for one process only, so two fits never share one."""
     dirpath.mkdir(parents=True, exist_ok=True)
     number = max((int(re.sub(r"\D", "", run.name)) for run in runs_in(dirpath)), default=-1) + 1
     while True:
@@ -42,7 +42,7 @@ def claim_run(dirpath: Path) -> Path:
 
 
 class RunWriter:
-    """The files of one process: rank 0 writes checkpoints, every rank its own steps."""
+    """Writes the files of one process: checkpoints on rank 0, steps on every rank."""
 
     def __init__(self, folder: Path, world_size: int, parent: ParentLink | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ class RunWriter:
         self._started = time.monotonic()
         self.manifest: dict[str, Any] = {
             "format": FORMAT,
-            "id": os.urandom(16).hex(),  # not Python's or torch's generator: those belong to the training
+            "id": os.urandom(16).hex(),  # not from Python's or torch's generator, whose states belong to training
             "versions": {"torch": str(torch.__version__)},
             "parent": None if parent is None else vars(parent),
             "world_size": world_size,
@@ -64,14 +64,14 @@ class RunWriter:
         }
 
     def add_checkpoint(self, step: int, epoch: int, kind: str, content: bytes) -> None:
-        """Write a state; it counts once the manifest is written."""
+        """Write a checkpoint; readers see it once the manifest is written."""
         (self.folder / "checkpoints").mkdir(exist_ok=True)
         file = f"checkpoints/step-{step:08d}.pt"
         entry = write_atomically(self.folder / file, content)
         self.manifest["checkpoints"].append({"file": file, "step": step, "epoch": epoch, "kind": kind} | entry)
 
     def add_steps(self, rows: list[dict[str, Any]]) -> None:
-        """Write a segment of steps; it counts once the manifest is written."""
+        """Write a segment of steps; readers see it once the manifest is written."""
         (self.folder / "steps").mkdir(exist_ok=True)
         file = f"steps/{len(self.manifest['steps']):08d}.arrow"
         sink = pa.BufferOutputStream()
@@ -82,6 +82,6 @@ class RunWriter:
         self.manifest["steps"].append({"file": file, "rows": len(rows)} | entry)
 
     def write_manifest(self) -> None:
-        """From here on a reader sees what was added."""
+        """Make everything added so far visible to readers."""
         self.manifest["fit_seconds"] = time.monotonic() - self._started
         write_atomically(self.folder / MANIFEST, encode_manifest(self.manifest))

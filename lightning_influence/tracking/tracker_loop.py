@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -86,13 +87,9 @@ class TrackerLoop:
         self.tracked = [TrackerRecord(tracker, name) for name, tracker in trackers.items()]
         self._engine: Engine | None = None
         self._asked: Queries | None = None
-        self._current: _PendingBatch | None = None
-        self._window: list[_PendingBatch] = []
-        self._finished = False
+        self._pending: WeakKeyDictionary[object, _PendingBatch] = WeakKeyDictionary()  # gone with their window
         self._places: dict[str, tuple[Tensor, Tensor, dict[str, Tensor]]] = {}
-        self._optimizer: Any = None
-        self._handle: Any = None
-        self._steps = self._made = 0
+        self._steps = 0
         self._mean: bool | None = None
         self._checked = self._verifies = False
 
@@ -110,10 +107,9 @@ class TrackerLoop:
             Untrackable: this fit cannot be followed.
         """
         refuse(self._trainer, self._module, session.engine, self._derives)
-        self._made, self._trained = made, trained(self._module)
+        self._trained = trained(self._module)
         self._engine, self._asked = session.engine, session.queries
         self._mean = {Reduction.MEAN: True, Reduction.SUM: False}.get(session.engine.reduction)
-        self._watch()
         session.engine.width(session.examples)
         fit = self._fit(session, None if parent is None else parent.parent)
         for each in self.tracked:
@@ -164,15 +160,14 @@ class TrackerLoop:
 
     # ---- hooks ----------------------------------------------------------------------------------------------------
 
-    def epoch_starts(self) -> None:
-        """Optimizers may have been replaced."""
-        self._watch()
+    def batch_starts(self, batch: object, ids: Sequence[int] | None, data: Any) -> None:
+        """Shows the trackers a micro-batch, with the module as its forward pass will find it.
 
-    def batch_starts(self, ids: Sequence[int] | None, batch: Any) -> None:
-        """Shows the trackers a micro-batch, the module standing as its forward pass will find it."""
-        if self._finished:
-            self._window, self._finished = [], False
-        self._current = None
+        Args:
+            batch: stands for it in ``stepped``; what trackers keep of it is kept as long as this object.
+            ids: its examples, if they are known.
+            data: what the module is given.
+        """
         if not self._alive:
             return
         if self._derives and (why := changed(self._trained, trained(self._module))) is not None:
@@ -186,20 +181,9 @@ class TrackerLoop:
             contextlib.suppress(Lossless),
             quiet(self._module, self._loss, self._trainer, evaluate=False) as task,
         ):
-            present = self._present(PreparedTask.of(task), tuple(ids), batch)
+            present = self._present(PreparedTask.of(task), tuple(ids), data)
             payloads = {each.name: each.tracker.batch(present) for each in self._living()}
-            self._current = _PendingBatch(present.ids, payloads, present.whole() if self._is_due() else None)
-
-    def before_zero_grad(self) -> None:
-        """What was accumulated is thrown away: the current micro-batch goes backward after this."""
-        self._window, self._finished = [], False
-
-    def before_backward(self) -> None:
-        """The micro-batch counts: one for which ``training_step`` returns None never comes here."""
-        if self._current is None:
-            self._lose("`training_step` returned a loss for a batch for which it had returned None")
-        else:
-            self._window.append(self._current)
+            self._pending[batch] = _PendingBatch(present.ids, payloads, present.whole() if self._is_due() else None)
 
     def before_step(self) -> None:
         """Gradients are whole and not clipped: remembers where every parameter stands."""
@@ -216,11 +200,39 @@ class TrackerLoop:
             raw = gradient.clone() if clipping is not None else gradient
             self._places[name] = place(parameter.detach()), raw, state
 
+    def stepped(self, made: int, batches: Sequence[object]) -> None:
+        """Shows the trackers a step.
+
+        Args:
+            made: updates of weights so far, this one included.
+            batches: those of ``batch_starts`` whose gradients were added up.
+        """
+        if not self._alive:
+            return
+        if not batches:  # no loss since the last step: nothing moves
+            if self._places:
+                self._lose("the weights were moved by a step of which no loss went backward")
+            return
+        window = [self._pending[batch] for batch in batches if batch in self._pending]
+        if len(window) < len(batches):
+            self._lose("`training_step` returned a loss for a batch for which it had returned None")
+            return
+        with self._guarded():
+            self._steps += 1
+            moved = self._moved() if self._derives else None
+            if moved is not None and self._verifies:
+                verify_step(moved, dict(self._moving()))
+                verify_gradients(moved, [pending.gradients for pending in window if pending.gradients is not None])
+            with contextlib.ExitStack() as stack:
+                queries = self._queries(stack)
+                for each in self._living():
+                    payloads = [pending.payloads[each.name] for pending in window]
+                    step = TrackedStep(made, payloads, [pending.ids for pending in window], moved)
+                    each.tracker.stepped(step, queries)
+        self._places = {}
+
     def close(self) -> None:
-        """Takes the hook out and lets go of working files; harmless when repeated."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = self._optimizer = None
+        """Lets go of working files; harmless when repeated."""
         for each in self.tracked:
             each.tracker.close()
 
@@ -255,42 +267,15 @@ class TrackerLoop:
     def _guarded(self) -> ErrorGuard:
         return ErrorGuard(self._lose)
 
-    def _watch(self) -> None:
-        optimizer = getattr(self._trainer.optimizers[0], "_optimizer", self._trainer.optimizers[0])
-        if optimizer is self._optimizer:
-            return
-        if self._handle is not None:
-            self._handle.remove()
-        self._optimizer = optimizer
-        self._handle = optimizer.register_step_post_hook(self._stepped)
+    @property
+    def _optimizer(self) -> Any:
+        optimizer = self._trainer.optimizers[0]
+        return getattr(optimizer, "_optimizer", optimizer)
 
     def _moving(self) -> list[tuple[str, Tensor]]:
         names = {p: clean(name) for name, p in self._module.named_parameters()}
         groups = self._optimizer.param_groups
         return [(names[p], p) for group in groups for p in group["params"] if p.grad is not None]
-
-    def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self._trainer.fit_loop._skip_backward or not self._alive:
-            return
-        self._finished = True
-        if not self._window:  # no loss since the last step: nothing moves
-            if self._places:
-                self._lose("the weights were moved by a step of which no loss went backward")
-            return
-        with self._guarded():
-            self._steps += 1
-            self._made += 1
-            moved = self._moved() if self._derives else None
-            if moved is not None and self._verifies:
-                verify_step(moved, dict(self._moving()))
-                verify_gradients(moved, [seen.gradients for seen in self._window if seen.gradients is not None])
-            with contextlib.ExitStack() as stack:
-                queries = self._queries(stack)
-                for each in self._living():
-                    batches = [seen.payloads[each.name] for seen in self._window]
-                    step = TrackedStep(self._made, batches, [seen.ids for seen in self._window], moved)
-                    each.tracker.stepped(step, queries)
-        self._places = {}
 
     def _queries(self, stack: contextlib.ExitStack) -> Queries | None:
         """The queries at the present weights, in eval mode, where a tracker looks at them."""

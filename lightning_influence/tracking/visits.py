@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.queries import QueryGradients
-from lightning_influence.numerics.clipping import ByNorm
+from lightning_influence.numerics.clipping import ByNorm, Clipping
 from lightning_influence.numerics.optimizers import UpdateInput, UpdateRule
 from lightning_influence.setting.setting import Queries
 from lightning_influence.timing import timed
@@ -242,7 +242,7 @@ def _add_step(total: Tensor, first: int, window: list[tuple[dict[str, Any], list
             total.index_add_(1, ids[here].to(total.device), (number * part[:, here]).to(total))
 
 
-def _clipped(clipping: Any, raw: Mapping[str, Tensor]) -> tuple[float, float]:
+def _clipped(clipping: Clipping | None, raw: Mapping[str, Tensor]) -> tuple[float, float]:
     """Clipping of a change u of the gradient g is factor u - along <g, u> g."""
     if not isinstance(clipping, ByNorm):
         return 1.0, 0.0

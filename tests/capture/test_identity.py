@@ -136,9 +136,9 @@ class Batches:
 )
 def test_unknown_identity_is_said_once_and_recorded_as_unknown(make, tmp_path):
     influence = Influence(dirpath=tmp_path)
-    with pytest.warns(UserWarning, match="cannot tell which examples") as caught:
+    with pytest.warns(UserWarning, match="does not know which examples") as caught:
         fit(seeded(Net), make(), influence)
-    assert sum("cannot tell which examples" in str(w.message) for w in caught) == 1
+    assert sum("does not know which examples" in str(w.message) for w in caught) == 1
     trajectory = influence.trajectory
     assert not trajectory.has_batch_order
     assert trajectory.steps["ids"].null_count == len(trajectory.steps) == 12
@@ -159,7 +159,7 @@ def test_keys_that_are_no_integers_are_unknown(tmp_path):
 
     influence = Influence(dirpath=tmp_path)
     keyed = DataLoader(Keyed(), 4, sampler=[("a", i) for i in range(23)])
-    with pytest.warns(UserWarning, match="keys that are no integers"):
+    with pytest.warns(UserWarning, match="keys that are not integers"):
         fit(seeded(Net), keyed, influence)
 
 
@@ -228,9 +228,17 @@ class Reloads(pl.LightningDataModule):
 @pytest.mark.parametrize(
     ("make", "text", "warns"),
     [
-        (lambda epoch: Subset(Indexed(), range(epoch, epoch + 8)), "a `Subset` of other indices: one id stands", True),
-        (lambda epoch: Indexed(7 + epoch), "a dataset of 9 examples in place of 8: one id stands", True),
-        (lambda epoch: Indexed(8), "another Indexed of the same length: its examples are taken to be the same", False),
+        (
+            lambda epoch: Subset(Indexed(), range(epoch, epoch + 8)),
+            "a `Subset` with other indices: one id means several",
+            True,
+        ),
+        (lambda epoch: Indexed(7 + epoch), "a dataset of 9 examples instead of 8: one id means several", True),
+        (
+            lambda epoch: Indexed(8),
+            "another Indexed of the same length: its examples are assumed to be the same",
+            False,
+        ),
     ],
 )
 def test_data_made_again_for_an_epoch_are_compared(make, text, warns, tmp_path):

@@ -129,7 +129,7 @@ def test_moved_runs_find_each_other(tmp_path):
 def test_resuming_from_a_fit_without_the_callback_is_said(tmp_path):
     fit(seeded(Net), loader(), SaveAt(6, tmp_path / "x.ckpt"))
     influence = Influence(dirpath=tmp_path)
-    with pytest.warns(UserWarning, match="knows nothing of an `Influence` run"):
+    with pytest.warns(UserWarning, match="without the state of this `Influence`"):
         fit(seeded(Net), loader(), influence, ckpt_path=tmp_path / "x.ckpt")
     assert [c.step for c in influence.trajectory.checkpoints] == [6, 12]
 

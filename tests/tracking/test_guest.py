@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_influence import HyDRA, Influence, TracInIdeal
 
 DATA = both(5)
-pytestmark = pytest.mark.filterwarnings("ignore:Found .* module.* in eval mode", "ignore:.*is not tracked any more")
+pytestmark = pytest.mark.filterwarnings("ignore:Found .* module.* in eval mode", "ignore:.*is no longer tracked")
 
 
 class Step(pl.LightningModule):

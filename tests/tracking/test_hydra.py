@@ -197,7 +197,7 @@ def test_what_cannot_be_followed_is_refused(options, message, tmp_path):
     options = dict(options)
     method = options.pop("method", HyDRA(mode="during_fit"))
     if message is None:
-        with pytest.warns(UserWarning, match="is not tracked any more.*Let `loss=` return each"):
+        with pytest.warns(UserWarning, match="is no longer tracked.*Let `loss=` return each"):
             tracked(tmp_path, method, **options)
         return
     with pytest.raises(MisconfigurationException, match=message):
@@ -238,7 +238,7 @@ def test_who_meddles_behind_our_back_ends_the_tracking(how, tmp_path, monkeypatc
         "replay.runs.pl.Trainer",
         lambda callbacks, **options: trainer(callbacks=[*callbacks, Meddling(how)], **options),
     )
-    with pytest.warns(UserWarning, match="'HyDRA' is not tracked any more, the fit goes on: Untrackable: "):
+    with pytest.warns(UserWarning, match="'HyDRA' is no longer tracked; the fit goes on. Untrackable: "):
         fit = tracked(tmp_path, HyDRA(mode="during_fit"), net="dropout")
     with pytest.raises(KeyError, match="did not run: Untrackable"):
         of(fit)

@@ -123,7 +123,7 @@ class Pairs(torch.utils.data.BatchSampler):
 def test_a_larger_batch_on_the_way_ends_the_tracking_and_not_the_fit(tmp_path):
     influence = Influence([TracInIdeal()], queries=DATA["queries"](), dirpath=tmp_path, max_cost=1e9)
     model = module()
-    with pytest.warns(UserWarning, match="'TracInIdeal' is not tracked any more, the fit goes on: .*had 2 examples"):
+    with pytest.warns(UserWarning, match="'TracInIdeal' is no longer tracked; the fit goes on. .*had 2 examples"):
         trainer = fit(model, DataLoader(DATA["train"](), batch_sampler=Pairs()), influence)
     assert trainer.global_step == 8
     with pytest.raises(KeyError, match=r"'TracInIdeal' did not run: .*had 2 examples"):

@@ -1,0 +1,25 @@
+"""The arguments of `Influence` that its parts need, without the callback itself."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_influence.methods.method import Method
+from lightning_influence.module.task import Loss
+
+
+@dataclass(frozen=True)
+class ScoringPlan:
+    """What to score when a fit ends, and what to track for it during the fit.
+
+    Fields are the arguments of `Influence` with the same names, checked.
+    """
+
+    methods: Mapping[str, Method]
+    queries: Any
+    parameters: Sequence[str] | None
+    loss: Loss | None
+    top_k: int | None
+    self_influence: bool
+    max_cost: float
+    log_scores: bool
