@@ -30,9 +30,9 @@ SCORES = Scores(
     torch.tensor([3, 8]),
     method="TracInCP",
     base=(torch.tensor([10, 14, 17]), None),
-    figures={"residual": 0.125},
+    diagnostics={"residual": 0.125},
 )
-SELF = SelfScores(torch.arange(20), torch.arange(20.0), "TracInCP", figures={"self_residual": 0.25})
+SELF = SelfScores(torch.arange(20), torch.arange(20.0), "TracInCP", diagnostics={"self_residual": 0.25})
 
 
 def events(logger):

@@ -58,7 +58,7 @@ def test_without_data_the_page_says_that_it_shows_ids_alone(tmp_path):
 
 def test_kept_scores_are_summed_and_explained(tmp_path):
     from lightning_influence.numerics.topk import top_k
-    from lightning_influence.scores.base import TopK
+    from lightning_influence.scores import TopK
 
     top = tuple(TopK(*top_k(VALUES, TRAIN_IDS, 2, largest)) for largest in (True, False))
     kept = Scores(None, top, TRAIN_IDS, QUERY_IDS, method="TracInCP")
