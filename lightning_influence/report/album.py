@@ -7,13 +7,14 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from lightning_influence.plotting import example_view
 from lightning_influence.plotting.example_view import Classes, Look, Normalization, class_name, look_at, plain
 
 _SIDE = 96  # pixels of a thumbnail's longer side
@@ -31,7 +32,7 @@ class Showing:
         labels: Names of the classes, by number.
         predictions: What was predicted for the queries, indexed by their ids.
         columns: Names of the numbers in a table's row.
-        normalization: Mean and standard deviation to undo in images.
+        normalization: Mean and standard deviation to undo in images; by default those of a dataset's `Normalize`.
     """
 
     render: Callable[[Any], Any] | None = None
@@ -107,6 +108,8 @@ def collect(
     Raises:
         ValueError: An example cannot be shown, and there is no `render`.
     """
+    if showing.normalization is None:
+        showing = replace(showing, normalization=example_view.normalization_of(queries if train is None else train))
     album, room = Album(), megabytes * 1e6
     for dataset, order, into, share in (
         (queries, query_order, album.queries, 1 / 3),

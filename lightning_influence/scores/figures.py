@@ -48,9 +48,7 @@ def explain(
     return plotting.explanations(cases, method=answer.method, units=answer.units, drawing=drawing)
 
 
-def by_class(
-    answer: Answer, ranking: Ranking, train: Any, queries: Any, labels: Classes | None = None
-) -> tuple[Any, Any]:
+def by_class(answer: Answer, ranking: Ranking, train: Any, queries: Any, labels: Classes | None) -> tuple[Any, Any]:
     """Draw the mean score of each pair of a training class and a query class.
 
     Args:
@@ -80,16 +78,13 @@ def by_class(
 def _case(ranking: Ranking, query: int, k: int, train: Any, queries: Any, predictions: Any) -> plotting.Case:
     row = int(places(ranking.query_ids, torch.tensor([query]), "query"))
     ((_, *sides),) = ranking.sides(k, slice(row, row + 1))
-    subject = plotting.Item(
-        ranking.query_name(query),
-        example=None if queries is None else queries[query],
-        prediction=None if predictions is None else predictions[query],
-    )
+    example = None if queries is None else queries[query]
+    prediction = None if predictions is None else predictions[query]
     shown = [
         [plotting.Item(ranking.train_name(i), score, None if train is None else train[i]) for i, score in side]
         for side in sides
     ]
-    return plotting.Case(subject, *shown)
+    return plotting.Case(plotting.Item(ranking.query_name(query), None, example, prediction), *shown)
 
 
 def _classes(name: str, data: Any, ids: Tensor) -> tuple[list[Any], Tensor]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_influence import report
-from lightning_influence.plotting.example_view import normalization_of
 from lightning_influence.report import Album, Showing
 from lightning_influence.scores.base import Answer, Data, facts, given_or_at_hand
 from lightning_influence.scores.ranking import Ranking, row_blocks
@@ -48,19 +46,11 @@ def snippet(paragraph: str, ranking: Ranking) -> str:
     return report.snippet(paragraph, ["query", "strongest proponents", "strongest opponents"], rows)
 
 
-def collect(answer: Answer, orders: Orders, data: Data, how: Showing, megabytes: float) -> Album:
-    """Collect what the examples look like, those of `data` or at hand."""
-    train, queries = given_or_at_hand(answer, *data)
-    if how.normalization is None:
-        how = replace(how, normalization=normalization_of(queries if train is None else train))
-    return report.collect(train, queries, *orders, how, megabytes)
-
-
 def album_of(answer: Answer, orders: Orders, data: Data, how: Showing, megabytes: float) -> Album:
-    """The album that the scores came with, or what `collect` makes of other data or with a `render`."""
+    """The album that the scores came with, or what `report.collect` makes of other data or with a `render`."""
     if answer.album is not None and all(one is None for one in (*data, how.render)):
         return answer.album
-    return collect(answer, orders, data, how, megabytes)
+    return report.collect(*given_or_at_hand(answer, *data), *orders, how, megabytes)
 
 
 def album_to_keep(answer: Answer, orders: Orders, shown: Mapping[str, Any]) -> Album:
@@ -77,7 +67,7 @@ def album_to_keep(answer: Answer, orders: Orders, shown: Mapping[str, Any]) -> A
             "were computed. Pass `train=` and `queries=` too."
         )
     megabytes = how.pop("megabytes", 15.0)
-    return collect(answer, orders, data, Showing(**how), megabytes)
+    return report.collect(*data, *orders, Showing(**how), megabytes)
 
 
 def train_order(ranking: Ranking, k: int, self_influence: Tensor | None = None) -> Iterator[int]:
@@ -86,9 +76,7 @@ def train_order(ranking: Ranking, k: int, self_influence: Tensor | None = None) 
     suspicious = ranking.train_ids[suspicion.argsort(descending=True, stable=True)].tolist()
     ends = [ranking.strongest(k, largest).train_ids for largest in (True, False)]
     explaining = torch.stack(ends).permute(2, 1, 0).flatten().tolist()
-    yield from suspicious[:_FIRST]
-    yield from explaining
-    yield from suspicious[_FIRST:]
+    yield from (*suspicious[:_FIRST], *explaining, *suspicious[_FIRST:])
 
 
 def _total(ranking: Ranking) -> Tensor:

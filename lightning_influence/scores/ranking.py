@@ -90,13 +90,9 @@ class Ranking:
         """
         best, worst = self.strongest(k, True, rows), self.strongest(k, False, rows)
         for row, query in enumerate(self.query_ids[rows].tolist()):
-            highest = zip(best.train_ids[row].tolist(), best.scores[row].tolist(), strict=True)
-            lowest = zip(worst.train_ids[row].tolist(), worst.scores[row].tolist(), strict=True)
-            yield (
-                query,
-                [(i, score) for i, score in highest if score > 0],
-                [(i, score) for i, score in lowest if score < 0],
-            )
+            high = zip(best.train_ids[row].tolist(), best.scores[row].tolist(), strict=True)
+            low = zip(worst.train_ids[row].tolist(), worst.scores[row].tolist(), strict=True)
+            yield query, [pair for pair in high if pair[1] > 0], [pair for pair in low if pair[1] < 0]
 
     def sums(self, ids: Tensor) -> Tensor:
         """[query] sums over distinct training ids.

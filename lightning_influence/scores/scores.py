@@ -336,13 +336,13 @@ class Scores(Answer):
             TypeError: `metrics` that are not numbers.
             ValueError: `k` is below 1.
         """
-        more = numbers("metrics", metrics)
+        more = self.diagnostics | numbers("metrics", metrics)
         if not trackers.listening(loggers):
             return
         k = min(k, self._ranking.depth)
         scalars, histograms = trackers.of_scores(self.proponents(1).scores[:, 0], self._ranking.values)
-        scalars = self.diagnostics | more | scalars
         table = {"scores": arrow.as_rows(self.to_arrow(k), side=lambda row: side(row["score"]))}
         drawn = trackers.drawn(explanation=lambda: self.plot(k=k, **drawing)[0])
-        pages = trackers.Pages(name or self.method, step, scalars, table, drawn, histograms, {"about": repr(self)})
+        more |= scalars
+        pages = trackers.Pages(name or self.method, step, more, table, drawn, histograms, {"about": repr(self)})
         trackers.log_influence(loggers, pages)

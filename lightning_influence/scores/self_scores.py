@@ -201,11 +201,10 @@ class SelfScores(Answer):
         if not trackers.listening(loggers):
             return
         scalars, histograms = trackers.of_self_influence(self.values)
-        scalars = self.diagnostics | scalars
         table = {"self_influence": arrow.as_rows(self.to_arrow(min(_LOGGED, len(self))))}
         drawn = trackers.drawn(self_influence=lambda: self.plot(**drawing)[0])
         about = {"about_self_influence": repr(self)}
-        pages = trackers.Pages(name or self.method, step, scalars, table, drawn, histograms, about)
+        pages = trackers.Pages(name or self.method, step, self.diagnostics | scalars, table, drawn, histograms, about)
         trackers.log_influence(loggers, pages)
 
     def _highest(self, k: int) -> list[tuple[str, float]]:

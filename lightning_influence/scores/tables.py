@@ -15,8 +15,7 @@ from lightning_influence.scores.ranking import Ranking, TopK
 
 def long_table(ranking: Ranking, k: int | None) -> pa.RecordBatchReader:
     """One row per query and training example, as a stream of one batch per query."""
-    if k is None and ranking.top is not None:
-        k = ranking.depth
+    k = ranking.depth if k is None and ranking.top is not None else k
     ends = None if k is None else (ranking.strongest(k, True), ranking.strongest(k, False))
     kept = ranking.matrix if ranking.top is None else ranking.top[0].scores
     types = {"query_id": pa.int64(), "train_id": pa.int64(), "score": arrow.float_type(kept.dtype), "rank": pa.int64()}
