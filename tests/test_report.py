@@ -166,7 +166,7 @@ def test_decisions_are_read_back(tmp_path):
         ("train_id,train_base_id,decision\n1,1,good\n", "a decision among 'wrong label', .* in row 2 .*, got 'good'"),
         (
             "train_id,train_base_id,decision\n1,1,fine\n1,1,unsure\n",
-            "one decision a training example .*, got two for 1",
+            "one decision per training example .*, got two for 1",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The answers: what each training example did, readable, storable, drawable and loggable."""
+"""The answers: what each training example did to each query, and to itself."""
 
 from lightning_influence.scores.ids import BaseIds
 from lightning_influence.scores.ranking import TopK

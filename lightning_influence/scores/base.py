@@ -67,7 +67,7 @@ class Answer:
         """The training dataset and the queries', for pictures; only in the process that computed the scores."""
 
         self.album: Album | None = None
-        """What the examples look like, where `save` was asked to keep it."""
+        """What the examples look like, where `save` kept it."""
 
     @property
     def figures(self) -> dict[str, float]:
@@ -99,7 +99,7 @@ def paragraph(answer: Answer, size: str, findings: Sequence[str]) -> str:
 
 
 def facts(answer: Answer) -> list[str]:
-    """What a reader of the page must know, a sentence or two each."""
+    """What a reader of the page must know, one or two sentences each."""
     settings = ", ".join(f"{name} = {value}" for name, value in answer.settings.items())
     return [
         f"Method: {answer.method}. Units of the scores: {answer.units}.",

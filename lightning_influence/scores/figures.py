@@ -27,7 +27,7 @@ def explain(
         answer: Its method and units are written.
         ranking: The scores.
         query: Id or ids; None is the first query.
-        k: How many of either, fewer where there are fewer.
+        k: How many of each, at most.
         data: The training examples and the queries, each None where its ids are drawn instead.
         predictions: What was predicted for the queries, by id.
         drawing: How examples are drawn.
@@ -55,7 +55,7 @@ def by_class(answer: Answer, ranking: Ranking, train: Any, queries: Any, labels:
         answer: Its method and units are written.
         ranking: The scores.
         train: The class of each training example as a tensor, or their `Dataset`.
-        queries: The same of the queries.
+        queries: The same for the queries.
         labels: Names of the classes, by number.
 
     Raises:

@@ -62,7 +62,7 @@ def whole_numbers(ids: Any) -> Tensor:
     """
     found = torch.as_tensor(ids).flatten()
     if found.numel() and (found.dtype is torch.bool or found.is_floating_point() or found.is_complex()):
-        raise TypeError(f"Expected `ids` to be whole numbers, got {found.dtype}. Of a mask, pass `mask.nonzero()`.")
+        raise TypeError(f"Expected `ids` to be whole numbers, got {found.dtype}. For a mask, pass `mask.nonzero()`.")
     return found.to(torch.int64)
 
 

@@ -47,7 +47,7 @@ def snippet(paragraph: str, ranking: Ranking) -> str:
 
 
 def album_of(answer: Answer, orders: Orders, data: Data, how: Showing, megabytes: float) -> Album:
-    """The album that the scores came with, or what `report.collect` makes of other data or with a `render`."""
+    """The album that the scores already have, or a new one where other data or a `render` is given."""
     if answer.album is not None and all(one is None for one in (*data, how.render)):
         return answer.album
     return report.collect(*given_or_at_hand(answer, *data), *orders, how, megabytes)
@@ -83,9 +83,7 @@ def _total(ranking: Ranking) -> Tensor:
     """[train] sums over all queries of the scores that were kept."""
     total = torch.zeros(ranking.train_ids.numel(), dtype=torch.float64)
     if ranking.values is not None:
-        for block in row_blocks(ranking.values, total.numel()):
-            total += block.double().nansum(dim=0)
-        return total
+        return sum((block.double().nansum(dim=0) for block in row_blocks(ranking.values, total.numel())), total)
     places, scores = _pairs(ranking, ranking.depth)
     kept = places >= 0
     return total.index_add_(0, places[kept], scores[kept].double().nan_to_num(0.0))
@@ -93,9 +91,7 @@ def _total(ranking: Ranking) -> Tensor:
 
 def _pairs(ranking: Ranking, k: int) -> tuple[Tensor, Tensor]:
     """[query, 2 k] positions in `train_ids` and scores of proponents and opponents; -1 where a score is neither."""
-    sides = []
-    for largest in (True, False):
-        scores, ids = ranking.strongest(k, largest)
-        places = torch.searchsorted(ranking.train_ids, ids.contiguous())
-        sides.append((places.masked_fill(~(scores > 0 if largest else scores < 0), -1), scores))
-    return torch.cat([side[0] for side in sides], dim=1), torch.cat([side[1] for side in sides], dim=1)
+    best, worst = (ranking.strongest(k, largest) for largest in (True, False))
+    places = torch.searchsorted(ranking.train_ids, torch.cat([best.train_ids, worst.train_ids], dim=1))
+    fits = torch.cat([best.scores > 0, worst.scores < 0], dim=1)
+    return places.masked_fill(~fits, -1), torch.cat([best.scores, worst.scores], dim=1)

@@ -160,14 +160,14 @@ def refuse_non_finite(values: Tensor, train_ids: Tensor, query_ids: Tensor | Non
     for block in row_blocks(values, values.shape[1]):
         bad = (~block.isfinite()).nonzero()
         if bad.numel():
-            row, column = (int(place) for place in bad[0])
+            row, column = bad[0].tolist()
             query = "" if query_ids is None else f"query {int(query_ids[start + row])} and "
-            columns = bad[:, 1].unique()
+            names = train_ids[bad[:, 1].unique()].tolist()
             raise ValueError(
                 f"Expected finite scores, got {block[row, column].item()!r} for {query}training example "
-                f"{int(train_ids[column])} (training examples concerned: {train_ids[columns[:5]].tolist()!r}"
-                f"{' and more' if columns.numel() > 5 else ''}). Look at their losses and gradients, or pass "
-                "`allow_nan=True` where such scores are meant."
+                f"{int(train_ids[column])} (training examples concerned: {names[:5]!r}"
+                f"{' and more' if len(names) > 5 else ''}). Look at their losses and gradients, or pass "
+                "`allow_nan=True` if they are intended."
             )
         start += len(block)
 
@@ -179,7 +179,8 @@ def checked_values(values: Tensor, train_ids: Tensor, query_ids: Tensor, allow_n
         TypeError: They are not floating point.
         ValueError: They are of another shape than [query, train], or not finite without `allow_nan`.
     """
-    values, shape = floating(values), [query_ids.numel(), train_ids.numel()]
+    values = floating(values)
+    shape = [query_ids.numel(), train_ids.numel()]
     if list(values.shape) != shape:
         raise ValueError(f"Expected `values` to be [query, train] = {shape}, got {list(values.shape)}.")
     if not allow_nan:

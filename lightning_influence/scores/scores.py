@@ -73,10 +73,9 @@ class Scores(Answer):
         query_base = base_of("query_ids", base[1], self.query_ids)
         if (values is None) == (top is None):
             raise ValueError("Expected either `values` or `top`, got both or neither. Leave one of them None.")
-        ids = (self.train_ids, self.query_ids)
-        values = None if values is None else checked_values(values, *ids, allow_nan)
-        top = None if top is None else checked_top(top, *ids)
-        self._ranking = Ranking(values, top, *ids, self._train_base, query_base, allow_nan)
+        values = None if values is None else checked_values(values, self.train_ids, self.query_ids, allow_nan)
+        top = None if top is None else checked_top(top, self.train_ids, self.query_ids)
+        self._ranking = Ranking(values, top, self.train_ids, self.query_ids, self._train_base, query_base, allow_nan)
 
     @property
     def values(self) -> Tensor:
@@ -89,7 +88,7 @@ class Scores(Answer):
 
     @property
     def top_k(self) -> int | None:
-        """How many proponents and opponents of each query were kept; None where all scores are there."""
+        """How many proponents and opponents of each query were kept; None where all scores were."""
         return None if self._ranking.top is None else self._ranking.depth
 
     def __len__(self) -> int:
@@ -112,15 +111,15 @@ class Scores(Answer):
         """The k highest scores of each query, descending; among equal ones the smaller id comes first.
 
         Raises:
-            ValueError: `k` is below 1 or beyond what there is.
+            ValueError: `k` is below 1 or above the number of scores kept per query.
         """
         return self._ranking.strongest(k, largest=True)
 
     def opponents(self, k: int = 5) -> TopK:
-        """The k lowest scores of each query, most negative first: the ranking of `proponents` from its other end.
+        """The k lowest scores of each query, most negative first: the ranking of `proponents` from the other end.
 
         Raises:
-            ValueError: `k` is below 1 or beyond what there is.
+            ValueError: `k` is below 1 or above the number of scores kept per query.
         """
         return self._ranking.strongest(k, largest=False)
 
@@ -147,7 +146,7 @@ class Scores(Answer):
             k: Only the k strongest proponents and k strongest opponents of each query. None: all that were kept.
 
         Raises:
-            ValueError: `k` is below 1 or beyond what there is.
+            ValueError: `k` is below 1 or above the number of scores kept per query.
         """
         return tables.long_table(self._ranking, k)
 
@@ -155,7 +154,7 @@ class Scores(Answer):
         """The long table of `to_batches`, read as a whole.
 
         Raises:
-            ValueError: `k` is below 1 or beyond what there is.
+            ValueError: `k` is below 1 or above the number of scores kept per query.
         """
         return self.to_batches(k).read_all()
 
@@ -163,7 +162,7 @@ class Scores(Answer):
         """The long table of `to_batches` as a `pandas.DataFrame`.
 
         Raises:
-            ValueError: `k` is below 1 or beyond what there is.
+            ValueError: `k` is below 1 or above the number of scores kept per query.
             ImportError: pandas is not installed.
         """
         return arrow.to_pandas(lambda: self.to_arrow(k))
@@ -174,19 +173,20 @@ class Scores(Answer):
         Args:
             path: The file.
             overwrite: Replace an existing file.
-            shown: As of `report`: `train`, `queries`, `render`, `labels`, `predictions`, `columns`, `normalization`,
-                `megabytes`, `k`. With any of these the file also keeps what the strongest examples look like.
+            shown: Arguments of `report`: `train`, `queries`, `render`, `labels`, `predictions`, `columns`,
+                `normalization`, `megabytes`, `k`. With any of these the file also keeps what the strongest examples
+                look like.
 
         Raises:
-            ValueError: Something of `shown`, and no data to show.
+            ValueError: Arguments in `shown`, but no data to show.
         """
         if shown:
             order = page.train_order(self._ranking, min(shown.get("k", 20), self._ranking.depth))
             self.album = page.album_to_keep(self, (order, self.query_ids.tolist()), shown)
-        kind, columns = "scores" if self.top_k is None else "top_k_scores", tables.file_columns(self._ranking)
+        kind = "scores" if self.top_k is None else "top_k_scores"
         head = file_head(self) | {"allow_nan": self._ranking.allow_nan}
         head |= {"train_ids": arrow.pack_ids(self.train_ids), "train_base_ids": arrow.pack_ids(self._train_base)}
-        return arrow.write_file(path, kind, columns, head, overwrite)
+        return arrow.write_file(path, kind, tables.file_columns(self._ranking), head, overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
@@ -194,7 +194,7 @@ class Scores(Answer):
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: It is damaged, or something else.
+            ValueError: It is damaged, or of another kind.
         """
         columns, head, album = read_file(path, ("scores", "top_k_scores"))
         base = (arrow.unpack_ids(head.pop("train_base_ids")), columns.get("query_base_id"))
@@ -222,11 +222,11 @@ class Scores(Answer):
         """Draw a query with its strongest proponents and opponents: images, texts, rows of a table, curves.
 
         Scores that were just computed have their data at hand; for loaded ones pass `train` and `queries`. Without
-        either the scores are bars.
+        data, the scores are drawn as bars.
 
         Args:
             query: Its id, the first one by default; several ids make one row each.
-            k: How many of either, fewer where there are fewer.
+            k: How many of each, at most.
             train: The training `Dataset`, indexed by `train_ids`.
             queries: The queries' `Dataset`.
             render: Called with (axes, example) to draw an example that is neither image, text nor vector.
@@ -239,7 +239,7 @@ class Scores(Answer):
             A `matplotlib.figure.Figure` and its axes (of several queries: a list for each); no window opens.
 
         Raises:
-            ValueError: `query` was not scored, `k` is below 1, or an example can only be drawn by `render`.
+            ValueError: `query` was not scored, `k` is below 1, or an example needs `render` to be drawn.
             ImportError: matplotlib is not installed.
         """
         data = given_or_at_hand(self, train, queries)
@@ -251,7 +251,7 @@ class Scores(Answer):
 
         Args:
             train: Classes of the training examples ([train] integers in the order of `train_ids`), or their `Dataset`.
-            queries: The same of the queries.
+            queries: The same for the queries.
             labels: Names of the classes, by number.
 
         Returns:
@@ -281,13 +281,13 @@ class Scores(Answer):
     ) -> Path:
         """Write one self-contained page on which to review training examples and what explains each query.
 
-        It sorts, filters and marks, and downloads what was marked; `read_decisions` reads that back. Examples are shown
-        where the data are at hand, passed, or kept by `save(path, render=..., labels=...)`; otherwise their ids are.
+        The page sorts, filters and marks examples, and downloads the decisions for `read_decisions`. Examples are shown
+        if the data are at hand, passed, or kept by `save(path, render=..., labels=...)`; otherwise only ids are.
 
         Args:
             path: The HTML file; an existing one is replaced.
-            k: Proponents and opponents per query, fewer where there are fewer.
-            self_scores: Self-influence of the same training examples; they are then sorted by it.
+            k: Proponents and opponents per query, at most.
+            self_scores: Self-influence of the same training examples, by which they are then sorted.
             train: The training `Dataset`, indexed by `train_ids`.
             queries: The queries' `Dataset`.
             render: Called with an example; returns what to show of it: a text, an image, a vector or a dict of them.
@@ -295,11 +295,10 @@ class Scores(Answer):
             predictions: What was predicted for the queries, indexed by their ids.
             columns: Names of the numbers in a table's row.
             normalization: Mean and standard deviation to undo in images; by default those of a dataset's `Normalize`.
-            megabytes: What examples may take in the file; the strongest come first, the rest are ids.
+            megabytes: How much of the file examples may take; the strongest come first, the rest are only ids.
 
         Raises:
-            ValueError: `k` is below 1, `self_scores` are of other examples, or an example can only be shown by
-                `render`.
+            ValueError: `k` is below 1, `self_scores` are of other examples, or an example needs `render`.
             ImportError: Jinja2 is not installed.
         """
         if self_scores is not None and not torch.equal(self_scores.train_ids, self.train_ids):
@@ -307,7 +306,8 @@ class Scores(Answer):
                 f"Expected `self_scores` of the same {self.train_ids.numel()} training examples, got "
                 f"{self_scores.train_ids.numel()} others. Compute both from one attributor."
             )
-        k, own = min(k, self._ranking.depth), None if self_scores is None else self_scores.values
+        k = min(k, self._ranking.depth)
+        own = None if self_scores is None else self_scores.values
         orders = (page.train_order(self._ranking, k, own), self.query_ids.tolist())
         showing = report.Showing(render, labels, predictions, columns, normalization)
         album = page.album_of(self, orders, (train, queries), showing, megabytes)
@@ -328,9 +328,9 @@ class Scores(Answer):
             loggers: `trainer.loggers`, or one logger.
             step: The x-axis; `trainer.global_step` after a fit.
             name: What follows `influence/`; the method by default.
-            k: Proponents and opponents per query, fewer where there are fewer.
+            k: Proponents and opponents per query, at most.
             metrics: Further numbers, such as `evaluate(scores, bank)`.
-            drawing: For `plot`: `query`, `train`, `queries`, `render`, `labels`.
+            drawing: Arguments of `plot`: `query`, `train`, `queries`, `render`, `labels`.
 
         Raises:
             TypeError: `metrics` that are not numbers.
@@ -344,5 +344,5 @@ class Scores(Answer):
         table = {"scores": arrow.as_rows(self.to_arrow(k), side=lambda row: side(row["score"]))}
         drawn = trackers.drawn(explanation=lambda: self.plot(k=k, **drawing)[0])
         more |= scalars
-        pages = trackers.Pages(name or self.method, step, more, table, drawn, histograms, {"about": repr(self)})
-        trackers.log_influence(loggers, pages)
+        results = trackers.Results(name or self.method, step, more, table, drawn, histograms, {"about": repr(self)})
+        trackers.log_influence(loggers, results)

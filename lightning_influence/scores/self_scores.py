@@ -25,7 +25,7 @@ _LOGGED = 100  # rows of the table in a tracker
 
 
 class SelfScores(Answer):
-    """The influence of every training example on itself; mislabelled and odd examples stand highest.
+    """The influence of every training example on itself; mislabelled and atypical examples score highest.
 
     Args:
         train_ids: [train] int64, ascending: indices into the training `Dataset`.
@@ -109,15 +109,15 @@ class SelfScores(Answer):
         return arrow.to_pandas(lambda: self.to_arrow(k))
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False, **shown: Any) -> Path:
-        """Write all of this into one Arrow file, a row an example; see `arrow.write_file` for what it raises.
+        """Write the scores into one Arrow file, one row per example; see `arrow.write_file` for what it raises.
 
         Args:
             path: The file.
-            overwrite: Replace a file that is there.
-            shown: As of `report`. With any of it the file also keeps what the highest examples look like.
+            overwrite: Replace an existing file.
+            shown: Arguments of `report`. With any of these the file also keeps what the highest examples look like.
 
         Raises:
-            ValueError: Something of `shown`, and no data to show.
+            ValueError: Arguments in `shown`, but no data to show.
         """
         columns = {"train_id": self.train_ids, "score": self.values}
         if self._train_base is not None:
@@ -128,11 +128,11 @@ class SelfScores(Answer):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SelfScores:
-        """Map a saved file back.
+        """Map a saved file into memory.
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: It is damaged, or something else.
+            ValueError: It is damaged, or of another kind.
         """
         columns, head, album = read_file(path, ("self_scores",))
         made = cls(columns["train_id"], columns["score"], **head, base=columns.get("train_base_id"))
@@ -152,7 +152,7 @@ class SelfScores(Answer):
         """Draw the distribution, with the highest fraction marked.
 
         Returns:
-            A `matplotlib.figure.Figure` and its axes, known to no window; `figure.savefig(path)` writes it.
+            A `matplotlib.figure.Figure` and its axes; no window opens. `figure.savefig(path)` writes it.
 
         Raises:
             ValueError: `flagged_fraction` is not between 0 and 1.
@@ -174,7 +174,7 @@ class SelfScores(Answer):
         """Write one self-contained page on which to review the training examples; see `Scores.report`.
 
         Raises:
-            ValueError: An example can only be shown by `render`.
+            ValueError: An example needs `render` to be shown.
             ImportError: Jinja2 is not installed.
         """
         showing = report.Showing(render, labels, None, columns, normalization)
@@ -190,13 +190,13 @@ class SelfScores(Answer):
         return report.write_page(path, content)
 
     def log(self, loggers: Any, step: int | None = None, name: str | None = None, **drawing: Any) -> None:
-        """Write scalars, a table of the highest, a histogram and a figure into Lightning's loggers.
+        """Write scalars, a table of the highest scores, a histogram and a figure into Lightning's loggers.
 
         Args:
             loggers: `trainer.loggers`, or one logger.
             step: The x-axis; `trainer.global_step` after a fit.
-            name: What stands after `influence/`; the method by default.
-            drawing: For `plot`: `flagged_fraction`.
+            name: What follows `influence/`; the method by default.
+            drawing: Arguments of `plot`: `flagged_fraction`.
         """
         if not trackers.listening(loggers):
             return
@@ -204,8 +204,9 @@ class SelfScores(Answer):
         table = {"self_influence": arrow.as_rows(self.to_arrow(min(_LOGGED, len(self))))}
         drawn = trackers.drawn(self_influence=lambda: self.plot(**drawing)[0])
         about = {"about_self_influence": repr(self)}
-        pages = trackers.Pages(name or self.method, step, self.diagnostics | scalars, table, drawn, histograms, about)
-        trackers.log_influence(loggers, pages)
+        scalars = self.diagnostics | scalars
+        results = trackers.Results(name or self.method, step, scalars, table, drawn, histograms, about)
+        trackers.log_influence(loggers, results)
 
     def _highest(self, k: int) -> list[tuple[str, float]]:
         """Names and scores of the k highest, fewer where there are fewer."""
