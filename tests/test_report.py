@@ -93,6 +93,14 @@ def test_saved_scores_keep_what_their_examples_look_like(tmp_path):
     assert embedded(page)["queries"] is None
 
 
+def test_a_second_save_shows_examples_as_it_was_asked_to(tmp_path):
+    for fresh in (scores(), itself()):
+        fresh.save(tmp_path / "s.arrow", True, train=TEXTS, labels=["cat", "dog"])
+        fresh.at_hand = (TEXTS, None)
+        fresh.save(tmp_path / "s.arrow", True, labels=["good", "bad"])
+        assert type(fresh).load(tmp_path / "s.arrow").album.train[5]["class"] == "bad"
+
+
 def test_nothing_to_show_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"Expected data to show with `render`, got none: .* Pass `train=`"):
         scores().save(tmp_path / "s.arrow", render=str)
