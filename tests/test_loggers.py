@@ -30,9 +30,9 @@ SCORES = Scores(
     torch.tensor([3, 8]),
     method="TracInCP",
     base=(torch.tensor([10, 14, 17]), None),
-    figures={"residual": 0.125},
+    diagnostics={"residual": 0.125},
 )
-SELF = SelfScores(torch.arange(20), torch.arange(20.0), "TracInCP", figures={"self_residual": 0.25})
+SELF = SelfScores(torch.arange(20), torch.arange(20.0), "TracInCP", diagnostics={"self_residual": 0.25})
 
 
 def events(logger):
@@ -167,14 +167,14 @@ def test_an_unknown_logger_gets_scalars_and_a_note(caplog):
         "saved": True,
     }
     assert [record.getMessage() for record in caplog.records] == [
-        "`Bare` got the scalars of the influence of 'my name' only."
+        "`Bare` supports only the scalars of the influence of 'my name'."
     ]
 
 
 def test_a_logger_that_fails_is_named_and_the_others_get_theirs():
     other = Bare()
     with pytest.warns(
-        UserWarning, match=r"`Broken` did not take the influence of 'TracInCP' \(ConnectionError: no network\)"
+        UserWarning, match=r"`Broken` failed to log the influence of 'TracInCP' \(ConnectionError: no network\)"
     ):
         SCORES.log([Broken(), other])
     assert other.got["influence/TracInCP/top_proponent_max"] == 3.0

@@ -58,7 +58,7 @@ def test_without_data_the_page_says_that_it_shows_ids_alone(tmp_path):
 
 def test_kept_scores_are_summed_and_explained(tmp_path):
     from lightning_influence.numerics.topk import top_k
-    from lightning_influence.scores.base import TopK
+    from lightning_influence.scores import TopK
 
     top = tuple(TopK(*top_k(VALUES, TRAIN_IDS, 2, largest)) for largest in (True, False))
     kept = Scores(None, top, TRAIN_IDS, QUERY_IDS, method="TracInCP")
@@ -91,6 +91,14 @@ def test_saved_scores_keep_what_their_examples_look_like(tmp_path):
     page = SelfScores.load(tmp_path / "self.arrow").report(tmp_path / "self.html")
     assert embedded(page)["train"]["looks"]["1"]["value"] == "text 2"
     assert embedded(page)["queries"] is None
+
+
+def test_a_second_save_shows_examples_as_it_was_asked_to(tmp_path):
+    for fresh in (scores(), itself()):
+        fresh.save(tmp_path / "s.arrow", True, train=TEXTS, labels=["cat", "dog"])
+        fresh.at_hand = (TEXTS, None)
+        fresh.save(tmp_path / "s.arrow", True, labels=["good", "bad"])
+        assert type(fresh).load(tmp_path / "s.arrow").album.train[5]["class"] == "bad"
 
 
 def test_nothing_to_show_is_refused(tmp_path):
@@ -166,7 +174,7 @@ def test_decisions_are_read_back(tmp_path):
         ("train_id,train_base_id,decision\n1,1,good\n", "a decision among 'wrong label', .* in row 2 .*, got 'good'"),
         (
             "train_id,train_base_id,decision\n1,1,fine\n1,1,unsure\n",
-            "one decision a training example .*, got two for 1",
+            "one decision per training example .*, got two for 1",
         ),
     ],
 )

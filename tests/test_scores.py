@@ -31,7 +31,7 @@ def full(**changes):
         "units": "loss",
         "notes": ["the momentum 0.9 is in the learning rate."],
         "checkpoints": (10, 20, 30),
-        "figures": {"residual": 1.25e-4, "damping": 3},
+        "diagnostics": {"residual": 1.25e-4, "damping": 3},
     }
     return Scores(**{**given, **changes})
 
@@ -94,7 +94,7 @@ def test_a_k_beyond_what_there_is_is_refused(scores, k, limit):
 
 
 def test_a_group_is_the_sum_of_its_members(monkeypatch):
-    monkeypatch.setattr("lightning_influence.scores.base.BLOCK", 2)
+    monkeypatch.setattr("lightning_influence.scores.ranking.BLOCK", 2)
     torch.testing.assert_close(full().group([9, 0]), torch.tensor([2.5, 6.0, -6.0]))
     torch.testing.assert_close(full().group(TRAIN_IDS), VALUES.sum(dim=1))
     torch.testing.assert_close(full().group([]), torch.zeros(3))
@@ -170,9 +170,13 @@ def test_base_ids_of_another_number_are_refused():
         ({"values": VALUES.long()}, TypeError, "floating point, got torch.int64"),
         ({"values": None}, ValueError, "either `values` or `top`"),
         ({"settings": {"a": object()}}, TypeError, "`settings` to hold what JSON can"),
-        ({"figures": {"a": "much"}}, TypeError, r"`figures` to map names to single numbers, got \{'a': 'much'\}"),
-        ({"figures": {"a": torch.ones(2)}}, TypeError, "`figures` to map names to single numbers"),
-        ({"figures": [1.0]}, TypeError, r"`figures` to map names to single numbers, got \[1.0\]"),
+        (
+            {"diagnostics": {"a": "much"}},
+            TypeError,
+            r"`diagnostics` to map names to single numbers, got \{'a': 'much'\}",
+        ),
+        ({"diagnostics": {"a": torch.ones(2)}}, TypeError, "`diagnostics` to map names to single numbers"),
+        ({"diagnostics": [1.0]}, TypeError, r"`diagnostics` to map names to single numbers, got \[1.0\]"),
     ],
 )
 def test_bad_parts_are_refused(changes, error, message):
@@ -192,7 +196,7 @@ def test_ends_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_scores_that_are_not_finite_are_refused_by_name(bad, monkeypatch):
-    monkeypatch.setattr("lightning_influence.scores.base.BLOCK", 6)
+    monkeypatch.setattr("lightning_influence.scores.ranking.BLOCK", 6)
     values = VALUES.clone()
     values[1, 3] = bad
     with pytest.raises(ValueError, match=rf"got {bad} for query 5 and training example 7 .*\[7\]"):
@@ -265,7 +269,7 @@ def same(one, other):
     assert type(one) is type(other)
     assert repr(one) == repr(other)
     assert (one.settings, one.notes, one.checkpoints) == (other.settings, other.notes, other.checkpoints)
-    assert one.figures == other.figures
+    assert one.diagnostics == other.diagnostics
     assert one.to_arrow().equals(other.to_arrow())
 
 
@@ -278,7 +282,7 @@ def same(one, other):
         kept(2),
         kept(6, base=(TRAIN_IDS * 2, None)),
         itself(),
-        itself(values=VALUES[0].double(), base=TRAIN_IDS + 1, checkpoints=[3], figures={"residual": float("inf")}),
+        itself(values=VALUES[0].double(), base=TRAIN_IDS + 1, checkpoints=[3], diagnostics={"residual": float("inf")}),
     ],
 )
 def test_what_was_saved_comes_back(scores, tmp_path):
@@ -289,11 +293,21 @@ def test_what_was_saved_comes_back(scores, tmp_path):
     assert pa.ipc.open_file(path).read_all().num_rows == len(scores)
 
 
-def test_a_file_from_before_there_were_figures_is_read(tmp_path):
-    path = full(figures={}).save(tmp_path / "s")
+def test_a_file_from_before_there_were_diagnostics_is_read(tmp_path):
+    path = full(diagnostics={}).save(tmp_path / "s")
     path.write_bytes(path.read_bytes().replace(b', "figures": {}', b" " * 15))
     assert b"figures" not in path.read_bytes()
-    assert Scores.load(path).figures == {}
+    assert Scores.load(path).diagnostics == {}
+
+
+@pytest.mark.parametrize("scores", [full(), itself(diagnostics={"residual": 0.5})])
+def test_diagnostics_are_called_figures_in_a_file_and_by_an_alias(scores, tmp_path):
+    path = scores.save(tmp_path / "s")
+    assert b'"figures": {"residual"' in path.read_bytes()
+    assert b"diagnostics" not in path.read_bytes()
+    assert type(scores).load(path).figures == scores.figures == scores.diagnostics
+    with pytest.raises(AttributeError):
+        scores.figures = {}
 
 
 def test_writing_into_a_loaded_matrix_does_not_change_the_file(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.numerics.topk import StreamingTopK
-from lightning_influence.scores.base import TopK
+from lightning_influence.scores import TopK
 
 
 class Sink(Protocol):

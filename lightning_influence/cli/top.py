@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from lightning_influence import SelfScores, TopK
+from lightning_influence import SelfScores
 from lightning_influence.cli.reading import existing, load
 from lightning_influence.cli.text import table
-from lightning_influence.scores.base import places
+from lightning_influence.scores.ids import places
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,21 +34,15 @@ def run(options: argparse.Namespace) -> int:
     query = int(scores.query_ids[0]) if options.query is None else options.query
     row = int(places(scores.query_ids, torch.tensor([query]), "--query"))
     base = scores.base_ids().train_ids
-    # Only this query's row is read: a matrix on disk may be larger than memory.
-    ends = [scores._strongest(options.k, largest, slice(row, row + 1)) for largest in (True, False)]
+    # Of this query only: a matrix on disk may be larger than memory.
+    ((_, *sides),) = scores._ranking.sides(options.k, slice(row, row + 1))
     print(f"{scores.method}: influence on query {query} ({scores.units})")
-    for title, sign, end in (("proponents", 1, ends[0]), ("opponents", -1, ends[1])):
+    for title, side in zip(("proponents", "opponents"), sides, strict=True):
         print(f"\n{title}")
-        kept = _of_sign(end, sign)
-        at = torch.searchsorted(scores.train_ids, kept.train_ids)
-        names, columns = ["train_id", "score"], [kept.train_ids.tolist(), kept.scores.tolist()]
+        names, rows = ["train_id", "score"], [list(pair) for pair in side]
         if not torch.equal(base, scores.train_ids):
-            names, columns = ["train_id", "train_base_id", "score"], [columns[0], base[at].tolist(), columns[1]]
-        print(table(names, list(zip(*columns, strict=True))) if len(columns[0]) else "  none")
+            at = places(scores.train_ids, torch.tensor([train_id for train_id, _ in side], dtype=torch.int64), "ids")
+            names = ["train_id", "train_base_id", "score"]
+            rows = [[i, other, score] for (i, score), other in zip(side, base[at].tolist(), strict=True)]
+        print(table(names, rows) if rows else "  none")
     return 0
-
-
-def _of_sign(end: TopK, sign: int) -> TopK:
-    """The scores of the given sign: a positive score is no opponent, however low it ranks."""
-    right = end.scores[0] * sign > 0
-    return TopK(end.scores[0][right], end.train_ids[0][right])

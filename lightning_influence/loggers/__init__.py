@@ -1,4 +1,4 @@
-"""Scalars, tables, histograms and figures into whatever loggers a Trainer has: a file for each tracker, one table."""
+"""Scalars, tables, histograms and figures for the loggers of a Trainer; each tracker has its own file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_influence.loggers import comet, csv_files, mlflow, scalars, tensorboard, wandb
-from lightning_influence.loggers.pages import Pages
+from lightning_influence.loggers.results import Results
 from lightning_influence.loggers.summary import Histogram, Table, of_scores, of_self_influence
 
 __all__ = [
     "WRITERS",
     "Histogram",
-    "Pages",
+    "Results",
     "Table",
     "drawn",
     "listening",
@@ -27,32 +27,32 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-WRITERS: dict[str, Callable[[Any, Pages], None]] = {
+WRITERS: dict[str, Callable[[Any, Results], None]] = {
     "TensorBoardLogger": tensorboard.write,
     "CSVLogger": csv_files.write,
     "WandbLogger": wandb.write,
     "MLFlowLogger": mlflow.write,
     "CometLogger": comet.write,
 }
-"""Who writes into a logger, by the name of its class or of a class that it derives from."""
+"""The function that writes into a logger, by the name of the logger's class or of one of its bases."""
 
 
-def log_influence(loggers: Any, pages: Pages) -> None:
-    """Write one method's results into every logger, each as far as it can show them.
+def log_influence(loggers: Any, results: Results) -> None:
+    """Write one method's results into every logger, as far as the logger supports them.
 
-    A logger that fails is warned about by name; the others still get theirs. Off rank zero, without loggers and under
-    `fast_dev_run` nothing happens.
+    If a logger fails, a warning names it, and the other loggers still get the results. Nothing happens on other ranks
+    than zero, without loggers, and under `fast_dev_run`.
 
     Args:
         loggers: `trainer.loggers`, or one logger of either Lightning package.
-        pages: The results.
+        results: The results.
     """
     for logger in listening(loggers):
         try:
-            _writer(logger)(logger, pages)
-        except Exception as error:  # whatever a tracker may raise (network, quota, disk) is not worth the scores
+            _writer(logger)(logger, results)
+        except Exception as error:  # a tracker that fails (network, quota, disk) must not cost the scores
             warnings.warn(
-                f"`{type(logger).__name__}` did not take the influence of {pages.name!r} "
+                f"`{type(logger).__name__}` failed to log the influence of {results.name!r} "
                 f"({type(error).__name__}: {error}). The scores and the other loggers are not affected; "
                 "call `scores.log(logger)` to try again.",
                 stacklevel=2,
@@ -60,8 +60,8 @@ def log_influence(loggers: Any, pages: Pages) -> None:
 
 
 def listening(loggers: Any) -> list[Any]:
-    """The loggers that keep what they are given; none off rank zero."""
-    # Lightning sets the rank when it is imported; without it there is one process.
+    """The loggers that store what they receive; none on other ranks than zero."""
+    # Lightning sets the rank on import; otherwise there is one process.
     if getattr(rank_zero_only, "rank", 0) != 0 or loggers is None:
         return []
     every = list(loggers) if isinstance(loggers, Iterable) and "Logger" not in _names(loggers) else [loggers]
@@ -69,9 +69,9 @@ def listening(loggers: Any) -> list[Any]:
 
 
 def drawn(**draw: Callable[[], Any]) -> Mapping[str, Any]:
-    """What each `draw` draws, by name, without what cannot be drawn: a picture is not worth the scores.
+    """The figure that each function draws, by name. One that cannot be drawn is left out: scoring must not fail for it.
 
-    Without matplotlib that is a note; any other failure (an example that cannot be drawn) is a warning.
+    Without matplotlib a message is logged; any other failure (an example that cannot be drawn) is a warning.
     """
     figures = {}
     for what, make in draw.items():
@@ -88,9 +88,9 @@ def drawn(**draw: Callable[[], Any]) -> Mapping[str, Any]:
 
 
 def _names(logger: Any) -> list[str]:
-    # By name, since `pytorch_lightning` and `lightning.pytorch` have classes of their own, and trackers are optional.
+    # By name, since `pytorch_lightning` and `lightning.pytorch` have different classes, and trackers are optional.
     return [parent.__name__ for parent in type(logger).__mro__]
 
 
-def _writer(logger: Any) -> Callable[[Any, Pages], None]:
+def _writer(logger: Any) -> Callable[[Any, Results], None]:
     return next((WRITERS[name] for name in _names(logger) if name in WRITERS), scalars.write)

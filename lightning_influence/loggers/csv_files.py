@@ -2,28 +2,28 @@
 
 from typing import Any
 
-from lightning_influence.loggers.pages import Pages, as_csv, as_png, file_name
+from lightning_influence.loggers.results import Results, as_csv, as_png, file_name
 from lightning_influence.loggers.scalars import write_scalars
 
 
-def write(logger: Any, pages: Pages) -> None:
-    """Write one CSV file a table or histogram, one PNG file a figure."""
-    # First: a writer that is only made now clears a folder that holds files.
-    write_scalars(logger, pages)
+def write(logger: Any, results: Results) -> None:
+    """Write one CSV file per table or histogram, one PNG file per figure and one text file per text."""
+    # First: the logger's writer may be created here, and it clears a folder that already holds files.
+    write_scalars(logger, results)
     logger.save()
-    head = f"{logger.log_dir}/influence_{file_name(pages.name)}_"
-    for what, table in pages.tables.items():
+    head = f"{logger.log_dir}/influence_{file_name(results.name)}_"
+    for what, table in results.tables.items():
         _write(f"{head}{what}.csv", as_csv(table).encode())
-    for what, bins in pages.histograms.items():
+    for what, bins in results.histograms.items():
         _write(f"{head}{what}_histogram.csv", as_csv(bins.table()).encode())
-    for what, figure in pages.figures.items():
+    for what, figure in results.figures.items():
         _write(f"{head}{what}.png", as_png(figure))
-    for what, text in pages.texts.items():
+    for what, text in results.texts.items():
         _write(f"{head}{what}.txt", text.encode())
 
 
 def _write(path: str, content: bytes) -> None:
-    # Loggers write where fsspec reaches, not only on this disk. It comes with Lightning, hence with any logger.
+    # Loggers write to any file system of fsspec, not only to this disk. Lightning depends on fsspec.
     import fsspec
 
     with fsspec.open(path, "wb") as file:

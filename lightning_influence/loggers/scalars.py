@@ -1,26 +1,26 @@
-"""Numbers into a logger of any kind: all that Lightning's `Logger` promises to take."""
+"""Numbers for a logger of any kind: all that Lightning's `Logger` guarantees to accept."""
 
 import logging
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_influence.loggers.pages import Pages
+from lightning_influence.loggers.results import Results
 
 _log = logging.getLogger("lightning_influence.loggers")
 
 
-def write_scalars(logger: Any, pages: Pages, more: Mapping[str, Any] | None = None) -> None:
-    """Write the numbers, and what else the logger's `log_metrics` takes."""
-    between = getattr(logger, "group_separator", "/")
-    prefix = between.join(["influence", pages.name, ""])
-    found = {prefix + key: value for key, value in {**pages.scalars, **(more or {})}.items()}
+def write_scalars(logger: Any, results: Results, more: Mapping[str, Any] | None = None) -> None:
+    """Write the numbers, and `more` that the logger's `log_metrics` accepts."""
+    separator = getattr(logger, "group_separator", "/")
+    prefix = separator.join(["influence", results.name, ""])
+    found = {prefix + key: value for key, value in {**results.scalars, **(more or {})}.items()}
     if found:
-        logger.log_metrics(found, step=pages.step)
+        logger.log_metrics(found, step=results.step)
 
 
-def write(logger: Any, pages: Pages) -> None:
-    """Write the numbers, and say that the rest has no place here."""
-    write_scalars(logger, pages)
-    if pages.tables or pages.figures or pages.histograms:
-        _log.warning("`%s` got the scalars of the influence of %r only.", type(logger).__name__, pages.name)
+def write(logger: Any, results: Results) -> None:
+    """Write the numbers, and log that the logger cannot show the rest."""
+    write_scalars(logger, results)
+    if results.tables or results.figures or results.histograms:
+        _log.warning("`%s` supports only the scalars of the influence of %r.", type(logger).__name__, results.name)
     logger.save()

@@ -1,4 +1,4 @@
-"""What a tracker is told of many scores: a few numbers, and their distribution."""
+"""Summaries of many scores for a tracker: a few numbers, and the distribution."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 Table: TypeAlias = tuple[Sequence[str], Sequence[Sequence[Any]]]
 """Names of the columns, and the rows."""
 
-_BLOCK = 1 << 24  # numbers looked at together; float32 counts are exact up to here
+_BLOCK = 1 << 24  # numbers processed at a time; float32 counts are exact up to here
 _BINS = 64
 
 
 class Histogram(NamedTuple):
-    """Counts between edges; one edge more than there are counts. `total` and `squares` sum over what was counted."""
+    """Counts between edges, of which there is one more. `total` and `squares` are sums over the numbers counted."""
 
     edges: list[float]
     counts: list[int]
@@ -26,11 +26,11 @@ class Histogram(NamedTuple):
 
     @classmethod
     def of(cls, blocks: Sequence[Tensor], bins: int = _BINS) -> Histogram:
-        """Count what is finite in some numbers.
+        """Count the finite ones of some numbers.
 
         Args:
-            blocks: The numbers, at most 2^24 a block.
-            bins: How many, of equal width from the lowest number to the highest.
+            blocks: The numbers, at most 2^24 per block.
+            bins: The number of bins, of equal width from the lowest number to the highest.
         """
         low, high = math.inf, -math.inf
         for block in blocks:
@@ -52,7 +52,7 @@ class Histogram(NamedTuple):
         return cls(edges, counts.tolist(), total, squares)
 
     def table(self) -> Table:
-        """One row a bin, for trackers without histograms."""
+        """One row per bin, for trackers without histograms."""
         return ("low", "high", "count"), list(zip(self.edges[:-1], self.edges[1:], self.counts, strict=True))
 
 
@@ -60,7 +60,7 @@ def of_scores(highest: Tensor, values: Tensor | None) -> tuple[dict[str, float],
     """Numbers and histograms about scores.
 
     Args:
-        highest: [query], of each query the highest score. NaN is left out.
+        highest: [query] the highest score of each query. NaN is left out.
         values: [query, train], where all scores were kept.
     """
     scalars, histograms = {}, {}
@@ -75,6 +75,6 @@ def of_scores(highest: Tensor, values: Tensor | None) -> tuple[dict[str, float],
 
 
 def of_self_influence(values: Tensor) -> tuple[dict[str, float], dict[str, Histogram]]:
-    """The same about self-influence, [train]."""
+    """Numbers and histograms about self-influence, [train]."""
     scalars = {"self_mean": float(values.double().mean()), "self_top": float(values.max())}
     return scalars, {"self_influence": Histogram.of(values.split(_BLOCK))}

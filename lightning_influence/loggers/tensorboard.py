@@ -2,25 +2,25 @@
 
 from typing import Any
 
-from lightning_influence.loggers.pages import Pages
+from lightning_influence.loggers.results import Results
 from lightning_influence.loggers.scalars import write_scalars
 from lightning_influence.loggers.summary import Table
 
-_ROWS = 200  # a text is rendered as one page
+_ROWS = 200  # TensorBoard renders the whole text at once
 
 
-def write(logger: Any, pages: Pages) -> None:
-    """Write all of it; the kind stands in the name: TensorBoard shows one kind only of what has one name."""
-    write_scalars(logger, pages)
+def write(logger: Any, results: Results) -> None:
+    """Write the results. Names end with their kind, since TensorBoard shows only one kind per name."""
+    write_scalars(logger, results)
     writer = logger.experiment
-    for what, text in pages.texts.items():
-        writer.add_text(f"{pages.head}/{what}", text, pages.step)
-    for what, table in pages.tables.items():
-        writer.add_text(f"{pages.head}/{what}_table", markdown(table), pages.step)
-    for what, bins in pages.histograms.items():
-        # A bucket ends at its limit and begins at the one before: an empty one in front says where the first begins.
+    for what, text in results.texts.items():
+        writer.add_text(f"{results.head}/{what}", text, results.step)
+    for what, table in results.tables.items():
+        writer.add_text(f"{results.head}/{what}_table", markdown(table), results.step)
+    for what, bins in results.histograms.items():
+        # A bucket ends at its limit and begins at the previous one. An empty first bucket marks where the data begin.
         writer.add_histogram_raw(
-            f"{pages.head}/{what}_histogram",
+            f"{results.head}/{what}_histogram",
             min=bins.edges[0],
             max=bins.edges[-1],
             num=sum(bins.counts),
@@ -28,10 +28,10 @@ def write(logger: Any, pages: Pages) -> None:
             sum_squares=bins.squares,
             bucket_limits=bins.edges,
             bucket_counts=[0, *bins.counts],
-            global_step=pages.step,
+            global_step=results.step,
         )
-    for what, figure in pages.figures.items():
-        writer.add_figure(f"{pages.head}/{what}_figure", figure, pages.step, close=False)
+    for what, figure in results.figures.items():
+        writer.add_figure(f"{results.head}/{what}_figure", figure, results.step, close=False)
     writer.flush()
 
 
@@ -40,8 +40,8 @@ def markdown(table: Table) -> str:
     columns, rows = table
     lines = [columns, ["---"] * len(columns), *rows[:_ROWS]]
     text = "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
-    left = len(rows) - _ROWS
-    return text if left <= 0 else f"{text}\n\n{left:,} more rows: `scores.to_arrow(k)` has them all."
+    more = len(rows) - _ROWS
+    return text if more <= 0 else f"{text}\n\n{more:,} more rows: `scores.to_arrow(k)` has them all."
 
 
 def _cell(value: Any) -> str:

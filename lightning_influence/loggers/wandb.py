@@ -5,24 +5,24 @@ from typing import Any
 
 import numpy as np
 
-from lightning_influence.loggers.pages import Pages
+from lightning_influence.loggers.results import Results
 from lightning_influence.loggers.scalars import write_scalars
 
 
-def write(logger: Any, pages: Pages) -> None:
-    """Write all of it; the kind stands in the name, since a run has one namespace for all."""
+def write(logger: Any, results: Results) -> None:
+    """Write the results. Names end with their kind, since a run has one namespace for all kinds."""
     import wandb
 
     media: dict[str, Any] = {}
-    for what, (columns, rows) in pages.tables.items():
-        # W&B looks at every cell: where one may be missing, that takes three times as long.
+    for what, (columns, rows) in results.tables.items():
+        # W&B checks every cell, which takes three times as long where one may be missing.
         gaps = any(value is None for row in rows for value in row)
         media[f"{what}_table"] = wandb.Table(columns=list(columns), data=[list(row) for row in rows], optional=gaps)
-    for what, bins in pages.histograms.items():
+    for what, bins in results.histograms.items():
         pair = np.array(bins.counts), np.array(bins.edges)
         media[f"{what}_histogram"] = wandb.Histogram(np_histogram=pair)
-    for what, figure in pages.figures.items():
+    for what, figure in results.figures.items():
         media[f"{what}_figure"] = wandb.Image(figure)
-    for what, text in pages.texts.items():
+    for what, text in results.texts.items():
         media[what] = wandb.Html(f"<pre>{html.escape(text)}</pre>", data_is_not_path=True)
-    write_scalars(logger, pages, media)
+    write_scalars(logger, results, media)

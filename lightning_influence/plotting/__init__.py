@@ -1,4 +1,4 @@
-"""Examples and their influence as figures; matplotlib is asked for when one is drawn, and no window is touched."""
+"""Figures of examples and their influence. matplotlib is imported when one is drawn, and no window opens."""
 
 from lightning_influence.plotting.cell import Drawing, Item, Render
 from lightning_influence.plotting.distributions import by_class, self_influence

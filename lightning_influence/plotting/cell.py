@@ -1,4 +1,4 @@
-"""One example in its axes: what it is, under its name, score, class and prediction."""
+"""One example drawn into its axes, under its name, score, class and prediction."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from lightning_influence.plotting.example_view import Classes, Look, Normalization, class_name, look_at, plain
-from lightning_influence.plotting.style import fit, page
+from lightning_influence.plotting.style import fit, wrap
 
 Render: TypeAlias = Callable[[Any, Any], None]
-"""Called with (axes, example); draws the example, whatever it is."""
+"""Called with (axes, example); draws the example."""
 
 _NAME = 20  # characters of an id or a label that fit above a picture
 _TEXT = {"va": "top", "ha": "left", "fontsize": 7}
 
 
 class Item(NamedTuple):
-    """One example to draw: what it is called, its score (None for a query), itself and what was predicted for it."""
+    """One example to draw: its name, its score (None for a query), the example itself and its predicted class."""
 
     name: str
     score: float | None = None
@@ -30,7 +30,7 @@ class Drawing:
     """How examples are drawn.
 
     Args:
-        render: Draws an example into its axes, instead of what is built in.
+        render: Draws an example into its axes, in place of the built-in drawing.
         labels: Names of the classes, by number.
         columns: Names of the numbers in a table's row.
         normalization: Mean and standard deviation to undo in images.
@@ -41,11 +41,11 @@ class Drawing:
     columns: Sequence[str] | None = None
     normalization: Normalization | None = None
 
-    def draw(self, axes: Any, item: Item, colour: str, room: tuple[int, int] = (24, 11)) -> None:
-        """Draw one example; `room` is how many characters and lines of text fit into `axes`.
+    def draw(self, axes: Any, item: Item, colour: str, size: tuple[int, int] = (24, 11)) -> None:
+        """Draw one example. `size` is how many characters and lines of text fit into `axes`.
 
         Raises:
-            ValueError: There is nothing in it that can be drawn, and no `render`.
+            ValueError: The example holds nothing that can be drawn, and there is no `render`.
         """
         look = self._look(item.example)
         lines = [fit(item.name if item.score is not None else f"query {item.name}", _NAME)]
@@ -65,7 +65,7 @@ class Drawing:
         elif self.render is not None:
             self.render(axes, item.example)
         else:
-            _show(axes, look, room)
+            _show(axes, look, size)
 
     def _look(self, example: Any) -> Look:
         try:
@@ -76,26 +76,26 @@ class Drawing:
         return Look("nothing", None)
 
 
-def _show(axes: Any, look: Look, room: tuple[int, int]) -> None:
+def _show(axes: Any, look: Look, size: tuple[int, int]) -> None:
     if look.kind == "image":
         axes.imshow(look.value.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     elif look.kind == "curve":
         axes.plot(look.value.numpy(), linewidth=0.8)
         axes.margins(x=0.02, y=0.1)
     elif look.kind == "row" and any(name for name, _ in look.value):
-        _table(axes, look.value, *room)
+        _table(axes, look.value, *size)
     else:
         text = look.value if look.kind == "text" else "  ".join(text for _, text in look.value)
-        # Clipped, since some letters are wider than those that the page was measured with.
-        axes.text(0.04, 0.97, page(text, *room), clip_on=True, transform=axes.transAxes, **_TEXT)
+        # Clipped, since some letters are wider than the average that `size` was measured with.
+        axes.text(0.04, 0.97, wrap(text, *size), clip_on=True, transform=axes.transAxes, **_TEXT)
 
 
 def _table(axes: Any, cells: Sequence[tuple[str, str]], width: int, height: int) -> None:
-    """Names at the left, values at the right, one pair a line."""
+    """Names at the left, values at the right, one pair per line."""
     if len(cells) > height:
         cells = [*cells[: height - 1], (f"and {len(cells) - height + 1} more", "")]
     for line, (name, value) in enumerate(cells):
-        # Both have their room: the longer one takes what the shorter one leaves.
+        # The longer of the two gets the width that the shorter one leaves.
         for_value = min(len(value), max(width - len(name) - 1, width // 2 - 1))
         place = {"clip_on": True, "transform": axes.transAxes, **_TEXT}
         at = 0.97 - line * 0.94 / height

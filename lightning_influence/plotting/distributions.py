@@ -1,4 +1,4 @@
-"""Influence in the large: the distribution of self-influence with its tail, and what classes do to classes."""
+"""Figures of many scores: the distribution of self-influence with its tail, and the influence of classes on classes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from lightning_influence.plotting.style import blank, fit
 
-_WRITTEN = 150  # cells of a map that have room for their numbers
+_WRITTEN = 150  # the most cells of a map whose numbers are written into them
 
 
 def self_influence(
     values: Tensor, flagged_fraction: float = 0.1, *, method: str = "", units: str = ""
 ) -> tuple[Any, Any]:
-    """The distribution of self-influence, with its highest fraction marked as worth a look.
+    """Draw the distribution of self-influence, with the highest fraction marked for review.
 
     Args:
         values: [train] scores.
@@ -38,7 +38,7 @@ def self_influence(
     low, high = float(values.min()), float(values.max())
     figure, colours = blank(6.4, 3.4)
     axes = figure.add_subplot()
-    # An edge at the threshold, so that no bar stands half inside the tail.
+    # An edge at the threshold, so that no bar lies half inside the tail.
     width = (high - low) / min(60, max(10, values.numel() // 8)) or 1.0
     parts = (
         ("others", colours.rest, values[values < threshold], _edges(low, threshold, width)),
@@ -50,7 +50,7 @@ def self_influence(
             bars = axes.hist(part.double().numpy(), bins=edges, color=colour, label=f"{part.numel():,} {name}")[0]
             tallest = max(tallest, float(bars.max()))
     if tallest > 100:
-        # The tail is what one looks for, and it may be a thousand times rarer than the rest.
+        # The tail is what matters, and it may be a thousand times rarer than the rest.
         axes.set_yscale("symlog", linthresh=10)
         axes.set_ylim(bottom=0)
     else:
@@ -67,7 +67,7 @@ def self_influence(
 def by_class(
     means: Tensor, train_classes: Sequence[str], query_classes: Sequence[str], *, method: str = "", units: str = ""
 ) -> tuple[Any, Any]:
-    """How the training examples of each class influence the queries of each class: a map of means.
+    """Draw how the training examples of each class influence the queries of each class, as a map of means.
 
     Args:
         means: [query class, train class] mean scores; NaN where there is no pair.
@@ -87,7 +87,7 @@ def by_class(
     axes = figure.add_subplot()
     known = means[means.isfinite()]
     most = float(known.abs().max()) if known.numel() and bool(known.any()) else 1.0
-    # Blue and red are told apart by everybody, green and red are not. White is no influence, hence the symmetric ends.
+    # Colour-blind readers can distinguish blue from red, not green from red. The ends are symmetric so that 0 is white.
     drawn = axes.imshow(means.double().numpy(), cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
     axes.set_xticks(range(columns), [fit(name, 16) for name in train_classes], fontsize=8)
     axes.set_yticks(range(rows), [fit(name, 16) for name in query_classes], fontsize=8)

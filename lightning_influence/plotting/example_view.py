@@ -1,4 +1,4 @@
-"""What there is to see of an example: an image, a text, a row of numbers or a curve, and its class."""
+"""What to show of an example: an image, a text, a row of numbers or a curve, and its class."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lightning_influence.types import LABELS, labels_in
 Classes: TypeAlias = Sequence[str] | Mapping[int, str]
 """Names of the classes, by number."""
 Normalization: TypeAlias = tuple[Any, Any]
-"""Mean and standard deviation that an image was normalised with: numbers, or one a channel."""
+"""Mean and standard deviation that an image was normalised with: numbers, or one per channel."""
 
-_ROW = 40  # numbers that are read one by one; more are a curve
+_ROW = 40  # the most numbers that are shown one by one; more are a curve
 _TEXTS = ("text", "sentence", "content", "document", "question", "premise", "review")
 
 
 class Look(NamedTuple):
     """What is shown of one example.
 
-    `value` is, by `kind`: of an ``"image"`` a [height, width] or [height, width, 3] tensor between 0 and 1, of a
-    ``"text"`` a string, of a ``"row"`` pairs of a name (may be empty) and a text, of a ``"curve"`` a [step] tensor;
-    None of ``"nothing"``. `label` is a number or a name, where the example has one.
+    The type of `value` depends on `kind`. ``"image"``: a [height, width] or [height, width, 3] tensor between 0 and 1.
+    ``"text"``: a string. ``"row"``: pairs of a name (may be empty) and a text. ``"curve"``: a [step] tensor.
+    ``"nothing"``: None. `label` is a number or a name, where the example has one.
     """
 
     kind: str
@@ -33,19 +33,19 @@ class Look(NamedTuple):
 
 
 def look_at(example: Any, columns: Sequence[str] | None = None, normalization: Normalization | None = None) -> Look:
-    """Find what to show.
+    """Find what to show of an example.
 
-    An example is an image (a [C, H, W], [H, W, C] or [H, W] tensor, array or PIL image), a text, a vector (a table's
-    row, or a curve where it is longer than 40 and has no `columns`), or a tuple or dict that holds one, with its label.
+    It may be an image (a [C, H, W], [H, W, C] or [H, W] tensor, array or PIL image), a text, a vector (a table's row,
+    or a curve where it is longer than 40 and has no `columns`), or a tuple or dict that holds one of these and a label.
     A dict with neither image nor text is a row.
 
     Args:
         example: One item of a Dataset.
         columns: Names of the numbers in a table's row.
-        normalization: Undone in images. Without it, images that leave [0, 1] are stretched to it, integers by 255.
+        normalization: Undone in images. Without it, images outside [0, 1] are rescaled to it, integers by 1 / 255.
 
     Raises:
-        ValueError: There is nothing in it that can be shown.
+        ValueError: The example holds nothing that can be shown.
     """
     if example is None:
         return Look("nothing", None)
@@ -70,11 +70,11 @@ def look_at(example: Any, columns: Sequence[str] | None = None, normalization: N
 
 
 class _Cells(list):
-    """Names and texts of a row that is ready."""
+    """Names and texts of a row, already formatted."""
 
 
 def class_name(label: Any, labels: Classes | None = None) -> str:
-    """A class as people call it: its name where there is one, otherwise its number."""
+    """The name of a class where there is one, otherwise its number."""
     if isinstance(label, str):
         return label
     if labels is not None and float(label).is_integer():
@@ -87,7 +87,7 @@ def class_name(label: Any, labels: Classes | None = None) -> str:
 
 
 def normalization_of(dataset: Any) -> Normalization | None:
-    """Mean and standard deviation of the `Normalize` among a dataset's transforms, also through a `Subset`."""
+    """Mean and standard deviation of the `Normalize` transform of a dataset, or of the one under a `Subset`."""
     while getattr(dataset, "transform", None) is None and hasattr(dataset, "dataset"):
         dataset = dataset.dataset
     transform = getattr(dataset, "transform", None)
@@ -98,14 +98,14 @@ def normalization_of(dataset: Any) -> Normalization | None:
 
 
 def plain(value: Any) -> Any:
-    """A number or a text out of a tensor or an array of one element; None for whatever else there is."""
+    """A number or a text, also from a tensor or array of one element; None for anything else."""
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()
     return value if isinstance(value, (bool, int, float, str)) else None
 
 
 def _parts(example: Any) -> tuple[Any, Any]:
-    """What to show of an example, and its label."""
+    """The content of an example to show, and its label."""
     label = plain(labels_in(example))
     if isinstance(example, Mapping):
         return _of_mapping({key: value for key, value in example.items() if key not in LABELS}), label
@@ -116,7 +116,7 @@ def _parts(example: Any) -> tuple[Any, Any]:
 
 
 def _of_mapping(entries: Mapping[Any, Any]) -> Any:
-    """An entry that is an image or a text by itself, or all that can be written, as a row."""
+    """The entry that is an image or a text, otherwise all entries as a row."""
     for value in entries.values():
         tensor = _tensor(value)
         if tensor is not None and tensor.ndim > 1 and _image(tensor, None) is not None:
@@ -170,7 +170,7 @@ def _image(image: Tensor, normalization: Normalization | None) -> Tensor | None:
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
         return None
     if image.ndim == 3:
-        # Channels beyond three are no transparency once data were normalised.
+        # A fourth channel is not transparency any more once the data were normalised.
         image = image[:, :, :1] if image.shape[2] == 1 else image[:, :, :3]
     if whole:
         image = image / 255

@@ -1,4 +1,4 @@
-"""Queries with their strongest proponents and opponents, as a picture."""
+"""Figures of queries with their strongest proponents and opponents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from lightning_influence.plotting.cell import Drawing, Item
 from lightning_influence.plotting.style import Palette, blank, fit
 
-_CELL = 1.55  # inches a picture is wide
+_CELL = 1.55  # width of one picture in inches
 
 
 class Case(NamedTuple):
@@ -21,7 +21,7 @@ class Case(NamedTuple):
 
     @property
     def bare(self) -> bool:
-        """Whether there is nothing to look at but names and scores."""
+        """Whether there are only names and scores to draw."""
         return all(item.example is None for item in (self.query, *self.proponents, *self.opponents))
 
 
@@ -34,10 +34,10 @@ def explanation(
     units: str = "",
     drawing: Drawing | None = None,
 ) -> tuple[Any, Any]:
-    """A query at the left, its proponents in the row above and its opponents in the row below, strongest first.
+    """Draw a query at the left, its proponents in the upper row and its opponents in the lower row, strongest first.
 
     An example is an image, a text, a vector, or a tuple or a dict that holds one, with its label; see
-    `appearance.look_at`. Where none is at hand, the scores are drawn as bars.
+    `example_view.look_at`. Without any example, the scores are drawn as bars.
 
     Args:
         query: Without a score.
@@ -48,11 +48,11 @@ def explanation(
         drawing: How examples are drawn.
 
     Returns:
-        The figure and its axes: the query's, then the proponents' and the opponents', or the one of the bars.
+        The figure and its axes: those of the query, the proponents and the opponents, or the single axes of the bars.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: An example can be drawn by nobody here, and there is no `render`.
+        ValueError: An example cannot be drawn, and there is no `render`.
     """
     case = Case(query, proponents, opponents)
     title = f"{method + ': ' if method else ''}influence on query {query.name}"
@@ -65,7 +65,7 @@ def explanation(
     figure.suptitle(textwrap.fill(fit(title, 120), 15 * (columns + 1)), fontsize=11)
     grid = figure.add_gridspec(2, columns + 2, width_ratios=[1.35, 0.12, *[1.0] * columns])
     subject = figure.add_subplot(grid[:, 0])
-    drawing.draw(subject, query, colours.text, room=(31, 27))
+    drawing.draw(subject, query, colours.text, size=(31, 27))
     axes = [subject]
     for row, (side, colour, items) in enumerate(_sides(case, colours)):
         margin = figure.add_subplot(grid[row, 1])
@@ -78,14 +78,14 @@ def explanation(
 def explanations(
     cases: Sequence[Case], *, method: str = "", units: str = "", drawing: Drawing | None = None
 ) -> tuple[Any, list[Any]]:
-    """One row a query: itself, its proponents, its opponents; or one chart of bars each, where none is at hand.
+    """Draw one row per query: itself, its proponents, its opponents; or one bar chart per query without any example.
 
     Returns:
-        The figure and, of each query, the axes that `explanation` returns.
+        The figure and, for each query, the axes that `explanation` returns.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: An example can be drawn by nobody here, and there is no `render`.
+        ValueError: An example cannot be drawn, and there is no `render`.
     """
     title = f"{method + ': ' if method else ''}influence on {len(cases)} queries"
     if all(case.bare for case in cases):
@@ -127,7 +127,7 @@ def _sides(case: Case, colours: Palette) -> tuple[tuple[str, str, Sequence[Item]
 
 
 def _cells(figure: Any, places: Sequence[Any], items: Sequence[Item], colour: str, drawing: Drawing) -> list[Any]:
-    """The examples of one side, each in its place; a word where there are none."""
+    """Draw the examples of one side, each in its place, or the word "none"."""
     if not items:
         cell = figure.add_subplot(places[0])
         cell.axis("off")

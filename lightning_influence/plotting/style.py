@@ -1,4 +1,4 @@
-"""What all figures share: no window, colours that hold on light and dark, texts cut to their room."""
+"""What all figures share: no window, colours for light and dark backgrounds, texts cut to the space for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Palette(NamedTuple):
 
 
 def blank(width: float, height: float) -> tuple[Any, Palette]:
-    """A new figure of that many inches, known to no window, and the colours for its background.
+    """A new figure of this many inches, without a window, and the colours for its background.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -26,8 +26,8 @@ def blank(width: float, height: float) -> tuple[Any, Palette]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            'Figures need matplotlib. Run `pip install "lightning-influence[plot]"`, or read the scores by '
-            "`to_arrow` instead."
+            'Expected matplotlib to be installed for figures. Run `pip install "lightning-influence[plot]"`, or read '
+            "the scores with `to_arrow`."
         ) from error
     figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
     red, green, blue = colors.to_rgb(figure.get_facecolor())
@@ -39,14 +39,14 @@ def blank(width: float, height: float) -> tuple[Any, Palette]:
 
 
 def fit(text: str, width: int) -> str:
-    """One line of at most that many characters."""
+    """The text as one line of at most `width` characters."""
     text = " ".join(text.split())
-    # A dollar sign would open a formula.
+    # An unescaped dollar sign would start a formula.
     return (text if len(text) <= width else text[: width - 1] + "…").replace("$", r"\$")
 
 
-def page(text: str, width: int, height: int) -> str:
-    """The first lines of a text; blank ones and their breaks are kept."""
+def wrap(text: str, width: int, height: int) -> str:
+    """The first `height` lines of a text, wrapped at `width`; blank lines are kept."""
     lines = [line for part in text.splitlines() for line in textwrap.wrap(part.strip(), width) or [""]]
     if len(lines) > height:
         lines = [*lines[: height - 1], lines[height - 1][: width - 1] + "…"]

@@ -1,4 +1,4 @@
-"""Scores as one page to review: tensors and ids in, an HTML file without network out, decisions back."""
+"""The page on which to review scores: tensors and ids go in, an HTML file that needs no network comes out."""
 
 from lightning_influence.report.album import Album, Showing, collect
 from lightning_influence.report.decisions import Decisions, read_decisions

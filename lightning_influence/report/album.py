@@ -1,4 +1,4 @@
-"""What examples look like, small enough for a file: texts, thumbnails, rows and curves by id, up to some megabytes."""
+"""What examples look like, small enough for a file: texts, thumbnails, rows and curves by id, up to a size limit."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from lightning_influence.plotting import example_view
 from lightning_influence.plotting.example_view import Classes, Look, Normalization, class_name, look_at, plain
 
 _SIDE = 96  # pixels of a thumbnail's longer side
@@ -24,14 +25,14 @@ _CELLS = 40  # cells of a row
 
 @dataclass(frozen=True)
 class Showing:
-    """How an example becomes something to show.
+    """How an example is turned into what the page shows.
 
     Args:
-        render: Called with an example; returns what to show in its place: a text, an image, a vector or a dict.
+        render: Called with an example; returns what to show in its place: a text, an image, a vector or a dict of them.
         labels: Names of the classes, by number.
         predictions: What was predicted for the queries, indexed by their ids.
         columns: Names of the numbers in a table's row.
-        normalization: Mean and standard deviation to undo in images.
+        normalization: Mean and standard deviation to undo in images; by default those of a dataset's `Normalize`.
     """
 
     render: Callable[[Any], Any] | None = None
@@ -44,7 +45,7 @@ class Showing:
         """What the page shows of one example, JSON-able: its kind, content and class.
 
         Raises:
-            ValueError: There is nothing in it that can be shown.
+            ValueError: The example holds nothing that can be shown.
         """
         look = self._look(example)
         made: dict[str, Any] = {"kind": look.kind, "value": _small(look)}
@@ -80,13 +81,13 @@ class Album:
     queries: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """As a text; `from_json` reads it."""
+        """The album as JSON, which `from_json` reads."""
         sides = (list(side.items()) for side in (self.train, self.queries))
         return json.dumps(list(sides), ensure_ascii=False, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Album:
-        """The album of `to_json`."""
+        """The album that `to_json` wrote."""
         train, queries = (dict(map(tuple, side)) for side in json.loads(text))
         return cls(train, queries)
 
@@ -94,48 +95,50 @@ class Album:
 def collect(
     train: Any, queries: Any, train_order: Iterable[int], query_order: Iterable[int], showing: Showing, megabytes: float
 ) -> Album:
-    """Look at examples until the album is full: first the queries, up to a third of it, then the training examples.
+    """Fill an album up to its size: first with queries, up to a third of it, then with training examples.
 
     Args:
         train: The training `Dataset`, or None.
         queries: The queries' `Dataset`, or None.
-        train_order: Ids of training examples, those to show first in front; may repeat.
-        query_order: Ids of queries.
-        showing: How they are shown.
-        megabytes: What all of it may take.
+        train_order: Ids of training examples, the most important first; may repeat.
+        query_order: Ids of queries, the most important first.
+        showing: How examples are shown.
+        megabytes: The size of the album as JSON.
 
     Raises:
         ValueError: An example cannot be shown, and there is no `render`.
     """
-    album, room = Album(), megabytes * 1e6
+    if showing.normalization is None:
+        showing = replace(showing, normalization=example_view.normalization_of(queries if train is None else train))
+    album, budget = Album(), megabytes * 1e6
     for dataset, order, into, share in (
         (queries, query_order, album.queries, 1 / 3),
         (train, train_order, album.train, 1.0),
     ):
-        left = room * share
+        left = budget * share
         for i in order:
             if left <= 0:
                 break
             if i in into:
                 continue
-            # A prediction is known without the data.
+            # Predictions are known even without the data.
             made = {"kind": "nothing", "value": None} if dataset is None else showing.entry(dataset[i])
             if into is album.queries:
                 made |= showing.prediction(i)
             if dataset is None and len(made) == 2:
                 break
             into[i] = made
-            # Escapes and separators count too.
+            # The id and the separators take about 12 characters more.
             size = len(json.dumps(made)) + 12
-            left, room = left - size, room - size
+            left, budget = left - size, budget - size
     return album
 
 
 def png(image: Tensor) -> bytes:
-    """An image file of a [height, width] or [height, width, 3] tensor between 0 and 1."""
+    """The PNG file of a [height, width] or [height, width, 3] image between 0 and 1."""
     pixels = (image * 255).round().clamp(0, 255).to(torch.uint8)
     height, width = pixels.shape[:2]
-    # Every line of a PNG begins with its filter; 0 is none.
+    # Each row of a PNG starts with the number of its filter; 0 is none.
     lines = torch.cat([torch.zeros(height, 1, dtype=torch.uint8), pixels.reshape(height, -1)], dim=1)
 
     def part(kind: bytes, content: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""What a reviewer decided, read back from the file that the page wrote."""
+"""A reviewer's decisions, read from the file that the page downloaded."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _COLUMNS = ["train_id", "train_base_id", "decision"]
 
 
 class Decisions(NamedTuple):
-    """The training examples of one decision: `train_ids` and `base_ids` (under any `Subset`), int64, in one order."""
+    """The training examples with one decision: matching `train_ids` and `base_ids` (under any `Subset`), int64."""
 
     train_ids: Tensor
     base_ids: Tensor
 
 
 def read_decisions(path: str | os.PathLike[str], decision: str = "wrong label") -> Decisions:
-    r"""The training examples that were marked so, by ascending id; by default those to remove.
+    r"""The training examples that were marked with a decision, by ascending id; by default those with a wrong label.
 
     Args:
-        path: The CSV file that the page of `report` downloaded; a spreadsheet may have saved it again.
+        path: The CSV file that the page of `report` downloaded. A spreadsheet program may have saved it again.
         decision: "wrong label", "fine" or "unsure".
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not such a file, or holds what no reviewer can have marked.
+        ValueError: It is another kind of file, or holds an unknown or contradictory decision.
 
     Example:
         >>> from pathlib import Path; from tempfile import mkdtemp
@@ -43,11 +43,11 @@ def read_decisions(path: str | os.PathLike[str], decision: str = "wrong label") 
         raise ValueError(f"Expected `decision` to be one of {', '.join(map(repr, DECISIONS))}, got {decision!r}.")
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"Expected a file of decisions at {str(path)!r}, found none. The page downloads one.")
+        raise FileNotFoundError(f"Expected a file of decisions at {str(path)!r}, found none. Save one from the page.")
     with open(path, encoding="utf-8-sig", newline="") as file:
         head = file.readline()
         file.seek(0)
-        # Spreadsheets of some countries write semicolons.
+        # In some countries, spreadsheet programs write semicolons.
         rows = [row for row in csv.reader(file, delimiter=";" if ";" in head else ",") if any(row)]
     if not rows or [cell.strip() for cell in rows[0]] != _COLUMNS:
         raise ValueError(
@@ -66,7 +66,7 @@ def read_decisions(path: str | os.PathLike[str], decision: str = "wrong label") 
                 f"got {word!r}."
             )
         if found.setdefault(train_id, (base_id, word)) != (base_id, word):
-            raise ValueError(f"Expected one decision a training example in {str(path)!r}, got two for {train_id}.")
+            raise ValueError(f"Expected one decision per training example in {str(path)!r}, got two for {train_id}.")
     chosen = sorted((train_id, base_id) for train_id, (base_id, word) in found.items() if word == decision)
     ids = torch.tensor(chosen, dtype=torch.int64).reshape(-1, 2)
     return Decisions(ids[:, 0].clone(), ids[:, 1].clone())

@@ -1,5 +1,5 @@
 "use strict";
-// Everything shown is set as text, never as markup: examples may hold anything.
+// Examples may contain anything, so everything is set as text, never as markup.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const SIZE = 50; // rows on a page
@@ -8,7 +8,7 @@
   const key = "lightning-influence:" + document.body.dataset.digest;
   let marks = new Map(), view = "train", query = null, sort = null, order = [], page = 0;
 
-  try { marks = new Map(JSON.parse(localStorage.getItem(key) || "[]")); } catch { /* a browser that keeps nothing */ }
+  try { marks = new Map(JSON.parse(localStorage.getItem(key) || "[]")); } catch { /* the browser stores nothing */ }
 
   const make = (name, text, cls) => {
     const node = document.createElement(name);
@@ -24,7 +24,7 @@
       ? String(Number(value.toPrecision(4))) : value.toExponential(3)));
   const plain = (value) => (value === null || value === undefined ? "–" : number(value).replace(/^\+/, ""));
 
-  // ---- the columns of either view: title, value by row, and how it is written
+  // ---- the columns of both views: title, value by row, and format
 
   let onQuery = new Map();
   const trainColumns = () => {
@@ -80,21 +80,21 @@
       return !find || String(of.id[i]) === find || textOf(of, i).includes(find);
     });
     const by = sort && known.find((field) => field.key === sort.key) || known.find((f) => f.key === "score0") || known[0];
-    // What is suspicious stands first: the highest self-influence, or the strongest opponent of all queries.
+    // Suspicious examples come first: the highest self-influence, or the strongest opponent of all queries.
     const suspicious = view === "train" && query === null && by.key === "score0" && by.signed;
     const down = sort && sort.key === by.key ? sort.down : by.key.startsWith("score") && !suspicious;
     sort = { key: by.key, down };
     rows.sort((a, b) => {
       const [x, y] = [by.get(a), by.get(b)];
       const none = (x === undefined || x === null) - (y === undefined || y === null);
-      return none || (down ? compare(y, x) : compare(x, y)) || a - b; // what is unknown stands last either way
+      return none || (down ? compare(y, x) : compare(x, y)) || a - b; // unknown values come last in both directions
     });
     order = rows;
     page = Math.min(page, Math.max(0, Math.ceil(order.length / SIZE) - 1));
     draw();
   }
 
-  // ---- drawing: one page of rows, whatever there is beyond it
+  // ---- drawing: one page of rows at a time
 
   function drawLook(look, name) {
     const box = make("div", undefined, "look");
@@ -242,7 +242,7 @@
   function mark(i, word) {
     const id = train.id[i];
     if (word) marks.set(id, word); else marks.delete(id);
-    try { localStorage.setItem(key, JSON.stringify([...marks])); } catch { /* then they live as long as the page */ }
+    try { localStorage.setItem(key, JSON.stringify([...marks])); } catch { /* then the decisions last as long as the page */ }
     const row = $("rows").querySelector(`tr[data-at="${i}"]`);
     if (row) {
       const within = row.contains(document.activeElement) && document.activeElement !== row
@@ -293,7 +293,7 @@
     if (queries) $("view-queries").setAttribute("aria-pressed", String(view === "queries"));
     document.querySelectorAll(".of-train").forEach((node) => node.classList.toggle("hidden", view !== "train"));
     const names = [...new Set(Object.values(side().looks).map((look) => look.class).filter((name) => name !== undefined))];
-    // A value of its own for the class "", which is not the same as all of them.
+    // The prefix distinguishes the class "" from no filter at all.
     options($("class"), names.sort(compare).map((name) => ["=" + name, name]), "");
     choose(query);
   }

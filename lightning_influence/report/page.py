@@ -1,4 +1,4 @@
-"""The page: all its data as JSON in one HTML file, which asks nothing of any network."""
+"""The page: one HTML file that holds all its data as JSON and needs no network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_influence.report.decisions import DECISIONS
 
 @dataclass(frozen=True)
 class Page:
-    """What stands on it.
+    """The content of the page.
 
     Args:
         title: Of the page.
@@ -29,11 +29,11 @@ class Page:
         units: Of the scores.
         train_ids: [train] int64, ascending.
         train_base: [train] ids under a `Subset`, where they differ.
-        columns: Title to [train] scores of the training examples; the first one is what they are sorted by.
+        columns: Title to [train] scores of the training examples, which are sorted by the first column.
         query_ids: [query] int64, or None where there are no queries.
         query_base: [query] ids under a `Subset`, where they differ.
-        pairs: Of each query the [query, pair] places in `train_ids` and the scores of what it is explained by; a place
-            of -1 is none.
+        pairs: [query, pair] positions in `train_ids` and scores of the training examples that explain each query; a
+            position of -1 is empty.
         album: What the examples look like.
     """
 
@@ -49,7 +49,7 @@ class Page:
     album: Album | None = None
 
     def data(self) -> dict[str, Any]:
-        """All of it as JSON can hold it."""
+        """The content in types that JSON can hold."""
         album = self.album or Album()
         place = {train_id: at for at, train_id in enumerate(self.train_ids.tolist())}
         made: dict[str, Any] = {
@@ -79,7 +79,7 @@ class Page:
 
 
 def write_page(path: str | os.PathLike[str], page: Page) -> Path:
-    """Write it as one HTML file, in place of what was there.
+    """Write the page as one HTML file, replacing an existing one.
 
     Raises:
         ImportError: Jinja2 is not installed.
@@ -101,13 +101,13 @@ def _html(page: Page) -> str:
         from markupsafe import Markup
     except ImportError as error:
         raise ImportError(
-            'The page needs Jinja2. Run `pip install "lightning-influence[report]"`, or read the scores by `to_arrow` '
-            "instead."
+            'Expected Jinja2 to be installed for the page. Run `pip install "lightning-influence[report]"`, or read '
+            "the scores with `to_arrow`."
         ) from error
     template, style, script = ((files(__package__) / f"page.{end}").read_text("utf-8") for end in ("html", "css", "js"))
     data = page.data()
     encoded = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    # Inside a script element only these can end it or begin a comment; JSON reads them back from their escapes.
+    # Only these can end a script element or start a comment in it. A JSON parser reads their escapes back.
     for sign in "<>&\u2028\u2029":
         encoded = encoded.replace(sign, f"\\u{ord(sign):04x}")
     environment = Environment(autoescape=True, undefined=StrictUndefined)
@@ -119,7 +119,7 @@ def _html(page: Page) -> str:
         has_queries=data["queries"] is not None,
         style=Markup(style),
         script=Markup(script),
-        # The browser runs this script and no other, whatever the data hold.
+        # The browser runs only this script, whatever the data contain.
         allowed=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data=Markup(encoded),
         digest=hashlib.sha256(encoded.encode()).hexdigest()[:16],
@@ -127,5 +127,5 @@ def _html(page: Page) -> str:
 
 
 def _short(scores: Tensor) -> list[float | None]:
-    """Nine digits rank as float32 does; a NaN is no number in JSON."""
+    """Nine digits, which keep the order of float32; None for NaN and infinity, which JSON does not have."""
     return [float(f"{score:.9g}") if abs(score) < float("inf") else None for score in scores.tolist()]

@@ -7,7 +7,7 @@ from html import escape
 
 
 def snippet(paragraph: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A paragraph over a small table; all of it is text, none of it markup."""
+    """A paragraph above a small table. Everything given is text and is escaped."""
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

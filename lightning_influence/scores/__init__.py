@@ -1,6 +1,7 @@
-"""The answers: what each training example did, readable, storable, drawable and loggable."""
+"""The answers: what each training example did to each query, and to itself."""
 
-from lightning_influence.scores.base import BaseIds, TopK
+from lightning_influence.scores.ids import BaseIds
+from lightning_influence.scores.ranking import TopK
 from lightning_influence.scores.scores import Scores
 from lightning_influence.scores.self_scores import SelfScores
 

@@ -1,4 +1,4 @@
-"""What each training example does to itself: high where the model had to learn it by heart."""
+"""`SelfScores`: what each training example does to itself, high where the model memorised it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from lightning_influence import plotting, report
 from lightning_influence.files import arrow
 from lightning_influence.numerics.topk import top_k
 from lightning_influence.plotting.example_view import Classes, Normalization
-from lightning_influence.report import Album
-from lightning_influence.scores.base import Answer, TopK, floating, refuse_non_finite
+from lightning_influence.scores import page
+from lightning_influence.scores.base import Answer, facts, file_head, paragraph, read_file
+from lightning_influence.scores.ids import name_of
+from lightning_influence.scores.ranking import TopK, floating, refuse_non_finite
 
 _LOGGED = 100  # rows of the table in a tracker
 
 
 class SelfScores(Answer):
-    """The influence of every training example on itself; mislabelled and odd examples stand highest.
+    """The influence of every training example on itself; mislabelled and atypical examples score highest.
 
     Args:
         train_ids: [train] int64, ascending: indices into the training `Dataset`.
@@ -34,10 +36,10 @@ class SelfScores(Answer):
         notes: What a reader must know to trust the numbers.
         checkpoints: Steps of the checkpoints that were used.
         base: [train] int64, the ids in the dataset under a `Subset`; None where they are the same.
-        figures: Numbers that tell how far to trust the scores, by name, such as a solver's residual.
+        diagnostics: Numbers by name that show how far to trust the scores, such as a solver's residual.
 
     Raises:
-        TypeError: `values` or ids of another dtype; `settings` that JSON cannot hold; `figures` that are no numbers.
+        TypeError: `values` or ids of another dtype; `settings` that JSON cannot hold; `diagnostics` not of numbers.
         ValueError: Shapes that do not fit, ids not ascending, NaN or infinite values.
 
     Example:
@@ -56,9 +58,9 @@ class SelfScores(Answer):
         notes: Sequence[str] = (),
         checkpoints: Sequence[int] = (),
         base: Tensor | None = None,
-        figures: Mapping[str, float] | None = None,
+        diagnostics: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(train_ids, method, settings, units, notes, checkpoints, base, figures)
+        super().__init__(train_ids, base, method, settings, units, notes, checkpoints, diagnostics)
         self.values = floating(values)
         if self.values.shape != self.train_ids.shape:
             raise ValueError(
@@ -107,50 +109,50 @@ class SelfScores(Answer):
         return arrow.to_pandas(lambda: self.to_arrow(k))
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False, **shown: Any) -> Path:
-        """Write all of this into one Arrow file, a row an example; see `arrow.write_file` for what it raises.
+        """Write the scores into one Arrow file, one row per example; see `arrow.write_file` for what it raises.
 
         Args:
             path: The file.
-            overwrite: Replace a file that is there.
-            shown: As of `report`. With any of it the file also keeps what the highest examples look like.
+            overwrite: Replace an existing file.
+            shown: Arguments of `report`. With any of these the file also keeps what the highest examples look like.
 
         Raises:
-            ValueError: Something of `shown`, and no data to show.
+            ValueError: Arguments in `shown`, but no data to show.
         """
         columns = {"train_id": self.train_ids, "score": self.values}
         if self._train_base is not None:
             columns["train_base_id"] = self._train_base
-        head = self._head() | self._kept_album(shown, self._album)
-        return arrow.write_file(path, "self_scores", columns, head, overwrite)
+        if shown:
+            self.album = page.album_to_keep(self, self._orders(), shown)
+        return arrow.write_file(path, "self_scores", columns, file_head(self), overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SelfScores:
-        """Map a saved file back.
+        """Map a saved file into memory.
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: It is damaged, or something else.
+            ValueError: It is damaged, or of another kind.
         """
-        _, columns, head = arrow.read_file(path, ("self_scores",))
-        album = head.pop("album", None)
+        columns, head, album = read_file(path, ("self_scores",))
         made = cls(columns["train_id"], columns["score"], **head, base=columns.get("train_base_id"))
-        made.album = None if album is None else report.Album.from_json(album)
+        made.album = album
         return made
 
     def __repr__(self) -> str:
-        best = self.top(min(3, len(self)))
-        names = [
-            f"{self._train_name(i)} ({score:+.3g})"
-            for i, score in zip(best.train_ids.tolist(), best.scores.tolist(), strict=True)
-        ]
+        highest = ", ".join(f"{name} ({score:+.3g})" for name, score in self._highest(3))
         size = f"self-influence of {len(self):,} training examples"
-        return self._paragraph(size, [f"Mean {float(self.values.mean()):.3g}, highest: {', '.join(names)}."])
+        return paragraph(self, size, [f"Mean {float(self.values.mean()):.3g}, highest: {highest}."])
+
+    def _repr_html_(self) -> str:
+        rows = [[name, f"{score:.4g}"] for name, score in self._highest(10)]
+        return report.snippet(repr(self), ["training example", "self-influence"], rows)
 
     def plot(self, flagged_fraction: float = 0.1) -> tuple[Any, Any]:
         """Draw the distribution, with the highest fraction marked.
 
         Returns:
-            A `matplotlib.figure.Figure` and its axes, known to no window; `figure.savefig(path)` writes it.
+            A `matplotlib.figure.Figure` and its axes; no window opens. `figure.savefig(path)` writes it.
 
         Raises:
             ValueError: `flagged_fraction` is not between 0 and 1.
@@ -172,53 +174,45 @@ class SelfScores(Answer):
         """Write one self-contained page on which to review the training examples; see `Scores.report`.
 
         Raises:
-            ValueError: An example can only be shown by `render`.
+            ValueError: An example needs `render` to be shown.
             ImportError: Jinja2 is not installed.
         """
-        how = {"render": render, "labels": labels, "columns": columns, "normalization": normalization}
-        kept = self.album if train is None and render is None else None
-        page = report.Page(
+        showing = report.Showing(render, labels, None, columns, normalization)
+        content = report.Page(
             title=f"{self.method}: self-influence of {len(self):,} training examples",
-            facts=self._facts(),
+            facts=facts(self),
             units=self.units,
             train_ids=self.train_ids,
             train_base=self._train_base,
             columns={"Self-influence": self.values},
-            album=self._album(train, megabytes, **how) if kept is None else kept,
+            album=page.album_of(self, self._orders(), (train, None), showing, megabytes),
         )
-        return report.write_page(path, page)
-
-    def _repr_html_(self) -> str:
-        best = self.top(min(10, len(self)))
-        rows = [
-            [self._train_name(i), f"{score:.4g}"]
-            for i, score in zip(best.train_ids.tolist(), best.scores.tolist(), strict=True)
-        ]
-        return report.snippet(repr(self), ["training example", "self-influence"], rows)
-
-    def _album(self, train: Any = None, megabytes: float = 15.0, **how: Any) -> Album:
-        """What the examples look like, the highest first."""
-        return self._collect((train, None), (self.top(len(self)).train_ids.tolist(), ()), megabytes, **how)
+        return report.write_page(path, content)
 
     def log(self, loggers: Any, step: int | None = None, name: str | None = None, **drawing: Any) -> None:
-        """Write scalars, a table of the highest, a histogram and a figure into Lightning's loggers.
+        """Write scalars, a table of the highest scores, a histogram and a figure into Lightning's loggers.
 
         Args:
             loggers: `trainer.loggers`, or one logger.
             step: The x-axis; `trainer.global_step` after a fit.
-            name: What stands after `influence/`; the method by default.
-            drawing: For `plot`: `flagged_fraction`.
+            name: What follows `influence/`; the method by default.
+            drawing: Arguments of `plot`: `flagged_fraction`.
         """
         if not trackers.listening(loggers):
             return
         scalars, histograms = trackers.of_self_influence(self.values)
-        pages = trackers.Pages(
-            name=name or self.method,
-            step=step,
-            scalars=self.figures | scalars,
-            tables={"self_influence": arrow.as_rows(self.to_arrow(min(_LOGGED, len(self))))},
-            figures=trackers.drawn(self_influence=lambda: self.plot(**drawing)[0]),
-            histograms=histograms,
-            texts={"about_self_influence": repr(self)},
-        )
-        trackers.log_influence(loggers, pages)
+        table = {"self_influence": arrow.as_rows(self.to_arrow(min(_LOGGED, len(self))))}
+        drawn = trackers.drawn(self_influence=lambda: self.plot(**drawing)[0])
+        about = {"about_self_influence": repr(self)}
+        scalars = self.diagnostics | scalars
+        results = trackers.Results(name or self.method, step, scalars, table, drawn, histograms, about)
+        trackers.log_influence(loggers, results)
+
+    def _highest(self, k: int) -> list[tuple[str, float]]:
+        """Names and scores of the k highest, fewer where there are fewer."""
+        scores, ids = (part.tolist() for part in self.top(min(k, len(self))))
+        return [(name_of(i, self.train_ids, self._train_base), score) for i, score in zip(ids, scores, strict=True)]
+
+    def _orders(self) -> tuple[list[int], list[int]]:
+        """Training ids for an album, highest first, and no queries."""
+        return self.top(len(self)).train_ids.tolist(), []

@@ -1,4 +1,4 @@
-"""What is written into a tracker, in forms that every tracker has some way to show."""
+"""What is written into a tracker, in forms that every tracker can show in some way."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lightning_influence.loggers.summary import Histogram, Table
 
 
 @dataclass(frozen=True)
-class Pages:
-    """What is written, by what it shows.
+class Results:
+    """One method's results for a tracker.
 
     Args:
-        name: Of the method; everything stands under `influence/<name>/`.
+        name: Name of the method; everything is logged under `influence/<name>/`.
         step: The x-axis.
         scalars: Name to number.
         tables: Name to table.
         figures: Name to `matplotlib.figure.Figure`.
         histograms: Name to counts.
-        texts: Name to text, such as what a reader must know of the numbers.
+        texts: Name to text, such as what a reader must know about the numbers.
     """
 
     name: str
@@ -36,17 +36,17 @@ class Pages:
 
     @property
     def head(self) -> str:
-        """What stands before every name."""
+        """The prefix of every name."""
         return f"influence/{self.name}"
 
     @property
     def file_head(self) -> str:
-        """The same where it names a folder."""
+        """The prefix as the name of a folder."""
         return f"influence/{file_name(self.name)}"
 
 
 def file_name(name: str) -> str:
-    """The name, of characters that every file system takes."""
+    """The name with only characters that every file system accepts."""
     return re.sub(r"[^\w.-]+", "_", name)
 
 

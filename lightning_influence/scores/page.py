@@ -1,0 +1,97 @@
+"""Scores in a browser: the page to review, the album of examples that a file keeps, and the view in a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_influence import report
+from lightning_influence.report import Album, Showing
+from lightning_influence.scores.base import Answer, Data, facts, given_or_at_hand
+from lightning_influence.scores.ranking import Ranking, row_blocks
+
+Orders: TypeAlias = tuple[Iterable[int], Iterable[int]]
+"""Ids of training examples and of queries, the most important first."""
+
+_FIRST = 2000  # training examples that go into an album before those that explain queries
+
+
+def page_of(answer: Answer, ranking: Ranking, k: int, self_influence: Tensor | None, album: Album) -> report.Page:
+    """The page of a score matrix, whose training examples are sorted by `self_influence` where it is given."""
+    own = {} if self_influence is None else {"Self-influence": self_influence}
+    title = "Influence on all queries" if ranking.top is None else "Influence on all queries (of the scores kept)"
+    return report.Page(
+        title=f"{answer.method}: {len(ranking.query_ids):,} queries, {len(ranking.train_ids):,} training examples",
+        facts=facts(answer),
+        units=answer.units,
+        train_ids=ranking.train_ids,
+        train_base=ranking.train_base,
+        columns=own | {title: _total(ranking)},
+        query_ids=ranking.query_ids,
+        query_base=ranking.query_base,
+        pairs=_pairs(ranking, k),
+        album=album,
+    )
+
+
+def snippet(paragraph: str, ranking: Ranking) -> str:
+    """The first queries with their strongest proponents and opponents, for a notebook."""
+    rows = []
+    for query, *sides in ranking.sides(min(3, ranking.depth), slice(5)):
+        cells = [", ".join(f"{ranking.train_name(i)} ({score:+.3g})" for i, score in side) for side in sides]
+        rows.append([ranking.query_name(query), *cells])
+    return report.snippet(paragraph, ["query", "strongest proponents", "strongest opponents"], rows)
+
+
+def album_of(answer: Answer, orders: Orders, data: Data, how: Showing, megabytes: float) -> Album:
+    """The album that the scores already have, or a new one where other data or a `render` is given."""
+    if answer.album is not None and all(one is None for one in (*data, how.render)):
+        return answer.album
+    return report.collect(*given_or_at_hand(answer, *data), *orders, how, megabytes)
+
+
+def album_to_keep(answer: Answer, orders: Orders, shown: Mapping[str, Any]) -> Album:
+    """Collect the album for a file, by the keyword arguments of `save`.
+
+    Raises:
+        ValueError: There are no data to show.
+    """
+    how = {name: value for name, value in shown.items() if name != "k"}
+    data = given_or_at_hand(answer, how.pop("train", None), how.pop("queries", None))
+    if all(one is None for one in data):
+        raise ValueError(
+            f"Expected data to show with `{'`, `'.join(shown)}`, got none: they are at hand only where the scores "
+            "were computed. Pass `train=` and `queries=` too."
+        )
+    megabytes = how.pop("megabytes", 15.0)
+    return report.collect(*data, *orders, Showing(**how), megabytes)
+
+
+def train_order(ranking: Ranking, k: int, self_influence: Tensor | None = None) -> Iterator[int]:
+    """Training ids by importance: suspicious ones, then the k strongest of each query by rank; may repeat."""
+    suspicion = -_total(ranking).nan_to_num(0.0) if self_influence is None else self_influence
+    suspicious = ranking.train_ids[suspicion.argsort(descending=True, stable=True)].tolist()
+    ends = [ranking.strongest(k, largest).train_ids for largest in (True, False)]
+    explaining = torch.stack(ends).permute(2, 1, 0).flatten().tolist()
+    yield from (*suspicious[:_FIRST], *explaining, *suspicious[_FIRST:])
+
+
+def _total(ranking: Ranking) -> Tensor:
+    """[train] sums over all queries of the scores that were kept."""
+    total = torch.zeros(ranking.train_ids.numel(), dtype=torch.float64)
+    if ranking.values is not None:
+        return sum((block.double().nansum(dim=0) for block in row_blocks(ranking.values, total.numel())), total)
+    places, scores = _pairs(ranking, ranking.depth)
+    kept = places >= 0
+    return total.index_add_(0, places[kept], scores[kept].double().nan_to_num(0.0))
+
+
+def _pairs(ranking: Ranking, k: int) -> tuple[Tensor, Tensor]:
+    """[query, 2 k] positions in `train_ids` and scores of proponents and opponents; -1 where a score is neither."""
+    best, worst = (ranking.strongest(k, largest) for largest in (True, False))
+    places = torch.searchsorted(ranking.train_ids, torch.cat([best.train_ids, worst.train_ids], dim=1))
+    fits = torch.cat([best.scores > 0, worst.scores < 0], dim=1)
+    return places.masked_fill(~fits, -1), torch.cat([best.scores, worst.scores], dim=1)

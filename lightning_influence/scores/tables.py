@@ -1,0 +1,58 @@
+"""Scores as Arrow: the long table, and the columns of their file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from lightning_influence.files import arrow
+from lightning_influence.numerics.topk import both_ends
+from lightning_influence.scores.ranking import Ranking, TopK
+
+
+def long_table(ranking: Ranking, k: int | None) -> pa.RecordBatchReader:
+    """One row per query and training example, as a stream of one batch per query."""
+    k = ranking.depth if k is None and ranking.top is not None else k
+    ends = None if k is None else (ranking.strongest(k, True), ranking.strongest(k, False))
+    kept = ranking.matrix if ranking.top is None else ranking.top[0].scores
+    types = {"query_id": pa.int64(), "train_id": pa.int64(), "score": arrow.float_type(kept.dtype), "rank": pa.int64()}
+    bases = {"query_base_id": ranking.query_base, "train_base_id": ranking.train_base}
+    types |= {name: pa.int64() for name, base in bases.items() if base is not None}
+    return arrow.stream(types, lambda row: _rows_of_query(ranking, row, ends), ranking.query_ids.numel())
+
+
+def file_columns(ranking: Ranking) -> dict[str, Tensor]:
+    """The columns of a file, with one row per query."""
+    columns = {"query_id": ranking.query_ids, "query_base_id": ranking.query_base, "scores": ranking.values}
+    for name, end in zip(("proponent", "opponent"), ranking.top or (), strict=False):
+        columns |= {f"{name}_scores": end.scores, f"{name}_ids": end.train_ids}
+    return {name: column for name, column in columns.items() if column is not None}
+
+
+def top_of(columns: Mapping[str, Tensor]) -> tuple[TopK, TopK] | None:
+    """The strongest proponents and opponents in a file's columns, or None where they hold all scores."""
+    if "scores" in columns:
+        return None
+    best, worst = (TopK(columns[f"{name}_scores"], columns[f"{name}_ids"]) for name in ("proponent", "opponent"))
+    return best, worst
+
+
+def _rows_of_query(ranking: Ranking, row: int, ends: tuple[TopK, TopK] | None) -> dict[str, Tensor]:
+    """All of a query's ranking, or its two ends without what is in both."""
+    count = ranking.train_ids.numel()
+    if ends is None:
+        scores, ids = (part[0] for part in ranking.strongest(count, True, slice(row, row + 1)))
+        rank = torch.arange(1, count + 1)
+    else:
+        if ranking.allow_nan and ranking.values is not None:
+            count -= int(ranking.values[row].isnan().sum())
+        scores, ids, rank = both_ends(count, *(part[row] for end in ends for part in end))
+    made = {"query_id": ranking.query_ids[row].expand(ids.numel()), "train_id": ids, "score": scores, "rank": rank}
+    if ranking.query_base is not None:
+        made["query_base_id"] = ranking.query_base[row].expand(ids.numel())
+    if ranking.train_base is not None:
+        made["train_base_id"] = ranking.train_base[torch.searchsorted(ranking.train_ids, ids)]
+    return made
