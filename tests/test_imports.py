@@ -49,12 +49,9 @@ FOREIGN = {
 
 # What `Any` hides today, and why it is not mended yet.
 KNOWN_ANY = {
-    ("attribution/attributor.py", "refit"): "a `Refit`, whose folder should not be imported before it is used",
     ("callback/arguments.py", "methods"): "what a user passed, before it is checked",
     ("curvature/curvature.py", "damping"): "a number that a user passed, before it is checked",
     ("curvature/damping.py", "reduction"): "a word or a number, as `Trajectory.exposure` takes it",
-    ("methods/retraining.py", "models"): "see `Setting.models`",
-    ("setting/session.py", "models"): "see `Setting.models`",
     (
         "setting/setting.py",
         "models",
