@@ -50,16 +50,9 @@ FOREIGN = {
 
 # What `Any` hides today, and why it is not mended yet.
 KNOWN_ANY = {
-    ("attribution/attributor.py", "refit"): "a `Refit`, whose folder should not be imported before it is used",
     ("callback/arguments.py", "methods"): "what a user passed, before it is checked",
     ("curvature/curvature.py", "damping"): "a number that a user passed, before it is checked",
     ("curvature/damping.py", "reduction"): "a word or a number, as `Trajectory.exposure` takes it",
-    ("methods/retraining.py", "models"): "see `Setting.models`",
-    ("setting/session.py", "models"): "see `Setting.models`",
-    (
-        "setting/setting.py",
-        "models",
-    ): "the models that `Refit` trains, two floors up: to be a Protocol of what is asked",
 }
 
 
@@ -166,13 +159,15 @@ OWN_NAMES |= {part.removesuffix(".py") for path in MODULES for part in path.rela
 
 def held_as_any(scope):
     """Names of parameters, fields and attributes annotated `Any` or `Any | None` inside a function or class."""
-    nodes = list(ast.walk(scope))
-    rest = [getattr(node, kind, None) for node in nodes for kind in ("vararg", "kwarg")]
-    for node in nodes:
-        annotation = getattr(node, "annotation", None)
-        if node not in rest and annotation is not None and ast.unparse(annotation) in ("Any", "Any | None"):
-            target = getattr(node, "target", node)
-            yield getattr(target, "arg", None) or getattr(target, "id", None) or target.attr
+    for node in ast.walk(scope):
+        if isinstance(node, ast.arguments):
+            yield from (arg.arg for arg in (*node.posonlyargs, *node.args, *node.kwonlyargs) if is_any(arg.annotation))
+        elif isinstance(node, ast.AnnAssign) and is_any(node.annotation):
+            yield getattr(node.target, "id", None) or node.target.attr
+
+
+def is_any(annotation):
+    return annotation is not None and ast.unparse(annotation) in ("Any", "Any | None")
 
 
 def read_of(name, scope):

@@ -7,8 +7,6 @@ from operator import index as as_index
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from lightning_influence.capture.identity import LoaderTap, length_of, reloaded
 from lightning_influence.capture.loaders import as_indices
 from lightning_influence.capture.states import encode_state, fingerprint, gather_state
@@ -228,7 +226,7 @@ class Recorder:
         try:
             ids = key(batch) if callable(key) else batch[key] if isinstance(batch, dict) else getattr(batch, key)
             found = as_indices(ids)
-            return found if found is not None else [as_index(i.tolist() if isinstance(i, Tensor) else i) for i in ids]
+            return found if found is not None else [as_index(i.item() if hasattr(i, "item") else i) for i in ids]
         except Exception as error:
             self._note(
                 f"Expected `sample_id={key!r}` to give one integer for each example of a batch, got"
