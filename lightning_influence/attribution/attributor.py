@@ -21,7 +21,7 @@ from lightning_influence.methods.retraining import Estimate, Retraining
 from lightning_influence.module.task import Loss, is_half, unwrapped
 from lightning_influence.refit import Refit
 from lightning_influence.scores import Scores, SelfScores
-from lightning_influence.scores.ids import whole_numbers
+from lightning_influence.scores.id_checks import whole_numbers
 from lightning_influence.setting.session import Session
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.tracking import load_record

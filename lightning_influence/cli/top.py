@@ -8,7 +8,7 @@ import torch
 from lightning_influence import SelfScores
 from lightning_influence.cli.reading import existing, load
 from lightning_influence.cli.text import table
-from lightning_influence.scores.ids import places
+from lightning_influence.scores.id_checks import places
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,6 @@
 """The answers: what each training example did to each query, and to itself."""
 
-from lightning_influence.scores.ids import BaseIds
+from lightning_influence.scores.id_checks import BaseIds
 from lightning_influence.scores.ranking import TopK
 from lightning_influence.scores.scores import Scores
 from lightning_influence.scores.self_scores import SelfScores

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_influence.files import arrow
 from lightning_influence.report import Album
-from lightning_influence.scores.ids import ascending, base_of
+from lightning_influence.scores.id_checks import ascending, base_of
 
 Data: TypeAlias = tuple[Any, Any]
 """The training dataset and the queries'; None where there is none."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_influence import plotting
 from lightning_influence.plotting.example_view import Classes, class_name, normalization_of, plain
 from lightning_influence.scores.base import Answer, Data
-from lightning_influence.scores.ids import places
+from lightning_influence.scores.id_checks import places
 from lightning_influence.scores.ranking import Ranking, row_blocks
 from lightning_influence.types import labels_in
 

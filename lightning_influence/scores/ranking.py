@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.numerics.topk import top_k
-from lightning_influence.scores.ids import name_of, places
+from lightning_influence.scores.id_checks import name_of, places
 
 _Side: TypeAlias = list[tuple[int, float]]
 BLOCK = 1 << 24  # scores processed at a time: 64 MB of float32

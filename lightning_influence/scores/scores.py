@@ -18,7 +18,7 @@ from lightning_influence.files import arrow
 from lightning_influence.plotting.example_view import Classes, Normalization
 from lightning_influence.scores import figures, page, tables
 from lightning_influence.scores.base import Answer, file_head, given_or_at_hand, numbers, paragraph, read_file
-from lightning_influence.scores.ids import BaseIds, ascending, base_of, whole_numbers
+from lightning_influence.scores.id_checks import BaseIds, ascending, base_of, whole_numbers
 from lightning_influence.scores.ranking import Ranking, TopK, checked_top, checked_values, side, strongest_per_query
 from lightning_influence.scores.self_scores import SelfScores
 

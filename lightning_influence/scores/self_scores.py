@@ -18,7 +18,7 @@ from lightning_influence.numerics.topk import top_k
 from lightning_influence.plotting.example_view import Classes, Normalization
 from lightning_influence.scores import page
 from lightning_influence.scores.base import Answer, facts, file_head, paragraph, read_file
-from lightning_influence.scores.ids import name_of
+from lightning_influence.scores.id_checks import name_of
 from lightning_influence.scores.ranking import TopK, floating, refuse_non_finite
 
 _LOGGED = 100  # rows of the table in a tracker
