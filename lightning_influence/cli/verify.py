@@ -1,4 +1,4 @@
-"""Check whether what is on disk is whole, and say what can be computed from it."""
+"""Check whether the files of a run are complete, and list what can be computed from them."""
 
 import argparse
 import inspect
