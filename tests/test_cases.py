@@ -268,37 +268,39 @@ def outcome(case):
         return "right" if case.expected == "right" else "wrong: should have been refused"
 
 
+HEAD = """# Cases
+
+What a LightningModule, its loss and its data may do. `tests/test_cases.py` sends each case through the real
+`Attributor` and compares the scores with one backward pass per example (1e-10 of a query's largest score in float64,
+1e-5 in float32), or checks that it is refused with the cause and the way out.
+
+{} cases: {} are right, {} are refused.
+
+`tests/test_third_party.py` (slow) compares architectures and LightningModules of other projects, with random weights,
+with brute force: BERT, GPT-2, Llama, T5 and ViT of Hugging Face, a ResNet-18 shape with BatchNorm, a U-Net, graph
+networks on torch_geometric batches, and the LightningModules of chemprop, pytorch-forecasting and GluonTS. Most take
+factored rules throughout, recurrent layers too. Packed sequences, graph batches and mixtures of experts are right and
+slow: one example at a time, 12 to 26 plain passes on small models.
+
+| case | outcome |
+| --- | --- |
+"""
+
+
 def page(outcome_of):
     """Markdown: every case with its outcome."""
     outcomes = {name: outcome_of(case) for name, case in CASES.items()}
-    counts = [sum(value == outcome for value in outcomes.values()) for outcome in ("right", "refused")]
-    lines = [
-        "# Cases",
-        "",
-        "What a LightningModule, its loss and its data may do. `tests/test_cases.py` sends each case through the real",
-        "`Attributor` and compares the scores with one backward pass per example (1e-10 of a query's largest score in",
-        "float64, 1e-5 in float32), or checks that it is refused with the cause and the way out.",
-        "",
-        f"{len(CASES)} cases: {counts[0]} are right, {counts[1]} are refused.",
-        "",
-        "`tests/test_third_party.py` (slow) compares architectures and LightningModules of other projects, with random",
-        "weights, with brute force: BERT, GPT-2, Llama, T5 and ViT of Hugging Face, a ResNet-18 shape with BatchNorm, a",
-        "U-Net, graph networks on torch_geometric batches, and the LightningModules of chemprop, pytorch-forecasting and",
-        "GluonTS. Most take factored rules throughout, recurrent layers too. Packed sequences, graph batches and mixtures",
-        "of experts are right and slow: one example at a time, 12 to 26 plain passes on small models.",
-        "",
-        "| case | outcome |",
-        "| --- | --- |",
-    ]
-    for name, case in CASES.items():
-        way_out = " (right with `loss=`)" if case.way_out is not None else ""
-        lines.append(f"| {name} | {outcomes[name]}{way_out} |")
-    return "\n".join([*lines, ""])
+    counts = [list(outcomes.values()).count(outcome) for outcome in ("right", "refused")]
+    ways_out = {name: " (right with `loss=`)" if case.way_out is not None else "" for name, case in CASES.items()}
+    rows = [f"| {name} | {outcome}{ways_out[name]} |\n" for name, outcome in outcomes.items()]
+    return HEAD.format(len(CASES), *counts) + "".join(rows)
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     start = time.perf_counter()
-    print(page(outcome), end="")
+    with contextlib.redirect_stdout(sys.stderr):  # some modules print
+        written = page(outcome)
+    print(written, end="")
     print(f"{len(CASES)} cases in {time.perf_counter() - start:.0f} s", file=sys.stderr)
