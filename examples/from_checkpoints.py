@@ -1,4 +1,4 @@
-"""Influence in a run that was trained before anyone thought of influence: its Lightning checkpoints are enough.
+"""Influence for a run that was trained without the callback: its Lightning checkpoints are enough.
 
 python examples/from_checkpoints.py
 """
@@ -37,7 +37,7 @@ class Classifier(pl.LightningModule):
 
 
 def noisy_digits():
-    """Training data with a tenth of the labels flipped, clean queries, and which ones were flipped."""
+    """Training data with a tenth of the labels flipped, clean queries, and the ids of the flipped ones."""
     digits = load_digits()
     order = torch.randperm(len(digits.data))
     images, labels = torch.tensor(digits.data, dtype=torch.float32)[order] / 16, torch.tensor(digits.target)[order]
@@ -47,8 +47,8 @@ def noisy_digits():
     return train, TensorDataset(images[N_TRAIN : N_TRAIN + 200], labels[N_TRAIN : N_TRAIN + 200]), flipped
 
 
-def train_as_always(train, folder):
-    """A fit with Lightning's own checkpoints and nothing of ours."""
+def train_without_callback(train, folder):
+    """A fit that writes Lightning's own checkpoints only."""
     keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
     trainer = pl.Trainer(max_epochs=EPOCHS, callbacks=[keep], logger=False)
     trainer.fit(Classifier(), DataLoader(train, batch_size=32, shuffle=True))
@@ -59,9 +59,9 @@ def main():
     pl.seed_everything(0, verbose=False)
     train, queries, flipped = noisy_digits()
     with TemporaryDirectory() as folder:
-        paths = train_as_always(train, folder)
+        paths = train_without_callback(train, folder)
 
-        # Lightning stores the learning rate of the step that comes next; with a schedule, say what was applied.
+        # Lightning stores the learning rate of the next step; with a schedule, pass the rates that were applied.
         trajectory = Trajectory.from_checkpoints(paths, learning_rates=LEARNING_RATES)
         attributor = Attributor(Classifier(), train=train, trajectory=trajectory)
         scores = attributor.score(TracInCP(normalize="cosine"), queries)
@@ -71,7 +71,7 @@ def main():
     found = torch.isin(flipped, suspicious.train_ids).double().mean().item()
     labels = train.tensors[1][scores.proponents(k=1).train_ids[:, 0]]
     alike = (labels == queries.tensors[1]).double().mean().item()
-    print(f"{found:.0%} of the flipped labels stand in the first fifth by self-influence.")
+    print(f"{found:.0%} of the flipped labels are in the first fifth by self-influence.")
     print(f"{alike:.0%} of the queries have a strongest proponent of their own class.")
     assert found >= 0.85
     assert alike >= 0.95

@@ -1,4 +1,4 @@
-"""Images: what taught a network its mistakes, as a figure of several queries and as a page to review.
+"""Images: which training examples caused a network's mistakes, as a figure of several queries and as a page to review.
 
 Scikit-learn's handwritten digits, a small convolutional network.
 
@@ -41,7 +41,7 @@ def main():
     train = TensorDataset(images[:N_TRAIN], labels[:N_TRAIN])
     test = TensorDataset(images[N_TRAIN:], labels[N_TRAIN:])
 
-    # The direction of gradients, not their length: what looks alike, rather than what was hard to learn.
+    # Compares the direction of gradients, not their length: finds what looks alike rather than what was hard to learn.
     method = TracInCP(normalize="cosine")
     influence = Influence([method], queries=test, dirpath=OUT)
     trainer = pl.Trainer(max_epochs=6, callbacks=[influence], logger=False, enable_checkpointing=False)
@@ -55,7 +55,7 @@ def main():
     figure, _ = scores.plot(wrong[:3].tolist(), k=4, predictions=predictions)
     figure.savefig(OUT / "mistakes.png", dpi=80)
     scores.plot_classes()[0].savefig(OUT / "classes.png", dpi=80)
-    # One file that needs no network: it can be sent to a colleague.
+    # One file that needs no network, so that you can send it to a colleague.
     page = scores.report(OUT / "influence.html", predictions=predictions)
 
     strongest = train.tensors[1][scores.proponents(k=1).train_ids[:, 0]]

@@ -1,14 +1,14 @@
-"""Which estimate of influence comes closest to training again?
+"""Which estimate of influence is closest to training again?
 
 Scikit-learn's digits, a tenth of the training labels flipped, a small network. Every method scores the same queries,
-and is judged by models that were trained again on random parts of the data:
+and its scores are compared with models that were trained again on random parts of the data:
 
     python examples/influence_vs_retraining.py           # under three minutes on two cores
     python examples/influence_vs_retraining.py --quick   # seconds
 
-*Fixed* is the captured run once more without a few examples, *averaged* are halves of the data under several seeds of
-their own. Leave-one-out says whether the size of a score is right (slope 1), the last column how well it finds the
-wrong labels.
+*Fixed*: the captured run once more, each time without a tenth of the examples. *Averaged*: models on halves of the
+data, several seeds for each. Leave-one-out shows whether the size of the scores is right (slope 1), and the last column
+how well they find the wrong labels.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Classifier(pl.LightningModule):
 
 
 def noisy_digits(n_train, n_queries):
-    """Training data with flipped labels, clean queries, and which labels were flipped."""
+    """Training data with flipped labels, clean queries, and a mask of the flipped labels."""
     digits, generator = load_digits(), torch.Generator().manual_seed(0)
     order = torch.randperm(len(digits.target), generator=generator)
     images = torch.tensor(digits.data, dtype=torch.float32)[order] / 16
@@ -65,7 +65,7 @@ def loader(subset):
 
 
 def captured(train, queries, epochs, methods, out):
-    """Train as usual, with one callback more; some methods watch the fit."""
+    """Train as usual with one more callback; some methods follow the fit while it runs."""
     torch.manual_seed(0)
     watching = {name: method for name, method in methods.items() if method.needs & Evidence.TRACKER}
     model, influence = Classifier(), Influence(watching, queries=queries, dirpath=out, max_cost=1e6)
@@ -74,24 +74,23 @@ def captured(train, queries, epochs, methods, out):
     return model, trainer, influence
 
 
-def methods_landed(budget):
+def all_methods(budget):
     """Every method of the package, ready to use."""
     found = {}
     for name in lightning_influence.__all__:
         kind = getattr(lightning_influence, name)
         if not (inspect.isclass(kind) and issubclass(kind, Method)) or inspect.isabstract(kind):
             continue
-        if name not in ("LeaveOneOut", "TracInIdeal"):  # the truth; a method for batches of one
+        if name not in ("LeaveOneOut", "TracInIdeal"):  # the truth itself, and a method for batches of one
             found |= variants(name, kind, budget)
     return found
 
 
 def variants(name, kind, budget):
-    """The settings of a method that stand in the table."""
+    """A method with the hyper-parameters that the table compares."""
     if name == "InfluenceFunction":
         curvatures = ("ExactGGN", "EKFAC")
-        there = [c for c in curvatures if hasattr(lightning_influence, c)]
-        return {f"influence function, {c}": kind(getattr(lightning_influence, c)()) for c in there}
+        return {f"influence function, {c}": kind(getattr(lightning_influence, c)()) for c in curvatures}
     if name == "TracInCP":
         return {"TracInCP": kind(), "TracInCP, cosine (GAS)": kind(normalize="cosine")}
     if name == "HyDRA":
@@ -101,8 +100,8 @@ def variants(name, kind, budget):
     return {name: kind()}
 
 
-def judged(name, method, attributor, queries, banks, flipped, watched):
-    """A row of the table: figures by column, and seconds."""
+def evaluated(name, method, attributor, queries, banks, flipped, watched):
+    """A row of the table: quality by column, and seconds."""
     start = time.perf_counter()
     scores = watched[name] if name in watched else attributor.score(method, queries)
     row = {"seconds": float("nan") if name in watched else time.perf_counter() - start}
@@ -157,7 +156,7 @@ def main():
 
     out = Path(arguments.out)
     train, queries, flipped = noisy_digits(n_train, n_queries)
-    methods = methods_landed(budget=n_train)
+    methods = all_methods(budget=n_train)
     model, trainer, influence = captured(train, queries, epochs, methods, out / "run")
 
     fixed, trajectory = Refit(), influence.attributor.trajectory
@@ -167,27 +166,29 @@ def main():
         "fixed": fixed.bank(queries, n_subsets=n_subsets, fraction=0.9),
         "left out": fixed.bank(queries, leave_out=range(0, n_train, 10)),
     }
-    print(f"Trained {len(fixed.models.store)} models of the captured run in {time.perf_counter() - start:.1f} s.")
+    print(f"Trained {len(fixed.models.store)} models by replaying the run in {time.perf_counter() - start:.1f} s.")
     start = time.perf_counter()
     banks["averaged"] = averaged(model, train, queries, epochs, out, n_subsets // 2, n_seeds)
     models = banks["averaged"].losses[..., 0].numel()
-    print(f"Trained {models} models of seeds of their own in {time.perf_counter() - start:.1f} s.\n")
+    print(f"Trained {models} models with seeds of their own in {time.perf_counter() - start:.1f} s.\n")
 
     print(f"  {'':32}" + "".join(f"{column:>14}" for column in COLUMNS) + f"{'seconds':>9}")
     watched = influence.scores
-    rows = {name: judged(name, m, attributor, queries, banks, flipped, watched) for name, m in methods.items()}
+    rows = {name: evaluated(name, m, attributor, queries, banks, flipped, watched) for name, m in methods.items()}
     verdict = evaluate(attributor.score(TracInCP(), queries), banks["averaged"], mislabelled=flipped)
     baselines = verdict.baselines
     random = baselines["random"]["lds"]
     print(f"\n  Noise ceiling: 1.00 fixed, {verdict.ceiling:.2f} averaged; random scores reach {random:.2f}.")
-    print(f"  The plain loss finds wrong labels (area under the curve) with {baselines['plain loss']['auroc']:.2f}.")
+    print(
+        f"  The plain loss finds wrong labels with an area under the curve of {baselines['plain loss']['auroc']:.2f}."
+    )
     draw(rows, {"fixed": 1.0, "averaged": verdict.ceiling}, out / "table.png")
-    print(f"\nWritten: {out / 'table.png'}; the models in {out}: a second call trains none.")
+    print(f"\nWritten: {out / 'table.png'}; the models are kept in {out}: a second call trains none.")
     check(rows)
 
 
 def averaged(model, train, queries, epochs, out, n_subsets, n_seeds):
-    """Halves of the data through the user's own Trainer, each under seeds of its own."""
+    """A bank of models trained on halves of the data, by the user's own Trainer, with several seeds for each half."""
 
     def trainer():
         return pl.Trainer(max_epochs=epochs, **QUIET)
@@ -198,7 +199,7 @@ def averaged(model, train, queries, epochs, out, n_subsets, n_seeds):
 
 
 def check(rows):
-    """What this example claims."""
+    """Assert what this example claims."""
     for name in ("TracInCP", "GradientDot"):
         assert rows[name]["fixed"] > 0.1, f"Expected `{name}` to beat random on this run, got {rows[name]}."
     if "HyDRA" in rows:

@@ -1,10 +1,10 @@
-"""The callback and its methods by a YAML file: LightningCLI, and no line of influence in the program.
+"""Configure the callback and its methods in YAML with LightningCLI, without any influence code in the program.
 
     python examples/lightning_cli.py                                              # seconds: fits lightning_cli.yaml
     python examples/lightning_cli.py fit --config examples/lightning_cli.yaml --trainer.max_epochs 4
     python examples/lightning_cli.py fit --trainer.callbacks.help lightning_influence.Influence
 
-Needs `pip install "jsonargparse[signatures]"`. With `lightning.pytorch` write its imports instead of the two below.
+Needs `pip install "jsonargparse[signatures]"`. To use `lightning.pytorch`, replace the two imports below.
 """
 
 import sys
@@ -24,11 +24,11 @@ CONFIG = Path(__file__).with_suffix(".yaml")
 
 
 class Digits(pl.LightningDataModule):
-    """Scikit-learn's handwritten digits, the first labels of the training set wrong.
+    """Scikit-learn's handwritten digits; the first labels of the training set are wrong.
 
     Args:
         flipped: How many labels are wrong.
-        batch_size: Examples in a step.
+        batch_size: Examples per step.
     """
 
     def __init__(self, flipped: int = 60, batch_size: int = 32):
@@ -51,7 +51,7 @@ class Classifier(pl.LightningModule):
     """A small network.
 
     Args:
-        width: Of its hidden layer.
+        width: Width of the hidden layer.
         lr: Learning rate.
     """
 
@@ -78,10 +78,10 @@ def main():
     cli = LightningCLI(Classifier, Digits)
     influence = next((c for c in cli.trainer.callbacks if isinstance(c, Influence)), None)
     if influence is None or influence.run_dir is None or "TracInCP" not in influence.self_scores:
-        return  # another command, or a configuration that asks something else
+        return  # another command, or a configuration with other methods
     first = influence.self_scores["TracInCP"].top(200).train_ids
     found = int((first < cli.datamodule.flipped).sum())
-    print(f"\n{found} of {cli.datamodule.flipped} wrong labels stand in the first fifth by self-influence.")
+    print(f"\n{found} of {cli.datamodule.flipped} wrong labels are in the first fifth by self-influence.")
     print(f"Scores of {', '.join(influence.scores)}: lightning-influence show {influence.run_dir}")
     if sys.argv[1:] == ["fit", "--config", str(CONFIG)]:
         assert set(influence.scores) == {"TracInCP", "GradientDot"}, (

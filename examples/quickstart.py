@@ -25,7 +25,7 @@ N_TRAIN, FLIPPED = 1400, 0.10
 
 
 class Classifier(pl.LightningModule):
-    """An ordinary LightningModule: nothing in it knows of influence."""
+    """An ordinary LightningModule, without any influence code."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ class Classifier(pl.LightningModule):
 
 
 def noisy_digits(seed):
-    """Training data with flipped labels, clean validation data, and the true labels and the flips of the former."""
+    """Training data with flipped labels, clean validation data, the true training labels, and the flipped ids."""
     digits, generator = load_digits(), torch.Generator().manual_seed(seed)
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     order = torch.randperm(len(images), generator=generator)
@@ -63,7 +63,7 @@ def noisy_digits(seed):
 
 
 def fit(seed, out):
-    """Train as usual, with one callback more."""
+    """Train as usual, with one more callback."""
     pl.seed_everything(seed, verbose=False)
     train, val, true, flipped = noisy_digits(seed)
     model = Classifier()
@@ -77,29 +77,29 @@ def fit(seed, out):
 
 
 def found(ranking, flipped, fraction):
-    """How many flipped labels stand in the first part of a ranking."""
+    """How many flipped labels are in the first part of a ranking."""
     return int(torch.isin(ranking[: int(fraction * len(ranking))], flipped).sum())
 
 
 def suspicious_labels(influence, flipped, seed):
-    """Print how well three rankings find the flipped labels; returns the share that self-influence finds in 20 %."""
+    """Print how well three rankings find the flipped labels; return the share that self-influence finds in 20 %."""
     rankings = {
         "self-influence (TracInCP)": influence.self_scores["TracInCP"].top(N_TRAIN).train_ids,
         "plain loss, final weights": influence.attributor.losses().argsort(descending=True),
         "random order": torch.randperm(N_TRAIN, generator=torch.Generator().manual_seed(seed)),
     }
-    print(f"\nWhich labels are wrong? {len(flipped)} of {N_TRAIN} were flipped. Read from its top, a ranking finds:\n")
+    print(f"\nWhich labels are wrong? {len(flipped)} of {N_TRAIN} were flipped. The top of a ranking contains:\n")
     print(f"  {'':28}{'first 10 %':>16}{'first 20 %':>16}")
     for name, ranking in rankings.items():
         counts = [found(ranking, flipped, fraction) for fraction in (0.1, 0.2)]
         cells = "".join(f"{f'{count} ({count / len(flipped):.0%})':>16}" for count in counts)
         print(f"  {name:28}{cells}")
-    print("\n  (For flipped labels the plain loss is as good a list, and cheaper. It cannot answer the next question.)")
+    print("\n  (For flipped labels the plain loss ranks as well and is cheaper. It cannot answer the next question.)")
     return found(rankings["self-influence (TracInCP)"], flipped, 0.2) / len(flipped)
 
 
 def wrong_prediction(model, influence, data, flipped, out):
-    """Print and draw what taught the model its worst mistake; returns that query's opponents and the picture's path."""
+    """Print and draw what caused the model's worst mistake; return that query's opponents and the picture's path."""
     train, val, true = data
     scores = influence.scores["TracInCP"]
     with torch.no_grad():
@@ -108,16 +108,16 @@ def wrong_prediction(model, influence, data, flipped, out):
     losses = cross_entropy(logits, labels, reduction="none")
     query = int(torch.where(predicted == labels, 0.0, losses).argmax())
 
-    print(f"\nWhy is validation image {query}, a {labels[query]}, taken for a {predicted[query]}?\n")
+    print(f"\nWhy is validation image {query}, a {labels[query]}, classified as a {predicted[query]}?\n")
     ends = {"proponents": scores.proponents(k=5), "opponents": scores.opponents(k=5)}
     for side, (values, ids) in ends.items():
         effect = "lower" if side == "proponents" else "higher"
         print(f"  strongest {side} (training on them made the loss of this image {effect})")
         for value, i in zip(values[query].tolist(), ids[query].tolist(), strict=True):
-            truth = f", in truth a {true[i]}: a flipped label" if i in flipped else ""
+            truth = f", really a {true[i]}: a flipped label" if i in flipped else ""
             print(f"    training image {i:>4}  {value:+.3f}  labelled {train.tensors[1][i]}{truth}")
-    print("\n  (Flipped labels have large gradients and may stand at either end;")
-    print("  TracInCP(normalize='cosine') asks for likeness alone.)")
+    print("\n  (Flipped labels have large gradients and may be at either end;")
+    print("  TracInCP(normalize='cosine') compares directions only and finds similar examples.)")
     figure, _ = scores.plot(query, train=train, queries=val)
     path = Path(out) / "wrong_prediction.png"
     figure.savefig(path, dpi=80)
@@ -153,8 +153,8 @@ def main():
     run = os.path.relpath(influence.run_dir)
     print(f"  {run}: checkpoints, batch order, scores")
     print(f"  {os.path.relpath(influence.run_dir.parents[1])}: the same for TensorBoard")
-    print("\nLook at it: in your browser (scalars, images, texts, histograms), which labels to check first, and a page")
-    print("on which to check them and download what you decided:")
+    print("\nNext: TensorBoard in your browser (scalars, images, texts, histograms), the labels to check first, and a")
+    print("page to review them on and to download your decisions from:")
     print(f"  tensorboard --logdir {arguments.out}")
     print(f"  lightning-influence top {run}/scores/TracInCP.self.arrow -k 20")
     print(f"  lightning-influence report {run}/scores/TracInCP.arrow -o {arguments.out}/influence.html")

@@ -1,4 +1,4 @@
-"""A table: which rows taught a classifier, and which of their labels are wrong.
+"""A table: which rows influenced a classifier, and which of their labels are wrong.
 
 Scikit-learn's breast cancer table (30 measurements of 569 tumours), a tenth of the training labels flipped.
 
@@ -51,7 +51,7 @@ def main():
     with torch.no_grad():
         logits = model.cpu().eval().net(test.tensors[0])
     query = int(cross_entropy(logits, test.tensors[1], reduction="none").argmax())
-    # People read what was measured, not what the network was given.
+    # Show the measurements as people read them, not the standardised inputs of the network.
     shown = [TensorDataset(measured[part], labels[part]) for part in (slice(N_TRAIN), slice(N_TRAIN, None))]
     looks = {"train": shown[0], "queries": shown[1], "columns": table.feature_names}
     looks |= {"labels": table.target_names, "predictions": logits.argmax(1)}
@@ -61,7 +61,7 @@ def main():
     page = scores.report(OUT / "influence.html", self_scores=itself, **looks)
 
     found = torch.isin(flipped, itself.top(N_TRAIN // 5).train_ids).double().mean().item()
-    print(f"{found:.0%} of the flipped labels stand in the first fifth by self-influence.")
+    print(f"{found:.0%} of the flipped labels are in the first fifth by self-influence.")
     print(f"Written: {OUT / 'row.png'}, {OUT / 'self_influence.png'}, and a page to review the labels on: {page}")
     assert found >= 0.8
 

@@ -1,7 +1,7 @@
-"""Texts: which sentences taught a classifier, and which of their labels are wrong.
+"""Texts: which sentences influenced a classifier, and which of their labels are wrong.
 
-Sentences of Python's own language reference (it ships with Python), by the chapter that they come from, a tenth of them
-filed under a wrong one. Or a corpus of yours, a parquet file with the columns `text` and `label`:
+Sentences of the language reference that ships with Python, labelled by chapter; a tenth of the labels are wrong. Or
+your own corpus, a parquet file with the columns `text` and `label`:
 
     python examples/texts.py
     python examples/texts.py --path sms_spam.parquet
@@ -25,7 +25,7 @@ CHAPTERS = ("debugger", "formatstrings", "specialnames")
 
 
 class Classifier(pl.LightningModule):
-    """The mean of its words' vectors."""
+    """A linear layer on the mean of the word vectors."""
 
     def __init__(self, n_classes):
         super().__init__()
@@ -43,7 +43,7 @@ class Classifier(pl.LightningModule):
 
 
 def numbers(text):
-    """Words by the number that their letters hash to."""
+    """The words of a text as hashed ids, padded with zeros."""
     found = [1 + crc32(word.encode()) % (WORDS - 1) for word in re.findall(r"\w+", text.lower())[:LENGTH]]
     return torch.tensor(found + [0] * (LENGTH - len(found)))
 
@@ -95,8 +95,8 @@ def main():
     page = scores.report(OUT / "influence.html", self_scores=itself, labels=names, predictions=predictions)
 
     found = torch.isin(flipped, itself.top(len(train) // 5).train_ids).double().mean().item()
-    print(f"{len(train)} texts, {(predictions == labels).double().mean():.0%} of the queries are recognised.")
-    print(f"{found:.0%} of the flipped labels stand in the first fifth by self-influence.")
+    print(f"{len(train)} texts, {(predictions == labels).double().mean():.0%} of the queries are classified correctly.")
+    print(f"{found:.0%} of the flipped labels are in the first fifth by self-influence.")
     print(f"Written: {OUT / 'sentence.png'}, and a page to review the labels on: {page}")
     assert found >= 0.65
 

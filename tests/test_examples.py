@@ -10,13 +10,13 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SAYS = {
     "images.py": ("strongest proponent of their own class", "images_output/influence.html"),
-    "texts.py": ("flipped labels stand in the first fifth", "texts_output/influence.html"),
-    "table.py": ("flipped labels stand in the first fifth", "table_output/influence.html"),
+    "texts.py": ("flipped labels are in the first fifth", "texts_output/influence.html"),
+    "table.py": ("flipped labels are in the first fifth", "table_output/influence.html"),
     "quickstart.py": ("tensorboard --logdir quickstart_output", "strongest opponents"),
     "your_own_method.py": ("keeps every promise",),
     "influence_vs_retraining.py": ("Noise ceiling", "TracInCP, cosine (GAS)", "a second call trains none"),
-    "lightning_cli.py": ("wrong labels stand in the first fifth", "lightning-influence show"),
-    "from_checkpoints.py": ("flipped labels stand in the first fifth",),
+    "lightning_cli.py": ("wrong labels are in the first fifth", "lightning-influence show"),
+    "from_checkpoints.py": ("flipped labels are in the first fifth",),
 }
 
 

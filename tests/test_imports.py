@@ -51,7 +51,6 @@ FOREIGN = {
 # What `Any` hides today, and why it is not mended yet.
 KNOWN_ANY = {
     ("callback/arguments.py", "methods"): "what a user passed, before it is checked",
-    ("curvature/curvature.py", "damping"): "a number that a user passed, before it is checked",
     ("curvature/damping.py", "reduction"): "a word or a number, as `Trajectory.exposure` takes it",
 }
 
@@ -68,7 +67,8 @@ def imports(tree):
             else:
                 yield module
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
-            yield "lightning (by import_module)"
+            relative = ast.unparse(node.args[0]).strip("f'\"").startswith(".")
+            yield "lightning_influence" if relative else "lightning (by import_module)"
 
 
 def wrong_imports(name, source):
@@ -121,6 +121,8 @@ def test_imports_point_down(path):
         ("gradients/engine.py", "import pytorch_lightning as pl", "only attribution, callback"),
         ("setting/setting.py", "from lightning_influence.compat import CallbackBase", "may know Lightning"),
         ("data/examples.py", "import_module('lightning.pytorch')", "only attribution, callback"),
+        ("__init__.py", "import_module(f'{name}.x', __name__)", "only attribution, callback"),
+        ("data/examples.py", "import_module('.cli', 'lightning_influence')", "same floor or a higher one"),
         ("attribution/attributor.py", "from lightning_influence.capture.store import RunWriter", "without the capture"),
         ("methods/a.py", "from lightning_influence.methods.b import B", "do not import one another"),
         ("utils.py", "", "is on no floor"),

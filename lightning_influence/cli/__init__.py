@@ -6,15 +6,19 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from types import ModuleType
+from importlib import import_module
 
-from lightning_influence.cli import report, show, top, verify
-from lightning_influence.types import MissingEvidence
+import lightning_influence
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS: dict[str, ModuleType] = {"show": show, "top": top, "report": report, "verify": verify}
-"""Each has `arguments(parser)` and `run(options) -> exit code`; its docstring is its help text."""
+COMMANDS = {
+    "show": "Print what a folder of captured fits, a run or a file of scores holds.",
+    "top": "Print the strongest proponents and opponents of a query, or the highest self-influence.",
+    "report": "Write one HTML page to review suspicious training examples and explanations.",
+    "verify": "Check whether the files of a run are complete, and list what can be computed from them.",
+}
+"""What each does. Its file, with `arguments(parser)` and `run(options) -> exit code`, is imported when it is called."""
 
 _EXIT_CODES = "exit codes: 0 success; 1 something is damaged, missing or refused; 2 wrong arguments"
 
@@ -28,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser(arguments).parse_args(arguments)
     try:
         code = int(options.run(options))
         sys.stdout.flush()
@@ -36,21 +41,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader closed the pipe, as `head` does; Python's own flush at exit must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (MissingEvidence, ValueError, OSError, ImportError) as error:
+    except (lightning_influence.MissingEvidence, ValueError, OSError, ImportError) as error:
         print(f"lightning-influence {options.command}: {error}", file=sys.stderr)
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-influence",
         description="Inspect the captured fits and scores that `Influence` wrote to disk.",
         epilog=_EXIT_CODES,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        text = (command.__doc__ or "").strip()
-        one = commands.add_parser(name, help=text.splitlines()[0], description=text, epilog=_EXIT_CODES)
-        command.arguments(one)
-        one.set_defaults(run=command.run)
+    for name, text in COMMANDS.items():
+        one = commands.add_parser(name, help=text, description=text, epilog=_EXIT_CODES)
+        if name in arguments:
+            command = import_module(f".{name}", __name__)
+            command.arguments(one)
+            one.set_defaults(run=command.run)
     return parser

@@ -1,4 +1,4 @@
-"""Check files for damage and list the methods that can be computed from a run."""
+"""Check whether the files of a run are complete, and list what can be computed from them."""
 
 import argparse
 import inspect

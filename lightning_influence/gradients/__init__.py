@@ -1,4 +1,11 @@
-"""The engine: per-sample gradients as factors, from one batched backward pass over an unchanged module."""
+"""The engine: per-sample gradients as factors, from one batched backward pass over an unchanged module.
+
+Per-sample gradients of common layers are sums of outer products, and are not built before they must be. The cost grows
+in proportion to the training examples, the checkpoints and the passes of the model itself. A query costs one matrix
+product, a training example one backward pass; wider layers cost what they cost in training. Tokens (and the pixels of
+a convolution) enter squared where factors are contracted first, and in proportion where a layer's gradient is built
+first; each layer takes the cheaper way.
+"""
 
 from lightning_influence.gradients.block import Gradients
 from lightning_influence.gradients.engine import Engine, Plan
