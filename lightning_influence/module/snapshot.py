@@ -1,4 +1,4 @@
-"""What a forward pass may leave behind in a module: attributes, containers, tensors written in place."""
+"""Snapshots of a module's attributes, containers and buffers, to undo what a forward pass changes in them."""
 
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# Above this many elements a copy of a tensor costs too much memory.
+# A tensor of more elements than this is not copied: that would cost too much memory.
 _LARGE = 2**26
 
 
 class ModuleSnapshot:
-    """Remembers the attributes and buffers of every submodule, and puts them back.
+    """The attributes and buffers of every submodule, which ``restore`` puts back.
 
-    Lists, dicts, sets and deques are followed however deep they are nested; other objects are the user's own affair.
+    Lists, tuples, dicts, sets and deques are covered at any depth of nesting; changes inside other objects are not
+    undone.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -36,7 +37,7 @@ class ModuleSnapshot:
         self._tensors = [(t, t._version, None if t.numel() > _LARGE else t.detach().clone()) for t in tensors]
 
     def _follow(self, container: Any, seen: set[int]) -> Iterator[Tensor]:
-        """Remembers a container and those inside; yields the tensors in them."""
+        """Record a container and the containers inside it; yield the tensors they hold."""
         if id(container) in seen:
             return
         seen.add(id(container))
@@ -49,10 +50,10 @@ class ModuleSnapshot:
                 yield from self._follow(value, seen)
 
     def restore(self) -> None:
-        """Puts everything back that is not as it was.
+        """Put back everything that has changed since the snapshot.
 
         Raises:
-            RuntimeError: a tensor too large to be copied was written in place.
+            RuntimeError: A tensor too large to be copied was written in place.
         """
         for module, attributes in self._attributes:
             now = module.__dict__
@@ -65,8 +66,8 @@ class ModuleSnapshot:
             if tensor._version != version:
                 if value is None:
                     raise RuntimeError(
-                        f"Expected the forward pass in eval mode to leave large buffers alone, got one of shape "
-                        f"{tuple(tensor.shape)} written in place. Write into it only while `self.training`."
+                        f"Expected the forward pass in eval mode not to write into large buffers, got a write into one "
+                        f"of shape {tuple(tensor.shape)}. Write into it only if `self.training` is true."
                     )
                 tensor.data.copy_(value)
                 self._tensors[i] = (tensor, tensor._version, value)
@@ -78,7 +79,7 @@ def _is_hooks(name: str) -> bool:
 
 
 def _same(mine: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
-    """Whether both hold the very same objects; asked after every forward pass, hence the loops in C."""
+    """Whether both hold the very same objects; runs after every forward pass, hence the loops in C."""
     if len(mine) != len(other):
         return False
     if all(map(is_, mine.values(), other.values())) and all(map(is_, mine, other)):

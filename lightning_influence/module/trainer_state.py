@@ -1,4 +1,4 @@
-"""What a step hears from its Trainer while it is scored: that it trains, at which step and epoch; and no loggers."""
+"""What ``training_step`` sees of its Trainer while it is scored: the stage, the step and epoch, and no loggers."""
 
 import contextlib
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def training_stage(module: Any) -> Iterator[None]:
-    """A step, or a hook on its batch, may ask its Trainer whether this is training: it is."""
+    """Make ``trainer.training`` true: ``training_step``, or a hook on its batch, may read it."""
     state = getattr(getattr(module, "_trainer", None), "state", None)
     before = [] if state is None else [(state, state.stage)]
     for state, _ in before:
@@ -22,7 +22,7 @@ def training_stage(module: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def silent_loggers(trainer: Any) -> Iterator[None]:
-    """What ``training_step`` writes to ``self.logger.experiment`` goes nowhere."""
+    """Discard what ``training_step`` writes to ``self.logger.experiment``."""
     loggers = trainer.loggers
     package = type(trainer).__module__.partition(".trainer")[0]
     dummy = sys.modules.get(f"{package}.loggers.logger")
@@ -38,7 +38,7 @@ def silent_loggers(trainer: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def clock_restored(module: Any) -> Iterator[None]:
-    """Whatever ``set_clock`` sets inside, the Trainer's counters are as before."""
+    """Restore the Trainer's counters of steps and epochs, which ``set_clock`` may change inside."""
     before = [(counter, counter.completed) for counter in _counters(module)]
     try:
         yield
@@ -48,7 +48,7 @@ def clock_restored(module: Any) -> Iterator[None]:
 
 
 def set_clock(module: Any, step: int, epoch: int) -> None:
-    """A loss may depend on ``self.global_step`` or ``self.current_epoch``; negative numbers leave them alone."""
+    """Set ``self.global_step`` and ``self.current_epoch``, on which a loss may depend; a negative number sets nothing."""
     counters = _counters(module)
     for counter, number in zip(counters, [epoch, *[step] * (len(counters) - 1)], strict=True) if counters else ():
         if number >= 0:
@@ -56,7 +56,7 @@ def set_clock(module: Any, step: int, epoch: int) -> None:
 
 
 def _counters(module: Any) -> list[Any]:
-    """Lightning's counters of epochs, and of steps in automatic and manual optimization; it has no setters for them."""
+    """Lightning's counters of epochs, and of steps in automatic and manual optimization: it has no setters for them."""
     loop = getattr(getattr(module, "_trainer", None), "fit_loop", None)
     if loop is None:
         return []
