@@ -23,7 +23,7 @@ class ModuleSnapshot:
         self._attributes = [(m, dict(m.__dict__)) for m in module.modules()]
         self._containers: list[tuple[Any, Any]] = []
         found: dict[int, Tensor] = {}
-        seen: set[int] = set()
+        visited: set[int] = set()
         for _, attributes in self._attributes:
             for name, value in attributes.items():
                 if _is_hooks(name):
@@ -31,23 +31,23 @@ class ModuleSnapshot:
                 if isinstance(value, Tensor):
                     found[id(value)] = value
                 elif isinstance(value, (list, tuple, dict, set, deque)):
-                    for inner in self._follow(value, seen):
+                    for inner in self._follow(value, visited):
                         found[id(inner)] = inner
         tensors = [t for t in found.values() if not t.is_inference() and not isinstance(t, nn.Parameter)]
         self._tensors = [(t, t._version, None if t.numel() > _LARGE else t.detach().clone()) for t in tensors]
 
-    def _follow(self, container: Any, seen: set[int]) -> Iterator[Tensor]:
+    def _follow(self, container: Any, visited: set[int]) -> Iterator[Tensor]:
         """Record a container and the containers inside it; yield the tensors they hold."""
-        if id(container) in seen:
+        if id(container) in visited:
             return
-        seen.add(id(container))
+        visited.add(id(container))
         if not isinstance(container, tuple):
             self._containers.append((container, container.copy()))
         for value in container.values() if isinstance(container, Mapping) else container:
             if isinstance(value, Tensor):
                 yield value
             elif isinstance(value, (list, tuple, dict, set, deque)):
-                yield from self._follow(value, seen)
+                yield from self._follow(value, visited)
 
     def restore(self) -> None:
         """Put back everything that has changed since the snapshot.
@@ -57,7 +57,7 @@ class ModuleSnapshot:
         """
         for module, attributes in self._attributes:
             now = module.__dict__
-            if not _same(now, attributes):
+            if not _same_objects(now, attributes):
                 now.clear()
                 now.update(attributes)
         for container, content in self._containers:
@@ -78,7 +78,7 @@ def _is_hooks(name: str) -> bool:
     return name.endswith("_hooks") or "_hooks_" in name or name == "_modules"
 
 
-def _same(mine: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
+def _same_objects(mine: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
     """Whether both hold the very same objects; runs after every forward pass, hence the loops in C."""
     if len(mine) != len(other):
         return False
@@ -89,7 +89,7 @@ def _same(mine: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
 
 def _refill(container: Any, content: Any) -> None:
     if isinstance(content, dict):
-        if _same(container, content):
+        if _same_objects(container, content):
             return
     elif len(container) == len(content):
         if isinstance(content, set):

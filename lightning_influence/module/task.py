@@ -23,7 +23,7 @@ Loss = Callable[[Any, Batch], Tensor]
 """``loss(module, batch) -> [batch]``: per-sample losses."""
 
 
-class Lossless(TypeError):
+class NoLoss(TypeError):
     """``training_step`` returned None, with which Lightning skips the batch."""
 
 
@@ -51,7 +51,7 @@ class Task:
             for name, part in module.named_modules()
             for key in part._buffers
         ]
-        self._untouched = [ModuleSnapshot(module)]  # shared by the tasks of one module
+        self._snapshot = [ModuleSnapshot(module)]  # shared by the tasks of one module
         self._version = [0]  # likewise
         self.on_forward: Callable[[], Any] | None = None
         """Called after each forward pass, before the module's attributes and buffers are restored."""
@@ -59,7 +59,7 @@ class Task:
     def measuring(self, loss: Loss) -> "Task":
         """The same module with another loss; both tasks share their weights, also after a later ``load``."""
         other = Task(self.module, loss, self.device, self.trainer)
-        other._untouched, other._version = self._untouched, self._version
+        other._snapshot, other._version = self._snapshot, self._version
         return other
 
     # ---- weights --------------------------------------------------------------------------------------------------
@@ -109,14 +109,14 @@ class Task:
 
     def remember(self) -> None:
         """Make the module's current attributes and buffers those that are restored after each forward pass."""
-        self._untouched[0] = ModuleSnapshot(self.module)
+        self._snapshot[0] = ModuleSnapshot(self.module)
 
     # ---- the loss -------------------------------------------------------------------------------------------------
 
     def to_device(self, batch: Batch) -> Batch:
         """The batch as Lightning would pass it to ``training_step``, in containers of its own."""
         batch = tree_map(lambda leaf: copy.copy(leaf) if foreign(leaf) else leaf, batch)
-        if self.trainer is not None and not _is_lower(self.trainer):
+        if self.trainer is not None and not _is_low_precision(self.trainer):
             batch = self.trainer.precision_plugin.convert_input(batch)
         batch = tree_map(lambda leaf: leaf.float() if is_half(leaf) else leaf, batch)
         module: Any = self.module
@@ -137,7 +137,7 @@ class Task:
         The module's attributes and buffers are restored afterwards.
 
         Raises:
-            Lossless: There is no loss for this batch.
+            NoLoss: There is no loss for this batch.
             TypeError: The loss is not a tensor.
             ValueError: It does not have the shape above.
         """
@@ -147,12 +147,12 @@ class Task:
             if self.on_forward is not None:
                 self.on_forward()
         finally:
-            self._untouched[0].restore()
+            self._snapshot[0].restore()
         if isinstance(output, Mapping):
             output = output.get("loss")
         if not isinstance(output, Tensor):
             source = "`loss=`" if self.loss is not None else "`training_step`"
-            raise (Lossless if output is None else TypeError)(
+            raise (NoLoss if output is None else TypeError)(
                 f"Expected {source} to return a tensor (or a dict with 'loss'), got {type(output).__name__}. "
                 "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
             )
@@ -169,7 +169,7 @@ class Task:
         return output
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self.trainer is None or _is_lower(self.trainer):
+        if self.trainer is None or _is_low_precision(self.trainer):
             return contextlib.nullcontext()
         return self.trainer.precision_plugin.forward_context()
 
@@ -179,7 +179,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
-def _is_lower(trainer: Any) -> bool:
+def _is_low_precision(trainer: Any) -> bool:
     """Whether the Trainer computes in less than float32, with which scores would lose three digits or more."""
     precision = str(getattr(trainer.precision_plugin, "precision", ""))
     return "mixed" in precision or precision in (
@@ -326,7 +326,7 @@ def _attach(module: Any, trainer: Any) -> None:
         module.trainer = trainer
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
     """Replaces ``self.log``, ``self.log_dict`` and ``self.print``."""
 
 
@@ -334,7 +334,7 @@ def _silence(module: nn.Module) -> None:
     for part in module.modules():
         if hasattr(type(part), "log_dict") and hasattr(type(part), "training_step"):
             for name in ("log", "log_dict", "print"):
-                part.__dict__[name] = _nothing
+                part.__dict__[name] = _do_nothing
 
 
 def detached_trainer(module: Any) -> Any:

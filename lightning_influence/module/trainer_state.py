@@ -48,7 +48,7 @@ def clock_restored(module: Any) -> Iterator[None]:
 
 
 def set_clock(module: Any, step: int, epoch: int) -> None:
-    """Set ``self.global_step`` and ``self.current_epoch``, on which a loss may depend; a negative number sets nothing."""
+    """Set the module's ``global_step`` and ``current_epoch``, on which a loss may depend; negative: leave it."""
     counters = _counters(module)
     for counter, number in zip(counters, [epoch, *[step] * (len(counters) - 1)], strict=True) if counters else ():
         if number >= 0:
