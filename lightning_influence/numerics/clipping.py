@@ -1,4 +1,4 @@
-"""Gradient clipping by norm and by value, and how a small change of the gradient passes through it."""
+"""Gradient clipping by norm and by value, and its derivative."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ Named = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Clipping(ABC):
-    """What clips the gradients of all parameters of one optimizer together.
+    """Clips the gradients of all parameters of one optimizer together.
 
     Args:
-        limit: the largest norm or absolute value.
+        limit: The largest norm or absolute value that passes.
     """
 
     limit: float
@@ -27,11 +27,13 @@ class Clipping(ABC):
 
     @abstractmethod
     def pull(self, gradients: Named, changes: Named) -> dict[str, Tensor]:
-        """The derivative at ``gradients``, which is symmetric: the same for tangents and for cotangents.
+        """The derivative of clipping at ``gradients`` times each of k vectors.
+
+        The Jacobian is symmetric, so that this serves Jacobian-vector and vector-Jacobian products alike.
 
         Args:
-            gradients: before clipping, [*shape].
-            changes: [k, *shape].
+            gradients: Before clipping, [*shape] by name.
+            changes: The vectors, [k, *shape] by name.
         """
 
 
@@ -44,11 +46,11 @@ class ByNorm(Clipping):
         return {name: gradient * factor for name, gradient in gradients.items()}
 
     def factor(self, gradients: Named) -> Tensor:
-        """What all of them are multiplied with."""
+        """The number that all gradients are multiplied by, min(1, limit / (norm + 1e-6))."""
         return (self.limit / (_norm(gradients) + 1e-6)).clamp(max=1.0)
 
     def pull(self, gradients: Named, changes: Named) -> dict[str, Tensor]:
-        """The factor times the change, less what the change does to the factor."""
+        """The product rule: the factor times each vector, plus the vector's effect on the factor."""
         norm = _norm(gradients)
         factor = self.limit / (norm + 1e-6)
         active = (factor < 1.0).to(factor)
@@ -70,7 +72,7 @@ class ByValue(Clipping):
         return {name: gradient.clamp(-self.limit, self.limit) for name, gradient in gradients.items()}
 
     def pull(self, gradients: Named, changes: Named) -> dict[str, Tensor]:
-        """Nothing passes where an entry is clipped."""
+        """Each vector, with zeros for the entries that are clipped."""
         return {name: change * (gradients[name].abs() <= self.limit) for name, change in changes.items()}
 
 

@@ -216,7 +216,7 @@ def test_what_has_no_rule_is_refused_by_name():
         rule_for("Lion")
     with pytest.raises(ValueError, match="`amsgrad=False`, got `amsgrad=True`"):
         moves_of({"kind": "AdamW", "groups": [{"amsgrad": True, "parameters": []}]}, [0.1])
-    with pytest.raises(TypeError, match="instance of a Rule's subclass, got <class"):
+    with pytest.raises(TypeError, match="instance of a subclass of `UpdateRule`, got <class"):
         add_rule("Lion", SGD)
 
 
