@@ -45,9 +45,9 @@ class ConjugateGradient(Iterative):
 
     def solve(self, prepared: Prepared, queries: QueryGradients, setting: Setting, diagonal: Tensor) -> QueryGradients:
         """Each query takes its own steps and stops on its own."""
-        run = partial(conjugate_gradient, tolerance=self.tolerance, most=self.max_iterations)
+        run = partial(conjugate_gradient, tolerance=self.tolerance, max_iterations=self.max_iterations)
         solution, directions = self._solved(queries, setting, diagonal, run)
-        if bool(solution.bent.any()):
+        if bool(solution.indefinite.any()):
             raise ValueError(
                 f"Expected a positive definite curvature, got a {self.name} that bends the other way or is singular "
                 f"along a direction, with weight decay + damping = {float(diagonal.min()):.3g}. Pass a larger "

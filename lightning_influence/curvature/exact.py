@@ -13,7 +13,7 @@ from lightning_influence.curvature.damping import of_group
 from lightning_influence.curvature.descent import Descent, share_moved
 from lightning_influence.gradients.products import Matrix, Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
-from lightning_influence.numerics.dense import Factored, SingularError, factored
+from lightning_influence.numerics.dense import Factorisation, SingularError, factorise
 from lightning_influence.setting.setting import Setting
 from lightning_influence.timing import timed
 
@@ -28,7 +28,7 @@ class _LastFactor:
     """The factorisation made last, and of what."""
 
     prepared: Prepared | None = None
-    factored: Factored | None = None
+    factored: Factorisation | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Exact(Curvature):
         moved, left = (flat.split(made.to(products.like)) for made in (slowed * root, kept))
         return moved, left
 
-    def factor(self, prepared: Prepared, setting: Setting, diagonal: Tensor) -> Factored:
+    def factor(self, prepared: Prepared, setting: Setting, diagonal: Tensor) -> Factorisation:
         """The factorisation of the matrix with its diagonal, made once.
 
         Raises:
@@ -113,12 +113,12 @@ class Exact(Curvature):
             kept.prepared, kept.factored = prepared, self._factored(prepared, setting, diagonal)
         return kept.factored
 
-    def _factored(self, prepared: Prepared, setting: Setting, diagonal: Tensor) -> Factored:
+    def _factored(self, prepared: Prepared, setting: Setting, diagonal: Tensor) -> Factorisation:
         products = Products(setting.engine, setting.examples)
         matrix = prepared.tensors["matrix"]
         added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(matrix)
         try:
-            found = factored(matrix + added.diag_embed(), torch.finfo(products.like.dtype).eps)
+            found = factorise(matrix + added.diag_embed(), torch.finfo(products.like.dtype).eps)
         except SingularError as error:
             raise ValueError(
                 f"Expected a curvature that can be inverted, got a {self.kind} that is singular with a diagonal of "

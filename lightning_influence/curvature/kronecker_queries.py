@@ -13,7 +13,7 @@ from lightning_influence.gradients.block import SketchOf
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.queries import EachQuery, QueryGradients
-from lightning_influence.numerics.kronecker import products
+from lightning_influence.numerics.kronecker import weighted_truncation
 
 # A table of fewer entries is never cut.
 _SMALL = 2**10
@@ -152,7 +152,7 @@ class _Table:
         self.terms: tuple[Tensor, Tensor] | None = None
         k, l = part.inverse.table.shape  # noqa: E741
         self.most = min(k, l, int(0.7 * k * l / (k + l))) if k * l >= _SMALL else 0
-        self._truncated = products(part.inverse.table, *weights) if self.most > 1 else None
+        self._truncated = weighted_truncation(part.inverse.table, *weights) if self.most > 1 else None
         if self._truncated is not None:
             self.terms = self._truncated(0)
             self.missed = -self.exact

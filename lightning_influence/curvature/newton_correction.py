@@ -11,7 +11,7 @@ from lightning_influence.gradients import Engine, Gradients
 from lightning_influence.gradients.general import requiring_gradients
 from lightning_influence.gradients.outer_products import OuterProducts
 from lightning_influence.gradients.outputs import OutputWatch, refuse_other_paths
-from lightning_influence.numerics.dense import Factored
+from lightning_influence.numerics.dense import Factorisation
 
 
 class NewtonCorrection:
@@ -37,7 +37,7 @@ class NewtonCorrection:
     """
 
     def __init__(
-        self, engine: Engine, examples: Examples, factor: Factored, shift: Mapping[str, Tensor] | None
+        self, engine: Engine, examples: Examples, factor: Factorisation, shift: Mapping[str, Tensor] | None
     ) -> None:
         self.engine, self.examples = engine, examples
         self.n = len(examples)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.outer_products import WORKSPACE, OuterProducts
 from lightning_influence.gradients.part import Part, one_row_per_example
-from lightning_influence.numerics.projections import Kronecker, Sketch
+from lightning_influence.numerics.projections import KroneckerSketch, Sketch
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +151,7 @@ class Lookup(Part):
     def projected(self, sketches: Sequence[Sketch]) -> tuple[Part, ...]:
         """Outer products: of the sketch's columns that were looked up, and the projected gradients."""
         sketch = sketches[0]
-        if not isinstance(sketch, Kronecker) or sketch.left is None:
+        if not isinstance(sketch, KroneckerSketch) or sketch.left is None:
             return DenseRows(self.dense()).projected(sketches)
         columns = sketch.left.to(self.outputs).T[self.ids.clamp_min(0)] * (self.ids >= 0)[..., None]
         inputs = sketch.on_right(self.outputs)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.part import Part, one_row_per_example
-from lightning_influence.numerics.projections import Kronecker, Sketch
+from lightning_influence.numerics.projections import KroneckerSketch, Sketch
 
 # Elements that one intermediate may hold: small enough to stay in the last-level cache of a CPU and below the size
 # from which malloc maps fresh pages for every allocation (32 MiB), large enough for a full-speed matrix product.
@@ -268,7 +268,7 @@ class OuterProducts(Part):
         """Outer products of projected factors, and the bias; the rows where the sketch has no sides."""
         weight, sketch = replace(self, bias=False), sketches[0]
         bias = DenseRows((self._bias_rows,)).projected(sketches[1:]) if self.bias else ()
-        if not isinstance(sketch, Kronecker):
+        if not isinstance(sketch, KroneckerSketch):
             chunks = [sketch.rows(part.dense()[0]) for _, part in weight._chunks(math.prod(self.shape))]
             return (DenseRows((torch.cat(chunks),)), *bias)
         of_inputs, of_outputs = sketch.on_right, sketch.on_left

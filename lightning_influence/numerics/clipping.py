@@ -26,7 +26,7 @@ class Clipping(ABC):
         """The clipped gradients."""
 
     @abstractmethod
-    def pull(self, gradients: Named, changes: Named) -> dict[str, Tensor]:
+    def derivative(self, gradients: Named, changes: Named) -> dict[str, Tensor]:
         """The derivative of clipping at ``gradients`` times each of k vectors.
 
         The Jacobian is symmetric, so that this serves Jacobian-vector and vector-Jacobian products alike.
@@ -49,7 +49,7 @@ class ByNorm(Clipping):
         """The number that all gradients are multiplied by, min(1, limit / (norm + 1e-6))."""
         return (self.limit / (_norm(gradients) + 1e-6)).clamp(max=1.0)
 
-    def pull(self, gradients: Named, changes: Named) -> dict[str, Tensor]:
+    def derivative(self, gradients: Named, changes: Named) -> dict[str, Tensor]:
         """The product rule: the factor times each vector, plus the vector's effect on the factor."""
         norm = _norm(gradients)
         factor = self.limit / (norm + 1e-6)
@@ -71,7 +71,7 @@ class ByValue(Clipping):
         """The clipped gradients."""
         return {name: gradient.clamp(-self.limit, self.limit) for name, gradient in gradients.items()}
 
-    def pull(self, gradients: Named, changes: Named) -> dict[str, Tensor]:
+    def derivative(self, gradients: Named, changes: Named) -> dict[str, Tensor]:
         """Each vector, with zeros for the entries that are clipped."""
         return {name: change * (gradients[name].abs() <= self.limit) for name, change in changes.items()}
 

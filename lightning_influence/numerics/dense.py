@@ -14,7 +14,7 @@ class SingularError(ArithmeticError):
 
 
 @dataclass(frozen=True)
-class Factored:
+class Factorisation:
     """A Cholesky factorisation, or an LU factorisation of a matrix that is not positive definite.
 
     Args:
@@ -42,7 +42,7 @@ class Factored:
         return self.solve(torch.eye(len(self.factor)).to(self.factor))
 
 
-def factored(matrix: Tensor, precision: float) -> Factored:
+def factorise(matrix: Tensor, precision: float) -> Factorisation:
     """Factorise a symmetric matrix.
 
     Args:
@@ -58,23 +58,23 @@ def factored(matrix: Tensor, precision: float) -> Factored:
         factor, pivots, failed = torch.linalg.lu_factor_ex(matrix)
         if int(failed):
             raise SingularError("a pivot of its LU factorisation is exactly zero")
-    found = Factored(factor, pivots)
+    factorisation = Factorisation(factor, pivots)
     largest = float(torch.linalg.matrix_norm(matrix, 1)) if matrix.numel() else 1.0
-    smallest = _smallest(found, len(matrix))
+    smallest = _smallest(factorisation, len(matrix))
     if not smallest > precision * largest:
         raise SingularError(f"its smallest eigenvalue is about {smallest:.1g}, its largest {largest:.3g}")
-    return found
+    return factorisation
 
 
-def _smallest(found: Factored, size: int) -> float:
+def _smallest(factorisation: Factorisation, size: int) -> float:
     """An estimate of the smallest eigenvalue in magnitude, by inverse iteration."""
     if not size:
         return torch.inf
     start = torch.randn(1, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    vector = start.to(found.factor) / torch.linalg.vector_norm(start)
+    vector = start.to(factorisation.factor) / torch.linalg.vector_norm(start)
     growth = 0.0
     for _ in range(_INVERSE_ITERATIONS):
-        image = found.solve(vector)
+        image = factorisation.solve(vector)
         growth = float(torch.linalg.vector_norm(image))
         if not growth < torch.inf:
             return 0.0

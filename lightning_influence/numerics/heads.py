@@ -172,11 +172,11 @@ class PenalisedHead:
         iteration = 0
         while norm > tolerance * self.weight_decay * float(weight.norm()) and iteration < max_iterations:
             step = self._newton_step(weight, gradient, precondition, min(0.1, math.sqrt(norm / first)))
-            trial, reached = self._line_search(weight, value, gradient, step)
-            slower = self.gradient(trial)
-            if float(slower.norm()) > norm / 2 and value - reached <= 1e-14 * abs(value):
+            trial, trial_value = self._line_search(weight, value, gradient, step)
+            trial_gradient = self.gradient(trial)
+            if float(trial_gradient.norm()) > norm / 2 and value - trial_value <= 1e-14 * abs(value):
                 break  # only rounding errors are left
-            weight, value, gradient, norm = trial, reached, slower, float(slower.norm())
+            weight, value, gradient, norm = trial, trial_value, trial_gradient, float(trial_gradient.norm())
             iteration += 1
         return HeadFit(weight, norm, iteration, self.is_minimum(weight, norm))
 
@@ -208,7 +208,7 @@ class PenalisedHead:
         for halvings in range(40):
             length = 0.5**halvings
             trial = weight + length * step
-            reached = self.value(trial)
-            if reached <= value + 1e-4 * length * slope + 1e-14 * abs(value):
-                return trial, reached
+            trial_value = self.value(trial)
+            if trial_value <= value + 1e-4 * length * slope + 1e-14 * abs(value):
+                return trial, trial_value
         return weight, value

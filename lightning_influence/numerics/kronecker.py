@@ -67,7 +67,7 @@ def _leading(values: Tensor, vectors: Tensor, noise: float) -> tuple[Tensor, Ten
     return values[:kept].clamp_min(torch.finfo(values.dtype).tiny), vectors[:, :kept].contiguous()
 
 
-def products(table: Tensor, left: Tensor, right: Tensor) -> Callable[[int], tuple[Tensor, Tensor]]:
+def weighted_truncation(table: Tensor, left: Tensor, right: Tensor) -> Callable[[int], tuple[Tensor, Tensor]]:
     """Low-rank approximations of a table [m, k], best in a norm that weights its rows and columns.
 
     A score is the sum over the table's entries, each times a number of the size of ``left`` times ``right``, so an

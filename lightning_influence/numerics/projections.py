@@ -3,7 +3,7 @@
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,9 +11,6 @@ import torch
 from torch import Tensor
 
 from lightning_influence.checks import check_integer, one_of
-
-Frame = Callable[[int, int, str], Tensor]
-"""``frame(dim, size, label)``: the [dim, size] matrix of that label."""
 
 
 class Sketch(ABC):
@@ -25,7 +22,7 @@ class Sketch(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Plain(Sketch):
+class PlainSketch(Sketch):
     """One matrix applied to the flattened gradient.
 
     Args:
@@ -40,7 +37,7 @@ class Plain(Sketch):
 
 
 @dataclass(frozen=True, eq=False)
-class Kronecker(Sketch):
+class KroneckerSketch(Sketch):
     r"""A matrix on each side: :math:`M \mapsto L M R^\top`, so that :math:`g a^\top` becomes :math:`(L g)(R a)^\top`.
 
     A parameter is taken as a matrix whose rows are its first dimension and whose columns are all others.
@@ -147,18 +144,18 @@ class Projector:
     def _draw(self, name: str, shape: tuple[int, ...], like: Tensor) -> Sketch:
         dim, entries = self.projection.dim, math.prod(shape)
         if entries <= dim:
-            return Plain(None)
+            return PlainSketch(None)
         if self.projection.structure == "plain" or len(shape) < 2:
-            return Plain(self.projection.frame(dim, entries, name).to(like))
+            return PlainSketch(self.projection.frame(dim, entries, name).to(like))
         rows, columns = shape[0], entries // shape[0]
-        left, right = sides(dim, rows, columns)
-        return Kronecker(
+        left, right = split_dim(dim, rows, columns)
+        return KroneckerSketch(
             None if left == rows else self.projection.frame(left, rows, f"{name}/left").to(like),
             None if right == columns else self.projection.frame(right, columns, f"{name}/right").to(like),
         )
 
 
-def sides(dim: int, rows: int, columns: int) -> tuple[int, int]:
+def split_dim(dim: int, rows: int, columns: int) -> tuple[int, int]:
     """How many numbers to keep for the rows and for the columns: nearly equal, with a product of at most ``dim``."""
     left = min(rows, math.isqrt(dim))
     right = min(columns, dim // left)

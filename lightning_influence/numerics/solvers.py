@@ -19,36 +19,36 @@ class Solution:
         vectors: The solutions x, [vector, entries].
         residuals: [vector]: norm of b - A x relative to the norm of b.
         iterations: Those of the slowest right-hand side.
-        bent: [vector]: whether a search direction had curvature of at most zero, so that A is not positive definite.
+        indefinite: [vector]: whether a search direction had a curvature of at most 0: A is not positive definite.
         diverged: [vector]: whether the residual grew without bound; the best iterate is returned then.
     """
 
     vectors: Tensor
     residuals: Tensor
     iterations: int
-    bent: Tensor
+    indefinite: Tensor
     diverged: Tensor
 
 
-def conjugate_gradient(product: Product, right: Tensor, tolerance: float, most: int) -> Solution:
+def conjugate_gradient(product: Product, right: Tensor, tolerance: float, max_iterations: int) -> Solution:
     """Conjugate gradients (Hestenes and Stiefel, 1952), with separate steps for each right-hand side.
 
     Args:
         product: With a positive definite matrix.
         right: The right-hand sides b, [vector, entries].
         tolerance: The relative residual at which a right-hand side is solved.
-        most: The most iterations to make.
+        max_iterations: The most iterations to make.
     """
     x, r = torch.zeros_like(right), right.clone()
     p, rr = r.clone(), r.square().sum(1)
     size = rr.sqrt()
-    bent = torch.zeros_like(rr, dtype=torch.bool)
+    indefinite = torch.zeros_like(rr, dtype=torch.bool)
     active, iterations = rr.sqrt() > tolerance * size, 0
-    while bool(active.any()) and iterations < most:
+    while bool(active.any()) and iterations < max_iterations:
         rows = active.nonzero()[:, 0]
         ap = product(p[rows])
         curve = (p[rows] * ap).sum(1)
-        bent[rows] |= curve <= 0
+        indefinite[rows] |= curve <= 0
         keep = curve > 0
         rows, ap, curve = rows[keep], ap[keep], curve[keep]
         step = (rr[rows] / curve)[:, None]
@@ -58,9 +58,9 @@ def conjugate_gradient(product: Product, right: Tensor, tolerance: float, most: 
         p[rows] = r[rows] + (new / rr[rows])[:, None] * p[rows]
         rr[rows] = new
         iterations += 1
-        active = (rr.sqrt() > tolerance * size) & ~bent
+        active = (rr.sqrt() > tolerance * size) & ~indefinite
     left = torch.linalg.vector_norm(right - product(x), dim=1)  # the recursive residual misses rounding errors
-    return Solution(x, _relative(left, size), iterations, bent, torch.zeros_like(bent))
+    return Solution(x, _relative(left, size), iterations, indefinite, torch.zeros_like(indefinite))
 
 
 def neumann(product: Product, right: Tensor, scale: float, depth: int) -> Tensor:
@@ -75,7 +75,7 @@ def neumann(product: Product, right: Tensor, scale: float, depth: int) -> Tensor
 
 
 def accelerated_neumann(
-    product: Product, right: Tensor, smallest: float, scale: float, tolerance: float, most: int
+    product: Product, right: Tensor, smallest: float, scale: float, tolerance: float, max_iterations: int
 ) -> Solution:
     """The Neumann series accelerated by Chebyshev's semi-iteration (Golub and Varga, 1961).
 
@@ -87,7 +87,7 @@ def accelerated_neumann(
         smallest: A positive lower bound of the matrix's eigenvalues.
         scale: An upper bound of them.
         tolerance: The relative residual at which a right-hand side is solved.
-        most: The most iterations to make.
+        max_iterations: The most iterations to make.
     """
     centre, reach = (scale + smallest) / 2, max((scale - smallest) / 2, 1e-12 * scale)
     x, r = torch.zeros_like(right), right.clone()
@@ -97,7 +97,7 @@ def accelerated_neumann(
     best, least, iterations = x.clone(), size.clone(), 0
     diverged = torch.zeros_like(size, dtype=torch.bool)
     active = size > 0
-    while bool(active.any()) and iterations < most:
+    while bool(active.any()) and iterations < max_iterations:
         rows = active.nonzero()[:, 0]
         x[rows] += step[rows]
         r[rows] = right[rows] - product(x[rows])
@@ -114,7 +114,9 @@ def accelerated_neumann(
     return Solution(best, _relative(least, size), iterations, torch.zeros_like(diverged), diverged)
 
 
-def largest_eigenvalue(product: Product, like: Tensor, seed: int, tolerance: float = 0.02, most: int = 300) -> float:
+def largest_eigenvalue(
+    product: Product, like: Tensor, seed: int, tolerance: float = 0.02, max_iterations: int = 300
+) -> float:
     """Estimate the largest magnitude of an eigenvalue from above, by power iteration from a seeded start.
 
     Returned is the magnitude of the Rayleigh quotient plus the norm of its residual: an eigenvalue lies within that
@@ -125,11 +127,11 @@ def largest_eigenvalue(product: Product, like: Tensor, seed: int, tolerance: flo
         like: [entries], for its size, dtype and device.
         seed: Of the first iterate.
         tolerance: Stop when the norm of the residual is at most this times the quotient.
-        most: The most iterations to make.
+        max_iterations: The most iterations to make.
     """
     vector, bound = _normal(like, 1, seed), 0.0
     vector /= torch.linalg.vector_norm(vector)
-    for _ in range(most):
+    for _ in range(max_iterations):
         image = product(vector)
         length = float(torch.linalg.vector_norm(image))
         if length == 0 or not math.isfinite(length):

@@ -10,7 +10,7 @@ from lightning_influence.gradients.lookup import Lookup
 from lightning_influence.gradients.outer_products import OuterProducts
 from lightning_influence.gradients.queries import DenseQueries, EachQuery
 from lightning_influence.gradients.sum_of_parts import SumOfParts
-from lightning_influence.numerics.projections import Kronecker, Plain, Projector, RandomProjection
+from lightning_influence.numerics.projections import KroneckerSketch, PlainSketch, Projector, RandomProjection
 
 IN, OUT = 3, 4
 KINDS = ("outer", "outer with bias", "rows", "two rows", "lookup", "mixed", "number")
@@ -190,12 +190,14 @@ def test_projected_parts_are_projected_rows(two, kind, seed):
             "plain": normal(generator, 5, OUT * IN),
         }[kind]
         sketch = (
-            Plain(matrix)
+            PlainSketch(matrix)
             if kind == "plain"
-            else Kronecker(left if kind in ("left", "both") else None, right if kind in ("right", "both") else None)
+            else KroneckerSketch(
+                left if kind in ("left", "both") else None, right if kind in ("right", "both") else None
+            )
         )
         of_bias = normal(generator, 3, OUT)
-        weight, *bias = made.projected((sketch, Plain(of_bias))[: len(shapes)])
+        weight, *bias = made.projected((sketch, PlainSketch(of_bias))[: len(shapes)])
         torch.testing.assert_close(written_out(weight), made.dense()[0].flatten(1) @ matrix.T)
         for one in bias:
             torch.testing.assert_close(written_out(one), made.dense()[1] @ of_bias.T)

@@ -65,7 +65,7 @@ def rule_for(kind: str) -> UpdateRule:
     return _RULES[kind]
 
 
-def moves_of(entry: Mapping[str, Any], rates: Sequence[float]) -> UpdateStep:
+def update_step(entry: Mapping[str, Any], rates: Sequence[float]) -> UpdateStep:
     """How a captured step updated each of its optimizer's parameters.
 
     Args:

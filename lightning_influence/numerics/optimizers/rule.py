@@ -65,10 +65,10 @@ class UpdateRule(ABC):
         """
         inner = {name: state[name] if name in state else torch.zeros_like(weight) for name in at.state}
 
-        def push(*change: Any) -> Any:
+        def jvp(*change: Any) -> Any:
             return torch.func.jvp(self._function(at), (at.weight, at.gradient, at.state), change)[1]
 
-        return torch.func.vmap(push)(weight, gradient, inner)  # type: ignore[no-any-return]
+        return torch.func.vmap(jvp)(weight, gradient, inner)  # type: ignore[no-any-return]
 
     def adjoint(self, at: UpdateInput, weight: Tensor, state: OptimizerState) -> tuple[Tensor, Tensor, OptimizerState]:
         """The vector-Jacobian product of the step, the transpose of ``tangent``.
@@ -82,9 +82,9 @@ class UpdateRule(ABC):
             Derivatives with respect to the gradient, the weight (for a fixed gradient) and the state before the step,
             [k, *shape] each.
         """
-        after, pull = torch.func.vjp(self._function(at), at.weight, at.gradient, at.state)[:2]
+        after, vjp = torch.func.vjp(self._function(at), at.weight, at.gradient, at.state)[:2]
         outer = {name: state[name] if name in state else torch.zeros_like(weight) for name in after[1]}
-        by_weight, by_gradient, by_state = torch.func.vmap(pull)((weight, outer))
+        by_weight, by_gradient, by_state = torch.func.vmap(vjp)((weight, outer))
         return by_gradient, by_weight, by_state
 
     def _function(self, at: UpdateInput) -> Any:
