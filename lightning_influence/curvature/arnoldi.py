@@ -1,4 +1,4 @@
-"""An inverse on the dominant eigenvectors of a Krylov space."""
+"""Inverse curvature on its dominant eigenvectors, found by the Lanczos method."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -18,25 +18,29 @@ from lightning_influence.setting.setting import Setting
 
 @dataclass(frozen=True)
 class Arnoldi(Iterative):
-    """The curvature on its eigenvectors of largest magnitude, found once for all queries.
+    r"""The inverse of a low-rank curvature: its eigenvectors of largest magnitude, computed once for all queries.
+
+    .. math:: (V^\top \Lambda V + D)^{-1} q
+
+    with :math:`\Lambda` and V the Ritz values and vectors of a Krylov space and D the damping and weight decay.
 
     Source: Schioppa, Zablotskaia, Vilar, Sokolov. Scaling Up Influence Functions. AAAI 2022.
-    Cost: ``steps`` products with the curvature once, then one matrix product a block of queries; memory for ``steps``
-    vectors of float64.
-    Departs from the paper: float64 and full reorthogonalisation; what the eigenvectors leave out is damped instead of
-    dropped, unless ``complement="drop"``.
+    Cost: ``steps`` products with the curvature (about three passes over the training data each), once; then one matrix
+    product per block of queries. Memory: ``steps`` float64 vectors of the size of the parameters.
+    Departs from the paper: float64 and full reorthogonalisation; the complement of the eigenvectors is damped instead
+    of dropped, unless ``complement="drop"``.
 
     Args:
-        damping: see ``Curvature``.
-        matrix: ``"ggn"`` or ``"hessian"``.
-        seed: of the start vector.
-        steps: dimension of the Krylov space.
-        rank: how many eigenvectors are kept, those of largest magnitude; None: all.
-        complement: ``"damped"``: on everything else the curvature counts as zero, and only the diagonal is inverted;
-            ``"drop"``: nothing else counts, as in the paper.
+        damping: See ``Curvature``.
+        matrix: Invert the Gauss-Newton matrix (``"ggn"``) or the Hessian (``"hessian"``).
+        seed: Of the first vector of the Krylov space.
+        steps: Dimension of the Krylov space.
+        rank: How many eigenvectors to keep, those of largest magnitude; None to keep all.
+        complement: How to treat the part of a gradient outside the eigenvectors. ``"damped"``: the curvature is taken
+            as zero there, so that D alone is inverted. ``"drop"``: it is removed, as in the paper.
 
     Raises:
-        ValueError: other values; a diagonal of 0 with ``"damped"``; a kept eigenvalue that the diagonal cancels.
+        ValueError: An argument is out of range; D is 0 for some parameters with ``"damped"``; D cancels an eigenvalue.
     """
 
     steps: int = 200
@@ -52,18 +56,18 @@ class Arnoldi(Iterative):
         check_integer("rank", self.rank, optional=True)
 
     def prepare(self, setting: Setting) -> Prepared:
-        """``values`` [k] and ``vectors`` [k, parameter]."""
+        """Tensors ``values`` [k] and ``vectors`` [k, parameter]."""
         products = Products(setting.engine, setting.examples)
         like = products.like.detach().new_zeros(len(products.flat))
         values, vectors = lanczos(self._bare(products), like, self.steps, self.seed)
         return Prepared({"values": values, "vectors": vectors}, super().prepare(setting).figures)
 
     def multiplied(self, vectors: int) -> int:
-        """Those of the Krylov space, whatever is solved for."""
+        """The steps of the Krylov space: solving takes no further products."""
         return self.steps
 
     def solve(self, prepared: Prepared, queries: QueryGradients, setting: Setting, diagonal: Tensor) -> QueryGradients:
-        """On the span by its eigenvalues, elsewhere by the diagonal."""
+        """Divide by eigenvalue plus diagonal within the span of the eigenvectors, and by the diagonal outside."""
         products = Products(setting.engine, setting.examples)
         values, vectors = self._kept(prepared)
         right = products.flat.join(queries.dense(), len(queries), products.like).double()
@@ -91,16 +95,16 @@ class Arnoldi(Iterative):
         eigenvalues, turned = torch.linalg.eigh((small + small.T) / 2)
         if float(eigenvalues.abs().min()) <= 1e-14 * float(eigenvalues.abs().max()):
             raise ValueError(
-                f"Expected a curvature that can be inverted, got a {self.name} that is singular on its own "
-                f"eigenvectors with a diagonal of {float(added.min()):.3g}. Pass a larger `damping=` or a smaller "
-                "`rank=`."
+                f"Expected an invertible curvature, got a {self.name} that is singular on the span of its leading "
+                f"eigenvectors with weight decay + damping = {float(added.min()):.3g}. Pass a larger `damping=` or a "
+                "smaller `rank=`."
             )
         axes = turned.T @ vectors
         return ((right @ axes.T) / eigenvalues) @ axes
 
 
 def _low_rank(values: Tensor, vectors: Tensor, right: Tensor, added: Tensor) -> Tensor:
-    """(V^T diag(values) V + D)^-1 b by Woodbury, written without dividing by an eigenvalue."""
+    """(V^T diag(values) V + D)^-1 b by the Woodbury identity, in a form that does not divide by an eigenvalue."""
     plain = right / added
     inner = (vectors / added) @ vectors.T
     small = torch.eye(len(values)).to(inner) + values[:, None] * inner

@@ -1,4 +1,4 @@
-"""EK-FAC: the Fisher of each layer in a Kronecker-factored eigenbasis, with eigenvalues measured in it."""
+"""EK-FAC: each layer's Fisher matrix in a Kronecker-factored eigenbasis, with eigenvalues measured in that basis."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,44 +26,51 @@ from lightning_influence.gradients.queries import DenseQueries, EachQuery, Query
 from lightning_influence.setting.setting import Setting
 from lightning_influence.timing import timed
 
-# Up to so many classes the expectation over labels is taken, at one pass each, rather than a sample of it.
+# Up to this many classes the expectation over labels is computed, at one pass per class, instead of sampled.
 _FEW_CLASSES = 10
-# Training examples on which the error of the scores is measured.
+# Training examples on which the error of low-rank eigenvalues is measured.
 _SAMPLED = 64
-# Rows of the factor whose decomposition is timed for an estimate.
+# Rows of the matrix whose eigendecomposition is timed for an estimate.
 _TIMED_SIDE = 256
 
 
 @dataclass(frozen=True)
 class EKFAC(Curvature):
-    r"""The Fisher layer by layer, :math:`(Q_S \otimes Q_A)\,\Lambda\,(Q_S \otimes Q_A)^\top`.
+    r"""The inverse of the Fisher matrix, approximated per layer by a Kronecker-factored eigenbasis (EK-FAC).
 
-    :math:`Q_A` and :math:`Q_S` are eigenvectors of the second moments of a layer's inputs (1 appended for the bias)
-    and of its output gradients; :math:`\Lambda` holds the mean squares of the per-sample gradients in that basis.
-    Linear layers, convolutions, recurrent cells and whatever else is a matrix are factored, grouped convolutions by
-    their written-out gradients; embedding tables, norm layers and lone biases keep the diagonal; a weight used twice
-    is one sum over the positions of both. No parameter is left out, and different layers are taken as independent.
+    .. math:: F \approx (Q_S \otimes Q_A)\,\Lambda\,(Q_S \otimes Q_A)^\top
+
+    :math:`Q_A` and :math:`Q_S` are the eigenvectors of the second moments of a layer's inputs (with a 1 appended for
+    the bias) and of its output gradients; :math:`\Lambda` holds the mean squares of the per-sample gradients in that
+    basis. Different layers are taken as independent. Linear layers, convolutions, recurrent cells and other matrix
+    parameters are factored, grouped convolutions by means of their dense gradients. Embedding tables, normalisation
+    layers and biases of their own have a diagonal Fisher. A weight that is used twice has one sum over both uses. No
+    parameter is left out.
 
     Source: George et al. Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis. NeurIPS 2018;
     Grosse et al. Studying Large Language Model Generalization with Influence Functions. 2023. ``corrected=False``:
     Martens, Grosse. Optimizing Neural Networks with Kronecker-factored Approximate Curvature. ICML 2015.
-    Cost: one or two passes over the training data and an eigendecomposition of each factor; then one backward pass an
-    example and a few matrix products.
+    Cost: two passes over the training data (per class with exact labels; one pass with ``corrected=False``, or if its
+    gradients fit in 256 MiB) and an eigendecomposition of each factor, once; then one backward pass per example and a
+    few matrix products.
 
     Args:
-        damping: see ``Curvature``.
-        corrected: eigenvalues measured in the basis (EK-FAC). False: those of the factors (K-FAC).
-        labels: ``"sampled"``: the Fisher, with one label an example drawn from the model; ``"exact"``: its
-            expectation over labels, at one pass a class; both equal the GGN for cross-entropy, binary cross-entropy
-            and squared error, and need a linear head. ``"empirical"``: the empirical Fisher, with the data's labels.
-            None: exact up to 10 classes, sampled beyond, empirical where the head allows neither; the notes say which.
-        seed: of the sampled labels.
-        tolerance: where a layer sees one position an example, its table of eigenvalues is cut to a few products:
-            as few as leave the scores within this of their own size, in the mean square over sampled pairs. The
-            error found is in the notes. 0: exactly.
+        damping: See ``Curvature``.
+        corrected: True to measure the eigenvalues in the basis (EK-FAC), False for the products of the factors' own
+            eigenvalues (K-FAC).
+        labels: ``"sampled"``: the Fisher with one label per example, sampled from the model. ``"exact"``: the
+            expectation over labels, at one pass per class. Both estimate the Gauss-Newton matrix for cross-entropy,
+            binary cross-entropy and squared error, and need a model that ends in a linear layer. ``"empirical"``: the
+            empirical Fisher, with the labels of the data. None: exact up to 10 classes, sampled beyond, empirical if
+            the model allows neither; the notes of the scores name the choice.
+        seed: Of the sampled labels.
+        tolerance: The inverse eigenvalues of a layer with one position per example (no sequence or image dimensions)
+            are approximated at the lowest rank that keeps the relative error of the scores within this, in root mean
+            square over sampled pairs. The notes give the error. 0 to use them exactly.
 
     Raises:
-        ValueError: other values; a singular Fisher without damping; a head that ``labels`` cannot draw from.
+        ValueError: An argument is out of range; the Fisher is singular without damping; the model has no linear layer
+            whose outputs ``labels`` can be sampled from.
     """
 
     corrected: bool = True
@@ -85,7 +92,7 @@ class EKFAC(Curvature):
     # ---- once per set of weights ------------------------------------------------------------------------------------
 
     def prepare(self, setting: Setting) -> Prepared:
-        """The factors of every layer."""
+        """The bases and eigenvalues, or the diagonals, of every layer."""
         draws, why = self._draws(setting)
         factors: dict[Names, Factors] = {}
         shapes = {name: tuple(p.shape) for name, p in setting.engine.task.named_parameters().items()}
@@ -104,7 +111,7 @@ class EKFAC(Curvature):
         total = 0.0
         tensors: dict[str, Tensor] = {}
         for names, layer in factors.items():
-            # An expectation over labels takes several gradients an example.
+            # With an expectation over labels there are several gradients per example.
             layer.count = setting.n_train
             kept = layer.tensors()
             tensors |= {f"{'|'.join(names)}/{key}": tensor for key, tensor in kept.items()}
@@ -113,7 +120,7 @@ class EKFAC(Curvature):
         return Prepared(tensors, {"mean_eigenvalue": total / size}, (self._about(factors, draws.labels, why),))
 
     def _draws(self, setting: Setting) -> tuple[FisherSamples, str]:
-        """Gradients with the labels asked for, and why with others."""
+        """Gradients with the labels of the field ``labels``, and why the labels of the data if they are a fallback."""
         if self.labels is not None:
             return FisherSamples(setting, self.labels, self.seed), ""
         try:
@@ -121,7 +128,7 @@ class EKFAC(Curvature):
             draws.labels = "exact" if draws.classes <= _FEW_CLASSES else "sampled"
             return draws, ""
         except ValueError:
-            why = ", since the model has no linear head to draw labels from"
+            why = ", since the model has no linear head to sample labels from"
             return FisherSamples(setting, "empirical", self.seed), why
 
     def _about(self, factors: Mapping[Names, Factors], labels: str, why: str) -> str:
@@ -130,14 +137,14 @@ class EKFAC(Curvature):
         text = f"{name} of the {which}{why}: {sum(f.sides is not None for f in factors.values())} layers factored"
         rest = [name for names, f in factors.items() if f.sides is None for name in names]
         shown = ", ".join(rest[:5]) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
-        return f"{text}; by their diagonal: {shown}" if rest else text
+        return f"{text}; with a diagonal Fisher: {shown}" if rest else text
 
     def mean_eigenvalue(self, prepared: Prepared, setting: Setting) -> float:
-        """Trace of the Fisher over the number of parameters."""
+        """The trace of the Fisher over the number of parameters."""
         return prepared.figures["mean_eigenvalue"]
 
     def seconds(self, setting: Setting, vectors: int) -> float:
-        """Two passes over the gradients for each label that is drawn, and the decomposition of every factor."""
+        """Two passes over the gradients for each label, and the eigendecomposition of every factor."""
         draws, _ = self._draws(setting)
         some = next(iter(setting.examples.blocks(0, min(setting.n_train, setting.examples.block_size))))
         passes = 2 * (draws.classes if draws.labels == "exact" else 1)
@@ -150,11 +157,11 @@ class EKFAC(Curvature):
     # ---- for every block of queries ---------------------------------------------------------------------------------
 
     def at_once(self, setting: Setting) -> int | None:
-        """As many as fit when they are written out."""
+        """As many queries as fit in half a GiB with dense gradients."""
         return at_once(setting)
 
     def solve(self, prepared: Prepared, queries: QueryGradients, setting: Setting, diagonal: Tensor) -> QueryGradients:
-        """Directions of the queries, as factors where they are factors."""
+        """The inverse Fisher times each query's gradient, kept in factors where the gradients are."""
         layers = _Layers(prepared, setting, diagonal)
         if not isinstance(queries, EachQuery):
             vectors = queries.dense()
@@ -179,11 +186,14 @@ class EKFAC(Curvature):
     def descend(
         self, prepared: Prepared, vectors: Mapping[str, Tensor], setting: Setting, descent: Descent
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """In the eigenbasis of every layer, where a preconditioner stands as its diagonal; exactly on diagonals."""
+        """F v and S^T v in each layer's eigenbasis, with the diagonal of the preconditioner there.
+
+        For layers with a diagonal Fisher, and for a preconditioner that is constant within a layer, this is exact.
+        """
         if any(float(pace.min()) < float(pace.max()) for pace in descent.pace.values() if pace.numel()):
             setting.note(
-                "The optimizer's preconditioner does not share the layers' Kronecker eigenbases: it stands as its "
-                "diagonal there, an approximation (`ExactGGN()` has none)"
+                "The optimizer's preconditioner is not diagonal in the layers' Kronecker eigenbases: only its diagonal "
+                "there is used, an approximation that `ExactGGN()` does not make"
             )
         moved: dict[str, Tensor] = {}
         kept: dict[str, Tensor] = {}
@@ -201,14 +211,14 @@ class EKFAC(Curvature):
         setting.diagnostic("score_error", error)
         if error:
             setting.note(
-                f"Eigenvalue tables are cut to a few products: the scores are off by {error:.2g} of their own size in "
-                f"the mean square over sampled pairs (`tolerance={self.tolerance:g}`; 0 is exact)"
+                f"The inverse eigenvalues are approximated at low rank: the scores have a relative error of "
+                f"{error:.2g}, in root mean square over sampled pairs (`tolerance={self.tolerance:g}`; 0 is exact)"
             )
         return found
 
 
 class _Layers:
-    """What was prepared, with a diagonal added: one inverse a layer."""
+    """The inverses of all layers, from what was prepared and a diagonal."""
 
     def __init__(self, prepared: Prepared, setting: Setting, diagonal: Tensor) -> None:
         self.shapes = {name: tuple(p.shape) for name, p in setting.engine.task.named_parameters().items()}
@@ -236,7 +246,7 @@ class _Layers:
         return found
 
     def written(self, names: Names, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Directions of vectors given by name, by name."""
+        """The inverse of one layer times dense vectors, [vector, *shape] by name."""
         present = [vectors[name] for name in names if name in vectors]
         if not present:
             return {}
@@ -247,11 +257,11 @@ class _Layers:
         return {n: r * t for n, r, t in zip(names, rows, self.tables[names], strict=True)}
 
     def all_written(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same for all layers."""
+        """The inverses of all layers times dense vectors, [vector, *shape] by name."""
         return {name: rows for names in self for name, rows in self.written(names, vectors).items()}
 
     def joined(self, names: Names, parts: list[Part | None], sizes: list[int]) -> Part | None:
-        """The directions of all blocks of queries as one part."""
+        """The inverse of one layer times the gradients of all blocks of queries, as one part."""
         inverse = self.inverses[names]
         present = [part for part in parts if part is not None]
         if not present:
@@ -267,14 +277,14 @@ class _Layers:
         return Directions(tuple(torch.cat(of_one) for of_one in zip(*rows, strict=True)))
 
     def weighed(self, names: Names, part: Part) -> Part:
-        """A part times the inverse of a diagonal."""
+        """The inverse of a layer with a diagonal Fisher times a block's gradients."""
         if isinstance(part, Lookup):
             return part.multiplied(self.tables[names])
         return Directions(tuple(r * t for r, t in zip(part.dense(), self.tables[names], strict=True)))
 
 
 def _by_layer(prepared: Prepared) -> dict[Names, dict[str, Tensor]]:
-    """The tensors of each layer by their own names."""
+    """The prepared tensors grouped by layer."""
     kept: dict[Names, dict[str, Tensor]] = {}
     for key, tensor in prepared.tensors.items():
         joined, _, what = key.rpartition("/")
@@ -302,7 +312,7 @@ def _inverted(eigenvalues: Tensor, added: float, names: Names) -> Tensor:
 def _refuse_singular(names: Names, added: float) -> None:
     raise ValueError(
         f"Expected `damping` to be positive where the Fisher of {', '.join(f'`{n}`' for n in names)} is singular, got "
-        f"{added:g} with the weight decay. Pass a positive `damping`, or None for the default."
+        f"{added:g} including the weight decay. Pass a positive `damping`, or None for the default."
     )
 
 
@@ -312,7 +322,7 @@ def _weights(prepared: Prepared, names: Names) -> tuple[Tensor, Tensor]:
 
 
 def _sample(setting: Setting) -> Gradients:
-    """Gradients of training examples spread over the dataset."""
+    """Gradients of a few training examples, evenly spread over the dataset."""
     count = min(_SAMPLED, setting.n_train)
     # Rounded down, unlike `evenly_spread`: other ids change `score_error` (0.0082 to 0.0080 on one MLP).
     ids = sorted({i * (setting.n_train - 1) // max(1, count - 1) for i in range(count)})
@@ -326,7 +336,7 @@ def _each(
     shapes: Mapping[str, tuple[int, ...]],
     work: Any,
 ) -> None:
-    """One pass's work on each layer that a block of gradients has a part for."""
+    """Call ``work`` on each layer and its part of a block of gradients, if it has one."""
     for names, layer in factors.items():
         part = part_named(gradients, names, shapes)
         if part is not None:

@@ -1,4 +1,4 @@
-"""The dense curvature of a small model: every entry, factored once."""
+"""The dense curvature of a small model, factorised once."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ from lightning_influence.numerics.dense import Factorisation, SingularError, fac
 from lightning_influence.setting.setting import Setting
 from lightning_influence.timing import timed
 
-# Columns of the matrix that are made at once.
+# Columns of the matrix that are computed at once.
 _COLUMNS = 256
-# Rows of the matrix whose factor is timed for an estimate.
+# Rows of the matrix whose factorisation is timed for an estimate.
 _TIMED_FACTOR = 512
 
 
 @dataclass
 class _LastFactor:
-    """The factorisation made last, and of what."""
+    """The latest factorisation, and the prepared curvature it belongs to."""
 
     prepared: Prepared | None = None
     factored: Factorisation | None = None
@@ -33,16 +33,17 @@ class _LastFactor:
 
 @dataclass(frozen=True)
 class Exact(Curvature):
-    """A [parameters, parameters] matrix in float64, column by column through products with unit vectors.
+    """A dense curvature, [parameters, parameters] in float64, computed column by column and inverted exactly.
 
-    Cost: as many products over the training set as there are parameters, once; then p^3 / 3 for the factorisation.
+    Cost: one product with the curvature per parameter (about three passes over the training data each) and one
+    factorisation, once. Memory grows with the square of the number of parameters, time with its cube.
 
     Args:
-        damping: see ``Curvature``.
-        max_parameters: more are refused: memory grows with their square, time with their cube.
+        damping: See ``Curvature``.
+        max_parameters: A model with more parameters is refused.
 
     Raises:
-        ValueError: too many parameters; a matrix that is singular with this damping.
+        ValueError: The model has too many parameters, or the matrix is singular with this damping.
     """
 
     max_parameters: int = 10_000
@@ -52,15 +53,15 @@ class Exact(Curvature):
     unprepared: ClassVar[frozenset[str]] = frozenset({"damping", "max_parameters"})
 
     def prepare(self, setting: Setting) -> Prepared:
-        """``matrix`` [parameter, parameter], symmetric."""
+        """The tensor ``matrix`` [parameter, parameter], symmetric."""
         products = Products(setting.engine, setting.examples)
         size = len(products.flat)
         if size > self.max_parameters:
             gib = 8 * size**2 / 2**30
             raise ValueError(
                 f"Expected at most {self.max_parameters:,} parameters for `{type(self).__name__}`, got {size:,}: the "
-                f"matrix alone takes {gib:,.1f} GiB. Use `ConjugateGradient()` or `EKFAC()`, name fewer `parameters=`, "
-                "or raise `max_parameters=`."
+                f"matrix alone takes {gib:,.1f} GiB. Use `ConjugateGradient()` or `EKFAC()`, score fewer parameters "
+                "(`parameters=`), or raise `max_parameters=`."
             )
         made = torch.empty(size, size, dtype=torch.float64, device=products.like.device)
         for start in range(0, size, _COLUMNS):
@@ -71,11 +72,11 @@ class Exact(Curvature):
         return Prepared({"matrix": made}, {"mean_eigenvalue": float(made.diagonal().mean()) if size else 0.0})
 
     def mean_eigenvalue(self, prepared: Prepared, setting: Setting) -> float:
-        """Of the mean loss's curvature."""
+        """The mean of the matrix's diagonal."""
         return prepared.figures["mean_eigenvalue"]
 
     def solve(self, prepared: Prepared, queries: QueryGradients, setting: Setting, diagonal: Tensor) -> QueryGradients:
-        """One triangular solve for all queries."""
+        """Solve with the factorisation, for all queries at once."""
         products = Products(setting.engine, setting.examples)
         factor = self.factor(prepared, setting, diagonal)
         vectors = products.flat.join(queries.dense(), len(queries), products.like)
@@ -85,7 +86,7 @@ class Exact(Curvature):
     def descend(
         self, prepared: Prepared, vectors: Mapping[str, Tensor], setting: Setting, descent: Descent
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """By one eigendecomposition of the preconditioned matrix, which is symmetric."""
+        """F v and S^T v by an eigendecomposition of M, without approximation."""
         products = Products(setting.engine, setting.examples)
         flat, matrix = products.flat, prepared.tensors["matrix"]
         pace, added, shrunk = (
@@ -96,17 +97,17 @@ class Exact(Curvature):
         values, basis = torch.linalg.eigh(root[:, None] * bent * root + shrunk.diag_embed())
         rows = flat.join(vectors, len(next(iter(vectors.values()))), products.like).double()
         slowed = ((rows * root) @ basis * share_moved(values)) @ basis.T
-        # What is kept is I - (C + A + D / P) F: no division by a pace of 0, where nothing is shrunk either.
+        # S^T = I - (C + A + D / P) F, without dividing by a P of 0, where D is 0 too.
         faded = torch.where(root > 0, shrunk / root, torch.zeros_like(root))
         kept = rows - (slowed * root) @ bent - slowed * faded
         moved, left = (flat.split(made.to(products.like)) for made in (slowed * root, kept))
         return moved, left
 
     def factor(self, prepared: Prepared, setting: Setting, diagonal: Tensor) -> Factorisation:
-        """The factorisation of the matrix with its diagonal, made once.
+        """The factorisation of the matrix plus its diagonal, computed once.
 
         Raises:
-            ValueError: it is singular.
+            ValueError: The sum is singular.
         """
         kept = setting.state((self, tuple(diagonal.tolist())), _LastFactor)
         if kept.factored is None or kept.prepared is not prepared:  # of one checkpoint at a time
@@ -121,25 +122,25 @@ class Exact(Curvature):
             found = factorise(matrix + added.diag_embed(), torch.finfo(products.like.dtype).eps)
         except SingularError as error:
             raise ValueError(
-                f"Expected a curvature that can be inverted, got a {self.kind} that is singular with a diagonal of "
+                f"Expected an invertible curvature, got a {self.kind} that is singular with weight decay + damping = "
                 f"{float(diagonal.min()):.3g} ({error}). Pass a larger `damping=`, such as "
                 f"`{type(self).__name__}(damping={max(0.1 * prepared.figures['mean_eigenvalue'], 1e-12):.1g})`."
             ) from error
         if not found.positive:
             setting.note(
-                f"The {self.kind} is not positive definite with a damping of this size: the weights are no minimum. "
-                "`ExactGGN()` is positive, a larger `damping=` helps too"
+                f"The {self.kind} is not positive definite with this damping: the weights are not at a minimum of the "
+                "loss. Use `ExactGGN()`, which has no negative eigenvalues for the usual losses, or a larger `damping=`"
             )
         return found
 
     def at_once(self, setting: Setting) -> int | None:
-        """Within half a GiB."""
+        """As many queries as fit in half a GiB."""
         return at_once(setting, copies=3)
 
     def seconds(self, setting: Setting, vectors: int) -> float:
-        """A product for every parameter, and a Cholesky factor."""
+        """One product per parameter, and a Cholesky factorisation."""
         size = len(Products(setting.engine, setting.examples).flat)
-        if size > self.max_parameters:  # refused as soon as it is asked
+        if size > self.max_parameters:  # `prepare` raises at once
             return 0.0
         some = torch.eye(_TIMED_FACTOR, dtype=torch.float64)
         factor = timed(lambda: torch.linalg.cholesky(some)) * (size / len(some)) ** 3

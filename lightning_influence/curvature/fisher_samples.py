@@ -1,4 +1,4 @@
-"""Gradients for a Fisher: of the data's own labels, or of labels that the model would give."""
+"""Per-sample gradients for a Fisher matrix: with the labels of the data, or with labels sampled from the model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,18 +13,21 @@ from lightning_influence.gradients.final_layer import Head, find_head
 from lightning_influence.numerics.heads import Link
 from lightning_influence.setting.setting import Setting
 
-# Gradients of one pass over the training data that are kept for the next instead of being taken again.
+# Gradients of a pass over the training data that take at most this many bytes are kept for the next pass.
 _KEPT_BYTES = 2**28
 
 
 @dataclass
 class FisherSamples:
-    """Per-sample gradients whose second moment is a Fisher, block after block; goes through them as often as asked.
+    """An iterable over blocks of gradients whose outer products, summed and divided by n, are a Fisher matrix.
 
     Args:
-        setting: the question's.
-        labels: ``"empirical"``, ``"sampled"`` or ``"exact"``.
-        seed: of the sampled labels.
+        setting: Holds the engine and the training examples.
+        labels: ``"empirical"``, ``"sampled"`` or ``"exact"``; see ``EKFAC``.
+        seed: Of the sampled labels.
+
+    Raises:
+        ValueError: The model has no linear layer whose outputs labels can be sampled from.
     """
 
     setting: Setting
@@ -41,7 +44,7 @@ class FisherSamples:
 
     @property
     def classes(self) -> int:
-        """Outputs of the head that labels are drawn from."""
+        """The number of outputs that labels are sampled from; 0 with the labels of the data."""
         return 0 if self._pretended is None else self._pretended.classes
 
     def __iter__(self) -> Iterator[Gradients]:
@@ -70,15 +73,16 @@ class FisherSamples:
 
 
 class SampledLabelLoss:
-    """A loss whose gradients are those of labels that the model gives: per-sample, linear in the pre-activations.
+    """A per-sample loss, linear in the logits, with the gradients that labels sampled from the model would give.
 
-    The square root of the loss's scale stands in it, so that the second moment of its gradients is the GGN.
+    It is scaled by the square root of the loss's own scale, so that the second moment of its gradients is the
+    Gauss-Newton matrix.
 
     Args:
-        head: the layer whose outputs the loss is taken of.
-        link: that loss.
-        seed: of the labels.
-        n_train: training examples: every one has random numbers of its own, whatever the blocks.
+        head: The layer whose outputs are the logits.
+        link: The loss on them.
+        seed: Of the labels.
+        n_train: The number of training examples, each of which has random numbers of its own whatever its block.
     """
 
     def __init__(self, head: Head, link: Link, seed: int, n_train: int) -> None:
@@ -91,11 +95,11 @@ class SampledLabelLoss:
         self._draw: int | None = None
 
     def draws(self, labels: str) -> list[int | None]:
-        """None for a sample; each class once for the expectation."""
+        """The labels to take: each class in turn for the expectation, None for one sampled label per example."""
         return [None] if labels == "sampled" else list(range(self.classes))
 
     def follow(self, block: Block, draw: int | None) -> Block:
-        """The same block, having told which examples come."""
+        """The same block, after setting which examples and which label the loss will be called for."""
         self._ids, self._draw = block.ids, draw
 
         def one(example: int) -> Any:
@@ -105,7 +109,7 @@ class SampledLabelLoss:
         return replace(block, one=one)
 
     def __call__(self, module: nn.Module, batch: Any) -> Tensor:
-        """[batch]."""
+        """The losses, [batch]."""
         seen: list[Tensor] = []
         handle = self.head.layer.register_forward_hook(lambda layer, args, output: seen.append(output))
         try:
@@ -118,7 +122,7 @@ class SampledLabelLoss:
         return (gradient * z).sum(1)
 
     def _gradient(self, z: Tensor) -> Tensor:
-        """[example, class]: of the loss by z, for labels drawn where the model stands."""
+        """[example, class]: the gradient with respect to the logits z, for labels sampled from the model."""
         mean, rows, scale = self.link.mean(z), slice(self._ids.start, self._ids.stop), self.link.scale**0.5
         if self._draw is not None:
             return scale * self._expected(mean, self._draw)
@@ -131,7 +135,7 @@ class SampledLabelLoss:
         return scale * (mean - nn.functional.one_hot(label, self.classes).double())
 
     def _expected(self, mean: Tensor, k: int) -> Tensor:
-        """Gradients whose outer products, summed over k, are the expectation over labels."""
+        """Gradients whose outer products, summed over the classes k, equal the expectation over labels."""
         own = nn.functional.one_hot(torch.tensor([k]), self.classes).double()
         if self.link.kind == "identity":
             return own.expand_as(mean)

@@ -1,4 +1,4 @@
-"""Preconditioned gradient descent layer by layer, in Kronecker eigenbases or on diagonals."""
+"""Preconditioned gradient descent per layer, in its Kronecker eigenbasis or with its diagonal Fisher."""
 
 from collections.abc import Mapping
 
@@ -16,8 +16,8 @@ def descend_layer(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """F v and S^T v (see ``Descent``) of one layer, for vectors [vector, *shape] by name.
 
-    In an eigenbasis the preconditioner and whatever is added stand as their diagonals there: exactly where they are
-    the same for all weights of the layer, else without what couples one direction with another.
+    In an eigenbasis, P, A and D are replaced by their diagonals there. That is exact if they are constant within the
+    layer; otherwise it neglects their coupling between eigenvectors.
     """
     present = [vectors[name] for name in names if name in vectors]
     if not present:
@@ -49,7 +49,7 @@ def _turned(
     found = []
     for within, without in zip(inside, beside, strict=True):
         made = rotated(turned * within.to(turned), left.T, right.T)
-        if not complete:  # directions of no training gradient: nothing bends the loss there
+        if not complete:  # no training gradient has a component in the other directions: their curvature is 0
             rest = (matrices - rotated(turned, left.T, right.T)) * without.to(turned)
             made = made + rest - rotated(rotated(rest, left, right), left.T, right.T)
         found.append(written_of(made, [row.shape[1:] for row in rows], transposed))
@@ -57,6 +57,6 @@ def _turned(
 
 
 def _pair(eigenvalues: Tensor, pace: Tensor, added: Tensor, shrunk: Tensor) -> Pair:
-    """What gradients and what changes are multiplied with, coordinate by coordinate."""
+    """The diagonals of F and of S^T."""
     exponents = pace * (eigenvalues + added) + shrunk
     return pace * share_moved(exponents), torch.exp(-exponents)

@@ -1,4 +1,4 @@
-"""Directions of queries in a layer's Kronecker eigenbasis, as factors: never written out where one position is seen."""
+"""An inverse Kronecker-factored Fisher times gradients of one outer product each, without building them densely."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,15 +14,15 @@ from lightning_influence.numerics.projections import Sketch
 
 @dataclass(frozen=True, eq=False)
 class Inverse:
-    """One layer's inverse.
+    """The inverse of one layer's Fisher plus a diagonal, in its Kronecker eigenbasis.
 
     Args:
-        basis_out: [out, k].
-        basis_in: [in, l].
-        table: one over (eigenvalue + diagonal), [k, l].
-        beside: one over the diagonal, for directions that no training gradient has a part in.
-        transposed: whether the weight is stored [in, out].
-        shapes: of the weight, or of the weight and its bias.
+        basis_out: Eigenvectors of the output side, [out, k].
+        basis_in: Eigenvectors of the input side, [in, l].
+        table: 1 / (eigenvalue + diagonal), [k, l].
+        beside: 1 / diagonal, for the directions outside the bases, in which no training gradient has a component.
+        transposed: Whether the weight is stored as [in, out].
+        shapes: The shape of the weight, or those of the weight and its bias.
     """
 
     basis_out: Tensor
@@ -34,11 +34,11 @@ class Inverse:
 
     @property
     def complete(self) -> bool:
-        """Whether the bases span everything."""
+        """Whether the bases span the whole space."""
         return all(b.shape[0] == b.shape[1] for b in (self.basis_out, self.basis_in))
 
     def solve(self, written: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Gradients written out, times the inverse."""
+        """The inverse times dense gradients, [example, *shape] for each parameter."""
         matrices = matrix_of(written, self.transposed)
         table = self.table if self.complete else self.table - self.beside
         inside = rotated(matrices, self.basis_out, self.basis_in) * table
@@ -50,14 +50,14 @@ class Inverse:
 
 @dataclass(frozen=True, eq=False)
 class KroneckerPart(Part):
-    """Directions of gradients that are one outer product each.
+    """An inverse times gradients that are one outer product each, kept in factors.
 
     Args:
-        inverse: the layer's.
-        raw: the gradients.
-        inputs: theirs in the basis, [query, l].
-        outputs: theirs in the basis, [query, k].
-        terms: the inverse's table as outer products ([r, k], [r, l]); None: exactly.
+        inverse: The layer's inverse.
+        raw: The gradients.
+        inputs: Their inputs in the basis, [query, l].
+        outputs: Their output gradients in the basis, [query, k].
+        terms: Low-rank factors [r, k] and [r, l] of the inverse's table; None to use the table itself.
     """
 
     inverse: Inverse
@@ -68,7 +68,7 @@ class KroneckerPart(Part):
 
     @classmethod
     def of(cls, inverse: Inverse, raw: OuterProducts) -> "KroneckerPart":
-        """Turns gradients into the basis."""
+        """Express gradients in the basis of an inverse."""
         return cls(inverse, raw, *_turned(inverse, raw))
 
     def __len__(self) -> int:
@@ -106,7 +106,7 @@ class KroneckerPart(Part):
             out.addcmul_((self.outputs * left) @ outputs.T, (self.inputs * right) @ inputs.T)
 
     def with_own(self, other: Part) -> Tensor:
-        """[query]: of as many gradients as there are directions, each with that of its number; always exactly."""
+        """[query]: the inner product of each direction with the gradient of the same index, never at low rank."""
         if not isinstance(other, OuterProducts) or other.outputs.shape[1] != 1:
             return with_own(self, other)
         inputs, outputs = _turned(self.inverse, other)
@@ -133,11 +133,11 @@ class KroneckerPart(Part):
         return self.raw.query_bytes(n_queries) + (self.inputs[0].numel() + self.outputs[0].numel()) * 8
 
     def joined(self, other: Part) -> Part | None:
-        """Directions are not of two uses."""
+        """None: directions are not merged."""
         return None
 
     def each(self) -> tuple[Part, ...]:
-        """Written out, a part for every parameter."""
+        """Dense, with one part per parameter."""
         return tuple(Directions((rows,)) for rows in self.dense())
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -145,7 +145,7 @@ class KroneckerPart(Part):
         return self.inverse.shapes
 
     def projected(self, sketches: Sequence[Sketch]) -> tuple[Part, ...]:
-        """Written out, under a sketch for each parameter."""
+        """Dense, with each parameter's sketch applied."""
         return Directions(self.dense()).projected(sketches)
 
     def finite(self) -> Tensor:
@@ -154,7 +154,7 @@ class KroneckerPart(Part):
 
 
 def with_own(directions: Part, gradients: Part) -> Tensor:
-    """[example]: inner products of directions with the gradients of the same number, some written out at a time."""
+    """[example]: the inner product of each direction with the gradient of the same index, built densely in slices."""
     found = directions.like.new_zeros(len(directions))
     for start in range(0, len(directions), 64):
         rows = slice(start, start + 64)
@@ -164,6 +164,6 @@ def with_own(directions: Part, gradients: Part) -> Tensor:
 
 
 def _turned(inverse: Inverse, part: OuterProducts) -> tuple[Tensor, Tensor]:
-    """Inputs and output gradients of one position in the bases, [example, l] and [example, k]."""
+    """Inputs and output gradients of a single position in the bases, [example, l] and [example, k]."""
     inputs = inputs_in(part.inputs[:, 0], part.bias, inverse.basis_in)
     return inputs, unscaled(part)[:, 0] @ inverse.basis_out

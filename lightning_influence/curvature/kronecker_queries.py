@@ -1,4 +1,4 @@
-"""Queries behind a Kronecker-factored inverse, and how few products their scores need."""
+"""Queries multiplied by a Kronecker-factored inverse, and the rank that their scores need."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,19 +15,19 @@ from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.queries import EachQuery, QueryGradients
 from lightning_influence.numerics.kronecker import weighted_truncation
 
-# A table of fewer entries is never cut.
+# A table with fewer entries is always used exactly.
 _SMALL = 2**10
-# Queries on which the error of the scores is measured.
+# The most queries on which the error of a low rank is measured.
 _MEASURED = 32
 
 
 class KroneckerQueries(QueryGradients):
-    """Directions of queries: those of Kronecker-factored layers for all queries at once, others block by block.
+    """An inverse times the gradients of queries: all queries in one part per factored layer, others in blocks.
 
     Args:
-        joint: of factored layers.
-        others: of the rest, by block of queries.
-        shorten: makes tables of the factored layers cheaper before the first products with many gradients.
+        joint: The parts of the factored layers.
+        others: The parts of all other layers, one element per block of queries.
+        shorten: Replaces parts of factored layers by low-rank ones, at the first ``dot``; None to keep them exact.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class KroneckerQueries(QueryGradients):
         return any(block.parts for block in self.others.blocks)
 
     def normalized(self, how: str) -> QueryGradients:
-        """Written out, at length one."""
+        """Dense, normalised to length one."""
         written = Gradients({(n,): DenseRows((r,)) for n, r in self.dense().items()}, self._groups(), len(self.joint))
         return EachQuery([written.normalized(how)])
 
     def project(self, sketch_of: SketchOf) -> QueryGradients:
-        """Written out, under the sketches."""
+        """Dense, with the sketches applied."""
         written = Gradients({(n,): DenseRows((r,)) for n, r in self.dense().items()}, self._groups(), len(self.joint))
         return EachQuery([written]).project(sketch_of)
 
@@ -85,7 +85,7 @@ class KroneckerQueries(QueryGradients):
         return product + self.others.times(vector) if self._has_others else product
 
     def diagonal(self, block: Gradients) -> Tensor:
-        """[example]: exactly, whatever ``tolerance``."""
+        """[example]: the inner product of each query with the example of the same index, never at low rank."""
         total = self.joint._zeros(len(block))
         start = 0
         for others in self.others.blocks:
@@ -107,16 +107,17 @@ def shortened(
     sample: Gradients,
     tolerance: float,
 ) -> tuple[dict[Names, KroneckerPart], float]:
-    """The parts with tables of as few outer products as keep the scores within the tolerance, and the error.
+    """Lower the ranks of the inverse eigenvalues as far as the error of the scores allows.
 
     Args:
-        parts: exact ones.
-        weights: by part, what the two sides of its table weigh.
-        sample: gradients of some training examples.
-        tolerance: of the scores of some queries with the sample, relative to each query's own in the mean square.
+        parts: Exact parts.
+        weights: For each part, weights of the rows and columns of its table.
+        sample: Gradients of some training examples.
+        tolerance: The largest relative error of the scores of some queries with the sample, in root mean square over
+            queries.
 
     Returns:
-        Parts that stay exact where that is no more work, and the error measured on the sampled pairs.
+        The parts (exact where a low rank would not be cheaper), and the error on the sampled pairs.
     """
     queries = len(next(iter(parts.values())))
     picked = torch.arange(0, queries, max(1, -(-queries // _MEASURED)))
@@ -131,7 +132,7 @@ def shortened(
         error = size(torch.stack([table.missed for table in tables.values()]).sum(0))
         if error <= tolerance:
             break
-        # The product that takes most off the error for its work.
+        # Raise the rank where the error is largest for the cost.
         best = max(tables.values(), key=lambda table: size(table.missed) ** 2 / sum(table.part.inverse.table.shape))
         best.lengthen()
     found = {names: replace(part, terms=tables[names].terms) for names, part in parts.items()}
@@ -139,9 +140,9 @@ def shortened(
 
 
 class _Table:
-    """One layer's table, and what its truncation misses of some scores.
+    """The inverse eigenvalues of one layer at a low rank, and the error of some scores with it.
 
-    It begins with one product; where more would be as much work as the table itself it is exact.
+    The rank starts at two; a rank whose products would cost as much as the full table is replaced by the table.
     """
 
     def __init__(self, part: KroneckerPart, weights: tuple[Tensor, Tensor], sample: Gradients, names: Names) -> None:
@@ -159,7 +160,7 @@ class _Table:
             self.lengthen()
 
     def lengthen(self) -> None:
-        """Two more products, or the table."""
+        """Raise the rank by two, or switch to the full table."""
         rank = 0 if self.terms is None else len(self.terms[0])
         if self._truncated is None or rank + 2 > self.most:
             self.terms, self.missed = None, torch.zeros_like(self.exact)
