@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_influence.checks import check_integer, one_of
-from lightning_influence.curvature.curvature import Prepared
+from lightning_influence.curvature.curvature import PreparedCurvature
 from lightning_influence.curvature.damping import of_group
-from lightning_influence.curvature.iterative import Iterative, smallest_added
+from lightning_influence.curvature.iterative import Iterative, smallest_entry
 from lightning_influence.gradients.products import Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.numerics.solvers import lanczos
@@ -55,21 +55,21 @@ class Arnoldi(Iterative):
         one_of("complement", self.complement, ("damped", "drop"))
         check_integer("rank", self.rank, optional=True)
 
-    def prepare(self, setting: Setting) -> Prepared:
+    def prepare(self, setting: Setting) -> PreparedCurvature:
         """Tensors ``values`` [k] and ``vectors`` [k, parameter]."""
-        products = Products(setting.engine, setting.examples)
-        like = products.like.detach().new_zeros(len(products.flat))
-        values, vectors = lanczos(self._bare(products), like, self.steps, self.seed)
-        return Prepared({"values": values, "vectors": vectors}, super().prepare(setting).figures)
+        values, vectors = lanczos(*self._undamped(setting), self.steps, self.seed)
+        return PreparedCurvature({"values": values, "vectors": vectors}, super().prepare(setting).diagnostics)
 
     def multiplied(self, vectors: int) -> int:
         """The steps of the Krylov space: solving takes no further products."""
         return self.steps
 
-    def solve(self, prepared: Prepared, queries: QueryGradients, setting: Setting, diagonal: Tensor) -> QueryGradients:
+    def solve(
+        self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor
+    ) -> QueryGradients:
         """Divide by eigenvalue plus diagonal within the span of the eigenvectors, and by the diagonal outside."""
         products = Products(setting.engine, setting.examples)
-        values, vectors = self._kept(prepared)
+        values, vectors = self._leading(prepared)
         right = products.flat.join(queries.dense(), len(queries), products.like).double()
         added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(right)
         setting.diagnostic("eigenvectors", len(values))
@@ -77,13 +77,13 @@ class Arnoldi(Iterative):
         if self.complement == "drop" or full:
             solved = self._on_the_span(values, vectors, right, added)
         else:
-            smallest_added(diagonal, self.name, "Arnoldi")
+            smallest_entry(diagonal, self.name, "Arnoldi")
             solved = _low_rank(values, vectors, right, added)
             share = (right @ vectors.T).square().sum() / right.square().sum().clamp_min(1e-300)
             setting.diagnostic("share_of_gradient_in_eigenvectors", float(share), keep=min)
         return DenseQueries(products.flat.split(solved.to(products.like)), setting.engine.groups)
 
-    def _kept(self, prepared: Prepared) -> tuple[Tensor, Tensor]:
+    def _leading(self, prepared: PreparedCurvature) -> tuple[Tensor, Tensor]:
         values, vectors = prepared.tensors["values"], prepared.tensors["vectors"]
         if self.rank is not None and self.rank < len(values):
             order = values.abs().argsort(descending=True)[: self.rank].sort().values
@@ -92,14 +92,14 @@ class Arnoldi(Iterative):
 
     def _on_the_span(self, values: Tensor, vectors: Tensor, right: Tensor, added: Tensor) -> Tensor:
         small = values.diag_embed() + (vectors * added) @ vectors.T
-        eigenvalues, turned = torch.linalg.eigh((small + small.T) / 2)
+        eigenvalues, rotation = torch.linalg.eigh((small + small.T) / 2)
         if float(eigenvalues.abs().min()) <= 1e-14 * float(eigenvalues.abs().max()):
             raise ValueError(
                 f"Expected an invertible curvature, got a {self.name} that is singular on the span of its leading "
                 f"eigenvectors with weight decay + damping = {float(added.min()):.3g}. Pass a larger `damping=` or a "
                 "smaller `rank=`."
             )
-        axes = turned.T @ vectors
+        axes = rotation.T @ vectors
         return ((right @ axes.T) / eigenvalues) @ axes
 
 
@@ -108,5 +108,5 @@ def _low_rank(values: Tensor, vectors: Tensor, right: Tensor, added: Tensor) -> 
     plain = right / added
     inner = (vectors / added) @ vectors.T
     small = torch.eye(len(values)).to(inner) + values[:, None] * inner
-    felt = torch.linalg.solve(small, values[:, None] * (plain @ vectors.T).T)
-    return plain - (felt.T @ vectors) / added
+    coefficients = torch.linalg.solve(small, values[:, None] * (plain @ vectors.T).T)
+    return plain - (coefficients.T @ vectors) / added

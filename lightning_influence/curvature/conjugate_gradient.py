@@ -7,8 +7,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_influence.checks import check_integer, check_positive
-from lightning_influence.curvature.curvature import Prepared
-from lightning_influence.curvature.iterative import Iterative, tell
+from lightning_influence.curvature.curvature import PreparedCurvature
+from lightning_influence.curvature.iterative import Iterative, warn_and_note
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.numerics.solvers import conjugate_gradient
 from lightning_influence.setting.setting import Setting
@@ -49,7 +49,9 @@ class ConjugateGradient(Iterative):
         check_positive("tolerance", self.tolerance)
         check_integer("max_iterations", self.max_iterations)
 
-    def solve(self, prepared: Prepared, queries: QueryGradients, setting: Setting, diagonal: Tensor) -> QueryGradients:
+    def solve(
+        self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor
+    ) -> QueryGradients:
         """Run conjugate gradients with separate step sizes and a separate end for each query."""
         run = partial(conjugate_gradient, tolerance=self.tolerance, max_iterations=self.max_iterations)
         solution, directions = self._solved(queries, setting, diagonal, run)
@@ -61,7 +63,7 @@ class ConjugateGradient(Iterative):
             )
         worst = float(solution.residuals.max())
         if worst > 10 * self.tolerance:  # rounding errors keep the true residual above the recursive one
-            tell(
+            warn_and_note(
                 setting,
                 f"Conjugate gradients did not converge: residual {worst:.2g} after {solution.iterations} iterations "
                 f"(tolerance {self.tolerance:.2g}). Raise `max_iterations=` or `damping=`, or use float64 weights.",

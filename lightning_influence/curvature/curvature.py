@@ -14,17 +14,17 @@ from lightning_influence.setting.setting import Setting
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedCurvature:
     """What a curvature computes once for a set of weights, and what is stored beside the trajectory.
 
     Args:
         tensors: By name, on the device of the weights.
-        figures: Numbers by name, such as the largest eigenvalue.
+        diagnostics: Numbers by name, such as the largest eigenvalue.
         notes: Sentences that are added to the notes of the scores.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    figures: Mapping[str, float] = field(default_factory=dict)
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -59,17 +59,21 @@ class Curvature(ABC):
     """Fields that ``prepare`` does not depend on: a stored curvature can be reused when they change."""
 
     def __post_init__(self) -> None:
-        check_at_least_0("damping", self.damping, optional=True, hint="Pass None to choose it by the fit's learning rates.")
+        check_at_least_0(
+            "damping", self.damping, optional=True, hint="Pass None to choose it by the fit's learning rates."
+        )
 
     @abstractmethod
-    def prepare(self, setting: Setting) -> Prepared:
+    def prepare(self, setting: Setting) -> PreparedCurvature:
         """Compute all that ``solve`` needs at the module's current weights and that depends on no query or diagonal.
 
         Uses the whole training set, ``setting.examples``, even if only some training examples are being scored.
         """
 
     @abstractmethod
-    def solve(self, prepared: Prepared, queries: QueryGradients, setting: Setting, diagonal: Tensor) -> QueryGradients:
+    def solve(
+        self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor
+    ) -> QueryGradients:
         """(C + diagonal)^-1 q for every query of a block.
 
         Args:
@@ -87,7 +91,7 @@ class Curvature(ABC):
         """
 
     def descend(
-        self, prepared: Prepared, vectors: Mapping[str, Tensor], setting: Setting, descent: Descent
+        self, prepared: PreparedCurvature, vectors: Mapping[str, Tensor], setting: Setting, descent: Descent
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """F v and S^T v of a stretch of gradient descent (see ``Descent``), which SOURCE is made of.
 
@@ -108,7 +112,7 @@ class Curvature(ABC):
         )
 
     @abstractmethod
-    def mean_eigenvalue(self, prepared: Prepared, setting: Setting) -> float:
+    def mean_eigenvalue(self, prepared: PreparedCurvature, setting: Setting) -> float:
         """The trace of C over the number of parameters."""
 
     def at_once(self, setting: Setting) -> int | None:

@@ -21,12 +21,12 @@ class Diagonal:
     Args:
         decay: The L2 weight decay, [group] float64.
         damping: The damping besides it, [group] float64.
-        why: How the damping was chosen, for the notes.
+        reason: How the damping was chosen, for the notes.
     """
 
     decay: Tensor
     damping: Tensor
-    why: str
+    reason: str
 
     @property
     def total(self) -> Tensor:

@@ -20,17 +20,17 @@ class Descent:
     where P and D include the sum of the learning rates.
 
     Args:
-        pace: The diagonal of P by parameter name, [*shape] float64, at least 0: the move per unit of gradient.
-        added: The diagonal of A likewise: what is added to the curvature (weight decay and damping).
-        shrunk: The diagonal of D likewise: how much weights shrink without a gradient (decoupled weight decay).
+        preconditioner: The diagonal of P by parameter name, [*shape] float64, at least 0.
+        added: The diagonal of A likewise: weight decay and damping, which are added to the curvature.
+        decoupled_decay: The diagonal of D likewise: how much weights shrink without a gradient, as under AdamW.
     """
 
-    pace: Mapping[str, Tensor]
+    preconditioner: Mapping[str, Tensor]
     added: Mapping[str, Tensor]
-    shrunk: Mapping[str, Tensor]
+    decoupled_decay: Mapping[str, Tensor]
 
 
-def share_moved(exponents: Tensor) -> Tensor:
+def mean_exponential(exponents: Tensor) -> Tensor:
     """(1 - exp(-x)) / x, the mean of exp(-x t) over t from 0 to 1; 1 at x = 0."""
     steep = exponents.abs() > 1e-12
     safe = torch.where(steep, exponents, torch.ones_like(exponents))

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from lightning_influence.checks import check_at_least_0, one_of
 from lightning_influence.curvature.cost import at_once
-from lightning_influence.curvature.curvature import Curvature, Prepared
+from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
 from lightning_influence.curvature.descent import Descent
-from lightning_influence.curvature.factors import WIDEST, Factors, Names, part_named
+from lightning_influence.curvature.factors import WIDEST, LayerFactors, part_of
 from lightning_influence.curvature.fisher_samples import FisherSamples
 from lightning_influence.curvature.kronecker_descent import descend_layer
-from lightning_influence.curvature.kronecker_part import Inverse, KroneckerPart
-from lightning_influence.curvature.kronecker_queries import KroneckerQueries, shortened
+from lightning_influence.curvature.kronecker_part import KroneckerInverse, KroneckerPart
+from lightning_influence.curvature.kronecker_queries import KroneckerQueries, lower_ranks
 from lightning_influence.data.examples import Block
 from lightning_influence.gradients import Gradients
+from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.directions import Directions
 from lightning_influence.gradients.lookup import Lookup
 from lightning_influence.gradients.outer_products import OuterProducts
@@ -91,23 +92,23 @@ class EKFAC(Curvature):
 
     # ---- once per set of weights ------------------------------------------------------------------------------------
 
-    def prepare(self, setting: Setting) -> Prepared:
+    def prepare(self, setting: Setting) -> PreparedCurvature:
         """The bases and eigenvalues, or the diagonals, of every layer."""
-        draws, why = self._draws(setting)
-        factors: dict[Names, Factors] = {}
+        samples, why = self._fisher_samples(setting)
+        factors: dict[Names, LayerFactors] = {}
         shapes = {name: tuple(p.shape) for name, p in setting.engine.task.named_parameters().items()}
         covered: set[str] = set()
-        for gradients in draws:
+        for gradients in samples:
             for names, part in gradients.parts.items():
                 if not covered & set(names):
-                    factors[names] = Factors(part, self.corrected)
+                    factors[names] = LayerFactors(part, self.corrected)
                     covered |= set(names)
-            _each(factors, gradients, shapes, Factors.add)
+            _for_each_layer(factors, gradients, shapes, LayerFactors.add)
         for layer in factors.values():
             layer.decompose()
         if self.corrected:
-            for gradients in draws:
-                _each(factors, gradients, shapes, Factors.measure)
+            for gradients in samples:
+                _for_each_layer(factors, gradients, shapes, LayerFactors.measure)
         total = 0.0
         tensors: dict[str, Tensor] = {}
         for names, layer in factors.items():
@@ -117,21 +118,23 @@ class EKFAC(Curvature):
             tensors |= {f"{'|'.join(names)}/{key}": tensor for key, tensor in kept.items()}
             total += sum(float(t.sum()) for key, t in kept.items() if key == "eigenvalues" or "diagonal" in key)
         size = sum(shape.numel() for name in setting.engine.plan.names for shape in [torch.Size(shapes[name])])
-        return Prepared(tensors, {"mean_eigenvalue": total / size}, (self._about(factors, draws.labels, why),))
+        return PreparedCurvature(
+            tensors, {"mean_eigenvalue": total / size}, (self._note(factors, samples.labels, why),)
+        )
 
-    def _draws(self, setting: Setting) -> tuple[FisherSamples, str]:
+    def _fisher_samples(self, setting: Setting) -> tuple[FisherSamples, str]:
         """Gradients with the labels of the field ``labels``, and why the labels of the data if they are a fallback."""
         if self.labels is not None:
             return FisherSamples(setting, self.labels, self.seed), ""
         try:
-            draws = FisherSamples(setting, "sampled", self.seed)
-            draws.labels = "exact" if draws.classes <= _FEW_CLASSES else "sampled"
-            return draws, ""
+            samples = FisherSamples(setting, "sampled", self.seed)
+            samples.labels = "exact" if samples.classes <= _FEW_CLASSES else "sampled"
+            return samples, ""
         except ValueError:
             why = ", since the model has no linear head to sample labels from"
             return FisherSamples(setting, "empirical", self.seed), why
 
-    def _about(self, factors: Mapping[Names, Factors], labels: str, why: str) -> str:
+    def _note(self, factors: Mapping[Names, LayerFactors], labels: str, why: str) -> str:
         which = {"empirical": "empirical Fisher", "sampled": "Fisher with sampled labels", "exact": "Fisher"}[labels]
         name = "EK-FAC" if self.corrected else "K-FAC"
         text = f"{name} of the {which}{why}: {sum(f.sides is not None for f in factors.values())} layers factored"
@@ -139,15 +142,15 @@ class EKFAC(Curvature):
         shown = ", ".join(rest[:5]) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
         return f"{text}; with a diagonal Fisher: {shown}" if rest else text
 
-    def mean_eigenvalue(self, prepared: Prepared, setting: Setting) -> float:
+    def mean_eigenvalue(self, prepared: PreparedCurvature, setting: Setting) -> float:
         """The trace of the Fisher over the number of parameters."""
-        return prepared.figures["mean_eigenvalue"]
+        return prepared.diagnostics["mean_eigenvalue"]
 
     def seconds(self, setting: Setting, vectors: int) -> float:
         """Two passes over the gradients for each label, and the eigendecomposition of every factor."""
-        draws, _ = self._draws(setting)
+        samples, _ = self._fisher_samples(setting)
         some = next(iter(setting.examples.blocks(0, min(setting.n_train, setting.examples.block_size))))
-        passes = 2 * (draws.classes if draws.labels == "exact" else 1)
+        passes = 2 * (samples.classes if samples.labels == "exact" else 1)
         shapes = [setting.engine.task.named_parameters()[name].shape for name in setting.engine.plan.layouts]
         sides = [side for shape in shapes if len(shape) > 1 for side in (shape[0], min(shape[1:].numel(), WIDEST))]
         small = torch.eye(_TIMED_SIDE, dtype=torch.float64)
@@ -160,37 +163,39 @@ class EKFAC(Curvature):
         """As many queries as fit in half a GiB with dense gradients."""
         return at_once(setting)
 
-    def solve(self, prepared: Prepared, queries: QueryGradients, setting: Setting, diagonal: Tensor) -> QueryGradients:
+    def solve(
+        self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor
+    ) -> QueryGradients:
         """The inverse Fisher times each query's gradient, kept in factors where the gradients are."""
-        layers = _Layers(prepared, setting, diagonal)
+        layers = _LayerInverses(prepared, setting, diagonal)
         if not isinstance(queries, EachQuery):
             vectors = queries.dense()
-            return DenseQueries(layers.all_written(vectors) or vectors, setting.engine.groups)
+            return DenseQueries(layers.solve_all(vectors) or vectors, setting.engine.groups)
         joint: dict[Names, Part] = {}
         others: list[dict[Names, Part]] = [{} for _ in queries.blocks]
         for names in layers:
-            parts = [part_named(block, names, layers.shapes) for block in queries.blocks]
+            parts = [part_of(block, names, layers.shapes) for block in queries.blocks]
             if names in layers.inverses:
-                made = layers.joined(names, parts, [len(block) for block in queries.blocks])
-                joint |= {} if made is None else {names: made}
+                solved = layers.solve_blocks(names, parts, [len(block) for block in queries.blocks])
+                joint |= {} if solved is None else {names: solved}
             else:
-                for into, part in zip(others, parts, strict=True):
+                for of_block, part in zip(others, parts, strict=True):
                     if part is not None:
-                        into[names] = layers.weighed(names, part)
+                        of_block[names] = layers.solve_diagonal(names, part)
         size = sum(len(block) for block in queries.blocks)
         groups = {names: setting.engine.groups.get(names[0], 0) for names in layers}
         blocks = [Gradients(parts, groups, len(b)) for parts, b in zip(others, queries.blocks, strict=True)]
-        shorten = (lambda parts: self._shortened(prepared, parts, setting)) if self.tolerance else None
-        return KroneckerQueries(Gradients(joint, groups, size), blocks, shorten)
+        at_low_rank = (lambda parts: self._at_low_rank(prepared, parts, setting)) if self.tolerance else None
+        return KroneckerQueries(Gradients(joint, groups, size), blocks, at_low_rank)
 
     def descend(
-        self, prepared: Prepared, vectors: Mapping[str, Tensor], setting: Setting, descent: Descent
+        self, prepared: PreparedCurvature, vectors: Mapping[str, Tensor], setting: Setting, descent: Descent
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """F v and S^T v in each layer's eigenbasis, with the diagonal of the preconditioner there.
 
         For layers with a diagonal Fisher, and for a preconditioner that is constant within a layer, this is exact.
         """
-        if any(float(pace.min()) < float(pace.max()) for pace in descent.pace.values() if pace.numel()):
+        if any(float(p.min()) < float(p.max()) for p in descent.preconditioner.values() if p.numel()):
             setting.note(
                 "The optimizer's preconditioner is not diagonal in the layers' Kronecker eigenbases: only its diagonal "
                 "there is used, an approximation that `ExactGGN()` does not make"
@@ -202,12 +207,14 @@ class EKFAC(Curvature):
             moved, kept = moved | of_layer[0], kept | of_layer[1]
         return moved, kept
 
-    def _shortened(self, prepared: Prepared, joint: Mapping[Names, Part], setting: Setting) -> Mapping[Names, Part]:
+    def _at_low_rank(
+        self, prepared: PreparedCurvature, joint: Mapping[Names, Part], setting: Setting
+    ) -> Mapping[Names, Part]:
         parts = {names: part for names, part in joint.items() if isinstance(part, KroneckerPart)}
         if not parts:
             return {}
         weights = {names: _weights(prepared, names) for names in parts}
-        found, error = shortened(parts, weights, _sample(setting), self.tolerance)
+        found, error = lower_ranks(parts, weights, _sample(setting), self.tolerance)
         setting.diagnostic("score_error", error)
         if error:
             setting.note(
@@ -217,35 +224,35 @@ class EKFAC(Curvature):
         return found
 
 
-class _Layers:
+class _LayerInverses:
     """The inverses of all layers, from what was prepared and a diagonal."""
 
-    def __init__(self, prepared: Prepared, setting: Setting, diagonal: Tensor) -> None:
+    def __init__(self, prepared: PreparedCurvature, setting: Setting, diagonal: Tensor) -> None:
         self.shapes = {name: tuple(p.shape) for name, p in setting.engine.task.named_parameters().items()}
-        self.inverses: dict[Names, Inverse] = {}
-        self.tables: dict[Names, tuple[Tensor, ...]] = {}
+        self.inverses: dict[Names, KroneckerInverse] = {}
+        self.diagonals: dict[Names, tuple[Tensor, ...]] = {}
         for names, tensors in _by_layer(prepared).items():
             added = float(diagonal[setting.engine.groups.get(names[0], 0)])
             if "eigenvalues" in tensors:
                 self.inverses[names] = self._inverse(names, tensors, added)
             else:
                 tables = (tensors[f"diagonal{i}"] for i in range(len(names)))
-                self.tables[names] = tuple(_inverted(table, added, names) for table in tables)
+                self.diagonals[names] = tuple(_inverted(table, added, names) for table in tables)
 
     def __iter__(self) -> Iterator[Names]:
-        return iter((*self.inverses, *self.tables))
+        return iter((*self.inverses, *self.diagonals))
 
-    def _inverse(self, names: Names, tensors: Mapping[str, Tensor], added: float) -> Inverse:
+    def _inverse(self, names: Names, tensors: Mapping[str, Tensor], added: float) -> KroneckerInverse:
         shapes = tuple(self.shapes[name] for name in names)
         bases = tensors["basis_out"], tensors["basis_in"]
         table = _inverted(tensors["eigenvalues"], added, names)
-        beside = 1 / added if added > 0 else torch.inf
-        found = Inverse(*bases, table, beside, bool(tensors["transposed"]), shapes)
+        outside = 1 / added if added > 0 else torch.inf
+        found = KroneckerInverse(*bases, table, outside, bool(tensors["transposed"]), shapes)
         if not added > 0 and not found.complete:
             _refuse_singular(names, added)
         return found
 
-    def written(self, names: Names, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def solve(self, names: Names, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of one layer times dense vectors, [vector, *shape] by name."""
         present = [vectors[name] for name in names if name in vectors]
         if not present:
@@ -254,13 +261,13 @@ class _Layers:
         rows = tuple(vectors[n] if n in vectors else like.new_zeros(len(like), *self.shapes[n]) for n in names)
         if names in self.inverses:
             return dict(zip(names, self.inverses[names].solve(rows), strict=True))
-        return {n: r * t for n, r, t in zip(names, rows, self.tables[names], strict=True)}
+        return {n: r * t for n, r, t in zip(names, rows, self.diagonals[names], strict=True)}
 
-    def all_written(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def solve_all(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverses of all layers times dense vectors, [vector, *shape] by name."""
-        return {name: rows for names in self for name, rows in self.written(names, vectors).items()}
+        return {name: rows for names in self for name, rows in self.solve(names, vectors).items()}
 
-    def joined(self, names: Names, parts: list[Part | None], sizes: list[int]) -> Part | None:
+    def solve_blocks(self, names: Names, parts: list[Part | None], sizes: list[int]) -> Part | None:
         """The inverse of one layer times the gradients of all blocks of queries, as one part."""
         inverse = self.inverses[names]
         present = [part for part in parts if part is not None]
@@ -269,21 +276,21 @@ class _Layers:
         if len(present) == len(parts) and all(
             isinstance(p, OuterProducts) and p.outputs.shape[1] == 1 for p in present
         ):
-            return KroneckerPart.of(inverse, _one_after_another(present))  # type: ignore[arg-type]
+            return KroneckerPart.of(inverse, _concatenated(present))  # type: ignore[arg-type]
         rows = []
         for part, size in zip(parts, sizes, strict=True):
             zeros = [present[0].like.new_zeros(size, *shape) for shape in inverse.shapes]
             rows.append(zeros if part is None else inverse.solve(part.dense()))
         return Directions(tuple(torch.cat(of_one) for of_one in zip(*rows, strict=True)))
 
-    def weighed(self, names: Names, part: Part) -> Part:
+    def solve_diagonal(self, names: Names, part: Part) -> Part:
         """The inverse of a layer with a diagonal Fisher times a block's gradients."""
         if isinstance(part, Lookup):
-            return part.multiplied(self.tables[names])
-        return Directions(tuple(r * t for r, t in zip(part.dense(), self.tables[names], strict=True)))
+            return part.multiplied(self.diagonals[names])
+        return Directions(tuple(r * t for r, t in zip(part.dense(), self.diagonals[names], strict=True)))
 
 
-def _by_layer(prepared: Prepared) -> dict[Names, dict[str, Tensor]]:
+def _by_layer(prepared: PreparedCurvature) -> dict[Names, dict[str, Tensor]]:
     """The prepared tensors grouped by layer."""
     kept: dict[Names, dict[str, Tensor]] = {}
     for key, tensor in prepared.tensors.items():
@@ -292,7 +299,7 @@ def _by_layer(prepared: Prepared) -> dict[Names, dict[str, Tensor]]:
     return kept
 
 
-def _one_after_another(parts: list[OuterProducts]) -> OuterProducts:
+def _concatenated(parts: list[OuterProducts]) -> OuterProducts:
     if len(parts) == 1:
         return parts[0]
     inputs, outputs = (torch.cat([getattr(p, name) for p in parts]) for name in ("inputs", "outputs"))
@@ -316,7 +323,7 @@ def _refuse_singular(names: Names, added: float) -> None:
     )
 
 
-def _weights(prepared: Prepared, names: Names) -> tuple[Tensor, Tensor]:
+def _weights(prepared: PreparedCurvature, names: Names) -> tuple[Tensor, Tensor]:
     key = "|".join(names)
     return prepared.tensors[f"{key}/values_out"], prepared.tensors[f"{key}/values_in"]
 
@@ -330,14 +337,14 @@ def _sample(setting: Setting) -> Gradients:
     return setting.engine.gradients(Block(0, len(ids), examples.some(ids), lambda k: examples.one(ids[k])))
 
 
-def _each(
-    factors: Mapping[Names, Factors],
+def _for_each_layer(
+    factors: Mapping[Names, LayerFactors],
     gradients: Gradients,
     shapes: Mapping[str, tuple[int, ...]],
     work: Any,
 ) -> None:
     """Call ``work`` on each layer and its part of a block of gradients, if it has one."""
     for names, layer in factors.items():
-        part = part_named(gradients, names, shapes)
+        part = part_of(gradients, names, shapes)
         if part is not None:
             work(layer, part)

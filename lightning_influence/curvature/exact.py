@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.cost import at_once, seconds_of_products
-from lightning_influence.curvature.curvature import Curvature, Prepared
+from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
 from lightning_influence.curvature.damping import of_group
-from lightning_influence.curvature.descent import Descent, share_moved
+from lightning_influence.curvature.descent import Descent, mean_exponential
 from lightning_influence.gradients.products import Matrix, Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.numerics.dense import Factorisation, SingularError, factorise
@@ -27,7 +27,7 @@ _TIMED_FACTOR = 512
 class _LastFactor:
     """The latest factorisation, and the prepared curvature it belongs to."""
 
-    prepared: Prepared | None = None
+    prepared: PreparedCurvature | None = None
     factored: Factorisation | None = None
 
 
@@ -52,7 +52,7 @@ class Exact(Curvature):
     has_eigenvalues: ClassVar[bool] = True
     unprepared: ClassVar[frozenset[str]] = frozenset({"damping", "max_parameters"})
 
-    def prepare(self, setting: Setting) -> Prepared:
+    def prepare(self, setting: Setting) -> PreparedCurvature:
         """The tensor ``matrix`` [parameter, parameter], symmetric."""
         products = Products(setting.engine, setting.examples)
         size = len(products.flat)
@@ -63,19 +63,22 @@ class Exact(Curvature):
                 f"matrix alone takes {gib:,.1f} GiB. Use `ConjugateGradient()` or `EKFAC()`, score fewer parameters "
                 "(`parameters=`), or raise `max_parameters=`."
             )
-        made = torch.empty(size, size, dtype=torch.float64, device=products.like.device)
+        matrix = torch.empty(size, size, dtype=torch.float64, device=products.like.device)
         for start in range(0, size, _COLUMNS):
             unit = torch.zeros(min(_COLUMNS, size - start), size).to(products.like)
             unit[torch.arange(len(unit)), torch.arange(start, start + len(unit))] = 1.0
-            made[start : start + len(unit)] = products.times(self.matrix, unit).double()
-        made = (made + made.T) / 2
-        return Prepared({"matrix": made}, {"mean_eigenvalue": float(made.diagonal().mean()) if size else 0.0})
+            matrix[start : start + len(unit)] = products.times(self.matrix, unit).double()
+        matrix = (matrix + matrix.T) / 2
+        mean = float(matrix.diagonal().mean()) if size else 0.0
+        return PreparedCurvature({"matrix": matrix}, {"mean_eigenvalue": mean})
 
-    def mean_eigenvalue(self, prepared: Prepared, setting: Setting) -> float:
+    def mean_eigenvalue(self, prepared: PreparedCurvature, setting: Setting) -> float:
         """The mean of the matrix's diagonal."""
-        return prepared.figures["mean_eigenvalue"]
+        return prepared.diagnostics["mean_eigenvalue"]
 
-    def solve(self, prepared: Prepared, queries: QueryGradients, setting: Setting, diagonal: Tensor) -> QueryGradients:
+    def solve(
+        self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor
+    ) -> QueryGradients:
         """Solve with the factorisation, for all queries at once."""
         products = Products(setting.engine, setting.examples)
         factor = self.factor(prepared, setting, diagonal)
@@ -84,26 +87,25 @@ class Exact(Curvature):
         return DenseQueries(products.flat.split(solved), setting.engine.groups)
 
     def descend(
-        self, prepared: Prepared, vectors: Mapping[str, Tensor], setting: Setting, descent: Descent
+        self, prepared: PreparedCurvature, vectors: Mapping[str, Tensor], setting: Setting, descent: Descent
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """F v and S^T v by an eigendecomposition of M, without approximation."""
         products = Products(setting.engine, setting.examples)
         flat, matrix = products.flat, prepared.tensors["matrix"]
-        pace, added, shrunk = (
+        preconditioner, added, decay = (
             flat.join({name: entry[None] for name, entry in entries.items()}, 1, matrix)[0]
-            for entries in (descent.pace, descent.added, descent.shrunk)
+            for entries in (descent.preconditioner, descent.added, descent.decoupled_decay)
         )
-        bent, root = matrix + added.diag_embed(), pace.sqrt()
-        values, basis = torch.linalg.eigh(root[:, None] * bent * root + shrunk.diag_embed())
+        curvature, root = matrix + added.diag_embed(), preconditioner.sqrt()
+        values, basis = torch.linalg.eigh(root[:, None] * curvature * root + decay.diag_embed())
         rows = flat.join(vectors, len(next(iter(vectors.values()))), products.like).double()
-        slowed = ((rows * root) @ basis * share_moved(values)) @ basis.T
+        moved = ((rows * root) @ basis * mean_exponential(values)) @ basis.T  # F v = root * moved
         # S^T = I - (C + A + D / P) F, without dividing by a P of 0, where D is 0 too.
-        faded = torch.where(root > 0, shrunk / root, torch.zeros_like(root))
-        kept = rows - (slowed * root) @ bent - slowed * faded
-        moved, left = (flat.split(made.to(products.like)) for made in (slowed * root, kept))
-        return moved, left
+        decay_by_root = torch.where(root > 0, decay / root, torch.zeros_like(root))
+        kept = rows - (moved * root) @ curvature - moved * decay_by_root
+        return flat.split((moved * root).to(products.like)), flat.split(kept.to(products.like))
 
-    def factor(self, prepared: Prepared, setting: Setting, diagonal: Tensor) -> Factorisation:
+    def factor(self, prepared: PreparedCurvature, setting: Setting, diagonal: Tensor) -> Factorisation:
         """The factorisation of the matrix plus its diagonal, computed once.
 
         Raises:
@@ -114,7 +116,7 @@ class Exact(Curvature):
             kept.prepared, kept.factored = prepared, self._factored(prepared, setting, diagonal)
         return kept.factored
 
-    def _factored(self, prepared: Prepared, setting: Setting, diagonal: Tensor) -> Factorisation:
+    def _factored(self, prepared: PreparedCurvature, setting: Setting, diagonal: Tensor) -> Factorisation:
         products = Products(setting.engine, setting.examples)
         matrix = prepared.tensors["matrix"]
         added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(matrix)
@@ -124,7 +126,7 @@ class Exact(Curvature):
             raise ValueError(
                 f"Expected an invertible curvature, got a {self.kind} that is singular with weight decay + damping = "
                 f"{float(diagonal.min()):.3g} ({error}). Pass a larger `damping=`, such as "
-                f"`{type(self).__name__}(damping={max(0.1 * prepared.figures['mean_eigenvalue'], 1e-12):.1g})`."
+                f"`{type(self).__name__}(damping={max(0.1 * prepared.diagnostics['mean_eigenvalue'], 1e-12):.1g})`."
             ) from error
         if not found.positive:
             setting.note(

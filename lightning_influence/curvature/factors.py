@@ -6,18 +6,17 @@ import torch
 from torch import Tensor
 
 from lightning_influence.gradients import Gradients
+from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.outer_products import WORKSPACE, OuterProducts
 from lightning_influence.gradients.part import Part
 from lightning_influence.numerics.kronecker import SecondMoment
 
-Names = tuple[str, ...]
-
 # A wider factor is not decomposed: its layer keeps a diagonal Fisher.
 WIDEST = 2**13
 
 
-class Factors:
+class LayerFactors:
     """Accumulates one layer's gradients: the second moments of both sides, then mean squares in their eigenbases.
 
     A gradient is taken as a matrix [out, in] with the bias as its last column. For gradients in outer products the two
@@ -33,13 +32,13 @@ class Factors:
     def __init__(self, part: Part, corrected: bool) -> None:
         self.corrected = corrected
         self.transposed = isinstance(part, OuterProducts) and part.transposed
-        self.sides = sides_of(part)
+        self.sides = side_widths(part)
         self.count = 0
         self.diagonal: list[Tensor] = []
         self.squares: Tensor | None = None
         self.trace = 0.0
         if self.sides is not None:
-            self.outer, self.inner = (SecondMoment(width) for width in self.sides)
+            self.output_moment, self.input_moment = (SecondMoment(width) for width in self.sides)
 
     def add(self, part: Part) -> None:
         """First pass: add a block to the second moments of both sides, or to the diagonal."""
@@ -51,20 +50,20 @@ class Factors:
             return
         for piece in pieces(part):
             if isinstance(piece, OuterProducts):
-                self.inner.add(piece.inputs.flatten(0, 1), piece.bias)
-                self.outer.add(unscaled(piece).flatten(0, 1))
+                self.input_moment.add(piece.inputs.flatten(0, 1), piece.bias)
+                self.output_moment.add(piece.scaled_outputs().flatten(0, 1))
             else:
-                matrices = matrix_of(piece.dense(), self.transposed)
-                self.inner.add(matrices.flatten(0, 1))
-                self.outer.add(matrices.transpose(1, 2).flatten(0, 1))
+                matrices = as_matrices(piece.dense(), self.transposed)
+                self.input_moment.add(matrices.flatten(0, 1))
+                self.output_moment.add(matrices.transpose(1, 2).flatten(0, 1))
                 self.trace += float(matrices.square().sum())
 
     def decompose(self) -> None:
         """Compute the eigenbases of both sides, between the passes."""
         if self.sides is not None:
-            self.values_out, self.basis_out, _ = self.outer.basis()
-            self.values_in, self.basis_in, self._inputs = self.inner.basis()
-            self._seen = 0
+            self.values_out, self.basis_out, _ = self.output_moment.basis()
+            self.values_in, self.basis_in, self._stored_inputs = self.input_moment.basis()
+            self._n_measured = 0
 
     def measure(self, part: Part) -> None:
         """Second pass: add the squares of a block's gradients in the eigenbases."""
@@ -77,24 +76,25 @@ class Factors:
     def _squares(self, piece: Part) -> Tensor:
         """[out, in] in the bases: the sum over the examples of squared gradients."""
         if not isinstance(piece, OuterProducts):
-            self._seen += len(piece) * self.sides[0] if self.sides else 0
-            return rotated(matrix_of(piece.dense(), self.transposed), self.basis_out, self.basis_in).square().sum(0)
+            self._n_measured += len(piece) * self.sides[0] if self.sides else 0
+            return rotated(as_matrices(piece.dense(), self.transposed), self.basis_out, self.basis_in).square().sum(0)
         t, width_out, width_in = piece.outputs.shape[1], len(self.basis_out), len(self.basis_in)
         if t > 1 and t * (width_in + width_out) > width_out * width_in:
-            self._seen += len(piece) * t
-            return rotated(matrix_of(piece.dense(), self.transposed), self.basis_out, self.basis_in).square().sum(0)
-        left, right = unscaled(piece) @ self.basis_out, self._turned_inputs(piece)
+            self._n_measured += len(piece) * t
+            return rotated(as_matrices(piece.dense(), self.transposed), self.basis_out, self.basis_in).square().sum(0)
+        left, right = piece.scaled_outputs() @ self.basis_out, self._rotated_inputs(piece)
         if t == 1:
             return left[:, 0].square().T @ right[:, 0].square()
         return torch.bmm(left.transpose(1, 2), right).square().sum(0)
 
-    def _turned_inputs(self, piece: OuterProducts) -> Tensor:
+    def _rotated_inputs(self, piece: OuterProducts) -> Tensor:
         """Inputs in the basis, [example, position, in]; stored ones rely on the order of the first pass."""
-        if self._inputs is None:
-            return inputs_in(piece.inputs, piece.bias, self.basis_in)
+        if self._stored_inputs is None:
+            return rotated_inputs(piece.inputs, piece.bias, self.basis_in)
         count = len(piece) * piece.outputs.shape[1]
-        self._seen += count
-        return self._inputs[self._seen - count : self._seen].view(len(piece), -1, self._inputs.shape[1])
+        self._n_measured += count
+        rows = self._stored_inputs[self._n_measured - count : self._n_measured]
+        return rows.view(len(piece), -1, rows.shape[1])
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors to store, by name."""
@@ -104,7 +104,7 @@ class Factors:
             eigenvalues = self.squares / self.count
         else:
             # Outer products: inputs per position, output gradients per example. Dense: both sides have the same trace.
-            share = self.trace if self.trace else float(self.inner.count)
+            share = self.trace if self.trace else float(self.input_moment.count)
             eigenvalues = torch.outer(self.values_out / self.count, self.values_in / share)
         return {
             "eigenvalues": eigenvalues,
@@ -114,7 +114,7 @@ class Factors:
         }
 
 
-def sides_of(part: Part) -> tuple[int, int] | None:
+def side_widths(part: Part) -> tuple[int, int] | None:
     """The widths of the two sides, (out, in including the bias); None if the layer keeps a diagonal only."""
     if isinstance(part, OuterProducts):
         out = part.outputs.shape[2]
@@ -145,25 +145,20 @@ def pieces(part: Part) -> Iterator[Part]:
         yield part.slice(slice(start, start + step))
 
 
-def unscaled(part: OuterProducts) -> Tensor:
-    """Output gradients with each example's own number in them, [example, position, out]."""
-    return part.outputs if part.factor is None else part.outputs * part.factor.to(part.outputs)[:, None, None]
-
-
-def inputs_in(inputs: Tensor, bias: bool, basis: Tensor) -> Tensor:
+def rotated_inputs(inputs: Tensor, bias: bool, basis: Tensor) -> Tensor:
     """Inputs, with a 1 appended for a bias, in a basis: [.., direction]."""
     return inputs @ basis[:-1] + basis[-1] if bias else inputs @ basis
 
 
-def matrix_of(written: Sequence[Tensor], transposed: bool) -> Tensor:
+def as_matrices(written: Sequence[Tensor], transposed: bool) -> Tensor:
     """Dense gradients of a weight, or a weight and its bias, as matrices [example, out, in] with the bias last."""
     weight = written[0].flatten(2)
     weight = weight.transpose(1, 2) if transposed else weight
     return weight if len(written) == 1 else torch.cat([weight, written[1][:, :, None]], 2)
 
 
-def written_of(matrices: Tensor, shapes: Sequence[tuple[int, ...]], transposed: bool) -> tuple[Tensor, ...]:
-    """The inverse of ``matrix_of``."""
+def from_matrices(matrices: Tensor, shapes: Sequence[tuple[int, ...]], transposed: bool) -> tuple[Tensor, ...]:
+    """The inverse of ``as_matrices``."""
     bias = len(shapes) > 1
     weight = matrices[:, :, :-1] if bias else matrices
     weight = (weight.transpose(1, 2) if transposed else weight).reshape(len(matrices), *shapes[0])
@@ -175,7 +170,7 @@ def rotated(matrices: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return left.T @ (matrices @ right)
 
 
-def part_named(gradients: Gradients, names: Names, shapes: Mapping[str, tuple[int, ...]]) -> Part | None:
+def part_of(gradients: Gradients, names: Names, shapes: Mapping[str, tuple[int, ...]]) -> Part | None:
     """The part of these parameters: dense if the block groups them differently, None if it has none of them."""
     if names in gradients.parts:
         return gradients.parts[names]

@@ -37,15 +37,15 @@ class FisherSamples:
 
     def __post_init__(self) -> None:
         engine = self.setting.engine
-        self._pretended: SampledLabelLoss | None = None
+        self._loss: SampledLabelLoss | None = None
         if self.labels != "empirical":
             head = find_head(engine.task, engine.reduction, self.setting.examples, None)
-            self._pretended = SampledLabelLoss(head, head.link(self.setting.examples), self.seed, self.setting.n_train)
+            self._loss = SampledLabelLoss(head, head.link(self.setting.examples), self.seed, self.setting.n_train)
 
     @property
     def classes(self) -> int:
         """The number of outputs that labels are sampled from; 0 with the labels of the data."""
-        return 0 if self._pretended is None else self._pretended.classes
+        return 0 if self._loss is None else self._loss.classes
 
     def __iter__(self) -> Iterator[Gradients]:
         if self._kept is not None:
@@ -53,23 +53,23 @@ class FisherSamples:
             return
         kept: list[Gradients] | None = []
         size = 0
-        for gradients in self._taken():
+        for gradients in self._computed():
             if kept is not None:
                 size += sum(part.stored_bytes() for part in gradients.parts.values())
                 kept = [*kept, gradients] if size <= _KEPT_BYTES else None
             yield gradients
         self._kept = kept
 
-    def _taken(self) -> Iterator[Gradients]:
-        engine, pretended = self.setting.engine, self._pretended
+    def _computed(self) -> Iterator[Gradients]:
+        engine, loss = self.setting.engine, self._loss
         for block in self.setting.examples.blocks():
-            if pretended is None:
+            if loss is None:
                 yield engine.gradients(block)
                 continue
-            task = engine.task.measuring(pretended)
+            task = engine.task.measuring(loss)
             other = Engine(task, Reduction.NONE, engine.groups, engine.seed, engine.plan)
-            for draw in pretended.draws(self.labels):
-                yield other.gradients(pretended.follow(block, draw))
+            for label in loss.label_choices(self.labels):
+                yield other.gradients(loss.for_block(block, label))
 
 
 class SampledLabelLoss:
@@ -88,19 +88,19 @@ class SampledLabelLoss:
     def __init__(self, head: Head, link: Link, seed: int, n_train: int) -> None:
         self.head, self.link = head, link
         self.classes = head.layer.out_features
-        draw = torch.Generator().manual_seed(seed)
-        self._normal = torch.randn(n_train, self.classes, generator=draw, dtype=torch.float64)
-        self._uniform = torch.rand(n_train, self.classes, generator=draw, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(seed)
+        self._normal = torch.randn(n_train, self.classes, generator=generator, dtype=torch.float64)
+        self._uniform = torch.rand(n_train, self.classes, generator=generator, dtype=torch.float64)
         self._ids: range = range(0)
-        self._draw: int | None = None
+        self._label: int | None = None
 
-    def draws(self, labels: str) -> list[int | None]:
+    def label_choices(self, labels: str) -> list[int | None]:
         """The labels to take: each class in turn for the expectation, None for one sampled label per example."""
         return [None] if labels == "sampled" else list(range(self.classes))
 
-    def follow(self, block: Block, draw: int | None) -> Block:
+    def for_block(self, block: Block, label: int | None) -> Block:
         """The same block, after setting which examples and which label the loss will be called for."""
-        self._ids, self._draw = block.ids, draw
+        self._ids, self._label = block.ids, label
 
         def one(example: int) -> Any:
             self._ids = range(example, example + 1)
@@ -110,13 +110,13 @@ class SampledLabelLoss:
 
     def __call__(self, module: nn.Module, batch: Any) -> Tensor:
         """The losses, [batch]."""
-        seen: list[Tensor] = []
-        handle = self.head.layer.register_forward_hook(lambda layer, args, output: seen.append(output))
+        outputs: list[Tensor] = []
+        handle = self.head.layer.register_forward_hook(lambda layer, args, output: outputs.append(output))
         try:
             self.head.task(batch)
         finally:
             handle.remove()
-        (z,) = seen
+        (z,) = outputs
         with torch.no_grad():
             gradient = self._gradient(z.detach().double().cpu()).to(z)
         return (gradient * z).sum(1)
@@ -124,8 +124,8 @@ class SampledLabelLoss:
     def _gradient(self, z: Tensor) -> Tensor:
         """[example, class]: the gradient with respect to the logits z, for labels sampled from the model."""
         mean, rows, scale = self.link.mean(z), slice(self._ids.start, self._ids.stop), self.link.scale**0.5
-        if self._draw is not None:
-            return scale * self._expected(mean, self._draw)
+        if self._label is not None:
+            return scale * self._expected(mean, self._label)
         if self.link.kind == "identity":
             return scale * self._normal[rows]
         if self.link.kind == "sigmoid":

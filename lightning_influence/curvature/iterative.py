@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_influence.checks import one_of
 from lightning_influence.curvature.cost import at_once, seconds_of_products
-from lightning_influence.curvature.curvature import Curvature, Prepared
+from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
 from lightning_influence.curvature.damping import of_group
 from lightning_influence.gradients.products import Matrix, Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
@@ -44,15 +44,13 @@ class Iterative(Curvature):
         """The matrix's name in messages."""
         return "GGN" if self.matrix == "ggn" else "Hessian"
 
-    def prepare(self, setting: Setting) -> Prepared:
+    def prepare(self, setting: Setting) -> PreparedCurvature:
         """The mean eigenvalue, by Hutchinson's estimate with 32 seeded random vectors."""
-        products = Products(setting.engine, setting.examples)
-        like = products.like.detach().new_zeros(len(products.flat))
-        return Prepared(figures={"mean_eigenvalue": mean_diagonal(self._bare(products), like, self.seed)})
+        return PreparedCurvature(diagnostics={"mean_eigenvalue": mean_diagonal(*self._undamped(setting), self.seed)})
 
-    def mean_eigenvalue(self, prepared: Prepared, setting: Setting) -> float:
+    def mean_eigenvalue(self, prepared: PreparedCurvature, setting: Setting) -> float:
         """The estimate of ``prepare``."""
-        return prepared.figures["mean_eigenvalue"]
+        return prepared.diagnostics["mean_eigenvalue"]
 
     def at_once(self, setting: Setting) -> int | None:
         """As many queries as fit in half a GiB."""
@@ -66,8 +64,11 @@ class Iterative(Curvature):
         """How many products it takes to solve for this many vectors, at a guessed number of iterations."""
         return _ITERATIONS * vectors
 
-    def _bare(self, products: Products) -> Product:
-        return lambda vectors: products.times(self.matrix, vectors)
+    def _undamped(self, setting: Setting) -> tuple[Product, Tensor]:
+        """The product with the curvature alone, and a vector of zeros of its size, dtype and device."""
+        products = Products(setting.engine, setting.examples)
+        like = products.like.detach().new_zeros(len(products.flat))
+        return lambda vectors: products.times(self.matrix, vectors), like
 
     def _damped(self, products: Products, setting: Setting, diagonal: Tensor) -> Product:
         added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(products.like)
@@ -87,14 +88,14 @@ class Iterative(Curvature):
         return solution, DenseQueries(products.flat.split(found), setting.engine.groups)
 
 
-def tell(setting: Setting, message: str) -> None:
+def warn_and_note(setting: Setting, message: str) -> None:
     """Warn now, and add a note to the scores."""
     if message not in setting.notes:
         warnings.warn(message, UserWarning, stacklevel=2)
     setting.note(message)
 
 
-def smallest_added(diagonal: Tensor, kind: str, name: str) -> float:
+def smallest_entry(diagonal: Tensor, kind: str, name: str) -> float:
     """The smallest entry of a diagonal.
 
     Raises:

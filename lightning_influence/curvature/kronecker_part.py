@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from lightning_influence.curvature.factors import inputs_in, matrix_of, rotated, unscaled, written_of
+from lightning_influence.curvature.factors import as_matrices, from_matrices, rotated, rotated_inputs
 from lightning_influence.gradients.directions import Directions
 from lightning_influence.gradients.outer_products import OuterProducts
 from lightning_influence.gradients.part import Part
@@ -13,14 +13,14 @@ from lightning_influence.numerics.projections import Sketch
 
 
 @dataclass(frozen=True, eq=False)
-class Inverse:
+class KroneckerInverse:
     """The inverse of one layer's Fisher plus a diagonal, in its Kronecker eigenbasis.
 
     Args:
         basis_out: Eigenvectors of the output side, [out, k].
         basis_in: Eigenvectors of the input side, [in, l].
         table: 1 / (eigenvalue + diagonal), [k, l].
-        beside: 1 / diagonal, for the directions outside the bases, in which no training gradient has a component.
+        outside: 1 / diagonal, for the directions outside the bases, in which no training gradient has a component.
         transposed: Whether the weight is stored as [in, out].
         shapes: The shape of the weight, or those of the weight and its bias.
     """
@@ -28,7 +28,7 @@ class Inverse:
     basis_out: Tensor
     basis_in: Tensor
     table: Tensor
-    beside: float
+    outside: float
     transposed: bool
     shapes: tuple[tuple[int, ...], ...]
 
@@ -39,13 +39,13 @@ class Inverse:
 
     def solve(self, written: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The inverse times dense gradients, [example, *shape] for each parameter."""
-        matrices = matrix_of(written, self.transposed)
-        table = self.table if self.complete else self.table - self.beside
+        matrices = as_matrices(written, self.transposed)
+        table = self.table if self.complete else self.table - self.outside
         inside = rotated(matrices, self.basis_out, self.basis_in) * table
         found = rotated(inside, self.basis_out.T, self.basis_in.T)
         if not self.complete:
-            found = found + self.beside * matrices
-        return written_of(found, self.shapes, self.transposed)
+            found = found + self.outside * matrices
+        return from_matrices(found, self.shapes, self.transposed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,22 +54,22 @@ class KroneckerPart(Part):
 
     Args:
         inverse: The layer's inverse.
-        raw: The gradients.
+        gradients: The gradients that the inverse is multiplied by.
         inputs: Their inputs in the basis, [query, l].
         outputs: Their output gradients in the basis, [query, k].
-        terms: Low-rank factors [r, k] and [r, l] of the inverse's table; None to use the table itself.
+        low_rank: Factors [r, k] and [r, l] of the inverse's table; None to use the table itself.
     """
 
-    inverse: Inverse
-    raw: OuterProducts
+    inverse: KroneckerInverse
+    gradients: OuterProducts
     inputs: Tensor
     outputs: Tensor
-    terms: tuple[Tensor, Tensor] | None = None
+    low_rank: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, inverse: Inverse, raw: OuterProducts) -> "KroneckerPart":
+    def of(cls, inverse: KroneckerInverse, gradients: OuterProducts) -> "KroneckerPart":
         """Express gradients in the basis of an inverse."""
-        return cls(inverse, raw, *_turned(inverse, raw))
+        return cls(inverse, gradients, *_rotated(inverse, gradients))
 
     def __len__(self) -> int:
         return len(self.outputs)
@@ -81,35 +81,37 @@ class KroneckerPart(Part):
 
     def slice(self, rows: slice) -> "KroneckerPart":
         """Some of the queries."""
-        return replace(self, raw=self.raw.slice(rows), inputs=self.inputs[rows], outputs=self.outputs[rows])
+        return replace(self, gradients=self.gradients.slice(rows), inputs=self.inputs[rows], outputs=self.outputs[rows])
 
     def scaled(self, factor: Tensor) -> "KroneckerPart":
         """Each direction times its own number."""
-        return replace(self, raw=self.raw.scaled(factor), outputs=self.outputs * factor.to(self.outputs)[:, None])
+        return replace(
+            self, gradients=self.gradients.scaled(factor), outputs=self.outputs * factor.to(self.outputs)[:, None]
+        )
 
     def dense(self) -> tuple[Tensor, ...]:
         """[query, *shape] for each parameter."""
-        return self.inverse.solve(self.raw.dense())
+        return self.inverse.solve(self.gradients.dense())
 
     def accumulate_dot(self, other: Part, out: Tensor) -> None:
         """``out[i, j] += <direction i, gradient j of other>``."""
         if not isinstance(other, OuterProducts) or other.outputs.shape[1] != 1:
             out += other.against(self.dense())
             return
-        inputs, outputs = _turned(self.inverse, other)
-        if self.terms is None:
+        inputs, outputs = _rotated(self.inverse, other)
+        if self.low_rank is None:
             block = OuterProducts(inputs[:, None], outputs[:, None], tuple(self.inverse.table.shape))
             directions = self.outputs[:, :, None] * self.inverse.table * self.inputs[:, None]
             out += block.against((directions,))
             return
-        for left, right in zip(*self.terms, strict=True):
+        for left, right in zip(*self.low_rank, strict=True):
             out.addcmul_((self.outputs * left) @ outputs.T, (self.inputs * right) @ inputs.T)
 
-    def with_own(self, other: Part) -> Tensor:
+    def rowwise_dot(self, other: Part) -> Tensor:
         """[query]: the inner product of each direction with the gradient of the same index, never at low rank."""
         if not isinstance(other, OuterProducts) or other.outputs.shape[1] != 1:
-            return with_own(self, other)
-        inputs, outputs = _turned(self.inverse, other)
+            return rowwise_dot(self, other)
+        inputs, outputs = _rotated(self.inverse, other)
         return ((self.outputs * outputs) @ self.inverse.table * (self.inputs * inputs)).sum(1)
 
     def norm2(self) -> Tensor:
@@ -117,20 +119,20 @@ class KroneckerPart(Part):
         inverse, outputs, inputs = self.inverse, self.outputs.square(), self.inputs.square()
         if inverse.complete:
             return (outputs @ inverse.table.square() * inputs).sum(1)
-        inside = (outputs @ (inverse.table.square() - inverse.beside**2) * inputs).sum(1)
-        return inside + inverse.beside**2 * self.raw.norm2()
+        inside = (outputs @ (inverse.table.square() - inverse.outside**2) * inputs).sum(1)
+        return inside + inverse.outside**2 * self.gradients.norm2()
 
     def times(self, vectors: tuple[Tensor, ...]) -> Tensor:
         """[query]: inner product of each direction with one parameter-shaped vector."""
-        return self.raw.times(tuple(v[0] for v in self.inverse.solve(tuple(v[None] for v in vectors))))
+        return self.gradients.times(tuple(v[0] for v in self.inverse.solve(tuple(v[None] for v in vectors))))
 
     def total(self) -> tuple[Tensor, ...]:
         """The sum over the queries, parameter-shaped."""
-        return tuple(v[0] for v in self.inverse.solve(tuple(v[None] for v in self.raw.total())))
+        return tuple(v[0] for v in self.inverse.solve(tuple(v[None] for v in self.gradients.total())))
 
     def query_bytes(self, n_queries: int) -> int:
         """Bytes that one query takes."""
-        return self.raw.query_bytes(n_queries) + (self.inputs[0].numel() + self.outputs[0].numel()) * 8
+        return self.gradients.query_bytes(n_queries) + (self.inputs[0].numel() + self.outputs[0].numel()) * 8
 
     def joined(self, other: Part) -> Part | None:
         """None: directions are not merged."""
@@ -150,10 +152,10 @@ class KroneckerPart(Part):
 
     def finite(self) -> Tensor:
         """[query]: whether every number is finite."""
-        return self.raw.finite()
+        return self.gradients.finite()
 
 
-def with_own(directions: Part, gradients: Part) -> Tensor:
+def rowwise_dot(directions: Part, gradients: Part) -> Tensor:
     """[example]: the inner product of each direction with the gradient of the same index, built densely in slices."""
     found = directions.like.new_zeros(len(directions))
     for start in range(0, len(directions), 64):
@@ -163,7 +165,7 @@ def with_own(directions: Part, gradients: Part) -> Tensor:
     return found
 
 
-def _turned(inverse: Inverse, part: OuterProducts) -> tuple[Tensor, Tensor]:
+def _rotated(inverse: KroneckerInverse, part: OuterProducts) -> tuple[Tensor, Tensor]:
     """Inputs and output gradients of a single position in the bases, [example, l] and [example, k]."""
-    inputs = inputs_in(part.inputs[:, 0], part.bias, inverse.basis_in)
-    return inputs, unscaled(part)[:, 0] @ inverse.basis_out
+    inputs = rotated_inputs(part.inputs[:, 0], part.bias, inverse.basis_in)
+    return inputs, part.scaled_outputs()[:, 0] @ inverse.basis_out

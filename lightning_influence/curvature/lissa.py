@@ -6,9 +6,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_influence.checks import check_integer, check_positive
-from lightning_influence.curvature.curvature import Prepared
-from lightning_influence.curvature.iterative import Iterative, smallest_added, tell
-from lightning_influence.gradients.products import Products
+from lightning_influence.curvature.curvature import PreparedCurvature
+from lightning_influence.curvature.iterative import Iterative, smallest_entry, warn_and_note
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.numerics.solvers import Product, Solution, accelerated_neumann, largest_eigenvalue
 from lightning_influence.setting.setting import Setting
@@ -53,17 +52,17 @@ class LiSSA(Iterative):
         check_positive("tolerance", self.tolerance)
         check_integer("depth", self.depth)
 
-    def prepare(self, setting: Setting) -> Prepared:
+    def prepare(self, setting: Setting) -> PreparedCurvature:
         """The mean and the largest eigenvalue."""
-        products = Products(setting.engine, setting.examples)
-        like = products.like.detach().new_zeros(len(products.flat))
-        largest = largest_eigenvalue(self._bare(products), like, self.seed)
-        return Prepared(figures={**super().prepare(setting).figures, "largest_eigenvalue": largest})
+        largest = largest_eigenvalue(*self._undamped(setting), self.seed)
+        return PreparedCurvature(diagnostics={**super().prepare(setting).diagnostics, "largest_eigenvalue": largest})
 
-    def solve(self, prepared: Prepared, queries: QueryGradients, setting: Setting, diagonal: Tensor) -> QueryGradients:
+    def solve(
+        self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor
+    ) -> QueryGradients:
         """Sum the series with a separate end for each query; warn if one diverged or did not converge."""
-        smallest = smallest_added(diagonal, self.name, "LiSSA")
-        scale = _MARGIN * prepared.figures["largest_eigenvalue"] + float(diagonal.max())
+        smallest = smallest_entry(diagonal, self.name, "LiSSA")
+        scale = _MARGIN * prepared.diagnostics["largest_eigenvalue"] + float(diagonal.max())
         setting.diagnostic("solver_scale", scale)
 
         def run(product: Product, right: Tensor) -> Solution:
@@ -72,13 +71,13 @@ class LiSSA(Iterative):
         solution, directions = self._solved(queries, setting, diagonal, run)
         worst = float(solution.residuals.max())
         if bool(solution.diverged.any()):
-            tell(
+            warn_and_note(
                 setting,
                 f"The Neumann series diverged and was stopped at a residual of {worst:.2g}: the {self.name} has "
                 f"eigenvalues outside the interval from 0 to {scale:.3g}. Use `matrix='ggn'` or a larger `damping=`.",
             )
         elif worst > self.tolerance:
-            tell(
+            warn_and_note(
                 setting,
                 f"The Neumann series did not converge: residual {worst:.2g} after {solution.iterations} terms "
                 f"(tolerance {self.tolerance:.2g}; eigenvalues between {smallest:.2g} and {scale:.3g}). Raise `depth=` "

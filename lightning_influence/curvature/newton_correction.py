@@ -45,7 +45,7 @@ class NewtonCorrection:
         self.n = len(examples)
         self.factor = factor
         self.shift = shift
-        self._looked = False
+        self._checked = False
 
     def corrected(self, block: Gradients, ids: range) -> Gradients:
         """The block's gradients rescaled, in the form G' ⊗ x."""
@@ -54,15 +54,15 @@ class NewtonCorrection:
         if part.bias:
             inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)
         classes, width = part.outputs.shape[2], inputs.shape[1]
-        bends = self._bends(ids, classes).double()
-        seen = self._inverse(part, classes, width)  # [class, in, class, in]
-        blocks = torch.einsum("ni,cidj,nj->ncd", inputs, seen, inputs)
+        hessians = self._loss_hessians(ids, classes).double()
+        inverse = self._inverse(part, classes, width)  # [class, in, class, in]
+        blocks = torch.einsum("ni,cidj,nj->ncd", inputs, inverse, inputs)
         gradients = part.outputs[:, 0].double()
         gradients = gradients if part.factor is None else gradients * part.factor[:, None].double()
         if self.shift is not None:
-            gradients = gradients + torch.einsum("ncd,nd->nc", bends, inputs @ self._shifted(part, names).T)
-        eye = torch.eye(classes).to(bends)
-        outputs = torch.linalg.solve(eye - bends @ blocks, gradients[:, :, None])[:, :, 0]
+            gradients = gradients + torch.einsum("ncd,nd->nc", hessians, inputs @ self._solved_shift(part, names).T)
+        eye = torch.eye(classes).to(hessians)
+        outputs = torch.linalg.solve(eye - hessians @ blocks, gradients[:, :, None])[:, :, 0]
         corrected = replace(part, outputs=outputs[:, None].to(part.outputs), factor=None)
         return Gradients({names: corrected}, block.groups, block.size)
 
@@ -84,7 +84,7 @@ class NewtonCorrection:
         assert isinstance(part, OuterProducts)
         return names, part
 
-    def _bends(self, ids: range, classes: int) -> Tensor:
+    def _loss_hessians(self, ids: range, classes: int) -> Tensor:
         """[example, class, class]: the Hessian of each example's loss with respect to the layer's outputs."""
         block: Block = next(iter(self.examples.blocks(ids.start, ids.stop)))
         named = self.engine.task.named_parameters()
@@ -94,9 +94,9 @@ class NewtonCorrection:
             with watch:
                 total = self.engine.total(block)
             outputs = watch.outputs()
-            if not self._looked:
+            if not self._checked:
                 refuse_other_paths(total, outputs, parameters)
-                self._looked = True
+                self._checked = True
             (arriving,) = torch.autograd.grad(total, outputs, create_graph=True)
             rows = []
             for c in range(classes):
@@ -113,7 +113,7 @@ class NewtonCorrection:
             order = torch.cat([weight, order[classes * (width - 1) :, None]], 1).flatten()
         return inverse[order][:, order].view(classes, width, classes, width)
 
-    def _shifted(self, part: OuterProducts, names: tuple[str, ...]) -> Tensor:
+    def _solved_shift(self, part: OuterProducts, names: tuple[str, ...]) -> Tensor:
         """A^-1 times the shift, [class, in], with the bias as the last input."""
         assert self.shift is not None
         flat = torch.cat([self.shift[name].flatten() for name in names]).double()

@@ -39,7 +39,7 @@ def check_optimizers(trajectory: Trajectory) -> None:
             )
 
 
-def descent_at(setting: Setting, stage: Stage, damping: float, reach: Tensor, shrunk: Tensor) -> Descent:
+def descent_at(setting: Setting, stage: Stage, damping: float, reach: Tensor, decoupled_decay: Tensor) -> Descent:
     """A stretch of training, with the optimizer's state at one checkpoint in it.
 
     Args:
@@ -47,20 +47,20 @@ def descent_at(setting: Setting, stage: Stage, damping: float, reach: Tensor, sh
         stage: The checkpoint.
         damping: Added to the curvature's diagonal besides the fit's L2 weight decay.
         reach: [group] float64, sums of learning rates (see ``reach_at``).
-        shrunk: [group] float64, sums of learning rates times decoupled weight decay.
+        decoupled_decay: [group] float64, sums of learning rates times decoupled weight decay.
 
     Raises:
         MissingEvidence: The checkpoint lacks the state of an adaptive optimizer.
     """
     added = of_group(diagonal_at(setting, stage, damping, lambda: 0.0).total, setting.engine.groups)
-    pace, fading = (of_group(values, setting.engine.groups) for values in (reach, shrunk))
+    rate, decay = (of_group(values, setting.engine.groups) for values in (reach, decoupled_decay))
     parameters = setting.engine.task.named_parameters()
     like = {name: torch.ones_like(parameters[name], dtype=torch.float64) for name in setting.engine.plan.names}
     scales = _preconditioner(setting, stage, like)
     return Descent(
-        {name: pace(name) * scale for name, scale in scales.items()},
+        {name: rate(name) * scale for name, scale in scales.items()},
         {name: added(name) * one for name, one in like.items()},
-        {name: fading(name) * (scale > 0).double() for name, scale in scales.items()},
+        {name: decay(name) * (scale > 0).double() for name, scale in scales.items()},
     )
 
 

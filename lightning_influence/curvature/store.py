@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lightning_influence.curvature.curvature import Curvature, Prepared
+from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
 from lightning_influence.module.task import seed_for
 from lightning_influence.setting.setting import Setting, Stage, cached
 from lightning_influence.trajectory.files import write_atomically
@@ -18,17 +18,17 @@ from lightning_influence.trajectory.files import write_atomically
 _FORMAT = 1
 _MAGIC = b"lightning_influence curvature\n"
 # Examples whose losses identify the loss and the dataset.
-_LOOKED_AT = 8
+_COMPARED = 8
 
 
 @dataclass
 class _PreparedCurvatures:
-    """What is prepared of one curvature while a question lasts, by position of the checkpoint."""
+    """The prepared tensors of one curvature, by position of the checkpoint, for as long as scores are computed."""
 
-    prepared: dict[int | None, Prepared] = field(default_factory=dict)
+    prepared: dict[int | None, PreparedCurvature] = field(default_factory=dict)
 
 
-def prepared_at(curvature: Curvature, setting: Setting, stage: Stage) -> Prepared:
+def prepared_at(curvature: Curvature, setting: Setting, stage: Stage) -> PreparedCurvature:
     """The prepared curvature at a checkpoint: from memory, from disk, or computed and stored in both.
 
     If the trajectory is on disk, memory holds that of the latest checkpoint only.
@@ -37,10 +37,10 @@ def prepared_at(curvature: Curvature, setting: Setting, stage: Stage) -> Prepare
     kept = setting.state(curvature, _PreparedCurvatures).prepared
     if folder is not None and stage.position not in kept:
         kept.clear()
-    return cached(kept, stage.position, lambda: _from_disk_or_made(curvature, setting, stage, folder))
+    return cached(kept, stage.position, lambda: _read_or_prepare(curvature, setting, stage, folder))
 
 
-def _from_disk_or_made(curvature: Curvature, setting: Setting, stage: Stage, folder: Path | None) -> Prepared:
+def _read_or_prepare(curvature: Curvature, setting: Setting, stage: Stage, folder: Path | None) -> PreparedCurvature:
     if folder is None:
         return curvature.prepare(setting)
     about = _description(curvature, setting, stage)
@@ -60,17 +60,17 @@ def _from_disk_or_made(curvature: Curvature, setting: Setting, stage: Stage, fol
     return prepared
 
 
-def write(path: Path, about: dict[str, Any], prepared: Prepared) -> None:
+def write(path: Path, about: dict[str, Any], prepared: PreparedCurvature) -> None:
     """Write a prepared curvature atomically to one file with a checksum."""
     content = io.BytesIO()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in prepared.tensors.items()}
-    head = {"format": _FORMAT, "about": about, "figures": dict(prepared.figures), "notes": list(prepared.notes)}
+    head = {"format": _FORMAT, "about": about, "figures": dict(prepared.diagnostics), "notes": list(prepared.notes)}
     torch.save({"head": json.dumps(head), "tensors": tensors}, content)
     body = content.getvalue()
     write_atomically(path, _MAGIC + zlib.crc32(body).to_bytes(4, "big") + body)
 
 
-def read(path: Path, about: dict[str, Any], device: torch.device) -> Prepared:
+def read(path: Path, about: dict[str, Any], device: torch.device) -> PreparedCurvature:
     """Read a file of ``write``.
 
     Raises:
@@ -90,7 +90,7 @@ def read(path: Path, about: dict[str, Any], device: torch.device) -> Prepared:
             f"Expected the curvature for these scores in `{path.name}`, got one with different "
             f"{', '.join(other) or 'format'}."
         )
-    return Prepared(stored["tensors"], head["figures"], tuple(head["notes"]))
+    return PreparedCurvature(stored["tensors"], head["figures"], tuple(head["notes"]))
 
 
 def _description(curvature: Curvature, setting: Setting, stage: Stage) -> dict[str, Any]:
@@ -114,11 +114,11 @@ def _description(curvature: Curvature, setting: Setting, stage: Stage) -> dict[s
 
 def _some_losses(setting: Setting) -> list[str]:
     """Losses of a few training examples, which reveal other data of the same length and another ``loss=``."""
-    task, found = setting.engine.task, []
+    task, losses = setting.engine.task, []
     with torch.no_grad():
-        for k in range(min(_LOOKED_AT, setting.n_train)):
-            example = k * (setting.n_train - 1) // max(1, min(_LOOKED_AT, setting.n_train) - 1)
+        for k in range(min(_COMPARED, setting.n_train)):
+            example = k * (setting.n_train - 1) // max(1, min(_COMPARED, setting.n_train) - 1)
             batch = task.to_device(setting.examples.one(example))
             seed_for(setting.engine.seed, example)
-            found.append(f"{float(task(batch).sum()):.4e}")
-    return found
+            losses.append(f"{float(task(batch).sum()):.4e}")
+    return losses

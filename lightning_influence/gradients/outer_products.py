@@ -214,7 +214,7 @@ class OuterProducts(Part):
 
     def total(self) -> tuple[Tensor, ...]:
         """The sum over the examples, parameter-shaped: one matrix product over all positions."""
-        left, right = self._scaled_outputs().flatten(0, 1), self.inputs.flatten(0, 1)
+        left, right = self.scaled_outputs().flatten(0, 1), self.inputs.flatten(0, 1)
         weight = (right.T @ left if self.transposed else left.T @ right).view(self.shape)
         return (weight, left.sum(0)) if self.bias else (weight,)
 
@@ -222,7 +222,7 @@ class OuterProducts(Part):
         """The sum over the examples of squared entries, parameter-shaped."""
         _, width_in, width_out = self._sizes
         if self.outputs.shape[1] == 1:
-            left, right = self._scaled_outputs()[:, 0].square(), self.inputs[:, 0].square()
+            left, right = self.scaled_outputs()[:, 0].square(), self.inputs[:, 0].square()
             weight = right.T @ left if self.transposed else left.T @ right
         else:
             rows = (part._weight_rows().square().sum(0) for _, part in self._chunks(width_in * width_out))
@@ -250,10 +250,11 @@ class OuterProducts(Part):
         ):
             return None
         inputs = torch.cat([self.inputs, other.inputs], 1)
-        outputs = torch.cat([self._scaled_outputs(), other._scaled_outputs()], 1)
+        outputs = torch.cat([self.scaled_outputs(), other.scaled_outputs()], 1)
         return replace(self, source=inputs, outputs=outputs, patches=None, factor=None)
 
-    def _scaled_outputs(self) -> Tensor:
+    def scaled_outputs(self) -> Tensor:
+        """The output gradients times each example's factor, [example, position, out]."""
         return self.outputs if self.factor is None else self.outputs * one_row_per_example(self.factor, self.outputs)
 
     def each(self) -> tuple[Part, ...]:

@@ -20,7 +20,7 @@ from lightning_influence import (
     InfluenceFunction,
     LiSSA,
 )
-from lightning_influence.curvature.curvature import Prepared
+from lightning_influence.curvature.curvature import PreparedCurvature
 from lightning_influence.gradients.queries import DenseQueries
 
 torch.set_num_threads(1)
@@ -294,7 +294,7 @@ def test_a_third_party_adds_a_curvature_by_one_class():
     @dataclass(frozen=True)
     class Identity(Curvature):
         def prepare(self, setting):
-            return Prepared(notes=("The curvature is the identity",))
+            return PreparedCurvature(notes=("The curvature is the identity",))
 
         def mean_eigenvalue(self, prepared, setting):
             return 1.0
