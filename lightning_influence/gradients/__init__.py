@@ -1,4 +1,4 @@
-"""The engine: per-sample gradients as factors, from one batched backward pass over an unchanged module."""
+"""The gradient engine: per-sample gradients in factored form, from one batched backward pass of an unchanged module."""
 
 from lightning_influence.gradients.block import Gradients
 from lightning_influence.gradients.engine import Engine, Plan

@@ -23,22 +23,22 @@ from lightning_influence.gradients.sum_of_parts import SumOfParts
 from lightning_influence.gradients.tape import Call, Tape, Use
 from lightning_influence.module.task import Task, seed_for
 
-# On the first pass over the data one example is looked at in as many as these.
+# On the first pass over the data, one example in this many is checked against its own backward pass.
 _CHECKED = 128
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How each trainable parameter's per-sample gradient is computed; the self-check decides.
+    """How each trainable parameter's per-sample gradients are computed; the self-check decides.
 
     Args:
-        layouts: parameters with a factored rule, with where the examples stand in their operations.
-        vectorised: parameters that go through ``torch.func``.
-        one_by_one: parameters that take one backward pass an example.
-        apart: parameters whose weight and bias stand in separate parts.
-        copy_leaves: the model writes into activations in place.
-        uses: the functions that each parameter was handed to.
-        unreached: parameters that the loss does not depend on.
+        layouts: For each parameter with a layer rule, which dimension of its activations holds the examples.
+        vectorised: Parameters whose gradients come from ``torch.func``.
+        one_by_one: Parameters whose gradients take one backward pass per example.
+        apart: Parameters that are never joined with others in one part.
+        copy_leaves: Whether activations are copied, since the model writes into them in place.
+        uses: The functions that each parameter is passed to.
+        unreached: Parameters that the loss does not depend on.
     """
 
     layouts: Mapping[str, Layout]
@@ -51,34 +51,35 @@ class Plan:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every parameter covered."""
+        """All parameters of the plan."""
         return (*self.layouts, *self.vectorised, *self.one_by_one, *self.unreached)
 
     def summary(self, parameters: Mapping[str, Tensor]) -> str:
-        """One line that names what goes by which path."""
+        """One line that says how many parameters have factored gradients, and names all others."""
         total = sum(parameters[name].numel() for name in self.names)
         factored = sum(parameters[name].numel() for name in self.layouts)
-        text = f"{factored:,} of {total:,} parameters by factored rules"
+        text = f"{factored:,} of {total:,} parameters have factored per-sample gradients"
         for label, names in (
-            ("torch.func", self.vectorised),
+            ("through torch.func", self.vectorised),
             ("one example at a time", self.one_by_one),
-            ("no path, the loss does not reach them", self.unreached),
+            ("not used by the loss", self.unreached),
         ):
             if names:
                 shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-                text += f"; by {label}: {shown}"
+                text += f"; {label}: {shown}"
         return text
 
 
 @dataclass
 class Engine:
-    """Per-sample gradients of a task, following a plan.
+    """Computes per-sample gradients of a module's training loss, as a plan says.
 
     Args:
-        task: the quiet module.
-        reduction: how a batch's loss relates to those of its examples.
-        groups: the optimizer's parameter group by parameter name.
-        seed: of the random state under which an example's loss is taken.
+        task: The module, silenced and in eval mode, with its loss.
+        reduction: How a batch's loss relates to the losses of its examples.
+        groups: The optimizer's parameter group of each parameter; 0 where it is missing.
+        seed: Of the random state in which an example's loss is computed.
+        plan: How each parameter's gradients are computed; made by ``make_plan``.
     """
 
     task: Task
@@ -95,21 +96,22 @@ class Engine:
 
     @property
     def vector_bytes(self) -> int:
-        """Of one number for every entry of the plan's parameters, in their own precision."""
+        """The bytes of a vector with one entry per entry of the plan's parameters, in their dtypes."""
         parameters = self.task.named_parameters()
         return sum(parameters[name].numel() * parameters[name].element_size() for name in self.plan.names)
 
     def gradients(self, block: Block, as_drawn: Callable[[], Any] | None = None) -> Gradients:
-        """Per-sample gradients of the plan's parameters, in the cheapest form that each allows.
+        """Per-sample gradients of the plan's parameters, each in the cheapest form that its operations allow.
 
         Args:
-            block: the examples.
-            as_drawn: sets the random state of the joint forward pass, of which examples then have gradients that no
-                pass of one example alone repeats; there are no spot checks.
+            block: The examples.
+            as_drawn: Sets the random state of the batch's forward pass. The examples then have gradients that depend
+                on the batch's random numbers, which a pass of a single example cannot reproduce: there are no spot
+                checks.
 
         Raises:
-            ValueError: a spot check found an example whose gradient in its batch is not its own; with ``as_drawn``, a
-                parameter that takes passes of single examples.
+            ValueError: A spot check found an example whose gradient in its batch differs from its gradient alone; or,
+                with ``as_drawn``, a parameter's gradients take passes of single examples.
         """
         plan, watch = self.plan, None if as_drawn else SuspectRows(block.size)
         parts: dict[Names, Part] = {}
@@ -125,9 +127,9 @@ class Engine:
                 self._note_positions(tape.calls, watch)
         if as_drawn is not None and (plan.vectorised or slow):
             raise ValueError(
-                f"Expected parameters whose gradients divide among the examples of a batch, got "
-                f"`{', '.join((*plan.vectorised, *slow)[:5])}` with a pass for each example, which is not what the "
-                "example did in its batch, with the batch's random numbers (dropout) and sizes. Pass `loss=`, a "
+                f"Expected parameters with factored per-sample gradients, got `"
+                f"{', '.join((*plan.vectorised, *slow)[:5])}`, for which each example takes a pass of its own. That "
+                "cannot reproduce the random numbers (dropout) and sizes of the example's batch. Pass `loss=`, a "
                 "callable (module, batch) -> [batch] of per-sample losses."
             )
         if plan.vectorised:
@@ -145,7 +147,7 @@ class Engine:
         return gradients
 
     def _note_positions(self, calls: Sequence[Call], watch: SuspectRows) -> None:
-        """A number of positions an example that was not met before is worth a look."""
+        """Have two examples checked where an operation has a number of positions per example that is new."""
         for call in calls:
             for name in call.names.values():
                 if self.plan.layouts.get(name) in (Layout.MAJOR, Layout.MINOR):
@@ -155,7 +157,7 @@ class Engine:
                         watch.rows |= {0, watch.examples - 1}
 
     def _spot_check(self, block: Block, gradients: Gradients, watch: SuspectRows) -> None:
-        """Looks at what the watch points out, at one in 128 examples on the first pass, and at blocks 4, 16, 64 ..."""
+        """Check suspicious examples, one in 128 examples on the first pass, and one each of blocks 4, 16, 64 ..."""
         self._blocks += 1
         self._unchecked += block.size
         if self._blocks == self._next or (block.start >= self._checked and self._unchecked >= _CHECKED):
@@ -170,7 +172,7 @@ class Engine:
             refuse_difference(gradients, row, truth, example)
 
     def width(self, examples: Examples | None = None) -> int:
-        """Numbers that one example's passage through the network makes, roughly: measured once, where there are any."""
+        """Roughly how many activations one example has in the network; measured once, when ``examples`` are given."""
         if not self._width and examples is not None:
             like = next(iter(self.task.named_parameters().values()))
             first = self.gradients(next(iter(examples.blocks(0, 1))))
@@ -178,7 +180,7 @@ class Engine:
         return max(1, self._width)
 
     def total(self, block: Block) -> Tensor:
-        """The sum of a block's losses, with its graph."""
+        """The sum of the losses of a block's examples, with its autograd graph."""
         batch = self.task.to_device(block.batch)
         seed_for(self.seed, block.start)
         return self.reduction.total(self.task(batch), block.size)
@@ -191,7 +193,7 @@ class Engine:
         watch: SuspectRows | None = None,
         as_drawn: Callable[[], Any] | None = None,
     ) -> Tape:
-        """One forward and one backward pass through activations only: no weight gradient is formed."""
+        """Record one forward and one backward pass through the activations, without computing weight gradients."""
         parameters = self.task.named_parameters()
         tape = Tape({id(parameters[name]): name for name in names}, copy_leaves, watch)
         with requiring_gradients(self.task.module, ()):
@@ -208,7 +210,7 @@ class Engine:
     def parts_of(
         self, calls: Sequence[Call], examples: int, layouts: Mapping[str, Layout], apart: frozenset[str]
     ) -> tuple[dict[Names, Part], list[str]]:
-        """The parts that recorded calls yield, and the parameters whose shapes did not fit their layouts."""
+        """The parts made from recorded calls, and the parameters whose activations did not fit their layouts."""
         uses: dict[Names, list[Part]] = {}
         failed: list[str] = []
         for call in calls:
@@ -231,7 +233,7 @@ class Engine:
     def _together(
         self, names: Mapping[str, str], layouts: Mapping[str, Layout], apart: frozenset[str]
     ) -> list[tuple[str, ...]]:
-        """Roles of one call that may share a part: those of one parameter group and layout."""
+        """The roles of a call that may share a part: those with the same parameter group and layout."""
         kinds = {(self.groups.get(name, 0), layouts[name]) for name in names.values()}
         if len(kinds) > 1 or apart & set(names.values()):
             return [(role,) for role in names]
@@ -239,7 +241,7 @@ class Engine:
 
 
 def _sum(parts: Sequence[Part]) -> Part:
-    """All uses of one parameter as one; halves of halves, so that the steps of a sequence are copied a few times."""
+    """The sum of all uses of one parameter, by halves, so that a long sequence's steps are copied only a few times."""
     if len(parts) == 1:
         return parts[0]
     half = len(parts) // 2

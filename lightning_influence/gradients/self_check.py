@@ -1,4 +1,4 @@
-"""The self-check: every trainable parameter, by name, against plain autograd, before anything is scored."""
+"""The self-check: compares every trainable parameter's gradients with plain autograd before anything is scored."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,17 +15,17 @@ from lightning_influence.gradients.spot_checks import agrees, largest_entry
 from lightning_influence.gradients.tape import Call
 from lightning_influence.types import foreign
 
-# Two batches of unequal size: what has the size of the batch in both is the dimension of the examples.
+# Two batches of unequal size: the dimension whose size equals the batch size in both holds the examples.
 _SIZES = (3, 5)
 
 
 def make_plan(engine: Engine, examples: Examples, names: Sequence[str]) -> Plan:
-    """Finds for every parameter the cheapest path that agrees with one backward pass an example.
+    """Find for every parameter the cheapest path whose gradients agree with one backward pass per example.
 
     Args:
-        engine: at the weights where the check is made.
-        examples: a few of them are used, spread over the dataset.
-        names: the parameters that train.
+        engine: The engine, at the weights where the check is made.
+        examples: The dataset, of which 8 examples are used.
+        names: The trainable parameters.
     """
     blocks = _sample(examples)
     try:
@@ -80,7 +80,7 @@ class _Attempt:
             self.right -= set(failed)
 
     def row(self, block: int, example: int) -> dict[str, Tensor]:
-        """One example's gradient by every parameter still in question."""
+        """One example's gradient for the parameters that have agreed so far."""
         rows: dict[str, Tensor] = {}
         for names, part in self.parts[block].items():
             if self.right & set(names):
@@ -90,7 +90,7 @@ class _Attempt:
 
 
 class _Vectorised(_Attempt):
-    """The same by ``torch.func``."""
+    """Gradients of the sampled examples by ``torch.func``."""
 
     def __init__(self, engine: Engine, blocks: Sequence[Block], names: Sequence[str]) -> None:
         self.layouts = {}
@@ -101,7 +101,10 @@ class _Vectorised(_Attempt):
 def _vectorised(
     engine: Engine, blocks: Sequence[Block], names: Sequence[str], attempts: Sequence[_Attempt]
 ) -> _Vectorised | None:
-    """Prepared for every parameter that may fail the factored path; a cheap first look avoids it where none does."""
+    """The gradients by ``torch.func`` of the parameters whose factored gradients are wrong for the first example.
+
+    None if there are no such parameters, or if the module cannot be vectorised.
+    """
     first = blocks[0]
     truth = one_gradient(engine.task, first.one(first.start), names, engine.seed, first.start)
     largest = largest_entry(truth.values())
@@ -121,10 +124,10 @@ def _compare(
     attempts: Sequence[_Attempt],
     vectorised: _Vectorised | None,
 ) -> set[str]:
-    """Strikes from every attempt the parameters that disagree with plain autograd on any example.
+    """Remove from every attempt the parameters that disagree with plain autograd on any example.
 
     Returns:
-        The parameters whose gradient is not always zero.
+        The parameters whose gradients are not all zero.
     """
     nonzero: set[str] = set()
     everything = [*attempts, *([vectorised] if vectorised is not None else [])]
@@ -134,7 +137,7 @@ def _compare(
             truth = one_gradient(engine.task, block.one(example), names, engine.seed, example)
             if not all(bool(gradient.isfinite().all()) for gradient in truth.values()):
                 nonzero |= {name for name, gradient in truth.items() if bool(gradient.any())}
-                continue  # nothing more can be learnt from it; the driver names every such example
+                continue  # nothing to compare; the attributor reports every such example
             nonzero |= {name for name, gradient in truth.items() if bool(gradient.any())}
             largest = largest_entry(truth.values())
             for attempt in everything:
@@ -144,7 +147,7 @@ def _compare(
 
 
 def _sample(examples: Examples) -> list[Block]:
-    """Two blocks of examples spread over the dataset (with repetition where it is tiny)."""
+    """Two blocks of examples spread over the dataset, with repetition if it is tiny."""
     n = len(examples)
     blocks: list[Block] = []
     for b, size in enumerate(_SIZES):
@@ -168,7 +171,7 @@ def _id_of(block: Block, position: int) -> int:
 
 
 def _candidates(name: str, recorded: Sequence[Sequence[Call]], blocks: Sequence[Block]) -> list[Layout]:
-    """Layouts that fit every call of a parameter in both batches."""
+    """The layouts that fit every call with a parameter in both batches."""
     uses = [
         (call.shape[: call.operands.positions], block.size)
         for calls, block in zip(recorded, blocks, strict=True)
@@ -180,9 +183,9 @@ def _candidates(name: str, recorded: Sequence[Sequence[Call]], blocks: Sequence[
 
 
 def _run_together(blocks: Sequence[Block]) -> bool:
-    """Whether the batches may hold examples one behind the other, as graphs are, each with a length of its own.
+    """Whether the batches may concatenate examples of different lengths along one dimension, as graph batches do.
 
-    That those of the self-check have one length says nothing of the others.
+    Equal lengths in the self-check's batches do not exclude it.
     """
     dimensions = []
     for block in blocks:
@@ -197,7 +200,7 @@ def _run_together(blocks: Sequence[Block]) -> bool:
 
 
 def _apart(recorded: Sequence[Sequence[Call]]) -> frozenset[str]:
-    """Parameters that stand in calls with different partners: a weight tied between layers with their own biases."""
+    """Parameters that are used with different partners, such as a weight tied between layers with their own biases."""
     partners: dict[str, set[frozenset[str]]] = {}
     for calls in recorded:
         for call in calls:

@@ -1,4 +1,4 @@
-"""Convolutions and transposed convolutions in one to three dimensions, with groups, as products over patches."""
+"""Rules for convolutions and transposed convolutions in one to three dimensions, as matrix products over patches."""
 
 import math
 from collections.abc import Callable
@@ -18,13 +18,13 @@ from lightning_influence.gradients.rules.rule import LayerRule, Operands
 
 @dataclass(frozen=True)
 class Patches:
-    """Unfolds maps [example, position, channel, *space] into the windows that a kernel sees.
+    """Unfolds maps [example, position, channel, *space] into the windows that a convolution kernel is applied to.
 
     Args:
-        kernel: size of the window in each spatial dimension.
-        stride: distance of neighbouring windows.
-        padding: zeros (before, after) each spatial dimension.
-        dilation: distance of neighbouring pixels of one window.
+        kernel: Size of the window in each spatial dimension.
+        stride: Distance between neighbouring windows.
+        padding: Zeros (before, after) each spatial dimension.
+        dilation: Distance between neighbouring pixels of one window.
     """
 
     kernel: tuple[int, ...]
@@ -33,7 +33,7 @@ class Patches:
     dilation: tuple[int, ...]
 
     def __call__(self, maps: Tensor) -> Tensor:
-        """[example, window, channel x kernel]."""
+        """Map to [example, window, channel x kernel]."""
         examples, space = maps.shape[0], maps.shape[3:]
         flat = maps.flatten(0, 1)
         if any(before or after for before, after in self.padding):
@@ -68,19 +68,19 @@ def _padding(value: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> 
 
 
 def _patches(weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Patches:
-    """The windows of a convolution, or of the one whose adjoint a transposed convolution is."""
+    """The windows of a convolution; for a transposed one, those of the convolution that it is the adjoint of."""
     kernel = tuple(weight.shape[2:])
     dilation = _each(dilation, len(kernel))
     return Patches(kernel, _each(stride, len(kernel)), _padding(padding, kernel, dilation), dilation)
 
 
 def _positions_last(maps: Tensor) -> Tensor:
-    """[example, position, channel, *space] as [example, position x space, channel]."""
+    """Rearrange [example, position, channel, *space] to [example, position x space, channel]."""
     return maps.flatten(3).transpose(2, 3).flatten(1, 2)
 
 
 def _grouped_rows(left: Tensor, right: Tensor, groups: int, shape: tuple[int, ...]) -> Tensor:
-    """Sum over positions of outer products within each group of channels, [example, *shape]."""
+    """The sum over positions of outer products within each group of channels, [example, *shape]."""
     examples, positions = left.shape[:2]
     left = left.reshape(examples, positions, groups, -1).permute(0, 2, 3, 1).flatten(0, 1)
     right = right.reshape(examples, positions, groups, -1).transpose(1, 2).flatten(0, 1)
@@ -127,7 +127,7 @@ class _Convolution:
 
 
 class _TransposedConvolution:
-    """The adjoint of a convolution: the patches are those of the output gradient."""
+    """The adjoint of a convolution: its patches are taken from the output gradient."""
 
     def __init__(self, dimensions: int) -> None:
         self.dimensions = dimensions

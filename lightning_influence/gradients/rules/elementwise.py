@@ -1,4 +1,4 @@
-"""Bare parameters that are added to, multiplied with, or expanded over the activations of a batch."""
+"""Rules for parameters that are added to activations, multiplied with them, or expanded over a batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +13,18 @@ from lightning_influence.gradients.rules.rule import LayerRule, Operands
 
 
 def reduced(gradient: Tensor, shape: tuple[int, ...], examples: int, layout: Layout) -> Tensor:
-    """Sums each example's ``gradient`` over the dimensions along which ``shape`` was broadcast: [example, *shape]."""
+    """Sum each example's ``gradient`` over the dimensions along which ``shape`` was broadcast: [example, *shape].
+
+    Raises:
+        LayoutMismatch: The parameter has a dimension that holds the examples.
+    """
     aligned = (1,) * (gradient.ndim - len(shape)) + shape
     batch_axis = 1 if layout is Layout.SECOND else 0
     if aligned[batch_axis] != 1:
         raise LayoutMismatch(f"A parameter of shape {shape} is not shared by the {examples} examples of a batch.")
     rows = split(gradient, examples, layout)
-    # [example, position, *rest]: in the first layout the position is a dimension of length one that stands for the
-    # example's own, in the second it is the time dimension, which the parameter may span.
+    # [example, position, *rest]: in layout FIRST the position is a dimension of length one in place of the example's,
+    # in SECOND it is the time dimension, which the parameter may span.
     target = (aligned[0] if layout is Layout.SECOND else 1, *aligned[(2 if layout is Layout.SECOND else 1) :])
     axes = [1 + axis for axis, size in enumerate(target) if size == 1 and rows.shape[1 + axis] != 1]
     return (rows.sum(axes, keepdim=True) if axes else rows).reshape(examples, *shape)
@@ -53,7 +57,7 @@ class _Product:
 
 
 class _Expand:
-    """A parameter repeated for every example, as a class token is."""
+    """A parameter repeated for every example, such as a class token."""
 
     parts = _Sum.parts
 

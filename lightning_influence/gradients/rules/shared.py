@@ -1,4 +1,4 @@
-"""What a batch shares and adds to its examples: positions looked up once, a slice of a parameter, a relative bias."""
+"""Tensors that all examples of a batch share in a sum: position embeddings, slices of a parameter, relative biases."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from lightning_influence.gradients.rules.embedding import without_padding
 from lightning_influence.gradients.rules.rule import Operands
 
 SUMS = frozenset({torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__})
-"""Operations behind which the gradient of a shared operand can be told apart by example."""
+"""Sums, from whose output the gradient of a shared operand can be split by example."""
 
 VIEWS = frozenset(
     {
@@ -34,20 +34,20 @@ VIEWS = frozenset(
         torch.reshape,
     }
 )
-"""Operations that a shared operand may have gone through."""
+"""Operations that a shared operand may be made by."""
 
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """A tensor made of one parameter alone.
+    """A tensor that is computed from one parameter alone, by a look-up and views.
 
     Args:
-        name: the parameter's.
-        parameter: itself.
-        value: the tensor.
-        make: gives the tensor for the parameter.
-        looked_up: whether a look-up is in it, which the rule of look-ups has noted already.
-        ids: for a look-up alone, the rows that it took (-1 for padding).
+        name: The parameter's name.
+        parameter: The parameter.
+        value: The tensor.
+        make: Computes the tensor from the parameter.
+        looked_up: Whether it involves a look-up, which the rule for embeddings has recorded already.
+        ids: For a look-up without views, the rows that were looked up (-1 for padding).
     """
 
     name: str
@@ -58,7 +58,10 @@ class Shared:
     ids: Tensor | None = None
 
     def added_to(self, shape: Sequence[int]) -> bool:
-        """Whether every example of a sum of that shape got the same; a look-up of each its own is left to its rule."""
+        """Whether all examples share this tensor in a sum of that shape.
+
+        A look-up with ids of each example's own is left to the rule for embeddings.
+        """
         aligned = (1,) * (len(shape) - self.value.ndim) + tuple(self.value.shape)
         return not self.looked_up or (aligned[0] == 1 and shape[0] > 1)
 
@@ -71,7 +74,7 @@ def shared_by(
     known: Mapping[int, Shared],
     names: Mapping[int, str],
 ) -> Shared | None:
-    """What ``output`` is, where it is made of one parameter alone by a look-up or a view."""
+    """Describe ``output`` if the call made it from one parameter alone, by a look-up or a view; else None."""
     if not isinstance(output, Tensor):
         return None
     if func is F.embedding:
@@ -109,16 +112,16 @@ def _looked_up(
 
 
 class SharedSum:
-    """A shared operand of a sum: each example's share of the gradient goes back through what made the operand."""
+    """The rule for a shared operand of a sum: each example's gradient is carried back through ``Shared.make``."""
 
     def operands(self, shared: Shared, output: Tensor) -> Operands:
-        """Of the sum ``output``."""
+        """The operands of the sum ``output``."""
         return Operands({"shared": shared.parameter}, output, output.ndim, {"shared": shared})
 
     def parts(
         self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
     ) -> dict[tuple[str, ...], Part]:
-        """One row of the parameter an example; for a look-up alone, the rows that it took."""
+        """Dense gradients of the parameter; for a look-up without views, those of the rows that were looked up."""
         shared: Shared = operands.options["shared"]
         parameter = operands["shared"]
         rows = reduced(gradient, tuple(shared.value.shape), examples, layout)
