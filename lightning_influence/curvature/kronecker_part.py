@@ -96,13 +96,13 @@ class KroneckerPart(Part):
     def accumulate_dot(self, other: Part, out: Tensor) -> None:
         """``out[i, j] += <direction i, gradient j of other>``."""
         if not isinstance(other, OuterProducts) or other.outputs.shape[1] != 1:
-            out += other.against(self.dense())
+            out += other.times_each(self.dense())
             return
         inputs, outputs = _rotated(self.inverse, other)
         if self.low_rank is None:
             block = OuterProducts(inputs[:, None], outputs[:, None], tuple(self.inverse.table.shape))
             directions = self.outputs[:, :, None] * self.inverse.table * self.inputs[:, None]
-            out += block.against((directions,))
+            out += block.times_each((directions,))
             return
         for left, right in zip(*self.low_rank, strict=True):
             out.addcmul_((self.outputs * left) @ outputs.T, (self.inputs * right) @ inputs.T)
@@ -134,11 +134,11 @@ class KroneckerPart(Part):
         """Bytes that one query takes."""
         return self.gradients.query_bytes(n_queries) + (self.inputs[0].numel() + self.outputs[0].numel()) * 8
 
-    def joined(self, other: Part) -> Part | None:
+    def merged(self, other: Part) -> Part | None:
         """None: directions are not merged."""
         return None
 
-    def each(self) -> tuple[Part, ...]:
+    def per_parameter(self) -> tuple[Part, ...]:
         """Dense, with one part per parameter."""
         return tuple(Directions((rows,)) for rows in self.dense())
 

@@ -45,7 +45,7 @@ class Gradients:
             [example of self, example of other].
         """
         if not self._aligned(other):
-            return self.apart().dot(other.apart(), scale)
+            return self.per_parameter().dot(other.per_parameter(), scale)
         by_group: dict[int, Tensor] = {}
         shared = scale is None or scale.ndim == 1
         for names, part in self.parts.items():
@@ -90,7 +90,7 @@ class Gradients:
         for names, part in self.parts.items():
             sketches = [sketch_of(name, shape, part.like) for name, shape in zip(names, part.shapes(), strict=True)]
             parts.update({(n,): one for n, one in zip(names, part.projected(sketches), strict=True)})
-        return Gradients(parts, self._groups_apart(), self.size)
+        return Gradients(parts, self._groups_per_parameter(), self.size)
 
     def dense(self) -> dict[str, Tensor]:
         """The gradients as dense tensors, [example, *shape] by parameter name, of examples × parameters numbers."""
@@ -117,14 +117,14 @@ class Gradients:
         parts = {names: part.scaled(factors[names]) for names, part in self.parts.items()}
         return Gradients(parts, self.groups, self.size)
 
-    def apart(self) -> "Gradients":
+    def per_parameter(self) -> "Gradients":
         """The same gradients with one part per parameter."""
         parts: dict[Names, Part] = {}
         for names, part in self.parts.items():
-            parts.update({(name,): one for name, one in zip(names, part.each(), strict=True)})
-        return Gradients(parts, self._groups_apart(), self.size)
+            parts.update({(name,): one for name, one in zip(names, part.per_parameter(), strict=True)})
+        return Gradients(parts, self._groups_per_parameter(), self.size)
 
-    def _groups_apart(self) -> dict[Names, int]:
+    def _groups_per_parameter(self) -> dict[Names, int]:
         return {(name,): group for names, group in self.groups.items() for name in names}
 
     def _aligned(self, other: "Gradients") -> bool:

@@ -49,7 +49,7 @@ class DenseRows(Part):
         """[example]: inner product of each example's gradient with one parameter-shaped vector."""
         return torch.stack([_flat(r) @ v.flatten() for r, v in zip(self.rows, vectors, strict=True)]).sum(0)
 
-    def against(self, vectors: tuple[Tensor, ...]) -> Tensor:
+    def times_each(self, vectors: tuple[Tensor, ...]) -> Tensor:
         """[vector, example]: inner products by one matrix product per parameter."""
         return torch.stack([_flat(v) @ _flat(r).T for v, r in zip(vectors, self.rows, strict=True)]).sum(0)
 
@@ -61,13 +61,13 @@ class DenseRows(Part):
         """Bytes that one example takes when its block stands on the query side."""
         return sum(r[0].numel() * r.element_size() for r in self.rows if len(r))
 
-    def joined(self, other: Part) -> Part | None:
+    def merged(self, other: Part) -> Part | None:
         """The sum of the gradients of two uses of the same parameters."""
         if not isinstance(other, DenseRows):
             return None
         return replace(self, rows=tuple(a + b for a, b in zip(self.rows, other.rows, strict=True)))
 
-    def each(self) -> tuple[Part, ...]:
+    def per_parameter(self) -> tuple[Part, ...]:
         """One part per parameter."""
         return tuple(DenseRows((r,)) for r in self.rows)
 

@@ -14,4 +14,4 @@ class Directions(DenseRows):
 
     def accumulate_dot(self, other: Part, out: Tensor) -> None:
         """``out[i, j] += <direction i, gradient j of other>``."""
-        out += other.against(self.rows)
+        out += other.times_each(self.rows)

@@ -35,7 +35,7 @@ class Plan:
         layouts: For each parameter with a layer rule, which dimension of its activations holds the examples.
         vectorised: Parameters whose gradients come from ``torch.func``.
         one_by_one: Parameters whose gradients take one backward pass per example.
-        apart: Parameters that are never joined with others in one part.
+        separate: Parameters that are never joined with others in one part.
         copy_leaves: Whether activations are copied, since the model writes into them in place.
         uses: The functions that each parameter is passed to.
         unreached: Parameters that the loss does not depend on.
@@ -44,7 +44,7 @@ class Plan:
     layouts: Mapping[str, Layout]
     vectorised: tuple[str, ...] = ()
     one_by_one: tuple[str, ...] = ()
-    apart: frozenset[str] = frozenset()
+    separate: frozenset[str] = frozenset()
     copy_leaves: bool = False
     uses: frozenset[Use] = frozenset()
     unreached: tuple[str, ...] = ()
@@ -88,7 +88,7 @@ class Engine:
     seed: int = 0
     plan: Plan = field(default_factory=lambda: Plan({}))
     _blocks: int = 0
-    _next: int = 4
+    _next_check: int = 4
     _checked: int = 0
     _unchecked: int = 0
     _width: int = 0
@@ -100,32 +100,35 @@ class Engine:
         parameters = self.task.named_parameters()
         return sum(parameters[name].numel() * parameters[name].element_size() for name in self.plan.names)
 
-    def gradients(self, block: Block, as_drawn: Callable[[], Any] | None = None) -> Gradients:
+    def gradients(self, block: Block, set_random_state: Callable[[], Any] | None = None) -> Gradients:
         """Per-sample gradients of the plan's parameters, each in the cheapest form that its operations allow.
 
         Args:
             block: The examples.
-            as_drawn: Sets the random state of the batch's forward pass. The examples then have gradients that depend
-                on the batch's random numbers, which a pass of a single example cannot reproduce: there are no spot
-                checks.
+            set_random_state: Called before the batch's forward pass. The examples then have gradients that depend on
+                the batch's random numbers, which a pass of a single example cannot reproduce: there are no spot checks.
 
         Raises:
             ValueError: A spot check found an example whose gradient in its batch differs from its gradient alone; or,
-                with ``as_drawn``, a parameter's gradients take passes of single examples.
+                with ``set_random_state``, a parameter's gradients take passes of single examples.
         """
-        plan, watch = self.plan, None if as_drawn else SuspectRows(block.size)
+        plan, watch = self.plan, None if set_random_state else SuspectRows(block.size)
         parts: dict[Names, Part] = {}
         slow = list(plan.one_by_one)
         if plan.layouts or plan.unreached:
-            tape = self.record(block, plan.names, plan.copy_leaves, watch, as_drawn)
-            unseen = {name for name, _ in tape.uses - plan.uses}
-            layouts = {n: layout for n, layout in plan.layouts.items() if n not in unseen}
-            parts, late = self.parts_of(tape.calls, block.size, layouts, plan.apart)
-            reached = unseen.union(*(call.names.values() for call in tape.calls if call.gradient is not None))
-            slow += [*late, *(n for n in plan.layouts if n in unseen), *(n for n in plan.unreached if n in reached)]
+            tape = self.record(block, plan.names, plan.copy_leaves, watch, set_random_state)
+            unplanned = {name for name, _ in tape.uses - plan.uses}
+            layouts = {n: layout for n, layout in plan.layouts.items() if n not in unplanned}
+            parts, mismatched = self.parts_of(tape.calls, block.size, layouts, plan.separate)
+            reached = unplanned.union(*(call.names.values() for call in tape.calls if call.gradient is not None))
+            slow += [
+                *mismatched,
+                *(n for n in plan.layouts if n in unplanned),
+                *(n for n in plan.unreached if n in reached),
+            ]
             if watch is not None:
                 self._note_positions(tape.calls, watch)
-        if as_drawn is not None and (plan.vectorised or slow):
+        if set_random_state is not None and (plan.vectorised or slow):
             raise ValueError(
                 f"Expected parameters with factored per-sample gradients, got `"
                 f"{', '.join((*plan.vectorised, *slow)[:5])}`, for which each example takes a pass of its own. That "
@@ -160,8 +163,8 @@ class Engine:
         """Check suspicious examples, one in 128 examples on the first pass, and one each of blocks 4, 16, 64 ..."""
         self._blocks += 1
         self._unchecked += block.size
-        if self._blocks == self._next or (block.start >= self._checked and self._unchecked >= _CHECKED):
-            self._next *= 4 if self._blocks == self._next else 1
+        if self._blocks == self._next_check or (block.start >= self._checked and self._unchecked >= _CHECKED):
+            self._next_check *= 4 if self._blocks == self._next_check else 1
             self._checked, self._unchecked = block.start + 1, 0
             watch.rows.add(self._blocks * 7919 % block.size)
         if not self.plan.layouts:
@@ -191,24 +194,24 @@ class Engine:
         names: Iterable[str],
         copy_leaves: bool,
         watch: SuspectRows | None = None,
-        as_drawn: Callable[[], Any] | None = None,
+        set_random_state: Callable[[], Any] | None = None,
     ) -> Tape:
         """Record one forward and one backward pass through the activations, without computing weight gradients."""
         parameters = self.task.named_parameters()
         tape = Tape({id(parameters[name]): name for name in names}, copy_leaves, watch)
         with requiring_gradients(self.task.module, ()):
             batch = self.task.to_device(block.batch)
-            if as_drawn is None:
+            if set_random_state is None:
                 seed_for(self.seed, block.start)
             else:
-                as_drawn()
+                set_random_state()
             with tape:
                 loss = self.task(batch)
             tape.backward(self.reduction.total(loss, block.size))
         return tape
 
     def parts_of(
-        self, calls: Sequence[Call], examples: int, layouts: Mapping[str, Layout], apart: frozenset[str]
+        self, calls: Sequence[Call], examples: int, layouts: Mapping[str, Layout], separate: frozenset[str]
     ) -> tuple[dict[Names, Part], list[str]]:
         """The parts made from recorded calls, and the parameters whose activations did not fit their layouts."""
         uses: dict[Names, list[Part]] = {}
@@ -217,7 +220,7 @@ class Engine:
             if call.gradient is None:  # the loss does not depend on it
                 continue
             names = {role: name for role, name in call.names.items() if name in layouts}
-            for roles in self._together(names, layouts, apart):
+            for roles in self._joint_roles(names, layouts, separate):
                 layout = layouts[names[roles[0]]]
                 try:
                     made = call.rule.parts(call.operands, call.gradient, frozenset(roles), examples, layout)
@@ -230,12 +233,12 @@ class Engine:
         lost = {name for key in uses if key not in kept for name in key} | set(failed)
         return kept, sorted(lost)
 
-    def _together(
-        self, names: Mapping[str, str], layouts: Mapping[str, Layout], apart: frozenset[str]
+    def _joint_roles(
+        self, names: Mapping[str, str], layouts: Mapping[str, Layout], separate: frozenset[str]
     ) -> list[tuple[str, ...]]:
         """The roles of a call that may share a part: those with the same parameter group and layout."""
         kinds = {(self.groups.get(name, 0), layouts[name]) for name in names.values()}
-        if len(kinds) > 1 or apart & set(names.values()):
+        if len(kinds) > 1 or separate & set(names.values()):
             return [(role,) for role in names]
         return [tuple(names)] if names else []
 
@@ -246,4 +249,4 @@ def _sum(parts: Sequence[Part]) -> Part:
         return parts[0]
     half = len(parts) // 2
     left, right = _sum(parts[:half]), _sum(parts[half:])
-    return left.joined(right) or SumOfParts((left, right))
+    return left.merged(right) or SumOfParts((left, right))

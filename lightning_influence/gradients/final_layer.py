@@ -65,26 +65,26 @@ class Head:
     task: Task
     reduction: Reduction
 
-    def see(self, batch: Batch, size: int, weight: Tensor | None = None, moved: float = 0.0) -> HeadRows:
+    def read(self, batch: Batch, size: int, weight: Tensor | None = None, noise: float = 0.0) -> HeadRows:
         """Run one batch forward and read the layer's inputs, outputs and output gradients.
 
         Args:
             batch: A batch of ``size`` examples.
             size: The number of examples.
             weight: Replaces the layer's weight, [class, dim], with a bias as its last column; None for its own.
-            moved: Add normal noise of this standard deviation to the outputs.
+            noise: Add normal noise of this standard deviation to the outputs.
 
         Raises:
             ValueError: The layer is not applied exactly once to each example, or the loss does not depend on it.
         """
-        spy = _Spy(self.name, size, self.layer.bias is not None, weight, moved)
-        handle = self.layer.register_forward_hook(spy)
+        hook = _HeadHook(self.name, size, self.layer.bias is not None, weight, noise)
+        handle = self.layer.register_forward_hook(hook)
         try:
             with requiring_gradients(self.task.module, ()):
                 total = self.reduction.total(self.task(self.task.to_device(batch)), size)
         finally:
             handle.remove()
-        features, leaf = spy.one_call()
+        features, leaf = hook.one_call()
         if not total.requires_grad:
             raise ValueError(
                 f"Expected a loss that depends on the linear layer `{self.name}`, got one that does not. "
@@ -114,7 +114,7 @@ class Head:
         for noise in (0.0, 1.0):
             batch = examples.some(ids)
             seed_for(0, ids[0])
-            seen.append(self.see(batch, len(ids), moved=noise))
+            seen.append(self.read(batch, len(ids), noise=noise))
             _refuse_non_finite(seen[0], ids)
         tolerance = 1e-6 if seen[0].outputs.dtype == torch.float64 else 1e-2
         (z, gradient), (moved, moved_gradient) = [(s.outputs.cpu(), s.gradients.cpu()) for s in seen]
@@ -129,11 +129,11 @@ class Head:
         return found
 
 
-class _Spy:
+class _HeadHook:
     """A forward hook that keeps a layer's input and makes its output a leaf of the autograd graph."""
 
-    def __init__(self, name: str, size: int, bias: bool, weight: Tensor | None, moved: float) -> None:
-        self.name, self.size, self.bias, self.weight, self.moved = name, size, bias, weight, moved
+    def __init__(self, name: str, size: int, bias: bool, weight: Tensor | None, noise: float) -> None:
+        self.name, self.size, self.bias, self.weight, self.noise = name, size, bias, weight, noise
         self.calls: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -150,9 +150,9 @@ class _Spy:
             inputs = features.double()
             split = (weight[:, :-1], weight[:, -1]) if self.bias else (weight, None)
             leaf = F.linear(inputs, *split).to(output.dtype)
-        if self.moved:
+        if self.noise:
             draw = torch.Generator().manual_seed(0)
-            leaf = leaf + self.moved * torch.randn(leaf.shape, generator=draw).to(leaf)
+            leaf = leaf + self.noise * torch.randn(leaf.shape, generator=draw).to(leaf)
         leaf = leaf.requires_grad_()
         self.calls.append((features, leaf))
         return leaf.clone()  # the model may write into it
@@ -203,7 +203,7 @@ def find_head(task: Task, reduction: Reduction, examples: Examples, name: str | 
     return Head(called[-1], layers[called[-1]], task, reduction)
 
 
-def seen_by(head: Head, examples: Examples, path: Path) -> list[HeadRows]:
+def head_rows(head: Head, examples: Examples, path: Path) -> list[HeadRows]:
     """The final layer's rows for all training examples, memory-mapped from an Arrow file.
 
     The file is written if it is missing, damaged, or holds rows of other weights, data or another loss.
@@ -219,7 +219,7 @@ def seen_by(head: Head, examples: Examples, path: Path) -> list[HeadRows]:
     def rows() -> Iterator[dict[str, Tensor]]:
         for block in examples.blocks():
             seed_for(0, block.start)
-            seen = head.see(block.batch, block.size)
+            seen = head.read(block.batch, block.size)
             _refuse_non_finite(seen, block.ids)
             yield seen.columns()
 
@@ -270,7 +270,7 @@ def _same(head: Head, examples: Examples, stored: list[HeadRows]) -> bool:
     ids = evenly_spread(len(examples), _COMPARED)
     batch = examples.some(ids)
     seed_for(0, ids[0])
-    now = head.see(batch, len(ids)).columns()
+    now = head.read(batch, len(ids)).columns()
     for name, found in now.items():
         columns = [getattr(s, name) for s in stored]
         then = torch.stack([_row(columns, i) for i in ids])

@@ -73,7 +73,7 @@ def _over_examples(
     def loss(values: dict[str, Tensor], *tensors: Tensor) -> Tensor:
         given = iter(tensors)
         one = [next(given).unsqueeze(0) if m else leaf for leaf, m in zip(leaves, mapped, strict=True)]
-        with in_place_of(task.module, values):
+        with replacing(task.module, values):
             return task(tree_unflatten(one, spec)).sum()
 
     tensors = [leaf for leaf, m in zip(leaves, mapped, strict=True) if m]
@@ -123,18 +123,18 @@ def requiring_gradients(module: nn.Module, names: Sequence[str]) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def in_place_of(
+def replacing(
     module: nn.Module, values: dict[str, Tensor], buffers: Mapping[str, Tensor] = MappingProxyType({})
 ) -> Iterator[None]:
     """Replace every occurrence of the named parameters and buffers by given tensors inside, tied ones included."""
-    standing = {id(p): values[clean(name)] for name, p in module.named_parameters() if clean(name) in values}
-    standing |= {id(b): buffers[clean(name)] for name, b in module.named_buffers() if clean(name) in buffers}
+    replacements = {id(p): values[clean(name)] for name, p in module.named_parameters() if clean(name) in values}
+    replacements |= {id(b): buffers[clean(name)] for name, b in module.named_buffers() if clean(name) in buffers}
     swapped = []
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
             for key, tensor in list(tensors.items()):
-                if tensor is not None and id(tensor) in standing:
-                    tensors[key] = standing[id(tensor)]  # type: ignore[assignment]
+                if tensor is not None and id(tensor) in replacements:
+                    tensors[key] = replacements[id(tensor)]  # type: ignore[assignment]
                     swapped.append((part, tensors, key, tensor))
     recurrent = {id(part): part for part, *_ in swapped}.values()
     _refresh_flat_weights(list(recurrent))

@@ -137,7 +137,7 @@ class Lookup(Part):
         """Bytes that one example takes when its block stands on the query side."""
         return 2 * self.outputs[0].numel() * self.outputs.element_size() if len(self) else 0
 
-    def joined(self, other: Part) -> Part | None:
+    def merged(self, other: Part) -> Part | None:
         """The sum of the gradients of two look-ups in one table: one longer look-up."""
         if not isinstance(other, Lookup):
             return None

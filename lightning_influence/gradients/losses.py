@@ -35,13 +35,13 @@ class Losses:
                 seed_for(engine.seed, block.start)
                 found = vectorised_losses(engine.task, block).double()
                 if self._vectorised is None:
-                    self._vectorised = _agree(found, _apart(engine, block, _COMPARED), engine)
+                    self._vectorised = _agrees(found, _one_by_one(engine, block, _COMPARED), engine)
             except NotVectorisable:
                 self._vectorised = False
-        return found if self._vectorised else _apart(engine, block, block.size)
+        return found if self._vectorised else _one_by_one(engine, block, block.size)
 
 
-def _agree(found: Tensor, alone: Tensor, engine: Engine) -> bool:
+def _agrees(found: Tensor, alone: Tensor, engine: Engine) -> bool:
     tolerance = 1e-9 if next(iter(engine.task.named_parameters().values())).dtype is torch.float64 else 1e-4
     return torch.allclose(found[: len(alone)], alone, rtol=tolerance, atol=tolerance, equal_nan=True)
 
@@ -58,7 +58,7 @@ def _jointly(engine: Engine, block: Block) -> Tensor:
     return values.double()
 
 
-def _apart(engine: Engine, block: Block, count: int) -> Tensor:
+def _one_by_one(engine: Engine, block: Block, count: int) -> Tensor:
     losses = []
     with torch.no_grad():
         for example in block.ids[:count]:

@@ -187,7 +187,7 @@ class OuterProducts(Part):
             result = result + self.outputs.sum(1) @ vectors[1]
         return result if self.factor is None else result * self.factor
 
-    def against(self, vectors: tuple[Tensor, ...]) -> Tensor:
+    def times_each(self, vectors: tuple[Tensor, ...]) -> Tensor:
         """[vector, example]: inner products with dense gradients, or with the inputs first, whichever is cheaper."""
         t, width_in, width_out = self._sizes
         n_vectors = len(vectors[0])
@@ -199,13 +199,13 @@ class OuterProducts(Part):
             return product + vectors[1] @ self._bias_rows.T if self.bias else product
         matrices = vectors[0].reshape(n_vectors, self.shape[0], -1)
         matrices = (matrices.transpose(1, 2) if self.transposed else matrices).reshape(n_vectors * width_out, width_in)
-        tiles = [part._against(matrices, n_vectors) for _, part in self._chunks(t * n_vectors * width_out)]
+        tiles = [part._times_each(matrices, n_vectors) for _, part in self._chunks(t * n_vectors * width_out)]
         product = torch.cat(tiles, 1) if tiles else matrices.new_zeros(n_vectors, 0)
         if self.bias:
             product += vectors[1] @ self.outputs.sum(1).T
         return product if self.factor is None else product * self.factor.to(product)
 
-    def _against(self, matrices: Tensor, n_vectors: int) -> Tensor:
+    def _times_each(self, matrices: Tensor, n_vectors: int) -> Tensor:
         """[vector, example] without bias and factor; multiplies ``matrices`` [vector x out, in] by the inputs first."""
         t, _, width_out = self._sizes
         carried = (self.inputs.flatten(0, 1) @ matrices.T).view(-1, n_vectors, width_out)
@@ -242,7 +242,7 @@ class OuterProducts(Part):
         """The bytes of the inputs before they are unfolded, and of the output gradients."""
         return (self.source.numel() + self.outputs.numel()) * self.outputs.element_size()
 
-    def joined(self, other: Part) -> Part | None:
+    def merged(self, other: Part) -> Part | None:
         """The sum of the gradients of two uses of one weight: outer products over the positions of both."""
         if not isinstance(other, OuterProducts) or (self.bias, self.transposed) != (
             other.bias,
@@ -257,7 +257,7 @@ class OuterProducts(Part):
         """The output gradients times each example's factor, [example, position, out]."""
         return self.outputs if self.factor is None else self.outputs * one_row_per_example(self.factor, self.outputs)
 
-    def each(self) -> tuple[Part, ...]:
+    def per_parameter(self) -> tuple[Part, ...]:
         """The weight's outer products, and the dense gradients of the bias."""
         return (replace(self, bias=False), DenseRows((self._bias_rows,))) if self.bias else (self,)
 

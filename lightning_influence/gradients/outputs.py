@@ -41,7 +41,7 @@ class OutputWatch(TorchFunctionMode):
         super().__init__()
         self._parameters = {id(p) for p in parameters}
         self._last_layer = last_layer
-        self._entered: list[Tensor] = []
+        self._loss_inputs: list[Tensor] = []
         self._last: Tensor | None = None
         self._links: dict[int, tuple[Tensor, Tensor]] = {}  # holds the link's output too, so that its id is not reused
 
@@ -69,13 +69,13 @@ class OutputWatch(TorchFunctionMode):
         for operand in operands:
             if isinstance(operand, Tensor) and operand.requires_grad:
                 logits = self._links[id(operand)][1] if id(operand) in self._links else operand
-                if not any(logits is known for known in self._entered):
-                    self._entered.append(logits)
+                if not any(logits is known for known in self._loss_inputs):
+                    self._loss_inputs.append(logits)
 
     def outputs(self) -> tuple[Tensor, ...]:
         """The network's outputs: the inputs of its loss functions, or the output of its last layer if it calls none."""
-        if self._entered and not self._last_layer:
-            return tuple(self._entered)
+        if self._loss_inputs and not self._last_layer:
+            return tuple(self._loss_inputs)
         return () if self._last is None else (self._last,)
 
 

@@ -44,7 +44,7 @@ class Part(ABC):
     def times(self, vectors: tuple[Tensor, ...]) -> Tensor:
         """[example]: inner product of each example's gradient with one parameter-shaped vector."""
 
-    def against(self, vectors: tuple[Tensor, ...]) -> Tensor:
+    def times_each(self, vectors: tuple[Tensor, ...]) -> Tensor:
         """[vector, example]: the inner products with several vectors, [vector, *shape] for each parameter."""
         return torch.stack([self.times(tuple(v[i] for v in vectors)) for i in range(len(vectors[0]))])
 
@@ -70,10 +70,10 @@ class Part(ABC):
         return len(self) * self.query_bytes(1)
 
     @abstractmethod
-    def joined(self, other: "Part") -> "Part | None":
+    def merged(self, other: "Part") -> "Part | None":
         """The sum of the gradients of two uses of the same parameters; None if their forms cannot be merged."""
 
-    def each(self) -> "tuple[Part, ...]":
+    def per_parameter(self) -> "tuple[Part, ...]":
         """The same gradients with one part per parameter."""
         return (self,)
 

@@ -115,12 +115,12 @@ class DenseQueries(QueryGradients):
         by_group: dict[int, Tensor] = {}
         shared = scale is None or scale.ndim == 1
         if any(name not in self._vectors for names in block.parts for name in names):
-            block = block.apart()
+            block = block.per_parameter()
         for names, part in block.parts.items():
             if names[0] not in self._vectors:  # no query's loss depends on it
                 continue
             group = 0 if shared else self._groups.get(names[0], 0)
-            product = part.against(tuple(self._vectors[name] for name in names))
+            product = part.times_each(tuple(self._vectors[name] for name in names))
             by_group[group] = by_group[group] + product if group in by_group else product
         scaled = [
             product if scale is None else product * (scale if shared else scale[group]).to(product)

@@ -38,25 +38,25 @@ def make_plan(engine: Engine, examples: Examples, names: Sequence[str]) -> Plan:
         tapes = [engine.record(block, names, True) for block in blocks]
         copy_leaves = True
     recorded = [[call for call in tape.calls if call.gradient is not None] for tape in tapes]
-    apart = _apart(recorded)
+    separate = _separate(recorded)
     candidates = {name: _candidates(name, recorded, blocks) for name in names}
     attempts = [
-        _Attempt(engine, recorded, blocks, {n: c[i] for n, c in candidates.items() if i < len(c)}, apart)
+        _Attempt(engine, recorded, blocks, {n: c[i] for n, c in candidates.items() if i < len(c)}, separate)
         for i in range(max((len(c) for c in candidates.values()), default=0))
     ]
     vectorised = _vectorised(engine, blocks, names, attempts)
     nonzero = _compare(engine, blocks, names, attempts, vectorised)
     layouts: dict[str, Layout] = {}
     for attempt in attempts:
-        layouts.update({n: attempt.layouts[n] for n in names if n in attempt.right and n not in layouts})
+        layouts.update({n: attempt.layouts[n] for n in names if n in attempt.agreeing and n not in layouts})
     reached = {name for calls in recorded for call in calls for name in call.names.values()}
     unreached = tuple(name for name in names if name not in reached and name not in nonzero)
     general = [name for name in names if name not in layouts and name not in unreached]
-    missing = [name for name in general if vectorised is None or name not in vectorised.right]
+    missing = [name for name in general if vectorised is None or name not in vectorised.agreeing]
     fast = tuple(name for name in general if name not in missing)
     uses = frozenset().union(*(tape.uses for tape in tapes))
     return Plan(
-        {n: layouts[n] for n in names if n in layouts}, fast, tuple(missing), apart, copy_leaves, uses, unreached
+        {n: layouts[n] for n in names if n in layouts}, fast, tuple(missing), separate, copy_leaves, uses, unreached
     )
 
 
@@ -69,21 +69,21 @@ class _Attempt:
         recorded: Sequence[Sequence[Call]],
         blocks: Sequence[Block],
         layouts: dict[str, Layout],
-        apart: frozenset[str],
+        separate: frozenset[str],
     ) -> None:
         self.layouts = layouts
         self.parts: list[dict[Names, Part]] = []
-        self.right = set(layouts)
+        self.agreeing = set(layouts)
         for calls, block in zip(recorded, blocks, strict=True):
-            parts, failed = engine.parts_of(calls, block.size, layouts, apart)
+            parts, failed = engine.parts_of(calls, block.size, layouts, separate)
             self.parts.append(parts)
-            self.right -= set(failed)
+            self.agreeing -= set(failed)
 
     def row(self, block: int, example: int) -> dict[str, Tensor]:
         """One example's gradient for the parameters that have agreed so far."""
         rows: dict[str, Tensor] = {}
         for names, part in self.parts[block].items():
-            if self.right & set(names):
+            if self.agreeing & set(names):
                 dense = part.slice(slice(example, example + 1)).dense()
                 rows.update({name: row[0] for name, row in zip(names, dense, strict=True)})
         return rows
@@ -94,7 +94,7 @@ class _Vectorised(_Attempt):
 
     def __init__(self, engine: Engine, blocks: Sequence[Block], names: Sequence[str]) -> None:
         self.layouts = {}
-        self.right = set(names)
+        self.agreeing = set(names)
         self.parts = [{(n,): p for n, p in vectorised_rows(engine.task, block, names).items()} for block in blocks]
 
 
@@ -109,7 +109,7 @@ def _vectorised(
     truth = one_gradient(engine.task, first.one(first.start), names, engine.seed, first.start)
     largest = largest_entry(truth.values())
     suspect = [
-        n for n in names if not any(agrees(a.row(0, 0).get(n), truth[n], largest) for a in attempts if n in a.right)
+        n for n in names if not any(agrees(a.row(0, 0).get(n), truth[n], largest) for a in attempts if n in a.agreeing)
     ]
     try:
         return _Vectorised(engine, blocks, suspect) if suspect else None
@@ -130,7 +130,7 @@ def _compare(
         The parameters whose gradients are not all zero.
     """
     nonzero: set[str] = set()
-    everything = [*attempts, *([vectorised] if vectorised is not None else [])]
+    all_attempts = [*attempts, *([vectorised] if vectorised is not None else [])]
     for b, block in enumerate(blocks):
         for i in range(block.size):
             example = _id_of(block, i)
@@ -140,9 +140,9 @@ def _compare(
                 continue  # nothing to compare; the attributor reports every such example
             nonzero |= {name for name, gradient in truth.items() if bool(gradient.any())}
             largest = largest_entry(truth.values())
-            for attempt in everything:
+            for attempt in all_attempts:
                 rows = attempt.row(b, i)
-                attempt.right = {n for n in attempt.right if agrees(rows.get(n), truth[n], largest)}
+                attempt.agreeing = {n for n in attempt.agreeing if agrees(rows.get(n), truth[n], largest)}
     return nonzero
 
 
@@ -178,11 +178,11 @@ def _candidates(name: str, recorded: Sequence[Sequence[Call]], blocks: Sequence[
         for call in calls
         if name in call.names.values()
     ]
-    allowed = [Layout.FIRST, Layout.SECOND] if _run_together(blocks) else list(Layout)
+    allowed = [Layout.FIRST, Layout.SECOND] if _may_concatenate(blocks) else list(Layout)
     return [layout for layout in allowed if uses and all(fits(shape, n, layout) for shape, n in uses)]
 
 
-def _run_together(blocks: Sequence[Block]) -> bool:
+def _may_concatenate(blocks: Sequence[Block]) -> bool:
     """Whether the batches may concatenate examples of different lengths along one dimension, as graph batches do.
 
     Equal lengths in the self-check's batches do not exclude it.
@@ -199,7 +199,7 @@ def _run_together(blocks: Sequence[Block]) -> bool:
     return any(not set.intersection(*same) for same in zip(*dimensions, strict=False))
 
 
-def _apart(recorded: Sequence[Sequence[Call]]) -> frozenset[str]:
+def _separate(recorded: Sequence[Sequence[Call]]) -> frozenset[str]:
     """Parameters that are used with different partners, such as a weight tied between layers with their own biases."""
     partners: dict[str, set[frozenset[str]]] = {}
     for calls in recorded:

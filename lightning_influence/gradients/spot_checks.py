@@ -51,25 +51,25 @@ class SuspectRows:
         elif func in _REORDERS:
             self._reordered(*args[1:2])
         elif func is F.cross_entropy or func is F.nll_loss:
-            self._weighed(*args, **kwargs)
+            self._check_ignored(*args, **kwargs)
         elif func in _COUNTS:
             self._count(*args, **kwargs)
-        elif self._counted and (func in _READS or (func in _SCALES and _by_one_number(args))):
+        elif self._counted and (func in _READS or (func in _SCALES and _scaled_by_number(args))):
             self.rows |= self._counted
 
     def _reordered(self, by: Any = None) -> None:
         self.rows |= {0, self.examples - 1}
         if isinstance(by, Tensor) and by.dtype is torch.bool:
-            self.rows |= self._unlike(by)
+            self.rows |= self._extremes(by)
 
     def _count(self, input: Any, dim: Any = None, *_: Any, **options: Any) -> None:
         """Remember a sum over the whole batch of a tensor without gradient."""
         if isinstance(input, Tensor) and not input.requires_grad and not input.is_complex():
             over = [] if dim is None else dim if isinstance(dim, (list, tuple)) else [dim]
             if not over or len(over) == input.ndim:
-                self._counted |= self._unlike(input)
+                self._counted |= self._extremes(input)
 
-    def _unlike(self, each: Tensor) -> set[int]:
+    def _extremes(self, each: Tensor) -> set[int]:
         """The examples with the smallest and the largest sum, if sums differ along the first or last dimension."""
         if not each.numel() or each.numel() % self.examples:
             return set()
@@ -80,7 +80,7 @@ class SuspectRows:
             return set()
         return {int(first.argmin()), int(first.argmax())}
 
-    def _weighed(
+    def _check_ignored(
         self,
         input: Tensor,
         target: Tensor,
@@ -94,10 +94,10 @@ class SuspectRows:
         """Ignored targets: unless all examples have equally many, a mean over the batch weights examples unequally."""
         if reduction != "mean" or target.is_floating_point() or not target.numel() or target.numel() % self.examples:
             return
-        self.rows |= self._unlike(target == ignore_index)
+        self.rows |= self._extremes(target == ignore_index)
 
 
-def _by_one_number(operands: Sequence[Any]) -> bool:
+def _scaled_by_number(operands: Sequence[Any]) -> bool:
     """Whether a tensor with a gradient is multiplied or divided by a single number without one."""
     tensors = [t for t in operands if isinstance(t, Tensor)]
     return any(t.requires_grad for t in tensors) and any(t.numel() == 1 and not t.requires_grad for t in tensors)

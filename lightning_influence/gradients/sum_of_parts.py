@@ -67,10 +67,10 @@ class SumOfParts(Part):
         """Bytes that one example takes when its block stands on the query side."""
         return sum(term.query_bytes(n_queries) for term in self.terms)
 
-    def joined(self, other: Part) -> "Part | None":
+    def merged(self, other: Part) -> "Part | None":
         """Add a term, merged with one of the same form if there is one."""
         for i, term in enumerate(self.terms):
-            merged = term.joined(other)
+            merged = term.merged(other)
             if merged is not None:
                 return SumOfParts((*self.terms[:i], merged, *self.terms[i + 1 :]))
         return SumOfParts((*self.terms, other))
@@ -84,7 +84,7 @@ class SumOfParts(Part):
         terms = [term.projected(sketches)[0] for term in self.terms]
         summed: Part = terms[0]
         for term in terms[1:]:
-            summed = summed.joined(term) or SumOfParts((summed, term))
+            summed = summed.merged(term) or SumOfParts((summed, term))
         return (summed,)
 
     def finite(self) -> Tensor:

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_influence.gradients.rules import RULES, LayerRule, Operands
-from lightning_influence.gradients.rules.recurrent import RECURRENT, spelled_out
-from lightning_influence.gradients.rules.shared import SHARED_SUM, SUMS, Shared, shared_by
+from lightning_influence.gradients.rules.recurrent import RECURRENT, unrolled
+from lightning_influence.gradients.rules.shared import SHARED_SUM, SUMS, Shared, shared_tensor
 
 _LINEAR = F.linear
 
@@ -80,7 +80,7 @@ class Tape(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             return self._attention(func, args, kwargs)
         if func in RECURRENT and not kwargs:
-            output = spelled_out(self._linear, func, args)
+            output = unrolled(self._linear, func, args)
             return func(*args) if output is None else output
         if shared and func in SUMS and not kwargs:
             return self._sum(func, args, shared)
@@ -89,7 +89,7 @@ class Tape(TorchFunctionMode):
     def _run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         rule = RULES.get(func)
         output = func(*args, **kwargs) if rule is None else self._record(rule, func, args, kwargs)
-        made = shared_by(func, args, kwargs, output, self._shared, self.names)
+        made = shared_tensor(func, args, kwargs, output, self._shared, self.names)
         if made is not None:
             self._shared[id(output)] = made
         return output
@@ -97,7 +97,7 @@ class Tape(TorchFunctionMode):
     def _sum(self, func: Callable[..., Any], args: Sequence[Any], shared: Sequence[Shared]) -> Any:
         """Record a sum with a tensor that the batch shares: only the sum's output has one gradient per example."""
         shape = torch.broadcast_shapes(*(a.shape for a in args if isinstance(a, Tensor)))
-        shared = [s for s in shared if s.added_to(shape)]
+        shared = [s for s in shared if s.is_shared_in(shape)]
         own = {id(s.value): s.value.detach() for s in shared}
         output = self._run(func, [own.get(id(a), a) for a in args], {})
         for s in shared:

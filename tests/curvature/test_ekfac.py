@@ -339,7 +339,7 @@ def test_directions_as_factors_are_those_written_out(name):
         torch.testing.assert_close(solved.times(vector), plain.times(vector))
         torch.testing.assert_close(solved.normalized("cosine").dot(block), plain.normalized("cosine").dot(block))
         torch.testing.assert_close(solved.diagonal(block.slice(slice(4))), plain.dot(block.slice(slice(4))).diagonal())
-        torch.testing.assert_close(solved.dot(block.apart()), plain.dot(block))
+        torch.testing.assert_close(solved.dot(block.per_parameter()), plain.dot(block))
         factor = torch.arange(4, dtype=torch.float64)
         for part in solved.joint.parts.values():
             written = part.dense()

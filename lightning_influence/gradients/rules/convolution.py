@@ -53,7 +53,7 @@ class Patches:
         return columns.view(examples, -1, *columns.shape[1:]).transpose(2, 3).reshape(examples, -1, width)
 
 
-def _each(value: Any, dimensions: int) -> tuple[int, ...]:
+def _per_dimension(value: Any, dimensions: int) -> tuple[int, ...]:
     sizes = (value,) * dimensions if isinstance(value, int) else tuple(int(v) for v in value)
     return sizes * dimensions if len(sizes) == 1 else sizes
 
@@ -64,14 +64,14 @@ def _padding(value: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> 
     if value == "same":
         totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)
-    return tuple((size, size) for size in _each(value, len(kernel)))
+    return tuple((size, size) for size in _per_dimension(value, len(kernel)))
 
 
 def _patches(weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Patches:
     """The windows of a convolution; for a transposed one, those of the convolution that it is the adjoint of."""
     kernel = tuple(weight.shape[2:])
-    dilation = _each(dilation, len(kernel))
-    return Patches(kernel, _each(stride, len(kernel)), _padding(padding, kernel, dilation), dilation)
+    dilation = _per_dimension(dilation, len(kernel))
+    return Patches(kernel, _per_dimension(stride, len(kernel)), _padding(padding, kernel, dilation), dilation)
 
 
 def _positions_last(maps: Tensor) -> Tensor:
@@ -112,11 +112,8 @@ class _Convolution:
         outputs = _positions_last(split(gradient, examples, layout))
         if "weight" not in wanted:
             return {("bias",): DenseRows((outputs.sum(1),))}
-        shape, groups, patches = (
-            tuple(operands["weight"].shape),
-            operands.options["groups"],
-            operands.options["patches"],
-        )
+        shape, groups = tuple(operands["weight"].shape), operands.options["groups"]
+        patches = operands.options["patches"]
         maps, bias = split(operands.input, examples, layout), "bias" in wanted
         if groups == 1:
             part: Part = OuterProducts(maps, outputs, shape, bias, patches=patches)
@@ -130,7 +127,7 @@ class _TransposedConvolution:
     """The adjoint of a convolution: its patches are taken from the output gradient."""
 
     def __init__(self, dimensions: int) -> None:
-        self.dimensions = dimensions
+        self.convolution = _Convolution(dimensions)
 
     def operands(
         self,
@@ -143,10 +140,7 @@ class _TransposedConvolution:
         groups: int = 1,
         dilation: Any = 1,
     ) -> Operands | None:
-        if input.ndim != self.dimensions + 2:
-            return None
-        options = {"patches": _patches(weight, stride, padding, dilation), "groups": groups}
-        return Operands({"weight": weight, "bias": bias}, input, 1, options)
+        return self.convolution.operands(input, weight, bias, stride, padding, dilation, groups)
 
     def parts(
         self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout

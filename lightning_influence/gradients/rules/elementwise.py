@@ -12,7 +12,7 @@ from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.rules.rule import LayerRule, Operands
 
 
-def reduced(gradient: Tensor, shape: tuple[int, ...], examples: int, layout: Layout) -> Tensor:
+def sum_broadcast(gradient: Tensor, shape: tuple[int, ...], examples: int, layout: Layout) -> Tensor:
     """Sum each example's ``gradient`` over the dimensions along which ``shape`` was broadcast: [example, *shape].
 
     Raises:
@@ -40,7 +40,9 @@ class _Sum:
         self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
     ) -> dict[tuple[str, ...], Part]:
         shapes = {role: _shape(operands, role) for role in wanted}
-        return {(role,): DenseRows((reduced(gradient, shape, examples, layout),)) for role, shape in shapes.items()}
+        return {
+            (role,): DenseRows((sum_broadcast(gradient, shape, examples, layout),)) for role, shape in shapes.items()
+        }
 
 
 class _Product:
@@ -52,7 +54,7 @@ class _Product:
         parts: dict[tuple[str, ...], Part] = {}
         for role in wanted:
             other = operands["right" if role == "left" else "left"]
-            parts[role,] = DenseRows((reduced(gradient * other, _shape(operands, role), examples, layout),))
+            parts[role,] = DenseRows((sum_broadcast(gradient * other, _shape(operands, role), examples, layout),))
         return parts
 
 

@@ -47,10 +47,10 @@ _CELLS: dict[Callable[..., Any], _Gates] = {
     torch.lstm_cell: _lstm,
 }
 RECURRENT = frozenset((*_LAYERS, *_CELLS))
-"""The functions that ``spelled_out`` covers."""
+"""The functions that ``unrolled`` covers."""
 
 
-def spelled_out(linear: Linear, func: Callable[..., Any], args: Sequence[Any]) -> Any:
+def unrolled(linear: Linear, func: Callable[..., Any], args: Sequence[Any]) -> Any:
     """Compute ``func(*args)`` step by step, with every product with a weight made by ``linear``.
 
     Returns:

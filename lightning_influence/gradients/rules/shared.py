@@ -12,8 +12,8 @@ from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.layout import Layout
 from lightning_influence.gradients.lookup import Lookup
 from lightning_influence.gradients.part import Part
-from lightning_influence.gradients.rules.elementwise import reduced
-from lightning_influence.gradients.rules.embedding import without_padding
+from lightning_influence.gradients.rules.elementwise import sum_broadcast
+from lightning_influence.gradients.rules.embedding import EMBEDDINGS, without_padding
 from lightning_influence.gradients.rules.rule import Operands
 
 SUMS = frozenset({torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__})
@@ -57,7 +57,7 @@ class Shared:
     looked_up: bool
     ids: Tensor | None = None
 
-    def added_to(self, shape: Sequence[int]) -> bool:
+    def is_shared_in(self, shape: Sequence[int]) -> bool:
         """Whether all examples share this tensor in a sum of that shape.
 
         A look-up with ids of each example's own is left to the rule for embeddings.
@@ -66,7 +66,7 @@ class Shared:
         return not self.looked_up or (aligned[0] == 1 and shape[0] > 1)
 
 
-def shared_by(
+def shared_tensor(
     func: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
@@ -78,7 +78,7 @@ def shared_by(
     if not isinstance(output, Tensor):
         return None
     if func is F.embedding:
-        return _looked_up(output, names, *args, **kwargs)
+        return _looked_up(output, names, args, kwargs)
     if func not in VIEWS or output is args[0]:
         return None
     rest = tuple(args[1:])
@@ -95,18 +95,12 @@ def shared_by(
 
 
 def _looked_up(
-    output: Tensor,
-    names: Mapping[int, str],
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
+    output: Tensor, names: Mapping[int, str], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Shared | None:
-    if id(weight) not in names or max_norm is not None or scale_grad_by_freq:
+    operands = EMBEDDINGS[F.embedding].operands(*args, **kwargs)
+    if operands is None or id(operands["weight"]) not in names:
         return None
+    input, weight, padding_idx = operands.input, operands["weight"], operands.options["padding_idx"]
     ids = without_padding(input, padding_idx, len(weight)).detach()
     return Shared(names[id(weight)], weight, output, lambda p: F.embedding(input, p, padding_idx), True, ids)
 
@@ -124,7 +118,7 @@ class SharedSum:
         """Dense gradients of the parameter; for a look-up without views, those of the rows that were looked up."""
         shared: Shared = operands.options["shared"]
         parameter = operands["shared"]
-        rows = reduced(gradient, tuple(shared.value.shape), examples, layout)
+        rows = sum_broadcast(gradient, tuple(shared.value.shape), examples, layout)
         if shared.ids is not None:
             ids = shared.ids.reshape(1, -1).expand(examples, -1)
             return {("shared",): Lookup(ids, rows.reshape(examples, -1, rows.shape[-1]), tuple(parameter.shape))}
