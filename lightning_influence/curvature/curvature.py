@@ -93,7 +93,7 @@ class Curvature(ABC):
     def descend(
         self, prepared: PreparedCurvature, vectors: Mapping[str, Tensor], setting: Setting, descent: Descent
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """F v and S^T v of a stretch of gradient descent (see ``Descent``), which SOURCE is made of.
+        """F v and S^T v of a stretch of gradient descent (see ``Descent``), which SOURCE uses.
 
         Args:
             prepared: The result of ``prepare`` at these weights.

@@ -99,8 +99,8 @@ def _scale(state: SavedState, name: str, options: Mapping[str, Any]) -> Tensor:
 def _options_at(trajectory: Trajectory, step: int) -> dict[str, Mapping[str, Any]]:
     """By parameter, the options of its parameter group at a step."""
     used: dict[int, Mapping[str, Any]] = {}
-    for made, entry in zip(*(trajectory.steps[name].to_pylist() for name in ("step", "settings")), strict=True):
-        if made <= step:
+    for number, entry in zip(*(trajectory.steps[name].to_pylist() for name in ("step", "settings")), strict=True):
+        if number <= step:
             used[trajectory.settings[entry]["optimizer"]] = trajectory.settings[entry]
     return {name: group for entry in used.values() for group in entry["groups"] for name in group["parameters"]}
 

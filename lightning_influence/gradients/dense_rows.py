@@ -58,7 +58,7 @@ class DenseRows(Part):
         return tuple(r.sum(0) for r in self.rows)
 
     def query_bytes(self, n_queries: int) -> int:
-        """Bytes that one example takes when its block stands on the query side."""
+        """The bytes that one example takes while its block is multiplied with many others."""
         return sum(r[0].numel() * r.element_size() for r in self.rows if len(r))
 
     def merged(self, other: Part) -> Part | None:

@@ -110,14 +110,14 @@ class Head:
             ValueError: The loss is none of the three kinds of ``Link``, or features or gradients are not finite.
         """
         ids = evenly_spread(len(examples), _PROBED)
-        seen = []
+        probed = []
         for noise in (0.0, 1.0):
             batch = examples.some(ids)
             seed_for(0, ids[0])
-            seen.append(self.read(batch, len(ids), noise=noise))
-            _refuse_non_finite(seen[0], ids)
-        tolerance = 1e-6 if seen[0].outputs.dtype == torch.float64 else 1e-2
-        (z, gradient), (moved, moved_gradient) = [(s.outputs.cpu(), s.gradients.cpu()) for s in seen]
+            probed.append(self.read(batch, len(ids), noise=noise))
+            _refuse_non_finite(probed[0], ids)
+        tolerance = 1e-6 if probed[0].outputs.dtype == torch.float64 else 1e-2
+        (z, gradient), (moved, moved_gradient) = [(s.outputs.cpu(), s.gradients.cpu()) for s in probed]
         found = recognise(z, gradient, moved, moved_gradient, tolerance)
         if found is None:
             raise ValueError(
@@ -219,9 +219,9 @@ def head_rows(head: Head, examples: Examples, path: Path) -> list[HeadRows]:
     def rows() -> Iterator[dict[str, Tensor]]:
         for block in examples.blocks():
             seed_for(0, block.start)
-            seen = head.read(block.batch, block.size)
-            _refuse_non_finite(seen, block.ids)
-            yield seen.columns()
+            found = head.read(block.batch, block.size)
+            _refuse_non_finite(found, block.ids)
+            yield found.columns()
 
     write_batches(path, "features", rows(), {"head": head.name}, overwrite=True)
     stored = _read(path)
@@ -253,8 +253,8 @@ def _read(path: Path) -> list[HeadRows] | None:
         return None
 
 
-def _refuse_non_finite(seen: HeadRows, ids: Sequence[int]) -> None:
-    finite = seen.features.isfinite().all(1) & seen.gradients.isfinite().all(1)
+def _refuse_non_finite(found: HeadRows, ids: Sequence[int]) -> None:
+    finite = found.features.isfinite().all(1) & found.gradients.isfinite().all(1)
     if not bool(finite.all()):
         rows = [ids[row] for row in (~finite).nonzero()[:, 0].tolist()]
         raise ValueError(

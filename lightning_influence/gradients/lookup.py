@@ -134,7 +134,7 @@ class Lookup(Part):
         return replace(self, outputs=self.outputs * tables[0][self.ids.clamp_min(0)])
 
     def query_bytes(self, n_queries: int) -> int:
-        """Bytes that one example takes when its block stands on the query side."""
+        """The bytes that one example takes while its block is multiplied with many others."""
         return 2 * self.outputs[0].numel() * self.outputs.element_size() if len(self) else 0
 
     def merged(self, other: Part) -> Part | None:

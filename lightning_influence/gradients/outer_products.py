@@ -233,7 +233,7 @@ class OuterProducts(Part):
     # ---- bookkeeping --------------------------------------------------------------------------------------------
 
     def query_bytes(self, n_queries: int) -> int:
-        """Bytes that one example takes when its block stands on the query side."""
+        """The bytes that one example takes while its block is multiplied with many others."""
         t, width_in, width_out = self._sizes
         written_out = width_in * width_out if t > 1 and self._prefers_rows(n_queries, self) else 0
         return (t * (width_in + width_out) + written_out) * self.outputs.element_size()

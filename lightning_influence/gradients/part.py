@@ -63,7 +63,7 @@ class Part(ABC):
 
     @abstractmethod
     def query_bytes(self, n_queries: int) -> int:
-        """Bytes that one example takes when its block stands on the query side."""
+        """The bytes that one example takes while its block is multiplied with many others, as queries are."""
 
     def stored_bytes(self) -> int:
         """The bytes of the part's tensors."""

@@ -64,7 +64,7 @@ class SumOfParts(Part):
         return (torch.stack([term.total()[0] for term in self.terms]).sum(0),)
 
     def query_bytes(self, n_queries: int) -> int:
-        """Bytes that one example takes when its block stands on the query side."""
+        """The bytes that one example takes while its block is multiplied with many others."""
         return sum(term.query_bytes(n_queries) for term in self.terms)
 
     def merged(self, other: Part) -> "Part | None":

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import functools
 import inspect
-import logging
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -335,25 +334,3 @@ def _silence(module: nn.Module) -> None:
         if hasattr(type(part), "log_dict") and hasattr(type(part), "training_step"):
             for name in ("log", "log_dict", "print"):
                 part.__dict__[name] = _do_nothing
-
-
-def detached_trainer(module: Any) -> Any:
-    """A silent Trainer of the module's own package, for modules that use ``self.trainer`` outside a fit."""
-    for base in type(module).__mro__:
-        package = base.__module__.partition(".core")[0]
-        if base.__name__ == "LightningModule" and package in ("pytorch_lightning", "lightning.pytorch"):
-            logger = logging.getLogger(package)
-            level = logger.level
-            logger.setLevel(logging.ERROR)
-            try:
-                return sys.modules[package].Trainer(
-                    accelerator="cpu" if module.device.type == "cpu" else "auto",
-                    devices=1,
-                    logger=False,
-                    enable_checkpointing=False,
-                    enable_progress_bar=False,
-                    enable_model_summary=False,
-                )
-            finally:
-                logger.setLevel(level)
-    return None

@@ -1,6 +1,7 @@
 """What ``training_step`` sees of its Trainer while it is scored: the stage, the step and epoch, and no loggers."""
 
 import contextlib
+import logging
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -63,3 +64,25 @@ def _counters(module: Any) -> list[Any]:
     steps = loop.epoch_loop
     automatic, manual = steps.automatic_optimization.optim_progress, steps.manual_optimization.optim_step_progress
     return [loop.epoch_progress.current, automatic.optimizer.step.total, manual.total]
+
+
+def detached_trainer(module: Any) -> Any:
+    """A silent Trainer of the module's own package, for modules that use ``self.trainer`` outside a fit."""
+    for base in type(module).__mro__:
+        package = base.__module__.partition(".core")[0]
+        if base.__name__ == "LightningModule" and package in ("pytorch_lightning", "lightning.pytorch"):
+            logger = logging.getLogger(package)
+            level = logger.level
+            logger.setLevel(logging.ERROR)
+            try:
+                return sys.modules[package].Trainer(
+                    accelerator="cpu" if module.device.type == "cpu" else "auto",
+                    devices=1,
+                    logger=False,
+                    enable_checkpointing=False,
+                    enable_progress_bar=False,
+                    enable_model_summary=False,
+                )
+            finally:
+                logger.setLevel(level)
+    return None

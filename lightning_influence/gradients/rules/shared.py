@@ -34,7 +34,7 @@ VIEWS = frozenset(
         torch.reshape,
     }
 )
-"""Operations that a shared operand may be made by."""
+"""Views, by which a shared operand may be made from a parameter."""
 
 
 @dataclass(frozen=True, eq=False)
