@@ -31,16 +31,16 @@ class Arnoldi(Iterative):
     of dropped, unless ``complement="drop"``.
 
     Args:
-        damping: See ``Curvature``.
-        matrix: Invert the Gauss-Newton matrix (``"ggn"``) or the Hessian (``"hessian"``).
-        seed: Of the first vector of the Krylov space.
-        steps: Dimension of the Krylov space.
-        rank: How many eigenvectors to keep, those of largest magnitude; None to keep all.
-        complement: How to treat the part of a gradient outside the eigenvectors. ``"damped"``: the curvature is taken
+        damping: see ``Curvature``.
+        matrix: invert the Gauss-Newton matrix (``"ggn"``) or the Hessian (``"hessian"``).
+        seed: of the first vector of the Krylov space.
+        steps: dimension of the Krylov space.
+        rank: how many eigenvectors to keep, those of largest magnitude; None to keep all.
+        complement: how to treat the part of a gradient outside the eigenvectors. ``"damped"``: the curvature is taken
             as zero there, so that D alone is inverted. ``"drop"``: it is removed, as in the paper.
 
     Raises:
-        ValueError: An argument is out of range; D is 0 for some parameters with ``"damped"``; D cancels an eigenvalue.
+        ValueError: an argument is out of range; D is 0 for some parameters with ``"damped"``; D cancels an eigenvalue.
     """
 
     steps: int = 200

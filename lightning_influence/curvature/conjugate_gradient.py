@@ -28,15 +28,15 @@ class ConjugateGradient(Iterative):
     Cost: one product with the curvature per iteration, about three passes over the training data for each query.
 
     Args:
-        damping: See ``Curvature``.
-        matrix: Solve with the Gauss-Newton matrix (``"ggn"``) or the Hessian (``"hessian"``).
-        seed: Of the random probes that estimate the mean eigenvalue.
-        tolerance: Stop when the residual is at most this times the query's gradient, in norm.
-        max_iterations: The most iterations per query; if they do not reach the tolerance, a warning and the notes
+        damping: see ``Curvature``.
+        matrix: solve with the Gauss-Newton matrix (``"ggn"``) or the Hessian (``"hessian"``).
+        seed: of the random probes that estimate the mean eigenvalue.
+        tolerance: stop when the residual is at most this times the query's gradient, in norm.
+        max_iterations: the most iterations per query; if they do not reach the tolerance, a warning and the notes
             give the residual.
 
     Raises:
-        ValueError: An argument is out of range; C + D is not positive definite (with ``matrix="hessian"``).
+        ValueError: an argument is out of range; C + D is not positive definite (with ``matrix="hessian"``).
     """
 
     tolerance: float = 1e-5

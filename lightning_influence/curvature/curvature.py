@@ -18,9 +18,9 @@ class PreparedCurvature:
     """What a curvature computes once for a set of weights, and what is stored beside the trajectory.
 
     Args:
-        tensors: By name, on the device of the weights.
-        diagnostics: Numbers by name, such as the largest eigenvalue.
-        notes: Sentences that are added to the notes of the scores.
+        tensors: by name, on the device of the weights.
+        diagnostics: numbers by name, such as the largest eigenvalue.
+        notes: sentences that are added to the notes of the scores.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -38,12 +38,12 @@ class Curvature(ABC):
     To write your own, subclass as a frozen dataclass and implement ``prepare``, ``solve`` and ``mean_eigenvalue``.
 
     Args:
-        damping: Added to the diagonal besides the weight decay, in units of C. None chooses it from the fit: 1 / (sum
+        damping: added to the diagonal besides the weight decay, in units of C. None chooses it from the fit: 1 / (sum
             of learning rates / (1 - momentum)) under SGD, a tenth of the mean eigenvalue under adaptive optimizers or
             where no learning rates were captured. The notes of the scores name the value.
 
     Raises:
-        ValueError: A negative damping, or one that is not finite.
+        ValueError: a negative damping, or one that is not finite.
     """
 
     damping: float | None = None
@@ -77,9 +77,9 @@ class Curvature(ABC):
         """(C + diagonal)^-1 q for every query of a block.
 
         Args:
-            prepared: The result of ``prepare`` at these weights.
-            queries: The gradients q.
-            setting: Holds the engine and the training examples, and takes notes and diagnostics (solver residuals).
+            prepared: the result of ``prepare`` at these weights.
+            queries: the gradients q.
+            setting: holds the engine and the training examples, and takes notes and diagnostics (solver residuals).
             diagonal: [group] float64, added for the parameters of each parameter group of the optimizer;
                 ``setting.engine.groups`` gives the group of a parameter (0 where it has none).
 
@@ -87,7 +87,7 @@ class Curvature(ABC):
             The solutions, in any form whose ``dot`` multiplies with blocks of training gradients.
 
         Raises:
-            ValueError: The curvature is singular with this diagonal.
+            ValueError: the curvature is singular with this diagonal.
         """
 
     def descend(
@@ -96,16 +96,16 @@ class Curvature(ABC):
         """F v and S^T v of a stretch of gradient descent (see ``Descent``), which SOURCE uses.
 
         Args:
-            prepared: The result of ``prepare`` at these weights.
-            vectors: The vectors v, [query, *shape] by name.
-            setting: Takes notes.
-            descent: Defines F and S.
+            prepared: the result of ``prepare`` at these weights.
+            vectors: the vectors v, [query, *shape] by name.
+            setting: takes notes.
+            descent: defines F and S.
 
         Returns:
             F v and S^T v, [query, *shape] by name.
 
         Raises:
-            NotImplementedError: This curvature does not compute eigenvalues.
+            NotImplementedError: this curvature does not compute eigenvalues.
         """
         raise NotImplementedError(
             f"Expected a curvature with eigenvalues, got `{type(self).__name__}`. Use `EKFAC()` or `ExactGGN()`."

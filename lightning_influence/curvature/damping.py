@@ -19,9 +19,9 @@ class Diagonal:
     """What is added to the curvature of the mean loss, for the parameters of each group of the optimizer.
 
     Args:
-        decay: The L2 weight decay, [group] float64.
-        damping: The damping besides it, [group] float64.
-        reason: How the damping was chosen, for the notes.
+        decay: the L2 weight decay, [group] float64.
+        damping: the damping besides it, [group] float64.
+        reason: how the damping was chosen, for the notes.
     """
 
     decay: Tensor
@@ -45,11 +45,11 @@ def diagonal_at(
     2023).
 
     Args:
-        setting: Holds the trajectory and the loss's reduction.
-        stage: The checkpoint.
-        damping: The user's own, or None for the default.
-        mean_eigenvalue: Computes the mean eigenvalue; called only if the default needs it.
-        share: The fraction of the default by learning rates to use; see ``Curvature.share``.
+        setting: holds the trajectory and the loss's reduction.
+        stage: the checkpoint.
+        damping: the user's own, or None for the default.
+        mean_eigenvalue: computes the mean eigenvalue; called only if the default needs it.
+        share: the fraction of the default by learning rates to use; see ``Curvature.share``.
     """
     trajectory, position = setting.trajectory, stage.position
     if trajectory is None or position is None:

@@ -20,9 +20,9 @@ class Descent:
     where P and D include the sum of the learning rates.
 
     Args:
-        preconditioner: The diagonal of P by parameter name, [*shape] float64, at least 0.
-        added: The diagonal of A likewise: weight decay and damping, which are added to the curvature.
-        decoupled_decay: The diagonal of D likewise: how much weights shrink without a gradient, as under AdamW.
+        preconditioner: the diagonal of P by parameter name, [*shape] float64, at least 0.
+        added: the diagonal of A likewise: weight decay and damping, which are added to the curvature.
+        decoupled_decay: the diagonal of D likewise: how much weights shrink without a gradient, as under AdamW.
     """
 
     preconditioner: Mapping[str, Tensor]

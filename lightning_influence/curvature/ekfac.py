@@ -54,21 +54,21 @@ class EKFAC(Curvature):
     few matrix products.
 
     Args:
-        damping: See ``Curvature``.
-        corrected: True to measure the eigenvalues in the basis (EK-FAC), False for the products of the factors' own
+        damping: see ``Curvature``.
+        corrected: true to measure the eigenvalues in the basis (EK-FAC), False for the products of the factors' own
             eigenvalues (K-FAC).
         labels: ``"sampled"``: the Fisher with one label per example, sampled from the model. ``"exact"``: the
             expectation over labels, at one pass per class. Both estimate the Gauss-Newton matrix for cross-entropy,
             binary cross-entropy and squared error, and need a model that ends in a linear layer. ``"empirical"``: the
             empirical Fisher, with the labels of the data. None: exact up to 10 classes, sampled beyond, empirical if
             the model allows neither; the notes of the scores name the choice.
-        seed: Of the sampled labels.
-        tolerance: The inverse eigenvalues of a layer with one position per example (no sequence or image dimensions)
+        seed: of the sampled labels.
+        tolerance: the inverse eigenvalues of a layer with one position per example (no sequence or image dimensions)
             are approximated at the lowest rank that keeps the relative error of the scores within this, in root mean
             square over sampled pairs. The notes give the error. 0 to use them exactly.
 
     Raises:
-        ValueError: An argument is out of range; the Fisher is singular without damping; the model has no linear layer
+        ValueError: an argument is out of range; the Fisher is singular without damping; the model has no linear layer
             whose outputs ``labels`` can be sampled from.
     """
 

@@ -39,11 +39,11 @@ class Exact(Curvature):
     factorisation, once. Memory grows with the square of the number of parameters, time with its cube.
 
     Args:
-        damping: See ``Curvature``.
-        max_parameters: A model with more parameters is refused.
+        damping: see ``Curvature``.
+        max_parameters: a model with more parameters is refused.
 
     Raises:
-        ValueError: The model has too many parameters, or the matrix is singular with this damping.
+        ValueError: the model has too many parameters, or the matrix is singular with this damping.
     """
 
     max_parameters: int = 10_000
@@ -109,7 +109,7 @@ class Exact(Curvature):
         """The factorisation of the matrix plus its diagonal, computed once.
 
         Raises:
-            ValueError: The sum is singular.
+            ValueError: the sum is singular.
         """
         kept = setting.state((self, tuple(diagonal.tolist())), _LastFactor)
         if kept.factored is None or kept.prepared is not prepared:  # of one checkpoint at a time

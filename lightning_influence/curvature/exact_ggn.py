@@ -23,11 +23,11 @@ class ExactGGN(Exact):
     once. Memory grows with the square of the number of parameters, time with its cube.
 
     Args:
-        damping: See ``Curvature``.
-        max_parameters: A model with more parameters is refused.
+        damping: see ``Curvature``.
+        max_parameters: a model with more parameters is refused.
 
     Raises:
-        ValueError: The model has too many parameters, the matrix is singular with this damping, or the network's
+        ValueError: the model has too many parameters, the matrix is singular with this damping, or the network's
             outputs are not found.
     """
 

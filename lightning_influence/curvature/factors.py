@@ -25,8 +25,8 @@ class LayerFactors:
     tables and layers that are too wide keep the diagonal only.
 
     Args:
-        part: The layer's part of the first block of gradients, for its form and shapes.
-        corrected: Whether to measure the eigenvalues; otherwise they are products of the sides' own, as in K-FAC.
+        part: the layer's part of the first block of gradients, for its form and shapes.
+        corrected: whether to measure the eigenvalues; otherwise they are products of the sides' own, as in K-FAC.
     """
 
     def __init__(self, part: Part, corrected: bool) -> None:

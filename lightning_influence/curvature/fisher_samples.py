@@ -22,12 +22,12 @@ class FisherSamples:
     """An iterable over blocks of gradients whose outer products, summed and divided by n, are a Fisher matrix.
 
     Args:
-        setting: Holds the engine and the training examples.
+        setting: holds the engine and the training examples.
         labels: ``"empirical"``, ``"sampled"`` or ``"exact"``; see ``EKFAC``.
-        seed: Of the sampled labels.
+        seed: of the sampled labels.
 
     Raises:
-        ValueError: The model has no linear layer whose outputs labels can be sampled from.
+        ValueError: the model has no linear layer whose outputs labels can be sampled from.
     """
 
     setting: Setting
@@ -79,10 +79,10 @@ class SampledLabelLoss:
     Gauss-Newton matrix.
 
     Args:
-        head: The layer whose outputs are the logits.
-        link: The loss on them.
-        seed: Of the labels.
-        n_train: The number of training examples, each of which has random numbers of its own whatever its block.
+        head: the layer whose outputs are the logits.
+        link: the loss on them.
+        seed: of the labels.
+        n_train: the number of training examples, each of which has random numbers of its own whatever its block.
     """
 
     def __init__(self, head: Head, link: Link, seed: int, n_train: int) -> None:

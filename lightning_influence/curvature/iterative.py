@@ -27,9 +27,9 @@ class Iterative(Curvature):
     """The base class of inverses that need only products with the curvature, in the memory of a few vectors per query.
 
     Args:
-        damping: See ``Curvature``.
-        matrix: The Gauss-Newton matrix (``"ggn"``) or the Hessian (``"hessian"``).
-        seed: Of the random probes that estimate eigenvalues.
+        damping: see ``Curvature``.
+        matrix: the Gauss-Newton matrix (``"ggn"``) or the Hessian (``"hessian"``).
+        seed: of the random probes that estimate eigenvalues.
     """
 
     matrix: Matrix = "ggn"
@@ -99,7 +99,7 @@ def smallest_entry(diagonal: Tensor, kind: str, name: str) -> float:
     """The smallest entry of a diagonal.
 
     Raises:
-        ValueError: It is not positive, with which a solver might not converge.
+        ValueError: it is not positive, with which a solver might not converge.
     """
     least = float(diagonal.min())
     if not least > 0:

@@ -17,12 +17,12 @@ class KroneckerInverse:
     """The inverse of one layer's Fisher plus a diagonal, in its Kronecker eigenbasis.
 
     Args:
-        basis_out: Eigenvectors of the output side, [out, k].
-        basis_in: Eigenvectors of the input side, [in, l].
+        basis_out: eigenvectors of the output side, [out, k].
+        basis_in: eigenvectors of the input side, [in, l].
         table: 1 / (eigenvalue + diagonal), [k, l].
         outside: 1 / diagonal, for the directions outside the bases, in which no training gradient has a component.
-        transposed: Whether the weight is stored as [in, out].
-        shapes: The shape of the weight, or those of the weight and its bias.
+        transposed: whether the weight is stored as [in, out].
+        shapes: the shape of the weight, or those of the weight and its bias.
     """
 
     basis_out: Tensor
@@ -53,11 +53,11 @@ class KroneckerPart(Part):
     """An inverse times gradients that are one outer product each, kept in factors.
 
     Args:
-        inverse: The layer's inverse.
-        gradients: The gradients that the inverse is multiplied by.
-        inputs: Their inputs in the basis, [query, l].
-        outputs: Their output gradients in the basis, [query, k].
-        low_rank: Factors [r, k] and [r, l] of the inverse's table; None to use the table itself.
+        inverse: the layer's inverse.
+        gradients: the gradients that the inverse is multiplied by.
+        inputs: their inputs in the basis, [query, l].
+        outputs: their output gradients in the basis, [query, k].
+        low_rank: factors [r, k] and [r, l] of the inverse's table; None to use the table itself.
     """
 
     inverse: KroneckerInverse

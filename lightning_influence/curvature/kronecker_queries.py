@@ -24,9 +24,9 @@ class KroneckerQueries(QueryGradients):
     """An inverse times the gradients of queries: all queries in one part per factored layer, others in blocks.
 
     Args:
-        joint: The parts of the factored layers.
-        others: The parts of all other layers, one element per block of queries.
-        lower_ranks: Replaces parts of factored layers by low-rank ones, at the first ``dot``; None to keep them exact.
+        joint: the parts of the factored layers.
+        others: the parts of all other layers, one element per block of queries.
+        lower_ranks: replaces parts of factored layers by low-rank ones, at the first ``dot``; None to keep them exact.
     """
 
     def __init__(
@@ -108,10 +108,10 @@ def lower_ranks(
     """Lower the ranks of the inverse eigenvalues as far as the error of the scores allows.
 
     Args:
-        parts: Exact parts.
-        weights: For each part, weights of the rows and columns of its table.
-        sample: Gradients of some training examples.
-        tolerance: The largest relative error of the scores of some queries with the sample, in root mean square over
+        parts: exact parts.
+        weights: for each part, weights of the rows and columns of its table.
+        sample: gradients of some training examples.
+        tolerance: the largest relative error of the scores of some queries with the sample, in root mean square over
             queries.
 
     Returns:

@@ -32,14 +32,14 @@ class LiSSA(Iterative):
     weights, with which the square root of the terms is enough; a stop at a given residual.
 
     Args:
-        damping: See ``Curvature``.
-        matrix: Invert the Gauss-Newton matrix (``"ggn"``) or the Hessian (``"hessian"``).
-        seed: Of the power iteration and of the random probes that estimate the mean eigenvalue.
-        depth: The most terms of the series.
-        tolerance: Stop when the residual is at most this times the query's gradient, in norm.
+        damping: see ``Curvature``.
+        matrix: invert the Gauss-Newton matrix (``"ggn"``) or the Hessian (``"hessian"``).
+        seed: of the power iteration and of the random probes that estimate the mean eigenvalue.
+        depth: the most terms of the series.
+        tolerance: stop when the residual is at most this times the query's gradient, in norm.
 
     Raises:
-        ValueError: An argument is out of range; weight decay + damping is 0.
+        ValueError: an argument is out of range; weight decay + damping is 0.
     """
 
     depth: int = 2000

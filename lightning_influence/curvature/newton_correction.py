@@ -29,13 +29,13 @@ class NewtonCorrection:
     Functions. 2025.
 
     Args:
-        engine: Gives the gradients of training examples.
-        examples: The training set.
-        factor: The factorisation of A / n, with the parameters in the order of the engine's plan.
-        shift: Added to every example's gradient, by parameter name; None to add nothing.
+        engine: gives the gradients of training examples.
+        examples: the training set.
+        factor: the factorisation of A / n, with the parameters in the order of the engine's plan.
+        shift: added to every example's gradient, by parameter name; None to add nothing.
 
     Raises:
-        ValueError: The scored parameters are not those of one linear layer before the loss.
+        ValueError: the scored parameters are not those of one linear layer before the loss.
     """
 
     def __init__(

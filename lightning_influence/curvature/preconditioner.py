@@ -23,7 +23,7 @@ def check_optimizers(trajectory: Trajectory) -> None:
 
     Raises:
         MissingEvidence: Adam's state is missing, since the trajectory was made from Lightning's own checkpoint files.
-        ValueError: An optimizer other than SGD, Adam and AdamW, or one with ``maximize=True``.
+        ValueError: an optimizer other than SGD, Adam and AdamW, or one with ``maximize=True``.
     """
     for entry in trajectory.settings:
         for group in entry["groups"]:
@@ -43,14 +43,14 @@ def descent_at(setting: Setting, stage: Stage, damping: float, reach: Tensor, de
     """A stretch of training, with the optimizer's state at one checkpoint in it.
 
     Args:
-        setting: Holds the trajectory and takes notes.
-        stage: The checkpoint.
-        damping: Added to the curvature's diagonal besides the fit's L2 weight decay.
+        setting: holds the trajectory and takes notes.
+        stage: the checkpoint.
+        damping: added to the curvature's diagonal besides the fit's L2 weight decay.
         reach: [group] float64, sums of learning rates (see ``reach_at``).
         decoupled_decay: [group] float64, sums of learning rates times decoupled weight decay.
 
     Raises:
-        MissingEvidence: The checkpoint lacks the state of an adaptive optimizer.
+        MissingEvidence: the checkpoint lacks the state of an adaptive optimizer.
     """
     added = of_group(diagonal_at(setting, stage, damping, lambda: 0.0).total, setting.engine.groups)
     rate, decay = (of_group(values, setting.engine.groups) for values in (reach, decoupled_decay))

@@ -74,7 +74,7 @@ def read(path: Path, about: dict[str, Any], device: torch.device) -> PreparedCur
     """Read a file of ``write``.
 
     Raises:
-        ValueError: The file is damaged, has another format, or is of other weights, data or fields of the curvature.
+        ValueError: the file is damaged, has another format, or is of other weights, data or fields of the curvature.
     """
     content = path.read_bytes()
     start = len(_MAGIC) + 4

@@ -21,9 +21,9 @@ class Gradients:
     """Per-sample gradients of a block of examples, never built as one matrix.
 
     Args:
-        parts: For each parameter (or weight and bias together), the gradients in factored or dense form.
-        groups: The optimizer's parameter group of each part; 0 where it is missing.
-        size: The number of examples.
+        parts: for each parameter (or weight and bias together), the gradients in factored or dense form.
+        groups: the optimizer's parameter group of each part; 0 where it is missing.
+        size: the number of examples.
     """
 
     parts: Mapping[Names, Part]
@@ -37,8 +37,8 @@ class Gradients:
         """Inner products of each gradient of this block with each gradient of another.
 
         Args:
-            other: Gradients of the same parameters.
-            scale: A factor for each column, [example of other], or for each parameter group and column, [group,
+            other: gradients of the same parameters.
+            scale: a factor for each column, [example of other], or for each parameter group and column, [group,
                 example of other] (such as learning rates).
 
         Returns:

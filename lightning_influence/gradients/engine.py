@@ -32,13 +32,13 @@ class Plan:
     """How each trainable parameter's per-sample gradients are computed; the self-check decides.
 
     Args:
-        layouts: For each parameter with a layer rule, which dimension of its activations holds the examples.
-        vectorised: Parameters whose gradients come from ``torch.func``.
-        one_by_one: Parameters whose gradients take one backward pass per example.
-        separate: Parameters that are never joined with others in one part.
-        copy_leaves: Whether activations are copied, since the model writes into them in place.
-        uses: The functions that each parameter is passed to.
-        unreached: Parameters that the loss does not depend on.
+        layouts: for each parameter with a layer rule, which dimension of its activations holds the examples.
+        vectorised: parameters whose gradients come from ``torch.func``.
+        one_by_one: parameters whose gradients take one backward pass per example.
+        separate: parameters that are never joined with others in one part.
+        copy_leaves: whether activations are copied, since the model writes into them in place.
+        uses: the functions that each parameter is passed to.
+        unreached: parameters that the loss does not depend on.
     """
 
     layouts: Mapping[str, Layout]
@@ -75,11 +75,11 @@ class Engine:
     """Computes per-sample gradients of a module's training loss, as a plan says.
 
     Args:
-        task: The module, silenced and in eval mode, with its loss.
-        reduction: How a batch's loss relates to the losses of its examples.
-        groups: The optimizer's parameter group of each parameter; 0 where it is missing.
-        seed: Of the random state in which an example's loss is computed.
-        plan: How each parameter's gradients are computed; made by ``make_plan``.
+        task: the module, silenced and in eval mode, with its loss.
+        reduction: how a batch's loss relates to the losses of its examples.
+        groups: the optimizer's parameter group of each parameter; 0 where it is missing.
+        seed: of the random state in which an example's loss is computed.
+        plan: how each parameter's gradients are computed; made by ``make_plan``.
     """
 
     task: Task
@@ -104,12 +104,12 @@ class Engine:
         """Per-sample gradients of the plan's parameters, each in the cheapest form that its operations allow.
 
         Args:
-            block: The examples.
-            set_random_state: Called before the batch's forward pass. The examples then have gradients that depend on
+            block: the examples.
+            set_random_state: called before the batch's forward pass. The examples then have gradients that depend on
                 the batch's random numbers, which a pass of a single example cannot reproduce: there are no spot checks.
 
         Raises:
-            ValueError: A spot check found an example whose gradient in its batch differs from its gradient alone; or,
+            ValueError: a spot check found an example whose gradient in its batch differs from its gradient alone; or,
                 with ``set_random_state``, a parameter's gradients take passes of single examples.
         """
         plan, watch = self.plan, None if set_random_state else SuspectRows(block.size)

@@ -31,9 +31,9 @@ class HeadRows:
     """The final layer's inputs, outputs and output gradients for some examples.
 
     Args:
-        features: The layer's inputs, [example, dim].
-        outputs: Its outputs (logits), [example, class].
-        gradients: The gradient of each example's loss with respect to them, [example, class].
+        features: the layer's inputs, [example, dim].
+        outputs: its outputs (logits), [example, class].
+        gradients: the gradient of each example's loss with respect to them, [example, class].
     """
 
     features: Tensor
@@ -54,10 +54,10 @@ class Head:
     """The final linear layer of a module; reading it takes no backward pass through the layers before it.
 
     Args:
-        name: The layer's name in the module.
-        layer: The layer.
-        task: The module, silenced and in eval mode, with its loss.
-        reduction: How a batch's loss relates to the losses of its examples.
+        name: the layer's name in the module.
+        layer: the layer.
+        task: the module, silenced and in eval mode, with its loss.
+        reduction: how a batch's loss relates to the losses of its examples.
     """
 
     name: str
@@ -69,13 +69,13 @@ class Head:
         """Run one batch forward and read the layer's inputs, outputs and output gradients.
 
         Args:
-            batch: A batch of ``size`` examples.
-            size: The number of examples.
-            weight: Replaces the layer's weight, [class, dim], with a bias as its last column; None for its own.
-            noise: Add normal noise of this standard deviation to the outputs.
+            batch: a batch of ``size`` examples.
+            size: the number of examples.
+            weight: replaces the layer's weight, [class, dim], with a bias as its last column; None for its own.
+            noise: add normal noise of this standard deviation to the outputs.
 
         Raises:
-            ValueError: The layer is not applied exactly once to each example, or the loss does not depend on it.
+            ValueError: the layer is not applied exactly once to each example, or the loss does not depend on it.
         """
         hook = _HeadHook(self.name, size, self.layer.bias is not None, weight, noise)
         handle = self.layer.register_forward_hook(hook)
@@ -107,7 +107,7 @@ class Head:
         """Recognise the loss on the layer's outputs by how its gradient changes with them.
 
         Raises:
-            ValueError: The loss is none of the three kinds of ``Link``, or features or gradients are not finite.
+            ValueError: the loss is none of the three kinds of ``Link``, or features or gradients are not finite.
         """
         ids = evenly_spread(len(examples), _PROBED)
         probed = []
@@ -161,7 +161,7 @@ class _HeadHook:
         """The layer's input and output.
 
         Raises:
-            ValueError: The layer was not called exactly once.
+            ValueError: the layer was not called exactly once.
         """
         if len(self.calls) != 1:
             raise ValueError(
@@ -175,7 +175,7 @@ def find_head(task: Task, reduction: Reduction, examples: Examples, name: str | 
     """Find a linear layer by name, or else the linear layer that is called last.
 
     Raises:
-        ValueError: There is none.
+        ValueError: there is none.
     """
     layers = {clean(n): m for n, m in task.module.named_modules() if isinstance(m, nn.Linear)}
     kind = type(task.module).__name__
@@ -209,7 +209,7 @@ def head_rows(head: Head, examples: Examples, path: Path) -> list[HeadRows]:
     The file is written if it is missing, damaged, or holds rows of other weights, data or another loss.
 
     Raises:
-        ValueError: Features or gradients are not finite.
+        ValueError: features or gradients are not finite.
     """
     if path.is_file():
         stored = _read(path)

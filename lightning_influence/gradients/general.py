@@ -28,7 +28,7 @@ def vectorised_rows(task: Task, block: Block, names: Sequence[str]) -> dict[str,
     """Dense gradients of the named parameters, by ``vmap(grad)`` over the examples of a block.
 
     Raises:
-        NotVectorisable: The batch cannot be split along its first dimension, or the step does something that ``vmap``
+        NotVectorisable: the batch cannot be split along its first dimension, or the step does something that ``vmap``
             does not support (data-dependent control flow, ``.item()``).
     """
     parameters = task.named_parameters()
@@ -42,7 +42,7 @@ def vectorised_losses(task: Task, block: Block) -> Tensor:
     """[example]: the losses of a block's examples, each as a batch of one.
 
     Raises:
-        NotVectorisable: As for ``vectorised_rows``.
+        NotVectorisable: as for ``vectorised_rows``.
     """
     with torch.no_grad():
         return _over_examples(task, block, {}, lambda loss: loss, None)
@@ -58,11 +58,11 @@ def _over_examples(
     """Apply a transform of the loss (``torch.func.grad`` or none) to each example of a block.
 
     Args:
-        task: The module with its loss.
-        block: The examples.
-        values: The parameters to differentiate by, which replace the module's own.
-        transform: Makes the function to vectorise from the loss, a function of ``values`` and tensors.
-        chunk: The most examples per call; None for all.
+        task: the module with its loss.
+        block: the examples.
+        values: the parameters to differentiate by, which replace the module's own.
+        transform: makes the function to vectorise from the loss, a function of ``values`` and tensors.
+        chunk: the most examples per call; None for all.
     """
     batch = task.to_device(block.batch)
     leaves, spec = tree_flatten(batch)

@@ -33,7 +33,7 @@ def split(tensor: Tensor, examples: int, layout: Layout) -> Tensor:
     ``rest`` are the dimensions after the one with the examples (``SECOND``: after the first two).
 
     Raises:
-        LayoutMismatch: The tensor's shape does not fit the layout.
+        LayoutMismatch: the tensor's shape does not fit the layout.
     """
     if not fits(tuple(tensor.shape), examples, layout):
         raise LayoutMismatch(

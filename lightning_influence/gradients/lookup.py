@@ -18,9 +18,9 @@ class Lookup(Part):
     """Gradients of an embedding table: row v of example n's is the sum of ``outputs[n, t]`` over all t with id v.
 
     Args:
-        ids: The rows that were looked up, [example, position]; -1 for positions without a gradient (padding).
-        outputs: Gradients with respect to the embeddings, [example, position, width].
-        shape: The table's shape, (rows, width).
+        ids: the rows that were looked up, [example, position]; -1 for positions without a gradient (padding).
+        outputs: gradients with respect to the embeddings, [example, position, width].
+        shape: the table's shape, (rows, width).
     """
 
     ids: Tensor

@@ -33,8 +33,8 @@ class OutputWatch(TorchFunctionMode):
     """While active, records the inputs of loss functions, and the output of the last operation with a parameter.
 
     Args:
-        parameters: The parameters to look for.
-        last_layer: Whether to take the last operation's output even if a loss function is called.
+        parameters: the parameters to look for.
+        last_layer: whether to take the last operation's output even if a loss function is called.
     """
 
     def __init__(self, parameters: Iterable[Tensor], last_layer: bool = False) -> None:
@@ -83,7 +83,7 @@ def refuse_other_paths(total: Tensor, outputs: Sequence[Tensor], parameters: Map
     """Raise if the loss depends on parameters other than through the outputs.
 
     Raises:
-        ValueError: It does, or no outputs were found; the message says what to use instead.
+        ValueError: it does, or no outputs were found; the message says what to use instead.
     """
     way_out = "Use the Hessian, as with `ConjugateGradient(matrix='hessian')`, which needs no outputs."
     if not outputs:

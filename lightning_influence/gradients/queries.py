@@ -100,7 +100,7 @@ class DenseQueries(QueryGradients):
 
     Args:
         vectors: [query, *shape] by parameter name; zeros for a name that is missing.
-        groups: The optimizer's parameter group by parameter name; 0 where it is missing.
+        groups: the optimizer's parameter group by parameter name; 0 where it is missing.
     """
 
     def __init__(self, vectors: Mapping[str, Tensor], groups: Mapping[str, int]) -> None:

@@ -53,7 +53,7 @@ def probe(task: Task, examples: Examples, seed: int) -> Reduction:
     """Find the reduction by comparing losses of batches of 1, 2 and up to 32 examples, evenly spread over the dataset.
 
     Raises:
-        ValueError: No probed loss is finite; the loss is neither the mean nor the sum over examples; or it is a mean
+        ValueError: no probed loss is finite; the loss is neither the mean nor the sum over examples; or it is a mean
             with class weights, which depends on the other examples of a batch (and hides the weight in a batch of one).
     """
     if task.loss is not None:

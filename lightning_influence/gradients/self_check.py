@@ -23,9 +23,9 @@ def make_plan(engine: Engine, examples: Examples, names: Sequence[str]) -> Plan:
     """Find for every parameter the cheapest path whose gradients agree with one backward pass per example.
 
     Args:
-        engine: The engine, at the weights where the check is made.
-        examples: The dataset, of which 8 examples are used.
-        names: The trainable parameters.
+        engine: the engine, at the weights where the check is made.
+        examples: the dataset, of which 8 examples are used.
+        names: the trainable parameters.
     """
     blocks = _sample(examples)
     try:

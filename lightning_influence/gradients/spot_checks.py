@@ -33,7 +33,7 @@ class SuspectRows:
     ``rows`` collects the examples of the block that should be checked.
 
     Args:
-        examples: The number of examples in the block.
+        examples: the number of examples in the block.
     """
 
     def __init__(self, examples: int) -> None:
@@ -107,9 +107,9 @@ def agrees(row: Tensor | None, truth: Tensor, largest: Tensor) -> bool:
     """Whether one parameter's gradient is right up to rounding errors.
 
     Args:
-        row: The gradient to check, [*shape]; None stands for zeros.
-        truth: The gradient by plain autograd.
-        largest: The largest entry of the example's gradient over all parameters; it sets the tolerance where ``truth``
+        row: the gradient to check, [*shape]; None stands for zeros.
+        truth: the gradient by plain autograd.
+        largest: the largest entry of the example's gradient over all parameters; it sets the tolerance where ``truth``
             is zero up to rounding (as for a bias before a normalisation layer).
     """
     if row is None or not truth.numel():
@@ -128,7 +128,7 @@ def refuse_difference(gradients: Gradients, row: int, truth: Mapping[str, Tensor
     """Raise if an example's gradient in its block differs from that of the example alone.
 
     Raises:
-        ValueError: It differs; the message names the parameter and what to do.
+        ValueError: it differs; the message names the parameter and what to do.
     """
     if not all(bool(g.isfinite().all()) for g in truth.values()):
         return  # the attributor reports every such example

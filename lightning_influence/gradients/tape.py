@@ -25,11 +25,11 @@ class Call:
     """One operation of a forward pass with trainable parameters.
 
     Args:
-        rule: Computes the per-sample gradients of its parameters.
-        operands: Its operands.
-        names: Its trainable parameters by role, such as ``{"weight": "net.0.weight"}``.
-        shape: The shape of its output.
-        gradient: The gradient with respect to its output; None if the loss does not depend on it.
+        rule: computes the per-sample gradients of its parameters.
+        operands: its operands.
+        names: its trainable parameters by role, such as ``{"weight": "net.0.weight"}``.
+        shape: the shape of its output.
+        gradient: the gradient with respect to its output; None if the loss does not depend on it.
     """
 
     rule: LayerRule
@@ -47,9 +47,9 @@ class Tape(TorchFunctionMode):
     are computed.
 
     Args:
-        names: Parameter names by ``id`` of the parameter.
-        copy_leaves: Return copies of the outputs that become leaves, for models that write into them in place.
-        watch: Called with every function call.
+        names: parameter names by ``id`` of the parameter.
+        copy_leaves: return copies of the outputs that become leaves, for models that write into them in place.
+        watch: called with every function call.
     """
 
     def __init__(

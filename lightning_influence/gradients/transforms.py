@@ -16,7 +16,7 @@ class Transforms:
 
     Args:
         normalize: ``"cosine"``, ``"layerwise"`` or None; see ``Gradients.normalized``.
-        projection: The random projection, or None.
+        projection: the random projection, or None.
     """
 
     def __init__(self, normalize: str | None, projection: RandomProjection | None) -> None:

@@ -53,7 +53,7 @@ class ModuleSnapshot:
         """Put back everything that has changed since the snapshot.
 
         Raises:
-            RuntimeError: A tensor too large to be copied was written in place.
+            RuntimeError: a tensor too large to be copied was written in place.
         """
         for module, attributes in self._attributes:
             now = module.__dict__

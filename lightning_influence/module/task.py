@@ -32,10 +32,10 @@ class Task:
     ``quiet`` makes one and restores the module afterwards.
 
     Args:
-        module: The user's LightningModule, already silenced and in eval mode.
-        loss: Gives per-sample losses; None for the loss of ``training_step``.
-        device: Where batches are moved.
-        trainer: Its precision plugin and batch transfer are used; None to use the module's own hooks alone.
+        module: the user's LightningModule, already silenced and in eval mode.
+        loss: gives per-sample losses; None for the loss of ``training_step``.
+        device: where batches are moved.
+        trainer: its precision plugin and batch transfer are used; None to use the module's own hooks alone.
     """
 
     def __init__(self, module: nn.Module, loss: Loss | None, device: torch.device, trainer: Any) -> None:
@@ -82,10 +82,10 @@ class Task:
         """Replace the module's weights; ``quiet`` puts the user's own tensors (not copies) back at the end.
 
         Args:
-            parameters: By name; parameters that are not named keep their values.
-            buffers: Likewise.
-            step: The module's ``global_step`` from here on; negative to leave it as it is.
-            epoch: The module's ``current_epoch``; likewise.
+            parameters: by name; parameters that are not named keep their values.
+            buffers: likewise.
+            step: the module's ``global_step`` from here on; negative to leave it as it is.
+            epoch: the module's ``current_epoch``; likewise.
         """
         set_clock(self.module, step, epoch)
         for name, parameter in self.named_parameters().items():
@@ -136,9 +136,9 @@ class Task:
         The module's attributes and buffers are restored afterwards.
 
         Raises:
-            NoLoss: There is no loss for this batch.
-            TypeError: The loss is not a tensor.
-            ValueError: It does not have the shape above.
+            NoLoss: there is no loss for this batch.
+            TypeError: the loss is not a tensor.
+            ValueError: it does not have the shape above.
         """
         try:
             with self._precision(), training_stage(self.module):
@@ -228,10 +228,10 @@ def quiet(module: nn.Module, loss: Loss | None = None, trainer: Any = None, eval
     ``requires_grad``, the device and the random states.
 
     Args:
-        module: A LightningModule, compiled or not.
-        loss: Gives per-sample losses; None for the loss of ``training_step``.
-        trainer: Its device, precision plugin and batch transfer are used; None for the module's own device and hooks.
-        evaluate: Switch to eval mode. False keeps the modes that the submodules are in.
+        module: a LightningModule, compiled or not.
+        loss: gives per-sample losses; None for the loss of ``training_step``.
+        trainer: its device, precision plugin and batch transfer are used; None for the module's own device and hooks.
+        evaluate: switch to eval mode. False keeps the modes that the submodules are in.
     """
     module = unwrapped(module)
     with contextlib.ExitStack() as stack:

@@ -16,7 +16,7 @@ class Clipping(ABC):
     """Clips the gradients of all parameters of one optimizer together.
 
     Args:
-        limit: The largest norm or absolute value that passes.
+        limit: the largest norm or absolute value that passes.
     """
 
     limit: float
@@ -32,8 +32,8 @@ class Clipping(ABC):
         The Jacobian is symmetric, so that this serves Jacobian-vector and vector-Jacobian products alike.
 
         Args:
-            gradients: Before clipping, [*shape] by name.
-            changes: The vectors, [k, *shape] by name.
+            gradients: before clipping, [*shape] by name.
+            changes: the vectors, [k, *shape] by name.
         """
 
 

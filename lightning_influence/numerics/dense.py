@@ -18,8 +18,8 @@ class Factorisation:
     """A Cholesky factorisation, or an LU factorisation of a matrix that is not positive definite.
 
     Args:
-        factor: The lower Cholesky factor, or the compact LU factors.
-        pivots: Those of the LU factorisation; None for Cholesky.
+        factor: the lower Cholesky factor, or the compact LU factors.
+        pivots: those of the LU factorisation; None for Cholesky.
     """
 
     factor: Tensor
@@ -47,10 +47,10 @@ def factorise(matrix: Tensor, precision: float) -> Factorisation:
 
     Args:
         matrix: [n, n] float64.
-        precision: The relative rounding error of its entries.
+        precision: the relative rounding error of its entries.
 
     Raises:
-        SingularError: Its smallest eigenvalue in magnitude does not exceed ``precision`` times its largest.
+        SingularError: its smallest eigenvalue in magnitude does not exceed ``precision`` times its largest.
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
     pivots = None

@@ -21,7 +21,7 @@ class Link:
 
     Args:
         kind: ``"softmax"`` (cross-entropy), ``"sigmoid"`` (binary cross-entropy) or ``"identity"`` (squared error).
-        scale: The factor in front of the loss: 1 for the cross-entropy, 2 / class for a mean of squares.
+        scale: the factor in front of the loss: 1 for the cross-entropy, 2 / class for a mean of squares.
     """
 
     kind: str
@@ -61,11 +61,11 @@ def recognise(z: Tensor, gradient: Tensor, moved: Tensor, moved_gradient: Tensor
     """Find the loss that explains how its gradient changed between two values of the logits, or None.
 
     Args:
-        z: Logits, [example, class].
-        gradient: Of the loss with respect to ``z``.
-        moved: Other logits.
-        moved_gradient: Of the loss with respect to ``moved``.
-        tolerance: The largest error, relative to the change of the gradient.
+        z: logits, [example, class].
+        gradient: of the loss with respect to ``z``.
+        moved: other logits.
+        moved_gradient: of the loss with respect to ``moved``.
+        tolerance: the largest error, relative to the change of the gradient.
     """
     change = (moved_gradient - gradient).double()
     for kind in ("softmax", "sigmoid", "identity"):
@@ -85,9 +85,9 @@ class HeadFit:
 
     Args:
         weight: [class, dim], float64.
-        gradient_norm: Norm of the gradient of the penalised mean loss at ``weight``.
-        iterations: Newton steps taken.
-        converged: Whether the representer decomposition of the weight is exact to a relative error of 1e-7.
+        gradient_norm: norm of the gradient of the penalised mean loss at ``weight``.
+        iterations: newton steps taken.
+        converged: whether the representer decomposition of the weight is exact to a relative error of 1e-7.
     """
 
     weight: Tensor
@@ -101,8 +101,8 @@ class PenalisedHead:
     r"""The objective :math:`\frac1n\sum_i \ell(W f_i, y_i) + \frac{\lambda}{2}\lVert W\rVert^2`.
 
     Args:
-        rows: The training set.
-        link: The loss.
+        rows: the training set.
+        link: the loss.
         weight_decay: λ as in ``torch.optim``, which is twice the λ of Yeh et al.
     """
 
@@ -142,7 +142,7 @@ class PenalisedHead:
         decay.
 
         Raises:
-            ValueError: There are no training examples.
+            ValueError: there are no training examples.
         """
         moment, count = None, 0
         for features, _ in self.rows():
@@ -161,10 +161,10 @@ class PenalisedHead:
         """Minimise by Newton's method with conjugate gradients and a backtracking line search.
 
         Args:
-            start: The first iterate, [class, dim].
-            tolerance: Stop when the norm of the gradient is at most this times λ times the norm of the weight; their
+            start: the first iterate, [class, dim].
+            tolerance: stop when the norm of the gradient is at most this times λ times the norm of the weight; their
                 ratio is the relative error of the representer decomposition.
-            max_iterations: The most Newton steps to take.
+            max_iterations: the most Newton steps to take.
         """
         weight, precondition = start.double().clone(), self.preconditioner()
         value, gradient = self.value(weight), self.gradient(weight)

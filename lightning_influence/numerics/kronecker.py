@@ -14,7 +14,7 @@ class SecondMoment:
     has the same nonzero eigenvalues.
 
     Args:
-        width: The number of columns, including the column of ones of a bias.
+        width: the number of columns, including the column of ones of a bias.
     """
 
     def __init__(self, width: int) -> None:
@@ -75,9 +75,9 @@ def weighted_truncation(table: Tensor, left: Tensor, right: Tensor) -> Callable[
     contribute.
 
     Args:
-        table: The inverse eigenvalues.
-        left: Weights of the rows, [m].
-        right: Weights of the columns, [k].
+        table: the inverse eigenvalues.
+        left: weights of the rows, [m].
+        right: weights of the columns, [k].
 
     Returns:
         A function of the rank r: the factors [r, m] and [r, k] of r outer products whose sum approximates the table.

@@ -93,10 +93,10 @@ class RandomProjection:
     columns) with ``"kronecker"``.
 
     Args:
-        dim: The most numbers that are kept per parameter.
+        dim: the most numbers that are kept per parameter.
         structure: ``"kronecker"`` (one matrix per side of a weight) or ``"plain"`` (one matrix per parameter).
         entries: ``"orthogonal"`` rows, or independent ``"gaussian"`` entries.
-        seed: Of the matrices, which are the same for queries and training examples.
+        seed: of the matrices, which are the same for queries and training examples.
 
     Raises:
         ValueError: ``dim`` is not a positive integer, or another argument is none of its options.
@@ -128,7 +128,7 @@ class Projector:
     """Draws the sketch of each parameter when it is first used, and keeps it.
 
     Args:
-        projection: Defines the sketches.
+        projection: defines the sketches.
     """
 
     projection: RandomProjection

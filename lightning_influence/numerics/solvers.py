@@ -16,9 +16,9 @@ class Solution:
     """The result of an iterative solver.
 
     Args:
-        vectors: The solutions x, [vector, entries].
+        vectors: the solutions x, [vector, entries].
         residuals: [vector]: norm of b - A x relative to the norm of b.
-        iterations: Those of the slowest right-hand side.
+        iterations: those of the slowest right-hand side.
         indefinite: [vector]: whether a search direction had a curvature of at most 0: A is not positive definite.
         diverged: [vector]: whether the residual grew without bound; the best iterate is returned then.
     """
@@ -34,10 +34,10 @@ def conjugate_gradient(product: Product, right: Tensor, tolerance: float, max_it
     """Conjugate gradients (Hestenes and Stiefel, 1952), with separate steps for each right-hand side.
 
     Args:
-        product: With a positive definite matrix.
-        right: The right-hand sides b, [vector, entries].
-        tolerance: The relative residual at which a right-hand side is solved.
-        max_iterations: The most iterations to make.
+        product: with a positive definite matrix.
+        right: the right-hand sides b, [vector, entries].
+        tolerance: the relative residual at which a right-hand side is solved.
+        max_iterations: the most iterations to make.
     """
     x, r = torch.zeros_like(right), right.clone()
     p, rr = r.clone(), r.square().sum(1)
@@ -82,12 +82,12 @@ def accelerated_neumann(
     It needs about the square root of the plain series' iterations.
 
     Args:
-        product: With a positive definite matrix.
-        right: The right-hand sides b, [vector, entries].
-        smallest: A positive lower bound of the matrix's eigenvalues.
-        scale: An upper bound of them.
-        tolerance: The relative residual at which a right-hand side is solved.
-        max_iterations: The most iterations to make.
+        product: with a positive definite matrix.
+        right: the right-hand sides b, [vector, entries].
+        smallest: a positive lower bound of the matrix's eigenvalues.
+        scale: an upper bound of them.
+        tolerance: the relative residual at which a right-hand side is solved.
+        max_iterations: the most iterations to make.
     """
     centre, reach = (scale + smallest) / 2, max((scale - smallest) / 2, 1e-12 * scale)
     x, r = torch.zeros_like(right), right.clone()
@@ -123,11 +123,11 @@ def largest_eigenvalue(
     distance of the quotient.
 
     Args:
-        product: With a symmetric matrix.
+        product: with a symmetric matrix.
         like: [entries], for its size, dtype and device.
-        seed: Of the first iterate.
-        tolerance: Stop when the norm of the residual is at most this times the quotient.
-        max_iterations: The most iterations to make.
+        seed: of the first iterate.
+        tolerance: stop when the norm of the residual is at most this times the quotient.
+        max_iterations: the most iterations to make.
     """
     vector, bound = _normal(like, 1, seed), 0.0
     vector /= torch.linalg.vector_norm(vector)
@@ -155,10 +155,10 @@ def lanczos(product: Product, like: Tensor, steps: int, seed: int) -> tuple[Tens
     """Ritz values and vectors of a symmetric matrix in a Krylov space, in float64 with full reorthogonalisation.
 
     Args:
-        product: With the matrix; it is called with vectors in the dtype of ``like``.
+        product: with the matrix; it is called with vectors in the dtype of ``like``.
         like: [entries], for its size, dtype and device.
-        steps: Dimension of the Krylov space; a space that becomes invariant earlier has fewer.
-        seed: Of the first vector, which has normal entries.
+        steps: dimension of the Krylov space; a space that becomes invariant earlier has fewer.
+        seed: of the first vector, which has normal entries.
 
     Returns:
         Values [k] in ascending order, and orthonormal vectors [k, entries].

@@ -87,12 +87,12 @@ def bootstrap(
     """Percentile bootstrap interval of a statistic, resampling columns and, with ``rows``, rows.
 
     Args:
-        statistic: Called with each of ``data`` resampled, [resample, ..., column]; returns [resample].
-        data: Tensors [row, column] or [column], resampled together.
-        n: Number of resamples.
-        seed: Of the resampling.
-        rows: Whether to resample the rows too.
-        level: Confidence level of the interval.
+        statistic: called with each of ``data`` resampled, [resample, ..., column]; returns [resample].
+        data: tensors [row, column] or [column], resampled together.
+        n: number of resamples.
+        seed: of the resampling.
+        rows: whether to resample the rows too.
+        level: confidence level of the interval.
 
     Returns:
         The lower and the upper end; NaN if the statistic is NaN in half of the resamples or more.

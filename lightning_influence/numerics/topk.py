@@ -18,9 +18,9 @@ class StreamingTopK:
     Memory: O(query × k) besides the tile. Each id must appear only once per query.
 
     Args:
-        n_queries: Rows of the matrix, at least 1.
-        k: How many scores to keep at either end, at least 1; all of them where there are fewer columns.
-        dtype: Of the kept scores; a floating type that can represent the tiles' numbers.
+        n_queries: rows of the matrix, at least 1.
+        k: how many scores to keep at either end, at least 1; all of them where there are fewer columns.
+        dtype: of the kept scores; a floating type that can represent the tiles' numbers.
 
     Raises:
         ValueError: `n_queries` or `k` is not a positive integer.
@@ -56,10 +56,10 @@ class StreamingTopK:
         Args:
             tile: [query, columns] finite scores on any device, of the queries from `first_query` on.
             ids: [columns] int64, the training example of each column, in any order.
-            first_query: The query of the tile's first row.
+            first_query: the query of the tile's first row.
 
         Raises:
-            ValueError: The shapes do not match, or a score is NaN or infinite.
+            ValueError: the shapes do not match, or a score is NaN or infinite.
         """
         n_queries = self._seen.numel()
         if tile.ndim != 2 or first_query < 0 or first_query + tile.shape[0] > n_queries:
@@ -92,7 +92,7 @@ class StreamingTopK:
             [query, min(k, columns)], on the CPU.
 
         Raises:
-            ValueError: Not all queries were given the same number of columns, or none was given any.
+            ValueError: not all queries were given the same number of columns, or none was given any.
         """
         least, most = int(self._seen.min()), int(self._seen.max())
         if least != most or most == 0:
@@ -116,8 +116,8 @@ def top_k(scores: Tensor, ids: Tensor, k: int, largest: bool = True) -> tuple[Te
     Args:
         scores: [query, columns].
         ids: [columns] int64, distinct.
-        k: How many; all columns where there are fewer.
-        largest: Whether to take the highest scores; otherwise the lowest, where equal scores are by descending id.
+        k: how many; all columns where there are fewer.
+        largest: whether to take the highest scores; otherwise the lowest, where equal scores are by descending id.
 
     Returns:
         Scores and ids, each [query, min(k, columns)], on the scores' device.
@@ -141,7 +141,7 @@ def both_ends(
     """Join the two ends of one ranking into one list by rank, without NaN and without duplicates.
 
     Args:
-        ranked: How many examples the ranking has.
+        ranked: how many examples the ranking has.
         best: [k] scores of `best_ids`, descending.
         best_ids: [k].
         worst: [k] scores of `worst_ids`, ascending.

@@ -21,10 +21,10 @@ class Patches:
     """Unfolds maps [example, position, channel, *space] into the windows that a convolution kernel is applied to.
 
     Args:
-        kernel: Size of the window in each spatial dimension.
-        stride: Distance between neighbouring windows.
-        padding: Zeros (before, after) each spatial dimension.
-        dilation: Distance between neighbouring pixels of one window.
+        kernel: size of the window in each spatial dimension.
+        stride: distance between neighbouring windows.
+        padding: zeros (before, after) each spatial dimension.
+        dilation: distance between neighbouring pixels of one window.
     """
 
     kernel: tuple[int, ...]

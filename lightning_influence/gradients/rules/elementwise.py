@@ -16,7 +16,7 @@ def sum_broadcast(gradient: Tensor, shape: tuple[int, ...], examples: int, layou
     """Sum each example's ``gradient`` over the dimensions along which ``shape`` was broadcast: [example, *shape].
 
     Raises:
-        LayoutMismatch: The parameter has a dimension that holds the examples.
+        LayoutMismatch: the parameter has a dimension that holds the examples.
     """
     aligned = (1,) * (gradient.ndim - len(shape)) + shape
     batch_axis = 1 if layout is Layout.SECOND else 0

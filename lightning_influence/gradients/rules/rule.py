@@ -15,10 +15,10 @@ class Operands:
     """The operands of one call of a torch function.
 
     Args:
-        parameters: Operands that may be trainable parameters by role, such as ``{"weight": weight, "bias": bias}``.
-        input: The tensor that the parameters are applied to; any operand if the rule does not need it.
-        positions: How many leading dimensions of the output are examples and positions, not features.
-        options: Anything else that ``LayerRule.parts`` needs.
+        parameters: operands that may be trainable parameters by role, such as ``{"weight": weight, "bias": bias}``.
+        input: the tensor that the parameters are applied to; any operand if the rule does not need it.
+        positions: how many leading dimensions of the output are examples and positions, not features.
+        options: anything else that ``LayerRule.parts`` needs.
     """
 
     parameters: Mapping[str, Tensor | None]
@@ -30,7 +30,7 @@ class Operands:
         """The operand with this role.
 
         Raises:
-            KeyError: There is none.
+            KeyError: there is none.
         """
         operand = self.parameters[role]
         if operand is None:
@@ -58,15 +58,15 @@ class LayerRule(Protocol):
         """Per-sample gradients of the parameters of one call.
 
         Args:
-            operands: The result of ``operands``, with parameters and input detached.
-            gradient: The gradient of the summed per-sample losses with respect to the call's output, in its shape.
-            wanted: The roles of the trainable parameters.
-            examples: How many examples the batch has.
-            layout: Which dimension of the activations holds the examples; ``layout.split`` brings it to the front.
+            operands: the result of ``operands``, with parameters and input detached.
+            gradient: the gradient of the summed per-sample losses with respect to the call's output, in its shape.
+            wanted: the roles of the trainable parameters.
+            examples: how many examples the batch has.
+            layout: which dimension of the activations holds the examples; ``layout.split`` brings it to the front.
 
         Returns:
             Parts by the roles that they are for; ``("weight", "bias")`` may share one.
 
         Raises:
-            LayoutMismatch: The activations do not have this layout.
+            LayoutMismatch: the activations do not have this layout.
         """

@@ -42,12 +42,12 @@ class Shared:
     """A tensor that is computed from one parameter alone, by a look-up and views.
 
     Args:
-        name: The parameter's name.
-        parameter: The parameter.
-        value: The tensor.
-        make: Computes the tensor from the parameter.
-        looked_up: Whether it involves a look-up, which the rule for embeddings has recorded already.
-        ids: For a look-up without views, the rows that were looked up (-1 for padding).
+        name: the parameter's name.
+        parameter: the parameter.
+        value: the tensor.
+        make: computes the tensor from the parameter.
+        looked_up: whether it involves a look-up, which the rule for embeddings has recorded already.
+        ids: for a look-up without views, the rows that were looked up (-1 for padding).
     """
 
     name: str

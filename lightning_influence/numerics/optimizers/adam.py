@@ -18,7 +18,7 @@ class Adam(UpdateRule):
     """Adam (Kingma and Ba, 2015) and AdamW (Loshchilov and Hutter, 2019), as ``torch.optim`` implements them.
 
     Args:
-        decoupled: Whether the weight decay bypasses the moments (AdamW), for torch versions whose parameter groups
+        decoupled: whether the weight decay bypasses the moments (AdamW), for torch versions whose parameter groups
             have no option ``decoupled_weight_decay``.
     """
 

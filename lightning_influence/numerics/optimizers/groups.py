@@ -16,8 +16,8 @@ class UpdateStep:
     """How one step of one optimizer updates its parameters.
 
     Args:
-        rule: The optimizer's rule.
-        options: For each parameter that was not frozen, the options of its parameter group, with the learning rate of
+        rule: the optimizer's rule.
+        options: for each parameter that was not frozen, the options of its parameter group, with the learning rate of
             this step as ``lr``.
     """
 
@@ -29,8 +29,8 @@ def add_rule(kind: str, rule: UpdateRule) -> None:
     """Register the update rule of an optimizer, for the methods that replay or track training (``HyDRA``, ``TracIn``).
 
     Args:
-        kind: The name of the optimizer's class, such as ``"Adagrad"``; replaces a rule of that name.
-        rule: Its ``step`` in tensor operations, from which the derivatives follow by automatic differentiation.
+        kind: the name of the optimizer's class, such as ``"Adagrad"``; replaces a rule of that name.
+        rule: its ``step`` in tensor operations, from which the derivatives follow by automatic differentiation.
 
     Raises:
         TypeError: ``rule`` is not an instance of an ``UpdateRule``.
@@ -53,7 +53,7 @@ def rule_for(kind: str) -> UpdateRule:
     """The rule registered for an optimizer's class name.
 
     Raises:
-        ValueError: There is none.
+        ValueError: there is none.
     """
     if kind not in _RULES:
         raise ValueError(
@@ -69,11 +69,11 @@ def update_step(entry: Mapping[str, Any], rates: Sequence[float]) -> UpdateStep:
     """How a captured step updated each of its optimizer's parameters.
 
     Args:
-        entry: One entry of a trajectory's ``settings``: the optimizer's class name and parameter groups.
-        rates: The learning rate of each group in this step.
+        entry: one entry of a trajectory's ``settings``: the optimizer's class name and parameter groups.
+        rates: the learning rate of each group in this step.
 
     Raises:
-        ValueError: The optimizer has no rule, or options that its rule does not cover.
+        ValueError: the optimizer has no rule, or options that its rule does not cover.
     """
     rule, frozen = rule_for(entry["kind"]), frozenset(entry.get("frozen", ()))
     options: dict[str, Mapping[str, Any]] = {}

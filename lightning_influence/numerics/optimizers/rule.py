@@ -19,9 +19,9 @@ class UpdateInput:
     Args:
         weight: [*shape].
         gradient: [*shape], accumulated and clipped, as the optimizer finds it in ``.grad``.
-        state: The optimizer's state; empty before the parameter's first step.
-        count: The number of earlier steps of this parameter.
-        options: The options of its parameter group by torch's names, such as ``lr``.
+        state: the optimizer's state; empty before the parameter's first step.
+        count: the number of earlier steps of this parameter.
+        options: the options of its parameter group by torch's names, such as ``lr``.
     """
 
     weight: Tensor
@@ -55,10 +55,10 @@ class UpdateRule(ABC):
         """The Jacobian-vector product of the step: changes of the updated weight and state.
 
         Args:
-            at: The parameter before the step.
-            weight: Changes of the weight, [k, *shape] for k directions at once.
-            gradient: Changes of the gradient, [k, *shape].
-            state: Changes of the state, [k, *shape] by name; a missing name is zero.
+            at: the parameter before the step.
+            weight: changes of the weight, [k, *shape] for k directions at once.
+            gradient: changes of the gradient, [k, *shape].
+            state: changes of the state, [k, *shape] by name; a missing name is zero.
 
         Returns:
             The changes of the weight and of the state after the step, [k, *shape] each.
@@ -74,9 +74,9 @@ class UpdateRule(ABC):
         """The vector-Jacobian product of the step, the transpose of ``tangent``.
 
         Args:
-            at: The parameter before the step.
-            weight: Derivatives with respect to the weight after the step, [k, *shape] for k quantities at once.
-            state: Derivatives with respect to the state after the step, [k, *shape] by name; a missing name is zero.
+            at: the parameter before the step.
+            weight: derivatives with respect to the weight after the step, [k, *shape] for k quantities at once.
+            state: derivatives with respect to the state after the step, [k, *shape] by name; a missing name is zero.
 
         Returns:
             Derivatives with respect to the gradient, the weight (for a fixed gradient) and the state before the step,
