@@ -94,14 +94,14 @@ def _loss(task: Task, batch: Any, seed: int, example: int) -> float:
 
 
 def match_loss(losses: Tensor, value: float) -> bool:
-    """Whether a training step returns the mean of ``loss=`` (True) or its sum (False).
+    """Whether ``training_step`` returns the mean (True) or the sum (False) of the losses of ``loss=``.
 
     Args:
-        losses: [example], what ``loss=`` returns for a batch.
-        value: what ``training_step`` returns for it.
+        losses: [example]: the losses of ``loss=`` for a batch.
+        value: the loss of ``training_step`` for it.
 
     Raises:
-        ValueError: neither.
+        ValueError: it returns neither.
     """
     singles = losses.double().tolist()
     for reduction in (Reduction.MEAN, Reduction.SUM):
@@ -115,15 +115,15 @@ def match_loss(losses: Tensor, value: float) -> bool:
 
 
 def refuse_mixing(singles: Sequence[float], batch: float, mean: bool) -> None:
-    """Raises where the loss of a batch in training is not that of its examples.
+    """Raise if the loss of a batch in training mode is not the mean or sum of the losses of its examples.
 
     Args:
-        singles: each example's loss alone.
-        batch: their loss together.
-        mean: whether a batch's loss is the mean over its examples, else their sum.
+        singles: the loss of each example alone.
+        batch: their loss as one batch.
+        mean: whether a batch's loss is the mean over its examples; otherwise the sum.
 
     Raises:
-        ValueError: examples change one another's loss.
+        ValueError: examples of a batch change each other's losses.
     """
     reduction = Reduction.MEAN if mean else Reduction.SUM
     if not _agrees(reduction, singles, batch, 1e-3):
@@ -134,10 +134,10 @@ def refuse_mixing(singles: Sequence[float], batch: float, mean: bool) -> None:
 
 
 def refuse_batch_statistics(module: nn.Module) -> None:
-    """Raises where a layer normalises by the statistics of its batch.
+    """Raise if a layer normalises by the statistics of its batch.
 
     Raises:
-        ValueError: names the layer.
+        ValueError: there is such a layer; the message names it.
     """
     for name, part in module.named_modules():
         if isinstance(part, _BatchNorm) and part.training:
