@@ -31,7 +31,7 @@ class Arnoldi(Iterative):
     of dropped, unless ``complement="drop"``.
 
     Args:
-        damping: see ``Curvature``.
+        damping: added to the diagonal, in units of the curvature; None chooses it from the fit (see ``Curvature``).
         matrix: invert the Gauss-Newton matrix (``"ggn"``) or the Hessian (``"hessian"``).
         seed: of the first vector of the Krylov space.
         steps: dimension of the Krylov space.

@@ -28,7 +28,7 @@ class ConjugateGradient(Iterative):
     Cost: one product with the curvature per iteration, about three passes over the training data for each query.
 
     Args:
-        damping: see ``Curvature``.
+        damping: added to the diagonal, in units of the curvature; None chooses it from the fit (see ``Curvature``).
         matrix: solve with the Gauss-Newton matrix (``"ggn"``) or the Hessian (``"hessian"``).
         seed: of the random probes that estimate the mean eigenvalue.
         tolerance: stop when the residual is at most this times the query's gradient, in norm.

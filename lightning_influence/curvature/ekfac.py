@@ -54,8 +54,8 @@ class EKFAC(Curvature):
     few matrix products.
 
     Args:
-        damping: see ``Curvature``.
-        corrected: true to measure the eigenvalues in the basis (EK-FAC), False for the products of the factors' own
+        damping: added to the diagonal, in units of the curvature; None chooses it from the fit (see ``Curvature``).
+        corrected: True to measure the eigenvalues in the basis (EK-FAC), False for the products of the factors' own
             eigenvalues (K-FAC).
         labels: ``"sampled"``: the Fisher with one label per example, sampled from the model. ``"exact"``: the
             expectation over labels, at one pass per class. Both estimate the Gauss-Newton matrix for cross-entropy,

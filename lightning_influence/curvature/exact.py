@@ -39,7 +39,7 @@ class Exact(Curvature):
     factorisation, once. Memory grows with the square of the number of parameters, time with its cube.
 
     Args:
-        damping: see ``Curvature``.
+        damping: added to the diagonal, in units of the curvature; None chooses it from the fit (see ``Curvature``).
         max_parameters: a model with more parameters is refused.
 
     Raises:

@@ -27,7 +27,7 @@ class Iterative(Curvature):
     """The base class of inverses that need only products with the curvature, in the memory of a few vectors per query.
 
     Args:
-        damping: see ``Curvature``.
+        damping: added to the diagonal, in units of the curvature; None chooses it from the fit (see ``Curvature``).
         matrix: the Gauss-Newton matrix (``"ggn"``) or the Hessian (``"hessian"``).
         seed: of the random probes that estimate eigenvalues.
     """

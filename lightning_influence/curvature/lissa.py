@@ -32,7 +32,7 @@ class LiSSA(Iterative):
     weights, with which the square root of the terms is enough; a stop at a given residual.
 
     Args:
-        damping: see ``Curvature``.
+        damping: added to the diagonal, in units of the curvature; None chooses it from the fit (see ``Curvature``).
         matrix: invert the Gauss-Newton matrix (``"ggn"``) or the Hessian (``"hessian"``).
         seed: of the power iteration and of the random probes that estimate the mean eigenvalue.
         depth: the most terms of the series.
