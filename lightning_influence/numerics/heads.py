@@ -86,7 +86,7 @@ class HeadFit:
     Args:
         weight: [class, dim], float64.
         gradient_norm: norm of the gradient of the penalised mean loss at ``weight``.
-        iterations: newton steps taken.
+        iterations: Newton steps taken.
         converged: whether the representer decomposition of the weight is exact to a relative error of 1e-7.
     """
 
