@@ -1,1 +1,1 @@
-"""One file an inverse."""
+"""Inverse curvatures for influence functions and SOURCE, one file per method of inversion."""

@@ -1,4 +1,4 @@
-"""An inverse on the dominant eigenvectors of a Krylov space."""
+"""Inverse curvature on its dominant eigenvectors, found by the Lanczos method."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_influence.checks import check_integer, one_of
-from lightning_influence.curvature.curvature import Prepared
+from lightning_influence.curvature.curvature import PreparedCurvature
 from lightning_influence.curvature.damping import of_group
-from lightning_influence.curvature.iterative import Iterative, smallest_added
+from lightning_influence.curvature.iterative import Iterative, smallest_entry
 from lightning_influence.gradients.products import Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.numerics.solvers import lanczos
@@ -18,25 +18,29 @@ from lightning_influence.setting.setting import Setting
 
 @dataclass(frozen=True)
 class Arnoldi(Iterative):
-    """The curvature on its eigenvectors of largest magnitude, found once for all queries.
+    r"""The inverse of a low-rank curvature: its eigenvectors of largest magnitude, computed once for all queries.
+
+    .. math:: (V^\top \Lambda V + D)^{-1} q
+
+    with :math:`\Lambda` and V the Ritz values and vectors of a Krylov space and D the damping and weight decay.
 
     Source: Schioppa, Zablotskaia, Vilar, Sokolov. Scaling Up Influence Functions. AAAI 2022.
-    Cost: ``steps`` products with the curvature once, then one matrix product a block of queries; memory for ``steps``
-    vectors of float64.
-    Departs from the paper: float64 and full reorthogonalisation; what the eigenvectors leave out is damped instead of
-    dropped, unless ``complement="drop"``.
+    Cost: ``steps`` products with the curvature (about three passes over the training data each), once; then one matrix
+    product per block of queries. Memory: ``steps`` float64 vectors of the size of the parameters.
+    Departs from the paper: float64 and full reorthogonalisation; the complement of the eigenvectors is damped instead
+    of dropped, unless ``complement="drop"``.
 
     Args:
-        damping: see ``Curvature``.
-        matrix: ``"ggn"`` or ``"hessian"``.
-        seed: of the start vector.
+        damping: added to the diagonal, in units of the curvature; None chooses it from the fit (see ``Curvature``).
+        matrix: invert the Gauss-Newton matrix (``"ggn"``) or the Hessian (``"hessian"``).
+        seed: of the first vector of the Krylov space.
         steps: dimension of the Krylov space.
-        rank: how many eigenvectors are kept, those of largest magnitude; None: all.
-        complement: ``"damped"``: on everything else the curvature counts as zero, and only the diagonal is inverted;
-            ``"drop"``: nothing else counts, as in the paper.
+        rank: how many eigenvectors to keep, those of largest magnitude; None to keep all.
+        complement: how to treat the part of a gradient outside the eigenvectors. ``"damped"``: the curvature is taken
+            as zero there, so that D alone is inverted. ``"drop"``: it is removed, as in the paper.
 
     Raises:
-        ValueError: other values; a diagonal of 0 with ``"damped"``; a kept eigenvalue that the diagonal cancels.
+        ValueError: an argument is out of range; D is 0 for some parameters with ``"damped"``; D cancels an eigenvalue.
     """
 
     steps: int = 200
@@ -51,21 +55,21 @@ class Arnoldi(Iterative):
         one_of("complement", self.complement, ("damped", "drop"))
         check_integer("rank", self.rank, optional=True)
 
-    def prepare(self, setting: Setting) -> Prepared:
-        """``values`` [k] and ``vectors`` [k, parameter]."""
-        products = Products(setting.engine, setting.examples)
-        like = products.like.detach().new_zeros(len(products.flat))
-        values, vectors = lanczos(self._bare(products), like, self.steps, self.seed)
-        return Prepared({"values": values, "vectors": vectors}, super().prepare(setting).figures)
+    def prepare(self, setting: Setting) -> PreparedCurvature:
+        """Tensors ``values`` [k] and ``vectors`` [k, parameter]."""
+        values, vectors = lanczos(*self._undamped(setting), self.steps, self.seed)
+        return PreparedCurvature({"values": values, "vectors": vectors}, super().prepare(setting).diagnostics)
 
     def multiplied(self, vectors: int) -> int:
-        """Those of the Krylov space, whatever is solved for."""
+        """The steps of the Krylov space: solving takes no further products."""
         return self.steps
 
-    def solve(self, prepared: Prepared, queries: QueryGradients, setting: Setting, diagonal: Tensor) -> QueryGradients:
-        """On the span by its eigenvalues, elsewhere by the diagonal."""
+    def solve(
+        self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor
+    ) -> QueryGradients:
+        """Divide by eigenvalue plus diagonal within the span of the eigenvectors, and by the diagonal outside."""
         products = Products(setting.engine, setting.examples)
-        values, vectors = self._kept(prepared)
+        values, vectors = self._leading(prepared)
         right = products.flat.join(queries.dense(), len(queries), products.like).double()
         added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(right)
         setting.diagnostic("eigenvectors", len(values))
@@ -73,13 +77,13 @@ class Arnoldi(Iterative):
         if self.complement == "drop" or full:
             solved = self._on_the_span(values, vectors, right, added)
         else:
-            smallest_added(diagonal, self.name, "Arnoldi")
+            smallest_entry(diagonal, self.name, "Arnoldi")
             solved = _low_rank(values, vectors, right, added)
             share = (right @ vectors.T).square().sum() / right.square().sum().clamp_min(1e-300)
             setting.diagnostic("share_of_gradient_in_eigenvectors", float(share), keep=min)
         return DenseQueries(products.flat.split(solved.to(products.like)), setting.engine.groups)
 
-    def _kept(self, prepared: Prepared) -> tuple[Tensor, Tensor]:
+    def _leading(self, prepared: PreparedCurvature) -> tuple[Tensor, Tensor]:
         values, vectors = prepared.tensors["values"], prepared.tensors["vectors"]
         if self.rank is not None and self.rank < len(values):
             order = values.abs().argsort(descending=True)[: self.rank].sort().values
@@ -88,21 +92,21 @@ class Arnoldi(Iterative):
 
     def _on_the_span(self, values: Tensor, vectors: Tensor, right: Tensor, added: Tensor) -> Tensor:
         small = values.diag_embed() + (vectors * added) @ vectors.T
-        eigenvalues, turned = torch.linalg.eigh((small + small.T) / 2)
+        eigenvalues, rotation = torch.linalg.eigh((small + small.T) / 2)
         if float(eigenvalues.abs().min()) <= 1e-14 * float(eigenvalues.abs().max()):
             raise ValueError(
-                f"Expected a curvature that can be inverted, got a {self.name} that is singular on its own "
-                f"eigenvectors with a diagonal of {float(added.min()):.3g}. Pass a larger `damping=` or a smaller "
-                "`rank=`."
+                f"Expected an invertible curvature, got a {self.name} that is singular on the span of its leading "
+                f"eigenvectors with weight decay + damping = {float(added.min()):.3g}. Pass a larger `damping=` or a "
+                "smaller `rank=`."
             )
-        axes = turned.T @ vectors
+        axes = rotation.T @ vectors
         return ((right @ axes.T) / eigenvalues) @ axes
 
 
 def _low_rank(values: Tensor, vectors: Tensor, right: Tensor, added: Tensor) -> Tensor:
-    """(V^T diag(values) V + D)^-1 b by Woodbury, written without dividing by an eigenvalue."""
+    """(V^T diag(values) V + D)^-1 b by the Woodbury identity, in a form that does not divide by an eigenvalue."""
     plain = right / added
     inner = (vectors / added) @ vectors.T
     small = torch.eye(len(values)).to(inner) + values[:, None] * inner
-    felt = torch.linalg.solve(small, values[:, None] * (plain @ vectors.T).T)
-    return plain - (felt.T @ vectors) / added
+    coefficients = torch.linalg.solve(small, values[:, None] * (plain @ vectors.T).T)
+    return plain - (coefficients.T @ vectors) / added

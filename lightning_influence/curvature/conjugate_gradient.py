@@ -1,4 +1,4 @@
-"""An inverse by conjugate gradients, for all queries of a block side by side."""
+"""Inverse curvature by conjugate gradients, for all queries of a block at once."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -7,8 +7,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_influence.checks import check_integer, check_positive
-from lightning_influence.curvature.curvature import Prepared
-from lightning_influence.curvature.iterative import Iterative, tell
+from lightning_influence.curvature.curvature import PreparedCurvature
+from lightning_influence.curvature.iterative import Iterative, warn_and_note
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.numerics.solvers import conjugate_gradient
 from lightning_influence.setting.setting import Setting
@@ -16,21 +16,27 @@ from lightning_influence.setting.setting import Setting
 
 @dataclass(frozen=True)
 class ConjugateGradient(Iterative):
-    """Solves with the Gauss-Newton matrix or the Hessian over the whole training set, to a residual of one's choice.
+    r"""The inverse curvature of the whole training set, applied by conjugate gradients to a given residual.
+
+    .. math:: (C + D)\,x = q
+
+    is solved for each query's gradient q, with C the Gauss-Newton matrix or the Hessian of the mean training loss and
+    D the damping and weight decay.
 
     Source: Hestenes, Stiefel. Methods of Conjugate Gradients for Solving Linear Systems. 1952; as used by Martens,
     Deep Learning via Hessian-free Optimization, ICML 2010.
-    Cost: one product with the curvature (about three passes over the training set a query) each iteration.
+    Cost: one product with the curvature per iteration, about three passes over the training data for each query.
 
     Args:
-        damping: see ``Curvature``.
-        matrix: ``"ggn"`` or ``"hessian"``.
-        seed: of the probes for the mean eigenvalue.
-        tolerance: residual relative to the query's gradient at which to stop.
-        max_iterations: more are not made; a warning then says how far it came.
+        damping: added to the diagonal, in units of the curvature; None chooses it from the fit (see ``Curvature``).
+        matrix: solve with the Gauss-Newton matrix (``"ggn"``) or the Hessian (``"hessian"``).
+        seed: of the random probes that estimate the mean eigenvalue.
+        tolerance: stop when the residual is at most this times the query's gradient, in norm.
+        max_iterations: the most iterations per query; if they do not reach the tolerance, a warning and the notes
+            give the residual.
 
     Raises:
-        ValueError: other values; a direction of negative curvature (with ``matrix="hessian"``).
+        ValueError: an argument is out of range; C + D is not positive definite (with ``matrix="hessian"``).
     """
 
     tolerance: float = 1e-5
@@ -43,21 +49,23 @@ class ConjugateGradient(Iterative):
         check_positive("tolerance", self.tolerance)
         check_integer("max_iterations", self.max_iterations)
 
-    def solve(self, prepared: Prepared, queries: QueryGradients, setting: Setting, diagonal: Tensor) -> QueryGradients:
-        """Each query takes its own steps and stops on its own."""
-        run = partial(conjugate_gradient, tolerance=self.tolerance, most=self.max_iterations)
+    def solve(
+        self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor
+    ) -> QueryGradients:
+        """Run conjugate gradients with separate step sizes and a separate end for each query."""
+        run = partial(conjugate_gradient, tolerance=self.tolerance, max_iterations=self.max_iterations)
         solution, directions = self._solved(queries, setting, diagonal, run)
-        if bool(solution.bent.any()):
+        if bool(solution.indefinite.any()):
             raise ValueError(
-                f"Expected a positive definite curvature, got a {self.name} that bends the other way or is singular "
-                f"along a direction, with weight decay + damping = {float(diagonal.min()):.3g}. Pass a larger "
-                "`damping=`, or `matrix='ggn'`."
+                f"Expected a positive definite curvature, got a {self.name} that is singular or has a negative "
+                f"eigenvalue, with weight decay + damping = {float(diagonal.min()):.3g}. Pass a larger `damping=`, or "
+                "`matrix='ggn'`."
             )
         worst = float(solution.residuals.max())
-        if worst > 10 * self.tolerance:  # rounding keeps the true residual above the running one
-            tell(
+        if worst > 10 * self.tolerance:  # rounding errors keep the true residual above the recursive one
+            warn_and_note(
                 setting,
-                f"Conjugate gradients did not converge: residual {worst:.2g} after {solution.iterations} iterations, "
-                f"asked for {self.tolerance:.2g}. Raise `max_iterations=` or `damping=`, or use float64 weights.",
+                f"Conjugate gradients did not converge: residual {worst:.2g} after {solution.iterations} iterations "
+                f"(tolerance {self.tolerance:.2g}). Raise `max_iterations=` or `damping=`, or use float64 weights.",
             )
         return directions

@@ -1,4 +1,4 @@
-"""What working with a curvature takes: how many vectors fit at once, and how long products with it last."""
+"""Memory and time of a curvature: how many vectors fit in memory at once, and how long products with it take."""
 
 import torch
 
@@ -6,19 +6,19 @@ from lightning_influence.gradients.products import Matrix, Products
 from lightning_influence.setting.setting import Setting
 from lightning_influence.timing import timed
 
-# Bytes of vectors that are held at once.
+# Bytes of vectors that are in memory at once.
 _BYTES = 2**29
-# So many products are timed for an estimate.
+# The most products that are timed for an estimate.
 _TIMED = 8
 
 
 def at_once(setting: Setting, copies: int = 1) -> int:
-    """How many vectors of all parameters fit half a GiB, so many copies of each."""
+    """How many vectors of the size of all parameters fit in half a GiB, with ``copies`` of each."""
     return max(1, _BYTES // max(1, copies * setting.engine.vector_bytes))
 
 
 def seconds_of_products(setting: Setting, matrix: Matrix, count: int) -> float:
-    """Of the curvature with so many vectors, by timing a few with some of the training examples."""
+    """Estimate the seconds of multiplying ``count`` vectors, by timing a few on some of the training examples."""
     products = Products(setting.engine, setting.examples)
     ids = range(min(setting.n_train, setting.examples.block_size))
     few = torch.ones(min(count, _TIMED), len(products.flat)).to(products.like)

@@ -1,4 +1,4 @@
-"""What a curvature is: a frozen record that says how (C + diagonal)^-1 q is computed for a block of queries at once."""
+"""The base class of curvatures: frozen records of how (C + diagonal)^-1 q is computed for a block of queries."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -14,31 +14,33 @@ from lightning_influence.setting.setting import Setting
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What a curvature computes once at a set of weights; this is what lies on disk beside the trajectory.
+class PreparedCurvature:
+    """What a curvature computes once for a set of weights, and what is stored beside the trajectory.
 
     Args:
-        tensors: by name, on the weights' device.
-        figures: numbers by name, such as the largest eigenvalue.
-        notes: what a reader of the scores must know.
+        tensors: by name, on the device of the weights.
+        diagnostics: numbers by name, such as the largest eigenvalue.
+        notes: sentences that are added to the notes of the scores.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    figures: Mapping[str, float] = field(default_factory=dict)
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Curvature(ABC):
-    """The curvature C of the mean training loss, (1/n) sum over examples, without any regulariser; and its inverse.
+    r"""The curvature C of the mean training loss :math:`\frac1n \sum_i \ell_i`, without weight decay, and its inverse.
 
-    Subclass as a frozen dataclass, one file each.
+    The fit's L2 weight decay and the damping are added to the diagonal of C. They are passed to ``solve``, per
+    parameter group of the optimizer, so that ``prepare`` does not depend on them and runs once per set of weights.
 
-    What is added to its diagonal, the fit's L2 weight decay and the damping, is given to ``solve`` for each parameter
-    group of the optimizer, so that ``prepare`` does not depend on it: a curvature is prepared once per set of weights.
+    To write your own, subclass as a frozen dataclass and implement ``prepare``, ``solve`` and ``mean_eigenvalue``.
 
     Args:
-        damping: added to the diagonal besides the weight decay, in units of C; None: the rule of ``damping.py``.
+        damping: added to the diagonal besides the weight decay, in units of C. None chooses it from the fit: 1 / (sum
+            of learning rates / (1 - momentum)) under SGD, a tenth of the mean eigenvalue under adaptive optimizers or
+            where no learning rates were captured. The notes of the scores name the value.
 
     Raises:
         ValueError: a negative damping, or one that is not finite.
@@ -49,68 +51,78 @@ class Curvature(ABC):
     kind: ClassVar[str] = ""
     """Which matrix: "Hessian", "GGN" or "Fisher"."""
     share: ClassVar[float] = 1.0
-    """Of the default damping by learning rates, what suits an approximation that blurs the spectrum already."""
+    """The fraction of the default damping by learning rates to use; below 1 for approximations that smooth the
+    spectrum themselves."""
     has_eigenvalues: ClassVar[bool] = False
-    """Whether ``descend`` is offered."""
+    """Whether ``descend`` is implemented."""
     unprepared: ClassVar[frozenset[str]] = frozenset({"damping"})
-    """Settings that ``prepare`` does not look at: what is on disk serves whatever they are."""
+    """Fields that ``prepare`` does not depend on: a stored curvature can be reused when they change."""
 
     def __post_init__(self) -> None:
-        check_at_least_0("damping", self.damping, optional=True, hint="None follows the fit's learning rates.")
+        check_at_least_0(
+            "damping", self.damping, optional=True, hint="Pass None to choose it by the fit's learning rates."
+        )
 
     @abstractmethod
-    def prepare(self, setting: Setting) -> Prepared:
-        """Everything about the module's current weights that solving needs, whatever the queries and the diagonal.
+    def prepare(self, setting: Setting) -> PreparedCurvature:
+        """Compute all that ``solve`` needs at the module's current weights and that depends on no query or diagonal.
 
-        Looks at the whole training set, ``setting.examples``, whatever the tile.
+        Uses the whole training set, ``setting.examples``, even if only some training examples are being scored.
         """
 
     @abstractmethod
-    def solve(self, prepared: Prepared, queries: QueryGradients, setting: Setting, diagonal: Tensor) -> QueryGradients:
+    def solve(
+        self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor
+    ) -> QueryGradients:
         """(C + diagonal)^-1 q for every query of a block.
 
         Args:
-            prepared: by ``prepare`` at these weights.
-            queries: gradients q.
-            setting: takes ``note`` and ``diagnostic`` (residual, iterations), and gives products with the curvature.
-            diagonal: [group] float64, what is added for the parameters of each of the optimizer's groups; which group
-                a parameter is in, ``setting.engine.groups`` says (absent: 0).
+            prepared: the result of ``prepare`` at these weights.
+            queries: the gradients q.
+            setting: holds the engine and the training examples, and takes notes and diagnostics (solver residuals).
+            diagonal: [group] float64, added for the parameters of each parameter group of the optimizer;
+                ``setting.engine.groups`` gives the group of a parameter (0 where it has none).
 
         Returns:
-            The directions, in any form whose ``dot`` multiplies with blocks of training gradients.
+            The solutions, in any form whose ``dot`` multiplies with blocks of training gradients.
 
         Raises:
-            ValueError: singular with this diagonal.
+            ValueError: the curvature is singular with this diagonal.
         """
 
     def descend(
-        self, prepared: Prepared, vectors: Mapping[str, Tensor], setting: Setting, descent: Descent
+        self, prepared: PreparedCurvature, vectors: Mapping[str, Tensor], setting: Setting, descent: Descent
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """F v and S^T v behind a stretch of gradient descent, for vectors given by name, [query, *shape].
+        """F v and S^T v of a stretch of gradient descent (see ``Descent``), which SOURCE uses.
 
         Args:
-            prepared: by ``prepare`` at these weights.
-            vectors: v.
-            setting: the question's.
-            descent: which defines F and S.
+            prepared: the result of ``prepare`` at these weights.
+            vectors: the vectors v, [query, *shape] by name.
+            setting: takes notes.
+            descent: defines F and S.
+
+        Returns:
+            F v and S^T v, [query, *shape] by name.
 
         Raises:
-            NotImplementedError: the eigenvalues are not known.
+            NotImplementedError: this curvature does not compute eigenvalues.
         """
-        raise NotImplementedError(f"`{type(self).__name__}` knows no eigenvalues. Use `EKFAC()` or `ExactGGN()`.")
+        raise NotImplementedError(
+            f"Expected a curvature with eigenvalues, got `{type(self).__name__}`. Use `EKFAC()` or `ExactGGN()`."
+        )
 
     @abstractmethod
-    def mean_eigenvalue(self, prepared: Prepared, setting: Setting) -> float:
-        """Trace of C over the number of parameters."""
+    def mean_eigenvalue(self, prepared: PreparedCurvature, setting: Setting) -> float:
+        """The trace of C over the number of parameters."""
 
     def at_once(self, setting: Setting) -> int | None:
-        """How many queries may be solved at once; None: as many as their gradients' factors allow."""
+        """The most queries to solve at once; None if only the memory of their gradients limits them."""
         return None
 
     def seconds(self, setting: Setting, vectors: int) -> float:
-        """Roughly what ``prepare``, and ``solve`` for so many vectors, will take."""
+        """Estimate the seconds of ``prepare`` and of ``solve`` for this many vectors."""
         return 0.0
 
     def preparation(self) -> dict[str, Any]:
-        """The settings that ``prepare`` depends on, for the name on disk."""
+        """The fields that ``prepare`` depends on; they are part of the file name on disk."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.unprepared}

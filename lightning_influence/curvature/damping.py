@@ -1,4 +1,4 @@
-"""What is added to a curvature's diagonal: the fit's L2 weight decay, and a damping that follows its learning rates."""
+"""The diagonal that is added to a curvature: the fit's L2 weight decay, and a damping chosen by its learning rates."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,39 +16,40 @@ _SHARE = 0.1
 
 @dataclass(frozen=True)
 class Diagonal:
-    """What is added for the parameters of each of the optimizer's groups, in units of the mean loss's curvature.
+    """What is added to the curvature of the mean loss, for the parameters of each group of the optimizer.
 
     Args:
-        decay: L2 weight decay, [group] float64.
-        damping: besides it, [group] float64.
-        why: where the damping comes from, for the notes.
+        decay: the L2 weight decay, [group] float64.
+        damping: the damping besides it, [group] float64.
+        reason: how the damping was chosen, for the notes.
     """
 
     decay: Tensor
     damping: Tensor
-    why: str
+    reason: str
 
     @property
     def total(self) -> Tensor:
-        """[group] float64."""
+        """Weight decay plus damping, [group] float64."""
         return self.decay + self.damping
 
 
 def diagonal_at(
     setting: Setting, stage: Stage, damping: float | None, mean_eigenvalue: Callable[[], float], share: float = 1.0
 ) -> Diagonal:
-    r"""The diagonal at a stage.
+    r"""The diagonal to add at a checkpoint.
 
-    Where plain SGD with learning rates :math:`\eta_t` and momentum :math:`\mu` led there, the damping is
-    :math:`1 / \sum_t \eta_t / (1 - \mu)`: with it an influence function is SOURCE with one segment (Bae et al., 2024).
-    Under other optimizers, or where nothing was captured, it is a tenth of the mean eigenvalue (Grosse et al., 2023).
+    If SGD with learning rates :math:`\eta_t` and momentum :math:`\mu` led to it, the default damping is
+    :math:`1 / \sum_t \eta_t / (1 - \mu)`, which approximates SOURCE with one segment (Bae et al., 2024). Under
+    adaptive optimizers, or where no learning rates were captured, it is a tenth of the mean eigenvalue (Grosse et al.,
+    2023).
 
     Args:
-        setting: the question's.
-        stage: where.
-        damping: the user's own, or None for the rule.
-        mean_eigenvalue: gives it, where it is needed.
-        share: of the rule by learning rates that is taken; see ``Curvature.share``.
+        setting: holds the trajectory and the loss's reduction.
+        stage: the checkpoint.
+        damping: the user's own, or None for the default.
+        mean_eigenvalue: computes the mean eigenvalue; called only if the default needs it.
+        share: the fraction of the default by learning rates to use; see ``Curvature.share``.
     """
     trajectory, position = setting.trajectory, stage.position
     if trajectory is None or position is None:
@@ -67,9 +68,9 @@ def diagonal_at(
 
 
 def reach_at(setting: Setting, position: int, reduction: Any = None) -> Tensor | None:
-    """[group]: the sum of the steps' learning rates up to a checkpoint, momentum and clipping included.
+    """[group]: the sum of the learning rates of all steps up to a checkpoint, with momentum and clipping applied.
 
-    In units where a step moves by the mean gradient of its examples; None where no step came before.
+    Scaled to steps along the mean gradient of their examples; None if there was no step before the checkpoint.
     """
     trajectory = setting.trajectory
     if trajectory is None or trajectory.checkpoints[position].step == 0:
@@ -81,7 +82,7 @@ def reach_at(setting: Setting, position: int, reduction: Any = None) -> Tensor |
 
 
 def _decay(setting: Setting, trajectory: Trajectory, position: int) -> Tensor:
-    """[group]: the coefficient of |w|^2 / 2 beside the mean loss; a summed loss has it divided by the batch size."""
+    """[group]: the coefficient of |w|^2 / 2 besides the mean loss; for a summed loss, divided by the batch size."""
     decay = torch.zeros(max(1, trajectory.n_groups), dtype=torch.float64)
     first = 0
     for optimizer in sorted({entry["optimizer"] for entry in trajectory.settings}):
@@ -98,6 +99,6 @@ def _decay(setting: Setting, trajectory: Trajectory, position: int) -> Tensor:
 
 
 def of_group(values: Tensor, groups: Mapping[str, int]) -> Callable[[str], float]:
-    """Which of [group] values a parameter has, by its name."""
+    """A function from a parameter's name to the value of its group, given values [group]."""
     held: Sequence[float] = values.tolist()
     return lambda name: held[groups.get(name, 0)]

@@ -1,4 +1,4 @@
-"""The dense curvature of a small model: every entry, factored once."""
+"""The dense curvature of a small model, factorised once."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,41 +8,42 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.cost import at_once, seconds_of_products
-from lightning_influence.curvature.curvature import Curvature, Prepared
+from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
 from lightning_influence.curvature.damping import of_group
-from lightning_influence.curvature.descent import Descent, share_moved
+from lightning_influence.curvature.descent import Descent, mean_exponential
 from lightning_influence.gradients.products import Matrix, Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
-from lightning_influence.numerics.dense import Factored, SingularError, factored
+from lightning_influence.numerics.dense import Factorisation, SingularError, factorise
 from lightning_influence.setting.setting import Setting
 from lightning_influence.timing import timed
 
-# Columns of the matrix that are made at once.
+# Columns of the matrix that are computed at once.
 _COLUMNS = 256
-# Rows of the matrix whose factor is timed for an estimate.
+# Rows of the matrix whose factorisation is timed for an estimate.
 _TIMED_FACTOR = 512
 
 
 @dataclass
 class _LastFactor:
-    """The factorisation made last, and of what."""
+    """The latest factorisation, and the prepared curvature it belongs to."""
 
-    prepared: Prepared | None = None
-    factored: Factored | None = None
+    prepared: PreparedCurvature | None = None
+    factored: Factorisation | None = None
 
 
 @dataclass(frozen=True)
 class Exact(Curvature):
-    """A [parameters, parameters] matrix in float64, column by column through products with unit vectors.
+    """A dense curvature, [parameters, parameters] in float64, computed column by column and inverted exactly.
 
-    Cost: as many products over the training set as there are parameters, once; then p^3 / 3 for the factorisation.
+    Cost: one product with the curvature per parameter (about three passes over the training data each) and one
+    factorisation, once. Memory grows with the square of the number of parameters, time with its cube.
 
     Args:
-        damping: see ``Curvature``.
-        max_parameters: more are refused: memory grows with their square, time with their cube.
+        damping: added to the diagonal, in units of the curvature; None chooses it from the fit (see ``Curvature``).
+        max_parameters: a model with more parameters is refused.
 
     Raises:
-        ValueError: too many parameters; a matrix that is singular with this damping.
+        ValueError: the model has too many parameters, or the matrix is singular with this damping.
     """
 
     max_parameters: int = 10_000
@@ -51,31 +52,34 @@ class Exact(Curvature):
     has_eigenvalues: ClassVar[bool] = True
     unprepared: ClassVar[frozenset[str]] = frozenset({"damping", "max_parameters"})
 
-    def prepare(self, setting: Setting) -> Prepared:
-        """``matrix`` [parameter, parameter], symmetric."""
+    def prepare(self, setting: Setting) -> PreparedCurvature:
+        """The tensor ``matrix`` [parameter, parameter], symmetric."""
         products = Products(setting.engine, setting.examples)
         size = len(products.flat)
         if size > self.max_parameters:
             gib = 8 * size**2 / 2**30
             raise ValueError(
                 f"Expected at most {self.max_parameters:,} parameters for `{type(self).__name__}`, got {size:,}: the "
-                f"matrix alone takes {gib:,.1f} GiB. Use `ConjugateGradient()` or `EKFAC()`, name fewer `parameters=`, "
-                "or raise `max_parameters=`."
+                f"matrix alone takes {gib:,.1f} GiB. Use `ConjugateGradient()` or `EKFAC()`, score fewer parameters "
+                "(`parameters=`), or raise `max_parameters=`."
             )
-        made = torch.empty(size, size, dtype=torch.float64, device=products.like.device)
+        matrix = torch.empty(size, size, dtype=torch.float64, device=products.like.device)
         for start in range(0, size, _COLUMNS):
             unit = torch.zeros(min(_COLUMNS, size - start), size).to(products.like)
             unit[torch.arange(len(unit)), torch.arange(start, start + len(unit))] = 1.0
-            made[start : start + len(unit)] = products.times(self.matrix, unit).double()
-        made = (made + made.T) / 2
-        return Prepared({"matrix": made}, {"mean_eigenvalue": float(made.diagonal().mean()) if size else 0.0})
+            matrix[start : start + len(unit)] = products.times(self.matrix, unit).double()
+        matrix = (matrix + matrix.T) / 2
+        mean = float(matrix.diagonal().mean()) if size else 0.0
+        return PreparedCurvature({"matrix": matrix}, {"mean_eigenvalue": mean})
 
-    def mean_eigenvalue(self, prepared: Prepared, setting: Setting) -> float:
-        """Of the mean loss's curvature."""
-        return prepared.figures["mean_eigenvalue"]
+    def mean_eigenvalue(self, prepared: PreparedCurvature, setting: Setting) -> float:
+        """The mean of the matrix's diagonal."""
+        return prepared.diagnostics["mean_eigenvalue"]
 
-    def solve(self, prepared: Prepared, queries: QueryGradients, setting: Setting, diagonal: Tensor) -> QueryGradients:
-        """One triangular solve for all queries."""
+    def solve(
+        self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor
+    ) -> QueryGradients:
+        """Solve with the factorisation, for all queries at once."""
         products = Products(setting.engine, setting.examples)
         factor = self.factor(prepared, setting, diagonal)
         vectors = products.flat.join(queries.dense(), len(queries), products.like)
@@ -83,63 +87,62 @@ class Exact(Curvature):
         return DenseQueries(products.flat.split(solved), setting.engine.groups)
 
     def descend(
-        self, prepared: Prepared, vectors: Mapping[str, Tensor], setting: Setting, descent: Descent
+        self, prepared: PreparedCurvature, vectors: Mapping[str, Tensor], setting: Setting, descent: Descent
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """By one eigendecomposition of the preconditioned matrix, which is symmetric."""
+        """F v and S^T v by an eigendecomposition of M, without approximation."""
         products = Products(setting.engine, setting.examples)
         flat, matrix = products.flat, prepared.tensors["matrix"]
-        pace, added, shrunk = (
+        preconditioner, added, decay = (
             flat.join({name: entry[None] for name, entry in entries.items()}, 1, matrix)[0]
-            for entries in (descent.pace, descent.added, descent.shrunk)
+            for entries in (descent.preconditioner, descent.added, descent.decoupled_decay)
         )
-        bent, root = matrix + added.diag_embed(), pace.sqrt()
-        values, basis = torch.linalg.eigh(root[:, None] * bent * root + shrunk.diag_embed())
+        curvature, root = matrix + added.diag_embed(), preconditioner.sqrt()
+        values, basis = torch.linalg.eigh(root[:, None] * curvature * root + decay.diag_embed())
         rows = flat.join(vectors, len(next(iter(vectors.values()))), products.like).double()
-        slowed = ((rows * root) @ basis * share_moved(values)) @ basis.T
-        # What is kept is I - (C + A + D / P) F: no division by a pace of 0, where nothing is shrunk either.
-        faded = torch.where(root > 0, shrunk / root, torch.zeros_like(root))
-        kept = rows - (slowed * root) @ bent - slowed * faded
-        moved, left = (flat.split(made.to(products.like)) for made in (slowed * root, kept))
-        return moved, left
+        moved = ((rows * root) @ basis * mean_exponential(values)) @ basis.T  # F v = root * moved
+        # S^T = I - (C + A + D / P) F, without dividing by a P of 0, where D is 0 too.
+        decay_by_root = torch.where(root > 0, decay / root, torch.zeros_like(root))
+        kept = rows - (moved * root) @ curvature - moved * decay_by_root
+        return flat.split((moved * root).to(products.like)), flat.split(kept.to(products.like))
 
-    def factor(self, prepared: Prepared, setting: Setting, diagonal: Tensor) -> Factored:
-        """The factorisation of the matrix with its diagonal, made once.
+    def factor(self, prepared: PreparedCurvature, setting: Setting, diagonal: Tensor) -> Factorisation:
+        """The factorisation of the matrix plus its diagonal, computed once.
 
         Raises:
-            ValueError: it is singular.
+            ValueError: the sum is singular.
         """
         kept = setting.state((self, tuple(diagonal.tolist())), _LastFactor)
         if kept.factored is None or kept.prepared is not prepared:  # of one checkpoint at a time
             kept.prepared, kept.factored = prepared, self._factored(prepared, setting, diagonal)
         return kept.factored
 
-    def _factored(self, prepared: Prepared, setting: Setting, diagonal: Tensor) -> Factored:
+    def _factored(self, prepared: PreparedCurvature, setting: Setting, diagonal: Tensor) -> Factorisation:
         products = Products(setting.engine, setting.examples)
         matrix = prepared.tensors["matrix"]
         added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(matrix)
         try:
-            found = factored(matrix + added.diag_embed(), torch.finfo(products.like.dtype).eps)
+            found = factorise(matrix + added.diag_embed(), torch.finfo(products.like.dtype).eps)
         except SingularError as error:
             raise ValueError(
-                f"Expected a curvature that can be inverted, got a {self.kind} that is singular with a diagonal of "
+                f"Expected an invertible curvature, got a {self.kind} that is singular with weight decay + damping = "
                 f"{float(diagonal.min()):.3g} ({error}). Pass a larger `damping=`, such as "
-                f"`{type(self).__name__}(damping={max(0.1 * prepared.figures['mean_eigenvalue'], 1e-12):.1g})`."
+                f"`{type(self).__name__}(damping={max(0.1 * prepared.diagnostics['mean_eigenvalue'], 1e-12):.1g})`."
             ) from error
         if not found.positive:
             setting.note(
-                f"The {self.kind} is not positive definite with a damping of this size: the weights are no minimum. "
-                "`ExactGGN()` is positive, a larger `damping=` helps too"
+                f"The {self.kind} is not positive definite with this damping: the weights are not at a minimum of the "
+                "loss. Use `ExactGGN()`, which has no negative eigenvalues for the usual losses, or a larger `damping=`"
             )
         return found
 
     def at_once(self, setting: Setting) -> int | None:
-        """Within half a GiB."""
+        """As many queries as fit in half a GiB."""
         return at_once(setting, copies=3)
 
     def seconds(self, setting: Setting, vectors: int) -> float:
-        """A product for every parameter, and a Cholesky factor."""
+        """One product per parameter, and a Cholesky factorisation."""
         size = len(Products(setting.engine, setting.examples).flat)
-        if size > self.max_parameters:  # refused as soon as it is asked
+        if size > self.max_parameters:  # `prepare` raises at once
             return 0.0
         some = torch.eye(_TIMED_FACTOR, dtype=torch.float64)
         factor = timed(lambda: torch.linalg.cholesky(some)) * (size / len(some)) ** 3

@@ -13,11 +13,22 @@ class ExactGGN(Exact):
 
     .. math:: G = \frac{1}{n} \sum_i J_i^\top S_i J_i
 
-    with J the derivative of the network's outputs by the parameters and S the Hessian of the loss by the outputs: what
-    enters the loss function, or, where none of ``torch.nn.functional`` is called, what the last layer gives. Positive
-    semi-definite for a loss that is convex in them, and equal to the Hessian where the outputs are linear.
+    with :math:`J_i` the Jacobian of the network's outputs for example i with respect to the parameters, and
+    :math:`S_i` the Hessian of its loss with respect to those outputs. The outputs are what is passed to a loss function
+    of ``torch.nn.functional``, or those of the last layer if none is called. G is positive semi-definite for a loss
+    that is convex in the outputs, and equals the Hessian for outputs that are linear in the parameters.
 
     Source: Schraudolph. Fast Curvature Matrix-Vector Products. Neural Computation 2002.
+    Cost: one product with G per parameter (about three passes over the training data each) and one factorisation,
+    once. Memory grows with the square of the number of parameters, time with its cube.
+
+    Args:
+        damping: added to the diagonal, in units of the curvature; None chooses it from the fit (see ``Curvature``).
+        max_parameters: a model with more parameters is refused.
+
+    Raises:
+        ValueError: the model has too many parameters, the matrix is singular with this damping, or the network's
+            outputs are not found.
     """
 
     kind: ClassVar[str] = "GGN"

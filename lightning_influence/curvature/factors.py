@@ -1,4 +1,4 @@
-"""Kronecker factors of one layer's Fisher: gathered from per-sample gradients, with corrected eigenvalues."""
+"""The Kronecker factors of one layer's Fisher, accumulated from per-sample gradients, with corrected eigenvalues."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -6,43 +6,42 @@ import torch
 from torch import Tensor
 
 from lightning_influence.gradients import Gradients
+from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.outer_products import WORKSPACE, OuterProducts
 from lightning_influence.gradients.part import Part
 from lightning_influence.numerics.kronecker import SecondMoment
 
-Names = tuple[str, ...]
-
-# A factor this wide is not decomposed: its parameters keep a diagonal.
+# A wider factor is not decomposed: its layer keeps a diagonal Fisher.
 WIDEST = 2**13
 
 
-class Factors:
-    """What one part's gradients leave behind: moments of both of its sides, then squares in their eigenbases.
+class LayerFactors:
+    """Accumulates one layer's gradients: the second moments of both sides, then mean squares in their eigenbases.
 
-    A gradient is a matrix [out, in], with the bias as its last column. Where it comes as outer products over positions
-    its sides are those of K-FAC: inputs and output gradients. A matrix that comes written out (a grouped convolution,
-    a parameter without a factored rule) has its own rows and columns as sides. What is no matrix, an embedding table,
-    or too wide keeps the diagonal.
+    A gradient is taken as a matrix [out, in] with the bias as its last column. For gradients in outer products the two
+    sides are the output gradients and the inputs, as in K-FAC. For dense gradients (a grouped convolution, a parameter
+    without a factored rule) they are the columns and rows of the matrix. Parameters that are not matrices, embedding
+    tables and layers that are too wide keep the diagonal only.
 
     Args:
-        part: the first of its kind.
-        corrected: measure the eigenvalues; False: products of those of the sides, as in K-FAC.
+        part: the layer's part of the first block of gradients, for its form and shapes.
+        corrected: whether to measure the eigenvalues; otherwise they are products of the sides' own, as in K-FAC.
     """
 
     def __init__(self, part: Part, corrected: bool) -> None:
         self.corrected = corrected
         self.transposed = isinstance(part, OuterProducts) and part.transposed
-        self.sides = sides_of(part)
+        self.sides = side_widths(part)
         self.count = 0
         self.diagonal: list[Tensor] = []
         self.squares: Tensor | None = None
         self.trace = 0.0
         if self.sides is not None:
-            self.outer, self.inner = (SecondMoment(width) for width in self.sides)
+            self.output_moment, self.input_moment = (SecondMoment(width) for width in self.sides)
 
     def add(self, part: Part) -> None:
-        """First pass: the moments of both sides, or the whole of a diagonal."""
+        """First pass: add a block to the second moments of both sides, or to the diagonal."""
         self.count += len(part)
         if self.sides is None:
             squares = part.squares()
@@ -51,23 +50,23 @@ class Factors:
             return
         for piece in pieces(part):
             if isinstance(piece, OuterProducts):
-                self.inner.add(piece.inputs.flatten(0, 1), piece.bias)
-                self.outer.add(unscaled(piece).flatten(0, 1))
+                self.input_moment.add(piece.inputs.flatten(0, 1), piece.bias)
+                self.output_moment.add(piece.scaled_outputs().flatten(0, 1))
             else:
-                matrices = matrix_of(piece.dense(), self.transposed)
-                self.inner.add(matrices.flatten(0, 1))
-                self.outer.add(matrices.transpose(1, 2).flatten(0, 1))
+                matrices = as_matrices(piece.dense(), self.transposed)
+                self.input_moment.add(matrices.flatten(0, 1))
+                self.output_moment.add(matrices.transpose(1, 2).flatten(0, 1))
                 self.trace += float(matrices.square().sum())
 
     def decompose(self) -> None:
-        """Between the passes."""
+        """Compute the eigenbases of both sides, between the passes."""
         if self.sides is not None:
-            self.values_out, self.basis_out, _ = self.outer.basis()
-            self.values_in, self.basis_in, self._inputs = self.inner.basis()
-            self._seen = 0
+            self.values_out, self.basis_out, _ = self.output_moment.basis()
+            self.values_in, self.basis_in, self._stored_inputs = self.input_moment.basis()
+            self._n_measured = 0
 
     def measure(self, part: Part) -> None:
-        """Second pass: squares of the gradients in the eigenbases."""
+        """Second pass: add the squares of a block's gradients in the eigenbases."""
         if self.sides is None:
             return
         for piece in pieces(part):
@@ -75,36 +74,37 @@ class Factors:
             self.squares = new if self.squares is None else self.squares.add_(new)
 
     def _squares(self, piece: Part) -> Tensor:
-        """[out, in] in the bases: the sum over the examples of a piece."""
+        """[out, in] in the bases: the sum over the examples of squared gradients."""
         if not isinstance(piece, OuterProducts):
-            self._seen += len(piece) * self.sides[0] if self.sides else 0
-            return rotated(matrix_of(piece.dense(), self.transposed), self.basis_out, self.basis_in).square().sum(0)
+            self._n_measured += len(piece) * self.sides[0] if self.sides else 0
+            return rotated(as_matrices(piece.dense(), self.transposed), self.basis_out, self.basis_in).square().sum(0)
         t, width_out, width_in = piece.outputs.shape[1], len(self.basis_out), len(self.basis_in)
         if t > 1 and t * (width_in + width_out) > width_out * width_in:
-            self._seen += len(piece) * t
-            return rotated(matrix_of(piece.dense(), self.transposed), self.basis_out, self.basis_in).square().sum(0)
-        left, right = unscaled(piece) @ self.basis_out, self._turned_inputs(piece)
+            self._n_measured += len(piece) * t
+            return rotated(as_matrices(piece.dense(), self.transposed), self.basis_out, self.basis_in).square().sum(0)
+        left, right = piece.scaled_outputs() @ self.basis_out, self._rotated_inputs(piece)
         if t == 1:
             return left[:, 0].square().T @ right[:, 0].square()
         return torch.bmm(left.transpose(1, 2), right).square().sum(0)
 
-    def _turned_inputs(self, piece: OuterProducts) -> Tensor:
-        """[example, position, in] in the basis; the second pass goes in the order of the first."""
-        if self._inputs is None:
-            return inputs_in(piece.inputs, piece.bias, self.basis_in)
+    def _rotated_inputs(self, piece: OuterProducts) -> Tensor:
+        """Inputs in the basis, [example, position, in]; stored ones rely on the order of the first pass."""
+        if self._stored_inputs is None:
+            return rotated_inputs(piece.inputs, piece.bias, self.basis_in)
         count = len(piece) * piece.outputs.shape[1]
-        self._seen += count
-        return self._inputs[self._seen - count : self._seen].view(len(piece), -1, self._inputs.shape[1])
+        self._n_measured += count
+        rows = self._stored_inputs[self._n_measured - count : self._n_measured]
+        return rows.view(len(piece), -1, rows.shape[1])
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is kept, by name."""
+        """The tensors to store, by name."""
         if self.sides is None:
             return {f"diagonal{i}": table / self.count for i, table in enumerate(self.diagonal)}
         if self.squares is not None:
             eigenvalues = self.squares / self.count
         else:
-            # Outer products: inputs by position, output gradients by example. Written out: both sides have its trace.
-            share = self.trace if self.trace else float(self.inner.count)
+            # Outer products: inputs per position, output gradients per example. Dense: both sides have the same trace.
+            share = self.trace if self.trace else float(self.input_moment.count)
             eigenvalues = torch.outer(self.values_out / self.count, self.values_in / share)
         return {
             "eigenvalues": eigenvalues,
@@ -114,8 +114,8 @@ class Factors:
         }
 
 
-def sides_of(part: Part) -> tuple[int, int] | None:
-    """Width of the two sides, (out, in with bias); None where a diagonal has to do."""
+def side_widths(part: Part) -> tuple[int, int] | None:
+    """The widths of the two sides, (out, in including the bias); None if the layer keeps a diagonal only."""
     if isinstance(part, OuterProducts):
         out = part.outputs.shape[2]
         inner = sum(int(torch.Size(shape).numel()) for shape in part.shapes()[:1]) // out + part.bias
@@ -132,7 +132,7 @@ def sides_of(part: Part) -> tuple[int, int] | None:
 
 
 def pieces(part: Part) -> Iterator[Part]:
-    """A part in slices whose written-out form, and whose patches, fit the cache."""
+    """Slices of a part whose dense gradients and unfolded patches fit in the CPU cache."""
     size = sum(torch.Size(shape).numel() for shape in part.shapes())
     if isinstance(part, OuterProducts):
         t, out = part.outputs.shape[1:]
@@ -145,25 +145,20 @@ def pieces(part: Part) -> Iterator[Part]:
         yield part.slice(slice(start, start + step))
 
 
-def unscaled(part: OuterProducts) -> Tensor:
-    """Output gradients with each example's own number in them, [example, position, out]."""
-    return part.outputs if part.factor is None else part.outputs * part.factor.to(part.outputs)[:, None, None]
-
-
-def inputs_in(inputs: Tensor, bias: bool, basis: Tensor) -> Tensor:
-    """Inputs, with the 1 of a bias behind them, in a basis: [.., direction]."""
+def rotated_inputs(inputs: Tensor, bias: bool, basis: Tensor) -> Tensor:
+    """Inputs, with a 1 appended for a bias, in a basis: [.., direction]."""
     return inputs @ basis[:-1] + basis[-1] if bias else inputs @ basis
 
 
-def matrix_of(written: Sequence[Tensor], transposed: bool) -> Tensor:
-    """A weight, or a weight and its bias, written out, as [example, out, in] with the bias as the last column."""
+def as_matrices(written: Sequence[Tensor], transposed: bool) -> Tensor:
+    """Dense gradients of a weight, or a weight and its bias, as matrices [example, out, in] with the bias last."""
     weight = written[0].flatten(2)
     weight = weight.transpose(1, 2) if transposed else weight
     return weight if len(written) == 1 else torch.cat([weight, written[1][:, :, None]], 2)
 
 
-def written_of(matrices: Tensor, shapes: Sequence[tuple[int, ...]], transposed: bool) -> tuple[Tensor, ...]:
-    """The inverse of ``matrix_of``."""
+def from_matrices(matrices: Tensor, shapes: Sequence[tuple[int, ...]], transposed: bool) -> tuple[Tensor, ...]:
+    """The inverse of ``as_matrices``."""
     bias = len(shapes) > 1
     weight = matrices[:, :, :-1] if bias else matrices
     weight = (weight.transpose(1, 2) if transposed else weight).reshape(len(matrices), *shapes[0])
@@ -171,12 +166,12 @@ def written_of(matrices: Tensor, shapes: Sequence[tuple[int, ...]], transposed: 
 
 
 def rotated(matrices: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """[example, k, l]: matrices [example, m, n] between two bases [m, k] and [n, l]."""
+    """L^T M R for matrices M [example, m, n] and bases L [m, k] and R [n, l]: [example, k, l]."""
     return left.T @ (matrices @ right)
 
 
-def part_named(gradients: Gradients, names: Names, shapes: Mapping[str, tuple[int, ...]]) -> Part | None:
-    """The part of these parameters; written out where a block has them in other parts; None where it has none."""
+def part_of(gradients: Gradients, names: Names, shapes: Mapping[str, tuple[int, ...]]) -> Part | None:
+    """The part of these parameters: dense if the block groups them differently, None if it has none of them."""
     if names in gradients.parts:
         return gradients.parts[names]
     written = {

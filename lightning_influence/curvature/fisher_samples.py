@@ -1,4 +1,4 @@
-"""Gradients for a Fisher: of the data's own labels, or of labels that the model would give."""
+"""Per-sample gradients for a Fisher matrix: with the labels of the data, or with labels sampled from the model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,18 +13,21 @@ from lightning_influence.gradients.final_layer import Head, find_head
 from lightning_influence.numerics.heads import Link
 from lightning_influence.setting.setting import Setting
 
-# Gradients of one pass over the training data that are kept for the next instead of being taken again.
+# Gradients of a pass over the training data that take at most this many bytes are kept for the next pass.
 _KEPT_BYTES = 2**28
 
 
 @dataclass
 class FisherSamples:
-    """Per-sample gradients whose second moment is a Fisher, block after block; goes through them as often as asked.
+    """An iterable over blocks of gradients whose outer products, summed and divided by n, are a Fisher matrix.
 
     Args:
-        setting: the question's.
-        labels: ``"empirical"``, ``"sampled"`` or ``"exact"``.
+        setting: holds the engine and the training examples.
+        labels: ``"empirical"``, ``"sampled"`` or ``"exact"``; see ``EKFAC``.
         seed: of the sampled labels.
+
+    Raises:
+        ValueError: the model has no linear layer whose outputs labels can be sampled from.
     """
 
     setting: Setting
@@ -34,15 +37,15 @@ class FisherSamples:
 
     def __post_init__(self) -> None:
         engine = self.setting.engine
-        self._pretended: SampledLabelLoss | None = None
+        self._loss: SampledLabelLoss | None = None
         if self.labels != "empirical":
             head = find_head(engine.task, engine.reduction, self.setting.examples, None)
-            self._pretended = SampledLabelLoss(head, head.link(self.setting.examples), self.seed, self.setting.n_train)
+            self._loss = SampledLabelLoss(head, head.link(self.setting.examples), self.seed, self.setting.n_train)
 
     @property
     def classes(self) -> int:
-        """Outputs of the head that labels are drawn from."""
-        return 0 if self._pretended is None else self._pretended.classes
+        """The number of outputs that labels are sampled from; 0 with the labels of the data."""
+        return 0 if self._loss is None else self._loss.classes
 
     def __iter__(self) -> Iterator[Gradients]:
         if self._kept is not None:
@@ -50,53 +53,54 @@ class FisherSamples:
             return
         kept: list[Gradients] | None = []
         size = 0
-        for gradients in self._taken():
+        for gradients in self._computed():
             if kept is not None:
                 size += sum(part.stored_bytes() for part in gradients.parts.values())
                 kept = [*kept, gradients] if size <= _KEPT_BYTES else None
             yield gradients
         self._kept = kept
 
-    def _taken(self) -> Iterator[Gradients]:
-        engine, pretended = self.setting.engine, self._pretended
+    def _computed(self) -> Iterator[Gradients]:
+        engine, loss = self.setting.engine, self._loss
         for block in self.setting.examples.blocks():
-            if pretended is None:
+            if loss is None:
                 yield engine.gradients(block)
                 continue
-            task = engine.task.measuring(pretended)
+            task = engine.task.measuring(loss)
             other = Engine(task, Reduction.NONE, engine.groups, engine.seed, engine.plan)
-            for draw in pretended.draws(self.labels):
-                yield other.gradients(pretended.follow(block, draw))
+            for label in loss.label_choices(self.labels):
+                yield other.gradients(loss.for_block(block, label))
 
 
 class SampledLabelLoss:
-    """A loss whose gradients are those of labels that the model gives: per-sample, linear in the pre-activations.
+    """A per-sample loss, linear in the logits, with the gradients that labels sampled from the model would give.
 
-    The square root of the loss's scale stands in it, so that the second moment of its gradients is the GGN.
+    It is scaled by the square root of the loss's own scale, so that the second moment of its gradients is the
+    Gauss-Newton matrix.
 
     Args:
-        head: the layer whose outputs the loss is taken of.
-        link: that loss.
+        head: the layer whose outputs are the logits.
+        link: the loss on them.
         seed: of the labels.
-        n_train: training examples: every one has random numbers of its own, whatever the blocks.
+        n_train: the number of training examples, each of which has random numbers of its own whatever its block.
     """
 
     def __init__(self, head: Head, link: Link, seed: int, n_train: int) -> None:
         self.head, self.link = head, link
         self.classes = head.layer.out_features
-        draw = torch.Generator().manual_seed(seed)
-        self._normal = torch.randn(n_train, self.classes, generator=draw, dtype=torch.float64)
-        self._uniform = torch.rand(n_train, self.classes, generator=draw, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(seed)
+        self._normal = torch.randn(n_train, self.classes, generator=generator, dtype=torch.float64)
+        self._uniform = torch.rand(n_train, self.classes, generator=generator, dtype=torch.float64)
         self._ids: range = range(0)
-        self._draw: int | None = None
+        self._label: int | None = None
 
-    def draws(self, labels: str) -> list[int | None]:
-        """None for a sample; each class once for the expectation."""
+    def label_choices(self, labels: str) -> list[int | None]:
+        """The labels to take: each class in turn for the expectation, None for one sampled label per example."""
         return [None] if labels == "sampled" else list(range(self.classes))
 
-    def follow(self, block: Block, draw: int | None) -> Block:
-        """The same block, having told which examples come."""
-        self._ids, self._draw = block.ids, draw
+    def for_block(self, block: Block, label: int | None) -> Block:
+        """The same block, after setting which examples and which label the loss will be called for."""
+        self._ids, self._label = block.ids, label
 
         def one(example: int) -> Any:
             self._ids = range(example, example + 1)
@@ -105,23 +109,23 @@ class SampledLabelLoss:
         return replace(block, one=one)
 
     def __call__(self, module: nn.Module, batch: Any) -> Tensor:
-        """[batch]."""
-        seen: list[Tensor] = []
-        handle = self.head.layer.register_forward_hook(lambda layer, args, output: seen.append(output))
+        """The losses, [batch]."""
+        outputs: list[Tensor] = []
+        handle = self.head.layer.register_forward_hook(lambda layer, args, output: outputs.append(output))
         try:
             self.head.task(batch)
         finally:
             handle.remove()
-        (z,) = seen
+        (z,) = outputs
         with torch.no_grad():
             gradient = self._gradient(z.detach().double().cpu()).to(z)
         return (gradient * z).sum(1)
 
     def _gradient(self, z: Tensor) -> Tensor:
-        """[example, class]: of the loss by z, for labels drawn where the model stands."""
+        """[example, class]: the gradient with respect to the logits z, for labels sampled from the model."""
         mean, rows, scale = self.link.mean(z), slice(self._ids.start, self._ids.stop), self.link.scale**0.5
-        if self._draw is not None:
-            return scale * self._expected(mean, self._draw)
+        if self._label is not None:
+            return scale * self._expected(mean, self._label)
         if self.link.kind == "identity":
             return scale * self._normal[rows]
         if self.link.kind == "sigmoid":
@@ -131,7 +135,7 @@ class SampledLabelLoss:
         return scale * (mean - nn.functional.one_hot(label, self.classes).double())
 
     def _expected(self, mean: Tensor, k: int) -> Tensor:
-        """Gradients whose outer products, summed over k, are the expectation over labels."""
+        """Gradients whose outer products, summed over the classes k, equal the expectation over labels."""
         own = nn.functional.one_hot(torch.tensor([k]), self.classes).double()
         if self.link.kind == "identity":
             return own.expand_as(mean)

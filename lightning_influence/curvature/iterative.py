@@ -1,4 +1,4 @@
-"""What solvers by products share: the curvature with its diagonal as a product, and what is told of a solution."""
+"""What iterative solvers share: products with the damped curvature, and warnings and diagnostics of a solution."""
 
 import warnings
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_influence.checks import one_of
 from lightning_influence.curvature.cost import at_once, seconds_of_products
-from lightning_influence.curvature.curvature import Curvature, Prepared
+from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
 from lightning_influence.curvature.damping import of_group
 from lightning_influence.gradients.products import Matrix, Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
@@ -17,19 +17,19 @@ from lightning_influence.numerics.solvers import Product, Solution, mean_diagona
 from lightning_influence.setting.setting import Setting
 
 _COPIES = 6
-_PROBES = 32  # of the mean eigenvalue
-# With the default damping a digits MLP takes about as many.
+_PROBES = 32  # for the mean eigenvalue
+# An MLP on the digits takes about this many with the default damping.
 _ITERATIONS = 50
 
 
 @dataclass(frozen=True)
 class Iterative(Curvature):
-    """An inverse through products with the curvature only: memory of a few vectors for each query.
+    """The base class of inverses that need only products with the curvature, in the memory of a few vectors per query.
 
     Args:
-        damping: see ``Curvature``.
-        matrix: ``"ggn"`` or ``"hessian"``.
-        seed: of the probes for eigenvalues.
+        damping: added to the diagonal, in units of the curvature; None chooses it from the fit (see ``Curvature``).
+        matrix: the Gauss-Newton matrix (``"ggn"``) or the Hessian (``"hessian"``).
+        seed: of the random probes that estimate eigenvalues.
     """
 
     matrix: Matrix = "ggn"
@@ -41,33 +41,34 @@ class Iterative(Curvature):
 
     @property
     def name(self) -> str:
-        """The matrix in words."""
+        """The matrix's name in messages."""
         return "GGN" if self.matrix == "ggn" else "Hessian"
 
-    def prepare(self, setting: Setting) -> Prepared:
-        """The mean eigenvalue, by Hutchinson's estimate with 32 seeded vectors."""
-        products = Products(setting.engine, setting.examples)
-        like = products.like.detach().new_zeros(len(products.flat))
-        return Prepared(figures={"mean_eigenvalue": mean_diagonal(self._bare(products), like, self.seed)})
+    def prepare(self, setting: Setting) -> PreparedCurvature:
+        """The mean eigenvalue, by Hutchinson's estimate with 32 seeded random vectors."""
+        return PreparedCurvature(diagnostics={"mean_eigenvalue": mean_diagonal(*self._undamped(setting), self.seed)})
 
-    def mean_eigenvalue(self, prepared: Prepared, setting: Setting) -> float:
-        """Of the mean loss's curvature, estimated."""
-        return prepared.figures["mean_eigenvalue"]
+    def mean_eigenvalue(self, prepared: PreparedCurvature, setting: Setting) -> float:
+        """The estimate of ``prepare``."""
+        return prepared.diagnostics["mean_eigenvalue"]
 
     def at_once(self, setting: Setting) -> int | None:
-        """Within half a GiB."""
+        """As many queries as fit in half a GiB."""
         return at_once(setting, _COPIES)
 
     def seconds(self, setting: Setting, vectors: int) -> float:
-        """Of so many products with the curvature."""
+        """The time of the products with the curvature."""
         return seconds_of_products(setting, self.matrix, _PROBES + self.multiplied(vectors))
 
     def multiplied(self, vectors: int) -> int:
-        """How many vectors are multiplied to solve for so many; how fast it converges is a guess."""
+        """How many products it takes to solve for this many vectors, at a guessed number of iterations."""
         return _ITERATIONS * vectors
 
-    def _bare(self, products: Products) -> Product:
-        return lambda vectors: products.times(self.matrix, vectors)
+    def _undamped(self, setting: Setting) -> tuple[Product, Tensor]:
+        """The product with the curvature alone, and a vector of zeros of its size, dtype and device."""
+        products = Products(setting.engine, setting.examples)
+        like = products.like.detach().new_zeros(len(products.flat))
+        return lambda vectors: products.times(self.matrix, vectors), like
 
     def _damped(self, products: Products, setting: Setting, diagonal: Tensor) -> Product:
         added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(products.like)
@@ -76,10 +77,10 @@ class Iterative(Curvature):
     def _solved(
         self, queries: QueryGradients, setting: Setting, diagonal: Tensor, run: Callable[[Product, Tensor], Solution]
     ) -> tuple[Solution, QueryGradients]:
-        """The solution for a block of queries, reported."""
+        """Solve for a block of queries and record the residual and the iterations."""
         products = Products(setting.engine, setting.examples)
         right = products.flat.join(queries.dense(), len(queries), products.like)
-        good = right.isfinite().all(1)  # of the others the driver tells
+        good = right.isfinite().all(1)  # the attributor reports the others
         solution = run(self._damped(products, setting, diagonal), torch.where(good[:, None], right, 0))
         setting.diagnostic("solver_residual", float(solution.residuals.max()))
         setting.diagnostic("solver_iterations", solution.iterations)
@@ -87,23 +88,23 @@ class Iterative(Curvature):
         return solution, DenseQueries(products.flat.split(found), setting.engine.groups)
 
 
-def tell(setting: Setting, message: str) -> None:
-    """A warning now, and a note on the scores."""
+def warn_and_note(setting: Setting, message: str) -> None:
+    """Warn now, and add a note to the scores."""
     if message not in setting.notes:
         warnings.warn(message, UserWarning, stacklevel=2)
     setting.note(message)
 
 
-def smallest_added(diagonal: Tensor, kind: str, name: str) -> float:
-    """The least of a diagonal.
+def smallest_entry(diagonal: Tensor, kind: str, name: str) -> float:
+    """The smallest entry of a diagonal.
 
     Raises:
-        ValueError: it is not positive, where an iteration would not come to an end.
+        ValueError: it is not positive, with which a solver might not converge.
     """
     least = float(diagonal.min())
     if not least > 0:
         raise ValueError(
             f"Expected a positive diagonal for `{name}`, got weight decay + damping = {least:.3g}: the {kind} alone is "
-            "singular in all likelihood. Pass a positive `damping=`, or None for the rule that follows the fit."
+            "probably singular. Pass a positive `damping=`, or None to choose it by the fit's learning rates."
         )
     return least

@@ -1,11 +1,11 @@
-"""Directions of queries in a layer's Kronecker eigenbasis, as factors: never written out where one position is seen."""
+"""An inverse Kronecker-factored Fisher times gradients of one outer product each, without building them densely."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from lightning_influence.curvature.factors import inputs_in, matrix_of, rotated, unscaled, written_of
+from lightning_influence.curvature.factors import as_matrices, from_matrices, rotated, rotated_inputs
 from lightning_influence.gradients.directions import Directions
 from lightning_influence.gradients.outer_products import OuterProducts
 from lightning_influence.gradients.part import Part
@@ -13,63 +13,63 @@ from lightning_influence.numerics.projections import Sketch
 
 
 @dataclass(frozen=True, eq=False)
-class Inverse:
-    """One layer's inverse.
+class KroneckerInverse:
+    """The inverse of one layer's Fisher plus a diagonal, in its Kronecker eigenbasis.
 
     Args:
-        basis_out: [out, k].
-        basis_in: [in, l].
-        table: one over (eigenvalue + diagonal), [k, l].
-        beside: one over the diagonal, for directions that no training gradient has a part in.
-        transposed: whether the weight is stored [in, out].
-        shapes: of the weight, or of the weight and its bias.
+        basis_out: eigenvectors of the output side, [out, k].
+        basis_in: eigenvectors of the input side, [in, l].
+        table: 1 / (eigenvalue + diagonal), [k, l].
+        outside: 1 / diagonal, for the directions outside the bases, in which no training gradient has a component.
+        transposed: whether the weight is stored as [in, out].
+        shapes: the shape of the weight, or those of the weight and its bias.
     """
 
     basis_out: Tensor
     basis_in: Tensor
     table: Tensor
-    beside: float
+    outside: float
     transposed: bool
     shapes: tuple[tuple[int, ...], ...]
 
     @property
     def complete(self) -> bool:
-        """Whether the bases span everything."""
+        """Whether the bases span the whole space."""
         return all(b.shape[0] == b.shape[1] for b in (self.basis_out, self.basis_in))
 
     def solve(self, written: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Gradients written out, times the inverse."""
-        matrices = matrix_of(written, self.transposed)
-        table = self.table if self.complete else self.table - self.beside
+        """The inverse times dense gradients, [example, *shape] for each parameter."""
+        matrices = as_matrices(written, self.transposed)
+        table = self.table if self.complete else self.table - self.outside
         inside = rotated(matrices, self.basis_out, self.basis_in) * table
         found = rotated(inside, self.basis_out.T, self.basis_in.T)
         if not self.complete:
-            found = found + self.beside * matrices
-        return written_of(found, self.shapes, self.transposed)
+            found = found + self.outside * matrices
+        return from_matrices(found, self.shapes, self.transposed)
 
 
 @dataclass(frozen=True, eq=False)
 class KroneckerPart(Part):
-    """Directions of gradients that are one outer product each.
+    """An inverse times gradients that are one outer product each, kept in factors.
 
     Args:
-        inverse: the layer's.
-        raw: the gradients.
-        inputs: theirs in the basis, [query, l].
-        outputs: theirs in the basis, [query, k].
-        terms: the inverse's table as outer products ([r, k], [r, l]); None: exactly.
+        inverse: the layer's inverse.
+        gradients: the gradients that the inverse is multiplied by.
+        inputs: their inputs in the basis, [query, l].
+        outputs: their output gradients in the basis, [query, k].
+        low_rank: factors [r, k] and [r, l] of the inverse's table; None to use the table itself.
     """
 
-    inverse: Inverse
-    raw: OuterProducts
+    inverse: KroneckerInverse
+    gradients: OuterProducts
     inputs: Tensor
     outputs: Tensor
-    terms: tuple[Tensor, Tensor] | None = None
+    low_rank: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, inverse: Inverse, raw: OuterProducts) -> "KroneckerPart":
-        """Turns gradients into the basis."""
-        return cls(inverse, raw, *_turned(inverse, raw))
+    def of(cls, inverse: KroneckerInverse, gradients: OuterProducts) -> "KroneckerPart":
+        """Express gradients in the basis of an inverse."""
+        return cls(inverse, gradients, *_rotated(inverse, gradients))
 
     def __len__(self) -> int:
         return len(self.outputs)
@@ -81,35 +81,37 @@ class KroneckerPart(Part):
 
     def slice(self, rows: slice) -> "KroneckerPart":
         """Some of the queries."""
-        return replace(self, raw=self.raw.slice(rows), inputs=self.inputs[rows], outputs=self.outputs[rows])
+        return replace(self, gradients=self.gradients.slice(rows), inputs=self.inputs[rows], outputs=self.outputs[rows])
 
     def scaled(self, factor: Tensor) -> "KroneckerPart":
         """Each direction times its own number."""
-        return replace(self, raw=self.raw.scaled(factor), outputs=self.outputs * factor.to(self.outputs)[:, None])
+        return replace(
+            self, gradients=self.gradients.scaled(factor), outputs=self.outputs * factor.to(self.outputs)[:, None]
+        )
 
     def dense(self) -> tuple[Tensor, ...]:
         """[query, *shape] for each parameter."""
-        return self.inverse.solve(self.raw.dense())
+        return self.inverse.solve(self.gradients.dense())
 
     def accumulate_dot(self, other: Part, out: Tensor) -> None:
         """``out[i, j] += <direction i, gradient j of other>``."""
         if not isinstance(other, OuterProducts) or other.outputs.shape[1] != 1:
-            out += other.against(self.dense())
+            out += other.times_each(self.dense())
             return
-        inputs, outputs = _turned(self.inverse, other)
-        if self.terms is None:
+        inputs, outputs = _rotated(self.inverse, other)
+        if self.low_rank is None:
             block = OuterProducts(inputs[:, None], outputs[:, None], tuple(self.inverse.table.shape))
             directions = self.outputs[:, :, None] * self.inverse.table * self.inputs[:, None]
-            out += block.against((directions,))
+            out += block.times_each((directions,))
             return
-        for left, right in zip(*self.terms, strict=True):
+        for left, right in zip(*self.low_rank, strict=True):
             out.addcmul_((self.outputs * left) @ outputs.T, (self.inputs * right) @ inputs.T)
 
-    def with_own(self, other: Part) -> Tensor:
-        """[query]: of as many gradients as there are directions, each with that of its number; always exactly."""
+    def rowwise_dot(self, other: Part) -> Tensor:
+        """[query]: the inner product of each direction with the gradient of the same index, never at low rank."""
         if not isinstance(other, OuterProducts) or other.outputs.shape[1] != 1:
-            return with_own(self, other)
-        inputs, outputs = _turned(self.inverse, other)
+            return rowwise_dot(self, other)
+        inputs, outputs = _rotated(self.inverse, other)
         return ((self.outputs * outputs) @ self.inverse.table * (self.inputs * inputs)).sum(1)
 
     def norm2(self) -> Tensor:
@@ -117,27 +119,27 @@ class KroneckerPart(Part):
         inverse, outputs, inputs = self.inverse, self.outputs.square(), self.inputs.square()
         if inverse.complete:
             return (outputs @ inverse.table.square() * inputs).sum(1)
-        inside = (outputs @ (inverse.table.square() - inverse.beside**2) * inputs).sum(1)
-        return inside + inverse.beside**2 * self.raw.norm2()
+        inside = (outputs @ (inverse.table.square() - inverse.outside**2) * inputs).sum(1)
+        return inside + inverse.outside**2 * self.gradients.norm2()
 
     def times(self, vectors: tuple[Tensor, ...]) -> Tensor:
         """[query]: inner product of each direction with one parameter-shaped vector."""
-        return self.raw.times(tuple(v[0] for v in self.inverse.solve(tuple(v[None] for v in vectors))))
+        return self.gradients.times(tuple(v[0] for v in self.inverse.solve(tuple(v[None] for v in vectors))))
 
     def total(self) -> tuple[Tensor, ...]:
         """The sum over the queries, parameter-shaped."""
-        return tuple(v[0] for v in self.inverse.solve(tuple(v[None] for v in self.raw.total())))
+        return tuple(v[0] for v in self.inverse.solve(tuple(v[None] for v in self.gradients.total())))
 
     def query_bytes(self, n_queries: int) -> int:
         """Bytes that one query takes."""
-        return self.raw.query_bytes(n_queries) + (self.inputs[0].numel() + self.outputs[0].numel()) * 8
+        return self.gradients.query_bytes(n_queries) + (self.inputs[0].numel() + self.outputs[0].numel()) * 8
 
-    def joined(self, other: Part) -> Part | None:
-        """Directions are not of two uses."""
+    def merged(self, other: Part) -> Part | None:
+        """None: directions are not merged."""
         return None
 
-    def each(self) -> tuple[Part, ...]:
-        """Written out, a part for every parameter."""
+    def per_parameter(self) -> tuple[Part, ...]:
+        """Dense, with one part per parameter."""
         return tuple(Directions((rows,)) for rows in self.dense())
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -145,16 +147,16 @@ class KroneckerPart(Part):
         return self.inverse.shapes
 
     def projected(self, sketches: Sequence[Sketch]) -> tuple[Part, ...]:
-        """Written out, under a sketch for each parameter."""
+        """Dense, with each parameter's sketch applied."""
         return Directions(self.dense()).projected(sketches)
 
     def finite(self) -> Tensor:
         """[query]: whether every number is finite."""
-        return self.raw.finite()
+        return self.gradients.finite()
 
 
-def with_own(directions: Part, gradients: Part) -> Tensor:
-    """[example]: inner products of directions with the gradients of the same number, some written out at a time."""
+def rowwise_dot(directions: Part, gradients: Part) -> Tensor:
+    """[example]: the inner product of each direction with the gradient of the same index, built densely in slices."""
     found = directions.like.new_zeros(len(directions))
     for start in range(0, len(directions), 64):
         rows = slice(start, start + 64)
@@ -163,7 +165,7 @@ def with_own(directions: Part, gradients: Part) -> Tensor:
     return found
 
 
-def _turned(inverse: Inverse, part: OuterProducts) -> tuple[Tensor, Tensor]:
-    """Inputs and output gradients of one position in the bases, [example, l] and [example, k]."""
-    inputs = inputs_in(part.inputs[:, 0], part.bias, inverse.basis_in)
-    return inputs, unscaled(part)[:, 0] @ inverse.basis_out
+def _rotated(inverse: KroneckerInverse, part: OuterProducts) -> tuple[Tensor, Tensor]:
+    """Inputs and output gradients of a single position in the bases, [example, l] and [example, k]."""
+    inputs = rotated_inputs(part.inputs[:, 0], part.bias, inverse.basis_in)
+    return inputs, part.scaled_outputs()[:, 0] @ inverse.basis_out

@@ -1,4 +1,4 @@
-"""Queries behind a Kronecker-factored inverse, and how few products their scores need."""
+"""Queries multiplied by a Kronecker-factored inverse, and the rank that their scores need."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -6,48 +6,47 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.factors import Names
-from lightning_influence.curvature.kronecker_part import KroneckerPart, with_own
+from lightning_influence.curvature.kronecker_part import KroneckerPart, rowwise_dot
 from lightning_influence.gradients import Gradients
-from lightning_influence.gradients.block import SketchOf
+from lightning_influence.gradients.block import Names, SketchOf
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.queries import EachQuery, QueryGradients
-from lightning_influence.numerics.kronecker import products
+from lightning_influence.numerics.kronecker import weighted_truncation
 
-# A table of fewer entries is never cut.
+# A table with fewer entries is always used exactly.
 _SMALL = 2**10
-# Queries on which the error of the scores is measured.
+# The most queries on which the error of a low rank is measured.
 _MEASURED = 32
 
 
 class KroneckerQueries(QueryGradients):
-    """Directions of queries: those of Kronecker-factored layers for all queries at once, others block by block.
+    """An inverse times the gradients of queries: all queries in one part per factored layer, others in blocks.
 
     Args:
-        joint: of factored layers.
-        others: of the rest, by block of queries.
-        shorten: makes tables of the factored layers cheaper before the first products with many gradients.
+        joint: the parts of the factored layers.
+        others: the parts of all other layers, one element per block of queries.
+        lower_ranks: replaces parts of factored layers by low-rank ones, at the first ``dot``; None to keep them exact.
     """
 
     def __init__(
         self,
         joint: Gradients,
         others: Sequence[Gradients],
-        shorten: Callable[[Mapping[Names, Part]], Mapping[Names, Part]] | None = None,
+        lower_ranks: Callable[[Mapping[Names, Part]], Mapping[Names, Part]] | None = None,
     ) -> None:
         self.joint = joint
         self.others = EachQuery(others)
-        self._shorten = shorten
+        self._lower_ranks = lower_ranks
 
     def __len__(self) -> int:
         return len(self.joint)
 
     def dot(self, block: Gradients, scale: Tensor | None = None) -> Tensor:
         """[query, example of block]."""
-        if self._shorten is not None:
-            parts = {**self.joint.parts, **self._shorten(self.joint.parts)}
-            self.joint, self._shorten = Gradients(parts, self.joint.groups, len(self.joint)), None
+        if self._lower_ranks is not None:
+            parts = {**self.joint.parts, **self._lower_ranks(self.joint.parts)}
+            self.joint, self._lower_ranks = Gradients(parts, self.joint.groups, len(self.joint)), None
         product = self.joint.dot(block, scale)
         return product + self.others.dot(block, scale) if self._has_others else product
 
@@ -56,20 +55,19 @@ class KroneckerQueries(QueryGradients):
         return any(block.parts for block in self.others.blocks)
 
     def normalized(self, how: str) -> QueryGradients:
-        """Written out, at length one."""
-        written = Gradients({(n,): DenseRows((r,)) for n, r in self.dense().items()}, self._groups(), len(self.joint))
-        return EachQuery([written.normalized(how)])
+        """Dense, normalised to length one."""
+        return self._dense_queries().normalized(how)
 
     def project(self, sketch_of: SketchOf) -> QueryGradients:
-        """Written out, under the sketches."""
-        written = Gradients({(n,): DenseRows((r,)) for n, r in self.dense().items()}, self._groups(), len(self.joint))
-        return EachQuery([written]).project(sketch_of)
+        """Dense, with the sketches applied."""
+        return self._dense_queries().project(sketch_of)
 
-    def _groups(self) -> dict[Names, int]:
-        found: dict[Names, int] = {}
+    def _dense_queries(self) -> EachQuery:
+        groups: dict[Names, int] = {}
         for block in (self.joint, *self.others.blocks):
-            found |= {(name,): group for names, group in block.groups.items() for name in names}
-        return found
+            groups |= {(name,): group for names, group in block.groups.items() for name in names}
+        parts: dict[Names, Part] = {(name,): DenseRows((rows,)) for name, rows in self.dense().items()}
+        return EachQuery([Gradients(parts, groups, len(self.joint))])
 
     def dense(self) -> dict[str, Tensor]:
         """[query, *shape] by parameter name."""
@@ -85,95 +83,99 @@ class KroneckerQueries(QueryGradients):
         return product + self.others.times(vector) if self._has_others else product
 
     def diagonal(self, block: Gradients) -> Tensor:
-        """[example]: exactly, whatever ``tolerance``."""
+        """[example]: the inner product of each query with the example of the same index, never at low rank."""
         total = self.joint._zeros(len(block))
         start = 0
         for others in self.others.blocks:
             rows = slice(start, start + len(others))
             for names, part in others.parts.items():
                 if names in block.parts:
-                    total[rows] += with_own(part, block.parts[names].slice(rows))
+                    total[rows] += rowwise_dot(part, block.parts[names].slice(rows))
             start += len(others)
         for names, part in self.joint.parts.items():
             if names in block.parts:
                 other = block.parts[names]
-                total += part.with_own(other) if isinstance(part, KroneckerPart) else with_own(part, other)
+                total += part.rowwise_dot(other) if isinstance(part, KroneckerPart) else rowwise_dot(part, other)
         return total
 
 
-def shortened(
+def lower_ranks(
     parts: Mapping[Names, KroneckerPart],
     weights: Mapping[Names, tuple[Tensor, Tensor]],
     sample: Gradients,
     tolerance: float,
 ) -> tuple[dict[Names, KroneckerPart], float]:
-    """The parts with tables of as few outer products as keep the scores within the tolerance, and the error.
+    """Lower the ranks of the inverse eigenvalues as far as the error of the scores allows.
 
     Args:
-        parts: exact ones.
-        weights: by part, what the two sides of its table weigh.
+        parts: exact parts.
+        weights: for each part, weights of the rows and columns of its table.
         sample: gradients of some training examples.
-        tolerance: of the scores of some queries with the sample, relative to each query's own in the mean square.
+        tolerance: the largest relative error of the scores of some queries with the sample, in root mean square over
+            queries.
 
     Returns:
-        Parts that stay exact where that is no more work, and the error measured on the sampled pairs.
+        The parts (exact where a low rank would not be cheaper), and the error on the sampled pairs.
     """
     queries = len(next(iter(parts.values())))
-    picked = torch.arange(0, queries, max(1, -(-queries // _MEASURED)))
-    tables = {names: _Table(_picked(part, picked), weights[names], sample, names) for names, part in parts.items()}
+    rows = torch.arange(0, queries, max(1, -(-queries // _MEASURED)))
+    tables = {
+        names: _LowRankTable(_select(part, rows), weights[names], sample.parts.get(names), len(sample))
+        for names, part in parts.items()
+    }
     length = torch.stack([table.exact for table in tables.values()]).sum(0).norm(dim=1)
     length = torch.where(length > 0, length, torch.inf)
 
-    def size(missed: Tensor) -> float:
-        return float((missed.norm(dim=1) / length).square().mean().sqrt())
+    def relative(errors: Tensor) -> float:
+        return float((errors.norm(dim=1) / length).square().mean().sqrt())
 
     while True:
-        error = size(torch.stack([table.missed for table in tables.values()]).sum(0))
+        error = relative(torch.stack([table.errors for table in tables.values()]).sum(0))
         if error <= tolerance:
             break
-        # The product that takes most off the error for its work.
-        best = max(tables.values(), key=lambda table: size(table.missed) ** 2 / sum(table.part.inverse.table.shape))
-        best.lengthen()
-    found = {names: replace(part, terms=tables[names].terms) for names, part in parts.items()}
+        # Raise the rank where the error is largest for the cost.
+        best = max(tables.values(), key=lambda table: relative(table.errors) ** 2 / sum(table.part.inverse.table.shape))
+        best.raise_rank()
+    found = {names: replace(part, low_rank=tables[names].low_rank) for names, part in parts.items()}
     return found, error
 
 
-class _Table:
-    """One layer's table, and what its truncation misses of some scores.
+class _LowRankTable:
+    """The inverse eigenvalues of one layer at a low rank, and the error of some scores with it.
 
-    It begins with one product; where more would be as much work as the table itself it is exact.
+    The rank starts at two; a rank whose products would cost as much as the full table is replaced by the table.
     """
 
-    def __init__(self, part: KroneckerPart, weights: tuple[Tensor, Tensor], sample: Gradients, names: Names) -> None:
+    def __init__(self, part: KroneckerPart, weights: tuple[Tensor, Tensor], sample: Part | None, examples: int) -> None:
         self.part = part
-        self.block = sample.parts.get(names)
-        self.exact = self._dot(part, len(sample))
-        self.missed = torch.zeros_like(self.exact)
-        self.terms: tuple[Tensor, Tensor] | None = None
+        self.sample = sample
+        self.exact = self._dot(part, examples)
+        self.errors = torch.zeros_like(self.exact)
+        self.low_rank: tuple[Tensor, Tensor] | None = None
         k, l = part.inverse.table.shape  # noqa: E741
-        self.most = min(k, l, int(0.7 * k * l / (k + l))) if k * l >= _SMALL else 0
-        self._truncated = products(part.inverse.table, *weights) if self.most > 1 else None
+        self.max_rank = min(k, l, int(0.7 * k * l / (k + l))) if k * l >= _SMALL else 0
+        self._truncated = weighted_truncation(part.inverse.table, *weights) if self.max_rank > 1 else None
         if self._truncated is not None:
-            self.terms = self._truncated(0)
-            self.missed = -self.exact
-            self.lengthen()
+            self.low_rank = self._truncated(0)
+            self.errors = -self.exact
+            self.raise_rank()
 
-    def lengthen(self) -> None:
-        """Two more products, or the table."""
-        rank = 0 if self.terms is None else len(self.terms[0])
-        if self._truncated is None or rank + 2 > self.most:
-            self.terms, self.missed = None, torch.zeros_like(self.exact)
+    def raise_rank(self) -> None:
+        """Raise the rank by two, or switch to the full table."""
+        rank = 0 if self.low_rank is None else len(self.low_rank[0])
+        if self._truncated is None or rank + 2 > self.max_rank:
+            self.low_rank, self.errors = None, torch.zeros_like(self.exact)
             return
-        self.terms = self._truncated(rank + 2)
-        new = (self.terms[0][rank:], self.terms[1][rank:])
-        self.missed = self.missed + self._dot(replace(self.part, terms=new), self.exact.shape[1])
+        self.low_rank = self._truncated(rank + 2)
+        new = (self.low_rank[0][rank:], self.low_rank[1][rank:])
+        self.errors = self.errors + self._dot(replace(self.part, low_rank=new), self.exact.shape[1])
 
     def _dot(self, part: KroneckerPart, examples: int) -> Tensor:
         out = part.outputs.new_zeros(len(part), examples)
-        if self.block is not None:
-            part.accumulate_dot(self.block, out)
+        if self.sample is not None:
+            part.accumulate_dot(self.sample, out)
         return out
 
 
-def _picked(part: KroneckerPart, rows: Tensor) -> KroneckerPart:
+def _select(part: KroneckerPart, rows: Tensor) -> KroneckerPart:
     return replace(part, inputs=part.inputs[rows], outputs=part.outputs[rows])

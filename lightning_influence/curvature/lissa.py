@@ -1,4 +1,4 @@
-"""An inverse by a Neumann series whose scale is found, not guessed."""
+"""Inverse curvature by a Neumann series, whose scale is computed by power iteration."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -6,40 +6,40 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_influence.checks import check_integer, check_positive
-from lightning_influence.curvature.curvature import Prepared
-from lightning_influence.curvature.iterative import Iterative, smallest_added, tell
-from lightning_influence.gradients.products import Products
+from lightning_influence.curvature.curvature import PreparedCurvature
+from lightning_influence.curvature.iterative import Iterative, smallest_entry, warn_and_note
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.numerics.solvers import Product, Solution, accelerated_neumann, largest_eigenvalue
 from lightning_influence.setting.setting import Setting
 
-# The power iteration may have stopped at another eigenvalue than the largest.
+# A safety margin: the power iteration may have stopped at another eigenvalue than the largest.
 _MARGIN = 1.05
 
 
 @dataclass(frozen=True)
 class LiSSA(Iterative):
-    r"""The Neumann series of the inverse, with its scale from a power iteration.
+    r"""The inverse curvature as a Neumann series, with a scale from power iteration.
 
     .. math:: A^{-1} q = \frac{1}{s} \sum_k (I - A / s)^k q
 
-    ``damping`` is in units of the curvature; public code divides it by nothing and so damps by damping times scale.
+    with A the curvature C plus damping and weight decay, and s an upper bound of its eigenvalues. ``damping`` is in
+    units of C; published code that adds it to C / s instead damps by s times as much.
 
     Source: Agarwal, Bullins, Hazan. Second-Order Stochastic Optimization for Machine Learning in Linear Time.
     JMLR 2017; for influence functions Koh and Liang, ICML 2017.
-    Cost: one product with the curvature over the whole training set each iteration.
-    Departs from the paper: products over all the data instead of samples, so that two calls agree; Chebyshev's weights
-    for the terms, which take the square root of the iterations; stops at a residual.
+    Cost: one product with the curvature per term, about three passes over the training data for each query.
+    Departs from the paper: products over all training data instead of samples, so that two calls agree; Chebyshev
+    weights, with which the square root of the terms is enough; a stop at a given residual.
 
     Args:
-        damping: see ``Curvature``.
-        matrix: ``"ggn"`` or ``"hessian"``.
-        seed: of the power iteration and of the probes for the mean eigenvalue.
-        depth: terms at most.
-        tolerance: residual relative to the query's gradient at which to stop.
+        damping: added to the diagonal, in units of the curvature; None chooses it from the fit (see ``Curvature``).
+        matrix: invert the Gauss-Newton matrix (``"ggn"``) or the Hessian (``"hessian"``).
+        seed: of the power iteration and of the random probes that estimate the mean eigenvalue.
+        depth: the most terms of the series.
+        tolerance: stop when the residual is at most this times the query's gradient, in norm.
 
     Raises:
-        ValueError: other values; weight decay + damping of 0.
+        ValueError: an argument is out of range; weight decay + damping is 0.
     """
 
     depth: int = 2000
@@ -52,17 +52,17 @@ class LiSSA(Iterative):
         check_positive("tolerance", self.tolerance)
         check_integer("depth", self.depth)
 
-    def prepare(self, setting: Setting) -> Prepared:
-        """The largest eigenvalue too."""
-        products = Products(setting.engine, setting.examples)
-        like = products.like.detach().new_zeros(len(products.flat))
-        largest = largest_eigenvalue(self._bare(products), like, self.seed)
-        return Prepared(figures={**super().prepare(setting).figures, "largest_eigenvalue": largest})
+    def prepare(self, setting: Setting) -> PreparedCurvature:
+        """The mean and the largest eigenvalue."""
+        largest = largest_eigenvalue(*self._undamped(setting), self.seed)
+        return PreparedCurvature(diagnostics={**super().prepare(setting).diagnostics, "largest_eigenvalue": largest})
 
-    def solve(self, prepared: Prepared, queries: QueryGradients, setting: Setting, diagonal: Tensor) -> QueryGradients:
-        """Each query stops on its own; what does not converge is told, what diverges is stopped."""
-        smallest = smallest_added(diagonal, self.name, "LiSSA")
-        scale = _MARGIN * prepared.figures["largest_eigenvalue"] + float(diagonal.max())
+    def solve(
+        self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor
+    ) -> QueryGradients:
+        """Sum the series with a separate end for each query; warn if one diverged or did not converge."""
+        smallest = smallest_entry(diagonal, self.name, "LiSSA")
+        scale = _MARGIN * prepared.diagnostics["largest_eigenvalue"] + float(diagonal.max())
         setting.diagnostic("solver_scale", scale)
 
         def run(product: Product, right: Tensor) -> Solution:
@@ -71,16 +71,16 @@ class LiSSA(Iterative):
         solution, directions = self._solved(queries, setting, diagonal, run)
         worst = float(solution.residuals.max())
         if bool(solution.diverged.any()):
-            tell(
+            warn_and_note(
                 setting,
                 f"The Neumann series diverged and was stopped at a residual of {worst:.2g}: the {self.name} has "
-                f"eigenvalues outside 0 to {scale:.3g}. Use `matrix='ggn'` or a larger `damping=`.",
+                f"eigenvalues outside the interval from 0 to {scale:.3g}. Use `matrix='ggn'` or a larger `damping=`.",
             )
         elif worst > self.tolerance:
-            tell(
+            warn_and_note(
                 setting,
-                f"The Neumann series did not converge: residual {worst:.2g} after {solution.iterations} terms, asked "
-                f"for {self.tolerance:.2g}; eigenvalues reach from {smallest:.2g} to {scale:.3g}. Raise `depth=` or "
-                "`damping=`, or use `ConjugateGradient()`.",
+                f"The Neumann series did not converge: residual {worst:.2g} after {solution.iterations} terms "
+                f"(tolerance {self.tolerance:.2g}; eigenvalues between {smallest:.2g} and {scale:.3g}). Raise `depth=` "
+                "or `damping=`, or use `ConjugateGradient()`.",
             )
         return directions

@@ -1,4 +1,4 @@
-"""One Newton step without an example, for a model that is linear in the parameters that count."""
+"""One Newton step without each example, for a model that is linear in the scored parameters."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,56 +11,58 @@ from lightning_influence.gradients import Engine, Gradients
 from lightning_influence.gradients.general import requiring_gradients
 from lightning_influence.gradients.outer_products import OuterProducts
 from lightning_influence.gradients.outputs import OutputWatch, refuse_other_paths
-from lightning_influence.numerics.dense import Factored
+from lightning_influence.numerics.dense import Factorisation
 
 
 class NewtonCorrection:
-    r"""Gradients from which an example's own curvature is taken away.
+    r"""Rescales gradients so that the inverse of the full curvature acts like the inverse without each example.
 
-    With outputs z = W x for each example, H_i = S_i \otimes x x^T and
+    With outputs :math:`z = W x`, output gradient :math:`G_i` and Hessian :math:`S_i` of the loss by the outputs, an
+    example's own curvature is :math:`H_i = S_i \otimes x x^\top`, and
 
     .. math:: (A - H_i)^{-1} (G_i \otimes x) = A^{-1} [((I - S_i Q_i)^{-1} G_i) \otimes x]
 
-    where A is n times the curvature with its diagonal and Q_i the block of its inverse that x sees.
+    where A is n times the curvature with its diagonal, and :math:`Q_i` is :math:`A^{-1}` contracted with x on both
+    sides, [class, class].
 
     Source: Sherman, Morrison and Woodbury's formula for each example; Rubinstein, Hopkins. Rescaled Influence
     Functions. 2025.
 
     Args:
-        engine: of the training examples.
+        engine: gives the gradients of training examples.
         examples: the training set.
-        factor: of A / n, parameters in the order of the engine's plan.
-        shift: what is added to every example's gradient, by parameter name; None: nothing.
+        factor: the factorisation of A / n, with the parameters in the order of the engine's plan.
+        shift: added to every example's gradient, by parameter name; None to add nothing.
 
     Raises:
-        ValueError: the parameters that count are not those of one linear layer in front of the loss.
+        ValueError: the scored parameters are not those of one linear layer before the loss.
     """
 
     def __init__(
-        self, engine: Engine, examples: Examples, factor: Factored, shift: Mapping[str, Tensor] | None
+        self, engine: Engine, examples: Examples, factor: Factorisation, shift: Mapping[str, Tensor] | None
     ) -> None:
         self.engine, self.examples = engine, examples
         self.n = len(examples)
         self.factor = factor
         self.shift = shift
-        self._looked = False
+        self._checked = False
 
     def corrected(self, block: Gradients, ids: range) -> Gradients:
-        """The block's gradients in the form G' ⊗ x, to be multiplied with directions of A."""
+        """The block's gradients rescaled, in the form G' ⊗ x."""
         names, part = self._layer(block)
         inputs = part.inputs[:, 0].double()
         if part.bias:
             inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)
         classes, width = part.outputs.shape[2], inputs.shape[1]
-        bends = self._bends(ids, classes).double()
-        seen = self._inverse(part, classes, width)  # [class, in, class, in]
-        blocks = torch.einsum("ni,cidj,nj->ncd", inputs, seen, inputs)
+        hessians = self._loss_hessians(ids, classes).double()
+        inverse = self._inverse(part, classes, width)  # [class, in, class, in]
+        blocks = torch.einsum("ni,cidj,nj->ncd", inputs, inverse, inputs)
         gradients = part.outputs[:, 0].double()
         gradients = gradients if part.factor is None else gradients * part.factor[:, None].double()
         if self.shift is not None:
-            gradients = gradients + torch.einsum("ncd,nd->nc", bends, inputs @ self._shifted(part, names).T)
-        eye = torch.eye(classes).to(bends)
-        outputs = torch.linalg.solve(eye - bends @ blocks, gradients[:, :, None])[:, :, 0]
+            gradients = gradients + torch.einsum("ncd,nd->nc", hessians, inputs @ self._solved_shift(part, names).T)
+        eye = torch.eye(classes).to(hessians)
+        outputs = torch.linalg.solve(eye - hessians @ blocks, gradients[:, :, None])[:, :, 0]
         corrected = replace(part, outputs=outputs[:, None].to(part.outputs), factor=None)
         return Gradients({names: corrected}, block.groups, block.size)
 
@@ -75,15 +77,15 @@ class NewtonCorrection:
         if len(block.parts) != 1 or not linear or set(names) != set(self.engine.plan.names):
             counted = ", ".join(self.engine.plan.names[:6])
             raise ValueError(
-                "Expected `correction='newton'` with a model that is linear in the parameters that count, one linear "
-                f"layer (weight and bias in one parameter group) in front of the loss, got {counted}. Pass "
+                "Expected, for `correction='newton'`, a model that is linear in the scored parameters, those of one "
+                f"linear layer before the loss (weight and bias in one parameter group), got {counted}. Pass "
                 "`parameters='head.*'` (the last layer's name) to the Attributor, or `correction=None`."
             )
         assert isinstance(part, OuterProducts)
         return names, part
 
-    def _bends(self, ids: range, classes: int) -> Tensor:
-        """[example, class, class]: second derivatives of each example's loss by the layer's outputs."""
+    def _loss_hessians(self, ids: range, classes: int) -> Tensor:
+        """[example, class, class]: the Hessian of each example's loss with respect to the layer's outputs."""
         block: Block = next(iter(self.examples.blocks(ids.start, ids.stop)))
         named = self.engine.task.named_parameters()
         parameters = {name: named[name] for name in self.engine.plan.names}
@@ -92,9 +94,9 @@ class NewtonCorrection:
             with watch:
                 total = self.engine.total(block)
             outputs = watch.outputs()
-            if not self._looked:
+            if not self._checked:
                 refuse_other_paths(total, outputs, parameters)
-                self._looked = True
+                self._checked = True
             (arriving,) = torch.autograd.grad(total, outputs, create_graph=True)
             rows = []
             for c in range(classes):
@@ -103,7 +105,7 @@ class NewtonCorrection:
         return torch.stack(rows, 1)
 
     def _inverse(self, part: OuterProducts, classes: int, width: int) -> Tensor:
-        """A^-1 as [class, in, class, in], the bias as the last of the inputs."""
+        """A^-1 as [class, in, class, in], with the bias as the last input."""
         inverse = self.factor.inverse / self.n
         order = torch.arange(len(inverse))
         if part.bias:  # the weight lies first, then the bias
@@ -111,8 +113,8 @@ class NewtonCorrection:
             order = torch.cat([weight, order[classes * (width - 1) :, None]], 1).flatten()
         return inverse[order][:, order].view(classes, width, classes, width)
 
-    def _shifted(self, part: OuterProducts, names: tuple[str, ...]) -> Tensor:
-        """A^-1 times the shift, [class, in]."""
+    def _solved_shift(self, part: OuterProducts, names: tuple[str, ...]) -> Tensor:
+        """A^-1 times the shift, [class, in], with the bias as the last input."""
         assert self.shift is not None
         flat = torch.cat([self.shift[name].flatten() for name in names]).double()
         solved = self.factor.solve(flat[None])[0] / self.n

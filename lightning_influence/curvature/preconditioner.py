@@ -1,4 +1,4 @@
-"""How far a stretch of a fit moved each parameter per unit of gradient: learning rates, times Adam's preconditioner."""
+"""A stretch of a fit as preconditioned gradient descent: learning rates times Adam's preconditioner, per parameter."""
 
 import math
 from collections.abc import Mapping
@@ -19,53 +19,53 @@ _INSTEAD = 'Use `HyDRA(mode="replay")`, or `InfluenceFunction(EKFAC())`.'
 
 
 def check_optimizers(trajectory: Trajectory) -> None:
-    """Raises where steps are no gradients times a preconditioner that a checkpoint tells.
+    """Raise unless every step is a gradient times a preconditioner that can be read from the checkpoints.
 
     Raises:
-        MissingEvidence: a file of Lightning's, written under Adam.
-        ValueError: an optimizer other than SGD, Adam and AdamW; one that maximizes.
+        MissingEvidence: Adam's state is missing, since the trajectory was made from Lightning's own checkpoint files.
+        ValueError: an optimizer other than SGD, Adam and AdamW, or one with ``maximize=True``.
     """
     for entry in trajectory.settings:
         for group in entry["groups"]:
             if group.get("maximize"):
-                raise ValueError(f"Expected a fit that descends, got an optimizer with `maximize=True`. {_INSTEAD}")
+                raise ValueError(f"Expected a fit that minimises, got an optimizer with `maximize=True`. {_INSTEAD}")
             if is_plain_sgd(group) or entry.get("kind") in _ADAM:
                 continue
             if "betas" in group and not trajectory.captured:
-                raise _no_state("files that `Trajectory.from_checkpoints` read, of which it takes the weights alone")
+                raise _no_state("files that `Trajectory.from_checkpoints` read, which takes their weights only")
             raise ValueError(
-                f"Expected a fit by SGD, Adam or AdamW, got `{entry.get('kind')}`, whose steps are no gradients times "
-                f"a preconditioner that is known. {_INSTEAD}"
+                f"Expected a fit by SGD, Adam or AdamW, got `{entry.get('kind')}`, whose preconditioner is not known. "
+                f"{_INSTEAD}"
             )
 
 
-def descent_at(setting: Setting, stage: Stage, damping: float, reach: Tensor, shrunk: Tensor) -> Descent:
-    """A stretch of training with the optimizer's state of a stage.
+def descent_at(setting: Setting, stage: Stage, damping: float, reach: Tensor, decoupled_decay: Tensor) -> Descent:
+    """A stretch of training, with the optimizer's state at one checkpoint in it.
 
     Args:
-        setting: the question's.
-        stage: in it.
+        setting: holds the trajectory and takes notes.
+        stage: the checkpoint.
         damping: added to the curvature's diagonal besides the fit's L2 weight decay.
         reach: [group] float64, sums of learning rates (see ``reach_at``).
-        shrunk: [group] float64, sums of learning rates times decoupled weight decay.
+        decoupled_decay: [group] float64, sums of learning rates times decoupled weight decay.
 
     Raises:
-        MissingEvidence: the checkpoint holds no state of an adaptive optimizer.
+        MissingEvidence: the checkpoint lacks the state of an adaptive optimizer.
     """
     added = of_group(diagonal_at(setting, stage, damping, lambda: 0.0).total, setting.engine.groups)
-    pace, fading = (of_group(values, setting.engine.groups) for values in (reach, shrunk))
+    rate, decay = (of_group(values, setting.engine.groups) for values in (reach, decoupled_decay))
     parameters = setting.engine.task.named_parameters()
     like = {name: torch.ones_like(parameters[name], dtype=torch.float64) for name in setting.engine.plan.names}
     scales = _preconditioner(setting, stage, like)
     return Descent(
-        {name: pace(name) * scale for name, scale in scales.items()},
+        {name: rate(name) * scale for name, scale in scales.items()},
         {name: added(name) * one for name, one in like.items()},
-        {name: fading(name) * (scale > 0).double() for name, scale in scales.items()},
+        {name: decay(name) * (scale > 0).double() for name, scale in scales.items()},
     )
 
 
 def _preconditioner(setting: Setting, stage: Stage, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By parameter: 1 under SGD, 1 / (root of the mean square + eps) under Adam."""
+    """By parameter: 1 under SGD, 1 / (√(mean squared gradient) + eps) under Adam, 0 before Adam's first step."""
     trajectory = setting.trajectory
     assert trajectory is not None
     assert stage.position is not None
@@ -80,8 +80,8 @@ def _preconditioner(setting: Setting, stage: Stage, like: Mapping[str, Tensor]) 
     still = sorted(adaptive - known)
     if still:
         setting.note(
-            f"In the middle of a segment (step {checkpoint.step}) Adam had not moved {', '.join(still)}, which count "
-            "as standing still all through it"
+            f"At the middle checkpoint of a segment (step {checkpoint.step}), Adam had not updated {', '.join(still)} "
+            "yet: these parameters are taken as fixed throughout the segment"
         )
     return {
         name: _scale(state, name, options[name]).to(one) if name in known else one * (name not in adaptive)
@@ -97,16 +97,16 @@ def _scale(state: SavedState, name: str, options: Mapping[str, Any]) -> Tensor:
 
 
 def _options_at(trajectory: Trajectory, step: int) -> dict[str, Mapping[str, Any]]:
-    """The settings of its group that each parameter had at a step."""
+    """By parameter, the options of its parameter group at a step."""
     used: dict[int, Mapping[str, Any]] = {}
-    for made, entry in zip(*(trajectory.steps[name].to_pylist() for name in ("step", "settings")), strict=True):
-        if made <= step:
+    for number, entry in zip(*(trajectory.steps[name].to_pylist() for name in ("step", "settings")), strict=True):
+        if number <= step:
             used[trajectory.settings[entry]["optimizer"]] = trajectory.settings[entry]
     return {name: group for entry in used.values() for group in entry["groups"] for name in group["parameters"]}
 
 
 def _no_state(got: str) -> MissingEvidence:
     return MissingEvidence(
-        f"Expected checkpoints with the state of Adam, whose mean squares precondition the steps, got {got}. Fit with "
+        f"Expected checkpoints with the state of Adam, which its preconditioner is computed from, got {got}. Fit with "
         "`Trainer(callbacks=[Influence()])`, or use `InfluenceFunction(EKFAC())`."
     )

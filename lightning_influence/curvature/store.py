@@ -1,4 +1,4 @@
-"""Prepared curvatures on disk beside the trajectory: written whole or not at all, read only for the same weights."""
+"""Prepared curvatures on disk beside the trajectory: written atomically, reused only for the same weights and data."""
 
 import hashlib
 import io
@@ -10,37 +10,37 @@ from typing import Any
 
 import torch
 
-from lightning_influence.curvature.curvature import Curvature, Prepared
+from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
 from lightning_influence.module.task import seed_for
 from lightning_influence.setting.setting import Setting, Stage, cached
 from lightning_influence.trajectory.files import write_atomically
 
 _FORMAT = 1
 _MAGIC = b"lightning_influence curvature\n"
-# Examples whose losses tell one loss and dataset from another.
-_LOOKED_AT = 8
+# Examples whose losses identify the loss and the dataset.
+_COMPARED = 8
 
 
 @dataclass
 class _PreparedCurvatures:
-    """What is prepared of one curvature while a question lasts, by position of the checkpoint."""
+    """The prepared tensors of one curvature, by position of the checkpoint, for as long as scores are computed."""
 
-    prepared: dict[int | None, Prepared] = field(default_factory=dict)
+    prepared: dict[int | None, PreparedCurvature] = field(default_factory=dict)
 
 
-def prepared_at(curvature: Curvature, setting: Setting, stage: Stage) -> Prepared:
-    """The curvature at a stage: from this question's memory, from disk, or made and kept in both.
+def prepared_at(curvature: Curvature, setting: Setting, stage: Stage) -> PreparedCurvature:
+    """The prepared curvature at a checkpoint: from memory, from disk, or computed and stored in both.
 
-    Where the trajectory lies on disk only the stage looked at last is held in memory.
+    If the trajectory is on disk, memory holds that of the latest checkpoint only.
     """
     folder = None if setting.trajectory is None or setting.trajectory.path is None else setting.trajectory.path
     kept = setting.state(curvature, _PreparedCurvatures).prepared
     if folder is not None and stage.position not in kept:
         kept.clear()
-    return cached(kept, stage.position, lambda: _from_disk_or_made(curvature, setting, stage, folder))
+    return cached(kept, stage.position, lambda: _read_or_prepare(curvature, setting, stage, folder))
 
 
-def _from_disk_or_made(curvature: Curvature, setting: Setting, stage: Stage, folder: Path | None) -> Prepared:
+def _read_or_prepare(curvature: Curvature, setting: Setting, stage: Stage, folder: Path | None) -> PreparedCurvature:
     if folder is None:
         return curvature.prepare(setting)
     about = _description(curvature, setting, stage)
@@ -50,51 +50,51 @@ def _from_disk_or_made(curvature: Curvature, setting: Setting, stage: Stage, fol
         try:
             return read(path, about, setting.zeros().device)
         except (ValueError, OSError) as error:
-            setting.note(f"A stored curvature was made again: {error}")
+            setting.note(f"A stored curvature was computed again: {error}")
     prepared = curvature.prepare(setting)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, about, prepared)
     except OSError as error:
-        setting.note(f"The curvature could not be kept on disk ({error.strerror}): the next question makes it again.")
+        setting.note(f"The curvature could not be stored on disk ({error.strerror}): later scores compute it again.")
     return prepared
 
 
-def write(path: Path, about: dict[str, Any], prepared: Prepared) -> None:
-    """One file, which appears under its name when it is complete and carries its own checksum."""
+def write(path: Path, about: dict[str, Any], prepared: PreparedCurvature) -> None:
+    """Write a prepared curvature atomically to one file with a checksum."""
     content = io.BytesIO()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in prepared.tensors.items()}
-    head = {"format": _FORMAT, "about": about, "figures": dict(prepared.figures), "notes": list(prepared.notes)}
+    head = {"format": _FORMAT, "about": about, "figures": dict(prepared.diagnostics), "notes": list(prepared.notes)}
     torch.save({"head": json.dumps(head), "tensors": tensors}, content)
     body = content.getvalue()
     write_atomically(path, _MAGIC + zlib.crc32(body).to_bytes(4, "big") + body)
 
 
-def read(path: Path, about: dict[str, Any], device: torch.device) -> Prepared:
-    """What ``write`` wrote.
+def read(path: Path, about: dict[str, Any], device: torch.device) -> PreparedCurvature:
+    """Read a file of ``write``.
 
     Raises:
-        ValueError: the file is damaged, or of other weights, data, settings or another format.
+        ValueError: the file is damaged, has another format, or is of other weights, data or fields of the curvature.
     """
     content = path.read_bytes()
     start = len(_MAGIC) + 4
     if not content.startswith(_MAGIC) or zlib.crc32(content[start:]) != int.from_bytes(
         content[len(_MAGIC) : start], "big"
     ):
-        raise ValueError(f"Expected a whole curvature in `{path.name}`, got a damaged file.")
+        raise ValueError(f"Expected a complete curvature in `{path.name}`, got a damaged file.")
     stored = torch.load(io.BytesIO(content[start:]), map_location=device, weights_only=True)
     head = json.loads(stored["head"])
     if head["format"] != _FORMAT or head["about"] != json.loads(json.dumps(about)):
         other = sorted(k for k in about if head["about"].get(k) != json.loads(json.dumps(about[k])))
         raise ValueError(
-            f"Expected a curvature of these weights in `{path.name}`, got one of another "
+            f"Expected the curvature for these scores in `{path.name}`, got one with different "
             f"{', '.join(other) or 'format'}."
         )
-    return Prepared(stored["tensors"], head["figures"], tuple(head["notes"]))
+    return PreparedCurvature(stored["tensors"], head["figures"], tuple(head["notes"]))
 
 
 def _description(curvature: Curvature, setting: Setting, stage: Stage) -> dict[str, Any]:
-    """Everything that decides what is prepared."""
+    """Everything that the prepared tensors depend on."""
     assert setting.trajectory is not None
     assert stage.position is not None
     checkpoint = setting.trajectory.checkpoints[stage.position]
@@ -113,12 +113,12 @@ def _description(curvature: Curvature, setting: Setting, stage: Stage) -> dict[s
 
 
 def _some_losses(setting: Setting) -> list[str]:
-    """Losses of a few training examples: other data of equal length and another ``loss=`` show in them."""
-    task, found = setting.engine.task, []
+    """Losses of a few training examples, which reveal other data of the same length and another ``loss=``."""
+    task, losses = setting.engine.task, []
     with torch.no_grad():
-        for k in range(min(_LOOKED_AT, setting.n_train)):
-            example = k * (setting.n_train - 1) // max(1, min(_LOOKED_AT, setting.n_train) - 1)
+        for k in range(min(_COMPARED, setting.n_train)):
+            example = k * (setting.n_train - 1) // max(1, min(_COMPARED, setting.n_train) - 1)
             batch = task.to_device(setting.examples.one(example))
             seed_for(setting.engine.seed, example)
-            found.append(f"{float(task(batch).sum()):.4e}")
-    return found
+            losses.append(f"{float(task(batch).sum()):.4e}")
+    return losses

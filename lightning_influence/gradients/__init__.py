@@ -1,4 +1,4 @@
-"""The engine: per-sample gradients as factors, from one batched backward pass over an unchanged module.
+"""The gradient engine: per-sample gradients in factored form, from one batched backward pass of an unchanged module.
 
 Per-sample gradients of common layers are sums of outer products, and are not built before they must be. The cost grows
 in proportion to the training examples, the checkpoints and the passes of the model itself. A query costs one matrix

@@ -1,4 +1,4 @@
-"""A block of per-sample gradients: what methods see instead of a matrix of examples × parameters."""
+"""A block of per-sample gradients, which methods use instead of a matrix of examples × parameters."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ from lightning_influence.gradients.part import Part
 from lightning_influence.numerics.projections import Sketch
 
 Names = tuple[str, ...]
-"""The parameters of one part: a weight, or a weight with its bias."""
+"""The names of the parameters of one part: a parameter, or a weight and its bias."""
 
 SketchOf = Callable[[str, Sequence[int], Tensor], Sketch]
-"""Gives the sketch of a parameter by its name and shape, for gradients like the tensor."""
+"""``sketch_of(name, shape, like)``: the sketch of a parameter, in the dtype and on the device of ``like``."""
 
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """Per-sample gradients of some examples, one part a parameter (or weight and bias).
+    """Per-sample gradients of a block of examples, never built as one matrix.
 
     Args:
-        parts: the factors or rows by parameter names.
-        groups: the optimizer's parameter group of each part; absent means 0.
-        size: number of examples.
+        parts: for each parameter (or weight and bias together), the gradients in factored or dense form.
+        groups: the optimizer's parameter group of each part; 0 where it is missing.
+        size: the number of examples.
     """
 
     parts: Mapping[Names, Part]
@@ -34,25 +34,25 @@ class Gradients:
         return self.size
 
     def dot(self, other: "Gradients", scale: Tensor | None = None) -> Tensor:
-        """Inner products of every gradient here with every gradient there.
+        """Inner products of each gradient of this block with each gradient of another.
 
         Args:
             other: gradients of the same parameters.
-            scale: multiplies the columns, [example of other], or [group, example of other] where the parameter
-                groups differ (learning rates).
+            scale: a factor for each column, [example of other], or for each parameter group and column, [group,
+                example of other] (such as learning rates).
 
         Returns:
             [example of self, example of other].
         """
         if not self._aligned(other):
-            return self.apart().dot(other.apart(), scale)
+            return self.per_parameter().dot(other.per_parameter(), scale)
         by_group: dict[int, Tensor] = {}
         shared = scale is None or scale.ndim == 1
         for names, part in self.parts.items():
             group = 0 if shared else self.groups.get(names, 0)
             if group not in by_group:
                 by_group[group] = self._zeros(len(self), len(other))
-            if names in other.parts:  # a parameter that an example's loss does not reach has no part there
+            if names in other.parts:  # a parameter on which no loss of a block depends has no part in it
                 part.accumulate_dot(other.parts[names], by_group[group])
         for group, product in by_group.items():
             if scale is not None:
@@ -63,13 +63,13 @@ class Gradients:
         return products[0]
 
     def total(self) -> dict[str, Tensor]:
-        """The sum of the gradients by parameter name."""
+        """The sum of the gradients over the examples, [*shape] by parameter name."""
         return {
             name: value for names, part in self.parts.items() for name, value in zip(names, part.total(), strict=True)
         }
 
     def norm2(self, scale: Tensor | None = None) -> Tensor:
-        """[example]: squared lengths, weighted as ``dot`` is (self-influence)."""
+        """[example]: the squared norm of each gradient, with ``scale`` as in ``dot`` (as for self-influence)."""
         total = self._zeros(len(self))
         for names, part in self.parts.items():
             norms = part.norm2()
@@ -78,30 +78,30 @@ class Gradients:
         return total
 
     def times(self, vector: Mapping[str, Tensor]) -> Tensor:
-        """[example]: inner product of each gradient with one vector given by parameter name."""
+        """[example]: the inner product of each gradient with one vector, [*shape] by parameter name."""
         total = self._zeros(len(self))
         for names, part in self.parts.items():
             total += part.times(tuple(vector[name] for name in names))
         return total
 
     def project(self, sketch_of: SketchOf) -> "Gradients":
-        """The gradients under a sketch for each parameter; ``dense`` of it is what there is to store."""
+        """The projected gradients, with one sketch per parameter; call ``dense`` on them to store them."""
         parts: dict[Names, Part] = {}
         for names, part in self.parts.items():
             sketches = [sketch_of(name, shape, part.like) for name, shape in zip(names, part.shapes(), strict=True)]
             parts.update({(n,): one for n, one in zip(names, part.projected(sketches), strict=True)})
-        return Gradients(parts, self._groups_apart(), self.size)
+        return Gradients(parts, self._groups_per_parameter(), self.size)
 
     def dense(self) -> dict[str, Tensor]:
-        """The gradients written out by parameter name, [example, *shape]: examples × parameters of memory."""
+        """The gradients as dense tensors, [example, *shape] by parameter name, of examples × parameters numbers."""
         return {
             name: rows for names, part in self.parts.items() for name, rows in zip(names, part.dense(), strict=True)
         }
 
     def normalized(self, how: str) -> "Gradients":
-        """Each gradient at length one: whole (``"cosine"``) or within every layer (``"layerwise"``).
+        """Normalise each gradient to length one, as a whole (``"cosine"``) or per layer (``"layerwise"``).
 
-        A gradient that is zero stays zero.
+        A gradient of zero stays zero.
         """
         if how == "cosine":
             factor = _inverse_length(self.norm2())
@@ -113,22 +113,22 @@ class Gradients:
         return self.scaled({names: _inverse_length(norms[layer_of(names)]) for names in self.parts})
 
     def scaled(self, factors: Mapping[Names, Tensor]) -> "Gradients":
-        """Each example's part times its own number, ``factors`` [example] by part."""
+        """Multiply the gradients of each part by one factor per example, ``factors`` [example] by part."""
         parts = {names: part.scaled(factors[names]) for names, part in self.parts.items()}
         return Gradients(parts, self.groups, self.size)
 
-    def apart(self) -> "Gradients":
-        """The same with a part of its own for every parameter."""
+    def per_parameter(self) -> "Gradients":
+        """The same gradients with one part per parameter."""
         parts: dict[Names, Part] = {}
         for names, part in self.parts.items():
-            parts.update({(name,): one for name, one in zip(names, part.each(), strict=True)})
-        return Gradients(parts, self._groups_apart(), self.size)
+            parts.update({(name,): one for name, one in zip(names, part.per_parameter(), strict=True)})
+        return Gradients(parts, self._groups_per_parameter(), self.size)
 
-    def _groups_apart(self) -> dict[Names, int]:
+    def _groups_per_parameter(self) -> dict[Names, int]:
         return {(name,): group for names, group in self.groups.items() for name in names}
 
     def _aligned(self, other: "Gradients") -> bool:
-        """Whether no parameter shares a part on one side only."""
+        """Whether both blocks group their common parameters into the same parts."""
         if self.parts.keys() == other.parts.keys():
             return True
         mine = {name for names in self.parts.keys() - other.parts.keys() for name in names}
@@ -140,11 +140,11 @@ class Gradients:
         return Gradients({names: part.slice(rows) for names, part in self.parts.items()}, self.groups, size)
 
     def query_bytes(self, n_queries: int) -> int:
-        """Bytes that one example takes when its block is multiplied with many others."""
+        """The bytes that one example takes while its block is multiplied with many others, as queries are."""
         return sum(part.query_bytes(n_queries) for part in self.parts.values())
 
     def not_finite(self) -> dict[int, str]:
-        """Row of each example whose gradient holds NaN or infinity, with the first parameter it shows in."""
+        """The row of each example whose gradient holds NaN or infinity, with the first parameter where it does."""
         rows: dict[int, str] = {}
         for names, part in self.parts.items():
             for row in (~part.finite()).nonzero()[:, 0].tolist():

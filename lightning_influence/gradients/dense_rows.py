@@ -1,4 +1,4 @@
-"""Per-sample gradients written out, one row an example: small parameters, and whatever has no factored rule."""
+"""Dense per-sample gradients, one row per example: for small parameters and those without a factored rule."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from lightning_influence.numerics.projections import Sketch
 
 @dataclass(frozen=True, eq=False)
 class DenseRows(Part):
-    """Gradients as they are: ``rows`` holds [example, *shape] for each parameter of this part."""
+    """Dense gradients: ``rows`` holds [example, *shape] for each parameter of this part."""
 
     rows: tuple[Tensor, ...]
 
@@ -49,8 +49,8 @@ class DenseRows(Part):
         """[example]: inner product of each example's gradient with one parameter-shaped vector."""
         return torch.stack([_flat(r) @ v.flatten() for r, v in zip(self.rows, vectors, strict=True)]).sum(0)
 
-    def against(self, vectors: tuple[Tensor, ...]) -> Tensor:
-        """[vector, example]: one matrix product a parameter."""
+    def times_each(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[vector, example]: inner products by one matrix product per parameter."""
         return torch.stack([_flat(v) @ _flat(r).T for v, r in zip(vectors, self.rows, strict=True)]).sum(0)
 
     def total(self) -> tuple[Tensor, ...]:
@@ -58,17 +58,17 @@ class DenseRows(Part):
         return tuple(r.sum(0) for r in self.rows)
 
     def query_bytes(self, n_queries: int) -> int:
-        """Bytes that one example takes when its block stands on the query side."""
+        """The bytes that one example takes while its block is multiplied with many others."""
         return sum(r[0].numel() * r.element_size() for r in self.rows if len(r))
 
-    def joined(self, other: Part) -> Part | None:
-        """A second use of the same parameter adds up."""
+    def merged(self, other: Part) -> Part | None:
+        """The sum of the gradients of two uses of the same parameters."""
         if not isinstance(other, DenseRows):
             return None
         return replace(self, rows=tuple(a + b for a, b in zip(self.rows, other.rows, strict=True)))
 
-    def each(self) -> tuple[Part, ...]:
-        """One part a parameter."""
+    def per_parameter(self) -> tuple[Part, ...]:
+        """One part per parameter."""
         return tuple(DenseRows((r,)) for r in self.rows)
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -76,7 +76,7 @@ class DenseRows(Part):
         return tuple(tuple(r.shape[1:]) for r in self.rows)
 
     def projected(self, sketches: Sequence[Sketch]) -> tuple[Part, ...]:
-        """The rows under a sketch for each parameter."""
+        """The projected rows, with one sketch and one part per parameter."""
         return tuple(DenseRows((sketch.rows(r),)) for sketch, r in zip(sketches, self.rows, strict=True))
 
     def finite(self) -> Tensor:
@@ -85,5 +85,5 @@ class DenseRows(Part):
 
 
 def _flat(rows: Tensor) -> Tensor:
-    """[example, entries], for numbers too."""
+    """[example, entries], also for parameters without dimensions."""
     return rows.flatten(1) if rows.ndim > 1 else rows[:, None]

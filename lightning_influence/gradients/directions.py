@@ -1,4 +1,4 @@
-"""Written-out directions of queries: multiplied with training gradients in whichever order is cheaper."""
+"""Dense vectors of queries, multiplied with training gradients in whichever order is cheaper."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,8 @@ from lightning_influence.gradients.part import Part
 
 @dataclass(frozen=True, eq=False)
 class Directions(DenseRows):
-    """Rows that many training gradients are multiplied with, without these being written out at once."""
+    """Dense rows whose inner products with other gradients do not require those to be dense."""
 
     def accumulate_dot(self, other: Part, out: Tensor) -> None:
         """``out[i, j] += <direction i, gradient j of other>``."""
-        out += other.against(self.rows)
+        out += other.times_each(self.rows)

@@ -23,62 +23,63 @@ from lightning_influence.gradients.sum_of_parts import SumOfParts
 from lightning_influence.gradients.tape import Call, Tape, Use
 from lightning_influence.module.task import Task, seed_for
 
-# On the first pass over the data one example is looked at in as many as these.
+# On the first pass over the data, one example in this many is checked against its own backward pass.
 _CHECKED = 128
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How each trainable parameter's per-sample gradient is computed; the self-check decides.
+    """How each trainable parameter's per-sample gradients are computed; the self-check decides.
 
     Args:
-        layouts: parameters with a factored rule, with where the examples stand in their operations.
-        vectorised: parameters that go through ``torch.func``.
-        one_by_one: parameters that take one backward pass an example.
-        apart: parameters whose weight and bias stand in separate parts.
-        copy_leaves: the model writes into activations in place.
-        uses: the functions that each parameter was handed to.
+        layouts: for each parameter with a layer rule, which dimension of its activations holds the examples.
+        vectorised: parameters whose gradients come from ``torch.func``.
+        one_by_one: parameters whose gradients take one backward pass per example.
+        separate: parameters that are never joined with others in one part.
+        copy_leaves: whether activations are copied, since the model writes into them in place.
+        uses: the functions that each parameter is passed to.
         unreached: parameters that the loss does not depend on.
     """
 
     layouts: Mapping[str, Layout]
     vectorised: tuple[str, ...] = ()
     one_by_one: tuple[str, ...] = ()
-    apart: frozenset[str] = frozenset()
+    separate: frozenset[str] = frozenset()
     copy_leaves: bool = False
     uses: frozenset[Use] = frozenset()
     unreached: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every parameter covered."""
+        """All parameters of the plan."""
         return (*self.layouts, *self.vectorised, *self.one_by_one, *self.unreached)
 
     def summary(self, parameters: Mapping[str, Tensor]) -> str:
-        """One line that names what goes by which path."""
+        """One line that says how many parameters have factored gradients, and names all others."""
         total = sum(parameters[name].numel() for name in self.names)
         factored = sum(parameters[name].numel() for name in self.layouts)
-        text = f"{factored:,} of {total:,} parameters by factored rules"
+        text = f"{factored:,} of {total:,} parameters have factored per-sample gradients"
         for label, names in (
-            ("torch.func", self.vectorised),
+            ("through torch.func", self.vectorised),
             ("one example at a time", self.one_by_one),
-            ("no path, the loss does not reach them", self.unreached),
+            ("not used by the loss", self.unreached),
         ):
             if names:
                 shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-                text += f"; by {label}: {shown}"
+                text += f"; {label}: {shown}"
         return text
 
 
 @dataclass
 class Engine:
-    """Per-sample gradients of a task, following a plan.
+    """Computes per-sample gradients of a module's training loss, as a plan says.
 
     Args:
-        task: the quiet module.
-        reduction: how a batch's loss relates to those of its examples.
-        groups: the optimizer's parameter group by parameter name.
-        seed: of the random state under which an example's loss is taken.
+        task: the module, silenced and in eval mode, with its loss.
+        reduction: how a batch's loss relates to the losses of its examples.
+        groups: the optimizer's parameter group of each parameter; 0 where it is missing.
+        seed: of the random state in which an example's loss is computed.
+        plan: how each parameter's gradients are computed; made by ``make_plan``.
     """
 
     task: Task
@@ -87,7 +88,7 @@ class Engine:
     seed: int = 0
     plan: Plan = field(default_factory=lambda: Plan({}))
     _blocks: int = 0
-    _next: int = 4
+    _next_check: int = 4
     _checked: int = 0
     _unchecked: int = 0
     _width: int = 0
@@ -95,39 +96,43 @@ class Engine:
 
     @property
     def vector_bytes(self) -> int:
-        """Of one number for every entry of the plan's parameters, in their own precision."""
+        """The bytes of a vector with one entry per entry of the plan's parameters, in their dtypes."""
         parameters = self.task.named_parameters()
         return sum(parameters[name].numel() * parameters[name].element_size() for name in self.plan.names)
 
-    def gradients(self, block: Block, as_drawn: Callable[[], Any] | None = None) -> Gradients:
-        """Per-sample gradients of the plan's parameters, in the cheapest form that each allows.
+    def gradients(self, block: Block, set_random_state: Callable[[], Any] | None = None) -> Gradients:
+        """Per-sample gradients of the plan's parameters, each in the cheapest form that its operations allow.
 
         Args:
             block: the examples.
-            as_drawn: sets the random state of the joint forward pass, of which examples then have gradients that no
-                pass of one example alone repeats; there are no spot checks.
+            set_random_state: called before the batch's forward pass. The examples then have gradients that depend on
+                the batch's random numbers, which a pass of a single example cannot reproduce: there are no spot checks.
 
         Raises:
-            ValueError: a spot check found an example whose gradient in its batch is not its own; with ``as_drawn``, a
-                parameter that takes passes of single examples.
+            ValueError: a spot check found an example whose gradient in its batch differs from its gradient alone; or,
+                with ``set_random_state``, a parameter's gradients take passes of single examples.
         """
-        plan, watch = self.plan, None if as_drawn else SuspectRows(block.size)
+        plan, watch = self.plan, None if set_random_state else SuspectRows(block.size)
         parts: dict[Names, Part] = {}
         slow = list(plan.one_by_one)
         if plan.layouts or plan.unreached:
-            tape = self.record(block, plan.names, plan.copy_leaves, watch, as_drawn)
-            unseen = {name for name, _ in tape.uses - plan.uses}
-            layouts = {n: layout for n, layout in plan.layouts.items() if n not in unseen}
-            parts, late = self.parts_of(tape.calls, block.size, layouts, plan.apart)
-            reached = unseen.union(*(call.names.values() for call in tape.calls if call.gradient is not None))
-            slow += [*late, *(n for n in plan.layouts if n in unseen), *(n for n in plan.unreached if n in reached)]
+            tape = self.record(block, plan.names, plan.copy_leaves, watch, set_random_state)
+            unplanned = {name for name, _ in tape.uses - plan.uses}
+            layouts = {n: layout for n, layout in plan.layouts.items() if n not in unplanned}
+            parts, mismatched = self.parts_of(tape.calls, block.size, layouts, plan.separate)
+            reached = unplanned.union(*(call.names.values() for call in tape.calls if call.gradient is not None))
+            slow += [
+                *mismatched,
+                *(n for n in plan.layouts if n in unplanned),
+                *(n for n in plan.unreached if n in reached),
+            ]
             if watch is not None:
                 self._note_positions(tape.calls, watch)
-        if as_drawn is not None and (plan.vectorised or slow):
+        if set_random_state is not None and (plan.vectorised or slow):
             raise ValueError(
-                f"Expected parameters whose gradients divide among the examples of a batch, got "
-                f"`{', '.join((*plan.vectorised, *slow)[:5])}` with a pass for each example, which is not what the "
-                "example did in its batch, with the batch's random numbers (dropout) and sizes. Pass `loss=`, a "
+                f"Expected parameters with factored per-sample gradients, got `"
+                f"{', '.join((*plan.vectorised, *slow)[:5])}`, for which each example takes a pass of its own. That "
+                "cannot reproduce the random numbers (dropout) and sizes of the example's batch. Pass `loss=`, a "
                 "callable (module, batch) -> [batch] of per-sample losses."
             )
         if plan.vectorised:
@@ -145,7 +150,7 @@ class Engine:
         return gradients
 
     def _note_positions(self, calls: Sequence[Call], watch: SuspectRows) -> None:
-        """A number of positions an example that was not met before is worth a look."""
+        """Have two examples checked where an operation has a number of positions per example that is new."""
         for call in calls:
             for name in call.names.values():
                 if self.plan.layouts.get(name) in (Layout.MAJOR, Layout.MINOR):
@@ -155,11 +160,11 @@ class Engine:
                         watch.rows |= {0, watch.examples - 1}
 
     def _spot_check(self, block: Block, gradients: Gradients, watch: SuspectRows) -> None:
-        """Looks at what the watch points out, at one in 128 examples on the first pass, and at blocks 4, 16, 64 ..."""
+        """Check suspicious examples, one in 128 examples on the first pass, and one each of blocks 4, 16, 64 ..."""
         self._blocks += 1
         self._unchecked += block.size
-        if self._blocks == self._next or (block.start >= self._checked and self._unchecked >= _CHECKED):
-            self._next *= 4 if self._blocks == self._next else 1
+        if self._blocks == self._next_check or (block.start >= self._checked and self._unchecked >= _CHECKED):
+            self._next_check *= 4 if self._blocks == self._next_check else 1
             self._checked, self._unchecked = block.start + 1, 0
             watch.rows.add(self._blocks * 7919 % block.size)
         if not self.plan.layouts:
@@ -170,7 +175,7 @@ class Engine:
             refuse_difference(gradients, row, truth, example)
 
     def width(self, examples: Examples | None = None) -> int:
-        """Numbers that one example's passage through the network makes, roughly: measured once, where there are any."""
+        """Roughly how many activations one example has in the network; measured once, when ``examples`` are given."""
         if not self._width and examples is not None:
             like = next(iter(self.task.named_parameters().values()))
             first = self.gradients(next(iter(examples.blocks(0, 1))))
@@ -178,7 +183,7 @@ class Engine:
         return max(1, self._width)
 
     def total(self, block: Block) -> Tensor:
-        """The sum of a block's losses, with its graph."""
+        """The sum of the losses of a block's examples, with its autograd graph."""
         batch = self.task.to_device(block.batch)
         seed_for(self.seed, block.start)
         return self.reduction.total(self.task(batch), block.size)
@@ -189,33 +194,33 @@ class Engine:
         names: Iterable[str],
         copy_leaves: bool,
         watch: SuspectRows | None = None,
-        as_drawn: Callable[[], Any] | None = None,
+        set_random_state: Callable[[], Any] | None = None,
     ) -> Tape:
-        """One forward and one backward pass through activations only: no weight gradient is formed."""
+        """Record one forward and one backward pass through the activations, without computing weight gradients."""
         parameters = self.task.named_parameters()
         tape = Tape({id(parameters[name]): name for name in names}, copy_leaves, watch)
         with requiring_gradients(self.task.module, ()):
             batch = self.task.to_device(block.batch)
-            if as_drawn is None:
+            if set_random_state is None:
                 seed_for(self.seed, block.start)
             else:
-                as_drawn()
+                set_random_state()
             with tape:
                 loss = self.task(batch)
             tape.backward(self.reduction.total(loss, block.size))
         return tape
 
     def parts_of(
-        self, calls: Sequence[Call], examples: int, layouts: Mapping[str, Layout], apart: frozenset[str]
+        self, calls: Sequence[Call], examples: int, layouts: Mapping[str, Layout], separate: frozenset[str]
     ) -> tuple[dict[Names, Part], list[str]]:
-        """The parts that recorded calls yield, and the parameters whose shapes did not fit their layouts."""
+        """The parts made from recorded calls, and the parameters whose activations did not fit their layouts."""
         uses: dict[Names, list[Part]] = {}
         failed: list[str] = []
         for call in calls:
             if call.gradient is None:  # the loss does not depend on it
                 continue
             names = {role: name for role, name in call.names.items() if name in layouts}
-            for roles in self._together(names, layouts, apart):
+            for roles in self._joint_roles(names, layouts, separate):
                 layout = layouts[names[roles[0]]]
                 try:
                     made = call.rule.parts(call.operands, call.gradient, frozenset(roles), examples, layout)
@@ -228,20 +233,20 @@ class Engine:
         lost = {name for key in uses if key not in kept for name in key} | set(failed)
         return kept, sorted(lost)
 
-    def _together(
-        self, names: Mapping[str, str], layouts: Mapping[str, Layout], apart: frozenset[str]
+    def _joint_roles(
+        self, names: Mapping[str, str], layouts: Mapping[str, Layout], separate: frozenset[str]
     ) -> list[tuple[str, ...]]:
-        """Roles of one call that may share a part: those of one parameter group and layout."""
+        """The roles of a call that may share a part: those with the same parameter group and layout."""
         kinds = {(self.groups.get(name, 0), layouts[name]) for name in names.values()}
-        if len(kinds) > 1 or apart & set(names.values()):
+        if len(kinds) > 1 or separate & set(names.values()):
             return [(role,) for role in names]
         return [tuple(names)] if names else []
 
 
 def _sum(parts: Sequence[Part]) -> Part:
-    """All uses of one parameter as one; halves of halves, so that the steps of a sequence are copied a few times."""
+    """The sum of all uses of one parameter, by halves, so that a long sequence's steps are copied only a few times."""
     if len(parts) == 1:
         return parts[0]
     half = len(parts) // 2
     left, right = _sum(parts[:half]), _sum(parts[half:])
-    return left.joined(right) or SumOfParts((left, right))
+    return left.merged(right) or SumOfParts((left, right))

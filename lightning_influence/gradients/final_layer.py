@@ -1,4 +1,4 @@
-"""The final linear layer of a module: finds it, and reads what enters it and the gradient by what leaves it."""
+"""The final linear layer of a module: finding it, and reading its inputs and the gradients of its outputs."""
 
 import contextlib
 import tempfile
@@ -22,18 +22,18 @@ from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.types import Batch, clean
 
 _PROBED = 32
-# Of the stored rows these many are computed again: they must be those of the module, the data and the loss asked for.
+# Stored rows that are computed again, to verify that they are of the same module, data and loss.
 _COMPARED = 8
 
 
 @dataclass(frozen=True)
 class HeadRows:
-    """Some examples at the head.
+    """The final layer's inputs, outputs and output gradients for some examples.
 
     Args:
-        features: what entered, [example, dim].
-        outputs: its pre-activations, [example, class].
-        gradients: of each example's loss by its pre-activations.
+        features: the layer's inputs, [example, dim].
+        outputs: its outputs (logits), [example, class].
+        gradients: the gradient of each example's loss with respect to them, [example, class].
     """
 
     features: Tensor
@@ -41,7 +41,7 @@ class HeadRows:
     gradients: Tensor
 
     def columns(self) -> dict[str, Tensor]:
-        """By name, on CPU, in types that Arrow keeps."""
+        """The tensors by name, on the CPU, in dtypes that Arrow can store."""
         named = {"features": self.features, "outputs": self.outputs, "gradients": self.gradients}
         return {name: t.cpu() if t.dtype == torch.float64 else t.float().cpu() for name, t in named.items()}
 
@@ -51,13 +51,13 @@ class HeadRows:
 
 @dataclass(frozen=True)
 class Head:
-    """The final linear layer, and how it is read; the layers before it run forward only.
+    """The final linear layer of a module; reading it takes no backward pass through the layers before it.
 
     Args:
-        name: of the module.
-        layer: itself.
-        task: the quiet module.
-        reduction: how a batch's loss relates to those of its examples.
+        name: the layer's name in the module.
+        layer: the layer.
+        task: the module, silenced and in eval mode, with its loss.
+        reduction: how a batch's loss relates to the losses of its examples.
     """
 
     name: str
@@ -65,74 +65,75 @@ class Head:
     task: Task
     reduction: Reduction
 
-    def see(self, batch: Batch, size: int, weight: Tensor | None = None, moved: float = 0.0) -> HeadRows:
-        """One batch at the head.
+    def read(self, batch: Batch, size: int, weight: Tensor | None = None, noise: float = 0.0) -> HeadRows:
+        """Run one batch forward and read the layer's inputs, outputs and output gradients.
 
         Args:
-            batch: of ``size`` examples.
-            size: how many.
-            weight: another one, [class, dim], with the bias as its last column where there is one.
-            moved: add noise of this size to the pre-activations.
+            batch: a batch of ``size`` examples.
+            size: the number of examples.
+            weight: replaces the layer's weight, [class, dim], with a bias as its last column; None for its own.
+            noise: add normal noise of this standard deviation to the outputs.
 
         Raises:
-            ValueError: the head is not applied once to every example, or the loss does not depend on it.
+            ValueError: the layer is not applied exactly once to each example, or the loss does not depend on it.
         """
-        spy = _Spy(self.name, size, self.layer.bias is not None, weight, moved)
-        handle = self.layer.register_forward_hook(spy)
+        hook = _HeadHook(self.name, size, self.layer.bias is not None, weight, noise)
+        handle = self.layer.register_forward_hook(hook)
         try:
             with requiring_gradients(self.task.module, ()):
                 total = self.reduction.total(self.task(self.task.to_device(batch)), size)
         finally:
             handle.remove()
-        features, leaf = spy.one_call()
+        features, leaf = hook.one_call()
         if not total.requires_grad:
             raise ValueError(
                 f"Expected a loss that depends on the linear layer `{self.name}`, got one that does not. "
-                "Name the layer whose output it is taken of: `head=`."
+                "Name the layer that produces the predictions: `head=`."
             )
         (gradient,) = torch.autograd.grad(total, leaf)
         return HeadRows(features, leaf.detach(), gradient)
 
     def weight(self) -> Tensor:
-        """[class, dim] as it stands, float64 on CPU, the bias as its last column."""
+        """The current weight, [class, dim] float64 on the CPU, with a bias as its last column."""
         parts = [self.layer.weight] + ([] if self.layer.bias is None else [self.layer.bias[:, None]])
         return torch.cat([p.detach().cpu().double() for p in parts], 1)
 
     def augmented(self, features: Tensor) -> Tensor:
-        """Features in float64 on CPU, with the 1 that the bias multiplies."""
+        """Features in float64 on the CPU, with a 1 appended if the layer has a bias."""
         features = features.cpu().double()
         return features if self.layer.bias is None else F.pad(features, (0, 1), value=1.0)
 
     def link(self, examples: Examples) -> Link:
-        """Which loss stands behind the head, from how its gradient changes with the pre-activations.
+        """Recognise the loss on the layer's outputs by how its gradient changes with them.
 
         Raises:
-            ValueError: none of the three kinds, or features or gradients that are not finite.
+            ValueError: the loss is none of the three kinds of ``Link``, or features or gradients are not finite.
         """
         ids = evenly_spread(len(examples), _PROBED)
-        seen = []
+        probed = []
         for noise in (0.0, 1.0):
             batch = examples.some(ids)
             seed_for(0, ids[0])
-            seen.append(self.see(batch, len(ids), moved=noise))
-            _refuse_non_finite(seen[0], ids)
-        tolerance = 1e-6 if seen[0].outputs.dtype == torch.float64 else 1e-2
-        (z, gradient), (moved, moved_gradient) = [(s.outputs.cpu(), s.gradients.cpu()) for s in seen]
+            probed.append(self.read(batch, len(ids), noise=noise))
+            _refuse_non_finite(probed[0], ids)
+        tolerance = 1e-6 if probed[0].outputs.dtype == torch.float64 else 1e-2
+        (z, gradient), (moved, moved_gradient) = [(s.outputs.cpu(), s.gradients.cpu()) for s in probed]
         found = recognise(z, gradient, moved, moved_gradient, tolerance)
         if found is None:
             raise ValueError(
-                f"Expected cross-entropy, binary cross-entropy (with logits) or a squared error of what `{self.name}` "
-                "gives, one scale for all examples, got another loss. Name another layer by `head=`, or pass `loss=`, "
-                "a callable (module, batch) -> [batch] of per-sample losses of one of these kinds."
+                f"Expected cross-entropy, binary cross-entropy (with logits) or a squared error on the outputs of "
+                f"`{self.name}`, with the same scale for all examples, got another loss. Name another layer by "
+                "`head=`, or pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses of one of these "
+                "kinds."
             )
         return found
 
 
-class _Spy:
-    """A forward hook that keeps what entered and makes a leaf of what leaves."""
+class _HeadHook:
+    """A forward hook that keeps a layer's input and makes its output a leaf of the autograd graph."""
 
-    def __init__(self, name: str, size: int, bias: bool, weight: Tensor | None, moved: float) -> None:
-        self.name, self.size, self.bias, self.weight, self.moved = name, size, bias, weight, moved
+    def __init__(self, name: str, size: int, bias: bool, weight: Tensor | None, noise: float) -> None:
+        self.name, self.size, self.bias, self.weight, self.noise = name, size, bias, weight, noise
         self.calls: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -140,7 +141,7 @@ class _Spy:
         if output.ndim != 2 or len(output) != self.size:
             raise ValueError(
                 f"Expected the linear layer `{self.name}` to give [batch, class] with a batch of {self.size}, got "
-                f"shape {tuple(output.shape)}. Representer points belong to one prediction an example; name the layer "
+                f"shape {tuple(output.shape)}. Representer points need one prediction per example; name the layer "
                 "that makes it: `head=`."
             )
         leaf = output.detach()
@@ -149,39 +150,42 @@ class _Spy:
             inputs = features.double()
             split = (weight[:, :-1], weight[:, -1]) if self.bias else (weight, None)
             leaf = F.linear(inputs, *split).to(output.dtype)
-        if self.moved:
+        if self.noise:
             draw = torch.Generator().manual_seed(0)
-            leaf = leaf + self.moved * torch.randn(leaf.shape, generator=draw).to(leaf)
+            leaf = leaf + self.noise * torch.randn(leaf.shape, generator=draw).to(leaf)
         leaf = leaf.requires_grad_()
         self.calls.append((features, leaf))
         return leaf.clone()  # the model may write into it
 
     def one_call(self) -> tuple[Tensor, Tensor]:
-        """What was seen.
+        """The layer's input and output.
 
         Raises:
-            ValueError: the layer was not called once.
+            ValueError: the layer was not called exactly once.
         """
         if len(self.calls) != 1:
             raise ValueError(
-                f"Expected the linear layer `{self.name}` to be called once a batch, got {len(self.calls)} calls. "
+                f"Expected the linear layer `{self.name}` to be called once per batch, got {len(self.calls)} calls. "
                 "Name another layer by `head=`."
             )
         return self.calls[0]
 
 
 def find_head(task: Task, reduction: Reduction, examples: Examples, name: str | None) -> Head:
-    """The named linear layer, or the one that is called last.
+    """Find a linear layer by name, or else the linear layer that is called last.
 
     Raises:
-        ValueError: no such layer.
+        ValueError: there is none.
     """
     layers = {clean(n): m for n, m in task.module.named_modules() if isinstance(m, nn.Linear)}
     kind = type(task.module).__name__
     if name is not None:
         if name not in layers:
             known = ", ".join(f"`{n}`" for n in layers) or "none"
-            raise ValueError(f"Expected `head` to name a linear layer of {kind}, got {name!r}. Its layers: {known}.")
+            raise ValueError(
+                f"Expected `head` to name a linear layer of {kind}, got {name!r}. Choose one of its linear layers: "
+                f"{known}."
+            )
         return Head(name, layers[name], task, reduction)
     called: list[str] = []
     handles = [m.register_forward_hook(lambda *_, n=n: called.append(n)) for n, m in layers.items()]
@@ -199,13 +203,13 @@ def find_head(task: Task, reduction: Reduction, examples: Examples, name: str | 
     return Head(called[-1], layers[called[-1]], task, reduction)
 
 
-def seen_by(head: Head, examples: Examples, path: Path) -> list[HeadRows]:
-    """All training examples at the head, in batches mapped from an Arrow file, which is written where it is missing.
+def head_rows(head: Head, examples: Examples, path: Path) -> list[HeadRows]:
+    """The final layer's rows for all training examples, memory-mapped from an Arrow file.
 
-    A file that is damaged, or that holds rows of other weights, data or another loss, is written anew.
+    The file is written if it is missing, damaged, or holds rows of other weights, data or another loss.
 
     Raises:
-        ValueError: features or gradients that are not finite.
+        ValueError: features or gradients are not finite.
     """
     if path.is_file():
         stored = _read(path)
@@ -215,19 +219,22 @@ def seen_by(head: Head, examples: Examples, path: Path) -> list[HeadRows]:
     def rows() -> Iterator[dict[str, Tensor]]:
         for block in examples.blocks():
             seed_for(0, block.start)
-            seen = head.see(block.batch, block.size)
-            _refuse_non_finite(seen, block.ids)
-            yield seen.columns()
+            found = head.read(block.batch, block.size)
+            _refuse_non_finite(found, block.ids)
+            yield found.columns()
 
     write_batches(path, "features", rows(), {"head": head.name}, overwrite=True)
     stored = _read(path)
     if stored is None:
-        raise OSError(f"Expected to read back {str(path)!r}, which was just written, and could not.")
+        raise OSError(
+            f"Expected to read back {str(path)!r}, which was just written, got a damaged file. Check that its disk is "
+            "not full."
+        )
     return stored
 
 
 def writable(folder: Path | None, owner: object) -> Path:
-    """The folder if files can be written there, otherwise a temporary one that is removed together with ``owner``."""
+    """The folder if files can be written to it, otherwise a temporary one that is removed together with ``owner``."""
     if folder is not None:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -246,24 +253,24 @@ def _read(path: Path) -> list[HeadRows] | None:
         return None
 
 
-def _refuse_non_finite(seen: HeadRows, ids: Sequence[int]) -> None:
-    finite = seen.features.isfinite().all(1) & seen.gradients.isfinite().all(1)
+def _refuse_non_finite(found: HeadRows, ids: Sequence[int]) -> None:
+    finite = found.features.isfinite().all(1) & found.gradients.isfinite().all(1)
     if not bool(finite.all()):
         rows = [ids[row] for row in (~finite).nonzero()[:, 0].tolist()]
         raise ValueError(
             f"Expected finite features and losses, got NaN or infinity for training examples {rows[:10]!r}. "
-            "Repair them, or leave them out of the training data."
+            "Repair these examples, or leave them out of the training data."
         )
 
 
 def _same(head: Head, examples: Examples, stored: list[HeadRows]) -> bool:
-    """Whether a few examples, seen again, are as stored."""
+    """Whether a few examples, computed again, equal those stored."""
     if sum(len(s.features) for s in stored) != len(examples):
         return False
     ids = evenly_spread(len(examples), _COMPARED)
     batch = examples.some(ids)
     seed_for(0, ids[0])
-    now = head.see(batch, len(ids)).columns()
+    now = head.read(batch, len(ids)).columns()
     for name, found in now.items():
         columns = [getattr(s, name) for s in stored]
         then = torch.stack([_row(columns, i) for i in ids])

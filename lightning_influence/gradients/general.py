@@ -1,4 +1,4 @@
-"""Per-sample gradients without a factored rule: vectorised by ``torch.func``, or one example at a time."""
+"""Per-sample gradients without a layer rule: vectorised by ``torch.func``, or one example at a time."""
 
 import contextlib
 import warnings
@@ -16,7 +16,7 @@ from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.module.task import Task, seed_for
 from lightning_influence.types import clean
 
-# Elements of written-out gradients that one vectorised call may hold.
+# The most elements of dense gradients in one vectorised call.
 _VECTORISED = 2**25
 
 
@@ -25,11 +25,11 @@ class NotVectorisable(RuntimeError):
 
 
 def vectorised_rows(task: Task, block: Block, names: Sequence[str]) -> dict[str, DenseRows]:
-    """``vmap(grad)`` over the examples of a block, by the named parameters only.
+    """Dense gradients of the named parameters, by ``vmap(grad)`` over the examples of a block.
 
     Raises:
-        NotVectorisable: the batch does not divide along its first dimension, or the step does something that ``vmap``
-            refuses (data-dependent control flow, ``.item()``).
+        NotVectorisable: the batch cannot be split along its first dimension, or the step does something that ``vmap``
+            does not support (data-dependent control flow, ``.item()``).
     """
     parameters = task.named_parameters()
     wanted = {name: parameters[name].detach() for name in names}
@@ -55,7 +55,15 @@ def _over_examples(
     transform: Callable[[Callable[..., Tensor]], Callable[..., Any]],
     chunk: int | None,
 ) -> Any:
-    """What a transform of the loss gives for each example of a block, with the given values for parameters."""
+    """Apply a transform of the loss (``torch.func.grad`` or none) to each example of a block.
+
+    Args:
+        task: the module with its loss.
+        block: the examples.
+        values: the parameters to differentiate by, which replace the module's own.
+        transform: makes the function to vectorise from the loss, a function of ``values`` and tensors.
+        chunk: the most examples per call; None for all.
+    """
     batch = task.to_device(block.batch)
     leaves, spec = tree_flatten(batch)
     mapped = [isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == block.size for leaf in leaves]
@@ -65,7 +73,7 @@ def _over_examples(
     def loss(values: dict[str, Tensor], *tensors: Tensor) -> Tensor:
         given = iter(tensors)
         one = [next(given).unsqueeze(0) if m else leaf for leaf, m in zip(leaves, mapped, strict=True)]
-        with in_place_of(task.module, values):
+        with replacing(task.module, values):
             return task(tree_unflatten(one, spec)).sum()
 
     tensors = [leaf for leaf, m in zip(leaves, mapped, strict=True) if m]
@@ -78,13 +86,13 @@ def _over_examples(
 
 
 def rows_one_by_one(task: Task, block: Block, names: Sequence[str], seed: int) -> dict[str, DenseRows]:
-    """One backward pass an example: slow, and the definition of what the other paths must equal."""
+    """Dense gradients by one backward pass per example: slow, and the definition of what all other paths must equal."""
     gradients = [one_gradient(task, block.one(i), names, seed, i) for i in block.ids]
     return {name: DenseRows((torch.stack([g[name] for g in gradients]),)) for name in names}
 
 
 def one_gradient(task: Task, batch: Any, names: Sequence[str], seed: int, example: int) -> dict[str, Tensor]:
-    """The gradient of one example's loss by the named parameters, by plain autograd on a batch of one."""
+    """The gradient of one example's loss with respect to the named parameters, by plain autograd on a batch of one."""
     parameters = task.named_parameters()
     with requiring_gradients(task.module, names):
         batch = task.to_device(batch)
@@ -101,7 +109,7 @@ def one_gradient(task: Task, batch: Any, names: Sequence[str], seed: int, exampl
 
 @contextlib.contextmanager
 def requiring_gradients(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Only the named parameters require gradients inside."""
+    """Make only the named parameters require gradients inside."""
     wanted = set(names)
     before = [(p, p.requires_grad) for p in module.parameters()]
     for name, parameter in module.named_parameters():
@@ -115,18 +123,18 @@ def requiring_gradients(module: nn.Module, names: Sequence[str]) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def in_place_of(
+def replacing(
     module: nn.Module, values: dict[str, Tensor], buffers: Mapping[str, Tensor] = MappingProxyType({})
 ) -> Iterator[None]:
-    """Every occurrence of a named parameter or buffer stands for a given tensor inside, tied ones too."""
-    standing = {id(p): values[clean(name)] for name, p in module.named_parameters() if clean(name) in values}
-    standing |= {id(b): buffers[clean(name)] for name, b in module.named_buffers() if clean(name) in buffers}
+    """Replace every occurrence of the named parameters and buffers by given tensors inside, tied ones included."""
+    replacements = {id(p): values[clean(name)] for name, p in module.named_parameters() if clean(name) in values}
+    replacements |= {id(b): buffers[clean(name)] for name, b in module.named_buffers() if clean(name) in buffers}
     swapped = []
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
             for key, tensor in list(tensors.items()):
-                if tensor is not None and id(tensor) in standing:
-                    tensors[key] = standing[id(tensor)]  # type: ignore[assignment]
+                if tensor is not None and id(tensor) in replacements:
+                    tensors[key] = replacements[id(tensor)]  # type: ignore[assignment]
                     swapped.append((part, tensors, key, tensor))
     recurrent = {id(part): part for part, *_ in swapped}.values()
     _refresh_flat_weights(list(recurrent))
@@ -139,7 +147,7 @@ def in_place_of(
 
 
 def _refresh_flat_weights(parts: Sequence[nn.Module]) -> None:
-    """Recurrent modules keep a second list of their weights."""
+    """Update the second list of their weights that recurrent modules keep."""
     for part in parts:
         if isinstance(part, nn.RNNBase):
             part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]
@@ -147,7 +155,7 @@ def _refresh_flat_weights(parts: Sequence[nn.Module]) -> None:
 
 @contextlib.contextmanager
 def without_metrics(module: nn.Module) -> Iterator[None]:
-    """Metrics would keep vmap's tensors in their state; the self-check finds out where the loss needs them."""
+    """Disable torchmetrics, whose states would keep vmap's tensors; the self-check notices a loss that needs them."""
     metrics = [m for m in module.modules() if isinstance(m, torchmetrics.Metric)]
     before = [dict(m.__dict__) for m in metrics]
     for metric in metrics:
@@ -166,5 +174,5 @@ def _zero(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def math_attention() -> contextlib.AbstractContextManager[Any]:
-    """Attention by plain products: the fused kernels have no batching rule and no second derivative."""
+    """Compute attention by matrix products: the fused kernels have no batching rule and no second derivative."""
     return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)

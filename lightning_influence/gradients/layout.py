@@ -1,4 +1,4 @@
-"""Where the examples of a batch stand in the tensors of one operation."""
+"""Which dimension of an operation's activations holds the examples of a batch."""
 
 from enum import Enum
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Layout(Enum):
-    """How a tensor of a batch divides into its examples."""
+    """How the activations of a batch are split into its examples."""
 
     FIRST = "the first dimension is the example"
     SECOND = "the second dimension is the example (time-major sequences)"
@@ -19,7 +19,7 @@ class LayoutMismatch(RuntimeError):
 
 
 def fits(shape: tuple[int, ...], examples: int, layout: Layout) -> bool:
-    """Whether a tensor whose leading (position) dimensions are ``shape`` can have this layout."""
+    """Whether a tensor with the leading (example and position) dimensions ``shape`` can have this layout."""
     if layout is Layout.FIRST:
         return len(shape) >= 1 and shape[0] == examples
     if layout is Layout.SECOND:
@@ -28,7 +28,13 @@ def fits(shape: tuple[int, ...], examples: int, layout: Layout) -> bool:
 
 
 def split(tensor: Tensor, examples: int, layout: Layout) -> Tensor:
-    """``tensor`` as [example, position, *rest]; ``rest`` starts behind the dimension that held the examples."""
+    """View ``tensor`` as [example, position, *rest].
+
+    ``rest`` are the dimensions after the one with the examples (``SECOND``: after the first two).
+
+    Raises:
+        LayoutMismatch: the tensor's shape does not fit the layout.
+    """
     if not fits(tuple(tensor.shape), examples, layout):
         raise LayoutMismatch(
             f"Expected a tensor where {layout.value}, with {examples} examples, got shape {tuple(tensor.shape)}."

@@ -1,4 +1,4 @@
-"""Per-sample gradients of an embedding table: rows of output gradients, added up per looked-up id."""
+"""Per-sample gradients of an embedding table: output gradients, added up per looked-up id."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,17 +10,17 @@ from torch import Tensor
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.outer_products import WORKSPACE, OuterProducts
 from lightning_influence.gradients.part import Part, one_row_per_example
-from lightning_influence.numerics.projections import Kronecker, Sketch
+from lightning_influence.numerics.projections import KroneckerSketch, Sketch
 
 
 @dataclass(frozen=True, eq=False)
 class Lookup(Part):
-    """Row v of example n's gradient is the sum of ``outputs[n, t]`` over the positions t that looked up v.
+    """Gradients of an embedding table: row v of example n's is the sum of ``outputs[n, t]`` over all t with id v.
 
     Args:
-        ids: which rows were looked up, [example, position]; -1 marks a position that does not count (padding).
-        outputs: gradients by what was looked up, [example, position, width].
-        shape: the table's own shape, (rows, width).
+        ids: the rows that were looked up, [example, position]; -1 for positions without a gradient (padding).
+        outputs: gradients with respect to the embeddings, [example, position, width].
+        shape: the table's shape, (rows, width).
     """
 
     ids: Tensor
@@ -45,7 +45,7 @@ class Lookup(Part):
 
     @cached_property
     def _merged(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, examples and summed gradients with one entry per (id, example), sorted by id."""
+        """Ids, examples and summed gradients with one entry per pair of id and example, sorted by id."""
         examples = torch.arange(len(self), device=self.ids.device)[:, None].expand_as(self.ids)
         counts = self.ids >= 0
         key = self.ids[counts] * max(1, len(self)) + examples[counts]
@@ -62,7 +62,7 @@ class Lookup(Part):
         return (table,)
 
     def accumulate_dot(self, other: Part, out: Tensor) -> None:
-        """``out[i, j] += <gradient i of self, gradient j of other>``: a join over the ids that both looked up."""
+        """``out[i, j] += <gradient i of self, gradient j of other>``, a join over the ids that both looked up."""
         if isinstance(other, OuterProducts):
             self._accumulate_tied(other, out)
             return
@@ -79,7 +79,7 @@ class Lookup(Part):
         my_start = (my_counts.cumsum(0) - my_counts)[both]
         their_start = (their_counts.cumsum(0) - their_counts)[at]
         pairs = my_counts[both] * their_counts[at]
-        # An id that many examples share is one small matrix product; the long tail is gathered pair by pair.
+        # An id that many examples share takes one small matrix product; all rare ids are gathered pair by pair.
         frequent = pairs >= _PAIRS_FOR_A_PRODUCT
         heads = torch.stack([my_start, my_counts[both], their_start, their_counts[at]], 1)[frequent].tolist()
         for a, n_a, b, n_b in heads:
@@ -94,7 +94,7 @@ class Lookup(Part):
             out.index_put_((my_examples[i], their_examples[j]), values, accumulate=True)
 
     def _accumulate_tied(self, other: OuterProducts, out: Tensor) -> None:
-        """The table is also an output layer's weight: row v of ``other`` is the sum of its ``outputs[v]`` × inputs."""
+        """The products where the table is also the weight of a linear layer, whose gradients are ``other``."""
         ids, mine, s = self.ids.flatten(), self.outputs.flatten(0, 1), self.ids.shape[1]
         counts = (ids >= 0).to(mine)[:, None]
         t = other.outputs.shape[1]
@@ -130,15 +130,15 @@ class Lookup(Part):
         return (self.outputs.new_zeros(self.shape).index_add_(0, ids, summed.square()),)
 
     def multiplied(self, tables: tuple[Tensor, ...]) -> "Lookup":
-        """Every example's gradient times one table, entry by entry: the rows that were looked up are enough."""
+        """Each example's gradient times one table, entry by entry; only the rows that were looked up are needed."""
         return replace(self, outputs=self.outputs * tables[0][self.ids.clamp_min(0)])
 
     def query_bytes(self, n_queries: int) -> int:
-        """Bytes that one example takes when its block stands on the query side."""
+        """The bytes that one example takes while its block is multiplied with many others."""
         return 2 * self.outputs[0].numel() * self.outputs.element_size() if len(self) else 0
 
-    def joined(self, other: Part) -> Part | None:
-        """Two lookups in one table are one longer lookup."""
+    def merged(self, other: Part) -> Part | None:
+        """The sum of the gradients of two look-ups in one table: one longer look-up."""
         if not isinstance(other, Lookup):
             return None
         ids, outputs = torch.cat([self.ids, other.ids], 1), torch.cat([self.outputs, other.outputs], 1)
@@ -149,9 +149,9 @@ class Lookup(Part):
         return (self.shape,)
 
     def projected(self, sketches: Sequence[Sketch]) -> tuple[Part, ...]:
-        """Outer products: of the sketch's columns that were looked up, and the projected gradients."""
+        """The projected gradients: outer products of the sketch's columns at the ids and the projected outputs."""
         sketch = sketches[0]
-        if not isinstance(sketch, Kronecker) or sketch.left is None:
+        if not isinstance(sketch, KroneckerSketch) or sketch.left is None:
             return DenseRows(self.dense()).projected(sketches)
         columns = sketch.left.to(self.outputs).T[self.ids.clamp_min(0)] * (self.ids >= 0)[..., None]
         inputs = sketch.on_right(self.outputs)
@@ -166,14 +166,14 @@ _PAIRS_FOR_A_PRODUCT = 512
 
 
 def _intersection(mine: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of the common entries of two sorted tensors of distinct ids."""
+    """The positions of the common entries in two sorted tensors of distinct ids."""
     at = torch.searchsorted(theirs, mine).clamp_max(max(0, len(theirs) - 1))
     hit = (theirs[at] == mine).nonzero()[:, 0] if len(theirs) else mine.new_zeros(0)
     return hit, at[hit] if len(theirs) else hit
 
 
 def _pairs(my_start: Tensor, my_count: Tensor, their_start: Tensor, their_count: Tensor) -> tuple[Tensor, Tensor]:
-    """Every (mine, theirs) position pair within each id's two runs."""
+    """All pairs of positions within the two runs of each id."""
     sizes = my_count * their_count
     run = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
     within = torch.arange(len(run), device=sizes.device) - (sizes.cumsum(0) - sizes)[run]

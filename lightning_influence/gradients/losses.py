@@ -1,4 +1,4 @@
-"""The loss of every example of a block, as a batch of one would have it."""
+"""The loss of every example of a block, each as a batch of one."""
 
 import torch
 from torch import Tensor
@@ -8,24 +8,25 @@ from lightning_influence.gradients.engine import Engine
 from lightning_influence.gradients.general import NotVectorisable, vectorised_losses
 from lightning_influence.module.task import seed_for
 
-# Examples of the first block that take a forward pass of their own as well.
+# Examples of the first block whose vectorised losses are checked by forward passes of their own.
 _COMPARED = 3
 
 
 class Losses:
-    """Losses without gradients: of a joint pass where ``loss=`` gives them, by ``torch.func.vmap``, or one by one.
+    """Computes per-sample losses without gradients.
 
-    Vectorised losses are taken where some of the first block agreed with forward passes of single examples.
+    With ``loss=`` they come from one forward pass of the block. Otherwise ``torch.func.vmap`` is used if it agrees with
+    forward passes of single examples on a few of the first block, else one forward pass per example.
     """
 
     def __init__(self) -> None:
         self._vectorised: bool | None = None
 
     def __call__(self, engine: Engine, block: Block) -> Tensor:
-        """[example] float64.
+        """The losses, [example] float64.
 
         Raises:
-            ValueError: ``loss=``, or a measurement, that gives another number of values than there are examples.
+            ValueError: ``loss=``, or a measurement, does not return one value per example.
         """
         if engine.task.loss is not None:
             return _jointly(engine, block)
@@ -34,13 +35,13 @@ class Losses:
                 seed_for(engine.seed, block.start)
                 found = vectorised_losses(engine.task, block).double()
                 if self._vectorised is None:
-                    self._vectorised = _agree(found, _apart(engine, block, _COMPARED), engine)
+                    self._vectorised = _agrees(found, _one_by_one(engine, block, _COMPARED), engine)
             except NotVectorisable:
                 self._vectorised = False
-        return found if self._vectorised else _apart(engine, block, block.size)
+        return found if self._vectorised else _one_by_one(engine, block, block.size)
 
 
-def _agree(found: Tensor, alone: Tensor, engine: Engine) -> bool:
+def _agrees(found: Tensor, alone: Tensor, engine: Engine) -> bool:
     tolerance = 1e-9 if next(iter(engine.task.named_parameters().values())).dtype is torch.float64 else 1e-4
     return torch.allclose(found[: len(alone)], alone, rtol=tolerance, atol=tolerance, equal_nan=True)
 
@@ -52,12 +53,12 @@ def _jointly(engine: Engine, block: Block) -> Tensor:
     if values.numel() != block.size:
         raise ValueError(
             f"Expected `loss=` or the measurement to return {block.size} values for {block.size} examples, got "
-            f"{values.numel()}."
+            f"{values.numel()}. Do not reduce over the batch inside it."
         )
     return values.double()
 
 
-def _apart(engine: Engine, block: Block, count: int) -> Tensor:
+def _one_by_one(engine: Engine, block: Block, count: int) -> Tensor:
     losses = []
     with torch.no_grad():
         for example in block.ids[:count]:

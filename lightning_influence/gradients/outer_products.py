@@ -1,4 +1,4 @@
-"""Per-sample gradients of a weight matrix as sums of outer products, never built until that is cheaper."""
+"""Per-sample gradients of a weight matrix as sums of outer products, built densely only where that is cheaper."""
 
 import builtins
 import math
@@ -11,27 +11,27 @@ from torch import Tensor
 
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.part import Part, one_row_per_example
-from lightning_influence.numerics.projections import Kronecker, Sketch
+from lightning_influence.numerics.projections import KroneckerSketch, Sketch
 
-# Elements that one intermediate may hold: small enough to stay in the last-level cache of a CPU and below the size
+# The most elements of one intermediate tensor: small enough to stay in the last-level cache of a CPU and below the size
 # from which malloc maps fresh pages for every allocation (32 MiB), large enough for a full-speed matrix product.
 WORKSPACE = 2**21
-# An element-wise pass over an intermediate costs about this many multiply-adds of a matrix product per element.
+# An element-wise pass over a tensor costs about this many multiply-adds of a matrix product per element.
 TRAFFIC = 12
 
 
 @dataclass(frozen=True, eq=False)
 class OuterProducts(Part):
-    r"""The gradient of example n is :math:`\sum_t g_{nt} a_{nt}^\top`, and :math:`\sum_t g_{nt}` for the bias.
+    r"""Gradients of a layer: for example n, :math:`\sum_t g_{nt} a_{nt}^\top`, and :math:`\sum_t g_{nt}` for the bias.
 
     Args:
-        source: what entered the layer, [example, position, in]; or what ``patches`` makes that of.
-        outputs: gradients of the per-sample loss by what left it, [example, position, out].
-        shape: the weight's own shape.
-        bias: whether a bias is part of this (it costs one addition in a factored inner product).
-        transposed: whether the weight is stored [in, out] instead of [out, in].
-        patches: unfolds ``source`` into [example, position, in], when and for as many examples as needed.
-        factor: one multiplier an example, or None for ones. Kept apart so that scaling costs nothing.
+        source: The layer's inputs a, [example, position, in], or the tensor that ``patches`` turns into them.
+        outputs: Gradients g of the per-sample loss with respect to the layer's outputs, [example, position, out].
+        shape: The weight's shape.
+        bias: Whether the layer has a bias (in a factored inner product it takes only one addition).
+        transposed: Whether the weight is stored as [in, out] instead of [out, in].
+        patches: Unfolds ``source`` into [example, position, in]; called only when the inputs are needed.
+        factor: One factor per example, [example]; None for ones. Stored separately so that scaling takes no time.
     """
 
     source: Tensor
@@ -72,7 +72,7 @@ class OuterProducts(Part):
     # ---- the gradient itself ------------------------------------------------------------------------------------
 
     def _weight_rows(self) -> Tensor:
-        """[example, in x out]: the sum of outer products, written out."""
+        """[example, in x out]: the dense gradients of the weight."""
         left, right = (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
         rows = torch.bmm(left.transpose(1, 2), right).flatten(1)
         return rows if self.factor is None else rows.mul_(one_row_per_example(self.factor, rows))
@@ -84,7 +84,7 @@ class OuterProducts(Part):
 
     @cached_property
     def _query_rows(self) -> Tensor:
-        """The written-out rows of a block that many others are multiplied with: built once."""
+        """The dense gradients of a block that is multiplied with many others, built once."""
         return self._weight_rows()
 
     def dense(self) -> tuple[Tensor, ...]:
@@ -95,7 +95,7 @@ class OuterProducts(Part):
     # ---- inner products -----------------------------------------------------------------------------------------
 
     def accumulate_dot(self, other: Part, out: Tensor) -> None:
-        """``out[i, j] += <gradient i of self, gradient j of other>``; the cheaper contraction is chosen by counting."""
+        """``out[i, j] += <gradient i of self, gradient j of other>``, in the order with fewer operations."""
         if not isinstance(other, OuterProducts):
             other.accumulate_dot(self, out.T)
             return
@@ -187,8 +187,8 @@ class OuterProducts(Part):
             result = result + self.outputs.sum(1) @ vectors[1]
         return result if self.factor is None else result * self.factor
 
-    def against(self, vectors: tuple[Tensor, ...]) -> Tensor:
-        """[vector, example]: the rows written out, or the vectors times the inputs first, whichever is cheaper."""
+    def times_each(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[vector, example]: inner products with dense gradients, or with the inputs first, whichever is cheaper."""
         t, width_in, width_out = self._sizes
         n_vectors = len(vectors[0])
         rows = width_in * width_out * (t + n_vectors + TRAFFIC)
@@ -199,22 +199,22 @@ class OuterProducts(Part):
             return product + vectors[1] @ self._bias_rows.T if self.bias else product
         matrices = vectors[0].reshape(n_vectors, self.shape[0], -1)
         matrices = (matrices.transpose(1, 2) if self.transposed else matrices).reshape(n_vectors * width_out, width_in)
-        tiles = [part._against(matrices, n_vectors) for _, part in self._chunks(t * n_vectors * width_out)]
+        tiles = [part._times_each(matrices, n_vectors) for _, part in self._chunks(t * n_vectors * width_out)]
         product = torch.cat(tiles, 1) if tiles else matrices.new_zeros(n_vectors, 0)
         if self.bias:
             product += vectors[1] @ self.outputs.sum(1).T
         return product if self.factor is None else product * self.factor.to(product)
 
-    def _against(self, matrices: Tensor, n_vectors: int) -> Tensor:
-        """[vector, example] without bias and factor: ``matrices`` [vector x out, in] times the inputs first."""
+    def _times_each(self, matrices: Tensor, n_vectors: int) -> Tensor:
+        """[vector, example] without bias and factor; multiplies ``matrices`` [vector x out, in] by the inputs first."""
         t, _, width_out = self._sizes
         carried = (self.inputs.flatten(0, 1) @ matrices.T).view(-1, n_vectors, width_out)
         product = torch.bmm(carried, self.outputs.flatten(0, 1)[:, :, None])
         return product.view(len(self), t, n_vectors).sum(1).T
 
     def total(self) -> tuple[Tensor, ...]:
-        """The sum over the examples, parameter-shaped: one matrix product over all positions."""
-        left, right = self._scaled_outputs().flatten(0, 1), self.inputs.flatten(0, 1)
+        """The sum over the examples, [*shape] for each parameter: one matrix product over all positions."""
+        left, right = self.scaled_outputs().flatten(0, 1), self.inputs.flatten(0, 1)
         weight = (right.T @ left if self.transposed else left.T @ right).view(self.shape)
         return (weight, left.sum(0)) if self.bias else (weight,)
 
@@ -222,7 +222,7 @@ class OuterProducts(Part):
         """The sum over the examples of squared entries, parameter-shaped."""
         _, width_in, width_out = self._sizes
         if self.outputs.shape[1] == 1:
-            left, right = self._scaled_outputs()[:, 0].square(), self.inputs[:, 0].square()
+            left, right = self.scaled_outputs()[:, 0].square(), self.inputs[:, 0].square()
             weight = right.T @ left if self.transposed else left.T @ right
         else:
             rows = (part._weight_rows().square().sum(0) for _, part in self._chunks(width_in * width_out))
@@ -233,42 +233,43 @@ class OuterProducts(Part):
     # ---- bookkeeping --------------------------------------------------------------------------------------------
 
     def query_bytes(self, n_queries: int) -> int:
-        """Bytes that one example takes when its block stands on the query side."""
+        """The bytes that one example takes while its block is multiplied with many others."""
         t, width_in, width_out = self._sizes
         written_out = width_in * width_out if t > 1 and self._prefers_rows(n_queries, self) else 0
         return (t * (width_in + width_out) + written_out) * self.outputs.element_size()
 
     def stored_bytes(self) -> int:
-        """Bytes of what entered, before it is unfolded, and of the output gradients."""
+        """The bytes of the inputs before they are unfolded, and of the output gradients."""
         return (self.source.numel() + self.outputs.numel()) * self.outputs.element_size()
 
-    def joined(self, other: Part) -> Part | None:
-        """Two uses of one weight are one sum over the positions of both."""
+    def merged(self, other: Part) -> Part | None:
+        """The sum of the gradients of two uses of one weight: outer products over the positions of both."""
         if not isinstance(other, OuterProducts) or (self.bias, self.transposed) != (
             other.bias,
             other.transposed,
         ):
             return None
         inputs = torch.cat([self.inputs, other.inputs], 1)
-        outputs = torch.cat([self._scaled_outputs(), other._scaled_outputs()], 1)
+        outputs = torch.cat([self.scaled_outputs(), other.scaled_outputs()], 1)
         return replace(self, source=inputs, outputs=outputs, patches=None, factor=None)
 
-    def _scaled_outputs(self) -> Tensor:
+    def scaled_outputs(self) -> Tensor:
+        """The output gradients times each example's factor, [example, position, out]."""
         return self.outputs if self.factor is None else self.outputs * one_row_per_example(self.factor, self.outputs)
 
-    def each(self) -> tuple[Part, ...]:
-        """The weight's outer products, and the bias written out."""
+    def per_parameter(self) -> tuple[Part, ...]:
+        """The weight's outer products, and the dense gradients of the bias."""
         return (replace(self, bias=False), DenseRows((self._bias_rows,))) if self.bias else (self,)
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shape of the weight, and of the bias."""
+        """The shape of the weight, and that of the bias if there is one."""
         return (self.shape, (self.outputs.shape[2],)) if self.bias else (self.shape,)
 
     def projected(self, sketches: Sequence[Sketch]) -> tuple[Part, ...]:
-        """Outer products of projected factors, and the bias; the rows where the sketch has no sides."""
+        """The projected gradients: outer products of projected factors, or dense rows for a plain sketch."""
         weight, sketch = replace(self, bias=False), sketches[0]
         bias = DenseRows((self._bias_rows,)).projected(sketches[1:]) if self.bias else ()
-        if not isinstance(sketch, Kronecker):
+        if not isinstance(sketch, KroneckerSketch):
             chunks = [sketch.rows(part.dense()[0]) for _, part in weight._chunks(math.prod(self.shape))]
             return (DenseRows((torch.cat(chunks),)), *bias)
         of_inputs, of_outputs = sketch.on_right, sketch.on_left

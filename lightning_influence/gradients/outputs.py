@@ -1,4 +1,4 @@
-"""Finds the network's outputs: the tensors through which alone the loss depends on the parameters."""
+"""Finds the network's outputs, the tensors through which the loss depends on the parameters."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-# Losses of one prediction, their first argument; convex in it.
+# Loss functions that are convex in their first argument, the prediction.
 _LOSSES = frozenset(
     getattr(F, name)
     for name in (
@@ -24,31 +24,31 @@ _LOSSES = frozenset(
         "l1_loss",
     )
 )
-# What stands between the logits and a loss of probabilities: the logits are the output then.
+# Functions between the logits and a loss of probabilities; the network's outputs are then the logits.
 _LINKS = frozenset({"log_softmax", "sigmoid", "logsigmoid", "log_sigmoid"})
 _SHAPES = frozenset({"squeeze", "unsqueeze", "view", "reshape", "flatten", "permute", "transpose"})
 
 
 class OutputWatch(TorchFunctionMode):
-    """While active, notes what enters a loss, and what the last operation with a parameter gives.
+    """While active, records the inputs of loss functions, and the output of the last operation with a parameter.
 
     Args:
-        parameters: those that count.
-        last_layer: take the last operation's output even where a loss function is called.
+        parameters: the parameters to look for.
+        last_layer: whether to take the last operation's output even if a loss function is called.
     """
 
     def __init__(self, parameters: Iterable[Tensor], last_layer: bool = False) -> None:
         super().__init__()
         self._parameters = {id(p) for p in parameters}
         self._last_layer = last_layer
-        self._entered: list[Tensor] = []
+        self._loss_inputs: list[Tensor] = []
         self._last: Tensor | None = None
-        self._links: dict[int, tuple[Tensor, Tensor]] = {}  # the link's output is kept: its id stays its own
+        self._links: dict[int, tuple[Tensor, Tensor]] = {}  # holds the link's output too, so that its id is not reused
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Runs ``func``."""
+        """Run ``func`` and record it."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if not isinstance(output, Tensor) or not output.requires_grad:
@@ -69,27 +69,27 @@ class OutputWatch(TorchFunctionMode):
         for operand in operands:
             if isinstance(operand, Tensor) and operand.requires_grad:
                 logits = self._links[id(operand)][1] if id(operand) in self._links else operand
-                if not any(logits is known for known in self._entered):
-                    self._entered.append(logits)
+                if not any(logits is known for known in self._loss_inputs):
+                    self._loss_inputs.append(logits)
 
     def outputs(self) -> tuple[Tensor, ...]:
-        """Where the network ends: what enters its loss functions, else what its last layer gives."""
-        if self._entered and not self._last_layer:
-            return tuple(self._entered)
+        """The network's outputs: the inputs of its loss functions, or the output of its last layer if it calls none."""
+        if self._loss_inputs and not self._last_layer:
+            return tuple(self._loss_inputs)
         return () if self._last is None else (self._last,)
 
 
 def refuse_other_paths(total: Tensor, outputs: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Raises where the loss depends on parameters otherwise than through the outputs.
+    """Raise if the loss depends on parameters other than through the outputs.
 
     Raises:
-        ValueError: it does, or there are no outputs; says what works instead.
+        ValueError: it does, or no outputs were found; the message says what to use instead.
     """
-    way_out = "Use a curvature of the Hessian, such as `ConjugateGradient(matrix='hessian')`, which needs no outputs."
+    way_out = "Use the Hessian, as with `ConjugateGradient(matrix='hessian')`, which needs no outputs."
     if not outputs:
         raise ValueError(
-            "Expected the network's output in front of a loss function of `torch.nn.functional` or after its last "
-            f"layer, for the Gauss-Newton matrix (GGN), found none. {way_out}"
+            "Expected, for the Gauss-Newton matrix (GGN), a network output that is passed to a loss function of "
+            f"`torch.nn.functional` or comes from a last layer, got none. {way_out}"
         )
     values = list(parameters.values())
     whole = torch.autograd.grad(total, values, retain_graph=True, allow_unused=True)
@@ -104,8 +104,7 @@ def refuse_other_paths(total: Tensor, outputs: Sequence[Tensor], parameters: Map
         missed = sum(g if s > 0 else -g for g, s in ((one, 1), (other, -1)) if g is not None)
         if isinstance(missed, Tensor) and missed.numel() and float(missed.abs().max()) > allowed:
             raise ValueError(
-                "Expected the loss to depend on the parameters through the network's output alone, for the "
-                f"Gauss-Newton matrix (GGN), but `{name}` reaches it by another path, such as a "
-                "penalty inside the loss. "
+                "Expected, for the Gauss-Newton matrix (GGN), a loss that depends on the parameters only through the "
+                f"network's output, got `{name}` reaching it by another path, such as a penalty inside the loss. "
                 f"{way_out}"
             )

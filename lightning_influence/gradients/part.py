@@ -1,4 +1,4 @@
-"""What one parameter, or a weight with its bias, contributes to a block of per-sample gradients."""
+"""The per-sample gradients of one parameter, or of a weight and its bias, for a block of examples."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from lightning_influence.numerics.projections import Sketch
 
 
 class Part(ABC):
-    """Per-sample gradients of one parameter (or weight and bias), in whatever form is cheapest to multiply."""
+    """Per-sample gradients of one parameter (or of a weight and its bias), in the form that is cheapest to multiply."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -26,7 +26,7 @@ class Part(ABC):
 
     @abstractmethod
     def scaled(self, factor: Tensor) -> "Part":
-        """Each example's gradient times its own number, ``factor`` [example]."""
+        """Each example's gradient times its factor, ``factor`` [example]."""
 
     @abstractmethod
     def dense(self) -> tuple[Tensor, ...]:
@@ -44,8 +44,8 @@ class Part(ABC):
     def times(self, vectors: tuple[Tensor, ...]) -> Tensor:
         """[example]: inner product of each example's gradient with one parameter-shaped vector."""
 
-    def against(self, vectors: tuple[Tensor, ...]) -> Tensor:
-        """[vector, example]: inner products with several vectors, [vector, *shape] for each parameter."""
+    def times_each(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[vector, example]: the inner products with several vectors, [vector, *shape] for each parameter."""
         return torch.stack([self.times(tuple(v[i] for v in vectors)) for i in range(len(vectors[0]))])
 
     @abstractmethod
@@ -63,18 +63,18 @@ class Part(ABC):
 
     @abstractmethod
     def query_bytes(self, n_queries: int) -> int:
-        """Bytes that one example takes when its block stands on the query side."""
+        """The bytes that one example takes while its block is multiplied with many others, as queries are."""
 
     def stored_bytes(self) -> int:
-        """Bytes that the block's tensors hold as they are."""
+        """The bytes of the part's tensors."""
         return len(self) * self.query_bytes(1)
 
     @abstractmethod
-    def joined(self, other: "Part") -> "Part | None":
-        """The sum of this and a second use of the same parameter, or None where their forms differ."""
+    def merged(self, other: "Part") -> "Part | None":
+        """The sum of the gradients of two uses of the same parameters; None if their forms cannot be merged."""
 
-    def each(self) -> "tuple[Part, ...]":
-        """The same with a part of its own for every parameter."""
+    def per_parameter(self) -> "tuple[Part, ...]":
+        """The same gradients with one part per parameter."""
         return (self,)
 
     @abstractmethod
@@ -83,7 +83,7 @@ class Part(ABC):
 
     @abstractmethod
     def projected(self, sketches: Sequence[Sketch]) -> "tuple[Part, ...]":
-        """The gradients under a sketch for each parameter, with a part of its own for every parameter."""
+        """The projected gradients, with one sketch and one part per parameter."""
 
     @abstractmethod
     def finite(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gradients of queries as methods use them: of each query, or of their mean as one."""
+"""Gradients of queries: one per query, or dense vectors such as solutions and the gradient of a mean."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,42 +11,42 @@ from lightning_influence.gradients.part import one_row_per_example
 
 
 class QueryGradients(ABC):
-    """The query side of a score: multiplied with one block of training examples after another."""
+    """The gradients of queries, to be multiplied with one block of training gradients after another."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def dot(self, block: Gradients, scale: Tensor | None = None) -> Tensor:
-        """[query, example of block]: inner products; ``scale`` as in ``Gradients.dot``."""
+        """[query, example of block]: inner products, with ``scale`` as in ``Gradients.dot``."""
 
     @abstractmethod
     def normalized(self, how: str) -> "QueryGradients":
-        """At length one, whole (``"cosine"``) or within every layer (``"layerwise"``)."""
+        """Normalise each to length one, as a whole (``"cosine"``) or per layer (``"layerwise"``)."""
 
     @abstractmethod
     def project(self, sketch_of: SketchOf) -> "QueryGradients":
-        """Under the sketches that the training examples' gradients are under."""
+        """The projected gradients, with the sketches that the training gradients have too."""
 
     @abstractmethod
     def dense(self) -> dict[str, Tensor]:
-        """Written out by parameter name, [query, *shape]: queries x parameters of memory."""
+        """Dense gradients, [query, *shape] by parameter name; takes queries x parameters of memory."""
 
     @abstractmethod
     def norm2(self) -> Tensor:
-        """[query]: squared lengths."""
+        """[query]: squared norms."""
 
     @abstractmethod
     def times(self, vector: Mapping[str, Tensor]) -> Tensor:
-        """[query]: inner product of each with one vector given by parameter name."""
+        """[query]: the inner product of each gradient with one vector, [*shape] by parameter name."""
 
     def diagonal(self, block: Gradients) -> Tensor:
-        """[example]: of as many queries as the block has examples, each with the example of its own number."""
+        """[example]: the inner product of each query with the example of the same index; there are as many of both."""
         return self.dot(block).diagonal()
 
 
 class EachQuery(QueryGradients):
-    """Gradients of every query, in the blocks they were computed in."""
+    """Gradients of every query, in the blocks in which they were computed."""
 
     def __init__(self, blocks: Sequence[Gradients]) -> None:
         self._blocks = blocks
@@ -65,15 +65,15 @@ class EachQuery(QueryGradients):
         return products[0] if len(products) == 1 else torch.cat(products)
 
     def normalized(self, how: str) -> "EachQuery":
-        """At length one, each query for itself."""
+        """Normalise each query's gradient."""
         return EachQuery([queries.normalized(how) for queries in self._blocks])
 
     def project(self, sketch_of: SketchOf) -> "EachQuery":
-        """Each query's sketch."""
+        """Project each query's gradient."""
         return EachQuery([queries.project(sketch_of) for queries in self._blocks])
 
     def dense(self) -> dict[str, Tensor]:
-        """[query, *shape] by parameter name; zeros for a query whose loss does not reach it."""
+        """[query, *shape] by parameter name; zeros for queries whose losses do not depend on the parameter."""
         written = [queries.dense() for queries in self._blocks]
         shapes = {name: rows[0] for of_block in written for name, rows in of_block.items()}
         return {
@@ -96,11 +96,11 @@ class EachQuery(QueryGradients):
 
 
 class DenseQueries(QueryGradients):
-    """Vectors written out: solved directions, or the gradient of the queries' mean loss as the only one.
+    """Dense vectors in place of gradients: solutions with a curvature, or the gradient of the mean loss of all queries.
 
     Args:
-        vectors: [query, *shape] by parameter name; a name that is absent stands for zeros.
-        groups: the optimizer's parameter group by parameter name; absent means 0.
+        vectors: [query, *shape] by parameter name; zeros for a name that is missing.
+        groups: the optimizer's parameter group by parameter name; 0 where it is missing.
     """
 
     def __init__(self, vectors: Mapping[str, Tensor], groups: Mapping[str, int]) -> None:
@@ -111,16 +111,16 @@ class DenseQueries(QueryGradients):
         return len(next(iter(self._vectors.values())))
 
     def dot(self, block: Gradients, scale: Tensor | None = None) -> Tensor:
-        """[query, example of block]; each part contracts in the cheaper order."""
+        """[query, example of block]; each part is multiplied in the cheaper order."""
         by_group: dict[int, Tensor] = {}
         shared = scale is None or scale.ndim == 1
         if any(name not in self._vectors for names in block.parts for name in names):
-            block = block.apart()
+            block = block.per_parameter()
         for names, part in block.parts.items():
-            if names[0] not in self._vectors:  # no query's loss reaches it
+            if names[0] not in self._vectors:  # no query's loss depends on it
                 continue
             group = 0 if shared else self._groups.get(names[0], 0)
-            product = part.against(tuple(self._vectors[name] for name in names))
+            product = part.times_each(tuple(self._vectors[name] for name in names))
             by_group[group] = by_group[group] + product if group in by_group else product
         scaled = [
             product if scale is None else product * (scale if shared else scale[group]).to(product)
@@ -130,7 +130,7 @@ class DenseQueries(QueryGradients):
         return torch.stack(scaled).sum(0) if scaled else zeros(len(self), len(block))
 
     def normalized(self, how: str) -> "DenseQueries":
-        """Each vector at length one."""
+        """Normalise each vector."""
         squares: dict[str, Tensor] = {}
         for name, rows in self._vectors.items():
             layer = "" if how == "cosine" else layer_of((name,))
@@ -143,7 +143,7 @@ class DenseQueries(QueryGradients):
         return DenseQueries(vectors, self._groups)
 
     def project(self, sketch_of: SketchOf) -> "DenseQueries":
-        """Each vector's sketch."""
+        """Project each vector."""
         sketched = {n: sketch_of(n, rows.shape[1:], rows).rows(rows) for n, rows in self._vectors.items()}
         return DenseQueries(sketched, self._groups)
 
@@ -162,7 +162,7 @@ class DenseQueries(QueryGradients):
 
 
 def _as_rows(vectors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """[query, entries] by name, for parameters that are one number too."""
+    """[query, entries] by name, also for parameters without dimensions."""
     return [(name, rows.reshape(len(rows), -1)) for name, rows in vectors.items()]
 
 

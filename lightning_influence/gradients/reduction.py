@@ -1,4 +1,4 @@
-"""How a batch's loss relates to the losses of its examples: found by probing, refused where it is neither."""
+"""How a batch's loss relates to the losses of its examples: mean or sum, found by probing; anything else is refused."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -26,42 +26,48 @@ class Reduction(Enum):
     MEAN = "mean"
     SUM = "sum"
     NONE = "none"
-    """``loss=`` gives per-sample losses."""
+    """Per-sample losses, given by ``loss=``."""
 
     def total(self, loss: Tensor, examples: int) -> Tensor:
-        """The sum of per-sample losses, given what the step returned.
+        """The sum of the per-sample losses, computed from the loss that the step or ``loss=`` returned.
 
         Raises:
-            ValueError: ``loss=`` returned another number of losses than there are examples.
+            ValueError: ``loss=`` did not return one loss per example.
         """
         if self is Reduction.MEAN:
             return loss * examples
         if self is Reduction.NONE and loss.numel() != examples:
             got = loss.numel()
-            raise ValueError(f"Expected `loss=` to return {examples} losses for {examples} examples, got {got}.")
+            raise ValueError(
+                f"Expected `loss=` to return {examples} losses for {examples} examples, got {got}. Do not reduce over "
+                "the batch inside it."
+            )
         return loss.sum()
 
     def coefficient(self) -> Literal["mean", "sum"]:
-        """Whether a step divides by its batch size: ``"mean"`` or ``"sum"``, as the trajectory counts it."""
+        """Whether a training step averages (``"mean"``) or sums (``"sum"``) the losses of its batch."""
         return "sum" if self is Reduction.SUM else "mean"
 
 
 def probe(task: Task, examples: Examples, seed: int) -> Reduction:
-    """Compares losses of batches of 1, 2 and up to 32 examples, spread evenly over the dataset.
+    """Find the reduction by comparing losses of batches of 1, 2 and up to 32 examples, evenly spread over the dataset.
 
     Raises:
-        ValueError: no probed loss is finite; the loss is neither the mean nor the sum over examples, or weights
-            classes and divides by the weights of its batch (a batch of one hides that weight).
+        ValueError: no probed loss is finite; the loss is neither the mean nor the sum over examples; or it is a mean
+            with class weights, which depends on the other examples of a batch (and hides the weight in a batch of one).
     """
     if task.loss is not None:
         return Reduction.NONE
     probed = evenly_spread(len(examples), _PROBED)
     watch = _LossWatch()
-    with watch:  # with gradients: a step may differentiate by its inputs
+    with watch:  # with gradients enabled: a step may differentiate with respect to its inputs
         losses = {i: _loss(task, examples.one(i), seed, i) for i in probed}
-        ids = [i for i, loss in losses.items() if math.isfinite(loss)]  # the others are named once scores are there
+        ids = [i for i, loss in losses.items() if math.isfinite(loss)]  # the scores report all others
         if not ids:
-            raise ValueError(f"Expected finite losses, got NaN or infinity for each of the examples {probed[:10]}.")
+            raise ValueError(
+                f"Expected finite losses, got NaN or infinity for all probed training examples, {probed[:10]} among "
+                "them. Check the data and the weights for NaN."
+            )
         singles = [losses[i] for i in ids]
         batches = {size: _loss(task, examples.some(ids[:size]), seed, ids[0]) for size in {min(2, len(ids)), len(ids)}}
     watch.refuse()
@@ -83,19 +89,19 @@ def _loss(task: Task, batch: Any, seed: int, example: int) -> float:
             raise
         raise ValueError(
             "Expected the loss of a batch to be the mean or the sum of the losses of its examples, got a normalisation "
-            f"by batch statistics in eval mode: {error}. {_WAY_OUT}"
+            f"layer that uses batch statistics in eval mode: {error}. {_WAY_OUT}"
         ) from error
 
 
 def match_loss(losses: Tensor, value: float) -> bool:
-    """Whether a training step returns the mean of ``loss=`` (True) or its sum (False).
+    """Whether ``training_step`` returns the mean (True) or the sum (False) of the losses of ``loss=``.
 
     Args:
-        losses: [example], what ``loss=`` returns for a batch.
-        value: what ``training_step`` returns for it.
+        losses: [example]: the losses of ``loss=`` for a batch.
+        value: the loss of ``training_step`` for it.
 
     Raises:
-        ValueError: neither.
+        ValueError: it returns neither.
     """
     singles = losses.double().tolist()
     for reduction in (Reduction.MEAN, Reduction.SUM):
@@ -109,15 +115,15 @@ def match_loss(losses: Tensor, value: float) -> bool:
 
 
 def refuse_mixing(singles: Sequence[float], batch: float, mean: bool) -> None:
-    """Raises where the loss of a batch in training is not that of its examples.
+    """Raise if the loss of a batch in training mode is not the mean or sum of the losses of its examples.
 
     Args:
-        singles: each example's loss alone.
-        batch: their loss together.
-        mean: whether a batch's loss is the mean over its examples, else their sum.
+        singles: the loss of each example alone.
+        batch: their loss as one batch.
+        mean: whether a batch's loss is the mean over its examples; otherwise the sum.
 
     Raises:
-        ValueError: examples change one another's loss.
+        ValueError: examples of a batch change each other's losses.
     """
     reduction = Reduction.MEAN if mean else Reduction.SUM
     if not _agrees(reduction, singles, batch, 1e-3):
@@ -128,10 +134,10 @@ def refuse_mixing(singles: Sequence[float], batch: float, mean: bool) -> None:
 
 
 def refuse_batch_statistics(module: nn.Module) -> None:
-    """Raises where a layer normalises by the statistics of its batch.
+    """Raise if a layer normalises by the statistics of its batch.
 
     Raises:
-        ValueError: names the layer.
+        ValueError: there is such a layer; the message names it.
     """
     for name, part in module.named_modules():
         if isinstance(part, _BatchNorm) and part.training:
@@ -155,14 +161,14 @@ def _refusal(singles: Sequence[float], batches: Mapping[int, float]) -> str:
     mean, total = sum(singles) / len(singles), sum(singles)
     return (
         f"Expected the loss of a batch to be the mean or the sum of the losses of its examples, got {loss:.6g} for "
-        f"{size} examples whose own losses have mean {mean:.6g} and sum {total:.6g}. Losses that mix examples "
-        "(contrastive, batch statistics), that average over tokens or pixels of the whole batch, or that draw random "
-        f"numbers in eval mode cannot be divided among them. {_WAY_OUT}"
+        f"{size} examples whose own losses have mean {mean:.6g} and sum {total:.6g}. A loss that mixes examples "
+        "(contrastive, batch statistics), averages over the tokens or pixels of the whole batch, or draws random "
+        f"numbers in eval mode cannot be split into losses of its examples. {_WAY_OUT}"
     )
 
 
 class _LossWatch(TorchFunctionMode):
-    """Notes class weights with ``reduction="mean"``: the weight of an example then depends on its batch."""
+    """Detects class weights with ``reduction="mean"``, with which the weight of an example depends on its batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,9 +185,9 @@ class _LossWatch(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def refuse(self) -> None:
-        """Raises where class weights were seen."""
+        """Raise ValueError if there were class weights."""
         if self._weighted:
             raise ValueError(
-                "Expected every example to weigh the same in the loss, got class weights with reduction='mean', which "
-                f"divides by the weights of whatever shares the batch. {_WAY_OUT}"
+                "Expected every example to have the same weight in the loss, got class weights with reduction='mean', "
+                f"which divides by the weights of all examples in the batch. {_WAY_OUT}"
             )

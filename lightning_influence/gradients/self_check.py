@@ -1,4 +1,4 @@
-"""The self-check: every trainable parameter, by name, against plain autograd, before anything is scored."""
+"""The self-check: compares every trainable parameter's gradients with plain autograd before anything is scored."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,17 +15,17 @@ from lightning_influence.gradients.spot_checks import agrees, largest_entry
 from lightning_influence.gradients.tape import Call
 from lightning_influence.types import foreign
 
-# Two batches of unequal size: what has the size of the batch in both is the dimension of the examples.
+# Two batches of unequal size: the dimension whose size equals the batch size in both holds the examples.
 _SIZES = (3, 5)
 
 
 def make_plan(engine: Engine, examples: Examples, names: Sequence[str]) -> Plan:
-    """Finds for every parameter the cheapest path that agrees with one backward pass an example.
+    """Find for every parameter the cheapest path whose gradients agree with one backward pass per example.
 
     Args:
-        engine: at the weights where the check is made.
-        examples: a few of them are used, spread over the dataset.
-        names: the parameters that train.
+        engine: the engine, at the weights where the check is made.
+        examples: the dataset, of which 8 examples are used.
+        names: the trainable parameters.
     """
     blocks = _sample(examples)
     try:
@@ -38,25 +38,25 @@ def make_plan(engine: Engine, examples: Examples, names: Sequence[str]) -> Plan:
         tapes = [engine.record(block, names, True) for block in blocks]
         copy_leaves = True
     recorded = [[call for call in tape.calls if call.gradient is not None] for tape in tapes]
-    apart = _apart(recorded)
+    separate = _separate(recorded)
     candidates = {name: _candidates(name, recorded, blocks) for name in names}
     attempts = [
-        _Attempt(engine, recorded, blocks, {n: c[i] for n, c in candidates.items() if i < len(c)}, apart)
+        _Attempt(engine, recorded, blocks, {n: c[i] for n, c in candidates.items() if i < len(c)}, separate)
         for i in range(max((len(c) for c in candidates.values()), default=0))
     ]
     vectorised = _vectorised(engine, blocks, names, attempts)
     nonzero = _compare(engine, blocks, names, attempts, vectorised)
     layouts: dict[str, Layout] = {}
     for attempt in attempts:
-        layouts.update({n: attempt.layouts[n] for n in names if n in attempt.right and n not in layouts})
+        layouts.update({n: attempt.layouts[n] for n in names if n in attempt.agreeing and n not in layouts})
     reached = {name for calls in recorded for call in calls for name in call.names.values()}
     unreached = tuple(name for name in names if name not in reached and name not in nonzero)
     general = [name for name in names if name not in layouts and name not in unreached]
-    missing = [name for name in general if vectorised is None or name not in vectorised.right]
+    missing = [name for name in general if vectorised is None or name not in vectorised.agreeing]
     fast = tuple(name for name in general if name not in missing)
     uses = frozenset().union(*(tape.uses for tape in tapes))
     return Plan(
-        {n: layouts[n] for n in names if n in layouts}, fast, tuple(missing), apart, copy_leaves, uses, unreached
+        {n: layouts[n] for n in names if n in layouts}, fast, tuple(missing), separate, copy_leaves, uses, unreached
     )
 
 
@@ -69,44 +69,47 @@ class _Attempt:
         recorded: Sequence[Sequence[Call]],
         blocks: Sequence[Block],
         layouts: dict[str, Layout],
-        apart: frozenset[str],
+        separate: frozenset[str],
     ) -> None:
         self.layouts = layouts
         self.parts: list[dict[Names, Part]] = []
-        self.right = set(layouts)
+        self.agreeing = set(layouts)
         for calls, block in zip(recorded, blocks, strict=True):
-            parts, failed = engine.parts_of(calls, block.size, layouts, apart)
+            parts, failed = engine.parts_of(calls, block.size, layouts, separate)
             self.parts.append(parts)
-            self.right -= set(failed)
+            self.agreeing -= set(failed)
 
     def row(self, block: int, example: int) -> dict[str, Tensor]:
-        """One example's gradient by every parameter still in question."""
+        """One example's gradient for the parameters that have agreed so far."""
         rows: dict[str, Tensor] = {}
         for names, part in self.parts[block].items():
-            if self.right & set(names):
+            if self.agreeing & set(names):
                 dense = part.slice(slice(example, example + 1)).dense()
                 rows.update({name: row[0] for name, row in zip(names, dense, strict=True)})
         return rows
 
 
 class _Vectorised(_Attempt):
-    """The same by ``torch.func``."""
+    """Gradients of the sampled examples by ``torch.func``."""
 
     def __init__(self, engine: Engine, blocks: Sequence[Block], names: Sequence[str]) -> None:
         self.layouts = {}
-        self.right = set(names)
+        self.agreeing = set(names)
         self.parts = [{(n,): p for n, p in vectorised_rows(engine.task, block, names).items()} for block in blocks]
 
 
 def _vectorised(
     engine: Engine, blocks: Sequence[Block], names: Sequence[str], attempts: Sequence[_Attempt]
 ) -> _Vectorised | None:
-    """Prepared for every parameter that may fail the factored path; a cheap first look avoids it where none does."""
+    """The gradients by ``torch.func`` of the parameters whose factored gradients are wrong for the first example.
+
+    None if there are no such parameters, or if the module cannot be vectorised.
+    """
     first = blocks[0]
     truth = one_gradient(engine.task, first.one(first.start), names, engine.seed, first.start)
     largest = largest_entry(truth.values())
     suspect = [
-        n for n in names if not any(agrees(a.row(0, 0).get(n), truth[n], largest) for a in attempts if n in a.right)
+        n for n in names if not any(agrees(a.row(0, 0).get(n), truth[n], largest) for a in attempts if n in a.agreeing)
     ]
     try:
         return _Vectorised(engine, blocks, suspect) if suspect else None
@@ -121,30 +124,30 @@ def _compare(
     attempts: Sequence[_Attempt],
     vectorised: _Vectorised | None,
 ) -> set[str]:
-    """Strikes from every attempt the parameters that disagree with plain autograd on any example.
+    """Remove from every attempt the parameters that disagree with plain autograd on any example.
 
     Returns:
-        The parameters whose gradient is not always zero.
+        The parameters whose gradients are not all zero.
     """
     nonzero: set[str] = set()
-    everything = [*attempts, *([vectorised] if vectorised is not None else [])]
+    all_attempts = [*attempts, *([vectorised] if vectorised is not None else [])]
     for b, block in enumerate(blocks):
         for i in range(block.size):
             example = _id_of(block, i)
             truth = one_gradient(engine.task, block.one(example), names, engine.seed, example)
             if not all(bool(gradient.isfinite().all()) for gradient in truth.values()):
                 nonzero |= {name for name, gradient in truth.items() if bool(gradient.any())}
-                continue  # nothing more can be learnt from it; the driver names every such example
+                continue  # nothing to compare; the attributor reports every such example
             nonzero |= {name for name, gradient in truth.items() if bool(gradient.any())}
             largest = largest_entry(truth.values())
-            for attempt in everything:
+            for attempt in all_attempts:
                 rows = attempt.row(b, i)
-                attempt.right = {n for n in attempt.right if agrees(rows.get(n), truth[n], largest)}
+                attempt.agreeing = {n for n in attempt.agreeing if agrees(rows.get(n), truth[n], largest)}
     return nonzero
 
 
 def _sample(examples: Examples) -> list[Block]:
-    """Two blocks of examples spread over the dataset (with repetition where it is tiny)."""
+    """Two blocks of examples spread over the dataset, with repetition if it is tiny."""
     n = len(examples)
     blocks: list[Block] = []
     for b, size in enumerate(_SIZES):
@@ -168,21 +171,21 @@ def _id_of(block: Block, position: int) -> int:
 
 
 def _candidates(name: str, recorded: Sequence[Sequence[Call]], blocks: Sequence[Block]) -> list[Layout]:
-    """Layouts that fit every call of a parameter in both batches."""
+    """The layouts that fit every call with a parameter in both batches."""
     uses = [
         (call.shape[: call.operands.positions], block.size)
         for calls, block in zip(recorded, blocks, strict=True)
         for call in calls
         if name in call.names.values()
     ]
-    allowed = [Layout.FIRST, Layout.SECOND] if _run_together(blocks) else list(Layout)
+    allowed = [Layout.FIRST, Layout.SECOND] if _may_concatenate(blocks) else list(Layout)
     return [layout for layout in allowed if uses and all(fits(shape, n, layout) for shape, n in uses)]
 
 
-def _run_together(blocks: Sequence[Block]) -> bool:
-    """Whether the batches may hold examples one behind the other, as graphs are, each with a length of its own.
+def _may_concatenate(blocks: Sequence[Block]) -> bool:
+    """Whether the batches may concatenate examples of different lengths along one dimension, as graph batches do.
 
-    That those of the self-check have one length says nothing of the others.
+    Equal lengths in the self-check's batches do not exclude it.
     """
     dimensions = []
     for block in blocks:
@@ -196,8 +199,8 @@ def _run_together(blocks: Sequence[Block]) -> bool:
     return any(not set.intersection(*same) for same in zip(*dimensions, strict=False))
 
 
-def _apart(recorded: Sequence[Sequence[Call]]) -> frozenset[str]:
-    """Parameters that stand in calls with different partners: a weight tied between layers with their own biases."""
+def _separate(recorded: Sequence[Sequence[Call]]) -> frozenset[str]:
+    """Parameters that are used with different partners, such as a weight tied between layers with their own biases."""
     partners: dict[str, set[frozenset[str]]] = {}
     for calls in recorded:
         for call in calls:

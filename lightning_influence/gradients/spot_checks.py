@@ -1,4 +1,4 @@
-"""Spot checks while scoring: what a block gave for an example, against a backward pass of that example alone."""
+"""Spot checks while scoring: an example's gradient in its block, compared with a backward pass of it alone."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lightning_influence.gradients.block import Gradients
 
-# Operations by which examples may change places or leave: which positions they are is data.
+# Operations that may reorder or drop examples depending on the data.
 _REORDERS = frozenset(
     getattr(owner, name)
     for owner in (torch, torch.Tensor)
@@ -28,19 +28,21 @@ _READS = frozenset({Tensor.item, Tensor.tolist, Tensor.__int__, Tensor.__float__
 
 
 class SuspectRows:
-    """Notes in one forward pass what the self-check's few examples may not have shown.
+    """Watches one forward pass for operations that the few examples of the self-check may not have covered.
+
+    ``rows`` collects the examples of the block that should be checked.
 
     Args:
-        examples: in the block.
+        examples: the number of examples in the block.
     """
 
     def __init__(self, examples: int) -> None:
         self.examples = examples
         self.rows: set[int] = set()
-        self._counted: set[int] = set()  # of a batch-wide count, where examples differ: it may be a denominator
+        self._counted: set[int] = set()  # examples that differ in a count over the batch, which may be a denominator
 
     def __call__(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Is shown every call."""
+        """Inspect a call of a torch function."""
         if func is torch.Tensor.__getitem__:
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             for i in index:
@@ -49,26 +51,26 @@ class SuspectRows:
         elif func in _REORDERS:
             self._reordered(*args[1:2])
         elif func is F.cross_entropy or func is F.nll_loss:
-            self._weighed(*args, **kwargs)
+            self._check_ignored(*args, **kwargs)
         elif func in _COUNTS:
             self._count(*args, **kwargs)
-        elif self._counted and (func in _READS or (func in _SCALES and _by_one_number(args))):
+        elif self._counted and (func in _READS or (func in _SCALES and _scaled_by_number(args))):
             self.rows |= self._counted
 
     def _reordered(self, by: Any = None) -> None:
         self.rows |= {0, self.examples - 1}
         if isinstance(by, Tensor) and by.dtype is torch.bool:
-            self.rows |= self._unlike(by)
+            self.rows |= self._extremes(by)
 
     def _count(self, input: Any, dim: Any = None, *_: Any, **options: Any) -> None:
-        """A sum over the whole batch that no gradient goes through."""
+        """Remember a sum over the whole batch of a tensor without gradient."""
         if isinstance(input, Tensor) and not input.requires_grad and not input.is_complex():
             over = [] if dim is None else dim if isinstance(dim, (list, tuple)) else [dim]
             if not over or len(over) == input.ndim:
-                self._counted |= self._unlike(input)
+                self._counted |= self._extremes(input)
 
-    def _unlike(self, each: Tensor) -> set[int]:
-        """The examples with the smallest and the largest sum, where these differ; examples stand first or last."""
+    def _extremes(self, each: Tensor) -> set[int]:
+        """The examples with the smallest and the largest sum, if sums differ along the first or last dimension."""
         if not each.numel() or each.numel() % self.examples:
             return set()
         first, last = each.reshape(self.examples, -1).sum(1), each.reshape(-1, self.examples).sum(0)
@@ -78,7 +80,7 @@ class SuspectRows:
             return set()
         return {int(first.argmin()), int(first.argmax())}
 
-    def _weighed(
+    def _check_ignored(
         self,
         input: Tensor,
         target: Tensor,
@@ -89,22 +91,26 @@ class SuspectRows:
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> None:
-        """Targets that do not count: as many in every example, or else a mean over the batch weighs examples apart."""
+        """Ignored targets: unless all examples have equally many, a mean over the batch weights examples unequally."""
         if reduction != "mean" or target.is_floating_point() or not target.numel() or target.numel() % self.examples:
             return
-        self.rows |= self._unlike(target == ignore_index)
+        self.rows |= self._extremes(target == ignore_index)
 
 
-def _by_one_number(operands: Sequence[Any]) -> bool:
-    """Whether a tensor with a gradient is multiplied with, or divided by, a tensor of one number without."""
+def _scaled_by_number(operands: Sequence[Any]) -> bool:
+    """Whether a tensor with a gradient is multiplied or divided by a single number without one."""
     tensors = [t for t in operands if isinstance(t, Tensor)]
     return any(t.requires_grad for t in tensors) and any(t.numel() == 1 and not t.requires_grad for t in tensors)
 
 
 def agrees(row: Tensor | None, truth: Tensor, largest: Tensor) -> bool:
-    """Whether one parameter's gradient is right, given the largest entry of the example's gradient by any parameter.
+    """Whether one parameter's gradient is right up to rounding errors.
 
-    A parameter whose gradient is zero but for rounding (a bias in front of a normalisation) is compared with that.
+    Args:
+        row: the gradient to check, [*shape]; None stands for zeros.
+        truth: the gradient by plain autograd.
+        largest: the largest entry of the example's gradient over all parameters; it sets the tolerance where ``truth``
+            is zero up to rounding (as for a bias before a normalisation layer).
     """
     if row is None or not truth.numel():
         return not bool(truth.any())
@@ -114,26 +120,26 @@ def agrees(row: Tensor | None, truth: Tensor, largest: Tensor) -> bool:
 
 
 def largest_entry(gradients: Iterable[Tensor]) -> Tensor:
-    """Of one example's gradient by all parameters."""
+    """The largest magnitude of an entry of one example's gradient, over all parameters."""
     return torch.stack([g.abs().max().double() for g in gradients if g.numel()]).max()
 
 
 def refuse_difference(gradients: Gradients, row: int, truth: Mapping[str, Tensor], example: int) -> None:
-    """Raises where an example's gradient in its block is not that of the example alone.
+    """Raise if an example's gradient in its block differs from that of the example alone.
 
     Raises:
-        ValueError: it is another; names the parameter and the ways out.
+        ValueError: it differs; the message names the parameter and what to do.
     """
     if not all(bool(g.isfinite().all()) for g in truth.values()):
-        return  # the driver names every such example
+        return  # the attributor reports every such example
     mine = gradients.slice(slice(row, row + 1)).dense()
     largest = largest_entry(truth.values())
     for name, true in truth.items():
         found = mine[name][0] if name in mine else None
         if not agrees(found, true, largest):
             raise ValueError(
-                f"Expected example {example} to weigh in its batch as it does alone, got another gradient for "
-                f"`{name}`. Something in this batch differs from the examples of the self-check: means over tokens "
-                "of the whole batch, or examples that change places inside the model. Pass `loss=`, a callable "
+                f"Expected example {example} to weigh in its batch as it does alone, got a different gradient for "
+                f"`{name}`. The loss may average over the tokens of the whole batch, or the model may reorder "
+                "examples, in a way that the examples of the self-check did not show. Pass `loss=`, a callable "
                 "(module, batch) -> [batch] of per-sample losses, or `batch_size=1`."
             )

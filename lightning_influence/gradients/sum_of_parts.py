@@ -1,4 +1,4 @@
-"""A parameter used in unlike ways (an embedding table that is also the output layer): a sum of unlike parts."""
+"""Gradients of a parameter that is used in different ways, such as an embedding table tied to the output layer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from torch import Tensor
 from lightning_influence.gradients.part import Part
 from lightning_influence.numerics.projections import Sketch
 
-# Examples per block when squared lengths are read off the diagonal of a block's own inner products.
+# Examples per block when squared norms are read off the diagonal of a block's inner products with itself.
 _DIAGONAL = 8
 
 
 @dataclass(frozen=True, eq=False)
 class SumOfParts(Part):
-    """The sum of ``terms``, which stay in their own forms."""
+    """The sum of parts of different forms, ``terms``."""
 
     terms: tuple[Part, ...]
 
@@ -64,13 +64,13 @@ class SumOfParts(Part):
         return (torch.stack([term.total()[0] for term in self.terms]).sum(0),)
 
     def query_bytes(self, n_queries: int) -> int:
-        """Bytes that one example takes when its block stands on the query side."""
+        """The bytes that one example takes while its block is multiplied with many others."""
         return sum(term.query_bytes(n_queries) for term in self.terms)
 
-    def joined(self, other: Part) -> "Part | None":
-        """One more term, merged with a like one where there is one."""
+    def merged(self, other: Part) -> "Part | None":
+        """Add a term, merged with one of the same form if there is one."""
         for i, term in enumerate(self.terms):
-            merged = term.joined(other)
+            merged = term.merged(other)
             if merged is not None:
                 return SumOfParts((*self.terms[:i], merged, *self.terms[i + 1 :]))
         return SumOfParts((*self.terms, other))
@@ -80,11 +80,11 @@ class SumOfParts(Part):
         return self.terms[0].shapes()
 
     def projected(self, sketches: Sequence[Sketch]) -> tuple[Part, ...]:
-        """Each term under the parameter's sketch."""
+        """The projected gradients: the sum of the projected terms."""
         terms = [term.projected(sketches)[0] for term in self.terms]
         summed: Part = terms[0]
         for term in terms[1:]:
-            summed = summed.joined(term) or SumOfParts((summed, term))
+            summed = summed.merged(term) or SumOfParts((summed, term))
         return (summed,)
 
     def finite(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Records every operation that uses a trainable parameter, and the gradient that comes back to its output."""
+"""Records every operation that uses a trainable parameter, and the gradient with respect to its output."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,25 +11,25 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_influence.gradients.rules import RULES, LayerRule, Operands
-from lightning_influence.gradients.rules.recurrent import RECURRENT, spelled_out
-from lightning_influence.gradients.rules.shared import SHARED_SUM, SUMS, Shared, shared_by
+from lightning_influence.gradients.rules.recurrent import RECURRENT, unrolled
+from lightning_influence.gradients.rules.shared import SHARED_SUM, SUMS, Shared, shared_tensor
 
 _LINEAR = F.linear
 
 Use = tuple[str, Any]
-"""A parameter's name and the function it was handed to."""
+"""A parameter's name and a function that it is passed to."""
 
 
 @dataclass(eq=False)
 class Call:
-    """One operation of a forward pass.
+    """One operation of a forward pass with trainable parameters.
 
     Args:
-        rule: how its parameters' gradients are read off.
+        rule: computes the per-sample gradients of its parameters.
         operands: its operands.
-        names: the trainable parameters in it by role.
-        shape: the output's shape.
-        gradient: the gradient that arrived, or None when the loss does not depend on the output.
+        names: its trainable parameters by role, such as ``{"weight": "net.0.weight"}``.
+        shape: the shape of its output.
+        gradient: the gradient with respect to its output; None if the loss does not depend on it.
     """
 
     rule: LayerRule
@@ -40,15 +40,16 @@ class Call:
 
 
 class Tape(TorchFunctionMode):
-    """While active, notes each call whose operand *is* a trainable parameter.
+    """While active, records each call of a torch function with a trainable parameter among its operands.
 
-    It watches functions, not modules, so that reused and tied modules, ``nn.MultiheadAttention`` and functional uses
-    of a weight are seen alike. The parameters need no gradient of their own meanwhile: no weight gradient is formed.
+    It intercepts functions, not modules, so that reused and tied modules, ``nn.MultiheadAttention`` and functional
+    uses of a weight are all covered. The parameters do not require gradients meanwhile, so that no weight gradients
+    are computed.
 
     Args:
         names: parameter names by ``id`` of the parameter.
-        copy_leaves: hand out copies of the first outputs, for models that write into them in place.
-        watch: is shown every call of a function.
+        copy_leaves: return copies of the outputs that become leaves, for models that write into them in place.
+        watch: called with every function call.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Tape(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Runs ``func``; what it returns is what it would have returned, but for requiring a gradient."""
+        """Run and record ``func``; its result is unchanged, except that it may require a gradient."""
         kwargs = kwargs or {}
         if self.watch is not None:
             self.watch(func, args, kwargs)
@@ -79,7 +80,7 @@ class Tape(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             return self._attention(func, args, kwargs)
         if func in RECURRENT and not kwargs:
-            output = spelled_out(self._linear, func, args)
+            output = unrolled(self._linear, func, args)
             return func(*args) if output is None else output
         if shared and func in SUMS and not kwargs:
             return self._sum(func, args, shared)
@@ -88,15 +89,15 @@ class Tape(TorchFunctionMode):
     def _run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         rule = RULES.get(func)
         output = func(*args, **kwargs) if rule is None else self._record(rule, func, args, kwargs)
-        made = shared_by(func, args, kwargs, output, self._shared, self.names)
+        made = shared_tensor(func, args, kwargs, output, self._shared, self.names)
         if made is not None:
             self._shared[id(output)] = made
         return output
 
     def _sum(self, func: Callable[..., Any], args: Sequence[Any], shared: Sequence[Shared]) -> Any:
-        """A sum: its output, not that of what the batch shares, has a gradient for every example."""
+        """Record a sum with a tensor that the batch shares: only the sum's output has one gradient per example."""
         shape = torch.broadcast_shapes(*(a.shape for a in args if isinstance(a, Tensor)))
-        shared = [s for s in shared if s.added_to(shape)]
+        shared = [s for s in shared if s.is_shared_in(shape)]
         own = {id(s.value): s.value.detach() for s in shared}
         output = self._run(func, [own.get(id(a), a) for a in args], {})
         for s in shared:
@@ -106,7 +107,7 @@ class Tape(TorchFunctionMode):
         return output
 
     def backward(self, total: Tensor) -> None:
-        """Brings every call its gradient: one backward pass, through activations only."""
+        """Compute the gradient of every recorded call by one backward pass through the activations."""
         if not self.edges or not total.requires_grad:
             return
         for call, gradient in zip(self.calls, torch.autograd.grad(total, self.edges, allow_unused=True), strict=True):
@@ -114,7 +115,7 @@ class Tape(TorchFunctionMode):
         self.edges.clear()  # they keep the graph alive
 
     def _linear(self, *args: Any, **kwargs: Any) -> Any:
-        """A product with a weight inside of an operation that takes several."""
+        """``F.linear``, recorded if an operand is a trainable parameter; used inside composite operations."""
         if not any(id(a) in self.names for a in (*args, *kwargs.values())):
             return _LINEAR(*args, **kwargs)
         return self._record(RULES[_LINEAR], _LINEAR, args, kwargs)
@@ -122,7 +123,7 @@ class Tape(TorchFunctionMode):
     def _record(self, rule: LayerRule, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         try:
             operands = rule.operands(*args, **kwargs)
-        except TypeError:  # a signature of another torch version: the self-check sends the parameter the general way
+        except TypeError:  # the signature of another torch version: the self-check will choose the general path
             operands = None
         output = func(*args, **kwargs)
         if operands is None or not isinstance(output, Tensor) or not output.is_floating_point():
@@ -137,13 +138,13 @@ class Tape(TorchFunctionMode):
         return output.clone() if leaf and self.copy_leaves else output
 
     def _note(self, rule: LayerRule, operands: Operands, names: Mapping[str, str], output: Tensor) -> None:
-        # An edge, not the tensor: where the model changes the output in place afterwards, the tensor stands for the new
-        # value and the edge still for the old one.
+        # The edge, not the tensor: if the model changes the output in place later, the tensor is the new value and the
+        # edge still belongs to the old one.
         self.edges.append(get_gradient_edge(output))
         self.calls.append(Call(rule, _detached(operands), names, tuple(output.shape)))
 
     def _attention(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """``nn.MultiheadAttention`` hands its weights to one big function, whose products are seen by standing in."""
+        """Run multi-head attention with ``F.linear`` replaced: its weights are passed to one composite function."""
         F.linear = self._linear
         try:
             return func(*args, **kwargs)

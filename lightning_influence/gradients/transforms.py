@@ -1,4 +1,4 @@
-"""What methods do to both sides of an inner product of gradients before they meet: one length, a projection."""
+"""What methods apply to both gradients of an inner product: normalisation and random projection."""
 
 from typing import TypeVar
 
@@ -10,11 +10,13 @@ Side = TypeVar("Side", Gradients, QueryGradients)
 
 
 class Transforms:
-    """What is done to queries and training examples alike.
+    """Normalises and projects the gradients of queries and of training examples in the same way.
+
+    Use one object for all gradients of a score, so that each projection matrix is drawn once.
 
     Args:
-        normalize: a method's setting of that name.
-        projection: likewise; one object for a whole score draws each matrix once.
+        normalize: ``"cosine"``, ``"layerwise"`` or None; see ``Gradients.normalized``.
+        projection: the random projection, or None.
     """
 
     def __init__(self, normalize: str | None, projection: RandomProjection | None) -> None:
@@ -22,14 +24,14 @@ class Transforms:
         self._projector = None if projection is None else Projector(projection)
 
     def __call__(self, gradients: Side) -> Side:
-        """At length one first, where asked for: the projected products are then those of the angles on average."""
+        """Normalise first, then project, so that products of projections are cosines in expectation."""
         if self.normalize is not None:
             gradients = gradients.normalized(self.normalize)
         return gradients if self._projector is None else gradients.project(self._projector)
 
 
 def check_projection(projection: object) -> None:
-    """Raises TypeError for what is no projection."""
+    """Raise TypeError unless this is a RandomProjection or None."""
     if projection is not None and not isinstance(projection, RandomProjection):
         raise TypeError(
             f"Expected `projection` to be a RandomProjection or None, got {projection!r}. Pass "
@@ -38,9 +40,9 @@ def check_projection(projection: object) -> None:
 
 
 def refuse_constant(normalize: str | None) -> None:
-    """Raises where every example's self-influence would be the same."""
+    """Raise ValueError with ``normalize=``, with which all examples have the same self-influence."""
     if normalize is not None:
         raise ValueError(
-            f"Expected `normalize=None` for self-influence, got {normalize!r}: gradients of length one all have the "
-            "same product with themselves. Leave `normalize` out."
+            f"Expected `normalize=None` for self-influence, got {normalize!r}, with which it is the same for all "
+            "examples. Leave `normalize` out."
         )

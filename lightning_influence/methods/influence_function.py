@@ -189,7 +189,7 @@ class _Inverse:
         setting.diagnostic("weight_decay", float(found.decay.max()))
         shown = ", ".join(f"{value:.3g}" for value in found.damping.tolist())
         decay = ", ".join(f"{value:.3g}" for value in found.decay.tolist())
-        setting.note(f"Damping {shown} ({found.why}), beside an L2 weight decay of {decay}")
+        setting.note(f"Damping {shown} ({found.reason}), beside an L2 weight decay of {decay}")
         return found
 
     @property

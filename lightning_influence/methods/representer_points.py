@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_influence.checks import check_integer, check_positive, one_of
 from lightning_influence.files.arrow import read_file, write_file
 from lightning_influence.gradients import Reduction
-from lightning_influence.gradients.final_layer import Head, HeadRows, find_head, seen_by, writable
+from lightning_influence.gradients.final_layer import Head, HeadRows, find_head, head_rows, writable
 from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.methods.method import Evidence
 from lightning_influence.numerics.heads import HeadFit, Link, PenalisedHead
@@ -115,7 +115,7 @@ class RepresenterPoints(ForwardOnly):
         head = Head(points.head.name, points.head.layer, queries.engine.task, reduction)
         features, weights = [], []
         for block in queries.examples.blocks(queries.ids.start, queries.ids.stop):
-            seen = head.see(block.batch, block.size, points.fit.weight if self.refit else None)
+            seen = head.read(block.batch, block.size, points.fit.weight if self.refit else None)
             gradient = seen.gradients.cpu().double()
             features.append(head.augmented(seen.features))
             weights.append(self._weights(gradient, points.link.target(seen.outputs.cpu().double(), gradient)))
@@ -144,7 +144,7 @@ class RepresenterPoints(ForwardOnly):
         run = None if trajectory is None else trajectory.path
         folder = writable(None if run is None else run / "features", owner=head)
         step = 0 if trajectory is None else trajectory.checkpoints[-1].step
-        seen = seen_by(head, setting.examples, folder / f"{head.name}-step-{step}.arrow")
+        seen = head_rows(head, setting.examples, folder / f"{head.name}-step-{step}.arrow")
         points = Points(head, link, seen, self.target == "model", self.weight_decay, setting.n_train)
         name = f"{head.name}-step-{step}-{self.target}-{self.weight_decay!r}.head.arrow"
         points.solve(folder / name, self.max_iterations if self.refit else 0)

@@ -1,1 +1,1 @@
-"""A LightningModule as a function of parameters and a batch, left as it was found."""
+"""A LightningModule as a function of its parameters and a batch, restored to its former state afterwards."""

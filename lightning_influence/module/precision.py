@@ -1,4 +1,4 @@
-"""What runs inside a module while it is scored: plain operations in full precision, nothing compiled or fused."""
+"""Full float32 precision and plain eager operations while a module is scored."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ import torch
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """No TF32, no fused attention path that hides the layers inside, no compiled code."""
+    """Disable TF32, compiled code, and the fused attention path that hides the layers inside from the tape."""
     precision, fast = torch.get_float32_matmul_precision(), torch.backends.mha.get_fastpath_enabled()
     cudnn = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
@@ -27,7 +27,7 @@ def full_precision() -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_checkpointing() -> Iterator[None]:
-    """Activation checkpointing inside the module keeps its activations: it would run the layers again unobserved."""
+    """Make activation checkpointing keep its activations: recomputed layers would not be recorded."""
     from torch.utils import checkpoint
 
     def reentrant(run: Callable[..., Any], preserve: bool, *args: Any) -> Any:

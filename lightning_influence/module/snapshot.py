@@ -1,4 +1,4 @@
-"""What a forward pass may leave behind in a module: attributes, containers, tensors written in place."""
+"""Snapshots of a module's attributes, containers and buffers, to undo what a forward pass changes in them."""
 
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -8,21 +8,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# Above this many elements a copy of a tensor costs too much memory.
+# A tensor of more elements than this is not copied: that would cost too much memory.
 _LARGE = 2**26
 
 
 class ModuleSnapshot:
-    """Remembers the attributes and buffers of every submodule, and puts them back.
+    """The attributes and buffers of every submodule, which ``restore`` puts back.
 
-    Lists, dicts, sets and deques are followed however deep they are nested; other objects are the user's own affair.
+    Lists, tuples, dicts, sets and deques are covered at any depth of nesting; changes inside other objects are not
+    undone.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._attributes = [(m, dict(m.__dict__)) for m in module.modules()]
         self._containers: list[tuple[Any, Any]] = []
         found: dict[int, Tensor] = {}
-        seen: set[int] = set()
+        visited: set[int] = set()
         for _, attributes in self._attributes:
             for name, value in attributes.items():
                 if _is_hooks(name):
@@ -30,33 +31,33 @@ class ModuleSnapshot:
                 if isinstance(value, Tensor):
                     found[id(value)] = value
                 elif isinstance(value, (list, tuple, dict, set, deque)):
-                    for inner in self._follow(value, seen):
+                    for inner in self._follow(value, visited):
                         found[id(inner)] = inner
         tensors = [t for t in found.values() if not t.is_inference() and not isinstance(t, nn.Parameter)]
         self._tensors = [(t, t._version, None if t.numel() > _LARGE else t.detach().clone()) for t in tensors]
 
-    def _follow(self, container: Any, seen: set[int]) -> Iterator[Tensor]:
-        """Remembers a container and those inside; yields the tensors in them."""
-        if id(container) in seen:
+    def _follow(self, container: Any, visited: set[int]) -> Iterator[Tensor]:
+        """Record a container and the containers inside it; yield the tensors they hold."""
+        if id(container) in visited:
             return
-        seen.add(id(container))
+        visited.add(id(container))
         if not isinstance(container, tuple):
             self._containers.append((container, container.copy()))
         for value in container.values() if isinstance(container, Mapping) else container:
             if isinstance(value, Tensor):
                 yield value
             elif isinstance(value, (list, tuple, dict, set, deque)):
-                yield from self._follow(value, seen)
+                yield from self._follow(value, visited)
 
     def restore(self) -> None:
-        """Puts everything back that is not as it was.
+        """Put back everything that has changed since the snapshot.
 
         Raises:
             RuntimeError: a tensor too large to be copied was written in place.
         """
         for module, attributes in self._attributes:
             now = module.__dict__
-            if not _same(now, attributes):
+            if not _same_objects(now, attributes):
                 now.clear()
                 now.update(attributes)
         for container, content in self._containers:
@@ -65,8 +66,8 @@ class ModuleSnapshot:
             if tensor._version != version:
                 if value is None:
                     raise RuntimeError(
-                        f"Expected the forward pass in eval mode to leave large buffers alone, got one of shape "
-                        f"{tuple(tensor.shape)} written in place. Write into it only while `self.training`."
+                        f"Expected the forward pass in eval mode not to write into large buffers, got a write into one "
+                        f"of shape {tuple(tensor.shape)}. Write into it only if `self.training` is true."
                     )
                 tensor.data.copy_(value)
                 self._tensors[i] = (tensor, tensor._version, value)
@@ -77,8 +78,8 @@ def _is_hooks(name: str) -> bool:
     return name.endswith("_hooks") or "_hooks_" in name or name == "_modules"
 
 
-def _same(mine: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
-    """Whether both hold the very same objects; asked after every forward pass, hence the loops in C."""
+def _same_objects(mine: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
+    """Whether both hold the very same objects; runs after every forward pass, hence the loops in C."""
     if len(mine) != len(other):
         return False
     if all(map(is_, mine.values(), other.values())) and all(map(is_, mine, other)):
@@ -88,7 +89,7 @@ def _same(mine: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
 
 def _refill(container: Any, content: Any) -> None:
     if isinstance(content, dict):
-        if _same(container, content):
+        if _same_objects(container, content):
             return
     elif len(container) == len(content):
         if isinstance(content, set):

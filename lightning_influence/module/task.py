@@ -1,10 +1,9 @@
-"""A LightningModule as a function of (weights, batch): quiet, in eval mode, and as it was afterwards."""
+"""A LightningModule as a function of (weights, batch): silent, in eval mode, and restored afterwards."""
 
 import contextlib
 import copy
 import functools
 import inspect
-import logging
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -23,18 +22,20 @@ Loss = Callable[[Any, Batch], Tensor]
 """``loss(module, batch) -> [batch]``: per-sample losses."""
 
 
-class Lossless(TypeError):
-    """``training_step`` returned None: Lightning leaves such a batch out."""
+class NoLoss(TypeError):
+    """``training_step`` returned None, with which Lightning skips the batch."""
 
 
 class Task:
-    """What a LightningModule computes, inside ``quiet``: its loss on a batch, at weights of one's choice.
+    """The loss of a LightningModule on a batch, at the weights that ``load`` puts in place.
+
+    ``quiet`` makes one and restores the module afterwards.
 
     Args:
         module: the user's LightningModule, already silenced and in eval mode.
-        loss: per-sample losses, or None for ``training_step``.
-        device: where batches go.
-        trainer: for batch transfer and true-precision plugins; None: ``module`` alone.
+        loss: gives per-sample losses; None for the loss of ``training_step``.
+        device: where batches are moved.
+        trainer: its precision plugin and batch transfer are used; None to use the module's own hooks alone.
     """
 
     def __init__(self, module: nn.Module, loss: Loss | None, device: torch.device, trainer: Any) -> None:
@@ -49,25 +50,25 @@ class Task:
             for name, part in module.named_modules()
             for key in part._buffers
         ]
-        self._untouched = [ModuleSnapshot(module)]  # shared by the tasks of one module
+        self._snapshot = [ModuleSnapshot(module)]  # shared by the tasks of one module
         self._version = [0]  # likewise
         self.on_forward: Callable[[], Any] | None = None
-        """Called after a forward pass, before what it left in the module is taken away."""
+        """Called after each forward pass, before the module's attributes and buffers are restored."""
 
     def measuring(self, loss: Loss) -> "Task":
-        """The same module at the same weights, now and after every ``load``, with another loss."""
+        """The same module with another loss; both tasks share their weights, also after a later ``load``."""
         other = Task(self.module, loss, self.device, self.trainer)
-        other._untouched, other._version = self._untouched, self._version
+        other._snapshot, other._version = self._snapshot, self._version
         return other
 
     # ---- weights --------------------------------------------------------------------------------------------------
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Every parameter by its clean name, tied ones once."""
+        """Every parameter by its name without wrapper prefixes; tied parameters appear once."""
         return self._parameters
 
     def named_buffers(self) -> dict[str, Tensor]:
-        """Every buffer by its clean name, shared ones once."""
+        """Every buffer by its name without wrapper prefixes; shared buffers appear once."""
         found: dict[int, tuple[str, Tensor]] = {}
         for name, owner, key in self._buffers:
             buffer = owner.get(key)
@@ -78,9 +79,13 @@ class Task:
     def load(
         self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], step: int = -1, epoch: int = -1
     ) -> None:
-        """Puts other weights in place. ``quiet`` puts the user's own back: the very tensors, never a copy of them.
+        """Replace the module's weights; ``quiet`` puts the user's own tensors (not copies) back at the end.
 
-        ``self.global_step`` and ``self.current_epoch`` are those of the weights where ``step`` and ``epoch`` are given.
+        Args:
+            parameters: by name; parameters that are not named keep their values.
+            buffers: likewise.
+            step: the module's ``global_step`` from here on; negative to leave it as it is.
+            epoch: the module's ``current_epoch``; likewise.
         """
         set_clock(self.module, step, epoch)
         for name, parameter in self.named_parameters().items():
@@ -102,15 +107,15 @@ class Task:
         self._version[0] += 1
 
     def remember(self) -> None:
-        """From now on the module is put back, after a forward pass, to how it stands here: its modes, its buffers."""
-        self._untouched[0] = ModuleSnapshot(self.module)
+        """Make the module's current attributes and buffers those that are restored after each forward pass."""
+        self._snapshot[0] = ModuleSnapshot(self.module)
 
     # ---- the loss -------------------------------------------------------------------------------------------------
 
     def to_device(self, batch: Batch) -> Batch:
-        """The batch as Lightning would hand it to ``training_step``, in containers of its own."""
+        """The batch as Lightning would pass it to ``training_step``, in containers of its own."""
         batch = tree_map(lambda leaf: copy.copy(leaf) if foreign(leaf) else leaf, batch)
-        if self.trainer is not None and not _is_lower(self.trainer):
+        if self.trainer is not None and not _is_low_precision(self.trainer):
             batch = self.trainer.precision_plugin.convert_input(batch)
         batch = tree_map(lambda leaf: leaf.float() if is_half(leaf) else leaf, batch)
         module: Any = self.module
@@ -119,26 +124,34 @@ class Task:
         owner = module._trainer
         with training_stage(module):
             if owner is not None and getattr(owner._data_connector, "_datahook_selector", True) is None:
-                # a Trainer that has never run does not know whose hooks to call: the module's own
+                # A Trainer that has never run does not know whose hooks to call: call the module's own.
                 batch = module.on_before_batch_transfer(batch, 0)
                 return module.on_after_batch_transfer(module.transfer_batch_to_device(batch, self.device, 0), 0)
             batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
             return module._apply_batch_transfer_handler(batch, device=self.device, dataloader_idx=0)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """The loss on a batch: a scalar of ``training_step``, or [batch] of ``loss=``. Leaves no trace."""
+        """The loss on a batch: a scalar from ``training_step``, or [batch] from ``loss=``.
+
+        The module's attributes and buffers are restored afterwards.
+
+        Raises:
+            NoLoss: there is no loss for this batch.
+            TypeError: the loss is not a tensor.
+            ValueError: it does not have the shape above.
+        """
         try:
             with self._precision(), training_stage(self.module):
                 output = self._loss_of(batch)
             if self.on_forward is not None:
                 self.on_forward()
         finally:
-            self._untouched[0].restore()
+            self._snapshot[0].restore()
         if isinstance(output, Mapping):
             output = output.get("loss")
         if not isinstance(output, Tensor):
             source = "`loss=`" if self.loss is not None else "`training_step`"
-            raise (Lossless if output is None else TypeError)(
+            raise (NoLoss if output is None else TypeError)(
                 f"Expected {source} to return a tensor (or a dict with 'loss'), got {type(output).__name__}. "
                 "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
             )
@@ -148,11 +161,14 @@ class Task:
                 "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
             )
         if self.loss is not None and output.ndim != 1:
-            raise ValueError(f"Expected `loss=` to return per-sample losses [batch], got shape {tuple(output.shape)}.")
+            raise ValueError(
+                f"Expected `loss=` to return per-sample losses [batch], got shape {tuple(output.shape)}. Do not reduce "
+                "over the batch inside it."
+            )
         return output
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self.trainer is None or _is_lower(self.trainer):
+        if self.trainer is None or _is_low_precision(self.trainer):
             return contextlib.nullcontext()
         return self.trainer.precision_plugin.forward_context()
 
@@ -162,8 +178,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
-def _is_lower(trainer: Any) -> bool:
-    """Whether the Trainer computes in less than float32, which would cost scores three digits and more."""
+def _is_low_precision(trainer: Any) -> bool:
+    """Whether the Trainer computes in less than float32, with which scores would lose three digits or more."""
     precision = str(getattr(trainer.precision_plugin, "precision", ""))
     return "mixed" in precision or precision in (
         "16-true",
@@ -174,7 +190,7 @@ def _is_lower(trainer: Any) -> bool:
 
 
 def is_half(tensor: Any) -> bool:
-    """Whether this is a tensor of 16 bits a number."""
+    """Whether this is a tensor of 16-bit floats."""
     return isinstance(tensor, Tensor) and tensor.dtype in (torch.float16, torch.bfloat16)
 
 
@@ -183,18 +199,21 @@ def _step_of(module: nn.Module) -> Callable[[Batch], Any]:
     context = getattr(module, "_compiler_ctx", None)  # `torch.compile(module)` replaced the step by a compiled one
     step = context["original_training_step"] if context else getattr(module, "training_step", None)
     if step is None:
-        raise TypeError(f"Expected a LightningModule with a `training_step`, got {type(module).__name__}.")
+        raise TypeError(
+            f"Expected a LightningModule with a `training_step`, got {type(module).__name__}. Pass `loss=`, a callable "
+            "(module, batch) -> [batch] of per-sample losses."
+        )
     if getattr(module, "automatic_optimization", True) is False:
         raise ValueError(
             "Expected a `training_step` that returns its loss, got manual optimization in "
-            f"{type(module).__name__}: its step moves the weights itself. Pass `loss=`, a callable (module, batch) -> "
-            "[batch] of per-sample losses."
+            f"{type(module).__name__}, whose step updates the weights itself. Pass `loss=`, a callable (module, batch) "
+            "-> [batch] of per-sample losses."
         )
     return (lambda batch: step(batch, 0)) if _takes_index(step) else step
 
 
 def _takes_index(step: Callable[..., Any]) -> bool:
-    """Whether there is a second argument, whatever its name: Lightning passes the batch's index by position."""
+    """Whether the step has a second argument of any name: Lightning passes the batch's index by position."""
     parameters = inspect.signature(step).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
@@ -202,11 +221,17 @@ def _takes_index(step: Callable[..., Any]) -> bool:
 
 @contextlib.contextmanager
 def quiet(module: nn.Module, loss: Loss | None = None, trainer: Any = None, evaluate: bool = True) -> Iterator[Task]:
-    """Yields ``module`` as a ``Task`` on the trainer's accelerator; everything touched is put back, whatever happens.
+    """Yield ``module`` as a ``Task`` on the trainer's accelerator, and restore it, also after an exception.
 
-    Inside: eval mode (or, with ``evaluate=False``, the modes it has), gradients enabled, ``self.log`` and the loggers
-    silent, full float32 precision. Afterwards: weights (the same tensors), buffers, attributes, metric states, modes,
-    ``requires_grad``, device and random state are as before.
+    Inside, the module is in eval mode, gradients are enabled, ``self.log`` and the loggers do nothing, and precision
+    is full float32. Restored are the weights (the same tensors), buffers, attributes, metric states, modes,
+    ``requires_grad``, the device and the random states.
+
+    Args:
+        module: a LightningModule, compiled or not.
+        loss: gives per-sample losses; None for the loss of ``training_step``.
+        trainer: its device, precision plugin and batch transfer are used; None for the module's own device and hooks.
+        evaluate: switch to eval mode. False keeps the modes that the submodules are in.
     """
     module = unwrapped(module)
     with contextlib.ExitStack() as stack:
@@ -224,7 +249,7 @@ def quiet(module: nn.Module, loss: Loss | None = None, trainer: Any = None, eval
         _silence(module)
         if evaluate:
             module.eval()
-        else:  # normalisations write into their statistics, without a trace in the tensors' versions
+        else:  # normalisation layers update their statistics without a change of the tensors' version counters
             for buffer in module.buffers():
                 buffer.data = buffer.data.clone()
         yield Task(module, loss, device, trainer)
@@ -232,7 +257,7 @@ def quiet(module: nn.Module, loss: Loss | None = None, trainer: Any = None, eval
 
 @contextlib.contextmanager
 def isolated_random_state() -> Iterator[None]:
-    """Whatever is drawn inside, the random states of torch, NumPy and Python are as before."""
+    """Restore the random states of torch, NumPy and Python afterwards."""
     numpy = sys.modules.get("numpy")
     states = torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
@@ -248,9 +273,9 @@ def isolated_random_state() -> Iterator[None]:
 
 
 def seed_for(seed: int, example: int) -> None:
-    """One random state an example, so that two calls agree even with random transforms."""
+    """Seed torch, NumPy and Python for one example, so that two calls agree even with random transforms."""
     mixed = (seed * 0x9E3779B97F4A7C15 + (example + 1) * 0xD1B54A32D192ED03) % 2**63
-    # Not `torch.manual_seed`: it queues a call with a stack trace for every kind of device that is not there (1 ms).
+    # Not `torch.manual_seed`: it queues a call with a stack trace for every kind of device that is absent (1 ms).
     torch.default_generator.manual_seed(mixed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(mixed)
@@ -282,7 +307,10 @@ def _restored(module: nn.Module) -> Iterator[None]:
 
 
 def _enter_device(module: nn.Module, trainer: Any) -> torch.device:
-    """Where scoring runs, in float32 at least. Moves by replacing data: going back is putting the old tensors back."""
+    """Move the module to the device of scoring, in float32 at least.
+
+    Only ``tensor.data`` is replaced, so that ``_restored`` undoes it by putting the old data back.
+    """
     first = next(iter((*module.parameters(), *module.buffers())), None)
     here = torch.device("cpu") if first is None else first.device
     device: torch.device = here if trainer is None else trainer.strategy.root_device
@@ -297,34 +325,12 @@ def _attach(module: Any, trainer: Any) -> None:
         module.trainer = trainer
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Stands in for ``self.log`` and its like."""
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    """Replaces ``self.log``, ``self.log_dict`` and ``self.print``."""
 
 
 def _silence(module: nn.Module) -> None:
     for part in module.modules():
         if hasattr(type(part), "log_dict") and hasattr(type(part), "training_step"):
             for name in ("log", "log_dict", "print"):
-                part.__dict__[name] = _nothing
-
-
-def detached_trainer(module: Any) -> Any:
-    """A silent Trainer of the module's own package, for modules that ask ``self.trainer`` outside a fit."""
-    for base in type(module).__mro__:
-        package = base.__module__.partition(".core")[0]
-        if base.__name__ == "LightningModule" and package in ("pytorch_lightning", "lightning.pytorch"):
-            logger = logging.getLogger(package)
-            level = logger.level
-            logger.setLevel(logging.ERROR)
-            try:
-                return sys.modules[package].Trainer(
-                    accelerator="cpu" if module.device.type == "cpu" else "auto",
-                    devices=1,
-                    logger=False,
-                    enable_checkpointing=False,
-                    enable_progress_bar=False,
-                    enable_model_summary=False,
-                )
-            finally:
-                logger.setLevel(level)
-    return None
+                part.__dict__[name] = _do_nothing

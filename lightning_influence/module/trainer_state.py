@@ -1,6 +1,7 @@
-"""What a step hears from its Trainer while it is scored: that it trains, at which step and epoch; and no loggers."""
+"""What ``training_step`` sees of its Trainer while it is scored: the stage, the step and epoch, and no loggers."""
 
 import contextlib
+import logging
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def training_stage(module: Any) -> Iterator[None]:
-    """A step, or a hook on its batch, may ask its Trainer whether this is training: it is."""
+    """Make ``trainer.training`` true: ``training_step``, or a hook on its batch, may read it."""
     state = getattr(getattr(module, "_trainer", None), "state", None)
     before = [] if state is None else [(state, state.stage)]
     for state, _ in before:
@@ -22,7 +23,7 @@ def training_stage(module: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def silent_loggers(trainer: Any) -> Iterator[None]:
-    """What ``training_step`` writes to ``self.logger.experiment`` goes nowhere."""
+    """Discard what ``training_step`` writes to ``self.logger.experiment``."""
     loggers = trainer.loggers
     package = type(trainer).__module__.partition(".trainer")[0]
     dummy = sys.modules.get(f"{package}.loggers.logger")
@@ -38,7 +39,7 @@ def silent_loggers(trainer: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def clock_restored(module: Any) -> Iterator[None]:
-    """Whatever ``set_clock`` sets inside, the Trainer's counters are as before."""
+    """Restore the Trainer's counters of steps and epochs, which ``set_clock`` may change inside."""
     before = [(counter, counter.completed) for counter in _counters(module)]
     try:
         yield
@@ -48,7 +49,7 @@ def clock_restored(module: Any) -> Iterator[None]:
 
 
 def set_clock(module: Any, step: int, epoch: int) -> None:
-    """A loss may depend on ``self.global_step`` or ``self.current_epoch``; negative numbers leave them alone."""
+    """Set the module's ``global_step`` and ``current_epoch``, on which a loss may depend; negative: leave it."""
     counters = _counters(module)
     for counter, number in zip(counters, [epoch, *[step] * (len(counters) - 1)], strict=True) if counters else ():
         if number >= 0:
@@ -56,10 +57,32 @@ def set_clock(module: Any, step: int, epoch: int) -> None:
 
 
 def _counters(module: Any) -> list[Any]:
-    """Lightning's counters of epochs, and of steps in automatic and manual optimization; it has no setters for them."""
+    """Lightning's counters of epochs, and of steps in automatic and manual optimization: it has no setters for them."""
     loop = getattr(getattr(module, "_trainer", None), "fit_loop", None)
     if loop is None:
         return []
     steps = loop.epoch_loop
     automatic, manual = steps.automatic_optimization.optim_progress, steps.manual_optimization.optim_step_progress
     return [loop.epoch_progress.current, automatic.optimizer.step.total, manual.total]
+
+
+def detached_trainer(module: Any) -> Any:
+    """A silent Trainer of the module's own package, for modules that use ``self.trainer`` outside a fit."""
+    for base in type(module).__mro__:
+        package = base.__module__.partition(".core")[0]
+        if base.__name__ == "LightningModule" and package in ("pytorch_lightning", "lightning.pytorch"):
+            logger = logging.getLogger(package)
+            level = logger.level
+            logger.setLevel(logging.ERROR)
+            try:
+                return sys.modules[package].Trainer(
+                    accelerator="cpu" if module.device.type == "cpu" else "auto",
+                    devices=1,
+                    logger=False,
+                    enable_checkpointing=False,
+                    enable_progress_bar=False,
+                    enable_model_summary=False,
+                )
+            finally:
+                logger.setLevel(level)
+    return None

@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: the algorithms that know no model, no data and no Trainer."""
+"""Algorithms on tensors alone: they need no model, no data and no Trainer."""

@@ -1,4 +1,4 @@
-"""Gradient clipping by norm and by value, and how a small change of the gradient passes through it."""
+"""Gradient clipping by norm and by value, and its derivative."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ Named = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Clipping(ABC):
-    """What clips the gradients of all parameters of one optimizer together.
+    """Clips the gradients of all parameters of one optimizer together.
 
     Args:
-        limit: the largest norm or absolute value.
+        limit: the largest norm or absolute value that passes.
     """
 
     limit: float
@@ -26,12 +26,14 @@ class Clipping(ABC):
         """The clipped gradients."""
 
     @abstractmethod
-    def pull(self, gradients: Named, changes: Named) -> dict[str, Tensor]:
-        """The derivative at ``gradients``, which is symmetric: the same for tangents and for cotangents.
+    def derivative(self, gradients: Named, changes: Named) -> dict[str, Tensor]:
+        """The derivative of clipping at ``gradients`` times each of k vectors.
+
+        The Jacobian is symmetric, so that this serves Jacobian-vector and vector-Jacobian products alike.
 
         Args:
-            gradients: before clipping, [*shape].
-            changes: [k, *shape].
+            gradients: before clipping, [*shape] by name.
+            changes: the vectors, [k, *shape] by name.
         """
 
 
@@ -44,11 +46,11 @@ class ByNorm(Clipping):
         return {name: gradient * factor for name, gradient in gradients.items()}
 
     def factor(self, gradients: Named) -> Tensor:
-        """What all of them are multiplied with."""
+        """The number that all gradients are multiplied by, min(1, limit / (norm + 1e-6))."""
         return (self.limit / (_norm(gradients) + 1e-6)).clamp(max=1.0)
 
-    def pull(self, gradients: Named, changes: Named) -> dict[str, Tensor]:
-        """The factor times the change, less what the change does to the factor."""
+    def derivative(self, gradients: Named, changes: Named) -> dict[str, Tensor]:
+        """The product rule: the factor times each vector, plus the vector's effect on the factor."""
         norm = _norm(gradients)
         factor = self.limit / (norm + 1e-6)
         active = (factor < 1.0).to(factor)
@@ -69,8 +71,8 @@ class ByValue(Clipping):
         """The clipped gradients."""
         return {name: gradient.clamp(-self.limit, self.limit) for name, gradient in gradients.items()}
 
-    def pull(self, gradients: Named, changes: Named) -> dict[str, Tensor]:
-        """Nothing passes where an entry is clipped."""
+    def derivative(self, gradients: Named, changes: Named) -> dict[str, Tensor]:
+        """Each vector, with zeros for the entries that are clipped."""
         return {name: change * (gradients[name].abs() <= self.limit) for name, change in changes.items()}
 
 

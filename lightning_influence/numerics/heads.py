@@ -1,4 +1,4 @@
-"""Linear heads under an L2 penalty: which loss stands behind one, and its minimum by Newton's method."""
+"""Linear heads with an L2 penalty: recognising the loss on their outputs, and minimising it by Newton's method."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,36 +9,36 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Rows = Callable[[], Iterator[tuple[Tensor, Tensor]]]
-"""Goes through the training set: features [example, dim] and targets [example, class], float64, some at a time."""
+"""Iterates over the training set in blocks: features [example, dim] and targets [example, class], float64."""
 
-# Up to this many features their second moment is factored to precondition the solve.
+# Up to this many features, a Cholesky factor of their second moment preconditions the solve.
 _FACTORED = 4096
 
 
 @dataclass(frozen=True)
 class Link:
-    r"""A loss whose gradient by the pre-activations z is ``scale`` × (mean(z) - target).
+    r"""A loss with a canonical link: its gradient with respect to the logits z is ``scale`` × (mean(z) - target).
 
     Args:
         kind: ``"softmax"`` (cross-entropy), ``"sigmoid"`` (binary cross-entropy) or ``"identity"`` (squared error).
-        scale: whatever multiplies it: 1 for the cross-entropy, 2 / class for a mean of squares.
+        scale: the factor in front of the loss: 1 for the cross-entropy, 2 / class for a mean of squares.
     """
 
     kind: str
     scale: float = 1.0
 
     def mean(self, z: Tensor) -> Tensor:
-        """What the model expects the target to be, [example, class]."""
+        """The model's expectation of the target, [example, class]: the link's inverse."""
         if self.kind == "softmax":
             return z.softmax(1)
         return z.sigmoid() if self.kind == "sigmoid" else z
 
     def target(self, z: Tensor, gradient: Tensor) -> Tensor:
-        """The target, given the gradient of the loss by the pre-activations."""
+        """The target, recovered from the gradient of the loss with respect to the logits."""
         return self.mean(z) - gradient / self.scale
 
     def loss(self, z: Tensor, target: Tensor) -> Tensor:
-        """[example], up to what does not depend on z."""
+        """[example]: the loss, up to a constant that does not depend on z."""
         if self.kind == "softmax":
             value = z.logsumexp(1) - (target * z).sum(1)
         elif self.kind == "sigmoid":
@@ -48,7 +48,7 @@ class Link:
         return self.scale * value
 
     def curvature(self, mean: Tensor, direction: Tensor) -> Tensor:
-        """The second derivative of the loss by z where the model expects ``mean``, times a direction."""
+        """The Hessian of the loss with respect to z times a vector, [example, class], given ``mean`` of z."""
         if self.kind == "softmax":
             weighted = mean * direction
             return self.scale * (weighted - mean * weighted.sum(1, keepdim=True))
@@ -58,14 +58,14 @@ class Link:
 
 
 def recognise(z: Tensor, gradient: Tensor, moved: Tensor, moved_gradient: Tensor, tolerance: float) -> Link | None:
-    """The loss whose gradient changes as it did between two values of the pre-activations, or None.
+    """Find the loss that explains how its gradient changed between two values of the logits, or None.
 
     Args:
-        z: pre-activations, [example, class].
-        gradient: of the loss by them.
-        moved: others.
-        moved_gradient: of the loss by those.
-        tolerance: relative to the change of the gradient.
+        z: logits, [example, class].
+        gradient: of the loss with respect to ``z``.
+        moved: other logits.
+        moved_gradient: of the loss with respect to ``moved``.
+        tolerance: the largest error, relative to the change of the gradient.
     """
     change = (moved_gradient - gradient).double()
     for kind in ("softmax", "sigmoid", "identity"):
@@ -81,13 +81,13 @@ def recognise(z: Tensor, gradient: Tensor, moved: Tensor, moved_gradient: Tensor
 
 @dataclass(frozen=True)
 class HeadFit:
-    """A head at the minimum, or as near as the solve came.
+    """The result of ``PenalisedHead.fit``.
 
     Args:
         weight: [class, dim], float64.
-        gradient_norm: of the penalised mean loss there.
-        iterations: Newton steps.
-        converged: whether what it leaves of the decomposition is below 1e-7 of the weight.
+        gradient_norm: norm of the gradient of the penalised mean loss at ``weight``.
+        iterations: Newton steps taken.
+        converged: whether the representer decomposition of the weight is exact to a relative error of 1e-7.
     """
 
     weight: Tensor
@@ -103,7 +103,7 @@ class PenalisedHead:
     Args:
         rows: the training set.
         link: the loss.
-        weight_decay: λ in torch's sense, twice the λ of Yeh et al.
+        weight_decay: λ as in ``torch.optim``, which is twice the λ of Yeh et al.
     """
 
     rows: Rows
@@ -119,7 +119,7 @@ class PenalisedHead:
         return total / count + self.weight_decay / 2 * float(weight.square().sum())
 
     def gradient(self, weight: Tensor) -> Tensor:
-        """[class, dim]."""
+        """The gradient of the objective, [class, dim]."""
         total, count = torch.zeros_like(weight), 0
         for features, target in self.rows():
             total.addmm_((self.link.mean(features @ weight.T) - target).T, features)
@@ -127,7 +127,7 @@ class PenalisedHead:
         return total.mul_(self.link.scale / count).add_(weight, alpha=self.weight_decay)
 
     def curvature(self, weight: Tensor, direction: Tensor) -> Tensor:
-        """The Hessian at ``weight`` times ``direction``, [class, dim]."""
+        """The Hessian at ``weight`` times a vector, [class, dim]."""
         total, count = torch.zeros_like(weight), 0
         for features, _ in self.rows():
             mean = self.link.mean(features @ weight.T)
@@ -136,7 +136,14 @@ class PenalisedHead:
         return total.div_(count).add_(direction, alpha=self.weight_decay)
 
     def preconditioner(self) -> Callable[[Tensor], Tensor]:
-        """Divides by the second moment of the features, weighted as the curvature of the loss is at most."""
+        """Multiplication by the inverse of an approximate Hessian; the identity where there are too many features.
+
+        The approximation is the second moment of the features, scaled by the curvature of the loss, plus the weight
+        decay.
+
+        Raises:
+            ValueError: there are no training examples.
+        """
         moment, count = None, 0
         for features, _ in self.rows():
             if features.shape[1] > _FACTORED:
@@ -144,20 +151,20 @@ class PenalisedHead:
             moment = features.T @ features if moment is None else moment.addmm_(features.T, features)
             count += len(features)
         if moment is None:
-            raise ValueError("Expected training examples, got none.")
+            raise ValueError("Expected at least one training example, got none. Pass a dataset that is not empty.")
         most = self.link.scale * (1.0 if self.link.kind == "identity" else 0.25)
         moment.mul_(most / count).diagonal().add_(self.weight_decay)
         factor = torch.linalg.cholesky(moment)
         return lambda direction: torch.cholesky_solve(direction.T, factor).T
 
     def fit(self, start: Tensor, tolerance: float = 1e-11, max_iterations: int = 100) -> HeadFit:
-        """Newton steps by conjugate gradients, halved until the objective falls.
+        """Minimise by Newton's method with conjugate gradients and a backtracking line search.
 
         Args:
-            start: where to begin, [class, dim].
-            tolerance: the gradient may be this times λ times the length of the weight: the relative error of the
-                decomposition.
-            max_iterations: Newton steps.
+            start: the first iterate, [class, dim].
+            tolerance: stop when the norm of the gradient is at most this times λ times the norm of the weight; their
+                ratio is the relative error of the representer decomposition.
+            max_iterations: the most Newton steps to take.
         """
         weight, precondition = start.double().clone(), self.preconditioner()
         value, gradient = self.value(weight), self.gradient(weight)
@@ -165,16 +172,16 @@ class PenalisedHead:
         iteration = 0
         while norm > tolerance * self.weight_decay * float(weight.norm()) and iteration < max_iterations:
             step = self._newton_step(weight, gradient, precondition, min(0.1, math.sqrt(norm / first)))
-            trial, reached = self._line_search(weight, value, gradient, step)
-            slower = self.gradient(trial)
-            if float(slower.norm()) > norm / 2 and value - reached <= 1e-14 * abs(value):
-                break  # rounding is all that is left
-            weight, value, gradient, norm = trial, reached, slower, float(slower.norm())
+            trial, trial_value = self._line_search(weight, value, gradient, step)
+            trial_gradient = self.gradient(trial)
+            if float(trial_gradient.norm()) > norm / 2 and value - trial_value <= 1e-14 * abs(value):
+                break  # only rounding errors are left
+            weight, value, gradient, norm = trial, trial_value, trial_gradient, float(trial_gradient.norm())
             iteration += 1
         return HeadFit(weight, norm, iteration, self.is_minimum(weight, norm))
 
     def is_minimum(self, weight: Tensor, gradient_norm: float) -> bool:
-        """Whether what the gradient leaves of the decomposition is below 1e-7 of it."""
+        """Whether a gradient of this norm leaves a relative error of at most 1e-7 in the representer decomposition."""
         return gradient_norm <= 1e-7 * self.weight_decay * float(weight.norm())
 
     def _newton_step(
@@ -185,7 +192,7 @@ class PenalisedHead:
         solved = precondition(residual)
         direction, product = solved, float((residual * solved).sum())
         goal = tolerance * float(gradient.norm())
-        for _ in range(max(100, 10 * weight.numel())):  # rounding makes it take more steps than there are unknowns
+        for _ in range(max(100, 10 * weight.numel())):  # with rounding errors it takes more steps than unknowns
             curved = self.curvature(weight, direction)
             length = product / float((direction * curved).sum())
             step, residual = step + length * direction, residual - length * curved
@@ -201,7 +208,7 @@ class PenalisedHead:
         for halvings in range(40):
             length = 0.5**halvings
             trial = weight + length * step
-            reached = self.value(trial)
-            if reached <= value + 1e-4 * length * slope + 1e-14 * abs(value):
-                return trial, reached
+            trial_value = self.value(trial)
+            if trial_value <= value + 1e-4 * length * slope + 1e-14 * abs(value):
+                return trial, trial_value
         return weight, value

@@ -1,4 +1,4 @@
-"""Second moments, their eigenbases, and tables of eigenvalues as few products of vectors as their weight asks for."""
+"""Second moments with their eigenbases, and low-rank approximations of a table of eigenvalues."""
 
 from collections.abc import Callable
 
@@ -8,13 +8,13 @@ from torch.nn import functional as F
 
 
 class SecondMoment:
-    """The sum of outer products of rows that come in blocks.
+    """The sum of the outer products of rows, which are added in blocks.
 
-    While there are clearly fewer rows than columns the rows themselves are kept: their Gram matrix has the same
-    eigenvalues and is smaller.
+    While there are clearly fewer rows than columns, the rows themselves are stored: their Gram matrix is smaller and
+    has the same nonzero eigenvalues.
 
     Args:
-        width: columns, with the one that is 1 where there is a bias.
+        width: the number of columns, including the column of ones of a bias.
     """
 
     def __init__(self, width: int) -> None:
@@ -24,7 +24,7 @@ class SecondMoment:
         self._sum: Tensor | None = None
 
     def add(self, rows: Tensor, bias: bool = False) -> None:
-        """Takes in [row, width], or [row, width - 1] that have a 1 behind them."""
+        """Add rows, [row, width]; with a bias [row, width - 1], to which a column of ones is appended."""
         self.count += len(rows)
         if self._sum is None and self.count <= 0.75 * self.width:
             self._rows.append(F.pad(rows, (0, 1), value=1.0) if bias else rows)
@@ -44,16 +44,17 @@ class SecondMoment:
         self._sum[-1, -1] += len(rows)
 
     def basis(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The eigenbasis; directions in which no row has a part are left out.
+        """The eigenbasis of the row space; directions orthogonal to all rows are left out.
 
         Returns:
-            Eigenvalues, falling; eigenvectors in columns; where the rows were few, all of them in the basis.
+            Eigenvalues in descending order; eigenvectors as columns; the rows expressed in the basis if they were
+            stored, else None.
         """
         if self._sum is not None:
             values, vectors = torch.linalg.eigh(self._sum)
             return *_leading(values, vectors, 2.0), None
         rows = torch.cat(self._rows)
-        # A Gram matrix of rounded rows knows its small eigenvalues less well.
+        # The small eigenvalues of a Gram matrix of rounded rows are less accurate.
         values, vectors = torch.linalg.eigh(rows @ rows.T)
         values, vectors = _leading(values, vectors, 8.0)
         return values, rows.T @ (vectors / values.sqrt()), vectors * values.sqrt()
@@ -61,25 +62,25 @@ class SecondMoment:
 
 def _leading(values: Tensor, vectors: Tensor, noise: float) -> tuple[Tensor, Tensor]:
     values, vectors = values.flip(0), vectors.flip(1)
-    # What rounding leaves of a zero eigenvalue; rows that are all zero keep one direction.
+    # Drop eigenvalues that are zero up to rounding; rows that are all zero keep one direction.
     kept = max(1, int((values > noise * torch.finfo(values.dtype).eps * values[0]).sum()))
     return values[:kept].clamp_min(torch.finfo(values.dtype).tiny), vectors[:, :kept].contiguous()
 
 
-def products(table: Tensor, left: Tensor, right: Tensor) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Truncations of a table [m, k] to a sum of r outer products, near where its two sides carry weight.
+def weighted_truncation(table: Tensor, left: Tensor, right: Tensor) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Low-rank approximations of a table [m, k], best in a norm that weights its rows and columns.
 
-    A score sums the table times one number for each entry, whose size is that of ``left`` times ``right``: what an
-    entry is off by counts as much. Truncating the table itself instead would spend the products on entries of no
-    weight.
+    A score is the sum over the table's entries, each times a number of the size of ``left`` times ``right``, so an
+    error in an entry matters in that proportion. An unweighted truncation would spend its rank on entries that hardly
+    contribute.
 
     Args:
-        table: the eigenvalues' inverse.
-        left: weights of its rows, [m].
-        right: of its columns, [k].
+        table: the inverse eigenvalues.
+        left: weights of the rows, [m].
+        right: weights of the columns, [k].
 
     Returns:
-        For r, the factors [r, m] and [r, k].
+        A function of the rank r: the factors [r, m] and [r, k] of r outer products whose sum approximates the table.
     """
     left, right = (w.double().clamp_min(1e-12 * float(w.max())) for w in (left, right))
     weighted = left[:, None] * table.double() * right

@@ -1,9 +1,9 @@
-"""Random projections that keep inner products on average: plain, or one factor for each side of a weight matrix."""
+"""Random projections that preserve inner products on average: one matrix, or a Kronecker product of two."""
 
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,68 +12,65 @@ from torch import Tensor
 
 from lightning_influence.checks import check_integer, one_of
 
-Frame = Callable[[int, int, str], Tensor]
-"""``frame(dim, size, label)``: the [dim, size] matrix of that label."""
-
 
 class Sketch(ABC):
-    """A linear map of one parameter's gradients to fewer numbers."""
+    """A linear map from one parameter's gradients to fewer numbers."""
 
     @abstractmethod
     def rows(self, rows: Tensor) -> Tensor:
-        """[example, *shape] to [example, ...]."""
+        """Map [example, *shape] to [example, ...]."""
 
 
 @dataclass(frozen=True, eq=False)
-class Plain(Sketch):
-    """One matrix on the flattened gradient.
+class PlainSketch(Sketch):
+    """One matrix applied to the flattened gradient.
 
     Args:
-        matrix: [dim, entries], or None to keep the gradient as it is.
+        matrix: [dim, entries], or None to leave the gradient unchanged.
     """
 
     matrix: Tensor | None
 
     def rows(self, rows: Tensor) -> Tensor:
-        """[example, *shape] to [example, dim]."""
+        """Map [example, *shape] to [example, dim]."""
         return rows if self.matrix is None else rows.reshape(len(rows), -1) @ self.matrix.to(rows).T
 
 
 @dataclass(frozen=True, eq=False)
-class Kronecker(Sketch):
+class KroneckerSketch(Sketch):
     r"""A matrix on each side: :math:`M \mapsto L M R^\top`, so that :math:`g a^\top` becomes :math:`(L g)(R a)^\top`.
 
-    The weight counts as a matrix: its first dimension by all the others.
+    A parameter is taken as a matrix whose rows are its first dimension and whose columns are all others.
 
     Args:
-        left: [dim, first dimension], or None to keep that side as it is.
-        right: [dim, other dimensions], or None.
+        left: [dim, rows], or None to leave the rows unchanged.
+        right: [dim, columns], or None to leave the columns unchanged.
     """
 
     left: Tensor | None
     right: Tensor | None
 
     def on_left(self, vectors: Tensor) -> Tensor:
-        """[..., first dimension] to [..., dim]."""
+        """Map [..., rows] to [..., dim]."""
         return vectors if self.left is None else vectors @ self.left.to(vectors).T
 
     def on_right(self, vectors: Tensor) -> Tensor:
-        """[..., other dimensions] to [..., dim]."""
+        """Map [..., columns] to [..., dim]."""
         return vectors if self.right is None else vectors @ self.right.to(vectors).T
 
     def rows(self, rows: Tensor) -> Tensor:
-        """[example, *shape] to [example, dim, dim]."""
+        """Map [example, *shape] to [example, dim, dim]."""
         matrices = rows.reshape(len(rows), rows.shape[1], -1)
         return self.on_left(self.on_right(matrices).transpose(1, 2)).transpose(1, 2)
 
 
 def gaussian(generator: torch.Generator, dim: int, size: int) -> Tensor:
-    """[dim, size] of independent normal numbers of variance 1 / dim."""
+    """[dim, size] of independent normal entries with variance 1 / dim."""
     return torch.randn(dim, size, generator=generator, dtype=torch.float64) / math.sqrt(dim)
 
 
 def orthogonal(generator: torch.Generator, dim: int, size: int) -> Tensor:
-    """[dim, size]: the first rows of a random rotation, times the root of size / dim; less noisy than ``gaussian``."""
+    """[dim, size]: orthogonal rows of a random rotation, times √(size / dim); less noisy than ``gaussian``."""
     frame, triangle = torch.linalg.qr(torch.randn(size, dim, generator=generator, dtype=torch.float64))
     signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0)  # QR's own signs are not uniform
     return (frame * signs).T * math.sqrt(size / dim)
@@ -84,23 +81,25 @@ _DRAWS = {"gaussian": gaussian, "orthogonal": orthogonal}
 
 @dataclass(frozen=True)
 class RandomProjection:
-    """Gradients as ``dim`` numbers a parameter, whose inner products are on average those of the gradients.
+    """A random projection of each parameter's gradient to at most ``dim`` numbers.
 
-    With ``structure="kronecker"`` a layer's gradient is never built at full size: the inputs and the output gradients
-    that it is made of are projected, each by its own matrix. A parameter of no more than ``dim`` entries stays itself.
+    Inner products of projected gradients equal those of the gradients in expectation over the seed. With
+    ``structure="kronecker"`` a layer's gradient is never built at full size: its two factors, inputs and output
+    gradients, are each projected by a matrix of their own. A parameter with at most ``dim`` entries is not projected.
 
     Source: Pruthi, Liu, Kale, Sundararajan. Estimating Training Data Influence by Tracing Gradient Descent.
-    NeurIPS 2020, appendix (plain, and per layer); Choe et al. What is Your Data Worth to GPT? 2024 (both sides).
-    Cost: ``"plain"`` holds dim × entries numbers a parameter, ``"kronecker"`` about √dim × (rows + columns).
+    NeurIPS 2020, appendix (``"plain"``, per layer); Choe et al. What is Your Data Worth to GPT? 2024 (``"kronecker"``).
+    Cost: the memory of the matrices: dim × entries numbers per parameter with ``"plain"``, about √dim × (rows +
+    columns) with ``"kronecker"``.
 
     Args:
-        dim: numbers a parameter, at most.
-        structure: ``"kronecker"`` or ``"plain"``.
-        entries: ``"orthogonal"`` rows, or independent ``"gaussian"`` ones.
-        seed: the same for queries and training examples, or their products would mean nothing.
+        dim: the most numbers that are kept per parameter.
+        structure: ``"kronecker"`` (one matrix per side of a weight) or ``"plain"`` (one matrix per parameter).
+        entries: ``"orthogonal"`` rows, or independent ``"gaussian"`` entries.
+        seed: of the matrices, which are the same for queries and training examples.
 
     Raises:
-        ValueError: other values.
+        ValueError: ``dim`` is not a positive integer, or another argument is none of its options.
 
     Example:
         >>> from lightning_influence import RandomProjection, TracInCP
@@ -119,17 +118,17 @@ class RandomProjection:
         one_of("entries", self.entries, ("orthogonal", "gaussian"))
 
     def frame(self, dim: int, size: int, label: str) -> Tensor:
-        """The [dim, size] matrix of that label: independent of those of other labels and other seeds."""
+        """The random matrix [dim, size] of a label, independent of the matrices of other labels and seeds."""
         digest = hashlib.sha256(f"{self.seed}/{label}".encode()).digest()
         return _DRAWS[self.entries](torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")), dim, size)
 
 
 @dataclass
 class Projector:
-    """The sketches of a projection by parameter, drawn when first met and kept.
+    """Draws the sketch of each parameter when it is first used, and keeps it.
 
     Args:
-        projection: which.
+        projection: defines the sketches.
     """
 
     projection: RandomProjection
@@ -145,19 +144,19 @@ class Projector:
     def _draw(self, name: str, shape: tuple[int, ...], like: Tensor) -> Sketch:
         dim, entries = self.projection.dim, math.prod(shape)
         if entries <= dim:
-            return Plain(None)
+            return PlainSketch(None)
         if self.projection.structure == "plain" or len(shape) < 2:
-            return Plain(self.projection.frame(dim, entries, name).to(like))
+            return PlainSketch(self.projection.frame(dim, entries, name).to(like))
         rows, columns = shape[0], entries // shape[0]
-        left, right = sides(dim, rows, columns)
-        return Kronecker(
+        left, right = split_dim(dim, rows, columns)
+        return KroneckerSketch(
             None if left == rows else self.projection.frame(left, rows, f"{name}/left").to(like),
             None if right == columns else self.projection.frame(right, columns, f"{name}/right").to(like),
         )
 
 
-def sides(dim: int, rows: int, columns: int) -> tuple[int, int]:
-    """How many numbers each side of a matrix keeps: as equal as they can be, with a product of at most ``dim``."""
+def split_dim(dim: int, rows: int, columns: int) -> tuple[int, int]:
+    """How many numbers to keep for the rows and for the columns: nearly equal, with a product of at most ``dim``."""
     left = min(rows, math.isqrt(dim))
     right = min(columns, dim // left)
     return min(rows, dim // right), right

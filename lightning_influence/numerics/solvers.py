@@ -1,4 +1,4 @@
-"""Linear solvers and eigenvalues by products with a symmetric matrix, several right-hand sides at once."""
+"""Linear solvers and eigenvalue estimates that need only products with a symmetric matrix, for many vectors at once."""
 
 import math
 from collections.abc import Callable
@@ -8,47 +8,47 @@ import torch
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]
-"""[vector, entries] -> [vector, entries], every vector times the matrix."""
+"""[vector, entries] -> [vector, entries]: the matrix times each vector."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What an iterative solver found.
+    """The result of an iterative solver.
 
     Args:
-        vectors: [vector, entries].
-        residuals: [vector], length of b - A x relative to that of b.
-        iterations: of the slowest right-hand side.
-        bent: [vector], whether a direction along which the matrix is not positive was met there.
-        diverged: [vector], whether the residual grew without bound; the best iterate is returned.
+        vectors: the solutions x, [vector, entries].
+        residuals: [vector]: norm of b - A x relative to the norm of b.
+        iterations: those of the slowest right-hand side.
+        indefinite: [vector]: whether a search direction had a curvature of at most 0: A is not positive definite.
+        diverged: [vector]: whether the residual grew without bound; the best iterate is returned then.
     """
 
     vectors: Tensor
     residuals: Tensor
     iterations: int
-    bent: Tensor
+    indefinite: Tensor
     diverged: Tensor
 
 
-def conjugate_gradient(product: Product, right: Tensor, tolerance: float, most: int) -> Solution:
-    """Conjugate gradients (Hestenes and Stiefel, 1952), each right-hand side on its own steps.
+def conjugate_gradient(product: Product, right: Tensor, tolerance: float, max_iterations: int) -> Solution:
+    """Conjugate gradients (Hestenes and Stiefel, 1952), with separate steps for each right-hand side.
 
     Args:
         product: with a positive definite matrix.
-        right: [vector, entries].
-        tolerance: of the relative residual.
-        most: iterations.
+        right: the right-hand sides b, [vector, entries].
+        tolerance: the relative residual at which a right-hand side is solved.
+        max_iterations: the most iterations to make.
     """
     x, r = torch.zeros_like(right), right.clone()
     p, rr = r.clone(), r.square().sum(1)
     size = rr.sqrt()
-    bent = torch.zeros_like(rr, dtype=torch.bool)
+    indefinite = torch.zeros_like(rr, dtype=torch.bool)
     active, iterations = rr.sqrt() > tolerance * size, 0
-    while bool(active.any()) and iterations < most:
+    while bool(active.any()) and iterations < max_iterations:
         rows = active.nonzero()[:, 0]
         ap = product(p[rows])
         curve = (p[rows] * ap).sum(1)
-        bent[rows] |= curve <= 0
+        indefinite[rows] |= curve <= 0
         keep = curve > 0
         rows, ap, curve = rows[keep], ap[keep], curve[keep]
         step = (rr[rows] / curve)[:, None]
@@ -58,9 +58,9 @@ def conjugate_gradient(product: Product, right: Tensor, tolerance: float, most: 
         p[rows] = r[rows] + (new / rr[rows])[:, None] * p[rows]
         rr[rows] = new
         iterations += 1
-        active = (rr.sqrt() > tolerance * size) & ~bent
-    left = torch.linalg.vector_norm(right - product(x), dim=1)  # the running one forgets rounding errors
-    return Solution(x, _relative(left, size), iterations, bent, torch.zeros_like(bent))
+        active = (rr.sqrt() > tolerance * size) & ~indefinite
+    left = torch.linalg.vector_norm(right - product(x), dim=1)  # the recursive residual misses rounding errors
+    return Solution(x, _relative(left, size), iterations, indefinite, torch.zeros_like(indefinite))
 
 
 def neumann(product: Product, right: Tensor, scale: float, depth: int) -> Tensor:
@@ -75,17 +75,19 @@ def neumann(product: Product, right: Tensor, scale: float, depth: int) -> Tensor
 
 
 def accelerated_neumann(
-    product: Product, right: Tensor, smallest: float, scale: float, tolerance: float, most: int
+    product: Product, right: Tensor, smallest: float, scale: float, tolerance: float, max_iterations: int
 ) -> Solution:
-    """The Neumann series with Chebyshev's weights (Golub and Varga, 1961): the square root of its iterations.
+    """The Neumann series accelerated by Chebyshev's semi-iteration (Golub and Varga, 1961).
+
+    It needs about the square root of the plain series' iterations.
 
     Args:
         product: with a positive definite matrix.
-        right: [vector, entries].
-        smallest: a lower bound of the matrix's eigenvalues, positive.
-        scale: an upper bound.
-        tolerance: of the relative residual; each right-hand side stops there.
-        most: iterations.
+        right: the right-hand sides b, [vector, entries].
+        smallest: a positive lower bound of the matrix's eigenvalues.
+        scale: an upper bound of them.
+        tolerance: the relative residual at which a right-hand side is solved.
+        max_iterations: the most iterations to make.
     """
     centre, reach = (scale + smallest) / 2, max((scale - smallest) / 2, 1e-12 * scale)
     x, r = torch.zeros_like(right), right.clone()
@@ -95,7 +97,7 @@ def accelerated_neumann(
     best, least, iterations = x.clone(), size.clone(), 0
     diverged = torch.zeros_like(size, dtype=torch.bool)
     active = size > 0
-    while bool(active.any()) and iterations < most:
+    while bool(active.any()) and iterations < max_iterations:
         rows = active.nonzero()[:, 0]
         x[rows] += step[rows]
         r[rows] = right[rows] - product(x[rows])
@@ -112,21 +114,24 @@ def accelerated_neumann(
     return Solution(best, _relative(least, size), iterations, torch.zeros_like(diverged), diverged)
 
 
-def largest_eigenvalue(product: Product, like: Tensor, seed: int, tolerance: float = 0.02, most: int = 300) -> float:
-    """An upper bound of the eigenvalue of largest magnitude, by power iteration from a seeded start.
+def largest_eigenvalue(
+    product: Product, like: Tensor, seed: int, tolerance: float = 0.02, max_iterations: int = 300
+) -> float:
+    """Estimate the largest magnitude of an eigenvalue from above, by power iteration from a seeded start.
 
-    The Rayleigh quotient plus the length of its residual: within that distance there is an eigenvalue.
+    Returned is the magnitude of the Rayleigh quotient plus the norm of its residual: an eigenvalue lies within that
+    distance of the quotient.
 
     Args:
         product: with a symmetric matrix.
-        like: [entries], its dtype and device.
-        seed: of the start.
-        tolerance: length of the residual relative to the quotient at which to stop.
-        most: iterations.
+        like: [entries], for its size, dtype and device.
+        seed: of the first iterate.
+        tolerance: stop when the norm of the residual is at most this times the quotient.
+        max_iterations: the most iterations to make.
     """
     vector, bound = _normal(like, 1, seed), 0.0
     vector /= torch.linalg.vector_norm(vector)
-    for _ in range(most):
+    for _ in range(max_iterations):
         image = product(vector)
         length = float(torch.linalg.vector_norm(image))
         if length == 0 or not math.isfinite(length):
@@ -141,22 +146,22 @@ def largest_eigenvalue(product: Product, like: Tensor, seed: int, tolerance: flo
 
 
 def mean_diagonal(product: Product, like: Tensor, seed: int, probes: int = 32) -> float:
-    """Trace over size, by Hutchinson's estimate with seeded signs."""
+    """The trace over the size of a matrix, by Hutchinson's estimate with seeded random signs."""
     signs = _normal(like, probes, seed).sign()
     return float((signs * product(signs)).sum() / (probes * like.numel()))
 
 
 def lanczos(product: Product, like: Tensor, steps: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Ritz values and vectors of a symmetric matrix from a Krylov space, in float64, reorthogonalised twice each step.
+    """Ritz values and vectors of a symmetric matrix in a Krylov space, in float64 with full reorthogonalisation.
 
     Args:
-        product: with the matrix; is given vectors in the dtype of ``like``.
-        like: [entries].
-        steps: dimension of the space; fewer where it is invariant before.
-        seed: of the normal start.
+        product: with the matrix; it is called with vectors in the dtype of ``like``.
+        like: [entries], for its size, dtype and device.
+        steps: dimension of the Krylov space; a space that becomes invariant earlier has fewer.
+        seed: of the first vector, which has normal entries.
 
     Returns:
-        Values [k] ascending, and vectors [k, entries], orthonormal.
+        Values [k] in ascending order, and orthonormal vectors [k, entries].
     """
     steps = min(steps, like.numel())
     basis = torch.zeros(steps, like.numel(), dtype=torch.float64, device=like.device)
@@ -166,7 +171,7 @@ def lanczos(product: Product, like: Tensor, steps: int, seed: int) -> tuple[Tens
     size = 0
     for j in range(steps):
         image = product(basis[j].to(like)[None])[0].double()
-        for _ in range(2):  # once leaves errors of the order of the machine's precision times the condition
+        for _ in range(2):  # a single pass leaves errors of machine precision times the condition number
             shares = basis[: j + 1] @ image
             small[: j + 1, j] += shares
             image -= shares @ basis[: j + 1]
@@ -182,7 +187,7 @@ def lanczos(product: Product, like: Tensor, steps: int, seed: int) -> tuple[Tens
 
 
 def _normal(like: Tensor, count: int, seed: int) -> Tensor:
-    """[count, entries], the same on every device."""
+    """Normal entries, [count, entries], the same on every device."""
     draw = torch.randn(count, like.numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return draw.to(like)
 

@@ -1,16 +1,16 @@
-"""Rank statistics along the last dimension and their bootstrap intervals: what cannot be said is NaN, never 0."""
+"""Rank statistics along the last dimension, with bootstrap intervals; an undefined statistic is NaN, never 0."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-# Numbers that the resamples of one round of a bootstrap may hold.
+# The most numbers in the resamples of one round of the bootstrap.
 _ROUND = 2**22
 
 
 def ranks(values: Tensor) -> Tensor:
-    """Ranks 1 to n, the mean of their ranks for equal values; all NaN where a value is."""
+    """Ranks from 1 to n; ties get the mean of their ranks. A row with a NaN is all NaN."""
     ordered = values.sort(-1).values.contiguous()
     values = values.contiguous()
     below = torch.searchsorted(ordered, values, right=False)
@@ -20,25 +20,25 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def pearson(left: Tensor, right: Tensor) -> Tensor:
-    """Correlation of two tensors of one shape; NaN where one is constant."""
+    """Pearson correlation of two tensors of the same shape; NaN where one of them is constant."""
     left, right = left.double(), right.double()
     left_part, right_part = left - left.mean(-1, keepdim=True), right - right.mean(-1, keepdim=True)
     product = (left_part * right_part).mean(-1)
     found = product / (left_part.square().mean(-1) * right_part.square().mean(-1)).sqrt()
-    # Rounding in the mean makes tiny deviations of a constant, and those a correlation of anything.
+    # Rounding errors in the mean give a constant tiny deviations, whose correlation would be arbitrary.
     constant = (left == left[..., :1]).all(-1) | (right == right[..., :1]).all(-1)
     return found.clamp(-1.0, 1.0).masked_fill(constant, torch.nan)
 
 
 def spearman(left: Tensor, right: Tensor) -> Tensor:
-    """Correlation of ranks; NaN where one is constant."""
+    """Spearman rank correlation; NaN where one of them is constant."""
     return pearson(ranks(left), ranks(right))
 
 
 def slope(predicted: Tensor, actual: Tensor) -> Tensor:
-    """Least-squares slope of what was predicted against what came, over all rows at once, each around its own mean.
+    """Least-squares slope of ``predicted`` against ``actual``, over all rows at once, each centred at its own mean.
 
-    Rows with NaN are left out; NaN where nothing that came differs.
+    Rows with NaN are left out; the slope is NaN where no row of ``actual`` varies.
     """
     predicted, actual = predicted.double(), actual.double()
     whole = (predicted.isfinite() & actual.isfinite()).all(-1)[..., None]
@@ -48,7 +48,7 @@ def slope(predicted: Tensor, actual: Tensor) -> Tensor:
 
 
 def auroc(scores: Tensor, positive: Tensor) -> Tensor:
-    """Chance that a positive stands above another one, ties counting half; NaN without either kind."""
+    """Probability that a positive scores above a negative, ties counting half; NaN where either kind is missing."""
     n_positive = positive.sum(-1).double()
     n_other = positive.shape[-1] - n_positive
     above = (ranks(scores) * positive).sum(-1) - n_positive * (n_positive + 1) / 2
@@ -56,17 +56,17 @@ def auroc(scores: Tensor, positive: Tensor) -> Tensor:
 
 
 def average_precision(scores: Tensor, positive: Tensor) -> Tensor:
-    """Mean over the positives of the precision among all that score at least as high; NaN without positives."""
+    """Mean over the positives of the precision among all scores at least as high; NaN without positives."""
     descending, order = scores.sort(-1, descending=True)
     found = positive.gather(-1, order).double().cumsum(-1)
-    # Equal scores cannot be told apart: each looks as far down as the last of its ties.
+    # Equal scores are indistinguishable: each counts all of its ties.
     last = torch.searchsorted(-descending, -descending, right=True) - 1
     precision = found.gather(-1, last) / (last + 1)
     return (precision * positive.gather(-1, order)).sum(-1) / positive.sum(-1)
 
 
 def recall_at(scores: Tensor, positive: Tensor, fraction: float) -> Tensor:
-    """Share of the positives in the highest ``fraction`` of scores, in expectation over the order of ties."""
+    """Fraction of the positives among the highest ``fraction`` of scores, in expectation over the order of ties."""
     n = scores.shape[-1]
     inspected = max(1, round(fraction * n))
     descending, order = scores.sort(-1, descending=True)
@@ -77,25 +77,25 @@ def recall_at(scores: Tensor, positive: Tensor, fraction: float) -> Tensor:
 
 
 def nanmean(values: Tensor) -> Tensor:
-    """Mean along the last dimension of what is not NaN; NaN where nothing is."""
+    """Mean along the last dimension, without NaN; NaN where all values are."""
     return values.nanmean(-1)
 
 
 def bootstrap(
     statistic: Callable[..., Tensor], data: tuple[Tensor, ...], n: int, seed: int, rows: bool, level: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """Percentile interval of a statistic under resampling of columns, and of rows as well where ``rows``.
+    """Percentile bootstrap interval of a statistic, resampling columns and, with ``rows``, rows.
 
     Args:
-        statistic: called with each of ``data`` as [round, ..., column]; returns [round].
-        data: [row, column] each, or [column]; resampled together.
-        n: resamples.
+        statistic: called with each of ``data`` resampled, [resample, ..., column]; returns [resample].
+        data: tensors [row, column] or [column], resampled together.
+        n: number of resamples.
         seed: of the resampling.
-        rows: the first of two dimensions is a sample too.
-        level: of the interval.
+        rows: whether to resample the rows too.
+        level: confidence level of the interval.
 
     Returns:
-        Its two ends; NaN where the statistic is in half of the resamples or more.
+        The lower and the upper end; NaN if the statistic is NaN in half of the resamples or more.
     """
     draw = torch.Generator().manual_seed(seed)
     *front, width = data[0].shape

@@ -1,4 +1,4 @@
-"""Subsets of examples: memberships [subset, train] of many models, and a few ids spread evenly."""
+"""Membership masks [subset, train] of the training sets of many models, and a few ids spread evenly."""
 
 import torch
 from torch import Tensor
@@ -12,12 +12,12 @@ def fixed_size(n_train: int, n_subsets: int, size: int, seed: int) -> Tensor:
 
 
 def bernoulli(n_train: int, n_subsets: int, chance: float, seed: int) -> Tensor:
-    """Subsets that hold each example with one chance, independently."""
+    """Subsets that hold each example independently with probability ``chance``."""
     return torch.rand(n_subsets, n_train, generator=torch.Generator().manual_seed(seed)) < chance
 
 
 def without_each(n_train: int, ids: Tensor) -> Tensor:
-    """All but one example each."""
+    """For each of ``ids``, the subset of all other examples."""
     membership = torch.ones(len(ids), n_train, dtype=torch.bool)
     membership[torch.arange(len(ids)), ids] = False
     return membership
@@ -31,7 +31,7 @@ def prefixes(order: Tensor) -> Tensor:
 
 
 def every(n_train: int) -> Tensor:
-    """All 2^n subsets; bit i of a row's number says whether example i is in."""
+    """All 2^n subsets; bit i of the row number says whether the subset holds example i."""
     return (torch.arange(2**n_train)[:, None] >> torch.arange(n_train)).bitwise_and(1).bool()
 
 

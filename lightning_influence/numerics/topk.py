@@ -1,4 +1,4 @@
-"""The strongest few of many scores, kept while the score matrix goes by in tiles."""
+"""The k highest and lowest scores of each query, from a score matrix that is computed in tiles."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from torch import Tensor
 
 from lightning_influence.checks import check_integer
 
-_TIE_BLOCK = 1 << 24  # scores looked at together where rows tie at their boundary: 64 MB of float32
+_TIE_BLOCK = 1 << 24  # scores that are searched together for ties at the boundary: 64 MB of float32
 
 
 class StreamingTopK:
     """The k highest and k lowest scores of each query, from tiles of a matrix that never exists as a whole.
 
-    Training examples stand in one order per query: by score, descending, and among equal scores the smaller id
-    higher. The top is the head of that order, the bottom its tail read backwards, so the result does not depend on how
-    the matrix was cut. Memory: O(query × k) beside the tile. An id must come only once per query.
+    Training examples are ranked by descending score, and equal scores by ascending id. The top is the head of that
+    ranking and the bottom its reversed tail, so the result does not depend on how the matrix is divided into tiles.
+    Memory: O(query × k) besides the tile. Each id must appear only once per query.
 
     Args:
-        n_queries: Rows of the matrix, at least 1.
-        k: How many to keep at either end, at least 1. Where fewer columns come, that many are kept.
-        dtype: Of the scores that are kept, a floating type that holds the tiles' numbers.
+        n_queries: rows of the matrix, at least 1.
+        k: how many scores to keep at either end, at least 1; all of them where there are fewer columns.
+        dtype: of the kept scores; a floating type that can represent the tiles' numbers.
 
     Raises:
         ValueError: `n_queries` or `k` is not a positive integer.
@@ -38,28 +38,28 @@ class StreamingTopK:
         check_integer("k", k)
         self.k = k
         self._dtype = dtype
-        # Per row, since tiles may come for some queries only: (scores, ids) so far and how many columns were seen.
+        # Per row, since a tile may hold some queries only: scores and ids so far, and the number of columns.
         self._seen = torch.zeros(n_queries, dtype=torch.int64)
         self._scores = {
             largest: torch.full((n_queries, k), -torch.inf if largest else torch.inf, dtype=dtype)
             for largest in (True, False)
         }
-        # The empty places lose every comparison, also among equal scores.
+        # Empty places lose every comparison, also with an equal score.
         worst = torch.iinfo(torch.int64)
         self._ids = {
             largest: torch.full((n_queries, k), worst.max if largest else worst.min) for largest in (True, False)
         }
 
     def update(self, tile: Tensor, ids: Tensor, first_query: int = 0) -> None:
-        """Take in the scores of some more training examples.
+        """Add the scores of more training examples.
 
         Args:
             tile: [query, columns] finite scores on any device, of the queries from `first_query` on.
             ids: [columns] int64, the training example of each column, in any order.
-            first_query: The row of the matrix that the tile's first row is.
+            first_query: the query of the tile's first row.
 
         Raises:
-            ValueError: Shapes that do not fit each other, or a score that is NaN or infinite.
+            ValueError: the shapes do not match, or a score is NaN or infinite.
         """
         n_queries = self._seen.numel()
         if tile.ndim != 2 or first_query < 0 or first_query + tile.shape[0] > n_queries:
@@ -73,7 +73,7 @@ class StreamingTopK:
             return
         rows = slice(first_query, first_query + tile.shape[0])
         best = {largest: top_k(tile, ids, self.k, largest) for largest in (True, False)}
-        # `topk` ranks NaN above everything: a score that is not finite must stand first at one of the ends.
+        # `topk` ranks NaN above everything, so a score that is not finite is the first at one of the ends.
         for scores, names in best.values():
             _refuse_non_finite(scores[:, 0], names[:, 0], first_query)
         for largest, (scores, names) in best.items():
@@ -85,20 +85,20 @@ class StreamingTopK:
         self._seen[rows] += tile.shape[1]
 
     def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What was kept so far, sorted; `update` may go on afterwards.
+        """The scores and ids kept so far; `update` may be called again afterwards.
 
         Returns:
-            Scores of the top, descending, their ids, scores of the bottom, ascending, their ids: each
-            [query, min(k, columns seen)], on the CPU.
+            Scores of the top in descending order, their ids, scores of the bottom in ascending order, their ids: each
+            [query, min(k, columns)], on the CPU.
 
         Raises:
-            ValueError: The queries have not all seen the same number of columns, or none.
+            ValueError: not all queries were given the same number of columns, or none was given any.
         """
         least, most = int(self._seen.min()), int(self._seen.max())
         if least != most or most == 0:
             raise ValueError(
-                f"Expected every query to have seen the same training examples, got between {least} and {most} "
-                "columns. Call `update` for the missing tiles first."
+                f"Expected scores of the same training examples for every query, got between {least} and {most} "
+                "columns. Call `update` with the missing tiles first."
             )
         kept = min(self.k, most)
         top, bottom = self._scores[True], self._scores[False]
@@ -111,13 +111,13 @@ class StreamingTopK:
 
 
 def top_k(scores: Tensor, ids: Tensor, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:
-    """The head (`largest`) or the reversed tail of each row's order: by score, descending, then by id, ascending.
+    """The k highest scores of each row in descending order (or the k lowest ascending), equal scores by ascending id.
 
     Args:
         scores: [query, columns].
         ids: [columns] int64, distinct.
-        k: How many; all of a row where it has fewer.
-        largest: The highest, descending; otherwise the lowest, ascending.
+        k: how many; all columns where there are fewer.
+        largest: whether to take the highest scores; otherwise the lowest, where equal scores are by descending id.
 
     Returns:
         Scores and ids, each [query, min(k, columns)], on the scores' device.
@@ -126,7 +126,7 @@ def top_k(scores: Tensor, ids: Tensor, k: int, largest: bool = True) -> tuple[Te
     columns = scores.shape[1]
     if k >= columns:
         return _in_order(scores, ids.expand(scores.shape), largest)
-    # One more than asked for shows whether the boundary's score also stands outside: only such rows need more work.
+    # One more than k shows whether scores outside tie with the boundary: only such rows need more work.
     values, index = scores.topk(k + 1, dim=1, largest=largest)
     names = ids[index[:, :k]]
     tied = (values[:, k - 1] == values[:, k]).nonzero().squeeze(1)
@@ -138,13 +138,13 @@ def top_k(scores: Tensor, ids: Tensor, k: int, largest: bool = True) -> tuple[Te
 def both_ends(
     ranked: int, best: Tensor, best_ids: Tensor, worst: Tensor, worst_ids: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The two ends of one ranking of `ranked` examples as one list, by rank, without NaN and what is in both.
+    """Join the two ends of one ranking into one list by rank, without NaN and without duplicates.
 
     Args:
-        ranked: How many examples the ranking has.
-        best: [k] scores, descending, of `best_ids`.
+        ranked: how many examples the ranking has.
+        best: [k] scores of `best_ids`, descending.
         best_ids: [k].
-        worst: [k] scores, ascending, of `worst_ids`.
+        worst: [k] scores of `worst_ids`, ascending.
         worst_ids: [k].
 
     Returns:
@@ -159,7 +159,7 @@ def both_ends(
 
 
 def _ids_at_tie(scores: Tensor, values: Tensor, names: Tensor, ids: Tensor, largest: bool) -> Tensor:
-    """Ids of the best of each row where several columns share the boundary's score: the order's choice among them."""
+    """The ids of each row's best, choosing by id among the columns that tie with the score at the boundary."""
     kept = values.shape[1]
     boundary = values[:, -1:]
     limits = torch.iinfo(torch.int64)
@@ -171,14 +171,14 @@ def _ids_at_tie(scores: Tensor, values: Tensor, names: Tensor, ids: Tensor, larg
 
 
 def _in_order(scores: Tensor, ids: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
-    """Rows sorted from the end asked for inwards: by score, then by id."""
+    """Sort each row by score, then by id: the highest scores with ascending ids, or the lowest with descending ids."""
     ids, by_id = ids.sort(dim=1, descending=not largest)
     scores, by_score = scores.gather(1, by_id).sort(dim=1, descending=largest, stable=True)
     return scores, ids.gather(1, by_score)
 
 
 def _refuse_non_finite(scores: Tensor, ids: Tensor, first_query: int) -> None:
-    """Raise for the first row whose extreme score is NaN or infinite."""
+    """Raise ValueError for the first row whose extreme score is NaN or infinite."""
     bad = (~scores.isfinite()).nonzero().flatten()
     if bad.numel():
         row = int(bad[0])

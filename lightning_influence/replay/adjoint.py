@@ -82,7 +82,7 @@ class Walk:
         if not directions:
             return
         if step.clipping is not None:
-            directions = step.clipping.pull(moment.gradients, directions)
+            directions = step.clipping.derivative(moment.gradients, directions)
         for batch in step.batches:
             products, curved = self.second.along(batch, step, directions)
             _add(self.total, batch.ids, products, self.renormalize)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_influence.numerics.clipping import ByNorm, ByValue, Clipping
-from lightning_influence.numerics.optimizers import UpdateStep, moves_of
+from lightning_influence.numerics.optimizers import UpdateStep, update_step
 from lightning_influence.trajectory import Checkpoint, Trajectory
 from lightning_influence.types import MissingEvidence
 
@@ -103,7 +103,7 @@ def _steps(trajectory: Trajectory) -> dict[int, Step]:
         entry = trajectory.settings[row["settings"]]
         key = row["settings"], *row["lr"]
         if key not in moves:
-            moves[key] = moves_of(entry, row["lr"])
+            moves[key] = update_step(entry, row["lr"])
         none = [None] * len(row["ids"])
         batches = tuple(
             MicroBatch(tuple(ids), _captured(drew), _captured(read))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_influence.gradients.general import NotVectorisable, in_place_of, without_metrics
+from lightning_influence.gradients.general import NotVectorisable, replacing, without_metrics
 from lightning_influence.module.trainer_state import set_clock
 from lightning_influence.numerics.optimizers import OptimizerState
 from lightning_influence.replay.forward import example_factors
@@ -156,7 +156,7 @@ class _Losses:
         """[example]; and the buffers after the forward pass."""
         own = {name: buffer.clone() for name, buffer in buffers.items()}
         put_back(self._batch.random, self._task.device)
-        with in_place_of(self._task.module, dict(parameters), own):
+        with replacing(self._task.module, dict(parameters), own):
             return (self._task(self._on_device) if self._joint else self._singles()), own
 
     def _singles(self) -> Tensor:

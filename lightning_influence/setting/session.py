@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_influence.data.examples import Examples
 from lightning_influence.data.source import Source
 from lightning_influence.gradients import Engine, Plan, Reduction, make_plan, probe
-from lightning_influence.module.task import Loss, Task, detached_trainer, quiet
+from lightning_influence.module.task import Loss, Task, quiet
+from lightning_influence.module.trainer_state import detached_trainer
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.trajectory import Trajectory
 

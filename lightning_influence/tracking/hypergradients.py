@@ -136,7 +136,7 @@ class Hypergradients(Tracker):
         for chunk in self._chunks():
             changes = self._changes(step, chunk)
             if moved.clipping is not None:
-                changes |= moved.clipping.pull(moved.raw, {name: changes[name] for name in moved.raw})
+                changes |= moved.clipping.derivative(moved.raw, {name: changes[name] for name in moved.raw})
             for name, at in moved.places.items():
                 before = {key: v[chunk] for key, v in self.states.get(name, {}).items()}
                 weight, after = moved.rule.tangent(at, self.weights[name][chunk], changes[name], before)

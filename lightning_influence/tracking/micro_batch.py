@@ -59,7 +59,7 @@ class TrackedMicroBatch:
             if self.joint:
                 return self._one_by_one(range(len(self.ids)))
             block = Block(0, len(self.ids), self.data, lambda i: self.data)
-            return self.engine.gradients(block, as_drawn=lambda: None)
+            return self.engine.gradients(block, set_random_state=lambda: None)
 
     def rows(self, positions: Sequence[int]) -> dict[str, Tensor]:
         """Those of some positions in the batch written out by name, [position, *shape]."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_influence.data.examples import Block
 from lightning_influence.gradients import Engine, Reduction
-from lightning_influence.module.task import Loss, Lossless, quiet
+from lightning_influence.module.task import Loss, NoLoss, quiet
 from lightning_influence.numerics.clipping import ByValue
 from lightning_influence.numerics.optimizers import UpdateInput, rule_for
 from lightning_influence.setting.setting import Queries, Setting
@@ -178,7 +178,7 @@ class TrackerLoop:
             return
         with (
             self._guarded(),
-            contextlib.suppress(Lossless),
+            contextlib.suppress(NoLoss),
             quiet(self._module, self._loss, self._trainer, evaluate=False) as task,
         ):
             present = self._present(PreparedTask.of(task), tuple(ids), data)

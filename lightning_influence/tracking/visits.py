@@ -261,7 +261,7 @@ def _only(gradients: Gradients, names: Sequence[str]) -> Gradients:
     """The parts of some parameters."""
     wanted = set(names)
     if any(0 < len(wanted & set(key)) < len(key) for key in gradients.parts):
-        gradients = gradients.apart()
+        gradients = gradients.per_parameter()
     parts = {key: part for key, part in gradients.parts.items() if set(key) <= wanted}
     return Gradients(parts, {}, gradients.size)
 

@@ -274,7 +274,7 @@ def test_tables_and_norms_have_their_diagonal():
     expected += kronecker.score(train_head, train_head, query_head, DAMPING)
     scores = scored(module, train, queries, EKFAC(DAMPING, labels="empirical", tolerance=0))
     oracles.assert_scores(scores.values, expected, 1e-9)
-    assert any("by their diagonal: net.table.weight, net.norm.weight, net.norm.bias" in n for n in scores.notes)
+    assert any("with a diagonal Fisher: net.table.weight, net.norm.weight, net.norm.bias" in n for n in scores.notes)
     mean = Attributor(module, train).score(
         InfluenceFunction(EKFAC(DAMPING, labels="empirical")), queries, aggregate="mean"
     )
@@ -339,7 +339,7 @@ def test_directions_as_factors_are_those_written_out(name):
         torch.testing.assert_close(solved.times(vector), plain.times(vector))
         torch.testing.assert_close(solved.normalized("cosine").dot(block), plain.normalized("cosine").dot(block))
         torch.testing.assert_close(solved.diagonal(block.slice(slice(4))), plain.dot(block.slice(slice(4))).diagonal())
-        torch.testing.assert_close(solved.dot(block.apart()), plain.dot(block))
+        torch.testing.assert_close(solved.dot(block.per_parameter()), plain.dot(block))
         factor = torch.arange(4, dtype=torch.float64)
         for part in solved.joint.parts.values():
             written = part.dense()
@@ -410,14 +410,14 @@ def test_without_a_head_to_draw_from_the_data_give_the_labels():
     data = both(2, 4, 4)
     module = Step(nn.Sequential(nn.Conv2d(2, 3, 4), nn.Flatten())).double()
     scores = scored(module, data["train"](), data["queries"](), EKFAC(DAMPING))
-    assert "EK-FAC of the empirical Fisher, since the model has no linear head to draw labels from: 1 layers" in (
+    assert "EK-FAC of the empirical Fisher, since the model has no linear head to sample labels from: 1 layers" in (
         " ".join(scores.notes)
     )
     with pytest.raises(ValueError, match="Expected a model that ends in a linear layer"):
         scored(module, data["train"](), data["queries"](), EKFAC(DAMPING, labels="sampled"))
 
 
-# ---- tables cut to a few products -----------------------------------------------------------------------------------
+# ---- inverse eigenvalues at low rank --------------------------------------------------------------------------------
 
 
 def wide(n=150):

@@ -72,7 +72,7 @@ def test_a_damaged_file_is_made_again_and_said(fitted, damage):
     path.write_bytes(spoiled[damage])
     again = score(fitted)
     assert len(made) == 3
-    assert any("made again: Expected a whole curvature" in note for note in again.notes)
+    assert any("computed again: Expected a complete curvature" in note for note in again.notes)
     torch.testing.assert_close(again.values, first.values, rtol=0, atol=0)
     assert path.read_bytes() == content
     score(fitted)
@@ -85,7 +85,7 @@ def test_a_file_of_other_weights_under_the_right_name_is_made_again_and_said(fit
     one.write_bytes(other.read_bytes())
     again = score(fitted)
     assert len(made) == 3
-    assert any("got one of another losses, step, weights" in note for note in again.notes)
+    assert any("got one with different losses, step, weights" in note for note in again.notes)
     torch.testing.assert_close(again.values, first.values, rtol=0, atol=0)
 
 
@@ -106,7 +106,7 @@ def test_other_data_parameters_losses_and_settings_have_files_of_their_own(fitte
 def test_a_folder_that_cannot_be_written_costs_the_next_question_time_only(fitted):
     (fitted[1].path / "curvature").write_text("in the way")
     first = score(fitted)
-    assert any("could not be kept on disk" in note for note in first.notes)
+    assert any("could not be stored on disk" in note for note in first.notes)
     assert len(made) == 2
 
 
@@ -119,5 +119,5 @@ def test_nothing_half_written_is_left_by_an_interrupted_write(fitted, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             score(fitted)
     found = score(fitted)
-    assert not any("made again" in note for note in found.notes)
+    assert not any("computed again" in note for note in found.notes)
     assert len(made) == 3

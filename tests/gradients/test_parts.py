@@ -10,7 +10,7 @@ from lightning_influence.gradients.lookup import Lookup
 from lightning_influence.gradients.outer_products import OuterProducts
 from lightning_influence.gradients.queries import DenseQueries, EachQuery
 from lightning_influence.gradients.sum_of_parts import SumOfParts
-from lightning_influence.numerics.projections import Kronecker, Plain, Projector, RandomProjection
+from lightning_influence.numerics.projections import KroneckerSketch, PlainSketch, Projector, RandomProjection
 
 IN, OUT = 3, 4
 KINDS = ("outer", "outer with bias", "rows", "two rows", "lookup", "mixed", "number")
@@ -94,7 +94,7 @@ def test_slices_and_scaled_parts_are_slices_and_multiples_of_the_rows(two, start
 def test_a_second_use_of_a_parameter_adds_up(kind, n, first, second, seed):
     generator = torch.Generator().manual_seed(seed)
     one, two = part(kind, n, 2 * first, generator), part(kind, n, 2 * second, generator)
-    joined = one.joined(two)
+    joined = one.merged(two)
     assert joined is not None
     torch.testing.assert_close(written_out(joined), written_out(one) + written_out(two))
 
@@ -105,7 +105,7 @@ def test_two_uses_under_their_own_factors_add_up(n, first, second, seed):
     generator = torch.Generator().manual_seed(seed)
     one = part("outer with bias", n, first, generator).scaled(normal(generator, n))
     two = part("outer with bias", n, second, generator)
-    joined = one.joined(two)
+    joined = one.merged(two)
     assert joined is not None
     torch.testing.assert_close(written_out(joined), written_out(one) + written_out(two))
 
@@ -114,7 +114,7 @@ def test_two_uses_under_their_own_factors_add_up(n, first, second, seed):
 @given(pairs())
 def test_one_part_a_parameter_holds_the_same_gradients(two):
     made = two[0]
-    for one, rows in zip(made.each(), made.dense(), strict=True):
+    for one, rows in zip(made.per_parameter(), made.dense(), strict=True):
         torch.testing.assert_close(one.dense(), (rows,))
 
 
@@ -123,7 +123,7 @@ def block(n, generator, together=True):
     layer = part("outer with bias", n, 3, generator)
     parts = {("a.weight", "a.bias"): layer}
     if not together:
-        parts = {("a.weight",): layer.each()[0], ("a.bias",): layer.each()[1]}
+        parts = {("a.weight",): layer.per_parameter()[0], ("a.bias",): layer.per_parameter()[1]}
     parts |= {("table.weight",): part("lookup", n, 4, generator), ("scale",): part("number", n, 1, generator)}
     return Gradients(parts, {names: int(names[0] == "scale") for names in parts}, n)
 
@@ -190,12 +190,14 @@ def test_projected_parts_are_projected_rows(two, kind, seed):
             "plain": normal(generator, 5, OUT * IN),
         }[kind]
         sketch = (
-            Plain(matrix)
+            PlainSketch(matrix)
             if kind == "plain"
-            else Kronecker(left if kind in ("left", "both") else None, right if kind in ("right", "both") else None)
+            else KroneckerSketch(
+                left if kind in ("left", "both") else None, right if kind in ("right", "both") else None
+            )
         )
         of_bias = normal(generator, 3, OUT)
-        weight, *bias = made.projected((sketch, Plain(of_bias))[: len(shapes)])
+        weight, *bias = made.projected((sketch, PlainSketch(of_bias))[: len(shapes)])
         torch.testing.assert_close(written_out(weight), made.dense()[0].flatten(1) @ matrix.T)
         for one in bias:
             torch.testing.assert_close(written_out(one), made.dense()[1] @ of_bias.T)
@@ -244,14 +246,14 @@ def test_products_with_several_vectors_are_those_of_the_rows(two, count, seed):
     made, generator = two[0], torch.Generator().manual_seed(seed)
     vectors = tuple(normal(generator, count, *r.shape[1:]) for r in made.dense())
     flat = torch.cat([v.reshape(count, -1) for v in vectors], 1)
-    torch.testing.assert_close(made.against(vectors), flat @ written_out(made).T)
+    torch.testing.assert_close(made.times_each(vectors), flat @ written_out(made).T)
 
 
 def test_both_orders_of_a_product_with_several_vectors_are_taken_and_chunked(monkeypatch):
     monkeypatch.setattr("lightning_influence.gradients.outer_products.WORKSPACE", 40)
     generator = torch.Generator().manual_seed(0)
     taken = set()
-    monkeypatch.setattr(OuterProducts, "_against", spied(OuterProducts._against, taken, "inputs first"))
+    monkeypatch.setattr(OuterProducts, "_times_each", spied(OuterProducts._times_each, taken, "inputs first"))
     monkeypatch.setattr(OuterProducts, "_weight_rows", spied(OuterProducts._weight_rows, taken, "rows"))
     for count, positions in ((1, 1), (30, 1), (2, 6)):
         for transposed in (False, True):
@@ -263,7 +265,7 @@ def test_both_orders_of_a_product_with_several_vectors_are_taken_and_chunked(mon
             rows = torch.einsum(order, inputs, outputs) * made.factor[:, None, None]
             bias_rows = outputs.sum(1) * made.factor[:, None]
             expected = torch.einsum("qab,nab->qn", weight, rows) + bias @ bias_rows.T
-            torch.testing.assert_close(made.against((weight, bias)), expected)
+            torch.testing.assert_close(made.times_each((weight, bias)), expected)
     assert taken == {"inputs first", "rows"}
 
 

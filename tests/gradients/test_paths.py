@@ -46,7 +46,7 @@ FACTORED = [case.name for case in LAYERS if case.name not in OTHERWISE] + ALSO
 def summary(name, folder):
     asked = Asked(replace(CASES[name], fit=False), folder)
     notes = asked.attributor.self_influence(GradientDot()).notes
-    return next(note for note in notes if "factored rules" in note)
+    return next(note for note in notes if "factored per-sample gradients" in note)
 
 
 @pytest.mark.parametrize("name", FACTORED)
@@ -56,14 +56,14 @@ def test_every_parameter_has_a_factored_rule(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["weight norm", "LoRA", "EmbeddingBag, max", "regulariser inside the loss"])
 def test_what_has_no_rule_goes_by_torch_func_and_is_named(name, tmp_path):
-    assert "; by torch.func: net." in summary(name, tmp_path)
+    assert "; through torch.func: net." in summary(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["experts by token", "examples sorted inside", "packed sequences sorted by length"])
 def test_what_torch_func_refuses_goes_one_example_at_a_time(name, tmp_path):
-    assert "; by one example at a time: net." in summary(name, tmp_path)
+    assert "; one example at a time: net." in summary(name, tmp_path)
 
 
 def test_parameters_that_the_loss_does_not_reach_cost_nothing(tmp_path):
     text = summary("a layer that the loss does not reach", tmp_path)
-    assert "does not reach them: net.unused.weight, net.unused.bias, net.detached.weight" in text
+    assert "not used by the loss: net.unused.weight, net.unused.bias, net.detached.weight" in text

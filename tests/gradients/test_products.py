@@ -158,7 +158,7 @@ def test_a_loss_with_a_penalty_has_no_gauss_newton_matrix_but_a_hessian():
 
     module = Penalised(mlp()).double()
     attributor = Attributor(module, both(5)["train"]())
-    with pytest.raises(ValueError, match=r"`net.0.weight` reaches it by another path.*matrix='hessian'"):
+    with pytest.raises(ValueError, match=r"`net.0.weight` reaching it by another path.*matrix='hessian'"):
         columns(attributor, "ggn")
     ones = [[part[None] for part in both(5)["train"]()[i]] for i in range(8)]
     found, names, _ = columns(attributor, "hessian")
@@ -175,5 +175,5 @@ def test_a_network_whose_end_is_not_seen_is_refused():
             return torch.ops.aten.mul(self.layer(x[:, None])[0][:, 0], 2.0)
 
     _, attributor = opened(Pair, lambda z, y: (z.sum(-1) - y).pow(2).mean(), inputs(5, target="number")())
-    with pytest.raises(ValueError, match=r"Expected the network's output in front of a loss function.*found none"):
+    with pytest.raises(ValueError, match=r"a network output that is passed to a loss function.*got none"):
         columns(attributor, "ggn")

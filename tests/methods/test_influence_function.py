@@ -209,7 +209,7 @@ def test_the_newton_correction_of_a_softmax_head_is_one_dense_solve_an_example(t
 
 
 def test_the_newton_correction_is_refused_where_the_model_is_not_linear():
-    with pytest.raises(ValueError, match=r"linear in the parameters that count.*Pass `parameters='head"):
+    with pytest.raises(ValueError, match=r"linear in the scored parameters.*Pass `parameters='head"):
         Attributor(plain_model(), DATA["train"]()).score(
             InfluenceFunction(ExactGGN(), correction="newton"), DATA["queries"]()
         )

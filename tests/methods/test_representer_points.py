@@ -393,7 +393,7 @@ TWO = lambda: nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3))  # noqa: E731
         (lambda: Step(TWO()), RepresenterPoints(head="net"), "to name a linear layer of Step, got 'net'.*`net.1`"),
         (lambda: Step(TWO()), RepresenterPoints(of=3), "Expected `of` to be a class below 3, got 3"),
         (lambda: Step(TWO(), exponential), RepresenterPoints(), "Expected cross-entropy, .* got another loss"),
-        (lambda: Reused(TWO()), RepresenterPoints(), "`net.1` to be called once a batch, got 2 calls"),
+        (lambda: Reused(TWO()), RepresenterPoints(), "`net.1` to be called once per batch, got 2 calls"),
         (lambda: Sequences(TWO()), RepresenterPoints(), r"`net.1` to give \[batch, class\] .* got shape \(8, 2, 3\)"),
         (lambda: Unused(TWO()), RepresenterPoints(), "a loss that depends on the linear layer `net.1`"),
     ],

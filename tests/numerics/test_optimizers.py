@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_influence.numerics.clipping import ByNorm, ByValue
-from lightning_influence.numerics.optimizers import UpdateInput, UpdateRule, add_rule, moves_of, rule_for
+from lightning_influence.numerics.optimizers import UpdateInput, UpdateRule, add_rule, rule_for, update_step
 from lightning_influence.numerics.optimizers.adam import Adam
 from lightning_influence.numerics.optimizers.sgd import SGD
 
@@ -179,7 +179,7 @@ def test_clipping_is_that_of_torch(limit):
 def test_derivative_of_clipping(kind, limit):
     gradients = {"a": drawn(3, 2), "b": drawn(4, seed=1)}
     changes = {"a": drawn(5, 3, 2, seed=2), "b": drawn(5, 4, seed=3)}
-    found = kind(limit).pull(gradients, changes)
+    found = kind(limit).derivative(gradients, changes)
     _, pull = torch.func.vjp(kind(limit), gradients)
     (back,) = torch.func.vmap(pull)(changes)
     forth = torch.func.vmap(lambda c: torch.func.jvp(kind(limit), (gradients,), (c,))[1])(changes)
@@ -190,7 +190,7 @@ def test_derivative_of_clipping(kind, limit):
 
 def test_clipping_of_nothing():
     gradients, changes = {"a": torch.zeros(3)}, {"a": torch.ones(2, 3)}
-    assert torch.equal(ByNorm(1.0).pull(gradients, changes)["a"], changes["a"])
+    assert torch.equal(ByNorm(1.0).derivative(gradients, changes)["a"], changes["a"])
 
 
 def test_groups_have_settings_of_their_own():
@@ -202,7 +202,7 @@ def test_groups_have_settings_of_their_own():
         ],
         "frozen": ["d"],
     }
-    moves = moves_of(entry, [0.1, 0.2])
+    moves = update_step(entry, [0.1, 0.2])
     assert moves.options == {
         "a": {"momentum": 0.9, "weight_decay": 0.1, "lr": 0.1},
         "b": {"momentum": 0.9, "weight_decay": 0.1, "lr": 0.1},
@@ -215,8 +215,8 @@ def test_what_has_no_rule_is_refused_by_name():
     with pytest.raises(ValueError, match=r"got `Lion`\. Write a subclass of .*add_rule\('Lion'"):
         rule_for("Lion")
     with pytest.raises(ValueError, match="`amsgrad=False`, got `amsgrad=True`"):
-        moves_of({"kind": "AdamW", "groups": [{"amsgrad": True, "parameters": []}]}, [0.1])
-    with pytest.raises(TypeError, match="instance of a Rule's subclass, got <class"):
+        update_step({"kind": "AdamW", "groups": [{"amsgrad": True, "parameters": []}]}, [0.1])
+    with pytest.raises(TypeError, match="instance of a subclass of `UpdateRule`, got <class"):
         add_rule("Lion", SGD)
 
 

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from lightning_influence.numerics.projections import Kronecker, Plain, Projector, RandomProjection, sides
+from lightning_influence.numerics.projections import (
+    KroneckerSketch,
+    PlainSketch,
+    Projector,
+    RandomProjection,
+    split_dim,
+)
 
 LIKE = torch.zeros((), dtype=torch.float64)
 
@@ -21,9 +27,9 @@ def test_full_rotations_keep_inner_products(structure):
     """Both sides at full size and orthogonal: no number changes."""
     projection = RandomProjection(12)
     if structure == "plain":
-        sketch = Plain(projection.frame(20, 20, "w"))
+        sketch = PlainSketch(projection.frame(20, 20, "w"))
     else:
-        sketch = Kronecker(projection.frame(5, 5, "w/left"), projection.frame(4, 4, "w/right"))
+        sketch = KroneckerSketch(projection.frame(5, 5, "w/left"), projection.frame(4, 4, "w/right"))
     left, right = normal(3, 5, 4), normal(6, 5, 4, seed=1)
     assert float((sketch.rows(left).reshape(3, -1) - left.reshape(3, -1)).abs().max()) > 0.1  # it did turn
     torch.testing.assert_close(products(sketch, left, right), left.reshape(3, -1) @ right.reshape(6, -1).T)
@@ -97,7 +103,7 @@ def test_what_is_small_stays_as_it_is():
     ],
 )
 def test_sides_share_the_numbers_there_are(dim, rows, columns, kept):
-    assert sides(dim, rows, columns) == kept
+    assert split_dim(dim, rows, columns) == kept
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_influence.numerics import solvers
-from lightning_influence.numerics.dense import SingularError, factored
+from lightning_influence.numerics.dense import SingularError, factorise
 
 torch.set_num_threads(1)
 
@@ -37,7 +37,7 @@ def test_conjugate_gradients_equal_the_dense_solve_for_every_right_hand_side():
     torch.testing.assert_close(found.vectors, torch.linalg.solve(a, b.T).T, rtol=1e-8, atol=1e-9)
     assert float(found.residuals.max()) < 1e-11
     assert found.residuals[1] == 0
-    assert not found.bent.any()
+    assert not found.indefinite.any()
 
 
 def test_conjugate_gradients_do_not_see_the_other_right_hand_sides():
@@ -71,7 +71,7 @@ def test_conjugate_gradients_notice_negative_curvature_of_the_row_that_meets_it(
     a = torch.diag(torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64))
     b = torch.tensor([[1.0, 1.0, 0.0], [0.1, 0.1, 1.0]], dtype=torch.float64)
     found = solvers.conjugate_gradient(times(a), b, 1e-10, 20)
-    assert found.bent.tolist() == [False, True]
+    assert found.indefinite.tolist() == [False, True]
     torch.testing.assert_close(found.vectors[0], torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64))
 
 
@@ -161,7 +161,7 @@ def test_orthogonality_survives_a_spectrum_that_a_single_pass_loses():
 @pytest.mark.parametrize("values", [[1.0, 2.0, 3.0], [-1.0, 2.0, 3.0]])
 def test_a_dense_matrix_is_factored_for_many_solves(values):
     a, b = matrix(values), right(4, 3)
-    found = factored(a, 1e-16)
+    found = factorise(a, 1e-16)
     assert found.positive is (min(values) > 0)
     torch.testing.assert_close(found.solve(b), torch.linalg.solve(a, b.T).T)
     torch.testing.assert_close(found.inverse, torch.linalg.inv(a))
@@ -170,6 +170,6 @@ def test_a_dense_matrix_is_factored_for_many_solves(values):
 @pytest.mark.parametrize("values", [[0.0, 1.0, 2.0], [1e-9, 1.0, 2.0], [-1e-9, 1.0, 2.0], [0.0, 0.0, 0.0]])
 def test_a_singular_matrix_is_refused_by_the_precision_of_its_entries(values):
     with pytest.raises(SingularError):
-        factored(matrix(values), 1e-7)
+        factorise(matrix(values), 1e-7)
     if min(map(abs, values)) > 0:
-        factored(matrix(values), 1e-16)
+        factorise(matrix(values), 1e-16)

@@ -1,4 +1,4 @@
-"""One file a kind of operation: how its call yields per-sample gradients of the parameters in it."""
+"""Layer rules, one file per kind of operation: how to compute the per-sample gradients of its parameters."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Convolutions and transposed convolutions in one to three dimensions, with groups, as products over patches."""
+"""Rules for convolutions and transposed convolutions in one to three dimensions, as matrix products over patches."""
 
 import math
 from collections.abc import Callable
@@ -18,13 +18,13 @@ from lightning_influence.gradients.rules.rule import LayerRule, Operands
 
 @dataclass(frozen=True)
 class Patches:
-    """Unfolds maps [example, position, channel, *space] into the windows that a kernel sees.
+    """Unfolds maps [example, position, channel, *space] into the windows that a convolution kernel is applied to.
 
     Args:
         kernel: size of the window in each spatial dimension.
-        stride: distance of neighbouring windows.
+        stride: distance between neighbouring windows.
         padding: zeros (before, after) each spatial dimension.
-        dilation: distance of neighbouring pixels of one window.
+        dilation: distance between neighbouring pixels of one window.
     """
 
     kernel: tuple[int, ...]
@@ -33,7 +33,7 @@ class Patches:
     dilation: tuple[int, ...]
 
     def __call__(self, maps: Tensor) -> Tensor:
-        """[example, window, channel x kernel]."""
+        """Map to [example, window, channel x kernel]."""
         examples, space = maps.shape[0], maps.shape[3:]
         flat = maps.flatten(0, 1)
         if any(before or after for before, after in self.padding):
@@ -53,7 +53,7 @@ class Patches:
         return columns.view(examples, -1, *columns.shape[1:]).transpose(2, 3).reshape(examples, -1, width)
 
 
-def _each(value: Any, dimensions: int) -> tuple[int, ...]:
+def _per_dimension(value: Any, dimensions: int) -> tuple[int, ...]:
     sizes = (value,) * dimensions if isinstance(value, int) else tuple(int(v) for v in value)
     return sizes * dimensions if len(sizes) == 1 else sizes
 
@@ -64,23 +64,23 @@ def _padding(value: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> 
     if value == "same":
         totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)
-    return tuple((size, size) for size in _each(value, len(kernel)))
+    return tuple((size, size) for size in _per_dimension(value, len(kernel)))
 
 
 def _patches(weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Patches:
-    """The windows of a convolution, or of the one whose adjoint a transposed convolution is."""
+    """The windows of a convolution; for a transposed one, those of the convolution that it is the adjoint of."""
     kernel = tuple(weight.shape[2:])
-    dilation = _each(dilation, len(kernel))
-    return Patches(kernel, _each(stride, len(kernel)), _padding(padding, kernel, dilation), dilation)
+    dilation = _per_dimension(dilation, len(kernel))
+    return Patches(kernel, _per_dimension(stride, len(kernel)), _padding(padding, kernel, dilation), dilation)
 
 
 def _positions_last(maps: Tensor) -> Tensor:
-    """[example, position, channel, *space] as [example, position x space, channel]."""
+    """Rearrange [example, position, channel, *space] to [example, position x space, channel]."""
     return maps.flatten(3).transpose(2, 3).flatten(1, 2)
 
 
 def _grouped_rows(left: Tensor, right: Tensor, groups: int, shape: tuple[int, ...]) -> Tensor:
-    """Sum over positions of outer products within each group of channels, [example, *shape]."""
+    """The sum over positions of outer products within each group of channels, [example, *shape]."""
     examples, positions = left.shape[:2]
     left = left.reshape(examples, positions, groups, -1).permute(0, 2, 3, 1).flatten(0, 1)
     right = right.reshape(examples, positions, groups, -1).transpose(1, 2).flatten(0, 1)
@@ -112,11 +112,8 @@ class _Convolution:
         outputs = _positions_last(split(gradient, examples, layout))
         if "weight" not in wanted:
             return {("bias",): DenseRows((outputs.sum(1),))}
-        shape, groups, patches = (
-            tuple(operands["weight"].shape),
-            operands.options["groups"],
-            operands.options["patches"],
-        )
+        shape, groups = tuple(operands["weight"].shape), operands.options["groups"]
+        patches = operands.options["patches"]
         maps, bias = split(operands.input, examples, layout), "bias" in wanted
         if groups == 1:
             part: Part = OuterProducts(maps, outputs, shape, bias, patches=patches)
@@ -127,10 +124,10 @@ class _Convolution:
 
 
 class _TransposedConvolution:
-    """The adjoint of a convolution: the patches are those of the output gradient."""
+    """The adjoint of a convolution: its patches are taken from the output gradient."""
 
     def __init__(self, dimensions: int) -> None:
-        self.dimensions = dimensions
+        self.convolution = _Convolution(dimensions)
 
     def operands(
         self,
@@ -143,10 +140,7 @@ class _TransposedConvolution:
         groups: int = 1,
         dilation: Any = 1,
     ) -> Operands | None:
-        if input.ndim != self.dimensions + 2:
-            return None
-        options = {"patches": _patches(weight, stride, padding, dilation), "groups": groups}
-        return Operands({"weight": weight, "bias": bias}, input, 1, options)
+        return self.convolution.operands(input, weight, bias, stride, padding, dilation, groups)
 
     def parts(
         self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout

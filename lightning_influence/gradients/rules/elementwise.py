@@ -1,4 +1,4 @@
-"""Bare parameters that are added to, multiplied with, or expanded over the activations of a batch."""
+"""Rules for parameters that are added to activations, multiplied with them, or expanded over a batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,15 +12,19 @@ from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.rules.rule import LayerRule, Operands
 
 
-def reduced(gradient: Tensor, shape: tuple[int, ...], examples: int, layout: Layout) -> Tensor:
-    """Sums each example's ``gradient`` over the dimensions along which ``shape`` was broadcast: [example, *shape]."""
+def sum_broadcast(gradient: Tensor, shape: tuple[int, ...], examples: int, layout: Layout) -> Tensor:
+    """Sum each example's ``gradient`` over the dimensions along which ``shape`` was broadcast: [example, *shape].
+
+    Raises:
+        LayoutMismatch: the parameter has a dimension that holds the examples.
+    """
     aligned = (1,) * (gradient.ndim - len(shape)) + shape
     batch_axis = 1 if layout is Layout.SECOND else 0
     if aligned[batch_axis] != 1:
         raise LayoutMismatch(f"A parameter of shape {shape} is not shared by the {examples} examples of a batch.")
     rows = split(gradient, examples, layout)
-    # [example, position, *rest]: in the first layout the position is a dimension of length one that stands for the
-    # example's own, in the second it is the time dimension, which the parameter may span.
+    # [example, position, *rest]: in layout FIRST the position is a dimension of length one in place of the example's,
+    # in SECOND it is the time dimension, which the parameter may span.
     target = (aligned[0] if layout is Layout.SECOND else 1, *aligned[(2 if layout is Layout.SECOND else 1) :])
     axes = [1 + axis for axis, size in enumerate(target) if size == 1 and rows.shape[1 + axis] != 1]
     return (rows.sum(axes, keepdim=True) if axes else rows).reshape(examples, *shape)
@@ -36,7 +40,9 @@ class _Sum:
         self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
     ) -> dict[tuple[str, ...], Part]:
         shapes = {role: _shape(operands, role) for role in wanted}
-        return {(role,): DenseRows((reduced(gradient, shape, examples, layout),)) for role, shape in shapes.items()}
+        return {
+            (role,): DenseRows((sum_broadcast(gradient, shape, examples, layout),)) for role, shape in shapes.items()
+        }
 
 
 class _Product:
@@ -48,12 +54,12 @@ class _Product:
         parts: dict[tuple[str, ...], Part] = {}
         for role in wanted:
             other = operands["right" if role == "left" else "left"]
-            parts[role,] = DenseRows((reduced(gradient * other, _shape(operands, role), examples, layout),))
+            parts[role,] = DenseRows((sum_broadcast(gradient * other, _shape(operands, role), examples, layout),))
         return parts
 
 
 class _Expand:
-    """A parameter repeated for every example, as a class token is."""
+    """A parameter repeated for every example, such as a class token."""
 
     parts = _Sum.parts
 

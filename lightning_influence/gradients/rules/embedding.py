@@ -1,4 +1,4 @@
-"""Look-ups in a table: ``embedding``, and ``embedding_bag`` of one bag an example."""
+"""Rules for look-ups in a table: ``embedding``, and ``embedding_bag`` with one bag per example."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from lightning_influence.gradients.rules.rule import LayerRule, Operands
 
 
 def without_padding(ids: Tensor, padding_idx: int | None, rows: int) -> Tensor:
-    """Ids with -1 in place of the padding."""
+    """Ids with -1 in place of ``padding_idx``."""
     if padding_idx is None:
         return ids
     return torch.where(ids == padding_idx % rows, -1, ids)

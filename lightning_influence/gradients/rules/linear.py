@@ -1,4 +1,4 @@
-"""Matrix products with a weight: ``linear``, ``addmm``, ``matmul``."""
+"""Rules for matrix products with a weight: ``linear``, ``addmm``, ``matmul``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ from lightning_influence.gradients.rules.rule import LayerRule, Operands
 def affine_parts(
     operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
 ) -> dict[tuple[str, ...], Part]:
-    """Outer products of inputs and output gradients over all positions of an example."""
+    """The outer products of inputs and output gradients at all positions of each example."""
     outputs = split(gradient, examples, layout).reshape(examples, -1, gradient.shape[-1])
     if "weight" not in wanted:
         return {("bias",): DenseRows((outputs.sum(1),))}
@@ -39,7 +39,7 @@ class _Linear:
 
 
 class _AddMM:
-    """``bias + input @ weight`` with the weight stored [in, out], as Hugging Face's GPT-2 does."""
+    """``bias + input @ weight`` with the weight stored as [in, out], as in Hugging Face's GPT-2."""
 
     parts = staticmethod(affine_parts)
 

@@ -1,4 +1,4 @@
-"""Affine parameters of normalisations: small, so written out."""
+"""Rules for the affine parameters of normalisation layers, whose gradients are small and therefore dense."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,9 +15,10 @@ from lightning_influence.gradients.rules.rule import LayerRule, Operands
 def _affine(
     operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
 ) -> dict[tuple[str, ...], Part]:
-    """Sums over positions of output gradient × normalised input (weight) and output gradient (bias).
+    """Sum over positions the output gradients × normalised inputs (weight) and the output gradients (bias).
 
-    ``options["features"]`` counts the trailing dimensions that the parameters span; 0 stands for channels first.
+    ``options["features"]`` is the number of trailing dimensions that the parameters span, or 0 for one channel
+    dimension after the examples.
     """
     features = operands.options["features"]
 
@@ -78,7 +79,7 @@ class _GroupNorm:
 
 
 class _BatchNorm:
-    """By running statistics only: batch statistics mix the examples."""
+    """Batch normalisation by running statistics only: batch statistics mix the examples."""
 
     parts = staticmethod(_affine)
 

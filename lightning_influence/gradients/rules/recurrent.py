@@ -1,4 +1,4 @@
-"""Recurrent layers and cells spelled out as products with their weights, which have a rule."""
+"""Recurrent layers and cells, written as products with their weights, which have a rule."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 Linear = Callable[..., Tensor]
 """``linear(input, weight, bias=None)``."""
 Hidden = tuple[Tensor, ...]
-"""What a cell hands on: (h,), or (h, c) of an LSTM."""
+"""The hidden state of a cell: (h,), or (h, c) of an LSTM."""
 
 
 def _tanh(projected: Tensor, recurrent: Tensor, hidden: Hidden) -> Hidden:
@@ -47,14 +47,14 @@ _CELLS: dict[Callable[..., Any], _Gates] = {
     torch.lstm_cell: _lstm,
 }
 RECURRENT = frozenset((*_LAYERS, *_CELLS))
-"""Functions that ``spelled_out`` knows."""
+"""The functions that ``unrolled`` covers."""
 
 
-def spelled_out(linear: Linear, func: Callable[..., Any], args: Sequence[Any]) -> Any:
-    """What ``func(*args)`` returns, by ``linear``.
+def unrolled(linear: Linear, func: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """Compute ``func(*args)`` step by step, with every product with a weight made by ``linear``.
 
     Returns:
-        None for packed sequences, whose examples stand in the order of their lengths, and for dropout between layers.
+        The result; None for packed sequences, in which examples are sorted by length, and for dropout between layers.
     """
     if func in _CELLS:
         return _cell(linear, func, *args)
@@ -110,7 +110,7 @@ def _layers(  # noqa: PLR0913, PLR0917 - torch's own signature
 
 
 class _Weights:
-    """Of one layer in one direction."""
+    """The weights of one layer in one direction."""
 
     def __init__(self, weights: Sequence[Tensor], has_biases: bool) -> None:
         self.input, self.hidden = weights[:2]
@@ -122,7 +122,7 @@ class _Weights:
     def run(
         self, linear: Linear, gates: _Gates, input: Tensor, hidden: Hidden, time: int, backwards: bool
     ) -> Iterator[Hidden]:
-        """The hidden state after each step, in the order of the steps."""
+        """Yield the hidden state after each step, in the order of computation."""
         projected = linear(input, self.input, self.bias_input).unbind(time)
         for step in reversed(projected) if backwards else projected:
             h, *rest = gates(step, linear(hidden[0], self.hidden, self.bias_hidden), hidden)

@@ -1,4 +1,4 @@
-"""What a rule is: it reads the operands of a call, and turns its output gradient into parts."""
+"""The interface of layer rules: each reads the operands of a call and turns the output gradient into parts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,13 +12,13 @@ from lightning_influence.gradients.part import Part
 
 @dataclass(frozen=True)
 class Operands:
-    """The operands of one call, named by the part they play.
+    """The operands of one call of a torch function.
 
     Args:
-        parameters: candidates for trainable parameters by role, for example ``{"weight": ..., "bias": ...}``.
-        input: what the parameters are applied to (where only the output matters, any operand).
-        options: whatever else the rule needs.
-        positions: number of leading dimensions of the output that count positions rather than features.
+        parameters: operands that may be trainable parameters by role, such as ``{"weight": weight, "bias": bias}``.
+        input: the tensor that the parameters are applied to; any operand if the rule does not need it.
+        positions: how many leading dimensions of the output are examples and positions, not features.
+        options: anything else that ``LayerRule.parts`` needs.
     """
 
     parameters: Mapping[str, Tensor | None]
@@ -27,7 +27,11 @@ class Operands:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, role: str) -> Tensor:
-        """The operand that plays ``role``."""
+        """The operand with this role.
+
+        Raises:
+            KeyError: there is none.
+        """
         operand = self.parameters[role]
         if operand is None:
             raise KeyError(role)
@@ -35,15 +39,34 @@ class Operands:
 
 
 class LayerRule(Protocol):
-    """One kind of operation."""
+    """How to compute the per-sample gradients of the parameters of one torch function.
+
+    ``RULES`` maps functions to rules. The self-check compares every rule with plain autograd on the user's model, and a
+    parameter for which it is wrong takes the general path (``torch.func``, or one backward pass per example).
+    """
 
     def operands(self, *args: Any, **kwargs: Any) -> Operands | None:
-        """Reads a call with the operation's own signature; None where the rule does not cover the call."""
+        """Read the arguments of a call; give this method the signature of the torch function.
+
+        Returns:
+            The operands, or None if the rule does not cover this call.
+        """
 
     def parts(
         self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
     ) -> dict[tuple[str, ...], Part]:
-        """Per-sample gradients of the ``wanted`` roles, given the gradient by the call's output.
+        """Per-sample gradients of the parameters of one call.
 
-        Roles that can share one part (weight and bias) come under one key.
+        Args:
+            operands: the result of ``operands``, with parameters and input detached.
+            gradient: the gradient of the summed per-sample losses with respect to the call's output, in its shape.
+            wanted: the roles of the trainable parameters.
+            examples: how many examples the batch has.
+            layout: which dimension of the activations holds the examples; ``layout.split`` brings it to the front.
+
+        Returns:
+            Parts by the roles that they are for; ``("weight", "bias")`` may share one.
+
+        Raises:
+            LayoutMismatch: the activations do not have this layout.
         """

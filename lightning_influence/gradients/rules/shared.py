@@ -1,4 +1,4 @@
-"""What a batch shares and adds to its examples: positions looked up once, a slice of a parameter, a relative bias."""
+"""Tensors that all examples of a batch share in a sum: position embeddings, slices of a parameter, relative biases."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.layout import Layout
 from lightning_influence.gradients.lookup import Lookup
 from lightning_influence.gradients.part import Part
-from lightning_influence.gradients.rules.elementwise import reduced
-from lightning_influence.gradients.rules.embedding import without_padding
+from lightning_influence.gradients.rules.elementwise import sum_broadcast
+from lightning_influence.gradients.rules.embedding import EMBEDDINGS, without_padding
 from lightning_influence.gradients.rules.rule import Operands
 
 SUMS = frozenset({torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__})
-"""Operations behind which the gradient of a shared operand can be told apart by example."""
+"""Sums, from whose output the gradient of a shared operand can be split by example."""
 
 VIEWS = frozenset(
     {
@@ -34,20 +34,20 @@ VIEWS = frozenset(
         torch.reshape,
     }
 )
-"""Operations that a shared operand may have gone through."""
+"""Views, by which a shared operand may be made from a parameter."""
 
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """A tensor made of one parameter alone.
+    """A tensor that is computed from one parameter alone, by a look-up and views.
 
     Args:
-        name: the parameter's.
-        parameter: itself.
+        name: the parameter's name.
+        parameter: the parameter.
         value: the tensor.
-        make: gives the tensor for the parameter.
-        looked_up: whether a look-up is in it, which the rule of look-ups has noted already.
-        ids: for a look-up alone, the rows that it took (-1 for padding).
+        make: computes the tensor from the parameter.
+        looked_up: whether it involves a look-up, which the rule for embeddings has recorded already.
+        ids: for a look-up without views, the rows that were looked up (-1 for padding).
     """
 
     name: str
@@ -57,13 +57,16 @@ class Shared:
     looked_up: bool
     ids: Tensor | None = None
 
-    def added_to(self, shape: Sequence[int]) -> bool:
-        """Whether every example of a sum of that shape got the same; a look-up of each its own is left to its rule."""
+    def is_shared_in(self, shape: Sequence[int]) -> bool:
+        """Whether all examples share this tensor in a sum of that shape.
+
+        A look-up with ids of each example's own is left to the rule for embeddings.
+        """
         aligned = (1,) * (len(shape) - self.value.ndim) + tuple(self.value.shape)
         return not self.looked_up or (aligned[0] == 1 and shape[0] > 1)
 
 
-def shared_by(
+def shared_tensor(
     func: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
@@ -71,11 +74,11 @@ def shared_by(
     known: Mapping[int, Shared],
     names: Mapping[int, str],
 ) -> Shared | None:
-    """What ``output`` is, where it is made of one parameter alone by a look-up or a view."""
+    """Describe ``output`` if the call made it from one parameter alone, by a look-up or a view; else None."""
     if not isinstance(output, Tensor):
         return None
     if func is F.embedding:
-        return _looked_up(output, names, *args, **kwargs)
+        return _looked_up(output, names, args, kwargs)
     if func not in VIEWS or output is args[0]:
         return None
     rest = tuple(args[1:])
@@ -92,36 +95,30 @@ def shared_by(
 
 
 def _looked_up(
-    output: Tensor,
-    names: Mapping[int, str],
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
+    output: Tensor, names: Mapping[int, str], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Shared | None:
-    if id(weight) not in names or max_norm is not None or scale_grad_by_freq:
+    operands = EMBEDDINGS[F.embedding].operands(*args, **kwargs)
+    if operands is None or id(operands["weight"]) not in names:
         return None
+    input, weight, padding_idx = operands.input, operands["weight"], operands.options["padding_idx"]
     ids = without_padding(input, padding_idx, len(weight)).detach()
     return Shared(names[id(weight)], weight, output, lambda p: F.embedding(input, p, padding_idx), True, ids)
 
 
 class SharedSum:
-    """A shared operand of a sum: each example's share of the gradient goes back through what made the operand."""
+    """The rule for a shared operand of a sum: each example's gradient is carried back through ``Shared.make``."""
 
     def operands(self, shared: Shared, output: Tensor) -> Operands:
-        """Of the sum ``output``."""
+        """The operands of the sum ``output``."""
         return Operands({"shared": shared.parameter}, output, output.ndim, {"shared": shared})
 
     def parts(
         self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
     ) -> dict[tuple[str, ...], Part]:
-        """One row of the parameter an example; for a look-up alone, the rows that it took."""
+        """Dense gradients of the parameter; for a look-up without views, those of the rows that were looked up."""
         shared: Shared = operands.options["shared"]
         parameter = operands["shared"]
-        rows = reduced(gradient, tuple(shared.value.shape), examples, layout)
+        rows = sum_broadcast(gradient, tuple(shared.value.shape), examples, layout)
         if shared.ids is not None:
             ids = shared.ids.reshape(1, -1).expand(examples, -1)
             return {("shared",): Lookup(ids, rows.reshape(examples, -1, rows.shape[-1]), tuple(parameter.shape))}

@@ -15,20 +15,21 @@ _MEAN, _SQUARE = "exp_avg", "exp_avg_sq"
 
 @dataclass(frozen=True)
 class Adam(UpdateRule):
-    """Kingma & Ba (2015); Loshchilov & Hutter (2019) where the decay is decoupled.
+    """Adam (Kingma and Ba, 2015) and AdamW (Loshchilov and Hutter, 2019), as ``torch.optim`` implements them.
 
     Args:
-        decoupled: what torch's group does not say by itself: whether the weight decay bypasses the moments.
+        decoupled: whether the weight decay bypasses the moments (AdamW), for torch versions whose parameter groups
+            have no option ``decoupled_weight_decay``.
     """
 
     decoupled: bool = False
 
     def check(self, options: Mapping[str, Any]) -> None:
-        """Raises ValueError for ``amsgrad``."""
+        """Raise ValueError for ``amsgrad=True``."""
         if options.get("amsgrad"):
             raise ValueError(
-                "Expected Adam or AdamW with `amsgrad=False`, got `amsgrad=True`, whose running maximum has no rule "
-                "here. Fit with `amsgrad=False`, or use `TracInCP()`, which works with any optimizer."
+                "Expected Adam or AdamW with `amsgrad=False`, got `amsgrad=True`, whose running maximum the rule does "
+                "not cover. Fit with `amsgrad=False`, or use `TracInCP()`, which works with any optimizer."
             )
 
     def step(self, at: UpdateInput) -> tuple[Tensor, OptimizerState]:
@@ -45,7 +46,7 @@ class Adam(UpdateRule):
     def tangent(
         self, at: UpdateInput, weight: Tensor, gradient: Tensor, state: OptimizerState
     ) -> tuple[Tensor, OptimizerState]:
-        """Changes of the two moments, and of the weight through them."""
+        """The changes of the two moments, and of the weight through them."""
         options, (one, two) = at.options, at.options["betas"]
         own, (mean, square) = self._moments(at)
         decay = options["weight_decay"]
@@ -79,7 +80,7 @@ class Adam(UpdateRule):
         return bool(options.get("decoupled_weight_decay", self.decoupled))
 
     def _moments(self, at: UpdateInput) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The gradient that enters the moments, and the moments after it."""
+        """The gradient that enters the moments (with L2 weight decay), and the updated moments."""
         options, (one, two) = at.options, at.options["betas"]
         gradient = -at.gradient if options.get("maximize") else at.gradient
         if options["weight_decay"] and not self._decoupled(options):
@@ -95,9 +96,10 @@ def _corrections(at: UpdateInput) -> tuple[float, float]:
 
 
 def _slopes(at: UpdateInput, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-    """Derivatives of the weight after the step by the two moments after it.
+    """Derivatives of the updated weight with respect to the two updated moments.
 
-    Where the second moment is zero, every gradient was, and so is the one-sided limit.
+    Where the second moment is zero, all gradients were zero, and the derivative with respect to it is taken as 0, its
+    one-sided limit.
     """
     first, second = _corrections(at)
     root = (square / second).sqrt()

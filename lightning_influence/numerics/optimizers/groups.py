@@ -1,4 +1,4 @@
-"""Which rule and settings each parameter has in a captured step, and how a third party adds a rule."""
+"""The optimizer rule and options of each parameter in a captured step; ``add_rule`` registers your own rule."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ _RULES: dict[str, UpdateRule] = {"SGD": SGD(), "Adam": Adam(), "AdamW": Adam(dec
 
 @dataclass(frozen=True)
 class UpdateStep:
-    """How one step of one optimizer moves its parameters.
+    """How one step of one optimizer updates its parameters.
 
     Args:
-        rule: the optimizer's.
-        options: by name of each parameter that was not frozen, the settings of its group with the learning rate
-            applied as ``lr``.
+        rule: the optimizer's rule.
+        options: for each parameter that was not frozen, the options of its parameter group, with the learning rate of
+            this step as ``lr``.
     """
 
     rule: UpdateRule
@@ -26,11 +26,14 @@ class UpdateStep:
 
 
 def add_rule(kind: str, rule: UpdateRule) -> None:
-    """Makes an optimizer known to everything that follows training step by step.
+    """Register the update rule of an optimizer, for the methods that replay or track training (``HyDRA``, ``TracIn``).
 
     Args:
-        kind: the name of the optimizer's class, as a fit records it.
-        rule: its ``step`` in tensor operations; the derivatives follow from it.
+        kind: the name of the optimizer's class, such as ``"Adagrad"``; replaces a rule of that name.
+        rule: its ``step`` in tensor operations, from which the derivatives follow by automatic differentiation.
+
+    Raises:
+        TypeError: ``rule`` is not an instance of an ``UpdateRule``.
 
     Example:
         >>> class SignDescent(UpdateRule):
@@ -39,35 +42,38 @@ def add_rule(kind: str, rule: UpdateRule) -> None:
         >>> add_rule("SignDescent", SignDescent())
     """
     if not isinstance(rule, UpdateRule):
-        raise TypeError(f"Expected `rule` to be an instance of a Rule's subclass, got {rule!r}.")
+        raise TypeError(
+            f"Expected `rule` to be an instance of a subclass of `UpdateRule`, got {rule!r}. Pass an instance, not the "
+            "class."
+        )
     _RULES[kind] = rule
 
 
 def rule_for(kind: str) -> UpdateRule:
-    """The rule of an optimizer's class.
+    """The rule registered for an optimizer's class name.
 
     Raises:
         ValueError: there is none.
     """
     if kind not in _RULES:
         raise ValueError(
-            f"Expected an optimizer with a rule ({', '.join(sorted(_RULES))}), got `{kind}`. Write a subclass of "
-            "`lightning_influence.numerics.optimizers.UpdateRule` whose `step` returns the weight and state after one "
-            f"step in tensor operations, and call `add_rule({kind!r}, ...)`; or use `TracInCP()`, which works with any "
-            "optimizer."
+            f"Expected an optimizer whose update rule is known ({', '.join(sorted(_RULES))}), got `{kind}`. Write a "
+            "subclass of `lightning_influence.numerics.optimizers.UpdateRule` whose `step` computes the updated weight "
+            f"and state by tensor operations, and call `add_rule({kind!r}, ...)`; or use `TracInCP()`, which works "
+            "with any optimizer."
         )
     return _RULES[kind]
 
 
-def moves_of(entry: Mapping[str, Any], rates: Sequence[float]) -> UpdateStep:
-    """What a captured step did to each of its optimizer's parameters.
+def update_step(entry: Mapping[str, Any], rates: Sequence[float]) -> UpdateStep:
+    """How a captured step updated each of its optimizer's parameters.
 
     Args:
-        entry: of a trajectory's ``settings``: the optimizer's kind and its groups.
-        rates: the learning rate applied to each group.
+        entry: one entry of a trajectory's ``settings``: the optimizer's class name and parameter groups.
+        rates: the learning rate of each group in this step.
 
     Raises:
-        ValueError: an optimizer without a rule, or settings beyond the rule.
+        ValueError: the optimizer has no rule, or options that its rule does not cover.
     """
     rule, frozen = rule_for(entry["kind"]), frozenset(entry.get("frozen", ()))
     options: dict[str, Mapping[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""What an optimizer's rule is: one parameter's step, and how a small change passes through it."""
+"""Optimizer rules: the update of one parameter in one step, and its derivatives."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 OptimizerState = dict[str, Tensor]
-"""The optimizer's tensors of one parameter by torch's own names, without the counter ``step``."""
+"""The optimizer's state tensors of one parameter by torch's names, without the counter ``step``."""
 
 
 @dataclass(frozen=True)
 class UpdateInput:
-    """One parameter about to be moved.
+    """One parameter before an update.
 
     Args:
         weight: [*shape].
         gradient: [*shape], accumulated and clipped, as the optimizer finds it in ``.grad``.
-        state: empty before the parameter's first step.
-        count: steps that this parameter has made before.
-        options: the settings of its parameter group as torch names them, ``lr`` among them.
+        state: the optimizer's state; empty before the parameter's first step.
+        count: the number of earlier steps of this parameter.
+        options: the options of its parameter group by torch's names, such as ``lr``.
     """
 
     weight: Tensor
@@ -32,56 +32,59 @@ class UpdateInput:
 
 
 class UpdateRule(ABC):
-    """How an optimizer of one kind moves one parameter.
+    """How an optimizer updates one parameter.
 
-    Whoever adds a rule writes ``step`` in tensor operations without branches on values, and ``check``; ``tangent`` and
-    ``adjoint`` then follow by automatic differentiation. See ``add_rule``.
+    To add an optimizer, write ``step`` in tensor operations without branches on their values, and ``check`` if some
+    options are not covered; ``tangent`` and ``adjoint`` follow by automatic differentiation. See ``add_rule``.
     """
 
     uniform: ClassVar[bool] = False
-    """Whether the derivatives are the same numbers for every entry of a parameter, whatever its weights and gradients
-    are: ``tangent`` and ``adjoint`` then take tensors of any shape, and one number can stand for a whole gradient."""
+    """Whether the derivatives are the same for every entry of a parameter and do not depend on weights and gradients
+    (as for SGD): ``tangent`` and ``adjoint`` then accept tensors of any shape, also one number per gradient."""
 
     @abstractmethod
     def step(self, at: UpdateInput) -> tuple[Tensor, OptimizerState]:
         """The weight and the state after the step."""
 
     def check(self, options: Mapping[str, Any]) -> None:  # noqa: B027 - an optimizer may have nothing to refuse
-        """Raises ValueError where these settings of a parameter group are beyond the rule."""
+        """Raise ValueError if the rule does not cover these options of a parameter group."""
 
     def tangent(
         self, at: UpdateInput, weight: Tensor, gradient: Tensor, state: OptimizerState
     ) -> tuple[Tensor, OptimizerState]:
-        """How changes of weight, gradient and state pass to the weight and the state after the step.
+        """The Jacobian-vector product of the step: changes of the updated weight and state.
 
         Args:
-            at: where.
-            weight: [k, *shape], k directions at once.
-            gradient: [k, *shape].
-            state: [k, *shape] by name; what is missing is zero.
+            at: the parameter before the step.
+            weight: changes of the weight, [k, *shape] for k directions at once.
+            gradient: changes of the gradient, [k, *shape].
+            state: changes of the state, [k, *shape] by name; a missing name is zero.
+
+        Returns:
+            The changes of the weight and of the state after the step, [k, *shape] each.
         """
         inner = {name: state[name] if name in state else torch.zeros_like(weight) for name in at.state}
 
-        def push(*change: Any) -> Any:
+        def jvp(*change: Any) -> Any:
             return torch.func.jvp(self._function(at), (at.weight, at.gradient, at.state), change)[1]
 
-        return torch.func.vmap(push)(weight, gradient, inner)  # type: ignore[no-any-return]
+        return torch.func.vmap(jvp)(weight, gradient, inner)  # type: ignore[no-any-return]
 
     def adjoint(self, at: UpdateInput, weight: Tensor, state: OptimizerState) -> tuple[Tensor, Tensor, OptimizerState]:
-        """The transpose: derivatives by the weight and state after the step become those by gradient, weight, state.
+        """The vector-Jacobian product of the step, the transpose of ``tangent``.
 
         Args:
-            at: where.
-            weight: [k, *shape], k quantities at once.
-            state: [k, *shape] by name; what is missing is zero.
+            at: the parameter before the step.
+            weight: derivatives with respect to the weight after the step, [k, *shape] for k quantities at once.
+            state: derivatives with respect to the state after the step, [k, *shape] by name; a missing name is zero.
 
         Returns:
-            [k, *shape] each: by the gradient, by the weight (not counting that the gradient depends on it), by the
-            state.
+            Derivatives with respect to the gradient, the weight (for a fixed gradient) and the state before the step,
+            [k, *shape] each.
         """
-        after, pull = torch.func.vjp(self._function(at), at.weight, at.gradient, at.state)[:2]
+        after, vjp = torch.func.vjp(self._function(at), at.weight, at.gradient, at.state)[:2]
         outer = {name: state[name] if name in state else torch.zeros_like(weight) for name in after[1]}
-        by_weight, by_gradient, by_state = torch.func.vmap(pull)((weight, outer))
+        by_weight, by_gradient, by_state = torch.func.vmap(vjp)((weight, outer))
         return by_gradient, by_weight, by_state
 
     def _function(self, at: UpdateInput) -> Any:

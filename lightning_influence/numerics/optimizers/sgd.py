@@ -1,4 +1,4 @@
-"""SGD with momentum, Nesterov momentum, dampening and weight decay, as ``torch.optim.SGD`` does it."""
+"""SGD with momentum, Nesterov momentum, dampening and weight decay, as in ``torch.optim.SGD``."""
 
 import torch
 from torch import Tensor
@@ -9,9 +9,9 @@ _BUFFER = "momentum_buffer"
 
 
 class SGD(UpdateRule):
-    """Sutskever et al. (2013) in torch's form; the derivatives are those of HyDRA (Chen et al. 2021), eq. for SGD.
+    """SGD as in ``torch.optim`` (momentum: Sutskever et al., 2013), with the derivatives of HyDRA (Chen et al., 2021).
 
-    A parameter's first step copies the gradient into the buffer: dampening counts from the second step on.
+    A parameter's first step copies the gradient into the momentum buffer: dampening applies from the second step on.
     """
 
     uniform = True
@@ -32,7 +32,7 @@ class SGD(UpdateRule):
     def tangent(
         self, at: UpdateInput, weight: Tensor, gradient: Tensor, state: OptimizerState
     ) -> tuple[Tensor, OptimizerState]:
-        """The step is linear but for the weight it starts from: the same coefficients."""
+        """The step itself applied to the changes, since it is linear in weight, gradient and state."""
         options = at.options
         change = -gradient if options.get("maximize") else gradient
         if options["weight_decay"]:

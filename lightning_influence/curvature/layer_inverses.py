@@ -1,0 +1,114 @@
+"""The inverses of all layers of an EK-FAC curvature, applied to the gradients of queries."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_influence.curvature.curvature import PreparedCurvature
+from lightning_influence.curvature.kronecker_part import KroneckerInverse, KroneckerPart
+from lightning_influence.gradients.block import Names
+from lightning_influence.gradients.directions import Directions
+from lightning_influence.gradients.lookup import Lookup
+from lightning_influence.gradients.outer_products import OuterProducts
+from lightning_influence.gradients.part import Part
+from lightning_influence.setting.setting import Setting
+
+
+class LayerInverses:
+    """The inverses of all layers, from what was prepared and a diagonal."""
+
+    def __init__(self, prepared: PreparedCurvature, setting: Setting, diagonal: Tensor) -> None:
+        self.shapes = {name: tuple(p.shape) for name, p in setting.engine.task.named_parameters().items()}
+        self.inverses: dict[Names, KroneckerInverse] = {}
+        self.diagonals: dict[Names, tuple[Tensor, ...]] = {}
+        for names, tensors in by_layer(prepared).items():
+            added = float(diagonal[setting.engine.groups.get(names[0], 0)])
+            if "eigenvalues" in tensors:
+                self.inverses[names] = self._inverse(names, tensors, added)
+            else:
+                tables = (tensors[f"diagonal{i}"] for i in range(len(names)))
+                self.diagonals[names] = tuple(_inverted(table, added, names) for table in tables)
+
+    def __iter__(self) -> Iterator[Names]:
+        return iter((*self.inverses, *self.diagonals))
+
+    def _inverse(self, names: Names, tensors: Mapping[str, Tensor], added: float) -> KroneckerInverse:
+        shapes = tuple(self.shapes[name] for name in names)
+        bases = tensors["basis_out"], tensors["basis_in"]
+        table = _inverted(tensors["eigenvalues"], added, names)
+        outside = 1 / added if added > 0 else torch.inf
+        found = KroneckerInverse(*bases, table, outside, bool(tensors["transposed"]), shapes)
+        if not added > 0 and not found.complete:
+            _refuse_singular(names, added)
+        return found
+
+    def solve(self, names: Names, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of one layer times dense vectors, [vector, *shape] by name."""
+        present = [vectors[name] for name in names if name in vectors]
+        if not present:
+            return {}
+        like = present[0]
+        rows = tuple(vectors[n] if n in vectors else like.new_zeros(len(like), *self.shapes[n]) for n in names)
+        if names in self.inverses:
+            return dict(zip(names, self.inverses[names].solve(rows), strict=True))
+        return {n: r * t for n, r, t in zip(names, rows, self.diagonals[names], strict=True)}
+
+    def solve_all(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverses of all layers times dense vectors, [vector, *shape] by name."""
+        return {name: rows for names in self for name, rows in self.solve(names, vectors).items()}
+
+    def solve_blocks(self, names: Names, parts: list[Part | None], sizes: list[int]) -> Part | None:
+        """The inverse of one layer times the gradients of all blocks of queries, as one part."""
+        inverse = self.inverses[names]
+        present = [part for part in parts if part is not None]
+        if not present:
+            return None
+        if len(present) == len(parts) and all(
+            isinstance(p, OuterProducts) and p.outputs.shape[1] == 1 for p in present
+        ):
+            return KroneckerPart.of(inverse, _concatenated(present))  # type: ignore[arg-type]
+        rows = []
+        for part, size in zip(parts, sizes, strict=True):
+            zeros = [present[0].like.new_zeros(size, *shape) for shape in inverse.shapes]
+            rows.append(zeros if part is None else inverse.solve(part.dense()))
+        return Directions(tuple(torch.cat(of_one) for of_one in zip(*rows, strict=True)))
+
+    def solve_diagonal(self, names: Names, part: Part) -> Part:
+        """The inverse of a layer with a diagonal Fisher times a block's gradients."""
+        if isinstance(part, Lookup):
+            return part.multiplied(self.diagonals[names])
+        return Directions(tuple(r * t for r, t in zip(part.dense(), self.diagonals[names], strict=True)))
+
+
+def by_layer(prepared: PreparedCurvature) -> dict[Names, dict[str, Tensor]]:
+    """The prepared tensors grouped by layer."""
+    kept: dict[Names, dict[str, Tensor]] = {}
+    for key, tensor in prepared.tensors.items():
+        joined, _, what = key.rpartition("/")
+        kept.setdefault(tuple(joined.split("|")), {})[what] = tensor
+    return kept
+
+
+def _concatenated(parts: list[OuterProducts]) -> OuterProducts:
+    if len(parts) == 1:
+        return parts[0]
+    inputs, outputs = (torch.cat([getattr(p, name) for p in parts]) for name in ("inputs", "outputs"))
+    factors = None
+    if any(p.factor is not None for p in parts):
+        factors = torch.cat([outputs.new_ones(len(p)) if p.factor is None else p.factor for p in parts])
+    return OuterProducts(inputs, outputs, parts[0].shape, parts[0].bias, parts[0].transposed, None, factors)
+
+
+def _inverted(eigenvalues: Tensor, added: float, names: Names) -> Tensor:
+    total = eigenvalues.double() + added
+    if not float(total.min()) > torch.finfo(eigenvalues.dtype).eps * float(total.max()) * (added <= 0):
+        _refuse_singular(names, added)
+    return (1 / total).to(eigenvalues)
+
+
+def _refuse_singular(names: Names, added: float) -> None:
+    raise ValueError(
+        f"Expected `damping` to be positive where the Fisher of {', '.join(f'`{n}`' for n in names)} is singular, got "
+        f"{added:g} including the weight decay. Pass a positive `damping`, or None for the default."
+    )
