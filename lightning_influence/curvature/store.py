@@ -41,6 +41,7 @@ def prepared_at(curvature: Curvature, setting: Setting, stage: Stage) -> Prepare
 
 
 def _from_disk_or_made(curvature: Curvature, setting: Setting, stage: Stage, folder: Path | None) -> Prepared:
+    stage.check_loaded()
     if folder is None:
         return curvature.prepare(setting)
     about = _description(curvature, setting, stage)
