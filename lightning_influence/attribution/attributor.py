@@ -1,7 +1,6 @@
 """Attributor: scores of a module's training examples by any method."""
 
 import contextlib
-import fnmatch
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from lightning_influence.attribution.accumulators import MatrixAccumulator, TopKAccumulator
 from lightning_influence.attribution.driver import run_group, run_scores, run_self_influence
+from lightning_influence.attribution.parameters import selected_parameters
 from lightning_influence.checks import check_integer
 from lightning_influence.data.source import Source, source_of
 from lightning_influence.methods.kinds import ForwardOnly
@@ -26,7 +26,7 @@ from lightning_influence.setting.session import Session
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.tracking import load_record
 from lightning_influence.trajectory import Trajectory
-from lightning_influence.types import MissingEvidence, clean
+from lightning_influence.types import MissingEvidence
 
 
 class Attributor:
@@ -76,7 +76,9 @@ class Attributor:
                 f"Expected `train` to have the {known} examples of the dataset that was trained on, got "
                 f"{len(self._train.dataset)}. Pass that dataset (an un-augmented one of equal length is fine)."
             )
-        names = _selected(self.module, trajectory, (parameters,) if isinstance(parameters, str) else parameters)
+        names = selected_parameters(
+            self.module, trajectory, (parameters,) if isinstance(parameters, str) else parameters
+        )
         self._session = Session(self.module, self._train, trajectory, self.trainer, loss, names, batch_size)
         if refit is not None:
             refit.attach(self._session, self._train)
@@ -327,42 +329,3 @@ def _scored(method: Method, n_train: int) -> Tensor:
 
 def _indexed(base: Tensor | None, ids: Tensor) -> Tensor | None:
     return None if base is None else base[ids]
-
-
-def _selected(module: Any, trajectory: Trajectory | None, patterns: Sequence[str] | None) -> list[str]:
-    """Names of the parameters whose gradients are used: those that train and match the patterns.
-
-    Raises:
-        ValueError: no parameter trains, or a pattern matches none.
-    """
-    trained = None if trajectory is None else trajectory.parameter_groups
-    captured = trajectory is not None and trajectory.captured  # parameters may have been unfrozen during the fit
-    names = [
-        clean(n)
-        for n, p in module.named_parameters()
-        if (captured or p.requires_grad) and (trained is None or clean(n) in trained)
-    ]
-    if not names:
-        raise ValueError(
-            "Expected parameters that train, got none: all are frozen, or the trajectory is of another module. "
-            "Call `requires_grad_(True)` on the parameters that were trained."
-        )
-    for pattern in patterns or ():
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(
-                f"Expected `parameters` to match trainable parameters, got {pattern!r}, which matches none of "
-                f"{', '.join(names[:10])}{' ...' if len(names) > 10 else ''}."
-            )
-    if patterns is not None:
-        names = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-    _refuse_complex(module, names)
-    return names
-
-
-def _refuse_complex(module: Any, names: Sequence[str]) -> None:
-    complex_ = [clean(n) for n, p in module.named_parameters() if p.is_complex() and clean(n) in names]
-    if complex_:
-        raise ValueError(
-            f"Expected real parameters, got complex numbers in {', '.join(f'`{n}`' for n in complex_[:5])}. Leave them "
-            "out with `parameters=`, or store them as real numbers and call `torch.view_as_complex` in the module."
-        )
