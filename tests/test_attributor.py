@@ -297,7 +297,11 @@ def test_bad_arguments_are_refused(arguments, error, text):
         ({"queries": None}, TypeError, r"Expected `queries` to be a map-style Dataset .* got NoneType"),
         ({"method": TracInCP()}, MissingEvidence, r"`TracInCP` needs checkpoints .* got `trajectory=None`"),
         ({"method": Watches()}, MissingEvidence, r"`Watches` with these settings watches training as it happens"),
-        ({"method": Refits()}, MissingEvidence, r"`Refits` trains models again. Pass `Attributor\(\.\.\., refit="),
+        (
+            {"method": Refits()},
+            MissingEvidence,
+            r"`Refits` retrains models, got `refit=None`. Pass `Attributor\(\.\.\., refit=",
+        ),
         ({"method": Misshapen()}, ValueError, r"`Misshapen\.score` to return \[query, train\] = \[7, 23\], got \[23\]"),
         (
             {"queries": TensorDataset(torch.zeros(3, 5, dtype=torch.float64), torch.zeros(3, dtype=torch.int64))},

@@ -1,1 +1,1 @@
-"""Asks methods, returns scores."""
+"""Calls methods for a user's question and returns scores."""

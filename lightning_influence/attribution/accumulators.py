@@ -1,4 +1,4 @@
-"""Where tiles of scores go: the full matrix, the strongest few, or the sum over a group."""
+"""Collect tiles of scores: the full matrix, the strongest few, or the sum over a group."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -10,76 +10,82 @@ from lightning_influence.numerics.topk import StreamingTopK
 from lightning_influence.scores import TopK
 
 
-class Sink(Protocol):
-    """Takes in a score matrix tile by tile."""
+class Accumulator(Protocol):
+    """Collects a score matrix tile by tile."""
 
-    def take(self, tile: Tensor, first_query: int, first_id: int) -> None:
-        """Scores [query, train] of consecutive queries and training examples."""
+    def add(self, tile: Tensor, first_query: int, first_id: int) -> None:
+        """Add a tile.
+
+        Args:
+            tile: scores of consecutive queries and training examples, [query, train].
+            first_query: position of the first query.
+            first_id: position of the first training example among those with scores.
+        """
 
 
-class MatrixSink:
-    """Keeps everything: [query, train], because the user asked for it."""
+class MatrixAccumulator:
+    """Keeps the full matrix."""
 
     def __init__(self, n_queries: int, n_train: int, dtype: torch.dtype) -> None:
         self.values = torch.empty(n_queries, n_train, dtype=dtype)
 
-    def take(self, tile: Tensor, first_query: int, first_id: int) -> None:
-        """Writes the tile in its place."""
+    def add(self, tile: Tensor, first_query: int, first_id: int) -> None:
+        """Write the tile to its place in the matrix."""
         self.values[first_query : first_query + len(tile), first_id : first_id + tile.shape[1]] = tile
 
-    def kept(self) -> tuple[Tensor, None]:
-        """The matrix."""
+    def result(self) -> tuple[Tensor, None]:
+        """The matrix, [query, train], and no strongest few."""
         return self.values, None
 
 
-class TopKSink:
+class TopKAccumulator:
     """Keeps the k strongest proponents and opponents of each query."""
 
     def __init__(self, n_queries: int, k: int, dtype: torch.dtype) -> None:
         self._best = StreamingTopK(n_queries, k, dtype)
 
-    def take(self, tile: Tensor, first_query: int, first_id: int) -> None:
-        """Merges the tile in.
+    def add(self, tile: Tensor, first_query: int, first_id: int) -> None:
+        """Keep those scores of the tile that are among the strongest so far.
 
         Raises:
-            ValueError: unknown scores, which have no rank.
+            ValueError: unknown scores (NaN), which have no rank.
         """
         if bool(tile.isnan().any()):
             unknown = tile.isnan().any(0).nonzero()[:, 0] + first_id
             raise ValueError(
-                f"Expected known scores for `top_k`, got NaN for training examples {unknown[:10].tolist()}. Leave "
-                "`top_k` out."
+                f"Expected no unknown scores with `top_k`, got NaN for training examples {unknown[:10].tolist()}. "
+                "Leave `top_k` out."
             )
         self._best.update(tile, torch.arange(first_id, first_id + tile.shape[1]), first_query)
 
-    def kept(self) -> tuple[None, tuple[TopK, TopK]]:
-        """The strongest proponents and opponents."""
+    def result(self) -> tuple[None, tuple[TopK, TopK]]:
+        """No matrix, and the strongest proponents and opponents."""
         high, high_ids, low, low_ids = self._best.result()
         return None, (TopK(high, high_ids), TopK(low, low_ids))
 
 
-class GroupSink:
-    """Sums over some training examples."""
+class GroupAccumulator:
+    """Sums the scores of some training examples."""
 
     def __init__(self, n_queries: int, ids: Sequence[int]) -> None:
         self.total = torch.zeros(n_queries, dtype=torch.float64)
         self._ids = torch.as_tensor(ids, dtype=torch.int64)
 
-    def take(self, tile: Tensor, first_query: int, first_id: int) -> None:
-        """Adds the columns that belong to the group."""
+    def add(self, tile: Tensor, first_query: int, first_id: int) -> None:
+        """Add the scores of the group's members in this tile."""
         here = self._ids[(self._ids >= first_id) & (self._ids < first_id + tile.shape[1])] - first_id
         self.total[first_query : first_query + len(tile)] += tile[:, here.to(tile.device)].double().sum(1).cpu()
 
 
 class NonFinite:
-    """Collects which examples have gradients that are NaN or infinite."""
+    """Finds the examples whose gradients are NaN or infinite, from the scores."""
 
     def __init__(self) -> None:
         self.train: list[int] = []
         self.queries: list[int] = []
 
     def clean(self, tile: Tensor, first_query: int, first_id: int) -> bool:
-        """Whether every score is finite; if not, remembers whose gradient it was."""
+        """Whether all scores of a tile are finite; if not, the queries or training examples at fault are stored."""
         finite = tile.isfinite()
         if bool(finite.all()):
             return True
@@ -90,7 +96,7 @@ class NonFinite:
         return False
 
     def refuse(self) -> None:
-        """Raises ValueError where any were met."""
+        """Raise ValueError if there were any."""
         found = [
             f"{kind} {sorted(set(ids))[:10]}{' and more' if len(set(ids)) > 10 else ''}"
             for kind, ids in (("training examples", self.train), ("queries", self.queries))
@@ -98,6 +104,6 @@ class NonFinite:
         ]
         if found:
             raise ValueError(
-                f"Expected finite gradients, got NaN or infinity for {' and for '.join(found)}. Look at their inputs "
-                "and losses, or leave them out (`torch.utils.data.Subset`)."
+                f"Expected finite gradients, got NaN or infinity for {' and for '.join(found)}. Check their inputs and "
+                "losses, or leave them out (`torch.utils.data.Subset`)."
             )

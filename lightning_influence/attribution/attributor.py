@@ -1,7 +1,6 @@
-"""The question's setting: a module, its training data and what its fit left behind; asks methods, returns scores."""
+"""Attributor: scores of a module's training examples by any method."""
 
 import contextlib
-import fnmatch
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -11,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.attribution.accumulators import MatrixSink, TopKSink
+from lightning_influence.attribution.accumulators import MatrixAccumulator, TopKAccumulator
 from lightning_influence.attribution.driver import run_group, run_scores, run_self_influence
+from lightning_influence.attribution.parameters import selected_parameters
 from lightning_influence.checks import check_integer
 from lightning_influence.data.source import Source, source_of
 from lightning_influence.methods.kinds import ForwardOnly
@@ -26,24 +26,24 @@ from lightning_influence.setting.session import Session
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.tracking import load_record
 from lightning_influence.trajectory import Trajectory
-from lightning_influence.types import MissingEvidence, clean
+from lightning_influence.types import MissingEvidence
 
 
 class Attributor:
-    """Asks what the training examples did to a module.
+    """Computes the influence of the training examples on a module.
 
     Args:
         module: the LightningModule.
-        train: the training DataLoader or Dataset; an un-augmented one of equal length serves as well.
-        trajectory: what the fit left behind; None: only the module's present weights are known.
-        trainer: its accelerator, precision and data hooks are used; None: the module's own Trainer if it has one.
-        batch_size: examples per block; None: the loader's batch size, or more where examples are small.
-        refit: a ``Refit``: how models are trained again (for methods that retrain).
+        train: the training DataLoader or Dataset, or one of the same examples without augmentation.
+        trajectory: checkpoints and batch order of the fit; None: only the module's present weights are known.
+        trainer: its accelerator, precision and data hooks are used; None: the module's own Trainer, if it has one.
+        batch_size: examples per block; None: the loader's batch size, or more if their gradients are small.
+        refit: a ``Refit``, which says how to retrain models, for methods that need it.
         loss: ``(module, batch) -> [batch]`` per-sample losses; None: ``training_step``.
-        parameters: patterns (``fnmatch``) over parameter names; None: all that train.
+        parameters: ``fnmatch`` patterns of the names of parameters whose gradients are used; None: all that train.
 
     Raises:
-        TypeError: data without examples by number.
+        TypeError: data without indexed examples, such as an IterableDataset.
         ValueError: empty data, a dataset of another length than the one trained on, or patterns that match nothing.
 
     Example:
@@ -76,7 +76,9 @@ class Attributor:
                 f"Expected `train` to have the {known} examples of the dataset that was trained on, got "
                 f"{len(self._train.dataset)}. Pass that dataset (an un-augmented one of equal length is fine)."
             )
-        names = _selected(self.module, trajectory, (parameters,) if isinstance(parameters, str) else parameters)
+        names = selected_parameters(
+            self.module, trajectory, (parameters,) if isinstance(parameters, str) else parameters
+        )
         self._session = Session(self.module, self._train, trajectory, self.trainer, loss, names, batch_size)
         if refit is not None:
             refit.attach(self._session, self._train)
@@ -93,45 +95,45 @@ class Attributor:
         aggregate: str | None = None,
         path: str | PathLike[str] | None = None,
     ) -> Scores:
-        """Scores of every training example on every query.
+        """Score every training example for every query.
 
         Args:
             method: how influence is estimated.
-            queries: Dataset, DataLoader or ``"train"``; their loss is ``training_step``'s (or ``loss=``).
-            top_k: keep the k strongest proponents and opponents of each query; None: the full matrix.
-            measurement: ``(module, batch) -> [batch]`` in place of the query's loss.
-            higher_is_better: of the measurement; positive scores still mean *makes it better*.
-            aggregate: ``"mean"``: all queries as one.
-            path: also save the scores in this file.
+            queries: Dataset, DataLoader or ``"train"``; their loss is that of ``training_step``, or ``loss=``.
+            top_k: keep only the k strongest proponents and opponents of each query; None: the full matrix.
+            measurement: ``(module, batch) -> [batch]``, scored instead of the query's loss.
+            higher_is_better: whether a higher measurement is better; positive scores still mean *makes it better*.
+            aggregate: ``"mean"``: score the mean over all queries, as one query.
+            path: a file to save the scores in.
 
         Returns:
             ``Scores`` [query, train].
 
         Raises:
             MissingEvidence: the method needs what was not captured.
-            ValueError: bad arguments, queries that do not fit the module, gradients that are not finite.
+            ValueError: bad arguments, queries that the module does not accept, gradients that are not finite.
         """
         self._check(method)
         _check_arguments(top_k, aggregate, measurement, higher_is_better)
         source = self._queries(queries)
         with self._open(method, source, measurement, aggregate) as setting:
-            asked = _queries_of(setting)
+            all_queries = _queries_of(setting)
             dtype = setting.zeros().dtype
             ids = _scored(method, setting.n_train)
-            sink: MatrixSink | TopKSink
+            accumulator: MatrixAccumulator | TopKAccumulator
             if top_k is None:
-                sink = MatrixSink(len(asked), len(ids), dtype)
+                accumulator = MatrixAccumulator(len(all_queries), len(ids), dtype)
             else:
-                sink = TopKSink(len(asked), top_k, dtype)
-            run_scores(method, setting, asked, sink, -1.0 if higher_is_better else 1.0, self.trainer)
+                accumulator = TopKAccumulator(len(all_queries), top_k, dtype)
+            run_scores(method, setting, all_queries, accumulator, -1.0 if higher_is_better else 1.0, self.trainer)
         record = self._record(method, setting) | {
             "train_ids": ids,
-            "query_ids": torch.arange(len(asked)),
-            "base": (_some(self._train.base_ids(), ids), None if aggregate else source.base_ids()),
+            "query_ids": torch.arange(len(all_queries)),
+            "base": (_indexed(self._train.base_ids(), ids), None if aggregate else source.base_ids()),
             "allow_nan": isinstance(method, Retraining),
         }
-        values, best = sink.kept()
-        if best is not None:  # positions among those that have scores
+        values, best = accumulator.result()
+        if best is not None:  # its ids are positions among the examples with scores
             high, low = best
             best = high._replace(train_ids=ids[high.train_ids]), low._replace(train_ids=ids[low.train_ids])
         scores = Scores(values, best, **record)
@@ -141,12 +143,16 @@ class Attributor:
         return scores
 
     def self_influence(self, method: Method, path: str | PathLike[str] | None = None) -> SelfScores:
-        """Score of every training example on itself; mislabelled, odd and memorised ones stand highest.
+        """Score every training example with itself as the query; mislabelled, odd and memorised ones score highest.
+
+        Args:
+            method: how influence is estimated.
+            path: a file to save the scores in.
 
         Raises:
             MissingEvidence: the method needs what was not captured.
             NotImplementedError: the method has no self-influence.
-            ValueError: self-influence that would be constant; gradients that are not finite.
+            ValueError: self-influence that is the same for all examples; gradients that are not finite.
         """
         self._check(method)
         with self._open(method) as setting:
@@ -159,10 +165,17 @@ class Attributor:
         return scores
 
     def group(self, method: Method, ids: Sequence[int], queries: Any) -> Tensor:
-        """[query]: the method's own estimate of what a group of training examples did together.
+        """The joint influence of a group of training examples on each query, [query].
+
+        By the method's own estimate for groups, if it has one; otherwise the sum of the scores.
+
+        Args:
+            method: how influence is estimated.
+            ids: of the group.
+            queries: Dataset, DataLoader or ``"train"``.
 
         Raises:
-            TypeError: ids that are no whole numbers, such as a mask.
+            TypeError: ids that are not whole numbers, such as a mask.
             ValueError: ids outside the training dataset, or without scores.
         """
         self._check(method)
@@ -177,7 +190,7 @@ class Attributor:
             return run_group(method, setting, _queries_of(setting), list(ids), self.trainer)
 
     def losses(self, data: Any = "train") -> Tensor:
-        """[example]: the loss of every example at the final weights, one at a time; the baseline for label errors."""
+        """The loss of every example on its own at the final weights, [example]; a baseline for finding label errors."""
         source = self._queries(data)
         with self._session.quiet() as task, torch.no_grad():
             examples = source.examples(self.batch_size)
@@ -185,58 +198,69 @@ class Attributor:
         return torch.tensor(values, dtype=torch.float64)
 
     def cost(self, method: Method, queries: Any = None, aggregate: str | None = None) -> float:
-        """Estimated seconds of ``score`` (or, without queries, of ``self_influence``); see ``Method.cost``."""
+        """Estimate the seconds that ``score`` takes, or, without queries, ``self_influence``.
+
+        Models that methods have to retrain are not included.
+        """
         self._check(method)
         source = None if queries is None else self._queries(queries)
         with self._open(method, source, aggregate=aggregate) as setting:
             return method.cost(setting, setting.queries).seconds
 
     def session(self, queries: Any = None) -> AbstractContextManager[Setting]:
-        """The question as methods see it, for work of your own on gradients: a context manager.
+        """A context manager that gives what a method works with, for your own computations with gradients.
 
         Args:
-            queries: Dataset, DataLoader, ``"train"``, or None for the training side alone.
+            queries: Dataset, DataLoader, ``"train"``, or None for training examples only.
         """
         return self._session.open(None if queries is None else self._queries(queries))
 
     def estimate(
         self, method: Retraining, queries: Any, measurement: Loss | None = None, higher_is_better: bool = False
     ) -> Estimate:
-        """Scores of a method that retrains, [query, train], with their standard errors and counts of models.
+        """Scores of a method that retrains, [query, train], with their standard errors and numbers of models.
 
-        After ``score`` this costs forward passes only: the models are kept.
+        After ``score`` this takes forward passes only, because the models are kept.
+
+        Args:
+            method: one that retrains, such as ``Downsampling()``.
+            queries: Dataset, DataLoader or ``"train"``.
+            measurement: as for ``score``.
+            higher_is_better: as for ``score``.
 
         Raises:
-            TypeError: a method that trains no models.
+            TypeError: a method that retrains no models.
             MissingEvidence: no ``refit``.
         """
         self._check(method)
         if not isinstance(method, Retraining):
-            raise TypeError(f"Expected a method that trains models, such as `Downsampling()`, got {method!r}.")
+            raise TypeError(f"Expected a method that retrains models, such as `Downsampling()`, got {method!r}.")
         _check_arguments(None, None, measurement, higher_is_better)
         with self._open(method, self._queries(queries), measurement) as setting:
             found = method.estimate(setting, _queries_of(setting))
         return replace(found, values=-found.values) if higher_is_better else found
 
-    # ---- making ready ---------------------------------------------------------------------------------------------
+    # ---- preparation ----------------------------------------------------------------------------------------------
 
     def _check(self, method: Method) -> None:
-        """Refuses what cannot work before any work begins."""
+        """Raises before any work begins if the method needs what this attributor does not have."""
         if not isinstance(method, Method):
             raise TypeError(f"Expected `method` to be a Method such as `TracInCP()`, got {method!r}.")
         name = method.name
         if method.needs & Evidence.CHECKPOINTS and self.trajectory is None:
             raise MissingEvidence(
                 f"`{name}` needs checkpoints with learning rates, got `trajectory=None`. Fit with "
-                "`Trainer(callbacks=[Influence()])`, read files by `Trajectory.from_checkpoints(paths)`, or use "
-                "`GradientDot()`, which needs the final weights only."
+                "`Trainer(callbacks=[Influence()])`, load files with `Trajectory.from_checkpoints(paths)`, or use "
+                "`GradientDot()`, which needs only the final weights."
             )
         if method.needs & Evidence.TRACKER:
             last = 0 if self.trajectory is None else self.trajectory.checkpoints[-1].step
             run = None if self.trajectory is None else self.trajectory.path
             load_record(run, method.record, last)
         if method.needs & Evidence.REFIT and self.refit is None:
-            raise MissingEvidence(f"`{name}` trains models again. Pass `Attributor(..., refit=Refit(...))`.")
+            raise MissingEvidence(
+                f"`{name}` retrains models, got `refit=None`. Pass `Attributor(..., refit=Refit(...))`."
+            )
 
     @contextlib.contextmanager
     def _open(
@@ -246,7 +270,7 @@ class Attributor:
         measurement: Loss | None = None,
         aggregate: str | None = None,
     ) -> Iterator[Setting]:
-        """The question with what the method needs, and no more."""
+        """Opens the question with what the method needs: a plan of the gradients, retrained models."""
         gradients = not isinstance(method, ForwardOnly)
         with self._session.open(queries, measurement, aggregate == "mean", gradients) as setting:
             if self.refit is not None and method.needs & Evidence.REFIT:
@@ -258,8 +282,8 @@ class Attributor:
     def _queries(self, queries: Any) -> Source:
         if isinstance(queries, str) and queries != "train":
             raise ValueError(
-                f"Expected `queries` to be a Dataset, a DataLoader or 'train', got {queries!r}. Other loaders of the "
-                "Trainer are known to `Influence(queries=)` only."
+                f"Expected `queries` to be a Dataset, a DataLoader or 'train', got {queries!r}. Names of the Trainer's "
+                "other loaders work in `Influence(queries=)` only."
             )
         return self._train if isinstance(queries, str) else source_of(queries, "queries", like=self._train)
 
@@ -298,49 +322,10 @@ def _queries_of(setting: Setting) -> Queries:
 
 
 def _scored(method: Method, n_train: int) -> Tensor:
-    """[scored] int64: ids of the training examples that a method has scores for."""
+    """Ids of the training examples that a method has scores for, [scored] int64."""
     ids = method.scored(n_train)
     return torch.arange(n_train) if ids is None else torch.tensor(list(ids), dtype=torch.int64)
 
 
-def _some(base: Tensor | None, ids: Tensor) -> Tensor | None:
+def _indexed(base: Tensor | None, ids: Tensor) -> Tensor | None:
     return None if base is None else base[ids]
-
-
-def _selected(module: Any, trajectory: Trajectory | None, patterns: Sequence[str] | None) -> list[str]:
-    """Names of the parameters that count: those that train, or those of them that match.
-
-    Raises:
-        ValueError: nothing trains, or a pattern matches nothing.
-    """
-    trained = None if trajectory is None else trajectory.parameter_groups
-    captured = trajectory is not None and trajectory.captured  # a fit may have frozen and thawed on the way
-    names = [
-        clean(n)
-        for n, p in module.named_parameters()
-        if (captured or p.requires_grad) and (trained is None or clean(n) in trained)
-    ]
-    if not names:
-        raise ValueError(
-            "Expected parameters that train, got none: all are frozen, or the trajectory is of another module. "
-            "Call `requires_grad_(True)` on those that were trained."
-        )
-    for pattern in patterns or ():
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(
-                f"Expected `parameters` to match trainable parameters, got {pattern!r}, which matches none of "
-                f"{', '.join(names[:10])}{' ...' if len(names) > 10 else ''}."
-            )
-    if patterns is not None:
-        names = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-    _refuse_complex(module, names)
-    return names
-
-
-def _refuse_complex(module: Any, names: Sequence[str]) -> None:
-    complex_ = [clean(n) for n, p in module.named_parameters() if p.is_complex() and clean(n) in names]
-    if complex_:
-        raise ValueError(
-            f"Expected real parameters, got complex numbers in {', '.join(f'`{n}`' for n in complex_[:5])}. Leave them "
-            "out with `parameters=`, or keep them as real numbers and call `torch.view_as_complex` in the module."
-        )

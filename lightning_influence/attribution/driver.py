@@ -1,4 +1,4 @@
-"""The driver's loops: blocks of queries × tiles of training examples, a method inside, an accumulator at the end."""
+"""Loops over blocks of queries and tiles of training examples, in which a method computes the scores."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,18 +6,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.attribution.accumulators import GroupSink, NonFinite, Sink
+from lightning_influence.attribution.accumulators import Accumulator, GroupAccumulator, NonFinite
 from lightning_influence.methods.method import Method
 from lightning_influence.methods.retraining import Retraining
 from lightning_influence.progress import progress
 from lightning_influence.setting.setting import Queries, Setting
 
 
-def run_scores(method: Method, setting: Setting, queries: Queries, sink: Sink, sign: float, trainer: Any) -> None:
-    """Scores every query against every training example, tile by tile, into ``sink``.
+def run_scores(
+    method: Method, setting: Setting, queries: Queries, accumulator: Accumulator, sign: float, trainer: Any
+) -> None:
+    """Score every training example for every query, tile by tile, into an accumulator.
+
+    Args:
+        method: computes the scores.
+        setting: the question.
+        queries: all queries.
+        accumulator: receives the scores.
+        sign: a negative one flips the scores, for a measurement that is better when higher.
+        trainer: shows the progress, or None.
 
     Raises:
-        ValueError: scores of another shape than promised, or gradients that are not finite.
+        ValueError: scores of another shape than [query, train]; gradients that are not finite.
     """
     block, columns = method.tile(setting, queries)
     n_train, n_queries = setting.n_train, len(queries)
@@ -31,14 +41,14 @@ def run_scores(method: Method, setting: Setting, queries: Queries, sink: Sink, s
                 setting.ids = range(start, min(start + columns, n_train))
                 tile = method.score(setting, some)
                 _check_shape(method, tile, len(some), len(setting.ids))
-                if isinstance(method, Retraining) or bad.clean(tile, first, start):  # there NaN is an unknown score
+                if isinstance(method, Retraining) or bad.clean(tile, first, start):  # their NaN is an unknown score
                     tile, column = _scored(tile, start, method.scored(n_train))
-                    sink.take(tile if sign > 0 else -tile, first, column)
+                    accumulator.add(tile if sign > 0 else -tile, first, column)
     bad.refuse()
 
 
 def run_group(method: Method, setting: Setting, queries: Queries, ids: Sequence[int], trainer: Any) -> Tensor:
-    """[query]: the method's own estimate for a group, or the sum of its scores.
+    """The joint influence of a group, [query]: the method's own estimate, or else the sum of its scores.
 
     Raises:
         ValueError: gradients that are not finite.
@@ -50,9 +60,9 @@ def run_group(method: Method, setting: Setting, queries: Queries, ids: Sequence[
         if values is None:
             scored = method.scored(setting.n_train)
             columns = ids if scored is None else torch.searchsorted(torch.as_tensor(scored), torch.as_tensor(ids))
-            sink = GroupSink(len(queries), torch.as_tensor(columns).tolist())
-            run_scores(method, setting, queries, sink, 1.0, trainer)
-            return sink.total
+            accumulator = GroupAccumulator(len(queries), torch.as_tensor(columns).tolist())
+            run_scores(method, setting, queries, accumulator, 1.0, trainer)
+            return accumulator.total
         found.append(values)
     total = torch.cat(found)
     bad = NonFinite()
@@ -62,7 +72,7 @@ def run_group(method: Method, setting: Setting, queries: Queries, ids: Sequence[
 
 
 def run_self_influence(method: Method, setting: Setting, trainer: Any) -> Tensor:
-    """[train]: self-influence of every training example.
+    """The self-influence of every training example, [train].
 
     Raises:
         ValueError: gradients that are not finite.
@@ -77,17 +87,17 @@ def run_self_influence(method: Method, setting: Setting, trainer: Any) -> Tensor
 
 
 def _visited(method: Method, setting: Setting) -> int:
-    """How many sets of weights are visited for a block of queries."""
+    """How many checkpoints are visited for each block of queries; 1 without a trajectory."""
     return max(1, len(method.positions(setting.trajectory)))
 
 
 def _scored(tile: Tensor, start: int, ids: Sequence[int] | None) -> tuple[Tensor, int]:
-    """The columns of a tile that have a score, and how many lie before it."""
+    """The columns of a tile that have scores, and how many training examples before the tile have."""
     if ids is None:
         return tile, start
-    kept = torch.as_tensor(ids)
-    inside = kept[(kept >= start) & (kept < start + tile.shape[1])] - start
-    return tile[:, inside.to(tile.device)], int((kept < start).sum())
+    every = torch.as_tensor(ids)
+    inside = every[(every >= start) & (every < start + tile.shape[1])] - start
+    return tile[:, inside.to(tile.device)], int((every < start).sum())
 
 
 def _check_shape(method: Method, tile: Tensor, n_queries: int, n_train: int) -> None:

@@ -41,6 +41,7 @@ def prepared_at(curvature: Curvature, setting: Setting, stage: Stage) -> Prepare
 
 
 def _read_or_prepare(curvature: Curvature, setting: Setting, stage: Stage, folder: Path | None) -> PreparedCurvature:
+    stage.check_loaded()
     if folder is None:
         return curvature.prepare(setting)
     about = _description(curvature, setting, stage)

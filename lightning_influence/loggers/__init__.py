@@ -16,14 +16,14 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_influence.loggers import comet, csv_files, mlflow, scalars, tensorboard, wandb
-from lightning_influence.loggers.results import Results
+from lightning_influence.loggers.results import TrackerResults
 from lightning_influence.loggers.summary import Histogram, Table, of_scores, of_self_influence
 
 __all__ = [
     "WRITERS",
     "Histogram",
-    "Results",
     "Table",
+    "TrackerResults",
     "drawn",
     "listening",
     "log_influence",
@@ -33,7 +33,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-WRITERS: dict[str, Callable[[Any, Results], None]] = {
+WRITERS: dict[str, Callable[[Any, TrackerResults], None]] = {
     "TensorBoardLogger": tensorboard.write,
     "CSVLogger": csv_files.write,
     "WandbLogger": wandb.write,
@@ -43,7 +43,7 @@ WRITERS: dict[str, Callable[[Any, Results], None]] = {
 """The function that writes into a logger, by the name of the logger's class or of one of its bases."""
 
 
-def log_influence(loggers: Any, results: Results) -> None:
+def log_influence(loggers: Any, results: TrackerResults) -> None:
     """Write one method's results into every logger, as far as the logger supports them.
 
     If a logger fails, a warning names it, and the other loggers still get the results. Nothing happens on other ranks
@@ -98,5 +98,5 @@ def _names(logger: Any) -> list[str]:
     return [parent.__name__ for parent in type(logger).__mro__]
 
 
-def _writer(logger: Any) -> Callable[[Any, Results], None]:
+def _writer(logger: Any) -> Callable[[Any, TrackerResults], None]:
     return next((WRITERS[name] for name in _names(logger) if name in WRITERS), scalars.write)

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from lightning_influence.loggers.results import Results
+from lightning_influence.loggers.results import TrackerResults
 from lightning_influence.loggers.scalars import write_scalars
 
 
-def write(logger: Any, results: Results) -> None:
+def write(logger: Any, results: TrackerResults) -> None:
     """Write the results."""
     from comet_ml.data_structure import Histogram
 

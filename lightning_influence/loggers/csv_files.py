@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from lightning_influence.loggers.results import Results, as_csv, as_png, file_name
+from lightning_influence.loggers.results import TrackerResults, as_csv, as_png, file_name
 from lightning_influence.loggers.scalars import write_scalars
 
 
-def write(logger: Any, results: Results) -> None:
+def write(logger: Any, results: TrackerResults) -> None:
     """Write one CSV file per table or histogram, one PNG file per figure and one text file per text."""
     # First: the logger's writer may be created here, and it clears a folder that already holds files.
     write_scalars(logger, results)

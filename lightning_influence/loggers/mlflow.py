@@ -3,12 +3,12 @@
 import contextlib
 from typing import Any
 
-from lightning_influence.loggers.results import Results
+from lightning_influence.loggers.results import TrackerResults
 from lightning_influence.loggers.scalars import write_scalars
 from lightning_influence.loggers.summary import Table
 
 
-def write(logger: Any, results: Results) -> None:
+def write(logger: Any, results: TrackerResults) -> None:
     """Write metrics, then files into the artifact folder `influence/<name>`; a later call replaces them."""
     write_scalars(logger, results)
     client, run = logger.experiment, logger.run_id

@@ -13,7 +13,7 @@ from lightning_influence.loggers.summary import Histogram, Table
 
 
 @dataclass(frozen=True)
-class Results:
+class TrackerResults:
     """One method's results for a tracker.
 
     Args:

@@ -4,12 +4,12 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_influence.loggers.results import Results
+from lightning_influence.loggers.results import TrackerResults
 
 _log = logging.getLogger("lightning_influence.loggers")
 
 
-def write_scalars(logger: Any, results: Results, more: Mapping[str, Any] | None = None) -> None:
+def write_scalars(logger: Any, results: TrackerResults, more: Mapping[str, Any] | None = None) -> None:
     """Write the numbers, and `more` that the logger's `log_metrics` accepts."""
     separator = getattr(logger, "group_separator", "/")
     prefix = separator.join(["influence", results.name, ""])
@@ -18,7 +18,7 @@ def write_scalars(logger: Any, results: Results, more: Mapping[str, Any] | None 
         logger.log_metrics(found, step=results.step)
 
 
-def write(logger: Any, results: Results) -> None:
+def write(logger: Any, results: TrackerResults) -> None:
     """Write the numbers, and log that the logger cannot show the rest."""
     write_scalars(logger, results)
     if results.tables or results.figures or results.histograms:

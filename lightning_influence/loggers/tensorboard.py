@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from lightning_influence.loggers.results import Results
+from lightning_influence.loggers.results import TrackerResults
 from lightning_influence.loggers.scalars import write_scalars
 from lightning_influence.loggers.summary import Table
 
 _ROWS = 200  # TensorBoard renders the whole text at once
 
 
-def write(logger: Any, results: Results) -> None:
+def write(logger: Any, results: TrackerResults) -> None:
     """Write the results. Names end with their kind, since TensorBoard shows only one kind per name."""
     write_scalars(logger, results)
     writer = logger.experiment

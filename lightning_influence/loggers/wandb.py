@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from lightning_influence.loggers.results import Results
+from lightning_influence.loggers.results import TrackerResults
 from lightning_influence.loggers.scalars import write_scalars
 
 
-def write(logger: Any, results: Results) -> None:
+def write(logger: Any, results: TrackerResults) -> None:
     """Write the results. Names end with their kind, since a run has one namespace for all kinds."""
     import wandb
 

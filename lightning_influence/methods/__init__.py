@@ -1,1 +1,1 @@
-"""One file a paper."""
+"""The methods, one file per paper, and their base classes."""

@@ -1,4 +1,4 @@
-"""Data Shapley: what an example adds to models trained on whatever came before it (Ghorbani and Zou, 2019)."""
+"""DataShapley: an example's mean contribution over orders of the training data (Ghorbani and Zou, 2019)."""
 
 import math
 from collections.abc import Iterator
@@ -13,41 +13,42 @@ from lightning_influence.methods.retraining import Estimate, Retraining, losses_
 from lightning_influence.numerics.subsets import every, prefixes
 from lightning_influence.setting.setting import Queries, Setting
 
-# Prefixes trained together before it is looked whether a permutation may be cut short, and how often in a row its value
-# must be that of the whole set.
+# Models trained at once before an order may be cut short, and how many values in a row must be within the tolerance.
 _TOGETHER, _IN_A_ROW = 16, 5
-# Permutations before the standard error is believed.
+# Orders before the first test of convergence.
 _WARM_UP = 10
 
 
 @dataclass(frozen=True)
 class DataShapley(Retraining):
-    r"""The mean over all orders of what an example adds to the value of those before it; value is minus the loss.
+    r"""How much an example adds to the value of the examples before it, as a mean over all orders of the data.
 
     .. math:: s(q, z_i) = \sum_{S \not\ni i} \frac{|S|! \, (n-|S|-1)!}{n!} \, [v_q(S \cup i) - v_q(S)]
 
-    Exact where all 2^n subsets are within the budget; else truncated Monte Carlo over random orders. The scores of a
-    query sum to v(everything) - v(nothing), up to ``tolerance`` where orders are cut short.
+    with v the value of a subset for a query: minus the query's loss under a model trained on the subset. Exact if the
+    budget allows all 2^n subsets; otherwise truncated Monte Carlo over random orders. The scores of a query sum to
+    v(all) - v(none), up to ``tolerance`` if orders are cut short.
 
     Source: Ghorbani, Zou. Data Shapley: Equitable Valuation of Data for Machine Learning. ICML 2019.
     Needs: ``Attributor(refit=)``.
     Units: query loss (or measurement).
-    Cost: up to ``budget`` training runs, once; another query costs forward passes only (and models where an order
-    is cut later for it).
-    Departs from the paper: the tolerance is absolute, in units of the value; the value of nothing is explicit; every
-    example of an order is credited, the first too.
+    Cost: up to ``budget`` training runs, once; more queries take forward passes only (and more models, if they cut an
+    order later).
+    Departs from the paper: the tolerance is absolute, in units of the value; the value of the empty set is a
+    hyper-parameter; the first example of an order gets its contribution too.
 
     Args:
-        budget: models that may be trained. n an order, fewer where it is cut short.
-        tolerance: an order is cut, for a query, once its value stayed this close to that of all examples for more than
-            five prefixes in a row. 0: never.
+        budget: the most models to train. An order takes n models, or fewer if it is cut short.
+        tolerance: an order is cut short, for a query, once the value was this close to v(all) more than five times in
+            a row. 0: never.
         convergence: stop before the budget is used up, once the median standard error is below this fraction of the
-            scores' standard deviation (not before ten orders). None: never.
-        empty: the loss (or measurement) of nothing: a number, or ``"initial"``: that of the untrained model.
-        seed: of the orders; all models of the k-th order are trained under seed k.
+            scores' standard deviation (after at least ten orders). None: never.
+        empty: the loss (or measurement) without any training example: a number, or ``"initial"`` for that of the
+            untrained model.
+        seed: of the random orders; all models of the k-th order are trained with seed k.
 
     Raises:
-        ValueError: other values; a budget below one order.
+        ValueError: other values; a budget that is too small for one order.
     """
 
     budget: int = 1000
@@ -63,7 +64,12 @@ class DataShapley(Retraining):
             raise ValueError(f"Expected `empty` to be a number or 'initial', got {self.empty!r}.")
 
     def estimate(self, setting: Setting, queries: Queries) -> Estimate:
-        """Scores, with standard errors over orders."""
+        """Scores, with standard errors over orders; none if they are exact.
+
+        Raises:
+            ValueError: a budget that is too small for one order.
+            RuntimeError: a model that could not be trained, if all subsets are needed.
+        """
         if setting.n_train < 63 and 2**setting.n_train - 1 <= self.budget:
             return self._exact(setting, queries)
         if self.budget < setting.n_train:
@@ -77,13 +83,15 @@ class DataShapley(Retraining):
         n = setting.n_train
         membership = every(n)
         values = -losses_of(setting, queries, membership[1:], [0] * (len(membership) - 1))
-        values = torch.cat([-self._nothing(setting, queries, 0), values])
+        values = torch.cat([-self._empty_loss(setting, queries, 0), values])
         if bool(values.isnan().any()):
-            raise RuntimeError("Expected a model for each of the subsets, got failures. See the warnings before.")
+            raise RuntimeError(
+                "Expected a model for each of the subsets, got failures. The warnings above have the reasons."
+            )
         sizes = membership.sum(1)
         weight = torch.tensor([1 / (n * math.comb(n - 1, s)) for s in range(n)], dtype=values.dtype)
-        joined, left = weight[(sizes - 1).clamp(min=0)], weight[sizes.clamp(max=n - 1)]
-        credit = torch.where(membership, joined[:, None], -left[:, None])
+        inside, outside = weight[(sizes - 1).clamp(min=0)], weight[sizes.clamp(max=n - 1)]
+        credit = torch.where(membership, inside[:, None], -outside[:, None])
         half = torch.full((n,), len(membership) // 2)
         setting.note(f"Exact: all {len(membership)} subsets.")
         return Estimate(values.T @ credit, None, half, half, len(membership) - 1)
@@ -116,12 +124,12 @@ class DataShapley(Retraining):
         return Estimate(mean, errors, full, full, used)
 
     def _walk(self, setting: Setting, queries: Queries, order: Tensor, seed: int) -> tuple[Tensor, int]:
-        """[n + 1, query] values along an order, and how many models it took."""
+        """Values of the first 0, 1, ... n examples of an order, [n + 1, query], and how many models they took."""
         membership = prefixes(order)
         n = len(order)
         whole = -losses_of(setting, queries, membership[n:], [seed])[0]
-        values = whole.expand(n + 1, -1).clone()  # what is cut off adds nothing
-        values[0] = -self._nothing(setting, queries, seed)[0]
+        values = whole.expand(n + 1, -1).clone()  # examples after the cut contribute 0
+        values[0] = -self._empty_loss(setting, queries, seed)[0]
         close = torch.zeros(len(whole), dtype=torch.int64)
         for rows in self._portions(n):
             found = -losses_of(setting, queries, membership[rows], [seed] * len(rows))
@@ -141,8 +149,8 @@ class DataShapley(Retraining):
         for start in range(1, n, step):
             yield range(start, min(start + step, n))
 
-    def _nothing(self, setting: Setting, queries: Queries, seed: int) -> Tensor:
-        """[1, query]."""
+    def _empty_loss(self, setting: Setting, queries: Queries, seed: int) -> Tensor:
+        """The loss without any training example, [1, query]."""
         if self.empty == "initial":
             return models_of(setting).untrained([seed], queries)
         return torch.full((1, len(queries)), float(self.empty), dtype=torch.float64)

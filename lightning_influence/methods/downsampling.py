@@ -1,4 +1,4 @@
-"""Downsampling: how queries fare with and without the example among random halves (Feldman and Zhang, 2020)."""
+"""Downsampling: a query's mean loss without and with an example, over random subsets (Feldman and Zhang, 2020)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,24 +13,25 @@ from lightning_influence.setting.setting import Queries, Setting
 
 @dataclass(frozen=True)
 class Downsampling(Retraining):
-    r"""Mean loss of a query under models without the example, less the mean under models with it.
+    r"""The mean loss of a query under models trained without the example, minus the mean under models with it.
 
     .. math:: s(q, z_i) = \operatorname{mean}_{S \not\ni i} \ell(w_S, q) - \operatorname{mean}_{S \ni i} \ell(w_S, q)
 
-    Self-influence is the memorisation of the example: the same with itself as the query. With subsets of one size, the
-    scores of a query sum to zero where losses are additive; with ``sampling="bernoulli"`` and ``fraction=0.5`` the
-    estimate is the Data Banzhaf value (Wang, Jia. AISTATS 2023).
+    The models are trained on random subsets S. Self-influence, the same with the example as the query, measures how far
+    the example is memorised. With subsets of one size, the scores of a query sum to zero if its loss is a sum of one
+    term per training example; with ``sampling="bernoulli"`` and ``fraction=0.5`` the estimate is the Data Banzhaf value
+    (Wang, Jia. AISTATS 2023).
 
     Source: Feldman, Zhang. What Neural Networks Memorize and Why. NeurIPS 2020.
     Needs: ``Attributor(refit=)``.
     Units: query loss (or measurement).
-    Cost: ``n_models`` training runs, once; another query costs forward passes only.
+    Cost: ``n_models`` training runs, once; more queries take forward passes only.
 
     Args:
-        n_models: subsets, one model each.
-        fraction: of the training data in each.
-        sampling: ``"fixed"`` size, or ``"bernoulli"``: each example on its own.
-        seed: of the subsets; the k-th model is trained under seed k.
+        n_models: number of subsets, with one model each.
+        fraction: of the training data in each subset.
+        sampling: ``"fixed"``: all subsets have the same size; ``"bernoulli"``: each example is drawn independently.
+        seed: of the random subsets; the k-th model is trained with seed k.
 
     Raises:
         ValueError: other values.
@@ -47,32 +48,36 @@ class Downsampling(Retraining):
         check_fraction("fraction", self.fraction)
 
     def estimate(self, setting: Setting, queries: Queries) -> Estimate:
-        """Scores, with standard errors and counts."""
+        """Scores, with standard errors over models."""
         membership, losses = self._trained(setting, queries)
         self._note(setting)
         return with_and_without(membership, losses)
 
     def self_influence(self, setting: Setting) -> Tensor:
-        """[train]: memorisation."""
+        """The memorisation of each training example, [train].
+
+        Raises:
+            ValueError: examples that are in all subsets, or in none.
+        """
         self._note(setting)
-        every = Queries(setting.engine, setting.examples, range(setting.n_train))
-        found = with_and_without(*self._trained(setting, every), own=True)
+        train = Queries(setting.engine, setting.examples, range(setting.n_train))
+        found = with_and_without(*self._trained(setting, train), own=True)
         unknown = found.values[0].isnan().nonzero()[:, 0].tolist()
         if unknown:
             raise ValueError(
-                f"Expected every example in some subset and out of some, got training examples {unknown[:10]} that are "
-                f"not with `n_models={self.n_models}`. Train more."
+                f"Expected each training example to be in some subsets and not in others, got {unknown[:10]} in all or "
+                f"in none with `n_models={self.n_models}`. Train more models."
             )
         report(self, setting, found)
         return found.values[0]
 
     def unit(self, setting: Setting) -> str:
-        """Of the loss or measurement, and which value it is."""
+        """That of the query's loss or measurement; the Data Banzhaf value is named."""
         name = ", Data Banzhaf value" if self.sampling == "bernoulli" and self.fraction == 0.5 else ""
         return f"query loss (or measurement){name}"
 
     def _trained(self, setting: Setting, queries: Queries) -> tuple[Tensor, Tensor]:
-        """Memberships and losses of the models that could be trained."""
+        """Memberships, [model, train], and losses, [model, query], of the models that could be trained."""
         n_train = setting.n_train
         if self.sampling == "fixed":
             size = min(n_train - 1, max(1, round(self.fraction * n_train)))
@@ -81,25 +86,26 @@ class Downsampling(Retraining):
             membership = bernoulli(n_train, self.n_models, self.fraction, self.seed)
             membership = membership[membership.any(1)]
         losses = losses_of(setting, queries, membership, list(range(len(membership))))
-        whole = ~losses.isnan().all(1)
-        return membership[whole], losses[whole]
+        trained = ~losses.isnan().all(1)
+        return membership[trained], losses[trained]
 
     def _note(self, setting: Setting) -> None:
         if self.sampling == "fixed":
             setting.note(
-                "Subsets of one size: scores compare an example with those that took its place, and sum to about zero."
+                "All subsets have the same size, so a score compares an example with the average other, and scores sum "
+                "to about zero."
             )
 
 
 def with_and_without(membership: Tensor, losses: Tensor, own: bool = False) -> Estimate:
-    """Differences of means, their standard errors, and counts.
+    """Mean losses without the example minus with it, and standard errors of the differences.
 
     Args:
-        membership: [model, train].
+        membership: which training examples each model was trained on, [model, train].
         losses: [model, query].
-        own: the queries are the training examples, and only the score of each on itself is wanted: [1, train].
+        own: compute only self-influence, [1, train]; the queries are the training examples.
     """
-    shift = losses.mean(0, keepdim=True)  # small numbers before they are squared
+    shift = losses.mean(0, keepdim=True)  # so that squares lose fewer digits
     centred, inside = losses - shift, membership.to(losses.dtype)
     sides = []
     for mask in (inside, 1 - inside):
@@ -108,7 +114,7 @@ def with_and_without(membership: Tensor, losses: Tensor, own: bool = False) -> E
             total, square = (mask * centred).sum(0)[None], (mask * centred.square()).sum(0)[None]
         else:
             total, square = centred.T @ mask, centred.square().T @ mask
-        mean = total / count  # 0 / 0 is NaN: never in, or never out
+        mean = total / count  # 0 / 0 is NaN, for examples in all subsets or in none
         variance = (square - count * mean.square()).clamp(min=0) / (count - 1).clamp(min=0)
         sides.append((mean, variance / count, count.long()))
     (with_it, with_error, n_in), (without, without_error, n_out) = sides

@@ -1,4 +1,4 @@
-"""Gradient dot: do a training example and a query pull the final weights the same way? (Charpiat et al., 2019)."""
+"""GradientDot: inner product of the gradients of a query and a training example (Charpiat et al., 2019)."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -10,21 +10,24 @@ from lightning_influence.numerics.projections import RandomProjection
 
 @dataclass(frozen=True)
 class GradientDot(TransformedProduct):
-    r"""Inner product of loss gradients at the final weights: the cheapest baseline.
+    r"""Inner product of loss gradients at the final weights; the cheapest baseline.
+
+    It is positive if one small gradient step on the training example lowers the query's loss.
 
     .. math:: s(q, z) = \nabla\ell(w, q) \cdot \nabla\ell(w, z)
 
     Source: Charpiat, Girard, Felardos, Tarabalka. Input Similarity from the Neural Network Perspective. NeurIPS 2019.
     Needs: the final weights.
     Units: arbitrary.
-    Cost: one backward pass an example.
+    Cost: one backward pass per example.
 
     Args:
-        normalize: ``"cosine"`` for the angle alone, ``"layerwise"`` for the sum of the angles within each layer.
-        projection: multiply random projections of the gradients instead: the same on average.
+        normalize: ``"cosine"``: the cosine of the angle between the gradients; ``"layerwise"``: the sum of all layers'
+            cosines; None: the plain inner product.
+        projection: multiply random projections of the gradients, which gives the same scores on average.
 
     Raises:
-        ValueError: another ``normalize``; self-influence of a normalised method, which is constant.
+        ValueError: another value; self-influence with ``normalize``, which is the same for all examples.
     """
 
     normalize: Literal["cosine", "layerwise"] | None = None

@@ -1,4 +1,4 @@
-"""HyDRA: the derivative of a query's final loss by each training example's weight in training (Chen et al., 2021)."""
+"""HyDRA: derivatives of a query's final loss with respect to training examples' weights (Chen et al., 2021)."""
 
 import time
 from collections.abc import Sequence
@@ -30,56 +30,59 @@ from lightning_influence.tracking.hypergradients import Hypergradients
 from lightning_influence.tracking.tracker import TrackerState
 from lightning_influence.tracking.visits import add_products
 
-# Scores of a smooth fit agree with refits by 0.9 and more, those of a rough one by 0.5.
+# Below this correlation with refits, a note warns. It is 0.9 and more where losses are smooth in the weights of the
+# examples, and about 0.5 where they are not.
 _AGREEING = 0.8
-# Vectors of the model's size that a query has at once: by weight and state, their successors, and in the products.
+# Memory per query, in vectors of the model's size: derivatives by weights and optimizer state, before and after a step,
+# and those inside a product.
 _VECTORS = 8
 _QUERY_BYTES = 2**29
-# Numbers of hypergradients that are multiplied with queries at once.
+# Entries of stored hypergradients that are loaded at once.
 _NUMBERS = 2**24
 
 
 @dataclass(frozen=True)
 class HyDRA(WholeRun):
-    r"""How much higher a query's loss would be had the example been left out of this very fit, to first order.
+    r"""How much higher a query's loss would be if this fit were repeated without the example, to first order.
 
     .. math:: s(q, z_i) = -\nabla\ell(w_T, q) \cdot \frac{d w_T}{d \omega_i}
 
-    The captured fit is run once more and walked backwards, for all examples at once. ``HyDRA.during_fit()`` gives the
-    same numbers by following the derivatives forwards while the fit runs; it suits few tracked examples and many
-    queries.
+    with w_T the final weights and ω_i the weight of example i in the training loss. The captured fit is replayed and
+    then differentiated backwards step by step, for all examples at once. ``HyDRA.during_fit()`` gives the same scores
+    by forward-mode differentiation while the fit runs; it is cheaper for few training examples and many queries.
 
     Source: Chen, Li, Yu, Wu, Miao. HyDRA: Hypergradient Data Relevance Analysis for Interpreting Deep Neural Networks.
-    AAAI 2021. The walk backwards is its adjoint: Ilyas, Engstrom. MAGIC: Near-Optimal Data Attribution for Deep
+    AAAI 2021. Its derivatives in reverse mode: Ilyas, Engstrom. MAGIC: Near-Optimal Data Attribution for Deep
     Learning. 2025.
     Needs: the batch order, learning rates and checkpoints of a fit by an optimizer that can be replayed.
     Units: query loss.
-    Cost: the fit once more, and per query about two steps' time per step (one without the Hessian). Memory: the states
-    between two checkpoints, and a few vectors of the model's size per query.
-    Departs from the paper: nothing is left out of the Hessian; an example counts at the steps that it *is* in (the
-    printed algorithm has this the other way round).
+    Cost: one replay of the fit, then per query and step about the time of two steps (one without the Hessian), and
+    ``checks`` more replays. Memory: weights and optimizer state of the steps between two checkpoints, and per query
+    a few vectors of the model's size.
+    Departs from the paper: no term of the Hessian is dropped; an example counts at the steps with it (the printed
+    algorithm counts it at the others).
 
     Args:
-        hessian: whether a change of the weights changes the gradients after it; without it, the paper's fast
-            approximation.
+        mode: ``"during_fit"`` makes ``HyDRA.during_fit()``, for code written for earlier versions.
+        hessian: whether a changed weight changes the gradients of later steps; False: the paper's fast approximation,
+            in which it does not.
         examples: ids of the training examples that get scores; None: all.
-        removal: left out means weight 0 with the divisor of the batch unchanged (``"downweight"``), or divided by the
-            sum of the weights (``"renormalize"``).
-        max_drift: a replay that strays from the captured weights by more, relative to the distance that they moved
-            between checkpoints, is an error.
+        memory: for ``mode="during_fit"``.
+        removal: how an example is left out of a batch: ``"downweight"`` keeps the divisor of the batch's mean loss,
+            ``"renormalize"`` divides by the number of examples that remain.
+        max_drift: the largest distance of replayed from captured weights, relative to the distance that they moved
+            between checkpoints; a larger one is an error.
         runs: 1: the derivative at the fit itself. More: the mean of the derivatives at this many fits, each without a
-            random tenth of the examples, for fits too rough to follow a single derivative as far as the removal of an
-            example (see ``agreement``).
-        checks: refits, each without a random tenth of the examples, whose changes of the queries' losses the scores are
-            compared with; ``Scores.diagnostics["agreement"]`` is the correlation of predicted with true changes, which
-            says how far to trust the scores. 0: none.
-        mode: ``"during_fit"`` makes ``HyDRA.during_fit()``, as earlier versions wrote it.
-        memory: for that mode.
+            random tenth of the examples, for fits where a single derivative predicts removals badly (see ``checks``).
+        checks: the number of refits, each without a random tenth of the examples, that the scores are checked with.
+            ``Scores.diagnostics["agreement"]`` is the correlation of predicted with true changes of the queries'
+            losses, which tells how far to trust the scores. 0: no check.
 
     Raises:
-        ValueError: other values; an optimizer without a rule; a loss that mixes examples in training without ``loss=``.
+        ValueError: other values; an optimizer that cannot be replayed; a loss that mixes examples in training (batch
+            normalisation) without ``loss=``.
         MissingEvidence: a fit that was not captured step by step.
-        DriftError: a replay that is not the fit.
+        DriftError: replayed weights that differ from the captured ones by more than ``max_drift``.
     """
 
     mode: InitVar[Literal["replay", "during_fit"]] = "replay"
@@ -103,7 +106,7 @@ class HyDRA(WholeRun):
         runs: int = 1,
         checks: int = 4,
     ) -> Any:
-        """``HyDRA(mode="during_fit")`` is ``HyDRA.during_fit()``."""
+        """``HyDRA(mode="during_fit", ...)`` returns ``HyDRA.during_fit(...)``."""
         if mode != "during_fit":
             return super().__new__(cls)
         _check_only_replay(mode, removal, runs)
@@ -126,29 +129,30 @@ class HyDRA(WholeRun):
     def during_fit(
         cls, hessian: bool = True, examples: Sequence[int] | None = None, memory: int = 2**30
     ) -> "HyDRADuringFit":
-        """The same derivatives, followed forwards while the fit runs; see ``HyDRADuringFit``."""
+        """The same scores by forward-mode differentiation while the fit runs; see ``HyDRADuringFit``."""
         return HyDRADuringFit(hessian, None if examples is None else tuple(examples), memory)
 
     def scored(self, n_train: int) -> Sequence[int] | None:
-        """The given examples."""
+        """The given ``examples``."""
         return self.examples
 
     def unit(self, setting: Setting) -> str:
-        """Loss."""
+        """Loss, since the scores are predicted differences of losses."""
         return "loss"
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
-        """[query, train]: minus the derivative of each query's final loss by each example's weight."""
+        """Minus the derivative of each query's final loss by each example's weight, [query, train]."""
         replay = self._replay(setting)
         progress = ReplayProgress(setting, self.runs * sum(examples_of(part.steps) for part in replay.segments))
         if self.runs == 1:
-            setting.final()
-            final = queries.gradients().dense()
+            final = setting.final().gradients(queries).dense()
             scores = -adjoint(replay, final, self.hessian, self.removal == "renormalize", progress)
         else:
             scores = -self._mean(setting, replay, queries, progress)
         if self.removal == "renormalize" and not replay.forward.mean:
-            setting.note("`removal='renormalize'` is `'downweight'` here: the loss is a sum and divides by nothing.")
+            setting.note(
+                "`removal='renormalize'` is the same as `'downweight'` here: the loss is a sum, without a divisor."
+            )
         progress.finish()
         note_drift(setting, replay)
         if self.checks:
@@ -156,35 +160,34 @@ class HyDRA(WholeRun):
         return scores.to(setting.zeros().dtype)
 
     def queries_at_once(self, setting: Setting) -> int:
-        """As many as their vectors fit."""
+        """As many queries as fit in half a GiB."""
         return max(1, _QUERY_BYTES // max(1, _VECTORS * setting.engine.vector_bytes))
 
     def seconds(self, setting: Setting, queries: Queries | None) -> float:
-        """By timing a few steps forward and one back."""
+        """Time a few steps of the replay and the derivative of one."""
         if queries is None:
-            return 0.0  # refused as soon as it is asked
+            return 0.0  # self-influence is refused at once
         replay = self._replay(setting)
-        setting.final()
-        walk = Walk(replay, queries.gradients().dense(), self.hessian, False)
+        walk = Walk(replay, setting.final().gradients(queries).dense(), self.hessian, False)
         segment = next(s for s in reversed(range(len(replay.segments))) if replay.segments[s].steps)
         with replay.training():
-            here = replay.start(segment)
+            start = replay.start(segment)
             steps = replay.segments[segment].steps[:3]
-            list(replay.walk(here, steps[:1], separate=True))
+            list(replay.walk(start, steps[:1], separate=True))
             started = time.perf_counter()
-            moment = list(replay.walk(here, steps))[-1]
+            replayed = list(replay.walk(start, steps))[-1]
             forward = (time.perf_counter() - started) / len(steps)
-            replay.stand(moment)
+            replay.stand(replayed)
             started = time.perf_counter()
-            walk.back(moment)
+            walk.back(replayed)
             backward = time.perf_counter() - started
-        again = 1 if self.runs == 1 else 2 * self.runs
-        return len(replay.steps) * (forward * (again + self.checks) + backward * self.runs)
+        replays = 1 if self.runs == 1 else 2 * self.runs
+        return len(replay.steps) * (forward * (replays + self.checks) + backward * self.runs)
 
     def _mean(self, setting: Setting, replay: Replay, queries: Queries, progress: ReplayProgress) -> Tensor:
-        """[query, train]: derivatives at the ends of fits without some examples."""
+        """The mean of the derivatives at ``runs`` fits, each without some of the examples, [query, train]."""
         total = None
-        replay.run()  # raises where the replay is not the fit
+        replay.run()  # raises DriftError unless the replay reproduces the fit
         for weights in removals(len(replay.examples), self.runs, seed=1):
             part = without(replay, weights == 0)
             setting.final()
@@ -198,39 +201,41 @@ class HyDRA(WholeRun):
         return setting.state(self, Replay, setting.engine, setting.examples, setting.trajectory, self.max_drift)
 
     def _note_agreement(self, setting: Setting, replay: Replay, scores: Tensor, queries: Queries) -> None:
-        """How far the derivative of this fit can be trusted."""
+        """Adds the correlation of the scores with refits to the diagnostics, and a note if it is low."""
         weights = removals(len(replay.examples), self.checks)
         refits = setting.state(self, Refits, replay, weights, self.removal == "renormalize")
         value = refits.agreement(scores, queries)
         setting.diagnostic("agreement", value, min)
         if not value >= _AGREEING:
             setting.note(
-                f"Agreement is {value:.2f}, below {_AGREEING}: in {self.checks} refits of this very fit, each without "
-                "a random tenth of the examples, the queries' losses did not change as the scores predict. What really "
-                "happens without an example may differ from its score. `HyDRA(runs=20)` predicts such removals better; "
-                "larger batches, a lower learning rate or smoother activations make a fit easier to predict; "
-                "`InfluenceFunction` and `SOURCE` are better estimates of averages over seeds."
+                f"Agreement is {value:.2f}, below {_AGREEING}: in {self.checks} refits, each without a random tenth of "
+                "the examples, the queries' losses did not change as the scores predict. What really happens without "
+                "an example may differ from its score. `HyDRA(runs=20)` predicts such removals better; larger batches, "
+                "a lower learning rate or smoother activations make a fit easier to predict; `InfluenceFunction` and "
+                "`SOURCE` are better estimates of averages over seeds."
             )
 
 
 @dataclass(frozen=True)
 class HyDRADuringFit(WholeRun):
-    """``HyDRA`` by hypergradients that a callback follows while the fit runs. Made by ``HyDRA.during_fit()``.
+    """``HyDRA`` by hypergradients that are computed while the fit runs. Made by ``HyDRA.during_fit()``.
 
-    Needs: ``Influence(methods=[HyDRA.during_fit()])``.
+    A hypergradient is the derivative of the weights with respect to one training example's weight in the loss.
+
+    Needs: a fit with ``Influence(methods=[HyDRA.during_fit()])``.
     Units: query loss.
     Cost: with the Hessian, one Hessian-vector product per tracked example and step; without it, for SGD, the gradients
     of the examples at each visit, for Adam one elementwise pass over a vector of the model's size per example and step.
 
     Args:
-        hessian: whether a change of the weights changes the gradients after it; without it, the paper's fast
-            approximation.
-        examples: ids of the training examples to track; None: all.
-        memory: bytes that may stay in memory; beyond that a file is used.
+        hessian: whether a changed weight changes the gradients of later steps; False: the paper's fast approximation,
+            in which it does not.
+        examples: ids of the training examples that get scores; None: all.
+        memory: bytes of hypergradients in memory; beyond that a file is used.
 
     Raises:
-        ValueError: other values; an optimizer without a rule.
-        MissingEvidence: a fit that was not followed with these hyper-parameters.
+        ValueError: other values; an optimizer that cannot be differentiated.
+        MissingEvidence: a fit that ran without this method and these hyper-parameters.
     """
 
     hessian: bool = True
@@ -245,31 +250,31 @@ class HyDRADuringFit(WholeRun):
 
     @property
     def name(self) -> str:
-        """That of the paper."""
+        """``"HyDRA"``, as with the other mode."""
         return "HyDRA"
 
     @property
     def record(self) -> str:
-        """As the versions before 0.2 named it, which had one class for both modes: their records are found."""
+        """The name that earlier versions, with one class for both modes, gave to the record: theirs are found too."""
         replays = {"mode": "during_fit", "removal": "downweight", "max_drift": MAX_DRIFT, "runs": 1, "checks": 4}
         return record_name(self.name, self.hyperparameters() | replays)
 
     def tracker(self) -> Tracker:
-        """Follows hypergradients as vectors, or visits where numbers suffice."""
+        """Records hypergradients, or without the Hessian what they can be computed from later."""
         if self.hessian:
             return Hypergradients(True, self.examples, self.memory)
         return FastHyDRA(self.examples, self.memory)
 
     def scored(self, n_train: int) -> Sequence[int] | None:
-        """The tracked examples."""
+        """The tracked ``examples``."""
         return self.examples
 
     def unit(self, setting: Setting) -> str:
-        """Loss."""
+        """Loss, since the scores are predicted differences of losses."""
         return "loss"
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
-        """[query, train]; zeros for examples that were not tracked, which the driver leaves out."""
+        """Products of the queries' gradients with the recorded hypergradients, [query, train]; 0 without one."""
         assert setting.trajectory is not None
         assert setting.trajectory.path is not None
         stage, total = setting.final(), setting.zeros(queries)
@@ -283,9 +288,9 @@ class HyDRADuringFit(WholeRun):
         return -total
 
     def seconds(self, setting: Setting, queries: Queries | None) -> float:
-        """As for products with the gradients of all training examples."""
+        """Time products with gradients of training examples, which take as long."""
         if queries is None:
-            return 0.0  # refused as soon as it is asked
+            return 0.0  # self-influence is refused at once
         examples = setting.examples
         block = next(iter(examples.blocks(0, min(len(examples), examples.block_size))))
         query = queries.gradients()
@@ -294,7 +299,7 @@ class HyDRADuringFit(WholeRun):
 
 
 def _check_only_replay(mode: str, removal: str, runs: int) -> None:
-    """Raises ValueError where several runs, or renormalising, are asked for together or without a replay."""
+    """Raises ValueError for arguments that only ``mode="replay"`` has, or only without each other."""
     if runs > 1:
         raise ValueError(
             f"Expected `mode='replay'` and `removal='downweight'` for `runs={runs}`, got {mode!r} and {removal!r}."
@@ -308,7 +313,7 @@ def _ids(examples: Sequence[int] | None) -> tuple[int, ...] | None:
 
 
 def _add_hypergradients(total: Tensor, query: QueryGradients, record: TrackerState) -> None:
-    """``total`` [query, train] += the queries' products with stored derivatives of the weights."""
+    """Adds the queries' products with stored hypergradients to ``total``, [query, train]."""
     ids = record.tensors["ids"]
     vectors = {n.partition("|")[2]: v for n, v in record.tensors.items() if n.startswith("weight|")}
     width = sum(v[0].numel() for v in vectors.values())

@@ -1,4 +1,4 @@
-"""Influence functions: what leaving an example out would do, through the inverse of the loss's curvature."""
+"""Influence functions: the effect of leaving an example out, by the inverse curvature (Koh and Liang, 2017)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -25,35 +25,34 @@ from lightning_influence.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class InfluenceFunction(GradientProduct):
-    r"""How much higher a query's loss would be, had the optimum been found without the example.
+    r"""How much higher a query's loss would be if the optimum were found without the example, to first order.
 
     .. math:: s(q, z_i) = \frac{1}{n} \nabla\ell(w, q)^\top (C + \lambda + \delta)^{-1} \nabla\ell(w, z_i)
 
     with C the curvature of the mean training loss, :math:`\lambda` the fit's L2 weight decay and :math:`\delta` the
-    curvature's damping (see ``Curvature``), both by parameter group.
+    curvature's damping (see ``Curvature``), both per parameter group.
 
     Source: Koh, Liang. Understanding Black-box Predictions via Influence Functions. ICML 2017. ``normalize``:
     Barshan, Brunet, Dziugaite. RelatIF. AISTATS 2020. ``correction="newton"``: one Newton step without the example, as
     in Rubinstein and Hopkins, Rescaled Influence Functions, 2025. Second order of groups: Basu, You, Feizi. On
     Second-Order Group Influence Functions. ICML 2020.
-    Needs: the final weights; learning rates and weight decay are taken from the trajectory where there is one.
-    Units: query loss (what leaving the example out adds to it); arbitrary with ``normalize``.
-    Cost: preparing the curvature once, a solve for each query, one backward pass an example.
+    Needs: the final weights. Learning rates and weight decay are read from the trajectory if there is one.
+    Units: query loss; arbitrary with ``normalize``.
+    Cost: preparing the curvature once, one solve per query, and one backward pass per example.
 
     Args:
-        curvature: how the inverse is computed.
-        removal: ``"downweight"``: the example's weight goes to 0 and the divisor n stays, so that beside the rest the
-            weight decay keeps its strength; ``"renormalize"``: the mean over the n - 1 others, beside which the
-            weight decay keeps its coefficient.
-        correction: ``"newton"`` also takes the example's own curvature away, for models that are linear in the
-            parameters that count (one linear layer before the loss) and ``ExactGGN`` or ``ExactHessian``.
-        normalize: ``"relatif"``: over the length of the change of weights that leaving the example out makes,
-            times n; ``"relatif-loss"``: over the square root of its self-influence, times n.
-        checkpoints: positions among the trajectory's checkpoints whose scores are averaged; None: the final weights.
+        curvature: how the inverse is computed, such as ``EKFAC()``.
+        removal: the training loss without the example, to which the weight decay is added. ``"downweight"``: the sum of
+            the others' losses, still divided by n; ``"renormalize"``: divided by n - 1.
+        correction: ``"newton"``: also remove the example's own curvature. For models that are linear in the parameters
+            whose gradients are used (one linear layer before the loss), with ``ExactGGN`` or ``ExactHessian``.
+        normalize: ``"relatif"``: divide by the norm of the change of weights when the example is left out, times n;
+            ``"relatif-loss"``: divide by the square root of the example's self-influence, times n.
+        checkpoints: positions in the trajectory, whose scores are averaged; None: the final weights.
 
     Raises:
-        TypeError: ``curvature`` is none.
-        ValueError: other values; a model that is not linear under ``correction="newton"``.
+        TypeError: ``curvature`` is not a ``Curvature``.
+        ValueError: other values; ``correction="newton"`` for a model that is not linear.
         MissingEvidence: ``checkpoints`` without a trajectory.
     """
 
@@ -73,7 +72,7 @@ class InfluenceFunction(GradientProduct):
         if self.correction and not isinstance(self.curvature, Exact):
             raise ValueError(
                 f"Expected `ExactGGN()` or `ExactHessian()` with `correction='newton'`, got {self.curvature!r}: the "
-                "correction reads blocks of the inverse."
+                "correction needs the exact inverse."
             )
         if self.normalize and (self.correction or self.removal != "downweight"):
             raise ValueError(
@@ -84,31 +83,31 @@ class InfluenceFunction(GradientProduct):
     # ---- scores -------------------------------------------------------------------------------------------------
 
     def query_side(self, stage: Stage, queries: Queries) -> QueryGradients:
-        """The queries' directions, solved for once whatever the number of tiles."""
+        """The queries' directions (inverse curvature × gradient), which are solved for once for all tiles."""
         return _Inverse(self, stage).directions(queries)
 
     def product(self, stage: Stage, query: QueryGradients, block: TrainBlock) -> Tensor:
-        """[query, example]."""
+        """Products with the directions, divided by n or by RelatIF's norms, [query, example]."""
         inverse = _Inverse(self, stage)
         product = query.dot(inverse.corrected(block.gradients, block.ids))
         if self.removal == "renormalize":
             product = product + query.times(inverse.decayed())[:, None]
-        return product / inverse.lengths(block) if self.normalize else product / stage.setting.n_train
+        return product / inverse.norms(block) if self.normalize else product / stage.setting.n_train
 
     def product_with_itself(self, stage: Stage, block: TrainBlock) -> Tensor:
-        """[example]: the same with the example as its own query."""
+        """The same with each example as its own query, [example]."""
         return torch.cat(list(_Inverse(self, stage).on_itself(block)))
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
-        """[query, train]: the mean over the checkpoints."""
+        """The mean over the checkpoints, [query, train]."""
         return super().score(setting, queries) / max(1, len(self.positions(setting.trajectory)))
 
     def self_influence(self, setting: Setting) -> Tensor:
-        """[train]: the mean over the checkpoints."""
+        """The mean over the checkpoints, [train]."""
         return super().self_influence(setting) / max(1, len(self.positions(setting.trajectory)))
 
     def group(self, setting: Setting, queries: Queries, ids: Sequence[int]) -> Tensor | None:
-        """[query]: to second order in the group, where the curvature gives products; None: the sum."""
+        """The joint influence to second order, [query]; None for curvatures and options that do not offer it."""
         plain = not self.correction and not self.normalize and self.removal == "downweight"
         if not plain or not isinstance(self.curvature, (Exact, Iterative)):
             return None
@@ -122,52 +121,52 @@ class InfluenceFunction(GradientProduct):
     # ---- the record ---------------------------------------------------------------------------------------------
 
     def queries_at_once(self, setting: Setting) -> int | None:
-        """As many as the curvature solves together."""
+        """As many as the curvature can solve for at once."""
         return self.curvature.at_once(setting)
 
     def preparation_seconds(self, setting: Setting, vectors: int) -> float:
-        """Preparing the curvature and solving for every query (for every training example where lengths are taken)."""
+        """Preparing the curvature, and solving for each query, or with ``normalize`` also for each training example."""
         return self.curvature.seconds(setting, vectors + (setting.n_train if self.normalize else 0))
 
     def positions(self, trajectory: Trajectory | None) -> list[int]:
-        """The last, or the given ones."""
+        """The given ``checkpoints``, or only the last."""
         if self.checkpoints is None:
             return super().positions(trajectory)
         return stage_positions(trajectory, self.checkpoints)
 
     def unit(self, setting: Setting) -> str:
-        """Loss, unless normalised."""
+        """Loss; arbitrary with ``normalize``."""
         return "arbitrary" if self.normalize else "loss"
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Those of the curvature too, with its name."""
+        """Those of the curvature are included, with its name."""
         own = {f.name: getattr(self.curvature, f.name) for f in fields(self.curvature)}
         return super().hyperparameters() | {"curvature": {"name": type(self.curvature).__name__, **own}}
 
 
 @dataclass
 class _Solved:
-    """What is kept from one tile and block of queries to the next; checkpoints by position.
+    """What is kept for later tiles and blocks of queries; all by the position of the checkpoint.
 
     Args:
-        diagonals: added to the curvature.
-        corrections: of ``correction="newton"``.
-        lengths: what RelatIF divides by, by checkpoint and training examples.
-        changes: of the weights when a group is left out, by checkpoint and group.
-        queries: those that ``directions`` are of.
+        diagonals: what is added to the curvature's diagonal.
+        corrections: for ``correction="newton"``.
+        norms: what RelatIF divides by, by block of training examples too.
+        changes: changes of the weights when a group is left out, by group too.
+        queries: the block of queries that ``directions`` belongs to.
         directions: of these queries.
     """
 
     diagonals: dict[int | None, Diagonal] = field(default_factory=dict)
     corrections: dict[int | None, NewtonCorrection] = field(default_factory=dict)
-    lengths: dict[tuple[int | None, range], Tensor] = field(default_factory=dict)
+    norms: dict[tuple[int | None, range], Tensor] = field(default_factory=dict)
     changes: dict[tuple[int | None, tuple[int, ...]], dict[str, Tensor]] = field(default_factory=dict)
     queries: Queries | None = None
     directions: dict[int | None, QueryGradients] = field(default_factory=dict)
 
 
 class _Inverse:
-    """The inverse at one stage, as influence functions use it."""
+    """The inverse curvature at one stage, with what influence functions compute from it."""
 
     def __init__(self, method: InfluenceFunction, stage: Stage) -> None:
         self.method, self.setting, self.stage = method, stage.setting, stage
@@ -194,20 +193,21 @@ class _Inverse:
 
     @property
     def total(self) -> Tensor:
-        """[group]: what is added to the curvature's diagonal."""
+        """What is added to the curvature's diagonal, [group]."""
         n = self.setting.n_train
         if self.method.correction and self.method.removal == "renormalize":
-            return self.diagonal.decay * (n - 1) / n + self.diagonal.damping  # beside n - 1 examples
+            # C is divided by n, the loss without the example by n - 1.
+            return self.diagonal.decay * (n - 1) / n + self.diagonal.damping
         return self.diagonal.total
 
     def directions(self, queries: Queries) -> QueryGradients:
-        """Of the queries' gradients."""
+        """The directions of the queries, from the cache if they were solved for before."""
         if self.kept.queries is not queries:
             self.kept.queries, self.kept.directions = queries, {}
         return cached(self.kept.directions, self.stage.position, lambda: self.solve(self.stage.gradients(queries)))
 
     def solve(self, queries: QueryGradients) -> QueryGradients:
-        """The directions of some queries."""
+        """The inverse curvature times the queries' gradients."""
         return self.curvature.solve(self.prepared, queries, self.setting, self.total)
 
     def decayed(self) -> dict[str, Tensor]:
@@ -217,7 +217,7 @@ class _Inverse:
         return {name: decay(name) * parameters[name].detach() for name in engine.plan.names}
 
     def corrected(self, gradients: Gradients, ids: range) -> Gradients:
-        """The training gradients whose products with the directions are wanted."""
+        """The training gradients to be multiplied with directions, after ``correction="newton"`` if there is one."""
         if not self.method.correction:
             return gradients
         correction = cached(self.kept.corrections, self.stage.position, self._correction)
@@ -230,35 +230,35 @@ class _Inverse:
         shift = self.decayed() if self.method.removal == "renormalize" else None
         return NewtonCorrection(self.setting.engine, self.setting.examples, factor, shift)
 
-    def lengths(self, block: TrainBlock) -> Tensor:
-        """[example]: what RelatIF divides by, computed once for all queries."""
+    def norms(self, block: TrainBlock) -> Tensor:
+        """What RelatIF divides by, [example]; computed once for all queries."""
         return cached(
-            self.kept.lengths,
+            self.kept.norms,
             (self.stage.position, block.ids),
-            lambda: torch.cat([self._length(solved, piece) for solved, piece, _ in self._own_directions(block)]),
+            lambda: torch.cat([self._norm(solved, piece) for solved, piece, _ in self._own_directions(block)]),
         )
 
     def on_itself(self, block: TrainBlock) -> Iterator[Tensor]:
-        """Self-influence of a block's examples, in pieces."""
+        """Self-influence of a block's examples, in the pieces that are solved for at once."""
         for solved, piece, ids in self._own_directions(block):
             own = solved.diagonal(self.corrected(piece, ids))
             if self.method.removal == "renormalize":
                 own = own + solved.times(self.decayed())
-            yield own / (self._length(solved, piece) if self.method.normalize else self.setting.n_train)
+            yield own / (self._norm(solved, piece) if self.method.normalize else self.setting.n_train)
 
-    def _length(self, solved: QueryGradients, piece: Gradients) -> Tensor:
+    def _norm(self, solved: QueryGradients, piece: Gradients) -> Tensor:
         squares = solved.norm2() if self.method.normalize == "relatif" else solved.diagonal(piece)
         return torch.where(squares > 0, squares, torch.inf).sqrt()
 
     def _own_directions(self, block: TrainBlock) -> Iterator[tuple[QueryGradients, Gradients, range]]:
-        """The directions of a block's own gradients, as many at once as fit."""
+        """The directions of a block's own gradients, in pieces, with the pieces' gradients and ids."""
         step = self.curvature.at_once(self.setting) or len(block.ids)
         for start in range(0, len(block.ids), step):
             piece = block.gradients.slice(slice(start, start + step))
             yield self.solve(EachQuery([piece])), piece, block.ids[start : start + step]
 
     def group_change(self, ids: tuple[int, ...]) -> dict[str, Tensor]:
-        r"""The change of weights when a group is left out: :math:`A^{-1} (I + H_S A^{-1} / n) g_S / n`."""
+        r"""The change of the weights without a group S, :math:`A^{-1} (I + H_S A^{-1} / n) g_S / n`; A is damped C."""
         return cached(self.kept.changes, (self.stage.position, ids), lambda: self._group_change(ids))
 
     def _group_change(self, ids: Sequence[int]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The kinds of method: products of gradients at stages of training, one walk through the fit, forward passes only."""
+"""The kinds of method: products of gradients at checkpoints, all training examples at once, forward passes only."""
 
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -20,12 +20,12 @@ from lightning_influence.trajectory import Trajectory
 
 @dataclass(frozen=True, eq=False)
 class TrainBlock:
-    """Some consecutive training examples at one stage.
+    """A block of consecutive training examples at one stage.
 
     Args:
-        gradients: theirs, at the stage's weights.
-        ids: which they are.
-        weight: what their products count for, [group, example] by the optimizer's parameter groups; None: 1.
+        gradients: their gradients at the stage's weights.
+        ids: their ids.
+        weight: factors of their products, [group, example], with the optimizer's parameter groups; None: 1.
     """
 
     gradients: Gradients
@@ -34,36 +34,37 @@ class TrainBlock:
 
 
 class GradientProduct(Method):
-    r"""Inner products of the queries' gradients with those of training examples, summed over stages of training.
+    r"""Inner products of the gradients of queries and training examples, summed over checkpoints.
 
     .. math:: s(q, z) = \sum_k c_{kz} \, u_k(q) \cdot \nabla\ell(w_k, z)
 
-    A subclass says which stages (``positions``), what the query side u is (``query_side``), and the weights c
-    (``weight``); where its formula is not a plain product it writes ``product``.
+    with u the query side, by default the query's gradient, and weights c, by default 1. A subclass overrides what it
+    needs: ``positions`` for the checkpoints, ``query_side`` for u, ``weight`` for c, ``product`` for another formula,
+    and ``product_with_itself`` to offer self-influence.
     """
 
     def query_side(self, stage: Stage, queries: Queries) -> QueryGradients:
-        """What training gradients at this stage are multiplied with; by default the queries' gradients there."""
+        """The vectors u that training gradients at this stage are multiplied with; by default the queries' own."""
         return stage.gradients(queries)
 
     def weight(self, stage: Stage) -> Tensor | None:
-        """What each training example of the tile counts for at this stage, [group, train]; None: 1."""
+        """The weights c of the training examples of the tile at this stage, [group, train]; None: 1."""
         return None
 
     def product(self, stage: Stage, query: QueryGradients, block: TrainBlock) -> Tensor:
-        """What this stage adds to the scores of a block of training examples, [query, example]."""
+        """This stage's part of the scores of a block of training examples, [query, example]."""
         return query.dot(block.gradients, block.weight)
 
     def product_with_itself(self, stage: Stage, block: TrainBlock) -> Tensor:
-        """What this stage adds to the self-influence of a block of training examples, [example].
+        """This stage's part of the self-influence of a block of training examples, [example].
 
         Raises:
-            NotImplementedError: the method does not offer self-influence.
+            NotImplementedError: the method has no self-influence.
         """
         return super().self_influence(stage.setting)
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
-        """[query, train]."""
+        """Sum ``product`` over stages, [query, train]."""
         total = setting.zeros(queries)
         for stage in self.stages(setting):
             query = self.query_side(stage, queries)
@@ -72,7 +73,7 @@ class GradientProduct(Method):
         return total
 
     def self_influence(self, setting: Setting) -> Tensor:
-        """[train]."""
+        """Sum ``product_with_itself`` over stages, [train]."""
         total = setting.zeros()
         for stage in self.stages(setting):
             for columns, block in self._train(stage, total):
@@ -80,7 +81,7 @@ class GradientProduct(Method):
         return total
 
     def stages(self, setting: Setting) -> Iterator[Stage]:
-        """The module at the checkpoints of ``positions``, one after another."""
+        """Load the checkpoints of ``positions`` one after another; without a trajectory, the module as it is."""
         positions = self.positions(setting.trajectory)
         if setting.trajectory is None:
             yield setting.final()
@@ -88,7 +89,7 @@ class GradientProduct(Method):
             yield from setting.stages(positions)
 
     def _train(self, stage: Stage, like: Tensor) -> Iterator[tuple[slice, TrainBlock]]:
-        """Blocks of the tile with their columns, without those that count for nothing."""
+        """The blocks of the tile and their columns in it; blocks whose weights are all 0 are skipped."""
         weight, first = self.weight(stage), stage.setting.ids.start
         weight = None if weight is None else weight.to(like)
         for columns, gradients in stage.train(None if weight is None else weight.any(0)):
@@ -97,7 +98,7 @@ class GradientProduct(Method):
 
 
 class TransformedProduct(GradientProduct):
-    """A product of gradients that are normalised or projected first, on both sides alike.
+    """Inner products of gradients that are first normalised, projected or both.
 
     A subclass has the fields ``normalize`` and ``projection``; see ``Transforms``.
     """
@@ -110,18 +111,18 @@ class TransformedProduct(GradientProduct):
         check_projection(self.projection)
 
     def query_side(self, stage: Stage, queries: Queries) -> QueryGradients:
-        """The queries' gradients, transformed."""
+        """The transformed gradients of the queries."""
         return self._transforms(stage)(stage.gradients(queries))
 
     def product(self, stage: Stage, query: QueryGradients, block: TrainBlock) -> Tensor:
-        """[query, example]."""
+        """Products with the transformed gradients of the block, [query, example]."""
         return query.dot(self._transforms(stage)(block.gradients), block.weight)
 
     def product_with_itself(self, stage: Stage, block: TrainBlock) -> Tensor:
-        """[example]: the squared length of each example's gradient.
+        """The squared norm of each example's gradient, [example].
 
         Raises:
-            ValueError: gradients of one length, whose self-influence is constant.
+            ValueError: normalised gradients, whose self-influence is the same for all examples.
         """
         refuse_constant(self.normalize)
         return self._transforms(stage)(block.gradients).norm2(block.weight)
@@ -131,23 +132,23 @@ class TransformedProduct(GradientProduct):
 
 
 class WholeRun(Method):
-    """One walk through the whole fit scores every training example: a tile is the whole training set."""
+    """Scores all training examples at once, as by one replay of the fit: a tile is the whole training set."""
 
     @abstractmethod
     def seconds(self, setting: Setting, queries: Queries | None) -> float:
-        """Estimated seconds that these queries (None: self-influence) take together."""
+        """Estimated seconds for one block of queries (None: for self-influence)."""
 
     def positions(self, trajectory: Trajectory | None) -> list[int]:
-        """The final weights: earlier ones are only where a walk starts from."""
+        """Only the last checkpoint: a replay starts from earlier ones, but no score is reported for them."""
         return [] if trajectory is None else [len(trajectory.checkpoints) - 1]
 
     def tile(self, setting: Setting, queries: Queries) -> Tile:
-        """All training examples."""
+        """As many queries as fit, and all training examples."""
         held = queries.at_once(self.queries_at_once(setting))
         return Tile(max(1, min(held, TILE // setting.n_train)), setting.n_train)
 
     def cost(self, setting: Setting, queries: Queries | None) -> Cost:
-        """That of one block of queries, for all of them."""
+        """Estimate the cost from ``seconds`` of one block of queries."""
         if queries is None:
             return Cost(self.seconds(setting, None), 1, 1)
         held = min(self.tile(setting, queries).queries, len(queries))
@@ -155,14 +156,14 @@ class WholeRun(Method):
 
 
 class ForwardOnly(Method):
-    """No gradients by the parameters: none are planned or checked, and a tile is the whole training set."""
+    """Takes no gradients, so their self-check is skipped; a tile is the whole training set."""
 
     def tile(self, setting: Setting, queries: Queries) -> Tile:
-        """All training examples."""
+        """As many queries as fit, and all training examples."""
         return Tile(max(1, TILE // setting.n_train), setting.n_train)
 
     def cost(self, setting: Setting, queries: Queries | None) -> Cost:
-        """A forward pass of every example and query, by timing one block."""
+        """Estimate the cost of one forward pass per training example and query by timing one block."""
         task, examples = setting.engine.task, setting.examples
         block = next(iter(examples.blocks(0, min(len(examples), examples.block_size))))
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""KNN-Shapley: the exact Shapley value of nearest neighbours on frozen features (Jia et al., 2019)."""
+"""KNNShapley: exact Shapley values of a nearest-neighbour classifier on the model's features (Jia et al., 2019)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,21 +18,22 @@ from lightning_influence.types import Batch, labels_in
 
 @dataclass(frozen=True)
 class KNNShapley(ForwardOnly):
-    r"""What each training example adds to the share of a query's k nearest neighbours that have its label.
+    r"""How much each training example adds to the share of a query's k nearest neighbours that have its label.
 
     .. math:: s_{(n)} = \frac{\min(k, n)}{n k} m_n, \quad
               s_{(j)} = s_{(j+1)} + \frac{m_j - m_{j+1}}{k} \frac{\min(k, j)}{j}
 
-    with the examples in order of distance from the query, and m = 1 where the label is the query's. Exact, no training.
+    with the n examples in order of their distance from the query, and m = 1 if the label is the query's, otherwise 0.
+    These are exact Shapley values, and no model is trained.
 
     Source: Jia et al. Efficient Task-Specific Data Valuation for Nearest Neighbor Algorithms. VLDB 2019.
     Needs: the final weights.
-    Units: share of correct neighbours.
-    Cost: one forward pass an example, and a sort of the training set for each query.
+    Units: share of neighbours with the query's label.
+    Cost: one forward pass per example, and sorting the training set for each query.
 
     Args:
-        k: neighbours that vote.
-        features: ``(module, batch) -> [batch, dim]``; None: what goes into the module's last linear layer.
+        k: number of neighbours.
+        features: ``(module, batch) -> [batch, dim]``; None: the inputs of the module's last linear layer.
         labels: ``batch -> [batch]``; None: the second part of the batch, or its "label", "y", "target" or "class".
 
     Raises:
@@ -48,24 +49,24 @@ class KNNShapley(ForwardOnly):
         check_integer("k", self.k)
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
-        """[query, train].
+        """Shapley values of all training examples, [query, train].
 
         Raises:
-            ValueError: a measurement, since no loss is read.
+            ValueError: a measurement, which the method would ignore.
         """
         if queries.measured:
-            raise ValueError("Expected no `measurement` for `KNNShapley`, which reads no loss.")
-        train, of_train = self._embedded(setting.engine.task, setting.examples, range(setting.n_train))
-        asked, of_asked = self._embedded(queries.engine.task, queries.examples, queries.ids)
-        values = knn_shapley(torch.cdist(asked, train), of_asked[:, None] == of_train, self.k)
+            raise ValueError("Expected no `measurement` for `KNNShapley`, which reads no loss, got one. Leave it out.")
+        train, labels = self._embedded(setting.engine.task, setting.examples, range(setting.n_train))
+        features, query_labels = self._embedded(queries.engine.task, queries.examples, queries.ids)
+        values = knn_shapley(torch.cdist(features, train), query_labels[:, None] == labels, self.k)
         return values.mean(0, keepdim=True) if queries.mean else values
 
     def unit(self, setting: Setting) -> str:
-        """Of the vote."""
+        """Share of neighbours."""
         return f"share of {self.k} nearest neighbours with the query's label"
 
     def hyperparameters(self) -> dict[str, Any]:
-        """With the names of the functions."""
+        """Functions are saved by their names."""
         return {
             "k": self.k,
             "features": getattr(self.features, "__qualname__", self.features and repr(self.features)),
@@ -73,7 +74,7 @@ class KNNShapley(ForwardOnly):
         }
 
     def _embedded(self, task: Task, examples: Examples, ids: range) -> tuple[Tensor, Tensor]:
-        """Features in float64 and labels."""
+        """Features, [example, dim] float64, and labels, [example]."""
         features, labels = [], []
         for block in examples.blocks(ids.start, ids.stop):
             batch = task.to_device(block.batch)
@@ -85,12 +86,18 @@ class KNNShapley(ForwardOnly):
 
 
 def knn_shapley(distances: Tensor, same: Tensor, k: int) -> Tensor:
-    """[query, train] from distances and whether labels agree; of equally near examples the smaller id comes first."""
+    """KNN-Shapley values, [query, train]; among equally distant examples the smaller id is nearer.
+
+    Args:
+        distances: [query, train].
+        same: whether the labels are the same, [query, train].
+        k: number of neighbours.
+    """
     order = distances.sort(dim=1, stable=True).indices
     match = same.gather(1, order).to(torch.float64)
     n = match.shape[1]
-    place = torch.arange(1, n, dtype=torch.float64, device=match.device)
-    step = (match[:, :-1] - match[:, 1:]) / k * (place.clamp(max=k) / place)
+    rank = torch.arange(1, n, dtype=torch.float64, device=match.device)
+    step = (match[:, :-1] - match[:, 1:]) / k * (rank.clamp(max=k) / rank)
     last = match[:, -1:] * (min(k, n) / (n * k))
     values = torch.cat([step.flip(1).cumsum(1).flip(1) + last, last], 1)
     return torch.empty_like(values).scatter_(1, order, values)

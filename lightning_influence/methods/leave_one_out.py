@@ -1,4 +1,4 @@
-"""Leave-one-out: what a query's loss would have been without the example (Cook, 1977)."""
+"""LeaveOneOut: the change of a query's loss when the model is trained without an example (Cook, 1977)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,18 +14,21 @@ from lightning_influence.setting.setting import Queries, Setting
 
 @dataclass(frozen=True)
 class LeaveOneOut(Retraining):
-    r"""How much higher a query's loss is when the model is trained without the example.
+    r"""How much higher a query's loss is if the model is trained without the example.
+
+    This is the truth that most other methods estimate, and costs a training run for each example.
 
     .. math:: s(q, z_i) = \ell(w_{-i}, q) - \ell(w, q)
 
     Source: Cook. Detection of Influential Observation in Linear Regression. Technometrics 1977; Koh, Liang. ICML 2017.
     Needs: ``Attributor(refit=)``.
     Units: query loss (or measurement).
-    Cost: one training run an example and seed, once; another query costs forward passes only.
+    Cost: one training run per example and seed, once; more queries take forward passes only.
 
     Args:
-        examples: ids to leave out; None: all. The others have no score.
-        n_seeds: models averaged for each example, where seeds are independent. Of a network, one is mostly noise.
+        examples: ids of the training examples to leave out; None: all. The others get no scores.
+        n_seeds: models per example, over which scores are averaged, with ``Refit(seeds="independent")``. For neural
+            networks, a single one gives mostly noise.
 
     Raises:
         ValueError: ``n_seeds`` below 1; ids outside the training data.
@@ -38,7 +41,7 @@ class LeaveOneOut(Retraining):
         check_integer("n_seeds", self.n_seeds)
 
     def scored(self, n_train: int) -> Sequence[int] | None:
-        """The examples that are left out."""
+        """The given ``examples``."""
         if self.examples is None:
             return None
         wrong = [i for i in self.examples if not 0 <= i < n_train]
@@ -55,7 +58,7 @@ class LeaveOneOut(Retraining):
         membership = torch.cat([every, without_each(n_train, ids)]).repeat_interleave(n_seeds, 0)
         seeds = list(range(n_seeds)) * (len(ids) + 1)
         losses = losses_of(setting, queries, membership, seeds).reshape(len(ids) + 1, n_seeds, -1)
-        change = losses[1:] - losses[:1]  # of equal seeds, so that what they share falls away
+        change = losses[1:] - losses[:1]  # of models of the same seed, whose own effect largely cancels
         values = _spread(change.nanmean(1).T, ids, n_train)
         errors = None
         if models_of(setting).seeded:
@@ -67,7 +70,7 @@ class LeaveOneOut(Retraining):
 
 
 def _spread(columns: Tensor, ids: Tensor, n_train: int) -> Tensor:
-    """[query, train], NaN in the columns that are not given."""
+    """Places columns at the given ids, [query, train]; the other columns are NaN."""
     whole = torch.full((len(columns), n_train), torch.nan, dtype=columns.dtype)
     whole[:, ids] = columns
     return whole

@@ -1,4 +1,4 @@
-"""What a method is: a frozen record of hyper-parameters that turns a question into scores."""
+"""The base class of all methods: a frozen record of hyper-parameters that computes scores for a question."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,32 +13,32 @@ from lightning_influence.timing import timed
 from lightning_influence.tracking import Tracker, record_name
 from lightning_influence.trajectory import Trajectory
 
-# Scores that are held at once while they are summed over checkpoints.
+# Scores in memory at once while they are summed over checkpoints.
 TILE = 2**25
 
 
 class Evidence(Flag):
-    """What a method must have."""
+    """What a method needs besides the module and its training data."""
 
     FINAL_WEIGHTS = auto()
-    """The weights after the last step, or the module as it is."""
+    """The weights after the last optimizer step, or the module as it is."""
     CHECKPOINTS = auto()
-    """Weights from earlier in training, with learning rates."""
+    """Weights at several points of training, with learning rates."""
     BATCH_ORDER = auto()
     """Which examples were in each optimizer step."""
     TRACKER = auto()
-    """Something that only a callback sees while training runs."""
+    """What the method's own ``tracker`` records while training runs."""
     REFIT = auto()
-    """Models trained again on parts of the data."""
+    """Models retrained on parts of the data."""
 
 
 class Cost(NamedTuple):
-    """What a question is estimated to take.
+    """The estimated cost of scoring.
 
     Args:
         seconds: in total.
-        queries_at_once: queries that are held in memory together.
-        checkpoints: sets of weights that are visited for each such block of queries.
+        queries_at_once: how many queries are in memory together.
+        checkpoints: how many checkpoints are visited for each such block of queries.
     """
 
     seconds: float
@@ -47,97 +47,106 @@ class Cost(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """How many queries, and how many training examples, one call of ``Method.score`` is for."""
+    """The size of the part of the score matrix that one call of ``Method.score`` computes."""
 
     queries: int
     train: int
 
 
 class Method(ABC):
-    """How influence is estimated. Subclass one of the kinds as a frozen dataclass, and pass an instance.
+    """How influence is estimated. To write your own, subclass one of the kinds as a frozen dataclass.
 
-    The kinds say how the work is done: ``GradientProduct`` (inner products of gradients at stages of training),
-    ``WholeRun`` (one walk through the fit scores every example), ``ForwardOnly`` (no gradients), ``Retraining`` (models
-    trained again). A method that fits none of them subclasses ``Method`` and writes ``score`` itself.
+    The kinds: ``GradientProduct`` (inner products of gradients at checkpoints), ``WholeRun`` (scores all training
+    examples at once), ``ForwardOnly`` (takes no gradients) and ``Retraining`` (compares retrained models). A method
+    that fits none of them subclasses ``Method`` and implements ``score``.
 
-    A method sees blocks of gradients with ``dot``, ``norm2``, ``times``, ``project`` and ``dense``; never a flat
-    matrix, a loader or a device. ``score`` is called for one tile of the score matrix after another.
+    ``score`` is called for one tile of the score matrix after another. Gradients come in blocks with the operations
+    ``dot``, ``norm2``, ``times``, ``project`` and ``dense``; a method needs no flat matrix, DataLoader or device.
     """
 
     needs: ClassVar[Evidence] = Evidence.FINAL_WEIGHTS
 
     @property
     def name(self) -> str:
-        """The key of its scores, and what they are called."""
+        """Under which the scores are listed and logged."""
         return type(self).__name__
 
     @property
     def record(self) -> str:
-        """Name of what its ``tracker`` leaves in the run's folder."""
+        """Name, in the run's folder, of what the method's ``tracker`` recorded."""
         return record_name(self.name, self.hyperparameters())
 
     @abstractmethod
     def score(self, setting: Setting, queries: Queries) -> Tensor:
-        """Scores of the queries against the training examples of the setting's tile.
+        """Score the training examples of the current tile (``setting.ids``) for each query.
 
-        Positive means that the training example made the query better (a proponent).
+        A positive score means that the training example improves the query (a proponent): training on it lowers the
+        query's loss.
 
         Returns:
             [query, train].
         """
 
     def self_influence(self, setting: Setting) -> Tensor:
-        """Score of every training example of the tile on itself, [train].
+        """Score each training example of the tile with itself as the query, [train].
 
         Raises:
-            NotImplementedError: the method does not offer it.
+            NotImplementedError: the method does not implement it.
         """
         raise NotImplementedError(f"`{self.name}` has no self-influence. Use `TracInCP()`, which has.")
 
     def group(self, setting: Setting, queries: Queries, ids: Sequence[int]) -> Tensor | None:
-        """[query]: joint influence of some training examples; None: the sum of their scores."""
+        """Joint influence of the training examples ``ids``, [query]; None: take the sum of their scores."""
         return None
 
     def scored(self, n_train: int) -> Sequence[int] | None:
-        """Ids of the training examples that have a score, ascending; None: all. ``score`` returns a column for each."""
+        """Ids of the training examples that get scores, ascending; None: all.
+
+        ``score`` returns a column for every training example of the tile; the columns of the others are dropped.
+        """
         return None
 
     def tracker(self) -> Tracker | None:
-        """What follows the fit while it runs, or None: a new one for every fit."""
+        """A new tracker, which records what the method needs while training runs; None: the method needs none."""
         return None
 
     def positions(self, trajectory: Trajectory | None) -> list[int]:
-        """Positions of the checkpoints that are visited; [] where only the module's present weights are known."""
+        """Positions, in the trajectory, of the checkpoints that the method visits; [] without a trajectory."""
         if self.needs & Evidence.CHECKPOINTS:
             return stage_positions(trajectory, getattr(self, "checkpoints", None))
         return [] if trajectory is None else [len(trajectory.checkpoints) - 1]
 
     def unit(self, setting: Setting) -> str:
-        """What one unit of a score is."""
+        """The unit of the scores, such as ``"loss"``."""
         return "arbitrary"
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Hyper-parameters by name, as they are saved with the scores."""
+        """Hyper-parameters by name, to be saved with the scores."""
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
 
     # ---- size and cost --------------------------------------------------------------------------------------------
 
     def queries_at_once(self, setting: Setting) -> int | None:
-        """How many queries may be held at once; None: as many as their gradients' factors allow."""
+        """The most queries to have in memory at once; None: limited only by the size of their gradients."""
         return None
 
     def preparation_seconds(self, setting: Setting, vectors: int) -> float:
-        """Estimated seconds beside the passes over the examples, per checkpoint, for this many queries."""
+        """Estimated seconds per checkpoint for work besides the gradients and their products.
+
+        Args:
+            setting: the question.
+            vectors: how many queries there are, or training examples for self-influence.
+        """
         return 0.0
 
     def tile(self, setting: Setting, queries: Queries) -> Tile:
-        """The part of the score matrix that is computed at once: whole blocks of both datasets."""
+        """The size of a tile of the score matrix: whole blocks of both datasets."""
         held = queries.at_once(self.queries_at_once(setting))
         size = setting.examples.block_size
         return Tile(held, max(1, TILE // min(held, len(queries)) // size) * size)
 
     def cost(self, setting: Setting, queries: Queries | None) -> Cost:
-        """What scoring the queries (None: self-influence) will take, by timing one block of each side."""
+        """Estimate the cost of scoring the queries (None: of self-influence) by timing one block of each dataset."""
         engine, examples = setting.engine, setting.examples
         block = next(iter(examples.blocks(0, min(len(examples), examples.block_size))))
         blocks, held = len(examples) / block.size, 1
@@ -157,7 +166,7 @@ class Method(ABC):
 
 
 def _plain(value: Any) -> Any:
-    """A hyper-parameter that is a record itself, such as a projection, with its name."""
+    """A dataclass, such as a projection, becomes a dict with its class name; anything else stays as it is."""
     if not is_dataclass(value) or isinstance(value, type):
         return value
     return {"name": type(value).__name__} | {f.name: _plain(getattr(value, f.name)) for f in fields(value)}

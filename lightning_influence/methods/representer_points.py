@@ -1,4 +1,4 @@
-"""Representer points: a prediction as a sum over training examples, by the last layer alone (Yeh et al., 2018)."""
+"""RepresenterPoints: a prediction as a sum over training examples, by the last linear layer (Yeh et al., 2018)."""
 
 import warnings
 from collections.abc import Iterator
@@ -21,10 +21,11 @@ from lightning_influence.setting.setting import Queries, Setting
 
 @dataclass(frozen=True)
 class RepresenterPoints(ForwardOnly):
-    r"""What each training example holds up of a prediction, by the final linear layer.
+    r"""How much each training example contributes to a prediction, through the last linear layer only.
 
-    At the minimum W of the mean loss plus :math:`\frac{\lambda}{2}\lVert W\rVert^2`, bias included, with features f
-    (and a 1 for the bias), the pre-activations z of a query are a sum over the training examples:
+    Where the layer's weights W (bias included) minimise the mean loss plus
+    :math:`\frac{\lambda}{2}\lVert W\rVert^2`, with f the layer's inputs (and a 1 for the bias), its outputs z
+    for a query, the pre-activations, are a sum over the training examples:
 
     .. math:: z_c(q) = \sum_i \alpha_{ic} \, f_i \cdot f_q, \qquad
         \alpha_i = -\frac{1}{\lambda n} \frac{\partial \ell_i}{\partial z}, \qquad
@@ -32,25 +33,25 @@ class RepresenterPoints(ForwardOnly):
 
     Source: Yeh, Kim, Yen, Ravikumar. Representer Point Selection for Explaining Deep Neural Networks. NeurIPS 2018.
     Needs: the final weights.
-    Units: query loss, to first order in the example's term; the pre-activation itself where ``of`` names a class.
-    Cost: one forward pass an example, once: features are kept on disk with the trajectory. Then the solve of the head,
-    and per score ``class + dim`` operations.
+    Units: query loss, to first order in the example's term; pre-activations if ``of`` is a class or ``"label"``.
+    Cost: one forward pass per example, once: features are kept on disk with the trajectory. Then the minimisation for
+    the head (the last linear layer), and per score ``class + dim`` operations.
     Departs from the paper: the head's minimum is found by Newton's method in float64; labels are the default targets.
 
     Args:
-        of: ``"loss"``: influence on the query's loss. A class: the terms of the query's pre-activation of that class,
-            which sum to it. ``"label"``: of the query's own class.
-        weight_decay: λ in torch's sense, on the mean loss. Yeh et al. write the penalty as λ'‖W‖², with λ = 2 λ'; the
-            default is that of their code, λ' = 0.003.
-        refit: find the head's minimum. False: take the head as it was trained; what the sum then misses of the
-            pre-activations is in the notes.
+        of: ``"loss"``: the influence on the query's loss. A class (0, 1, ...): the terms of the query's pre-activation
+            of that class, which sum to it. ``"label"``: those of the query's own class.
+        weight_decay: λ as in ``torch.optim``, added to the mean loss. Yeh et al. write the penalty as λ'‖W‖², with
+            λ = 2 λ'; the default is that of their code, λ' = 0.003.
+        refit: whether to find the head's minimum. False: use the head as it was trained; the notes say how far the sum
+            then is from the pre-activations.
         target: ``"labels"``, or ``"model"`` for the model's own outputs, as in the paper's code.
         head: name of the layer; None: the linear layer that is called last.
-        max_iterations: Newton steps at most; short of the minimum, a warning.
+        max_iterations: the most Newton steps; a warning says if they do not reach the minimum.
 
     Raises:
         ValueError: other values; a model without such a layer; a loss other than cross-entropy, binary cross-entropy
-            or squared error of what the layer gives; a class that it does not have.
+            or squared error of the layer's outputs; a class that it does not have.
 
     Example:
         >>> from lightning_influence import Attributor, RepresenterPoints
@@ -78,40 +79,40 @@ class RepresenterPoints(ForwardOnly):
         check_integer("max_iterations", self.max_iterations)
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
-        """[query, train]."""
+        """The terms of the sum over training examples, [query, train]."""
         points, total = self._points(setting), setting.zeros(queries)
         features, weights = self._at_head(points, queries, setting.reduction_of(queries))
-        # The mean over the queries of (weight × feature), one matrix whatever their number.
+        # The mean over queries of weight × feature: for `aggregate="mean"`, the work does not grow with their number.
         mean = weights.T @ features / len(features)
         for columns, rows in points.tile(setting.ids):
-            alpha, found = points.alpha(rows), points.head.augmented(rows.features)
+            alpha, inputs = points.alpha(rows), points.head.augmented(rows.features)
             if queries.mean:
-                product = ((alpha @ mean) * found).sum(1)[None]
+                product = ((alpha @ mean) * inputs).sum(1)[None]
             else:
-                product = (weights @ alpha.T) * (features @ found.T)
+                product = (weights @ alpha.T) * (features @ inputs.T)
             total[:, columns] = product.to(total)
-            setting.on_block(len(found))
+            setting.on_block(len(inputs))
         return total
 
     def self_influence(self, setting: Setting) -> Tensor:
-        """[train]: never negative for the loss."""
+        """The same with each example as its own query, [train]; for the loss it is never negative."""
         points, total = self._points(setting), setting.zeros()
         for columns, rows in points.tile(setting.ids):
-            found = points.head.augmented(rows.features)
-            z = found @ points.fit.weight.T
+            inputs = points.head.augmented(rows.features)
+            z = inputs @ points.fit.weight.T
             target = points.link.target(rows.outputs.double(), rows.gradients.double())
             gradient = points.link.scale * (points.link.mean(z) - target)
             weights = self._weights(gradient, target)
-            total[columns] = ((weights * points.alpha(rows)).sum(1) * found.square().sum(1)).to(total)
-            setting.on_block(len(found))
+            total[columns] = ((weights * points.alpha(rows)).sum(1) * inputs.square().sum(1)).to(total)
+            setting.on_block(len(inputs))
         return total
 
     def unit(self, setting: Setting) -> str:
-        """Loss or pre-activation."""
+        """Loss, or pre-activation with another ``of``."""
         return "loss" if self.of == "loss" else "pre-activation"
 
     def _at_head(self, points: "Points", queries: Queries, reduction: Reduction) -> tuple[Tensor, Tensor]:
-        """Features of the queries, [query, dim], and what each class of them counts, [query, class]."""
+        """Features of the queries, [query, dim], and the weight of each class in their scores, [query, class]."""
         head = Head(points.head.name, points.head.layer, queries.engine.task, reduction)
         features, weights = [], []
         for block in queries.examples.blocks(queries.ids.start, queries.ids.stop):
@@ -122,7 +123,7 @@ class RepresenterPoints(ForwardOnly):
         return torch.cat(features), torch.cat(weights)
 
     def _weights(self, gradient: Tensor, target: Tensor) -> Tensor:
-        """What each class counts in the score: [example, class]."""
+        """The weight of each class in the score, [example, class]."""
         if self.of == "loss":
             return -gradient
         classes = target.argmax(1) if self.of == "label" else torch.full((len(target),), int(self.of))
@@ -131,7 +132,7 @@ class RepresenterPoints(ForwardOnly):
         return torch.nn.functional.one_hot(classes, target.shape[1]).double()
 
     def _points(self, setting: Setting) -> "Points":
-        """The decomposition, made once a question."""
+        """The decomposition, which is computed once per question."""
         kept = setting.state(self, _Decomposition)
         if kept.points is None:
             kept.points = self._decompose(setting)
@@ -152,16 +153,16 @@ class RepresenterPoints(ForwardOnly):
         return points
 
     def _report(self, setting: Setting, points: "Points") -> None:
-        """Says where the head stands, and what the decomposition misses."""
-        fit, missed = points.fit, points.missed()
+        """Notes how close the head is to its minimum, and the error of the decomposition."""
+        fit, error = points.fit, points.reconstruction_error()
         how = f"solved in {fit.iterations} Newton steps" if self.refit else "as it was trained"
         setting.note(
             f"Head `{points.head.name}` {how}: gradient norm {fit.gradient_norm:.1e} with weight decay "
             f"{self.weight_decay:g}; the sum over training examples misses a training example's pre-activations by at "
-            f"most {missed:.1e}."
+            f"most {error:.1e}."
         )
         setting.diagnostic("head_gradient_norm", fit.gradient_norm)
-        setting.diagnostic("reconstruction_error", missed)
+        setting.diagnostic("reconstruction_error", error)
         if self.refit and not fit.converged:
             text = (
                 f"The head `{points.head.name}` stopped after {fit.iterations} Newton steps at gradient norm "
@@ -173,15 +174,15 @@ class RepresenterPoints(ForwardOnly):
 
 @dataclass
 class Points:
-    """The training examples at the head, and the head's weights that they hold up.
+    """The decomposition: the head at its minimum, and the training examples' features and coefficients.
 
     Args:
-        head: the layer.
-        link: the loss behind it.
-        seen: the training examples, batch by batch.
-        own: the model's own outputs are the targets.
+        head: the last linear layer.
+        link: the loss as a function of the head's outputs.
+        seen: the training examples' features, outputs and gradients at the outputs, batch by batch.
+        own: whether the model's own outputs are the targets.
         weight_decay: λ.
-        n_train: training examples.
+        n_train: the number of training examples.
     """
 
     head: Head
@@ -193,17 +194,17 @@ class Points:
     fit: HeadFit = field(init=False)
 
     def target(self, rows: HeadRows) -> Tensor:
-        """[example, class]."""
+        """The targets of some training examples, [example, class]."""
         outputs = rows.outputs.double()
         return self.link.mean(outputs) if self.own else self.link.target(outputs, rows.gradients.double())
 
     def alpha(self, rows: HeadRows) -> Tensor:
-        """The coefficients of some training examples, [example, class]."""
+        """The coefficients α of some training examples, [example, class]."""
         z = self.head.augmented(rows.features) @ self.fit.weight.T
         return (self.target(rows) - self.link.mean(z)) * (self.link.scale / (self.weight_decay * self.n_train))
 
     def tile(self, ids: range) -> Iterator[tuple[slice, HeadRows]]:
-        """Rows of a range of training examples, with their columns in it."""
+        """The batches of a range of training examples, with their columns in it."""
         start = 0
         for batch in self.seen:
             low, high = max(ids.start, start), min(ids.stop, start + len(batch.features))
@@ -212,7 +213,7 @@ class Points:
             start += len(batch.features)
 
     def solve(self, path: Path, max_iterations: int) -> None:
-        """Puts the head at its minimum; a head kept in the file is taken if it is one."""
+        """Finds the head's minimum, or reads it from the file; with 0 iterations the head stays as it was trained."""
         objective = PenalisedHead(self._rows, self.link, self.weight_decay)
         weight = self.head.weight()
         if max_iterations == 0:
@@ -227,7 +228,7 @@ class Points:
             write_file(path, "head", {"weight": self.fit.weight}, {"iterations": self.fit.iterations}, overwrite=True)
 
     def _stored(self, path: Path, like: Tensor, objective: PenalisedHead) -> HeadFit:
-        """The minimum is unique: weights whose gradient vanishes are the right ones, whatever wrote them."""
+        """The head in the file, if its gradient vanishes: the minimum is unique, so no other check is needed."""
         try:
             _, columns, metadata = read_file(path, ["head"])
         except ValueError:
@@ -238,8 +239,8 @@ class Points:
         norm = float(objective.gradient(weight).norm())
         return HeadFit(weight, norm, metadata["iterations"], objective.is_minimum(weight, norm))
 
-    def missed(self) -> float:
-        """What the decomposition misses of any training example's pre-activations, at most."""
+    def reconstruction_error(self) -> float:
+        """An upper bound of the decomposition's error in the pre-activations of any training example."""
         longest = max(float(self.head.augmented(rows.features).norm(dim=1).max()) for rows in self.seen)
         return self.fit.gradient_norm / self.weight_decay * longest
 
@@ -250,6 +251,6 @@ class Points:
 
 @dataclass
 class _Decomposition:
-    """What is kept while a question lasts."""
+    """The decomposition of a question, once it is computed."""
 
     points: Points | None = None

@@ -1,4 +1,4 @@
-"""The kind of method that trains models again: an estimate, and how much it rests on."""
+"""The kind of method that retrains models, and its estimates with standard errors."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from lightning_influence.setting.setting import Queries, Setting, TrainedModels
 
 @dataclass(frozen=True)
 class Estimate:
-    """Scores with their uncertainty.
+    """Scores with their standard errors.
 
     Args:
-        values: [query, train], positive for proponents; NaN where nothing is known.
-        standard_errors: [query, train]; NaN with fewer than two models to compare; None: the values are exact.
-        n_in: [train]: models (or marginal contributions) that the example was in.
-        n_out: [train]: models that it was not in.
-        n_models: models that were looked at.
+        values: scores, [query, train], positive for proponents; NaN where unknown.
+        standard_errors: [query, train]; NaN with fewer than two models to compare; None if the values are exact.
+        n_in: number of models (or marginal contributions) with the example, [train].
+        n_out: number of models without the example, [train].
+        n_models: number of models in all.
     """
 
     values: Tensor
@@ -32,27 +32,27 @@ class Estimate:
 
 
 class Retraining(ForwardOnly):
-    """Compares models trained on parts of the data; an unknown score is NaN, never 0."""
+    """Compares models trained on parts of the data. Scores that are unknown are NaN."""
 
     needs: ClassVar[Evidence] = Evidence.REFIT
 
     @abstractmethod
     def estimate(self, setting: Setting, queries: Queries) -> Estimate:
-        """Scores with their standard errors."""
+        """Scores with their standard errors, for all training examples."""
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
-        """[query, train]: the values of ``estimate``."""
+        """The values of ``estimate``, [query, train]."""
         found = self.estimate(setting, queries)
         report(self, setting, found)
         return found.values
 
     def unit(self, setting: Setting) -> str:
-        """Of the loss or measurement."""
+        """That of the query's loss or measurement."""
         return "query loss (or measurement)"
 
 
 def report(method: Method, setting: Setting, found: Estimate) -> None:
-    """Notes how far to trust an estimate."""
+    """Adds notes and diagnostics on how far to trust an estimate."""
     chosen = method.scored(setting.n_train)
     values = found.values if chosen is None else found.values[:, list(chosen)]
     unknown = int(values.isnan().all(0).sum())
@@ -66,14 +66,13 @@ def report(method: Method, setting: Setting, found: Estimate) -> None:
             spread = found.values[~found.values.isnan()].std() if known.numel() > 1 else torch.tensor(torch.nan)
             if float(spread) < 2 * float(known.median()):
                 setting.note(
-                    f"Scores differ by {float(spread):.3g} (standard deviation) and are known to within "
-                    f"{float(known.median()):.3g} (median standard error): much of what they say is noise. Train more "
-                    "models."
+                    f"The scores' standard deviation is {float(spread):.3g}, their median standard error "
+                    f"{float(known.median()):.3g}: the differences between scores are largely noise. Train more models."
                 )
 
 
 def losses_of(setting: Setting, queries: Queries, membership: Tensor, seeds: list[int]) -> Tensor:
-    """[model, query]: trains what is missing, notes what failed, measures the queries."""
+    """Losses of the queries, [model, query]; missing models are trained, failures are noted."""
     models = models_of(setting)
     for note in models.train(membership, seeds):
         setting.note(note)
@@ -81,6 +80,6 @@ def losses_of(setting: Setting, queries: Queries, membership: Tensor, seeds: lis
 
 
 def models_of(setting: Setting) -> TrainedModels:
-    """The models that the attributor brought."""
-    assert setting.models is not None, "the attributor refuses such a method without `refit`"
+    """The models of the attributor's ``refit``."""
+    assert setting.models is not None, "the attributor refuses methods that retrain without `refit`"
     return setting.models

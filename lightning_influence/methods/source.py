@@ -1,4 +1,4 @@
-"""SOURCE: influence through a few segments of training, each with a curvature of its own (Bae et al., 2024)."""
+"""SOURCE: influence through segments of training, each with its own curvature (Bae et al., 2024)."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -22,12 +22,12 @@ from lightning_influence.types import MissingEvidence
 
 @dataclass(frozen=True, eq=False)
 class SourceSegment:
-    """A stretch of training whose curvature and preconditioner are taken as constant.
+    """A segment of training, whose curvature and preconditioner are taken as constant.
 
     Args:
-        checkpoints: positions in the trajectory, at which gradients of training examples are averaged.
-        reach: sum of the learning rates in it, over (1 - momentum), [group] float64.
-        shrunk: sum of learning rates times decoupled weight decay, [group] float64.
+        checkpoints: positions in the trajectory; gradients of training examples are averaged over them.
+        reach: sum of learning rate / (1 - momentum) over the segment's steps, [group] float64.
+        shrunk: sum of learning rate × decoupled weight decay over the segment's steps, [group] float64.
     """
 
     checkpoints: tuple[int, ...]
@@ -36,43 +36,44 @@ class SourceSegment:
 
     @property
     def middle(self) -> int:
-        """The checkpoint that stands for it."""
+        """The checkpoint whose curvature and preconditioner are used."""
         return self.checkpoints[len(self.checkpoints) // 2]
 
 
 @dataclass(frozen=True)
 class SOURCE(GradientProduct):
-    r"""How much higher a query's loss would be, had training gone on without the example, segment by segment.
+    r"""How much higher a query's loss would be if the model were trained without the example, segment by segment.
 
     .. math:: s(q, z_i) = \frac1n \sum_l \nabla\ell(w_T, q)^\top S_L \cdots S_{l+1} F_l \, \bar g_{li}, \quad
         S_l = e^{-T_l C_l}, \; F_l = (I - S_l) C_l^{-1}
 
     with :math:`T_l` the sum of the segment's learning rates over (1 - momentum), :math:`C_l` the curvature of the mean
     training loss with the fit's L2 weight decay on its diagonal, and :math:`\bar g_{li}` the example's gradient,
-    averaged over the segment's checkpoints. One segment is an influence function whose damping follows from the
-    learning rates; a long one is an influence function without damping.
+    averaged over the segment's checkpoints. With one segment the scores are close to those of an influence function
+    whose damping is :math:`1 / T`: the longer the segment, the smaller the damping.
 
-    Adam and AdamW are taken as gradient descent whose preconditioner P, 1 over (the root of the mean squares + eps), is
-    frozen at the segment's middle checkpoint: then :math:`S = P^{1/2} e^{-T M} P^{-1/2}` and
+    Adam and AdamW are taken as gradient descent with a preconditioner P, 1 / (root of the mean squares + eps), that is
+    constant in a segment: the one at its middle checkpoint. Then :math:`S = P^{1/2} e^{-T M} P^{-1/2}` and
     :math:`F = P^{1/2} (I - e^{-T M}) M^{-1} P^{1/2}` with :math:`M = P^{1/2} C P^{1/2}`, to which AdamW's decoupled
-    weight decay is added. Learning rates that differ between parameter groups are part of P.
+    weight decay is added. Different learning rates of parameter groups are part of P.
 
     Source: Bae, Lin, Lorraine, Grosse. Training Data Attribution via Approximate Unrolled Differentiation.
     NeurIPS 2024.
-    Needs: checkpoints with learning rates; under Adam with the optimizer's state, as `Influence` writes them.
+    Needs: checkpoints with learning rates, and with Adam's state where it was used, as `Influence` writes them.
     Units: query loss.
-    Cost: one curvature a segment (kept with the run), one backward pass an example and checkpoint; queries written out.
+    Cost: preparing one curvature per segment (kept with the run), and one backward pass per example and checkpoint.
+    Memory: one vector of the model's size per query and segment.
     Departs from the paper: a segment's curvature and preconditioner are those at its middle checkpoint, not averages
-    over all. ``EKFAC`` takes P as its diagonal in each layer's Kronecker eigenbasis; ``ExactGGN`` takes it as it is.
+    over its checkpoints. ``EKFAC`` uses the diagonal of P in each layer's Kronecker eigenbasis; ``ExactGGN`` uses P.
 
     Args:
-        segments: how many; no more than there are checkpoints behind the initial one.
-        curvature: ``EKFAC()``, or ``ExactGGN()`` for small models; its ``damping``, None here for none, is added.
+        segments: the number of segments; at most the number of checkpoints after the initial weights.
+        curvature: ``EKFAC()``, or ``ExactGGN()`` for small models. Its ``damping`` is added to C; None means 0 here.
 
     Raises:
         ValueError: fewer than one segment; an optimizer other than SGD, Adam and AdamW; `maximize=True`.
         MissingEvidence: no steps between checkpoints; checkpoints of Adam without its state.
-        TypeError: a curvature whose eigenvalues are not known.
+        TypeError: a curvature that does not compute eigenvalues.
     """
 
     segments: int = 3
@@ -83,32 +84,31 @@ class SOURCE(GradientProduct):
         check_integer("segments", self.segments)
         if not isinstance(self.curvature, Curvature) or not self.curvature.has_eigenvalues:
             raise TypeError(
-                f"Expected `curvature` to be one whose eigenvalues are known, `EKFAC()` or `ExactGGN()`, got "
-                f"{self.curvature!r}."
+                f"Expected `curvature` to be one with eigenvalues, `EKFAC()` or `ExactGGN()`, got {self.curvature!r}."
             )
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
-        """[query, train]."""
+        """Sum ``product`` over all checkpoints, [query, train]."""
         run = setting.state(self, _SegmentedRun)
         if not run.segments:
             run.segments = self._segments(setting)
-        if run.queries is not queries:  # before any stage is visited: it is done at the weights of other checkpoints
+        if run.queries is not queries:  # before the loop over stages, because it loads other checkpoints
             run.queries, run.directions = queries, self._directions(setting, queries, run.segments)
         return super().score(setting, queries)
 
     def query_side(self, stage: Stage, queries: Queries) -> QueryGradients:
-        """What the gradients in the stage's segment are multiplied with."""
+        """The directions of the queries in the stage's segment."""
         run = stage.setting.state(self, _SegmentedRun)
         return run.directions[run.segment_at(stage)]
 
     def product(self, stage: Stage, query: QueryGradients, block: TrainBlock) -> Tensor:
-        """[query, example]."""
+        """Products with the directions, divided by n and by the number of checkpoints averaged, [query, example]."""
         run = stage.setting.state(self, _SegmentedRun)
         averaged = len(run.segments[run.segment_at(stage)].checkpoints)
         return query.dot(block.gradients) / (stage.setting.n_train * averaged)
 
     def _segments(self, setting: Setting) -> list[SourceSegment]:
-        """Runs of checkpoints of nearly the same number.
+        """Divides the checkpoints into segments of nearly the same length.
 
         Raises:
             MissingEvidence: no steps lie between the checkpoints.
@@ -119,7 +119,7 @@ class SOURCE(GradientProduct):
         check_optimizers(setting.trajectory)
         count = min(self.segments, len(positions))
         if count < self.segments:
-            setting.note(f"There are {count} segments: the fit has no more checkpoints behind its initial weights")
+            setting.note(f"There are {count} segments: the fit has no more checkpoints after its initial weights")
         ends = [round((k + 1) * len(positions) / count) for k in range(count)]
         found, before = [], torch.zeros((), dtype=torch.float64)
         for first, last in zip([0, *ends], ends, strict=False):
@@ -138,7 +138,7 @@ class SOURCE(GradientProduct):
         reach = reach_at(setting, position)
         if reach is None:
             raise MissingEvidence(
-                "`SOURCE` needs checkpoints behind some steps, got the initial weights alone. Fit with "
+                "`SOURCE` needs checkpoints after the first step, got only the initial weights. Fit with "
                 "`Trainer(callbacks=[Influence()])`, or use `GradientDot()`."
             )
         return reach
@@ -160,31 +160,31 @@ class SOURCE(GradientProduct):
     # ---- the record ---------------------------------------------------------------------------------------------
 
     def queries_at_once(self, setting: Setting) -> int | None:
-        """As many as the curvature holds written out, for each segment."""
+        """As many dense gradients as the curvature has in memory at once, divided among the segments."""
         most = self.curvature.at_once(setting)
         return None if most is None else max(1, most // (self.segments + 1))
 
     def preparation_seconds(self, setting: Setting, vectors: int) -> float:
-        """The curvature of every segment, shared out among the checkpoints."""
+        """The curvatures of all segments, divided by the number of checkpoints."""
         return self.curvature.seconds(setting, vectors) * self.segments / len(self.positions(setting.trajectory))
 
     def positions(self, trajectory: Trajectory | None) -> list[int]:
-        """All but the initial one."""
+        """All checkpoints but the initial weights."""
         return stage_positions(trajectory)
 
     def unit(self, setting: Setting) -> str:
-        """Loss."""
+        """Loss, since the scores are predicted differences of losses."""
         return "loss"
 
 
 @dataclass
 class _SegmentedRun:
-    """What is kept from one tile and block of queries to the next.
+    """What is kept for later tiles.
 
     Args:
         segments: of the run.
-        queries: those that ``directions`` are of.
-        directions: of these queries, one for each segment.
+        queries: the block of queries that ``directions`` belongs to.
+        directions: of these queries, one entry per segment.
     """
 
     segments: list[SourceSegment] = field(default_factory=list)
@@ -192,11 +192,11 @@ class _SegmentedRun:
     directions: list[DenseQueries] = field(default_factory=list)
 
     def segment_at(self, stage: Stage) -> int:
-        """Which segment a checkpoint is in."""
+        """The index of the segment that has the stage's checkpoint."""
         return next(k for k, segment in enumerate(self.segments) if stage.position in segment.checkpoints)
 
 
 def _shown(reach: Tensor) -> str:
-    """One number, or the smallest and the largest of those of the parameter groups."""
+    """One number, or the smallest and the largest if parameter groups differ."""
     least, most = float(reach.min()), float(reach.max())
     return f"{most:.3g}" if most - least <= 1e-6 * abs(most) else f"{least:.3g} to {most:.3g}"

@@ -1,4 +1,4 @@
-"""TracIn: the loss decrease of a query, traced through every step that an example was in (Pruthi et al., 2020)."""
+"""TracIn: how training on an example lowered a query's loss, at every step with it (Pruthi et al., 2020)."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,38 +24,40 @@ from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.trajectory.exposure import gain
 
 Products = Callable[[Forward, Step, Tensor], list[Tensor]]
-"""``products(forward, step, pull)``: [..., example] for each micro-batch of a step, before which the module stands."""
+"""``products(forward, step, rates)``: [..., example] for each micro-batch of a step whose weights are loaded."""
 
 
 @dataclass(frozen=True)
 class TracIn(WholeRun):
-    r"""How much each training example lowered a query's loss at the steps that it was in, to first order.
+    r"""How much training on each example lowered a query's loss, to first order at every step with the example.
 
     .. math:: s(q, z_i) = \sum_{t: i \in B_t} c_{ti} \, \nabla\ell(w_t, q) \cdot \nabla\ell(w_t, z_i)
 
-    with c the learning rate × weight in the step's gradient / (1 - momentum). The captured fit is run once more; an
-    example's gradient is that of its step, dropout included.
+    with batches B and c the learning rate × weight in the step's gradient / (1 - momentum). The captured fit is
+    replayed, so that gradients are those of the fit, dropout and augmentation included.
 
     Source: Pruthi, Liu, Kale, Sundararajan. Estimating Training Data Influence by Tracing Gradient Descent.
     NeurIPS 2020. ``normalize`` as in ``TracInCP``.
     Needs: the batch order, learning rates and checkpoints of a fit by an optimizer that can be replayed.
-    Units: query loss, counted when the example was seen; arbitrary where gradients are normalised or the optimizer
+    Units: query loss, summed over the steps with the example; arbitrary if gradients are normalised or the optimizer
     rescales them.
-    Cost: the fit once more, and a backward pass a query and step; of itself, one more backward pass an example and
-    step.
+    Cost: one replay of the fit, and one backward pass per query and step. Self-influence: one more backward pass per
+    example and step.
     Departs from the paper: the coefficient counts the example's weight in its batch, and momentum.
 
     Args:
-        normalize: None, ``"cosine"`` or ``"layerwise"``.
-        projection: multiply random projections of the gradients instead: the same on average.
-        max_drift: a replay that strays from the captured weights by more, relative to the distance that they moved
-            between checkpoints, is an error.
+        normalize: ``"cosine"``: the cosine of the angle between the gradients; ``"layerwise"``: the sum of all layers'
+            cosines; None: the plain inner product.
+        projection: multiply random projections of the gradients, which gives the same scores on average.
+        max_drift: the largest distance of replayed from captured weights, relative to the distance that they moved
+            between checkpoints; a larger one is an error.
 
     Raises:
-        ValueError: other values; an optimizer without a rule; a loss that mixes examples in training without ``loss=``;
-            with ``loss=``, ``normalize`` or ``projection``; self-influence of a normalised method, which is constant.
+        ValueError: other values; an optimizer that cannot be replayed; a loss that mixes examples in training (batch
+            normalisation) without ``loss=``; ``normalize`` or ``projection`` together with ``loss=``; self-influence
+            with ``normalize``, which is the same for all examples.
         MissingEvidence: a fit that was not captured step by step.
-        DriftError: a replay that is not the fit.
+        DriftError: replayed weights that differ from the captured ones by more than ``max_drift``.
     """
 
     normalize: Literal["cosine", "layerwise"] | None = None
@@ -69,43 +71,45 @@ class TracIn(WholeRun):
         check_positive("max_drift", self.max_drift)
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
-        """[query, train]."""
-        return self._walk(setting, setting.zeros(queries), self._of_queries(queries))
+        """Sum the products at each step of the replay, [query, train]."""
+        return self._walk(setting, setting.zeros(queries), self._query_products(queries))
 
     def self_influence(self, setting: Setting) -> Tensor:
-        """[train]: the same with the example as its own query."""
+        """The same with each example as its own query, [train]."""
         refuse_constant(self.normalize)
-        return self._walk(setting, setting.zeros(), self._of_itself())
+        return self._walk(setting, setting.zeros(), self._self_products())
 
     def seconds(self, setting: Setting, queries: Queries | None) -> float:
-        """By timing a few steps."""
-        return self._seconds(setting, self._of_itself() if queries is None else self._of_queries(queries))
+        """Time a few steps of the replay."""
+        return self._seconds(setting, self._self_products() if queries is None else self._query_products(queries))
 
     def unit(self, setting: Setting) -> str:
-        """Loss, unless something took the scale away."""
+        """Loss; arbitrary with ``normalize`` or an adaptive optimizer."""
         adaptive = setting.trajectory is not None and setting.trajectory.adaptive
         return "arbitrary" if adaptive or self.normalize else "loss (summed over the moments the example was seen)"
 
-    def _of_queries(self, queries: Queries) -> Products:
+    def _query_products(self, queries: Queries) -> Products:
         """[query, example]."""
-        sides = Transforms(self.normalize, self.projection)
+        transforms = Transforms(self.normalize, self.projection)
 
-        def products(forward: Forward, step: Step, pull: Tensor) -> list[Tensor]:
+        def products(forward: Forward, step: Step, rates: Tensor) -> list[Tensor]:
             with forward.scoring():
-                gradients = sides(queries.gradients())
-            return [scaled_products(forward, batch, step, gradients, pull, sides) for batch in step.batches]
+                gradients = transforms(queries.gradients())
+            return [scaled_products(forward, batch, step, gradients, rates, transforms) for batch in step.batches]
 
         return products
 
-    def _of_itself(self) -> Products:
+    def _self_products(self) -> Products:
         """[example]."""
-        sides = Transforms(None, self.projection)
+        transforms = Transforms(None, self.projection)
 
-        def products(forward: Forward, step: Step, pull: Tensor) -> list[Tensor]:
+        def products(forward: Forward, step: Step, rates: Tensor) -> list[Tensor]:
             with forward.scoring():
-                own = [EachQuery([sides(forward.rows(batch, as_drawn=False))]) for batch in step.batches]
+                own = [EachQuery([transforms(forward.rows(batch, as_drawn=False))]) for batch in step.batches]
             pairs = zip(step.batches, own, strict=True)
-            return [scaled_products(forward, batch, step, mine, pull, sides).diagonal() for batch, mine in pairs]
+            return [
+                scaled_products(forward, batch, step, query, rates, transforms).diagonal() for batch, query in pairs
+            ]
 
         return products
 
@@ -139,8 +143,8 @@ class TracIn(WholeRun):
         if replay.forward.joint and (self.normalize is not None or self.projection is not None):
             raise ValueError(
                 f"Expected `normalize=None` and `projection=None` with `loss=`, got {self.normalize!r} and "
-                f"{self.projection!r}: a loss of the joint batch gives products of its examples' gradients, not the "
-                "gradients themselves. Leave them out, or use `TracInCP`, which takes examples one by one."
+                f"{self.projection!r}: the losses of a joint batch give products of its examples' gradients, not the "
+                "gradients themselves. Leave them out, or use `TracInCP`, which computes examples one by one."
             )
         return replay
 
@@ -148,19 +152,19 @@ class TracIn(WholeRun):
 def _visits(
     setting: Setting, replay: Replay, segment: int, steps: Sequence[Step], products: Products
 ) -> Iterator[tuple[Step, list[Tensor]]]:
-    """The first steps of a segment, each with its products."""
-    for moment in replay.walk(replay.start(segment), steps, separate=True):
-        replay.stand(moment)
-        yield moment.step, products(replay.forward, moment.step, _pull(moment, setting))
+    """Replays the first steps of a segment, and yields each with its products."""
+    for replayed in replay.walk(replay.start(segment), steps, separate=True):
+        replay.stand(replayed)
+        yield replayed.step, products(replay.forward, replayed.step, _effective_rates(replayed, setting))
 
 
-def _pull(moment: ReplayedStep, setting: Setting) -> Tensor:
-    """[group]: what a step moves the weights by, per unit of gradient, in the end."""
+def _effective_rates(replayed: ReplayedStep, setting: Setting) -> Tensor:
+    """Learning rate × factor of gradient clipping / (1 - momentum) of a step, [group]."""
     groups = setting.engine.groups
-    pull = torch.zeros(1 + max(groups.values(), default=0), dtype=torch.float64)
-    for name, options in moment.step.moves.options.items():
-        pull[groups.get(name, 0)] = options["lr"] * gain(dict(options))
-    clipping = moment.step.clipping
-    if isinstance(clipping, ByNorm) and moment.gradients:
-        pull = pull * float(clipping.factor(moment.gradients))
-    return pull
+    rates = torch.zeros(1 + max(groups.values(), default=0), dtype=torch.float64)
+    for name, options in replayed.step.moves.options.items():
+        rates[groups.get(name, 0)] = options["lr"] * gain(dict(options))
+    clipping = replayed.step.clipping
+    if isinstance(clipping, ByNorm) and replayed.gradients:
+        rates = rates * float(clipping.factor(replayed.gradients))
+    return rates

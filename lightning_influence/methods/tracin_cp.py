@@ -1,4 +1,4 @@
-"""TracInCP: the loss decrease of a query, traced through checkpoints (Pruthi et al., 2020)."""
+"""TracInCP: how training on an example lowered a query's loss, by gradients at checkpoints (Pruthi et al., 2020)."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -14,30 +14,31 @@ from lightning_influence.setting.setting import Setting, Stage
 
 @dataclass(frozen=True)
 class TracInCP(TransformedProduct):
-    r"""How much each training example lowered a query's loss at the moments it was seen, at a few checkpoints.
+    r"""How much training on each example lowered a query's loss, by gradients at a few checkpoints.
 
     .. math:: s(q, z_i) = \sum_k c_{ki} \, \nabla\ell(w_k, q) \cdot \nabla\ell(w_k, z_i)
 
     With ``units="loss"``, c is the sum of learning rate × weight in the batch / (1 - momentum) over the steps since the
-    checkpoint before in which example i was drawn. With ``units="paper"`` it is the learning rate at the checkpoint.
+    previous checkpoint that had example i in their batch. With ``units="paper"``, c is the checkpoint's learning rate.
 
     Source: Pruthi, Liu, Kale, Sundararajan. Estimating Training Data Influence by Tracing Gradient Descent.
     NeurIPS 2020. ``normalize="cosine"`` is GAS, ``"layerwise"`` GAS-L of Hammoudeh and Lowd, Identifying a
     Training-Set Attack's Target Using Renormalized Influence Estimation. CCS 2022.
     Needs: checkpoints with learning rates.
-    Units: query loss, counted when the example was seen (not what remains of it at the end); arbitrary where gradients
-    are normalised or the optimizer rescales them.
-    Cost: one backward pass an example and checkpoint.
-    Departs from the paper: the coefficient, unless ``units="paper"``.
+    Units: query loss, summed over the steps with the example (later steps may undo such a decrease); arbitrary if
+    gradients are normalised or the optimizer rescales them.
+    Cost: one backward pass per example and checkpoint.
+    Departs from the paper: the coefficient c, unless ``units="paper"``.
 
     Args:
-        units: ``"loss"`` or ``"paper"``.
-        normalize: None, ``"cosine"`` or ``"layerwise"``.
-        checkpoints: positions among the trajectory's checkpoints (negative from the end); None: all but the initial.
-        projection: multiply random projections of the gradients instead: the same on average.
+        units: ``"loss"`` or ``"paper"``, which decides c.
+        normalize: ``"cosine"``: the cosine of the angle between the gradients; ``"layerwise"``: the sum of all layers'
+            cosines; None: the plain inner product.
+        checkpoints: positions in the trajectory (negative ones count from the end); None: all but the initial weights.
+        projection: multiply random projections of the gradients, which gives the same scores on average.
 
     Raises:
-        ValueError: other values; self-influence of a normalised method, which is constant.
+        ValueError: other values; self-influence with ``normalize``, which is the same for all examples.
     """
 
     units: Literal["loss", "paper"] = "loss"
@@ -51,13 +52,13 @@ class TracInCP(TransformedProduct):
         one_of("units", self.units, ("loss", "paper"))
 
     def weight(self, stage: Stage) -> Tensor:
-        """[group, train]: exposure, or the learning rate at the checkpoint for all alike."""
+        """The exposure, or the learning rate at the checkpoint for all examples, [group, train]."""
         if self.units == "paper":
             return stage.learning_rates[:, None].expand_as(stage.exposure)
         return stage.exposure
 
     def unit(self, setting: Setting) -> str:
-        """Loss, unless something took the scale away."""
+        """Loss; arbitrary with ``normalize``, ``units="paper"`` or an adaptive optimizer."""
         adaptive = setting.trajectory is not None and setting.trajectory.adaptive
         if self.normalize or self.units == "paper" or adaptive:
             return "arbitrary"

@@ -1,4 +1,4 @@
-"""TracInIdeal: what a query's loss really did at the steps that visited an example (Pruthi et al., 2020)."""
+"""TracInIdeal: the true change of a query's loss at the steps with an example (Pruthi et al., 2020)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,30 +17,34 @@ from lightning_influence.types import MissingEvidence
 
 @dataclass(frozen=True)
 class TracInIdeal(WholeRun):
-    r"""The change of a query's loss, summed over the steps that trained on the example alone: exact, no gradient in it.
+    r"""How much a query's loss really fell at the steps whose batch was just this example; no gradients, no estimate.
 
     .. math:: s(q, z_i) = \sum_{t: z_t = z_i} \ell(w_t, q) - \ell(w_{t+1}, q)
 
-    Over all examples the scores of a query add up to what its loss fell by during the fit.
+    The scores of a query sum to the decrease of its loss during the fit.
 
     Source: Pruthi, Liu, Kale, Sundararajan. Estimating Training Data Influence by Tracing Gradient Descent.
     NeurIPS 2020.
-    Needs: to watch the fit, with batches of one example and ``Influence(queries=)``.
+    Needs: a fit with batches of one example and ``Influence(methods=[TracInIdeal()], queries=...)``.
     Units: query loss.
-    Cost: the losses of all queries at every step, during the fit.
+    Cost: during the fit, the losses of all queries at every step.
 
     Raises:
-        MissingEvidence: asked for a fit that it did not watch, or for other queries.
+        MissingEvidence: a fit that ran without this method, or other queries than those of the fit.
     """
 
     needs: ClassVar[Evidence] = Evidence.TRACKER
 
     def tracker(self) -> Tracker:
-        """Follows the losses of the queries."""
+        """Records the losses of the queries."""
         return LossChanges()
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
-        """[query, train]."""
+        """The recorded changes of the queries' losses, [query, train].
+
+        Raises:
+            MissingEvidence: the losses of these queries were not recorded.
+        """
         assert setting.trajectory is not None
         record = load_record(setting.trajectory.path, self.record, setting.final().step)
         changes, losses = (record.tensors[name][queries.ids.start : queries.ids.stop] for name in ("changes", "losses"))
@@ -49,17 +53,17 @@ class TracInIdeal(WholeRun):
             changes, losses, now = (values.mean(0, keepdim=True) for values in (changes, losses, now))
         if len(losses) != len(now) or not torch.allclose(losses, now, rtol=1e-3, atol=1e-4):
             raise MissingEvidence(
-                f"Expected the {len(record.tensors['losses'])} queries whose losses were followed during the fit, got "
-                "queries with other losses. `TracInIdeal` answers for those of `Influence(queries=)` only; use "
+                f"Expected the {len(record.tensors['losses'])} queries whose losses were recorded during the fit, got "
+                "queries with other losses. `TracInIdeal` scores those of `Influence(queries=)` only; use "
                 "`TracInCP()` for others."
             )
         setting.on_block(len(setting.ids))
         return changes[:, setting.ids.start : setting.ids.stop].to(setting.zeros())
 
     def seconds(self, setting: Setting, queries: Queries | None) -> float:
-        """The losses of the queries."""
+        """Time the losses of the queries."""
         return 0.0 if queries is None else timed(lambda: LossChanges().losses_of(queries))
 
     def unit(self, setting: Setting) -> str:
-        """Loss."""
+        """Loss, since the scores are differences of losses."""
         return "loss (at the moments the example was seen)"

@@ -344,5 +344,7 @@ class Scores(Answer):
         table = {"scores": arrow.as_rows(self.to_arrow(k), side=lambda row: side(row["score"]))}
         drawn = trackers.drawn(explanation=lambda: self.plot(k=k, **drawing)[0])
         more |= scalars
-        results = trackers.Results(name or self.method, step, more, table, drawn, histograms, {"about": repr(self)})
+        results = trackers.TrackerResults(
+            name or self.method, step, more, table, drawn, histograms, {"about": repr(self)}
+        )
         trackers.log_influence(loggers, results)

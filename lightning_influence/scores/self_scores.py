@@ -205,7 +205,7 @@ class SelfScores(Answer):
         drawn = trackers.drawn(self_influence=lambda: self.plot(**drawing)[0])
         about = {"about_self_influence": repr(self)}
         scalars = self.diagnostics | scalars
-        results = trackers.Results(name or self.method, step, scalars, table, drawn, histograms, about)
+        results = trackers.TrackerResults(name or self.method, step, scalars, table, drawn, histograms, about)
         trackers.log_influence(loggers, results)
 
     def _highest(self, k: int) -> list[tuple[str, float]]:

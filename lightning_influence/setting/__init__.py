@@ -1,4 +1,4 @@
-"""What a method sees of a question: training examples, queries, and the module at stages of training."""
+"""What a method works with: the training examples, the queries, and the module at its checkpoints."""
 
 from lightning_influence.setting.setting import Queries, Setting, Stage
 

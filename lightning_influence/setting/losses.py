@@ -1,4 +1,4 @@
-"""Losses of queries under many models: forward passes only."""
+"""Losses of queries under many models, by forward passes."""
 
 from collections.abc import Iterable, Mapping
 
@@ -10,14 +10,14 @@ from lightning_influence.setting.setting import Queries
 
 
 def losses_under(models: Iterable[Mapping[str, Tensor]], queries: Queries) -> Tensor:
-    """The loss (or measurement) of each query under each model, one model after another.
+    """Compute the loss (or measurement) of each query under each model.
 
     Args:
-        models: parameters and buffers by name.
-        queries: some or all of them.
+        models: parameters and buffers by name, one dict per model.
+        queries: some or all of the queries.
 
     Returns:
-        [model, query] float64 on the CPU. The module is left at the last model.
+        [model, query] float64 on the CPU. The weights of the last model stay loaded.
     """
     losses_of, rows = Losses(), []
     for weights in models:

@@ -1,4 +1,4 @@
-"""A module and its training data, prepared for questions: quiet, at its final weights, self-checked once for all."""
+"""A module and its training data, prepared for questions: final weights, logging off, gradients checked once."""
 
 import contextlib
 import functools
@@ -17,23 +17,23 @@ from lightning_influence.module.trainer_state import detached_trainer
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.trajectory import Trajectory
 
-# A block of training examples is enlarged up to this size while its factors take no more bytes than that.
+# Blocks of training examples are enlarged up to this many examples while their gradients' factors fit in these bytes.
 _BLOCK = 2048
 _BLOCK_BYTES = 2**24
 
 
 @dataclass
 class Session:
-    """Opens questions on one module and training set; what the self-check found is kept from one to the next.
+    """Opens questions on one module and training set; the gradients' self-check runs once for all of them.
 
     Args:
         module: the LightningModule.
         train: its training data.
-        trajectory: whose last weights are put in place; None: the module's own.
-        trainer: None: a silent one of the module's package stands in.
+        trajectory: its last checkpoint is loaded; None: the module's own weights are used.
+        trainer: None: a new one with logging off, from the package of the module's base class.
         loss: per-sample losses, or None for ``training_step``.
-        names: the parameters that count.
-        batch_size: examples per block, or None.
+        names: the parameters whose gradients are used.
+        batch_size: examples per block; None: chosen by the size of their gradients.
     """
 
     module: Any
@@ -45,13 +45,13 @@ class Session:
     batch_size: int | None
     _found: dict[tuple[Any, ...], tuple[Reduction, Plan]] = field(default_factory=dict)
     _checked: dict[tuple[Any, ...], Reduction] = field(default_factory=dict)
-    _kept: list[Any] = field(default_factory=list)
-    _fitting: int | None = None
+    _in_use: list[Any] = field(default_factory=list)
+    _large_block: int | None = None
     _reduction: Reduction | None = None
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[Task]:
-        """The module, silent and at its final weights."""
+        """The module at its final weights, in eval mode, with logging off."""
         trainer = self.trainer if self.trainer is not None else detached_trainer(self.module)
         with quiet(self.module, self.loss, trainer) as task:
             if self.trajectory is not None:
@@ -59,37 +59,41 @@ class Session:
                 state = last.load()
                 _check_same_model(task, state.parameters, self.trajectory)
                 task.load(state.parameters, state.buffers, last.step, last.epoch)
-            yield task
+            try:
+                yield task
+            finally:
+                task.weights_changed()  # the module's own come back: a stage must not be used after its question
 
     @contextlib.contextmanager
     def open(
         self, queries: Source | None = None, measurement: Loss | None = None, mean: bool = False, gradients: bool = True
     ) -> Iterator[Setting]:
-        """A question, its tile being the whole training set, until the context ends.
+        """The context of a question, whose tile is the whole training set at first.
 
         Args:
-            queries: what is asked about.
-            measurement: in place of the queries' loss.
-            mean: all queries count as one.
-            gradients: find out how to take them, and check that. Without it, how a batch's loss relates to those of its
-                examples is found out only for a method that reads ``Setting.reduction_of``.
+            queries: the queries, or None for self-influence.
+            measurement: takes the place of the queries' loss.
+            mean: whether the mean over all queries counts as one query.
+            gradients: plan and check per-sample gradients. Otherwise a batch's loss is compared with its examples' only
+                when a method calls ``Setting.reduction_of``.
 
         Raises:
-            ValueError: a loss that cannot be divided among examples, queries that do not fit the module.
+            ValueError: a loss that is not made of one loss per example; queries that the module does not accept.
         """
         with self.quiet() as task:
             examples = self.train.examples(self.batch_size)
-            asked = None if queries is None else queries.examples(self.batch_size)
-            other = task if measurement is None else task.measuring(measurement)
-            engine, theirs = Engine(task, Reduction.NONE), Engine(other, Reduction.NONE)
+            engine = Engine(task, Reduction.NONE)
             if gradients:
                 engine = self._engine(task, *self._planned(task, examples))
-            if gradients and queries is not None and asked is not None:
-                theirs = self._engine(other, *self._planned_for(other, asked, queries, examples))
             setting = Setting(engine, examples, range(len(examples)), self.trajectory, self.train.batches)
             setting.reduction_of = functools.partial(self._reduction_of, task, examples)
-            if asked is not None:
-                setting.queries = Queries(theirs, asked, range(len(asked)), mean, measurement is not None)
+            if queries is not None:
+                data = queries.examples(self.batch_size)
+                query_task = task if measurement is None else task.measuring(measurement)
+                query_engine = Engine(query_task, Reduction.NONE)
+                if gradients:
+                    query_engine = self._engine(query_task, *self._planned_for(query_task, data, queries, examples))
+                setting.queries = Queries(query_engine, data, range(len(data)), mean, measurement is not None)
             if gradients and self.batch_size is None:
                 examples.block_size = self._block_size(engine, examples)
             yield setting
@@ -98,24 +102,24 @@ class Session:
         return Engine(task, reduction, self._groups(), plan=plan)
 
     def _planned(self, task: Task, examples: Examples) -> tuple[Reduction, Plan]:
-        """The self-check of the training side."""
+        """Reduction and plan of the training examples' gradients, from the self-check."""
         if () not in self._found:
             reduction = self._train_reduction(task, examples)
             self._found[()] = reduction, make_plan(self._engine(task, reduction, Plan({})), examples, self.names)
         return self._found[()]
 
-    def _planned_for(self, task: Task, asked: Examples, queries: Source, examples: Examples) -> tuple[Reduction, Plan]:
-        """The self-check of the query side."""
+    def _planned_for(self, task: Task, data: Examples, queries: Source, examples: Examples) -> tuple[Reduction, Plan]:
+        """Reduction and plan of the queries' gradients, from the self-check."""
         reduction, plan = self._found[()]
         if queries is self.train and task.loss is self.loss:
             return reduction, plan
         key = (id(queries.dataset), task.loss)
         if key not in self._found:
-            asked.check_steady()
+            data.check_steady()
             reduction = Reduction.NONE if task.loss is not None else reduction
-            with _fitting(examples, asked):
-                self._found[key] = reduction, make_plan(self._engine(task, reduction, Plan({})), asked, self.names)
-            self._kept.append(queries.dataset)  # while it lives, its id is its own
+            with _explained(examples, data):
+                self._found[key] = reduction, make_plan(self._engine(task, reduction, Plan({})), data, self.names)
+            self._in_use.append(queries.dataset)  # as long as it exists, no other object has its id
         return self._found[key]
 
     def _train_reduction(self, task: Task, examples: Examples) -> Reduction:
@@ -125,28 +129,28 @@ class Session:
         return self._reduction
 
     def _reduction_of(self, task: Task, examples: Examples, queries: Queries | None) -> Reduction:
-        """Of the training side, or of the queries, one of which must then pass."""
+        """See ``Setting.reduction_of``. The first query is tried once, so that queries that do not fit are refused."""
         reduction = self._train_reduction(task, examples)
         if queries is None:
             return reduction
-        task, asked = queries.engine.task, queries.examples
-        key = (id(asked.dataset), task.loss)
+        task, data = queries.engine.task, queries.examples
+        key = (id(data.dataset), task.loss)
         if key not in self._checked:
-            asked.check_steady()
+            data.check_steady()
             reduction = Reduction.NONE if task.loss is not None else reduction
-            with _fitting(examples, asked):
-                reduction.total(task(task.to_device(asked.one(0))), 1)
+            with _explained(examples, data):
+                reduction.total(task(task.to_device(data.one(0))), 1)
             self._checked[key] = reduction
-            self._kept.append(asked.dataset)
+            self._in_use.append(data.dataset)
         return self._checked[key]
 
     def _block_size(self, engine: Engine, examples: Examples) -> int:
-        """Larger blocks where an example's factors are small: fewer, larger matrix products."""
-        if self._fitting is None:
+        """Larger blocks if the factors of an example's gradient are small: fewer, larger matrix products."""
+        if self._large_block is None:
             some = next(iter(examples.blocks(0, min(4, len(examples)))))
             each = engine.gradients(some).query_bytes(1)
-            self._fitting = max(examples.block_size, min(_BLOCK, _BLOCK_BYTES // max(1, each)))
-        return self._fitting
+            self._large_block = max(examples.block_size, min(_BLOCK, _BLOCK_BYTES // max(1, each)))
+        return self._large_block
 
     def _groups(self) -> Mapping[str, int]:
         if self.trajectory is None or self.trajectory.n_groups == 1:
@@ -156,7 +160,7 @@ class Session:
 
 
 def _check_same_model(task: Task, saved: Mapping[str, Tensor], trajectory: Trajectory) -> None:
-    """Raises where a checkpoint's parameters are not those of the module."""
+    """Raises ValueError unless a checkpoint has the module's parameters, in their shapes."""
     mine = {name: tuple(p.shape) for name, p in task.named_parameters().items()}
     theirs = {name: tuple(p.shape) for name, p in saved.items()}
     missing = sorted(mine.keys() - theirs.keys())
@@ -173,8 +177,8 @@ def _check_same_model(task: Task, saved: Mapping[str, Tensor], trajectory: Traje
 
 
 @contextlib.contextmanager
-def _fitting(examples: Examples, queries: Examples) -> Iterator[None]:
-    """Whatever goes wrong inside, the queries do not fit the module."""
+def _explained(examples: Examples, queries: Examples) -> Iterator[None]:
+    """Turns any error inside into a ValueError that compares the queries' shapes with a training example's."""
 
     def shapes(data: Examples) -> str:
         leaves = torch.utils._pytree.tree_leaves(data.one(0))

@@ -1,4 +1,4 @@
-"""What a method sees of a question: the training examples of one tile, the queries, and the stages of training."""
+"""What a method works with: the training examples of one tile, the queries, and the module at its checkpoints."""
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -18,37 +18,45 @@ from lightning_influence.types import MissingEvidence
 K = TypeVar("K", bound=Hashable)
 S = TypeVar("S")
 
-# Bytes that the gradients of a block of queries may take.
+# Memory for the gradients of a block of queries, in bytes.
 _QUERY_BYTES = 2**29
 
 
 class TrainedModels(Protocol):
-    """Models trained again on parts of the data; ``refit.Models`` is one."""
+    """Models retrained on parts of the data. ``refit.Models`` implements this."""
 
     @property
     def seeded(self) -> bool:
-        """Whether models of one subset differ by their seed."""
+        """Whether models trained on the same subset differ by their seed."""
 
     def train(self, membership: Tensor, seeds: Sequence[int]) -> list[str]:
-        """Trains what is missing of [model, train] subsets; notes about what failed."""
+        """Train the models that do not exist yet.
+
+        Args:
+            membership: [model, train] bool, the subset that each model is trained on.
+            seeds: of each model.
+
+        Returns:
+            Notes about the models that could not be trained.
+        """
 
     def losses(self, membership: Tensor, seeds: Sequence[int], queries: "Queries") -> Tensor:
-        """[model, query] float64; NaN for a model that could not be trained."""
+        """Losses, [model, query] float64; NaN for a model that could not be trained."""
 
     def untrained(self, seeds: Sequence[int], queries: "Queries") -> Tensor:
-        """[seed, query] float64 under the models before any training."""
+        """Losses before any training, [seed, query] float64."""
 
 
 @dataclass(frozen=True)
 class Queries:
-    """All queries of a question, or some of them: slicing gives the block of those positions.
+    """All queries of a question, or some of them. Slicing selects a block of them by position.
 
     Args:
-        engine: takes their gradients (of the loss, or of a measurement).
+        engine: computes gradients of their loss or measurement.
         examples: the queries' dataset.
-        ids: which of them.
-        mean: all of them count as one query.
-        measured: a measurement takes the place of their loss.
+        ids: the ids of the selected queries in it.
+        mean: whether the mean over all queries counts as one query.
+        measured: whether a measurement takes the place of their loss.
     """
 
     engine: Engine
@@ -65,7 +73,7 @@ class Queries:
         return Queries(self.engine, self.examples, ids, self.mean, self.measured)
 
     def gradients(self) -> QueryGradients:
-        """Their gradients at the module's current weights."""
+        """Gradients of the queries at the weights that are loaded now."""
         blocks = (self.engine.gradients(block) for block in self.examples.blocks(self.ids.start, self.ids.stop))
         if not self.mean:
             return EachQuery(list(blocks))
@@ -76,10 +84,10 @@ class Queries:
         return DenseQueries({name: value[None] / len(self.ids) for name, value in total.items()}, self.engine.groups)
 
     def at_once(self, most: int | None = None) -> int:
-        """How many are held in memory together: whole blocks of the dataset, as many as half a GiB holds.
+        """How many queries to have in memory at once: whole blocks of the dataset, in up to half a GiB.
 
         Args:
-            most: at most this many.
+            most: no more than this many; None: limited by memory alone.
         """
         held, size = 1, self.examples.block_size
         if len(self) > 1:
@@ -89,16 +97,16 @@ class Queries:
         return held if most is None else min(held, _whole_blocks(max(1, most), size))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
-    """The module at one set of weights. It answers as long as these weights are in place, and raises afterwards.
+    """The module with the weights of one checkpoint. Once other weights are loaded, its methods raise.
 
     Args:
-        position: of its checkpoint in the trajectory; None where there is no trajectory.
-        step: optimizer steps taken before these weights.
-        exposure: how strongly each training example of the tile moved the weights since the stage before, in units
-            of learning rate: [group, train]. See ``Trajectory.exposure``.
-        learning_rates: the learning rate at this stage, [group].
+        position: of the checkpoint in the trajectory; None without a trajectory.
+        step: number of optimizer steps before the checkpoint.
+        exposure: the sum of effective learning rates with which each training example of the tile entered the steps
+            since the checkpoint before, [group, train]; see ``Trajectory.exposure``.
+        learning_rates: at the checkpoint, [group].
         setting: the question.
     """
 
@@ -107,63 +115,77 @@ class Stage:
     exposure: Tensor
     learning_rates: Tensor
     setting: "Setting" = field(repr=False)
+    _ids: range = field(repr=False)
     _version: int = field(repr=False)
 
     def gradients(self, queries: Queries) -> QueryGradients:
         """Gradients of the queries at these weights.
 
         Raises:
-            RuntimeError: other weights were loaded since.
+            RuntimeError: other weights are loaded now.
         """
-        self._check_loaded()
+        self.check_loaded()
         return queries.gradients()
 
     def train(self, where: Tensor | None = None) -> Iterator[tuple[slice, Gradients]]:
         """Gradients of the training examples of the tile at these weights, block by block.
 
         Args:
-            where: [train] of the tile; blocks in which it is nowhere true are skipped.
+            where: [train] bool, for the tile; blocks without any True are skipped.
 
         Yields:
             The block's columns in the tile, and its gradients.
 
         Raises:
-            RuntimeError: other weights were loaded since.
+            RuntimeError: other weights are loaded now, or the stage was made for another tile.
         """
         setting = self.setting
+        if setting.ids != self._ids:
+            raise RuntimeError(
+                f"Expected a stage of the training examples {setting.ids!r}, got one of {self._ids!r}. Load the stage "
+                "again for each tile with `setting.stages(...)` or `setting.final()`."
+            )
         for block in setting.examples.blocks(setting.ids.start, setting.ids.stop):
             columns = slice(block.start - setting.ids.start, block.start - setting.ids.start + block.size)
             if where is None or bool(where[columns].any()):
-                self._check_loaded()
+                self.check_loaded()
                 yield columns, setting.engine.gradients(block)
             setting.on_block(block.size)
 
-    def _check_loaded(self) -> None:
+    def check_loaded(self) -> None:
+        """Raise unless the stage's weights are loaded.
+
+        Raises:
+            RuntimeError: other weights are loaded now.
+        """
         if self.setting.task.version != self._version:
+            again = (
+                "" if self.position is None else ", or load it again with `setting.stages(...)` or `setting.final()`"
+            )
             raise RuntimeError(
-                f"Expected the stage whose weights are in place, got that of step {self.step}, after which other "
-                "weights were loaded. Take the gradients of a stage before going on to the next, or load it again with "
-                "`setting.stages(...)` or `setting.final()`."
+                f"Expected the weights of the stage at step {self.step} to be loaded, got others, which were loaded "
+                f"after them. Compute a stage's gradients before other weights are loaded{again}."
             )
 
 
 @dataclass
 class Setting:
-    """One question as a method meets it, one tile of training examples at a time.
+    """The context of one question: module, training examples, trajectory and queries, and the tile to be scored.
 
     Args:
-        engine: gradients of training examples.
+        engine: computes gradients of training examples.
         examples: the training dataset.
-        ids: training examples of this tile.
-        trajectory: what the fit left behind, or None where only the module's present weights are known.
-        batches_per_epoch: of the training loader, where it is known.
-        queries: all queries, where there are any.
-        models: models trained again on parts of the data (``Attributor(refit=)``), for methods that need REFIT.
-        reduction_of: how the loss of a batch relates to those of its examples, on the training side (None) or of the
-            queries. ``engine`` knows it too, except for a method that takes no gradients.
-        on_block: called after each block with the number of training examples done.
-        notes: what a reader of the scores must know; methods add to them.
-        diagnostics: numbers that say how far to trust the scores, by name; methods add to them.
+        ids: ids of the training examples in the current tile.
+        trajectory: the checkpoints and batch order of the fit; None: only the module's present weights are known.
+        batches_per_epoch: length of the training DataLoader, if known.
+        queries: all queries; None for self-influence.
+        models: models retrained on parts of the data (``Attributor(refit=)``), for methods with ``Evidence.REFIT``.
+        reduction_of: returns how the loss of a batch follows from the losses of its examples (mean, sum, none), for the
+            queries, or with None for training examples. ``engine.reduction`` has it too, unless the method takes no
+            gradients.
+        on_block: called after each block with the number of training examples in it.
+        notes: sentences that are saved with the scores; see ``note``.
+        diagnostics: numbers that are saved with the scores; see ``diagnostic``.
     """
 
     engine: Engine
@@ -181,16 +203,19 @@ class Setting:
 
     @property
     def task(self) -> Task:
-        """The module: quiet, in eval mode."""
+        """The module as a function of weights and a batch; in eval mode, with logging off."""
         return self.engine.task
 
     @property
     def n_train(self) -> int:
-        """Training examples of the whole dataset."""
+        """The number of training examples in the whole dataset."""
         return len(self.examples)
 
     def zeros(self, queries: Queries | None = None) -> Tensor:
-        """[query, train] of zeros for this tile ([train] without queries), float64 where weights are, else float32."""
+        """Zeros for the scores of this tile, [query, train], or [train] without queries.
+
+        In float64 if any of the parameters is, otherwise in float32.
+        """
         parameters = self.task.named_parameters()
         counting = [parameters[name] for name in self.engine.plan.names] or list(parameters.values())
         dtype = torch.float64 if any(p.dtype is torch.float64 for p in counting) else torch.float32
@@ -198,41 +223,50 @@ class Setting:
         return torch.zeros(shape, dtype=dtype, device=counting[0].device)
 
     def note(self, text: str) -> None:
-        """Adds a note, once."""
+        """Add a sentence that a reader of the scores should know; repeated ones are stored once."""
         if text not in self.notes:
             self.notes.append(text)
 
     def diagnostic(self, name: str, value: Any, keep: Callable[[float, float], float] = max) -> None:
-        """Adds a number to `Scores.diagnostics`, which experiment trackers show too, such as a solver's residual.
+        """Add a number that tells how far to trust the scores, such as a solver's residual.
 
         Args:
-            name: What it is, in snake_case.
-            value: One number.
-            keep: Which of two to keep where a number is reported again, for another tile or other queries: by default
-                the larger, the worse of two residuals. NaN is always kept.
+            name: what it is, in snake_case.
+            value: one number.
+            keep: combines two values of the same name, from several tiles or blocks of queries; by default the larger,
+                which is the worse of two residuals. NaN is always kept.
         """
         new, old = float(value), self.diagnostics.get(name)
         self.diagnostics[name] = new if old is None or math.isnan(new) else old if math.isnan(old) else keep(old, new)
 
     def state(self, owner: Hashable, kind: type[S], *arguments: Any) -> S:
-        """What a method or curvature keeps from one tile and block of queries to the next, while a question lasts.
+        """An object in which a method or curvature keeps what it computed, for later tiles and blocks of queries.
+
+        It lasts as long as the question. Later calls with the same owner and kind return the same object.
 
         Args:
             owner: the method or curvature.
-            kind: a class whose fields say what is kept, made with ``arguments`` at the first call.
-            arguments: for it.
+            kind: the object's class, whose fields document what is kept.
+            arguments: for its constructor, at the first call.
         """
         return cached(self._states, (kind, owner), lambda: kind(*arguments))
 
     def final(self) -> Stage:
-        """The module at the weights after the last step."""
+        """Load the last checkpoint; without a trajectory, the module as it is."""
         if self.trajectory is None:
             ones = torch.ones(1, len(self.ids), dtype=torch.float64)
-            return Stage(None, 0, ones, torch.ones(1, dtype=torch.float64), self, self.task.version)
+            # Version 0: once other weights were loaded, there is no way back to the module's own within the question.
+            return Stage(None, 0, ones, torch.ones(1, dtype=torch.float64), self, self.ids, 0)
         return self._stage(len(self.trajectory.checkpoints) - 1)
 
     def stages(self, checkpoints: Sequence[int] | None = None) -> Iterator[Stage]:
-        """The module at each checkpoint that represents some steps, or at those of the given positions.
+        """Load one checkpoint after another.
+
+        Args:
+            checkpoints: positions in the trajectory; None: all but the initial weights.
+
+        Yields:
+            The module with the checkpoint's weights.
 
         Raises:
             MissingEvidence: no trajectory.
@@ -250,13 +284,13 @@ class Setting:
             index, self.engine.reduction.coefficient(), self.n_train, self.batches_per_epoch
         )[:, self.ids.start : self.ids.stop]
         if not trajectory.has_batch_order:
-            self.note("The batch order is not known: every example counts with its expected share of the steps.")
+            self.note("The batch order is not known: each example is given its expected share of the steps.")
         rates = torch.tensor(trajectory.learning_rates(index), dtype=torch.float64)
-        return Stage(index, checkpoint.step, exposure, rates, self, self.task.version)
+        return Stage(index, checkpoint.step, exposure, rates, self, self.ids, self.task.version)
 
 
 def stage_positions(trajectory: Trajectory | None, checkpoints: Sequence[int] | None = None) -> list[int]:
-    """Checkpoints to visit: the given positions, else all but the initial weights (unless they are all there is)."""
+    """The given positions, sorted and non-negative; None: all but the initial weights, unless there are no others."""
     available = len(_required(trajectory).checkpoints)
     if checkpoints is None:
         first = _required(trajectory).checkpoints[0]
@@ -268,7 +302,7 @@ def stage_positions(trajectory: Trajectory | None, checkpoints: Sequence[int] | 
 
 
 def cached(cache: dict[K, Any], key: K, make: Callable[[], S]) -> S:
-    """The cache's value for the key, made and kept where there is none."""
+    """The value of the key; if there is none yet, it is made and stored."""
     if key not in cache:
         cache[key] = make()
     found: S = cache[key]
@@ -279,11 +313,11 @@ def _required(trajectory: Trajectory | None) -> Trajectory:
     if trajectory is None:
         raise MissingEvidence(
             "Expected a trajectory with checkpoints and learning rates, got `trajectory=None`. Fit with "
-            "`Trainer(callbacks=[Influence()])`, or read existing files by `Trajectory.from_checkpoints(paths)`."
+            "`Trainer(callbacks=[Influence()])`, or load checkpoint files with `Trajectory.from_checkpoints(paths)`."
         )
     return trajectory
 
 
 def _whole_blocks(count: int, size: int) -> int:
-    """At most ``count`` examples that are whole blocks of ``size``, where one fits."""
+    """``count`` rounded down to whole blocks of ``size``; a count below one block is returned as it is."""
     return count // size * size if count >= size else count

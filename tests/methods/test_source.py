@@ -122,7 +122,7 @@ def test_it_keeps_every_promise():
         ({"segments": True}, ValueError, "Expected `segments` to be a positive integer, got True"),
         ({"segments": 1.5}, ValueError, "Expected `segments` to be a positive integer, got 1.5"),
         ({"curvature": ConjugateGradient()}, TypeError, r"`EKFAC\(\)` or `ExactGGN\(\)`, got ConjugateGradient"),
-        ({"curvature": 3}, TypeError, "eigenvalues are known, .* got 3"),
+        ({"curvature": 3}, TypeError, "one with eigenvalues, .* got 3"),
     ],
 )
 def test_wrong_settings_are_refused(settings, error, text):
@@ -138,7 +138,7 @@ def test_a_curvature_without_eigenvalues_says_so():
 @pytest.mark.parametrize(
     ("groups", "options", "error", "text"),
     [
-        ([{"dampening": 0}], {"step": 0}, MissingEvidence, "`SOURCE` needs checkpoints behind some steps"),
+        ([{"dampening": 0}], {"step": 0}, MissingEvidence, "`SOURCE` needs checkpoints after the first step"),
     ],
 )
 def test_fits_that_it_cannot_follow_are_refused(tmp_path, groups, options, error, text):

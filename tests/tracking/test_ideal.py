@@ -85,7 +85,7 @@ def test_it_is_on_disk_for_the_same_queries_only(tmp_path):
     torch.testing.assert_close(offline.score(TracInIdeal(), DATA["queries"]()).values, by_hand.total)
     mean = offline.score(TracInIdeal(), DATA["queries"](), aggregate="mean").values
     torch.testing.assert_close(mean, by_hand.total.mean(0, keepdim=True))
-    with pytest.raises(MissingEvidence, match="answers for those of `Influence\\(queries=\\)` only"):
+    with pytest.raises(MissingEvidence, match="scores those of `Influence\\(queries=\\)` only"):
         offline.score(TracInIdeal(), DATA["train"]())
 
 

@@ -1,0 +1,47 @@
+"""Which of a module's parameters an attributor uses."""
+
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_influence.trajectory import Trajectory
+from lightning_influence.types import clean
+
+
+def selected_parameters(module: Any, trajectory: Trajectory | None, patterns: Sequence[str] | None) -> list[str]:
+    """Names of the parameters whose gradients are used: those that train and match the patterns.
+
+    Raises:
+        ValueError: no parameter trains, or a pattern matches none.
+    """
+    trained = None if trajectory is None else trajectory.parameter_groups
+    captured = trajectory is not None and trajectory.captured  # parameters may have been unfrozen during the fit
+    names = [
+        clean(n)
+        for n, p in module.named_parameters()
+        if (captured or p.requires_grad) and (trained is None or clean(n) in trained)
+    ]
+    if not names:
+        raise ValueError(
+            "Expected parameters that train, got none: all are frozen, or the trajectory is of another module. "
+            "Call `requires_grad_(True)` on the parameters that were trained."
+        )
+    for pattern in patterns or ():
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(
+                f"Expected `parameters` to match trainable parameters, got {pattern!r}, which matches none of "
+                f"{', '.join(names[:10])}{' ...' if len(names) > 10 else ''}."
+            )
+    if patterns is not None:
+        names = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    _refuse_complex(module, names)
+    return names
+
+
+def _refuse_complex(module: Any, names: Sequence[str]) -> None:
+    complex_ = [clean(n) for n, p in module.named_parameters() if p.is_complex() and clean(n) in names]
+    if complex_:
+        raise ValueError(
+            f"Expected real parameters, got complex numbers in {', '.join(f'`{n}`' for n in complex_[:5])}. Leave them "
+            "out with `parameters=`, or store them as real numbers and call `torch.view_as_complex` in the module."
+        )
