@@ -189,7 +189,7 @@ def test_a_singular_curvature_without_damping_is_refused(curvature):
 @pytest.mark.parametrize("damping", [-0.1, float("nan"), float("inf"), "much", True])
 def test_a_damping_that_is_no_size_is_refused(damping):
     with pytest.raises(
-        ValueError, match=r"Expected `damping` to be a finite number of at least 0 or None, got .* None follows"
+        ValueError, match=r"Expected `damping` to be a finite number of at least 0 or None, got .* Pass None to"
     ):
         ExactGGN(damping)
 
