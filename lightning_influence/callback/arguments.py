@@ -72,7 +72,7 @@ def schedule_of(every_n_epochs: Any, every_n_train_steps: Any) -> Schedule:
     return Schedule(0, every_n_train_steps)
 
 
-def patterns_of(parameters: Any) -> list[str] | None:
+def patterns_of(parameters: str | Sequence[str] | None) -> list[str] | None:
     """Return patterns over parameter names as a list, or None.
 
     Raises:
