@@ -15,6 +15,7 @@ import argparse
 import inspect
 import time
 import warnings
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -79,7 +80,7 @@ def all_methods(budget):
     found = {}
     for name in lightning_influence.__all__:
         kind = getattr(lightning_influence, name)
-        if not (inspect.isclass(kind) and issubclass(kind, Method)) or inspect.isabstract(kind):
+        if not (inspect.isclass(kind) and issubclass(kind, Method) and is_dataclass(kind)):
             continue
         if name not in ("LeaveOneOut", "TracInIdeal"):  # the truth itself, and a method for batches of one
             found |= variants(name, kind, budget)

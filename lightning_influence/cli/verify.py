@@ -3,6 +3,7 @@
 import argparse
 import inspect
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import lightning_influence
@@ -97,9 +98,7 @@ def _computable(found: Trajectory) -> None:
 
 
 def _methods() -> list[tuple[str, Evidence]]:
-    """Each method of the package and its evidence; where that depends on hyper-parameters, their defaults count."""
+    """Each method of the package and its evidence. Methods are dataclasses, the kinds of method are not."""
     public = [getattr(lightning_influence, name) for name in lightning_influence.__all__]
-    classes = [
-        one for one in public if inspect.isclass(one) and issubclass(one, Method) and not inspect.isabstract(one)
-    ]
-    return [(one.__name__, one.needs if isinstance(one.needs, Evidence) else one().needs) for one in classes]
+    classes = [one for one in public if inspect.isclass(one) and issubclass(one, Method) and is_dataclass(one)]
+    return [(one.__name__, one.needs) for one in classes]
