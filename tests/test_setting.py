@@ -292,6 +292,12 @@ def test_costs(attributor, asked, checkpoints):
         assert asked.cost(setting, setting.queries).seconds > 0
 
 
+@pytest.mark.parametrize("asked", [GradientDot("cosine"), TracInCP(normalize="cosine", checkpoints=(0,))], ids=repr)
+def test_constant_self_influence_is_refused_whatever_the_weights(attributor, asked):
+    with pytest.raises(ValueError, match=r"Expected `normalize=None` for self-influence, got 'cosine'"):
+        attributor.self_influence(asked)
+
+
 # ---- methods of one's own -------------------------------------------------------------------------------------------
 
 

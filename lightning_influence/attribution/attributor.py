@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_influence.attribution.accumulators import MatrixAccumulator, TopKAccumulator
 from lightning_influence.attribution.driver import run_group, run_scores, run_self_influence
-from lightning_influence.attribution.parameters import selected_parameters
+from lightning_influence.attribution.parameter_selection import selected_parameters
 from lightning_influence.checks import check_integer
 from lightning_influence.data.source import Source, source_of
 from lightning_influence.methods.kinds import ForwardOnly

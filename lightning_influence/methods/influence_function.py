@@ -1,8 +1,8 @@
 """Influence functions: the effect of leaving an example out, by the inverse curvature (Koh and Liang, 2017)."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -137,11 +137,6 @@ class InfluenceFunction(GradientProduct):
     def unit(self, setting: Setting) -> str:
         """Loss; arbitrary with ``normalize``."""
         return "arbitrary" if self.normalize else "loss"
-
-    def hyperparameters(self) -> dict[str, Any]:
-        """Those of the curvature are included, with its name."""
-        own = {f.name: getattr(self.curvature, f.name) for f in fields(self.curvature)}
-        return super().hyperparameters() | {"curvature": {"name": type(self.curvature).__name__, **own}}
 
 
 @dataclass

@@ -119,13 +119,17 @@ class TransformedProduct(GradientProduct):
         return query.dot(self._transforms(stage)(block.gradients), block.weight)
 
     def product_with_itself(self, stage: Stage, block: TrainBlock) -> Tensor:
-        """The squared norm of each example's gradient, [example].
+        """The squared norm of each example's gradient, [example]."""
+        return self._transforms(stage)(block.gradients).norm2(block.weight)
+
+    def self_influence(self, setting: Setting) -> Tensor:
+        """Sum the squared norms over stages, [train].
 
         Raises:
             ValueError: normalised gradients, whose self-influence is the same for all examples.
         """
         refuse_constant(self.normalize)
-        return self._transforms(stage)(block.gradients).norm2(block.weight)
+        return super().self_influence(setting)
 
     def _transforms(self, stage: Stage) -> Transforms:
         return stage.setting.state(self, Transforms, self.normalize, self.projection)

@@ -110,13 +110,13 @@ def _before_last_layer(task: Task, batch: Batch) -> Tensor:
             f"Expected a linear layer in {type(task.module).__name__}, got none. Pass `features=`, a callable "
             "(module, batch) -> [batch, dim]."
         )
-    seen: list[Tensor] = []
-    hook = layers[-1].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    inputs_of_layer: list[Tensor] = []
+    hook = layers[-1].register_forward_pre_hook(lambda layer, inputs: inputs_of_layer.append(inputs[0]))
     try:
         task(batch)
     finally:
         hook.remove()
-    return seen[-1]
+    return inputs_of_layer[-1]
 
 
 def _labels(batch: Batch) -> Tensor:

@@ -145,8 +145,8 @@ class RepresenterPoints(ForwardOnly):
         run = None if trajectory is None else trajectory.path
         folder = writable(None if run is None else run / "features", owner=head)
         step = 0 if trajectory is None else trajectory.checkpoints[-1].step
-        seen = head_rows(head, setting.examples, folder / f"{head.name}-step-{step}.arrow")
-        points = Points(head, link, seen, self.target == "model", self.weight_decay, setting.n_train)
+        batches = head_rows(head, setting.examples, folder / f"{head.name}-step-{step}.arrow")
+        points = Points(head, link, batches, self.target == "model", self.weight_decay, setting.n_train)
         name = f"{head.name}-step-{step}-{self.target}-{self.weight_decay!r}.head.arrow"
         points.solve(folder / name, self.max_iterations if self.refit else 0)
         self._report(setting, points)
@@ -179,7 +179,7 @@ class Points:
     Args:
         head: the last linear layer.
         link: the loss as a function of the head's outputs.
-        seen: the training examples' features, outputs and gradients at the outputs, batch by batch.
+        batches: the training examples' features, outputs and gradients at the outputs, batch by batch.
         own: whether the model's own outputs are the targets.
         weight_decay: λ.
         n_train: the number of training examples.
@@ -187,7 +187,7 @@ class Points:
 
     head: Head
     link: Link
-    seen: list[HeadRows]
+    batches: list[HeadRows]
     own: bool
     weight_decay: float
     n_train: int
@@ -206,7 +206,7 @@ class Points:
     def tile(self, ids: range) -> Iterator[tuple[slice, HeadRows]]:
         """The batches of a range of training examples, with their columns in it."""
         start = 0
-        for batch in self.seen:
+        for batch in self.batches:
             low, high = max(ids.start, start), min(ids.stop, start + len(batch.features))
             if low < high:
                 yield slice(low - ids.start, high - ids.start), batch[low - start : high - start]
@@ -241,11 +241,11 @@ class Points:
 
     def reconstruction_error(self) -> float:
         """An upper bound of the decomposition's error in the pre-activations of any training example."""
-        longest = max(float(self.head.augmented(rows.features).norm(dim=1).max()) for rows in self.seen)
+        longest = max(float(self.head.augmented(rows.features).norm(dim=1).max()) for rows in self.batches)
         return self.fit.gradient_norm / self.weight_decay * longest
 
     def _rows(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for rows in self.seen:
+        for rows in self.batches:
             yield self.head.augmented(rows.features), self.target(rows)
 
 

@@ -15,8 +15,7 @@ from lightning_influence.curvature.store import prepared_at
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.methods.kinds import GradientProduct, TrainBlock
 from lightning_influence.methods.method import Evidence
-from lightning_influence.setting.setting import Queries, Setting, Stage, stage_positions
-from lightning_influence.trajectory import Trajectory
+from lightning_influence.setting.setting import Queries, Setting, Stage
 from lightning_influence.types import MissingEvidence
 
 
@@ -167,10 +166,6 @@ class SOURCE(GradientProduct):
     def preparation_seconds(self, setting: Setting, vectors: int) -> float:
         """The curvatures of all segments, divided by the number of checkpoints."""
         return self.curvature.seconds(setting, vectors) * self.segments / len(self.positions(setting.trajectory))
-
-    def positions(self, trajectory: Trajectory | None) -> list[int]:
-        """All checkpoints but the initial weights."""
-        return stage_positions(trajectory)
 
     def unit(self, setting: Setting) -> str:
         """Loss, since the scores are predicted differences of losses."""

@@ -86,7 +86,7 @@ class TracIn(WholeRun):
     def unit(self, setting: Setting) -> str:
         """Loss; arbitrary with ``normalize`` or an adaptive optimizer."""
         adaptive = setting.trajectory is not None and setting.trajectory.adaptive
-        return "arbitrary" if adaptive or self.normalize else "loss (summed over the moments the example was seen)"
+        return "arbitrary" if adaptive or self.normalize else "loss (summed over the steps with the example)"
 
     def _query_products(self, queries: Queries) -> Products:
         """[query, example]."""

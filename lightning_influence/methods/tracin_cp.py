@@ -62,4 +62,4 @@ class TracInCP(TransformedProduct):
         adaptive = setting.trajectory is not None and setting.trajectory.adaptive
         if self.normalize or self.units == "paper" or adaptive:
             return "arbitrary"
-        return "loss (summed over the moments the example was seen)"
+        return "loss (summed over the steps with the example)"

@@ -66,4 +66,4 @@ class TracInIdeal(WholeRun):
 
     def unit(self, setting: Setting) -> str:
         """Loss, since the scores are differences of losses."""
-        return "loss (at the moments the example was seen)"
+        return "loss (at the steps with the example)"
