@@ -187,7 +187,7 @@ class Recorder:
             self._failed = True
             warnings.warn(
                 f"`Influence` could not write {error.filename or str(self._store.folder)!r}"
-                f" ({error.strerror or error}). The fit continues without being recorded; what was written before can"
+                f" ({error.strerror or error}). The fit goes on without being recorded; what was written before can"
                 f" be loaded from {str(self._store.folder)!r}.",
                 UserWarning,
                 stacklevel=2,

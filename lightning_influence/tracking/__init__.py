@@ -1,4 +1,4 @@
-"""What watches a fit while it runs, for methods that must see it, and what that leaves on disk."""
+"""Trackers: they follow a fit step by step for methods that need it, and write what they find to disk."""
 
 from lightning_influence.tracking.micro_batch import TrackedMicroBatch
 from lightning_influence.tracking.record import load_record, record_name

@@ -1,11 +1,11 @@
-"""Keeps what goes wrong in tracking from a fit."""
+"""Keeps errors of trackers away from the fit."""
 
 from collections.abc import Callable
 from typing import Any
 
 
 class ErrorGuard:
-    """Training matters more than what is tracked of it: whatever goes wrong ends the tracking."""
+    """Context manager in which an exception ends the tracking instead of the fit."""
 
     def __init__(self, lose: Callable[[str], None]) -> None:
         self._lose = lose

@@ -1,4 +1,4 @@
-"""What a plain step takes and what an optimizer keeps, for plans made before the first step."""
+"""Time of a plain step and size of the optimizer state, for estimates before the first step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,14 +13,14 @@ from lightning_influence.timing import timed
 
 
 def states_of(rule: UpdateRule, options: Mapping[str, Any]) -> int:
-    """How many tensors an optimizer keeps for each parameter of a group."""
+    """Number of tensors in the optimizer state per parameter of a group."""
     zero = torch.zeros(1)
     return len(rule.step(UpdateInput(zero, zero, {}, 0, options))[1])
 
 
-def plain_seconds(session: Setting, sample: Block) -> float:
-    """Of a forward and backward pass over a batch, without an optimizer: the faster of two."""
-    task, names = session.task, list(session.engine.plan.names)
+def plain_seconds(setting: Setting, sample: Block) -> float:
+    """Seconds for a forward and backward pass over a batch, without an optimizer step."""
+    task, names = setting.task, list(setting.engine.plan.names)
 
     def step() -> None:
         with requiring_gradients(task.module, names):

@@ -1,4 +1,4 @@
-"""Hypergradients without the Hessian: as numbers for each visit where the optimizer allows, else as vectors."""
+"""Hypergradients without the Hessian: one coefficient per visit where the optimizer permits, otherwise vectors."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +11,11 @@ from lightning_influence.tracking.visits import Visits
 
 
 class FastHyDRA(Tracker):
-    """Decides when the optimizer is known.
+    """Chooses between ``Visits`` and ``Hypergradients`` once the optimizer is known.
 
     Args:
         examples: ids to track; None: all.
-        memory: bytes that may stay in memory.
+        memory: bytes to keep in memory at most.
     """
 
     def __init__(self, examples: Sequence[int] | None, memory: int) -> None:
@@ -23,23 +23,23 @@ class FastHyDRA(Tracker):
         self._inner: Tracker = Visits(memory)
 
     def starts(self, fit: TrackedFit, state: TrackerState | None) -> TrackingPlan:
-        """See ``Visits`` and ``Hypergradients``."""
+        """Choose, and start the tracker chosen."""
         if not fit.uniform:
             self._inner = Hypergradients(False, self._examples, self._memory)
         return self._inner.starts(fit, state)
 
     def batch(self, present: TrackedMicroBatch) -> Any:
-        """Forward."""
+        """See the tracker chosen."""
         return self._inner.batch(present)
 
     def stepped(self, step: TrackedStep, queries: Queries | None) -> None:
-        """Forward."""
+        """See the tracker chosen."""
         self._inner.stepped(step, queries)
 
     def state(self) -> TrackerState:
-        """Forward."""
+        """See the tracker chosen."""
         return self._inner.state()
 
     def close(self) -> None:
-        """Forward."""
+        """See the tracker chosen."""
         self._inner.close()

@@ -1,4 +1,4 @@
-"""Follows the derivatives of the weights by the weights of examples, vector by vector, as the optimizer moves."""
+"""Hypergradients as vectors: derivatives of all weights with respect to the weight of each example in training."""
 
 import contextlib
 import math
@@ -25,19 +25,19 @@ from lightning_influence.tracking.tracker import (
     Untrackable,
 )
 
-# Elements of hypergradients that are updated at once.
+# Elements of hypergradients to update at once.
 _AT_ONCE = 2**24
 Vectors = dict[str, Tensor]
 """[tracked, *shape] by parameter name."""
 
 
 class Hypergradients(Tracker):
-    """Derivatives of all weights of the model by the weight of each tracked example in training.
+    """One vector per tracked example, updated at each optimizer step.
 
     Args:
-        hessian: whether a change of the weights changes the gradients after it, which is exact.
+        hessian: whether to include how a change of the weights changes later gradients, which makes them exact.
         examples: ids to track; None: all.
-        memory: bytes that may stay in memory; beyond that the vectors live in a memory-mapped file.
+        memory: bytes to keep in memory at most; larger vectors are kept in memory-mapped files.
     """
 
     def __init__(self, hessian: bool, examples: Sequence[int] | None, memory: int) -> None:
@@ -54,11 +54,11 @@ class Hypergradients(Tracker):
     # ---- the plan -------------------------------------------------------------------------------------------------
 
     def starts(self, fit: TrackedFit, state: TrackerState | None) -> TrackingPlan:
-        """Makes room, and starts from zero or from where a resumed fit goes on.
+        """Allocate the vectors: zero, or those of the fit that is resumed.
 
         Raises:
-            Untrackable: ids that are no training examples.
-            PlanError: more than there is room for.
+            Untrackable: ids of no training examples.
+            PlanError: the vectors do not fit on disk.
         """
         ids = list(range(fit.n_train)) if self._examples is None else sorted(set(self._examples))
         wrong = [i for i in ids if not 0 <= i < fit.n_train]
@@ -75,19 +75,19 @@ class Hypergradients(Tracker):
         plan = TrackingPlan(0.0 if on_disk else float(total), float(kept + (total if on_disk else 0)), self._time(fit))
         if plan.disk is not None and plan.disk > fit.free_disk:
             raise PlanError(
-                f"Expected hypergradients of {len(ids):,} examples to fit the {fit.free_disk / 2**20:,.0f} MiB that "
-                f"are free in `{fit.folder}`, got {plan}. Track fewer `examples=`, take `HyDRA(mode='replay')`, or for "
+                f"Expected hypergradients of {len(ids):,} examples to fit the {fit.free_disk / 2**20:,.0f} MiB free "
+                f"in `{fit.folder}`, got {plan}. Track fewer `examples=`, take `HyDRA(mode='replay')`, or for "
                 "SGD `hessian=False`, which keeps no vectors."
             )
-        self.weights = self._room()
+        self.weights = self._zeros()
         if state is not None:
             self._restore(state)
         return plan
 
     def _time(self, fit: TrackedFit) -> float:
-        """Times the plain step, by timing the work of a step on a few examples."""
-        some = min(len(self.ids), 4)
-        vectors = {name: p.expand(some, *p.shape).clone() for name, p in self._like.items()}
+        """Estimated time per step, relative to the plain step, from a few examples."""
+        few = min(len(self.ids), 4)
+        vectors = {name: p.expand(few, *p.shape).clone() for name, p in self._like.items()}
         start = time.perf_counter()
         for vector in vectors.values():
             vector.mul_(0.9).add_(vector, alpha=0.1)
@@ -102,10 +102,10 @@ class Hypergradients(Tracker):
             start = time.perf_counter()
             times_hessian(vectors)
             each += time.perf_counter() - start
-        return each / some * len(self.ids) / max(fit.seconds, 1e-9)
+        return each / few * len(self.ids) / max(fit.seconds, 1e-9)
 
-    def _room(self) -> Vectors:
-        """Zeros, in memory or in a file that is gone with the process."""
+    def _zeros(self) -> Vectors:
+        """Zeros, in memory or in a file that disappears with the process."""
         shapes = {name: (len(self.ids), *p.shape) for name, p in self._like.items()}
         if self._folder is None:
             return {name: self._like[name].new_zeros(shape) for name, shape in shapes.items()}
@@ -114,13 +114,13 @@ class Hypergradients(Tracker):
     # ---- the recursion --------------------------------------------------------------------------------------------
 
     def batch(self, present: TrackedMicroBatch) -> Any:
-        """What the micro-batch adds to the changes of the step's gradient: rows of its examples, and H D."""
+        """Changes of the step's gradient by this micro-batch: gradients of its examples, and Hessian times vectors."""
         tracked = [j for j, i in enumerate(present.ids) if i in self._slots]
         slots = torch.tensor([self._slots[present.ids[j]] for j in tracked], dtype=torch.int64)
         rows = {name: r * present.share for name, r in present.rows(tracked).items()} if tracked else {}
         if not self.hessian:
             return slots, rows, None
-        changes = self._free.pop() if self._free else self._room()
+        changes = self._free.pop() if self._free else self._zeros()
         times_hessian = present.hessian() if self._moved else None
         for chunk in self._chunks():
             directions = {name: d[chunk].to(self._like[name]) for name, d in self.weights.items()}
@@ -130,28 +130,28 @@ class Hypergradients(Tracker):
         return slots, rows, changes
 
     def stepped(self, step: TrackedStep, queries: Queries | None) -> None:
-        """Takes the changes through clipping and the optimizer."""
-        moved, made = step.moved, dict[str, set[str]]()
-        assert moved is not None
+        """Pass the changes through clipping and the optimizer."""
+        update, made = step.update, dict[str, set[str]]()
+        assert update is not None
         for chunk in self._chunks():
             changes = self._changes(step, chunk)
-            if moved.clipping is not None:
-                changes |= moved.clipping.derivative(moved.raw, {name: changes[name] for name in moved.raw})
-            for name, at in moved.places.items():
+            if update.clipping is not None:
+                changes |= update.clipping.derivative(update.raw, {name: changes[name] for name in update.raw})
+            for name, at in update.inputs.items():
                 before = {key: v[chunk] for key, v in self.states.get(name, {}).items()}
-                weight, after = moved.rule.tangent(at, self.weights[name][chunk], changes[name], before)
+                weight, after = update.rule.tangent(at, self.weights[name][chunk], changes[name], before)
                 self.weights[name][chunk] = weight
                 made[name] = set(after)
                 for key, value in after.items():
                     self._state(name, key)[chunk] = value
-        for name in moved.places:  # what the rule keeps no longer is gone
+        for name in update.inputs:  # state that the rule no longer keeps
             for key in self.states.get(name, {}).keys() - made.get(name, set()):
                 del self.states[name][key]
         self._free += [changes for _, _, changes in step.batches if changes is not None]
         self._moved = True
 
     def _changes(self, step: TrackedStep, chunk: slice) -> Vectors:
-        """[chunk, *shape]: of the step's gradient before clipping, for some of the tracked examples."""
+        """Changes of the step's gradient before clipping, [chunk, *shape], for some of the tracked examples."""
         dense = [changes for _, _, changes in step.batches if changes is not None]
         first, last = chunk.start, chunk.stop
         total = {}
@@ -182,7 +182,7 @@ class Hypergradients(Tracker):
     # ---- what is written ------------------------------------------------------------------------------------------
 
     def state(self) -> TrackerState:
-        """All vectors."""
+        """The vectors and their optimizer state."""
         tensors = {"ids": self.ids} | {f"weight|{name}": value for name, value in self.weights.items()}
         for name, of_name in self.states.items():
             tensors |= {f"state|{name}|{key}": value for key, value in of_name.items()}
@@ -192,7 +192,7 @@ class Hypergradients(Tracker):
         if state.facts["kind"] != "vectors" or not torch.equal(state.tensors["ids"], self.ids):
             raise Untrackable(
                 f"Expected the resumed fit to have tracked these {len(self.ids)} examples with this kind of optimizer, "
-                "got others. Resume with the same settings."
+                "got others. Resume with the same arguments."
             )
         for key, value in state.tensors.items():
             kind, *names = key.split("|")
@@ -203,12 +203,12 @@ class Hypergradients(Tracker):
         self._moved = True
 
     def close(self) -> None:
-        """Lets go of the vectors: mapped files vanish with them."""
+        """Release the vectors, and with them their files."""
         self.weights, self.states, self._free = {}, {}, []
 
 
 def _mapped(folder: Path, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Zeros in a file without a name, where the system allows that: a process that dies leaves nothing behind."""
+    """Zeros in a file that is unlinked at once where the system permits, so that a crash leaves no file."""
     handle, path = tempfile.mkstemp(prefix=".work-", dir=folder)
     os.close(handle)
     tensor = torch.from_file(path, shared=True, size=math.prod(shape), dtype=like.dtype).view(shape)

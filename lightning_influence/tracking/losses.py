@@ -1,4 +1,4 @@
-"""Follows the losses of queries from step to step, and credits each change to the example that the step visited."""
+"""Tracks the losses of the queries, and attributes each step's change to the example that the step trained on."""
 
 from typing import ClassVar
 
@@ -16,14 +16,14 @@ from lightning_influence.tracking.tracker import (
     Untrackable,
 )
 
-_INSTEAD = "With larger batches use `TracIn()`, which divides a step among its examples to first order."
+_INSTEAD = "With larger batches, use `TracIn()`, which divides a step among its examples to first order."
 
 
 class LossChanges(Tracker):
-    """[query, train]: the sum over the steps that visited an example of the query's loss before minus after."""
+    """[query, train]: sum over the steps that trained on an example, of the query's loss before minus after."""
 
-    asks: ClassVar[bool] = True
-    derives: ClassVar[bool] = False
+    sees_queries: ClassVar[bool] = True
+    differentiates: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.changes = torch.zeros(0, 0)
@@ -31,21 +31,21 @@ class LossChanges(Tracker):
         self._losses = Losses()
 
     def starts(self, fit: TrackedFit, state: TrackerState | None) -> TrackingPlan:
-        """Losses at the weights that the fit starts from.
+        """Compute the losses at the initial weights.
 
         Raises:
             Untrackable: batches of more than one example; no queries.
         """
         if fit.queries is None:
             raise Untrackable(
-                "Expected `queries` before the fit, got None: `TracInIdeal` looks at their losses at every step. Pass "
+                "Expected `queries` before the fit, got None: `TracInIdeal` computes their losses at every step. Pass "
                 "`Influence(queries=)`."
             )
         size, accumulated = fit.batch_sizes
         if (size or 1) * accumulated > 1:
             raise Untrackable(
                 f"Expected batches of one example, got `batch_size={size}` and "
-                f"`accumulate_grad_batches={accumulated}`: the change of a loss has no single cause then. {_INSTEAD}"
+                f"`accumulate_grad_batches={accumulated}`: the change of a loss has no single cause. {_INSTEAD}"
             )
         self.losses = self.losses_of(fit.queries)
         if state is None:
@@ -59,7 +59,7 @@ class LossChanges(Tracker):
         return TrackingPlan(2.0 * self.changes.numel() * self.changes.element_size(), None, None)
 
     def stepped(self, step: TrackedStep, queries: Queries | None) -> None:
-        """One example's step."""
+        """Attribute the change of the losses to the step's example."""
         ids = [i for batch in step.ids for i in batch]
         if len(ids) != 1:
             raise Untrackable(f"a step had {len(ids)} examples. {_INSTEAD}")
@@ -69,10 +69,10 @@ class LossChanges(Tracker):
         self.losses = now
 
     def state(self) -> TrackerState:
-        """The changes so far, and the losses now."""
+        """The changes so far, and the current losses."""
         return TrackerState({"changes": self.changes.clone(), "losses": self.losses.clone()})
 
     def losses_of(self, queries: Queries) -> Tensor:
-        """[query] float64, of all queries."""
+        """Losses of all queries, [query] float64."""
         blocks = queries.examples.blocks(queries.ids.start, queries.ids.stop)
         return torch.cat([self._losses(queries.engine, block) for block in blocks]).cpu()

@@ -1,4 +1,4 @@
-"""A micro-batch that a running fit is about to train on: its per-sample gradients and Hessian products."""
+"""A micro-batch that the fit is about to train on: its per-sample gradients and Hessian-vector products."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,29 +18,29 @@ from lightning_influence.types import Batch
 
 
 class PreparedTask(Task):
-    """A task whose batches are already as Lightning hands them to the step."""
+    """A task whose batches are already on the device, as `training_step` receives them."""
 
     @classmethod
     def of(cls, task: Task) -> "PreparedTask":
-        """The same module in the same state."""
-        seen = cls.__new__(cls)
-        seen.__dict__.update(task.__dict__)
-        return seen
+        """The same task for such batches."""
+        prepared = cls.__new__(cls)
+        prepared.__dict__.update(task.__dict__)
+        return prepared
 
     def to_device(self, batch: Batch) -> Batch:
-        """The batch as it is."""
+        """Return the batch unchanged."""
         return batch
 
 
 @dataclass(frozen=True)
 class TrackedMicroBatch:
-    """The module in training mode, its random state that of the forward pass to come, which is not moved on.
+    """The module is in training mode, with the random state of the coming forward pass, which is left as it is.
 
     Args:
-        engine: of a ``PreparedTask`` task.
-        ids: the examples.
+        engine: with a ``PreparedTask``.
+        ids: of the examples.
         data: the batch.
-        share: what an example's loss is multiplied with in the step's gradient.
+        share: factor of each example's loss in the loss of the step.
     """
 
     engine: Engine
@@ -50,11 +50,11 @@ class TrackedMicroBatch:
 
     @property
     def joint(self) -> bool:
-        """Whether ``loss=`` gives the losses of the joint batch."""
+        """Whether losses come from ``loss=`` for the whole batch, in which examples may affect one another."""
         return self.engine.reduction is Reduction.NONE
 
     def gradients(self) -> Gradients:
-        """Gradients of the examples' own losses in the joint forward pass, factored where ``loss=`` is not given."""
+        """Per-sample gradients in one forward pass over the batch; factored unless ``loss=`` is given."""
         with isolated_random_state():
             if self.joint:
                 return self._one_by_one(range(len(self.ids)))
@@ -62,7 +62,7 @@ class TrackedMicroBatch:
             return self.engine.gradients(block, set_random_state=lambda: None)
 
     def rows(self, positions: Sequence[int]) -> dict[str, Tensor]:
-        """Those of some positions in the batch written out by name, [position, *shape]."""
+        """Per-sample gradients at some positions in the batch, by parameter name, [position, *shape]."""
         if self.joint:
             with isolated_random_state():
                 return self._one_by_one(positions).dense()
@@ -77,7 +77,7 @@ class TrackedMicroBatch:
         }
 
     def whole(self) -> dict[str, Tensor]:
-        """The micro-batch's part of the step's gradient."""
+        """The gradient of the micro-batch's part of the step's loss."""
         parameters = self._parameters()
         with isolated_random_state(), requiring_gradients(self.engine.task.module, list(parameters)):
             found = gradient_of(self.total(), parameters)
@@ -90,7 +90,7 @@ class TrackedMicroBatch:
             return hessian_of(self.total(), parameters, len(self.ids) * self.engine.width())
 
     def total(self) -> Tensor:
-        """The micro-batch's part of what the fit calls backward on."""
+        """The micro-batch's part of the step's loss."""
         loss = self.engine.task(self.data)
         return self.engine.reduction.total(loss, len(self.ids)) * self.share
 
@@ -99,7 +99,7 @@ class TrackedMicroBatch:
         return {name: parameters[name] for name in self.engine.plan.names}
 
     def _one_by_one(self, chosen: Sequence[int]) -> Gradients:
-        """One backward pass for each example's weight: right where the forward pass mixes examples."""
+        """One backward pass per example, which is also right where the forward pass mixes examples."""
         parameters = self._parameters()
         rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
         with requiring_gradients(self.engine.task.module, list(parameters)):

@@ -1,4 +1,4 @@
-"""What trackers leave beside a trajectory: whole files only, by the settings of the method they are for."""
+"""Files that trackers write beside a trajectory, named by a method and its hyper-parameters."""
 
 import hashlib
 import json
@@ -17,23 +17,23 @@ FOLDER = "trackers"
 
 
 def record_name(method: str, settings: Mapping[str, Any]) -> str:
-    """Folder of a method's record: its class, and a digest of its settings."""
+    """Name of a record's folder: the method's class, and a digest of its hyper-parameters."""
     digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
     return f"{method}-{digest[:8]}"
 
 
 def save(path: Path, content: Any) -> None:
-    """Writes tensors and builtins so that a reader finds the whole file or none."""
+    """Write tensors and builtins; readers find the complete file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as file:
         torch.save(content, file)
 
 
 def load(path: Path) -> Any:
-    """What ``save`` wrote, mapped into memory.
+    """Read what ``save`` wrote, mapped into memory.
 
     Raises:
-        MissingEvidence: the file is gone or damaged.
+        MissingEvidence: the file is missing or damaged.
     """
     try:
         return torch.load(path, weights_only=True, mmap=True)
@@ -45,26 +45,26 @@ def load(path: Path) -> Any:
 
 
 def save_state(folder: Path, step: int, state: TrackerState) -> None:
-    """A tracker's state after a step."""
+    """Write the state of a tracker after a step."""
     save(folder / f"step-{step:08d}.pt", {"tensors": state.tensors, "facts": state.facts})
 
 
 def load_state(folder: Path, step: int) -> TrackerState | None:
-    """That state, or None where none was written."""
+    """Read that state; None if it was not written."""
     path = folder / f"step-{step:08d}.pt"
     return TrackerState(**load(path)) if path.is_file() else None
 
 
 def load_record(run: Path | None, name: str, step: int) -> TrackerState:
-    """What was tracked for a method during a fit, as of its last step.
+    """Read what was tracked for a method during a fit.
 
     Args:
-        run: the fit's folder.
+        run: folder of the fit.
         name: see ``record_name``.
-        step: its last step.
+        step: the last step of the fit.
 
     Raises:
-        MissingEvidence: nothing was tracked for these settings, or not to the end.
+        MissingEvidence: nothing was tracked for these hyper-parameters, or not until the last step.
     """
     method = name.partition("-")[0]
     folder = None if run is None else run / FOLDER / name

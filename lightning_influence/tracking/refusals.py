@@ -1,4 +1,4 @@
-"""Which fits cannot be followed step by step, and why: told before the first step as far as can be."""
+"""Which fits cannot be tracked; checked before the first step where possible, otherwise at a batch or step."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,36 +18,36 @@ from lightning_influence.types import Batch, clean
 _INSTEAD = "Use `TracInCP()`, which needs checkpoints only."
 
 
-def refuse(trainer: Any, module: Any, engine: Engine, derives: bool) -> None:
-    """Looks at the Trainer and the module; at the optimizer too where derivatives go through it.
+def refuse(trainer: Any, module: Any, engine: Engine, differentiates: bool) -> None:
+    """Check the Trainer and the module, and the optimizer if the tracker differentiates its steps.
 
     Raises:
-        Untrackable: a fit whose steps are not those of one optimizer in automatic optimization in full precision.
-        ValueError: an optimizer without a rule.
+        Untrackable: anything but one process and one optimizer, in automatic optimization and full precision.
+        ValueError: there is no update rule for the optimizer.
     """
     reason = None
     if trainer.world_size > 1:
         reason = f"one process, got {trainer.world_size}"
     elif not module.automatic_optimization:
-        reason = "automatic optimization, got manual optimization, whose step moves the weights itself"
+        reason = "automatic optimization, got manual optimization"
     elif len(trainer.optimizers) != 1:
         reason = f"one optimizer, got {len(trainer.optimizers)}"
     elif "mixed" in str(getattr(trainer.precision_plugin, "precision", "")):
-        reason = f"a fit in the weights' own precision, got {trainer.precision_plugin.precision!r}"
+        reason = f"full precision, got {trainer.precision_plugin.precision!r}"
     elif type(module).configure_gradient_clipping.__module__.split(".")[0] not in ("pytorch_lightning", "lightning"):
         reason = "gradients clipped by `Trainer(gradient_clip_val=)`, got the module's `configure_gradient_clipping`"
     if reason is not None:
-        raise Untrackable(f"Expected {reason}, to track the fit while it runs. {_INSTEAD}")
+        raise Untrackable(f"Expected {reason}: other fits cannot be tracked. {_INSTEAD}")
     left_out = sorted(
         clean(n) for n, p in module.named_parameters() if p.requires_grad and clean(n) not in engine.plan.names
     )
-    if left_out and derives:
+    if left_out and differentiates:
         raise Untrackable(
-            f"Expected every parameter that trains to count, got `parameters=` without `{left_out[0]}`: a change of "
-            "one weight moves all others in the steps after it. Leave `parameters` out."
+            f"Expected all trained parameters, got `parameters=` without `{left_out[0]}`: a change of one weight "
+            "changes all others in later steps. Leave `parameters` out."
         )
     optimizer = getattr(trainer.optimizers[0], "_optimizer", trainer.optimizers[0])
-    if not derives:
+    if not differentiates:
         return
     rule = rule_for(type(optimizer).__name__)
     for group in optimizer.param_groups:
@@ -60,19 +60,19 @@ def trained(module: Any) -> frozenset[str]:
 
 
 def changed(before: frozenset[str], now: frozenset[str]) -> str | None:
-    """Why a fit whose parameters were frozen or unfrozen on the way cannot be followed; None if none was."""
+    """Why tracking ends when parameters were frozen or unfrozen during the fit; None if none was."""
     if before == now:
         return None
     names = sorted(before ^ now)
     return (
-        f"Expected the parameters that trained when the fit started to train to its end, got `{names[0]}`"
+        f"Expected the same parameters to be trained from the start to the end of the fit, got `{names[0]}`"
         f"{f' and {len(names) - 1} more' if len(names) > 1 else ''} "
-        f"{'unfrozen' if names[0] in now else 'frozen'} on the way. Use `HyDRA(mode='replay')`, which follows that."
+        f"{'unfrozen' if names[0] in now else 'frozen'} during the fit. Use `HyDRA(mode='replay')`, which supports it."
     )
 
 
 def clipping_of(trainer: Any) -> Clipping | None:
-    """What Lightning clips gradients by."""
+    """How Lightning clips gradients; None if it does not."""
     limit, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
     if not limit:
         return None
@@ -113,36 +113,36 @@ def refuse_mixed(task: Task, ids: Sequence[int], batch: Batch, engine: Engine) -
     refuse_mixing(singles, joint, engine.reduction is Reduction.MEAN)
 
 
-def verify_step(moved: WeightUpdate, parameters: Mapping[str, Tensor]) -> None:
-    """That the rule makes the step which the optimizer made.
+def verify_step(update: WeightUpdate, parameters: Mapping[str, Tensor]) -> None:
+    """Check that the update rule predicts the step that the optimizer made.
 
     Raises:
         Untrackable: it does not.
     """
-    for name, at in moved.places.items():
-        expected, _ = moved.rule.step(at)
+    for name, at in update.inputs.items():
+        expected, _ = update.rule.step(at)
         size = (expected - at.weight).abs().max() + 1e3 * torch.finfo(expected.dtype).eps * expected.abs().max()
         if not bool((expected - parameters[name]).abs().max() <= _tolerance(expected) * size):
             raise Untrackable(
-                f"`{name}` was not moved as its optimizer moves it: something else changed weights or gradients (a "
-                f"hook, a callback). {_INSTEAD}"
+                f"`{name}` was not updated as its optimizer does: something else changed weights or gradients (a hook "
+                f"or a callback). {_INSTEAD}"
             )
 
 
-def verify_gradients(moved: WeightUpdate, batches: Sequence[Mapping[str, Tensor]]) -> None:
-    """That the step's gradients are those of the loss on its micro-batches.
+def verify_gradients(update: WeightUpdate, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    """Check that the step's gradients are those of the loss on its micro-batches.
 
     Raises:
         Untrackable: they are not.
     """
-    largest = torch.stack([gradient.abs().max() for gradient in moved.raw.values()]).max()
-    for name, gradient in moved.raw.items():
+    largest = torch.stack([gradient.abs().max() for gradient in update.raw.values()]).max()
+    for name, gradient in update.raw.items():
         expected = torch.stack([found[name] for found in batches]).sum(0)
         if not bool((expected - gradient).abs().max() <= _tolerance(gradient) * largest):
             raise Untrackable(
-                f"the gradient of `{name}` was not that of the loss on its batch: something else changes it, or draws "
-                f"random numbers or writes into the batch before the step (a hook, a callback that stands behind "
-                f"`Influence`; put it before). {_INSTEAD}"
+                f"the gradient of `{name}` was not that of the loss on its batch: something else changes it, uses "
+                "random numbers or modifies the batch before the step (a hook, or a callback after `Influence`; list it "
+                f"before). {_INSTEAD}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Parts of per-sample gradients as tensors and builtins, which alone are read back from a file."""
+"""Per-sample gradients as tensors and builtins, which load with `weights_only=True`."""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -18,14 +18,14 @@ from lightning_influence.gradients.sum_of_parts import SumOfParts
 
 
 def encode(gradients: Gradients) -> list[tuple[list[str], dict[str, Any]]]:
-    """The parts with their names, on the CPU; what is shared with other tensors is copied."""
+    """Convert the parts, by parameter names; tensors are copied to the CPU."""
     return [(list(names), _encoded(part)) for names, part in gradients.parts.items()]
 
 
 def decode(parts: list[tuple[list[str], dict[str, Any]]], size: int, device: torch.device) -> Gradients:
-    """The gradients that were encoded, of one parameter group."""
-    there = tree_map_only(Tensor, lambda tensor: tensor.to(device), parts)
-    found: dict[Names, Part] = {tuple(names): _decoded(part) for names, part in there}
+    """Restore the gradients that were encoded."""
+    on_device = tree_map_only(Tensor, lambda tensor: tensor.to(device), parts)
+    found: dict[Names, Part] = {tuple(names): _decoded(part) for names, part in on_device}
     return Gradients(found, {}, size)
 
 

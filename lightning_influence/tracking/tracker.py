@@ -1,4 +1,4 @@
-"""What a tracker is: it is shown every micro-batch and every step of a running fit, and keeps what a method needs."""
+"""The interface of trackers, which see each micro-batch and each step of a fit and keep what a method needs."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -17,30 +17,30 @@ from lightning_influence.tracking.micro_batch import TrackedMicroBatch
 
 
 class Untrackable(ValueError):
-    """Something in this fit is beyond what a tracker can follow; the message says what, and what works instead."""
+    """The fit cannot be tracked; the message gives the reason and what works instead."""
 
 
 class PlanError(Untrackable):
-    """A plan that takes more memory, disk or time than there is."""
+    """Tracking would exceed memory, disk or `max_cost`."""
 
 
 @dataclass(frozen=True)
 class TrackedFit:
-    """What is known before the first step.
+    """What a tracker knows of a fit before the first step.
 
     Args:
-        engine: gradients of training examples, with the plan of the self-check.
-        n_train: training examples.
-        steps: optimizer steps that the Trainer intends to make, or None.
-        batch_sizes: examples of a micro-batch and micro-batches of a step, as far as the loader tells.
-        uniform: whether the optimizer's derivatives are the same for every entry of a parameter (SGD).
+        engine: computes gradients of training examples.
+        n_train: number of training examples.
+        steps: optimizer steps that the Trainer plans, or None if unknown.
+        batch_sizes: examples per micro-batch (None if unknown) and micro-batches per step.
+        uniform: whether the optimizer's derivatives are the same for all entries of a parameter (SGD).
         queries: all queries of ``Influence(queries=)``, or None.
-        states: tensors that the optimizer keeps for each parameter.
-        folder: of the tracker's own files.
-        resumed: folder of the runs of the fit that is resumed, or None.
-        free_disk: bytes that are free there.
-        sample: a micro-batch of training examples, to time work on.
-        seconds: of a plain forward and backward pass over it.
+        states: tensors in the optimizer state per parameter.
+        folder: for the tracker's files.
+        resumed: folder that holds the run that is resumed, or None.
+        free_disk: bytes free in ``folder``.
+        sample: a micro-batch of training examples, for timing.
+        seconds: time of a plain forward and backward pass over ``sample``.
     """
 
     engine: Engine
@@ -59,62 +59,62 @@ class TrackedFit:
 
 @dataclass(frozen=True)
 class TrackingPlan:
-    """What tracking will take: bytes of memory and of disk, and times the plain step; None where it is not known."""
+    """Estimated cost: bytes of memory and disk, and time relative to the plain step; None where unknown."""
 
     memory: float | None
     disk: float | None
     steps: float | None
 
     def __str__(self) -> str:
-        said = [
+        parts = [
             "memory unknown" if self.memory is None else f"{self.memory / 2**20:,.1f} MiB of memory",
             "disk unknown" if self.disk is None else f"{self.disk / 2**20:,.1f} MiB of disk",
-            "time unknown" if self.steps is None else f"about {self.steps:.2g} x the plain step on top of it",
+            "time unknown" if self.steps is None else f"about {self.steps:.2g} times the plain step in addition",
         ]
-        return ", ".join(said)
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """How one step of the optimizer moved its parameters.
+    """How one optimizer step changed the parameters.
 
     Args:
-        rule: the optimizer's.
-        places: by parameter name, the place before the step; only those that had a gradient.
-        clipping: what clipped the gradients, if anything did.
-        raw: gradients by name before clipping.
+        rule: update rule of the optimizer.
+        inputs: arguments of the rule, by name of the parameter; only parameters that had a gradient.
+        clipping: how gradients were clipped, or None.
+        raw: gradients before clipping, by name.
     """
 
     rule: UpdateRule
-    places: Mapping[str, UpdateInput]
+    inputs: Mapping[str, UpdateInput]
     clipping: Clipping | None
     raw: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class TrackedStep:
-    """One step of the optimizer.
+    """One optimizer step.
 
     Args:
-        made: updates of weights so far, this one included.
-        batches: for each micro-batch whose gradients were added up, what ``Tracker.batch`` returned of it.
-        ids: for each micro-batch, its examples.
-        moved: how the weights moved, for trackers that differentiate it.
+        made: weight updates so far, including this one.
+        batches: what ``Tracker.batch`` returned for each micro-batch whose gradients were summed.
+        ids: of the examples of each of these micro-batches.
+        update: how the weights changed, for trackers that differentiate it.
     """
 
     made: int
     batches: Sequence[Any]
     ids: Sequence[Sequence[int]]
-    moved: WeightUpdate | None
+    update: WeightUpdate | None
 
 
 @dataclass
 class TrackerState:
-    """What a tracker holds after some step, to be written or read back.
+    """Everything a tracker holds after a step, as it is written to disk.
 
     Args:
         tensors: by name.
-        facts: builtins.
+        facts: builtins, by name.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -122,33 +122,40 @@ class TrackerState:
 
 
 class Tracker(ABC):
-    """Follows one fit for one method. Nothing it does may change training."""
+    """Follows one fit for one method, without changing the fit."""
 
-    asks: ClassVar[bool] = False
-    """Whether it looks at the queries after every step."""
-    derives: ClassVar[bool] = True
-    """Whether it differentiates the steps, which must then be what the optimizer's rule says."""
+    sees_queries: ClassVar[bool] = False
+    """Whether ``stepped`` is given the queries at the new weights."""
+    differentiates: ClassVar[bool] = True
+    """Whether it differentiates the steps, which must then follow the optimizer's update rule."""
 
     @abstractmethod
     def starts(self, fit: TrackedFit, state: TrackerState | None) -> TrackingPlan:
-        """Before the first step; ``state`` is what a resumed fit goes on from.
+        """Prepare for the first step.
+
+        Args:
+            fit: what is known of the fit.
+            state: of this tracker at the step that the fit resumes from, or None.
+
+        Returns:
+            The estimated cost.
 
         Raises:
-            Untrackable: this fit cannot be followed.
-            PlanError: it could, but not with the memory, disk or time there is.
+            Untrackable: this fit cannot be tracked.
+            PlanError: tracking would exceed memory or disk.
         """
 
     def batch(self, present: TrackedMicroBatch) -> Any:
-        """A micro-batch is about to be trained on: what to keep of it until its step is made."""
+        """Return what to keep of a micro-batch, before its forward pass, until its step is made."""
         return None
 
     @abstractmethod
     def stepped(self, step: TrackedStep, queries: Queries | None) -> None:
-        """The weights have moved; ``queries`` are taken at the new ones."""
+        """The weights were updated; ``queries`` are evaluated at the new ones."""
 
     @abstractmethod
     def state(self) -> TrackerState:
-        """Everything held, as of the last step."""
+        """Everything the tracker holds after the last step."""
 
-    def close(self) -> None:  # noqa: B027 - most hold nothing to let go of
-        """Lets go of working files."""
+    def close(self) -> None:  # noqa: B027 - most trackers hold no files
+        """Release working files."""

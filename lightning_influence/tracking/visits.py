@@ -1,4 +1,4 @@
-"""Follows hypergradients without vectors: each visit's factors, and the numbers that they are multiplied by."""
+"""Hypergradients without vectors: the factored gradients of each visit, and one coefficient per visit."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,13 +32,14 @@ _WEIGHT, _GRADIENT = "weight", "gradient"
 
 
 class Visits(Tracker):
-    """Hypergradients without the Hessian, where the optimizer multiplies all entries of a parameter alike.
+    """Hypergradients without the Hessian, for optimizers that treat all entries of a parameter alike.
 
-    That of an example is then a sum over its visits of a number times the gradient at the visit. The gradients stay as
-    factors, in segments on disk; the numbers follow at the end from what the steps did.
+    The hypergradient of an example is then a sum over its visits (the steps that trained on it) of a coefficient times
+    the gradient at the visit. Gradients are stored as factors, in segments on disk; coefficients are computed at the
+    end, from the steps made.
 
     Args:
-        memory: bytes of factors that are kept before a segment is written.
+        memory: bytes of factors to collect before a segment is written.
     """
 
     def __init__(self, memory: int) -> None:
@@ -47,16 +48,16 @@ class Visits(Tracker):
         self._names: list[str] = []
         self._kinds: list[dict[str, dict[str, float]]] = []
         self._known: dict[str, int] = {}
-        self._path: list[list[int]] = []  # [step][name]: which kind of step, -1 for none
+        self._path: list[list[int]] = []  # [step][name]: index into `_kinds`, -1 if the parameter was not updated
         self._segments: list[str] = []
         self._pending: list[dict[str, Any]] = []
         self._bytes = 0
 
     def starts(self, fit: TrackedFit, state: TrackerState | None) -> TrackingPlan:
-        """Plans, and goes on where a resumed fit stood.
+        """Estimate the cost, and continue from the state of a resumed fit.
 
         Raises:
-            PlanError: more factors than there is disk.
+            PlanError: the factors do not fit on disk.
         """
         self._folder, self._names = fit.folder, list(fit.engine.plan.names)
         sample = _sample(fit)
@@ -69,37 +70,37 @@ class Visits(Tracker):
         )
         if disk is not None and disk > fit.free_disk:
             raise PlanError(
-                f"Expected the factors of {visits:,} visits to fit the {fit.free_disk / 2**20:,.0f} MiB that are free "
-                f"in `{fit.folder}`, got {plan}. Take `HyDRA(mode='replay', hessian=False)`, which keeps two numbers "
-                "for each query and example, or fewer epochs."
+                f"Expected the factors of {visits:,} visits to fit the {fit.free_disk / 2**20:,.0f} MiB free in "
+                f"`{fit.folder}`, got {plan}. Use `HyDRA(mode='replay', hessian=False)`, which keeps two numbers per "
+                "query and example, or fewer epochs."
             )
         if state is not None:
             self._restore(state, fit.resumed)
         return plan
 
     def batch(self, present: TrackedMicroBatch) -> Any:
-        """The factors of the micro-batch."""
+        """The factored gradients of the micro-batch."""
         return present.share, present.gradients()
 
     def stepped(self, step: TrackedStep, queries: Queries | None) -> None:
-        """Notes what the step does to every earlier visit, and its own visits."""
-        moved = step.moved
-        assert moved is not None
+        """Record how the step transforms earlier visits, and add its own."""
+        update = step.update
+        assert update is not None
         keys: dict[tuple[int, bool], int] = {}
         path = []
         for name in self._names:
-            at = moved.places.get(name)
+            at = update.inputs.get(name)
             if at is None:
                 path.append(-1)
                 continue
             key = id(at.options), bool(at.state)
             if key not in keys:
-                keys[key] = self._kind(moved.rule, at)
+                keys[key] = self._kind(update.rule, at)
             path.append(keys[key])
         self._path.append(path)
-        factor, along = _clipped(moved.clipping, moved.raw)
+        factor, along = _clipped(update.clipping, update.raw)
         for ids, (share, gradients) in zip(step.ids, step.batches, strict=True):
-            pulled = gradients.times(_whole(moved.raw, gradients)) if along else None
+            products = gradients.times(_whole(update.raw, gradients)) if along else None
             self._keep(
                 {
                     "ids": list(ids),
@@ -107,13 +108,13 @@ class Visits(Tracker):
                     "step": len(self._path) - 1,
                     "factor": factor,
                     "along": along,
-                    "pulled": None if pulled is None else pulled.cpu(),
+                    "pulled": None if products is None else products.cpu(),
                     "parts": encode(gradients),
                 }
             )
 
     def state(self) -> TrackerState:
-        """Segments so far and what the steps did."""
+        """Names of the segments, and the kind of each step."""
         self._flush()
         facts = {"kind": "visits", "names": self._names, "kinds": self._kinds, "segments": list(self._segments)}
         return TrackerState({"path": torch.tensor(self._path, dtype=torch.int32).view(-1, len(self._names))}, facts)
@@ -122,7 +123,7 @@ class Visits(Tracker):
         if state.facts["kind"] != "visits" or state.facts["names"] != self._names:
             raise Untrackable(
                 "Expected the resumed fit to have had this kind of optimizer and these parameters, got others. Resume "
-                "with the same settings."
+                "with the same arguments."
             )
         self._kinds, self._segments = list(state.facts["kinds"]), list(state.facts["segments"])
         if runs is not None and runs != self._folder.parents[2]:
@@ -136,7 +137,7 @@ class Visits(Tracker):
             self._flush()
 
     def _flush(self) -> None:
-        """Writes a segment; its name says where it lies seen from the folder of all runs."""
+        """Write a segment, and note its path relative to the folder of all runs."""
         if self._pending:
             path = self._folder / f"visits-{len(self._segments):08d}.pt"
             save(path, self._pending)
@@ -144,7 +145,7 @@ class Visits(Tracker):
             self._pending, self._bytes = [], 0
 
     def _kind(self, rule: UpdateRule, at: UpdateInput) -> int:
-        """The number of this kind of step: how units of weight, state and gradient pass to weight and state."""
+        """Index into `_kinds` of this step: its coefficients from weight, state and gradient to weight and state."""
         key = repr((type(rule).__name__, sorted(at.options.items(), key=lambda item: item[0]), sorted(at.state)))
         if key not in self._known:
             self._known[key] = len(self._kinds)
@@ -153,7 +154,7 @@ class Visits(Tracker):
 
 
 def coefficients(rule: UpdateRule, at: UpdateInput) -> dict[str, dict[str, float]]:
-    """{after: {before: number}} over the weight, the gradient and the state's names, for a uniform rule."""
+    """{after: {before: coefficient}} of one step, over weight, gradient and optimizer state, for a uniform rule."""
     inputs = [_WEIGHT, *sorted(at.state), _GRADIENT]
     unit = torch.eye(len(inputs), dtype=torch.float64)
     state = {name: unit[i] for i, name in enumerate(inputs) if name in at.state}
@@ -166,20 +167,20 @@ def coefficients(rule: UpdateRule, at: UpdateInput) -> dict[str, dict[str, float
 
 
 @dataclass
-class Numbers:
-    """What a visit at each step counts for at the end, [step], by kinds of parameters that were moved alike.
+class Coefficients:
+    """Coefficients of visits by step, for groups of parameters that were always updated alike.
 
     Args:
-        names: the parameters of each kind.
-        counts: [step] of each kind.
+        names: parameters of each group.
+        counts: coefficients of each group, [step].
     """
 
     names: list[list[str]] = field(default_factory=list)
     counts: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(cls, state: TrackerState) -> "Numbers":
-        """From what the steps did, last to first."""
+    def of(cls, state: TrackerState) -> "Coefficients":
+        """Compute them from the steps made, last to first."""
         path, kinds, found = state.tensors["path"], state.facts["kinds"], cls()
         columns, of_name = path.unique(dim=1, return_inverse=True)
         for k in range(columns.shape[1]):
@@ -189,7 +190,7 @@ class Numbers:
 
 
 def _backwards(path: Sequence[int], kinds: Sequence[Mapping[str, Mapping[str, float]]]) -> Tensor:
-    reach = {_WEIGHT: 1.0}  # by how much one unit of weight or state after a step moves the final weight
+    reach = {_WEIGHT: 1.0}  # derivative of the final weight with respect to weight and state after the step
     counts = torch.zeros(len(path), dtype=torch.float64)
     for step in reversed(range(len(path))):
         if path[step] < 0:
@@ -204,31 +205,33 @@ def _backwards(path: Sequence[int], kinds: Sequence[Mapping[str, Mapping[str, fl
 
 
 def add_products(total: Tensor, first: int, query: QueryGradients, state: TrackerState, runs: Path) -> None:
-    """``total`` [query, train of a tile that begins with ``first``] += the queries' products with hypergradients.
+    """Add the products of query gradients with hypergradients to ``total``.
 
     Args:
-        total: is added to.
+        total: [query, train] of a tile, modified in place.
         first: id of its first column.
         query: gradients at the final weights.
-        state: what a ``Visits`` held.
-        runs: the folder of all runs.
+        state: of ``Visits`` at the end of the fit.
+        runs: folder of all runs.
     """
-    numbers = Numbers.of(state)
+    by_step = Coefficients.of(state)
     window: list[tuple[dict[str, Any], list[Tensor]]] = []
     for segment in state.facts["segments"]:
         for visit in load(runs / segment):
             if window and window[-1][0]["step"] != visit["step"]:
-                _add_step(total, first, window, numbers)
+                _add_step(total, first, window, by_step)
                 window = []
             gradients = decode(visit["parts"], len(visit["ids"]), total.device)
-            window.append((visit, [query.dot(_only(gradients, names)).to(total) for names in numbers.names]))
+            window.append((visit, [query.dot(_only(gradients, names)).to(total) for names in by_step.names]))
     if window:
-        _add_step(total, first, window, numbers)
+        _add_step(total, first, window, by_step)
 
 
-def _add_step(total: Tensor, first: int, window: list[tuple[dict[str, Any], list[Tensor]]], numbers: Numbers) -> None:
-    """One step's visits, of all its micro-batches: clipping by norm makes each change the others' part."""
-    for k, counts in enumerate(numbers.counts):
+def _add_step(
+    total: Tensor, first: int, window: list[tuple[dict[str, Any], list[Tensor]]], by_step: Coefficients
+) -> None:
+    """Add one step's visits, from all its micro-batches together: clipping by norm couples them."""
+    for k, counts in enumerate(by_step.counts):
         number = float(counts[window[0][0]["step"]])
         if not number:
             continue
@@ -243,7 +246,7 @@ def _add_step(total: Tensor, first: int, window: list[tuple[dict[str, Any], list
 
 
 def _clipped(clipping: Clipping | None, raw: Mapping[str, Tensor]) -> tuple[float, float]:
-    """Clipping of a change u of the gradient g is factor u - along <g, u> g."""
+    """Return factor and along: clipping maps a change u of the gradient g to factor u - along <g, u> g."""
     if not isinstance(clipping, ByNorm):
         return 1.0, 0.0
     norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in raw.values()])))
@@ -258,7 +261,7 @@ def _whole(raw: Mapping[str, Tensor], gradients: Gradients) -> dict[str, Tensor]
 
 
 def _only(gradients: Gradients, names: Sequence[str]) -> Gradients:
-    """The parts of some parameters."""
+    """The gradients of some parameters."""
     wanted = set(names)
     if any(0 < len(wanted & set(key)) < len(key) for key in gradients.parts):
         gradients = gradients.per_parameter()

@@ -53,7 +53,9 @@ def test_a_resumed_fit_ends_with_the_numbers_of_an_undisturbed_one(moved, tmp_pa
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_resume_without_what_was_held_is_refused(tmp_path):
     fit(net(), by_epoch(), Influence(dirpath=tmp_path), SaveAt(6, tmp_path / "x.ckpt"), max_epochs=2)
-    with pytest.raises(MisconfigurationException, match=r"Expected what `HyDRA-.*` held at step 6.*Fit from the start"):
+    with pytest.raises(
+        MisconfigurationException, match=r"Expected the state of `HyDRA-.*` at step 6.*Fit from the start"
+    ):
         fit(net(), by_epoch(), influence(tmp_path), max_epochs=2, ckpt_path=tmp_path / "x.ckpt")
 
 
