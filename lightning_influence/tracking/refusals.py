@@ -141,8 +141,8 @@ def verify_gradients(update: WeightUpdate, batches: Sequence[Mapping[str, Tensor
         if not bool((expected - gradient).abs().max() <= _tolerance(gradient) * largest):
             raise Untrackable(
                 f"the gradient of `{name}` was not that of the loss on its batch: something else changes it, uses "
-                "random numbers or modifies the batch before the step (a hook, or a callback after `Influence`; list it "
-                f"before). {_INSTEAD}"
+                "random numbers or modifies the batch before the step (a hook, or a callback after `Influence`; list "
+                f"it before). {_INSTEAD}"
             )
 
 
