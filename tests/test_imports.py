@@ -182,7 +182,7 @@ def read_of(name, scope):
 
 
 def back_doors(file, source):
-    """Where `Any` hides an object of this package, by its name or by what is read of it."""
+    """Names that are `Any` and hold an object of this package: {name: why}."""
     floor, found = FLOOR[file.removesuffix(".py").split("/")[0]], {}
     for scope in ast.walk(ast.parse(source)):
         if not isinstance(scope, (ast.FunctionDef, ast.ClassDef)):

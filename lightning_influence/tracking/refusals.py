@@ -22,7 +22,7 @@ def refuse(trainer: Any, module: Any, engine: Engine, differentiates: bool) -> N
     """Check the Trainer and the module, and the optimizer if the tracker differentiates its steps.
 
     Raises:
-        Untrackable: anything but one process and one optimizer, in automatic optimization and full precision.
+        Untrackable: anything but one process and one optimizer, in automatic optimization without mixed precision.
         ValueError: there is no update rule for the optimizer.
     """
     reason = None
@@ -33,7 +33,7 @@ def refuse(trainer: Any, module: Any, engine: Engine, differentiates: bool) -> N
     elif len(trainer.optimizers) != 1:
         reason = f"one optimizer, got {len(trainer.optimizers)}"
     elif "mixed" in str(getattr(trainer.precision_plugin, "precision", "")):
-        reason = f"full precision, got {trainer.precision_plugin.precision!r}"
+        reason = f"one precision for weights and gradients, got {trainer.precision_plugin.precision!r}"
     elif type(module).configure_gradient_clipping.__module__.split(".")[0] not in ("pytorch_lightning", "lightning"):
         reason = "gradients clipped by `Trainer(gradient_clip_val=)`, got the module's `configure_gradient_clipping`"
     if reason is not None:
@@ -95,7 +95,7 @@ def takes_mean(task: Task, batch: Batch) -> bool:
 
 
 def refuse_mixed(task: Task, ids: Sequence[int], batch: Batch, engine: Engine) -> None:
-    """Looks at one batch for examples that change one another's loss in training.
+    """Check on one batch that examples do not change one another's loss in training.
 
     Raises:
         ValueError: they do.
@@ -107,7 +107,7 @@ def refuse_mixed(task: Task, ids: Sequence[int], batch: Batch, engine: Engine) -
     before = torch.get_rng_state()
     with torch.no_grad(), isolated_random_state():
         joint = float(task(batch))
-        if not torch.equal(torch.get_rng_state(), before):  # an example's own pass would draw other numbers
+        if not torch.equal(torch.get_rng_state(), before):  # one example alone would use other random numbers
             return
         singles = [float(task(tree_map(_one(i), batch))) for i in range(len(ids))]
     refuse_mixing(singles, joint, engine.reduction is Reduction.MEAN)
