@@ -87,11 +87,11 @@ class StepRecorder:
     def _settings_entry(self, i: int, optimizer: Optimizer) -> int:
         groups = optimizer.param_groups
         options = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in groups]
-        seen = options, [[(id(p), p.requires_grad) for p in g["params"]] for g in groups]
         clipping = self._clipping()
-        known = self._settings_of.get(i)
-        if known is not None and known[0] == (id(optimizer), seen, clipping):
-            return known[1]
+        current = id(optimizer), options, [[(id(p), p.requires_grad) for p in g["params"]] for g in groups], clipping
+        last = self._settings_of.get(i)
+        if last is not None and last[0] == current:
+            return last[1]
         described = [
             {key: _plain(value) for key, value in of_group.items() if key != "param_names"}
             | {"parameters": [self._name_of(p) for p in group["params"]]}
@@ -100,7 +100,7 @@ class StepRecorder:
         frozen = [self._name_of(p) for group in groups for p in group["params"] if not p.requires_grad]
         entry = {"optimizer": i, "kind": type(optimizer).__name__, "groups": described, "frozen": frozen}
         self.settings.append(entry | {"clipping": clipping})
-        self._settings_of[i] = ((id(optimizer), seen, clipping), len(self.settings) - 1)
+        self._settings_of[i] = current, len(self.settings) - 1
         return len(self.settings) - 1
 
     def _clipping(self) -> dict[str, Any] | None:

@@ -94,10 +94,8 @@ class Hypergradients(Tracker):
         each = (time.perf_counter() - start) * (1 + fit.states)
         if self.hessian:
             batch = fit.engine.task.to_device(fit.sample.batch)
-            seen = PreparedTask.of(fit.engine.task)
-            present = TrackedMicroBatch(
-                replace(fit.engine, task=seen), tuple(fit.sample.ids), batch, 1.0 / fit.sample.size
-            )
+            engine = replace(fit.engine, task=PreparedTask.of(fit.engine.task))
+            present = TrackedMicroBatch(engine, tuple(fit.sample.ids), batch, 1.0 / fit.sample.size)
             times_hessian = present.hessian()
             start = time.perf_counter()
             times_hessian(vectors)

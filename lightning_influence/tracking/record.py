@@ -72,8 +72,8 @@ def load_record(run: Path | None, name: str, step: int) -> TrackerState:
     if found is None:
         kept = sorted(p.name for p in folder.parent.iterdir()) if folder is not None and folder.parent.is_dir() else []
         raise MissingEvidence(
-            f"`{method}` with these settings watches training as it happens and cannot be asked afterwards: there is "
-            f"no `{name}` as of step {step} in `{run}` ({', '.join(kept) or 'nothing'} there). Fit with "
+            f"Expected `{name}` as of step {step} in `{run}`, got {', '.join(kept) or 'nothing'}: `{method}` with "
+            "these hyper-parameters follows a fit while it runs and cannot be computed afterwards. Fit with "
             f"`Trainer(callbacks=[Influence([{method}(...)], queries=...)])`, or use `TracInCP()`."
         )
     return found

@@ -91,7 +91,7 @@ def test_it_is_on_disk_for_the_same_queries_only(tmp_path):
 
 def test_a_fit_that_was_not_watched_cannot_be_asked(tmp_path):
     _, influence, _ = watched(tmp_path, methods=[TracInCP()])
-    with pytest.raises(MissingEvidence, match=r"watches training as it happens.*nothing there.*or use `TracInCP"):
+    with pytest.raises(MissingEvidence, match=r"got nothing: .*follows a fit while it runs.*or use `TracInCP"):
         influence.attributor.score(TracInIdeal(), DATA["queries"]())
 
 
