@@ -128,7 +128,7 @@ def test_a_shorter_dataset_is_refused(tmp_path):
         Trajectory.load(tmp_path).exposure(1, "none", 23)
 
 
-@pytest.mark.filterwarnings("ignore:.*cannot tell which examples.*")
+@pytest.mark.filterwarnings("ignore:.*does not know which examples.*")
 def test_without_batch_order_exposure_is_its_expectation(tmp_path):
     from fits import Stream
 

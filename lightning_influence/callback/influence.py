@@ -207,7 +207,8 @@ class Influence(CallbackBase):
         self._recorder = Recorder(trainer, pl_module, self._tap, store, self._schedule, self.sample_id, made)
         self._recorder.starts()
         self._during = DuringFit(self._plan, trainer, pl_module, self.run_dir)
-        self._recorder.steps.follower = self._during.loop.stepped
+        if self._during.loop.tracked:
+            self._recorder.steps.follower = self._during.loop.stepped
         self._during.starts(None if parent is None else parent_run(self.run_dir, vars(parent)), made)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:

@@ -105,7 +105,10 @@ class AccumulationWindows:
     def of(self, optimizer: Any) -> Window | None:
         """Return the window of an optimizer, which Lightning may have wrapped."""
         inner = getattr(optimizer, "_optimizer", optimizer)
-        return next((window for window in self._windows if window.optimizer is inner), None)
+        for window in self._windows:
+            if window.optimizer is inner:
+                return window
+        return None
 
     def _restart(self, window: Window) -> None:
         window.batches = [] if self.current is None else [self.current]
@@ -117,7 +120,7 @@ class AccumulationWindows:
             return
         found_inf = getattr(optimizer, "found_inf", None)  # set on fused optimizers only, by the GradScaler
         infinite = found_inf is not None and bool(found_inf)
-        lossless = bool(window.batches) and not window.with_loss
+        lossless = bool(window.batches) and all(batch.lossless for batch in window.batches)
         self._finish(window, skipped=infinite or (lossless and _has_no_gradients(optimizer)))
 
     def _finish(self, window: Window, skipped: bool) -> None:
