@@ -15,7 +15,7 @@ from lightning_influence.gradients.general import (
     rows_one_by_one,
     vectorised_rows,
 )
-from lightning_influence.gradients.layout import Layout, LayoutMismatch
+from lightning_influence.gradients.layout import Layout, LayoutMismatch, Split
 from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.reduction import Reduction
 from lightning_influence.gradients.spot_checks import SuspectRows, refuse_difference
@@ -221,9 +221,9 @@ class Engine:
                 continue
             names = {role: name for role, name in call.names.items() if name in layouts}
             for roles in self._joint_roles(names, layouts, separate):
-                layout = layouts[names[roles[0]]]
+                split = Split(examples, layouts[names[roles[0]]])
                 try:
-                    made = call.rule.parts(call.operands, call.gradient, frozenset(roles), examples, layout)
+                    made = call.rule.parts(call.operands, call.gradient, frozenset(roles), split)
                 except LayoutMismatch:
                     failed += [names[role] for role in roles]
                     continue

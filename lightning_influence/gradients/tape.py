@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_influence.gradients.rules import RULES, LayerRule, Operands
+from lightning_influence.gradients.rules.elementwise import SUMS
 from lightning_influence.gradients.rules.recurrent import RECURRENT, unrolled
-from lightning_influence.gradients.rules.shared import SHARED_SUM, SUMS, Shared, shared_tensor
+from lightning_influence.gradients.rules.shared import SHARED_SUM, Shared, shared_tensor
 
 _LINEAR = F.linear
 

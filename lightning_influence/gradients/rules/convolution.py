@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_influence.gradients.dense_rows import DenseRows
-from lightning_influence.gradients.layout import Layout, split
+from lightning_influence.gradients.layout import Split
 from lightning_influence.gradients.outer_products import OuterProducts
 from lightning_influence.gradients.part import Part
-from lightning_influence.gradients.rules.rule import LayerRule, Operands
+from lightning_influence.gradients.rules.rule import LayerRule, Operands, Parts
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _padding(value: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> 
     return tuple((size, size) for size in _per_dimension(value, len(kernel)))
 
 
-def _patches(weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Patches:
+def _patches(weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, **_: Any) -> Patches:
     """The windows of a convolution; for a transposed one, those of the convolution that it is the adjoint of."""
     kernel = tuple(weight.shape[2:])
     dilation = _per_dimension(dilation, len(kernel))
@@ -88,33 +88,27 @@ def _grouped_rows(left: Tensor, right: Tensor, groups: int, shape: tuple[int, ..
 
 
 class _Convolution:
+    order: tuple[str, ...] = ("stride", "padding", "dilation", "groups")
+
     def __init__(self, dimensions: int) -> None:
         self.dimensions = dimensions
 
     def operands(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
+        self, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Operands | None:
         if input.ndim != self.dimensions + 2:
             return None
-        options = {"patches": _patches(weight, stride, padding, dilation), "groups": groups}
+        given = dict(zip(self.order, args, strict=False)) | kwargs
+        options = {"patches": _patches(weight, **given), "groups": given.get("groups", 1)}
         return Operands({"weight": weight, "bias": bias}, input, 1, options)
 
-    def parts(
-        self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
-    ) -> dict[tuple[str, ...], Part]:
-        outputs = _positions_last(split(gradient, examples, layout))
+    def parts(self, operands: Operands, gradient: Tensor, wanted: frozenset[str], split: Split) -> Parts:
+        outputs = _positions_last(split(gradient))
         if "weight" not in wanted:
             return {("bias",): DenseRows((outputs.sum(1),))}
         shape, groups = tuple(operands["weight"].shape), operands.options["groups"]
         patches = operands.options["patches"]
-        maps, bias = split(operands.input, examples, layout), "bias" in wanted
+        maps, bias = split(operands.input), "bias" in wanted
         if groups == 1:
             part: Part = OuterProducts(maps, outputs, shape, bias, patches=patches)
         else:
@@ -123,35 +117,19 @@ class _Convolution:
         return {("weight", "bias") if bias else ("weight",): part}
 
 
-class _TransposedConvolution:
+class _TransposedConvolution(_Convolution):
     """The adjoint of a convolution: its patches are taken from the output gradient."""
 
-    def __init__(self, dimensions: int) -> None:
-        self.convolution = _Convolution(dimensions)
+    order = ("stride", "padding", "output_padding", "groups", "dilation")
 
-    def operands(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: int = 1,
-        dilation: Any = 1,
-    ) -> Operands | None:
-        return self.convolution.operands(input, weight, bias, stride, padding, dilation, groups)
-
-    def parts(
-        self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
-    ) -> dict[tuple[str, ...], Part]:
-        maps = split(gradient, examples, layout)
-        parts: dict[tuple[str, ...], Part] = {}
+    def parts(self, operands: Operands, gradient: Tensor, wanted: frozenset[str], split: Split) -> Parts:
+        maps = split(gradient)
+        parts: Parts = {}
         if "bias" in wanted:
             parts["bias",] = DenseRows((maps.flatten(3).sum((1, 3)),))
         if "weight" in wanted:
             shape, groups = tuple(operands["weight"].shape), operands.options["groups"]
-            inputs = _positions_last(split(operands.input, examples, layout))
+            inputs = _positions_last(split(operands.input))
             windows = operands.options["patches"](maps)[:, : inputs.shape[1]]
             if groups == 1:
                 parts["weight",] = OuterProducts(windows, inputs, shape)

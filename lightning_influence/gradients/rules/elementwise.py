@@ -7,27 +7,30 @@ import torch
 from torch import Tensor
 
 from lightning_influence.gradients.dense_rows import DenseRows
-from lightning_influence.gradients.layout import Layout, LayoutMismatch, split
-from lightning_influence.gradients.part import Part
-from lightning_influence.gradients.rules.rule import LayerRule, Operands
+from lightning_influence.gradients.layout import Layout, LayoutMismatch, Split
+from lightning_influence.gradients.rules.rule import LayerRule, Operands, Parts
+
+SUMS = (torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)
+"""Sums, from whose output the gradient of a shared operand can be split by example."""
+_PRODUCTS = (torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
 
 
-def sum_broadcast(gradient: Tensor, shape: tuple[int, ...], examples: int, layout: Layout) -> Tensor:
+def sum_broadcast(gradient: Tensor, shape: tuple[int, ...], split: Split) -> Tensor:
     """Sum each example's ``gradient`` over the dimensions along which ``shape`` was broadcast: [example, *shape].
 
     Raises:
         LayoutMismatch: the parameter has a dimension that holds the examples.
     """
     aligned = (1,) * (gradient.ndim - len(shape)) + shape
-    batch_axis = 1 if layout is Layout.SECOND else 0
-    if aligned[batch_axis] != 1:
-        raise LayoutMismatch(f"A parameter of shape {shape} is not shared by the {examples} examples of a batch.")
-    rows = split(gradient, examples, layout)
+    second = split.layout is Layout.SECOND
+    if aligned[1 if second else 0] != 1:
+        raise LayoutMismatch(f"A parameter of shape {shape} is not shared by the {split.examples} examples of a batch.")
+    rows = split(gradient)
     # [example, position, *rest]: in layout FIRST the position is a dimension of length one in place of the example's,
     # in SECOND it is the time dimension, which the parameter may span.
-    target = (aligned[0] if layout is Layout.SECOND else 1, *aligned[(2 if layout is Layout.SECOND else 1) :])
+    target = (aligned[0], *aligned[2:]) if second else (1, *aligned[1:])
     axes = [1 + axis for axis, size in enumerate(target) if size == 1 and rows.shape[1 + axis] != 1]
-    return (rows.sum(axes, keepdim=True) if axes else rows).reshape(examples, *shape)
+    return (rows.sum(axes, keepdim=True) if axes else rows).reshape(split.examples, *shape)
 
 
 class _Sum:
@@ -36,26 +39,16 @@ class _Sum:
             return None
         return Operands({"left": input, "right": other}, input, max(input.ndim, other.ndim))
 
-    def parts(
-        self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
-    ) -> dict[tuple[str, ...], Part]:
-        shapes = {role: _shape(operands, role) for role in wanted}
-        return {
-            (role,): DenseRows((sum_broadcast(gradient, shape, examples, layout),)) for role, shape in shapes.items()
-        }
+    def parts(self, operands: Operands, gradient: Tensor, wanted: frozenset[str], split: Split) -> Parts:
+        return {(role,): _rows(operands[role], gradient, split) for role in wanted}
 
 
 class _Product:
     operands = _Sum.operands
 
-    def parts(
-        self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
-    ) -> dict[tuple[str, ...], Part]:
-        parts: dict[tuple[str, ...], Part] = {}
-        for role in wanted:
-            other = operands["right" if role == "left" else "left"]
-            parts[role,] = DenseRows((sum_broadcast(gradient * other, _shape(operands, role), examples, layout),))
-        return parts
+    def parts(self, operands: Operands, gradient: Tensor, wanted: frozenset[str], split: Split) -> Parts:
+        others = {"left": "right", "right": "left"}
+        return {(role,): _rows(operands[role], gradient * operands[others[role]], split) for role in wanted}
 
 
 class _Expand:
@@ -67,18 +60,12 @@ class _Expand:
         return None if kwargs else Operands({"left": input}, input, 3)
 
 
-def _shape(operands: Operands, role: str) -> tuple[int, ...]:
-    return tuple(operands[role].shape)
+def _rows(parameter: Tensor, gradient: Tensor, split: Split) -> DenseRows:
+    return DenseRows((sum_broadcast(gradient, tuple(parameter.shape), split),))
 
 
 ELEMENTWISE: dict[Callable[..., object], LayerRule] = {
-    torch.add: _Sum(),
-    torch.Tensor.add: _Sum(),
-    torch.Tensor.__add__: _Sum(),
-    torch.Tensor.__radd__: _Sum(),
-    torch.mul: _Product(),
-    torch.Tensor.mul: _Product(),
-    torch.Tensor.__mul__: _Product(),
-    torch.Tensor.__rmul__: _Product(),
+    **dict.fromkeys(SUMS, _Sum()),
+    **dict.fromkeys(_PRODUCTS, _Product()),
     torch.Tensor.expand: _Expand(),
 }

@@ -8,24 +8,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_influence.gradients.dense_rows import DenseRows
-from lightning_influence.gradients.layout import Layout, split
+from lightning_influence.gradients.layout import Split
 from lightning_influence.gradients.outer_products import OuterProducts
-from lightning_influence.gradients.part import Part
-from lightning_influence.gradients.rules.rule import LayerRule, Operands
+from lightning_influence.gradients.rules.rule import LayerRule, Operands, Parts
 
 
-def affine_parts(
-    operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
-) -> dict[tuple[str, ...], Part]:
+def affine_parts(operands: Operands, gradient: Tensor, wanted: frozenset[str], split: Split) -> Parts:
     """The outer products of inputs and output gradients at all positions of each example."""
-    outputs = split(gradient, examples, layout).reshape(examples, -1, gradient.shape[-1])
+    outputs = split.positions(gradient)
     if "weight" not in wanted:
         return {("bias",): DenseRows((outputs.sum(1),))}
-    inputs = split(operands.input, examples, layout).reshape(examples, -1, operands.input.shape[-1])
-    bias = "bias" in wanted
-    part = OuterProducts(
-        inputs, outputs, tuple(operands["weight"].shape), bias, transposed=operands.options["transposed"]
-    )
+    inputs, shape, bias = split.positions(operands.input), tuple(operands["weight"].shape), "bias" in wanted
+    part = OuterProducts(inputs, outputs, shape, bias, operands.options["transposed"])
     return {("weight", "bias") if bias else ("weight",): part}
 
 
@@ -58,12 +52,10 @@ class _MatMul:
         return Operands({"weight": weight}, input, input.ndim - 1, {"transposed": True})
 
 
+_PRODUCTS = (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
+
 LINEAR: dict[Callable[..., object], LayerRule] = {
     F.linear: _Linear(),
     torch.addmm: _AddMM(),
-    torch.matmul: _MatMul(),
-    torch.mm: _MatMul(),
-    torch.Tensor.matmul: _MatMul(),
-    torch.Tensor.mm: _MatMul(),
-    torch.Tensor.__matmul__: _MatMul(),
+    **dict.fromkeys(_PRODUCTS, _MatMul()),
 }

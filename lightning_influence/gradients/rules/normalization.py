@@ -1,130 +1,75 @@
 """Rules for the affine parameters of normalisation layers, whose gradients are small and therefore dense."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_influence.gradients.dense_rows import DenseRows
-from lightning_influence.gradients.layout import Layout, split
-from lightning_influence.gradients.part import Part
-from lightning_influence.gradients.rules.rule import LayerRule, Operands
+from lightning_influence.gradients.layout import Split
+from lightning_influence.gradients.rules.rule import LayerRule, Operands, Parts, arguments
 
 
-def _affine(
-    operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
-) -> dict[tuple[str, ...], Part]:
-    """Sum over positions the output gradients × normalised inputs (weight) and the output gradients (bias).
+class _Normalization:
+    """A normalisation function, called once more without weight and bias for the normalised inputs."""
 
-    ``options["features"]`` is the number of trailing dimensions that the parameters span, or 0 for one channel
-    dimension after the examples.
-    """
-    features = operands.options["features"]
+    def __init__(self, func: Callable[..., Tensor]) -> None:
+        self.func = func
 
-    def summed(tensor: Tensor) -> Tensor:
-        tensor = split(tensor, examples, layout)
-        if features:
-            return tensor.reshape(examples, -1, *tensor.shape[tensor.ndim - features :]).sum(1)
-        return tensor.flatten(3).sum((1, 3)) if tensor.ndim > 3 else tensor.sum(1)
+    def operands(self, *args: Any, **kwargs: Any) -> Operands | None:
+        given = arguments(self.func, args, kwargs)
+        input, features = given.pop("input"), len(given.get("normalized_shape", ()))
+        parameters = {role: given.pop(role, None) for role in ("weight", "bias")}
+        options = {"features": features, "normalize": partial(self.func, **given)}
+        return Operands(parameters, input, input.ndim - features if features else 1, options)
 
-    parts: dict[tuple[str, ...], Part] = {}
-    if "weight" in wanted:
-        parts["weight",] = DenseRows((summed(gradient * operands.options["normalize"](operands.input)),))
-    if "bias" in wanted:
-        parts["bias",] = DenseRows((summed(gradient),))
-    return parts
+    def parts(self, operands: Operands, gradient: Tensor, wanted: frozenset[str], split: Split) -> Parts:
+        """Sum over positions the output gradients × normalised inputs (weight) and the output gradients (bias).
 
+        ``options["features"]`` is the number of trailing dimensions that the parameters span, or 0 for one channel
+        dimension after the examples.
+        """
+        features = operands.options["features"]
 
-class _LayerNorm:
-    parts = staticmethod(_affine)
+        def summed(tensor: Tensor) -> Tensor:
+            if features:
+                return split.positions(tensor, features).sum(1)
+            tensor = split(tensor)
+            return tensor.flatten(3).sum((1, 3)) if tensor.ndim > 3 else tensor.sum(1)
 
-    def operands(
-        self,
-        input: Tensor,
-        normalized_shape: Sequence[int],
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
-    ) -> Operands | None:
-        shape = list(normalized_shape)
-        options = {"features": len(shape), "normalize": lambda x: F.layer_norm(x, shape, eps=eps)}
-        return Operands({"weight": weight, "bias": bias}, input, input.ndim - len(shape), options)
+        parts: Parts = {}
+        if "weight" in wanted:
+            parts["weight",] = DenseRows((summed(gradient * operands.options["normalize"](operands.input)),))
+        if "bias" in wanted:
+            parts["bias",] = DenseRows((summed(gradient),))
+        return parts
 
 
-class _RMSNorm:
-    parts = staticmethod(_affine)
-
-    def operands(
-        self, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
-    ) -> Operands | None:
-        shape = list(normalized_shape)
-        options = {"features": len(shape), "normalize": lambda x: F.rms_norm(x, shape, eps=eps)}
-        return Operands({"weight": weight}, input, input.ndim - len(shape), options)
-
-
-class _GroupNorm:
-    parts = staticmethod(_affine)
-
-    def operands(
-        self,
-        input: Tensor,
-        num_groups: int,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
-    ) -> Operands | None:
-        options = {"features": 0, "normalize": lambda x: F.group_norm(x, num_groups, eps=eps)}
-        return Operands({"weight": weight, "bias": bias}, input, 1, options)
-
-
-class _BatchNorm:
+class _BatchNorm(_Normalization):
     """Batch normalisation by running statistics only: batch statistics mix the examples."""
 
-    parts = staticmethod(_affine)
-
-    def operands(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Operands | None:
-        if training or running_mean is None or running_var is None:
+    def operands(self, *args: Any, **kwargs: Any) -> Operands | None:
+        given = arguments(self.func, args, kwargs)
+        statistics = {name: given[name] for name in ("running_mean", "running_var")}
+        if given["training"] or any(statistic is None for statistic in statistics.values()):
             return None
-        mean, variance = running_mean.clone(), running_var.clone()
-        options: dict[str, Any] = {"features": 0, "normalize": lambda x: F.batch_norm(x, mean, variance, eps=eps)}
-        return Operands({"weight": weight, "bias": bias}, input, 1, options)
+        return super().operands(**given | {name: statistic.clone() for name, statistic in statistics.items()})
 
 
-class _InstanceNorm:
-    parts = staticmethod(_affine)
+class _InstanceNorm(_Normalization):
+    """Instance normalisation by the statistics of the input only; a second call must not update the running ones."""
 
-    def operands(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None = None,
-        running_var: Tensor | None = None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        use_input_stats: bool = True,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Operands | None:
-        if not use_input_stats:
-            return None
-        options = {"features": 0, "normalize": lambda x: F.instance_norm(x, eps=eps)}
-        return Operands({"weight": weight, "bias": bias}, input, 1, options)
+    def operands(self, *args: Any, **kwargs: Any) -> Operands | None:
+        given = arguments(self.func, args, kwargs) | {"running_mean": None, "running_var": None}
+        return super().operands(**given) if given["use_input_stats"] else None
 
 
 NORMALIZATIONS: dict[Callable[..., object], LayerRule] = {
-    F.layer_norm: _LayerNorm(),
-    F.rms_norm: _RMSNorm(),
-    F.group_norm: _GroupNorm(),
-    F.batch_norm: _BatchNorm(),
-    F.instance_norm: _InstanceNorm(),
+    F.layer_norm: _Normalization(F.layer_norm),
+    F.rms_norm: _Normalization(F.rms_norm),
+    F.group_norm: _Normalization(F.group_norm),
+    F.batch_norm: _BatchNorm(F.batch_norm),
+    F.instance_norm: _InstanceNorm(F.instance_norm),
 }

@@ -1,13 +1,18 @@
 """The interface of layer rules: each reads the operands of a call and turns the output gradient into parts."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from lightning_influence.gradients.layout import Layout
+from lightning_influence.gradients.layout import Split
 from lightning_influence.gradients.part import Part
+
+Parts = dict[tuple[str, ...], Part]
+"""Parts by the roles of the parameters that they are for; ``("weight", "bias")`` may share one."""
 
 
 @dataclass(frozen=True)
@@ -46,27 +51,35 @@ class LayerRule(Protocol):
     """
 
     def operands(self, *args: Any, **kwargs: Any) -> Operands | None:
-        """Read the arguments of a call; give this method the signature of the torch function.
+        """Read the arguments of a call; this method has the signature of the torch function, or binds ``arguments``.
 
         Returns:
             The operands, or None if the rule does not cover this call.
         """
 
-    def parts(
-        self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
-    ) -> dict[tuple[str, ...], Part]:
+    def parts(self, operands: Operands, gradient: Tensor, wanted: frozenset[str], split: Split) -> Parts:
         """Per-sample gradients of the parameters of one call.
 
         Args:
             operands: the result of ``operands``, with parameters and input detached.
             gradient: the gradient of the summed per-sample losses with respect to the call's output, in its shape.
             wanted: the roles of the trainable parameters.
-            examples: how many examples the batch has.
-            layout: which dimension of the activations holds the examples; ``layout.split`` brings it to the front.
-
-        Returns:
-            Parts by the roles that they are for; ``("weight", "bias")`` may share one.
+            split: brings the examples of the batch to the front of its activations.
 
         Raises:
-            LayoutMismatch: the activations do not have this layout.
+            LayoutMismatch: the activations do not have the layout of ``split``.
         """
+
+
+_signature = cache(inspect.signature)
+
+
+def arguments(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, defaults included; for torch functions that are written in Python.
+
+    Raises:
+        TypeError: they do not fit the function's signature.
+    """
+    bound = _signature(func).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments

@@ -9,15 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_influence.gradients.dense_rows import DenseRows
-from lightning_influence.gradients.layout import Layout
+from lightning_influence.gradients.layout import Split
 from lightning_influence.gradients.lookup import Lookup
-from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.rules.elementwise import sum_broadcast
 from lightning_influence.gradients.rules.embedding import EMBEDDINGS, without_padding
-from lightning_influence.gradients.rules.rule import Operands
-
-SUMS = frozenset({torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__})
-"""Sums, from whose output the gradient of a shared operand can be split by example."""
+from lightning_influence.gradients.rules.rule import Operands, Parts
 
 VIEWS = frozenset(
     {
@@ -112,16 +108,14 @@ class SharedSum:
         """The operands of the sum ``output``."""
         return Operands({"shared": shared.parameter}, output, output.ndim, {"shared": shared})
 
-    def parts(
-        self, operands: Operands, gradient: Tensor, wanted: frozenset[str], examples: int, layout: Layout
-    ) -> dict[tuple[str, ...], Part]:
+    def parts(self, operands: Operands, gradient: Tensor, wanted: frozenset[str], split: Split) -> Parts:
         """Dense gradients of the parameter; for a look-up without views, those of the rows that were looked up."""
         shared: Shared = operands.options["shared"]
         parameter = operands["shared"]
-        rows = sum_broadcast(gradient, tuple(shared.value.shape), examples, layout)
+        rows = sum_broadcast(gradient, tuple(shared.value.shape), split)
         if shared.ids is not None:
-            ids = shared.ids.reshape(1, -1).expand(examples, -1)
-            return {("shared",): Lookup(ids, rows.reshape(examples, -1, rows.shape[-1]), tuple(parameter.shape))}
+            ids = shared.ids.reshape(1, -1).expand(len(rows), -1)
+            return {("shared",): Lookup(ids, rows.reshape(*ids.shape, -1), tuple(parameter.shape))}
         with torch.enable_grad():
             given = parameter.detach().requires_grad_()
             value = shared.make(given)
