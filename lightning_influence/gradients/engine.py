@@ -137,12 +137,11 @@ class Engine:
             )
         if plan.vectorised:
             try:
-                rows = vectorised_rows(self.task, block, plan.vectorised)
-                parts.update({(name,): part for name, part in rows.items()})
+                parts.update(vectorised_rows(self.task, block, plan.vectorised))
             except NotVectorisable:
                 slow += plan.vectorised
         if slow:
-            parts.update({(n,): part for n, part in rows_one_by_one(self.task, block, slow, self.seed).items()})
+            parts.update(rows_one_by_one(self.task, block, slow, self.seed))
         groups = {names: self.groups.get(names[0], 0) for names in parts}
         gradients = Gradients(parts, groups, block.size)
         if watch is not None:

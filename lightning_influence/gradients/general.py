@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_influence.data.examples import Block
+from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.dense_rows import DenseRows
+from lightning_influence.gradients.part import Part
+from lightning_influence.module.snapshot import restoring
 from lightning_influence.module.task import Task, seed_for
 from lightning_influence.types import clean
 
@@ -24,7 +27,7 @@ class NotVectorisable(RuntimeError):
     """The module cannot run under ``torch.func.vmap``; the cause is chained."""
 
 
-def vectorised_rows(task: Task, block: Block, names: Sequence[str]) -> dict[str, DenseRows]:
+def vectorised_rows(task: Task, block: Block, names: Sequence[str]) -> dict[Names, Part]:
     """Dense gradients of the named parameters, by ``vmap(grad)`` over the examples of a block.
 
     Raises:
@@ -35,7 +38,7 @@ def vectorised_rows(task: Task, block: Block, names: Sequence[str]) -> dict[str,
     wanted = {name: parameters[name].detach() for name in names}
     chunk = max(1, _VECTORISED // max(1, sum(p.numel() for p in wanted.values())))
     rows = _over_examples(task, block, wanted, torch.func.grad, chunk)
-    return {name: DenseRows((rows[name].detach(),)) for name in names}
+    return {(name,): DenseRows((rows[name].detach(),)) for name in names}
 
 
 def vectorised_losses(task: Task, block: Block) -> Tensor:
@@ -85,10 +88,10 @@ def _over_examples(
         raise NotVectorisable(f"`training_step` does not run under `torch.func.vmap`: {error}") from error
 
 
-def rows_one_by_one(task: Task, block: Block, names: Sequence[str], seed: int) -> dict[str, DenseRows]:
+def rows_one_by_one(task: Task, block: Block, names: Sequence[str], seed: int) -> dict[Names, Part]:
     """Dense gradients by one backward pass per example: slow, and the definition of what all other paths must equal."""
     gradients = [one_gradient(task, block.one(i), names, seed, i) for i in block.ids]
-    return {name: DenseRows((torch.stack([g[name] for g in gradients]),)) for name in names}
+    return {(name,): DenseRows((torch.stack([g[name] for g in gradients]),)) for name in names}
 
 
 def one_gradient(task: Task, batch: Any, names: Sequence[str], seed: int, example: int) -> dict[str, Tensor]:
@@ -111,15 +114,11 @@ def one_gradient(task: Task, batch: Any, names: Sequence[str], seed: int, exampl
 def requiring_gradients(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Make only the named parameters require gradients inside."""
     wanted = set(names)
-    before = [(p, p.requires_grad) for p in module.parameters()]
-    for name, parameter in module.named_parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(clean(name) in wanted)
-    try:
+    with restoring(module.parameters(), "requires_grad"):
+        for name, parameter in module.named_parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(clean(name) in wanted)
         yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
 
 
 @contextlib.contextmanager
@@ -136,17 +135,17 @@ def replacing(
                 if tensor is not None and id(tensor) in replacements:
                     tensors[key] = replacements[id(tensor)]  # type: ignore[assignment]
                     swapped.append((part, tensors, key, tensor))
-    recurrent = {id(part): part for part, *_ in swapped}.values()
-    _refresh_flat_weights(list(recurrent))
+    owners = {part for part, *_ in swapped}
+    _refresh_flat_weights(owners)
     try:
         yield
     finally:
         for _, tensors, key, tensor in swapped:
             tensors[key] = tensor  # type: ignore[assignment]
-        _refresh_flat_weights(list(recurrent))
+        _refresh_flat_weights(owners)
 
 
-def _refresh_flat_weights(parts: Sequence[nn.Module]) -> None:
+def _refresh_flat_weights(parts: Iterable[nn.Module]) -> None:
     """Update the second list of their weights that recurrent modules keep."""
     for part in parts:
         if isinstance(part, nn.RNNBase):

@@ -14,6 +14,7 @@ from lightning_influence.gradients.rules import RULES, LayerRule, Operands
 from lightning_influence.gradients.rules.elementwise import SUMS
 from lightning_influence.gradients.rules.recurrent import RECURRENT, unrolled
 from lightning_influence.gradients.rules.shared import SHARED_SUM, Shared, shared_tensor
+from lightning_influence.module.snapshot import restoring
 
 _LINEAR = F.linear
 
@@ -146,11 +147,9 @@ class Tape(TorchFunctionMode):
 
     def _attention(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run multi-head attention with ``F.linear`` replaced: its weights are passed to one composite function."""
-        F.linear = self._linear
-        try:
+        with restoring([F], "linear"):
+            F.linear = self._linear
             return func(*args, **kwargs)
-        finally:
-            F.linear = _LINEAR
 
 
 def _operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:

@@ -1,7 +1,8 @@
 """Snapshots of a module's attributes, containers and buffers, to undo what a forward pass changes in them."""
 
+import contextlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from operator import is_
 from typing import Any
@@ -22,32 +23,21 @@ class ModuleSnapshot:
     def __init__(self, module: nn.Module) -> None:
         self._attributes = [(m, dict(m.__dict__)) for m in module.modules()]
         self._containers: list[tuple[Any, Any]] = []
-        found: dict[int, Tensor] = {}
-        visited: set[int] = set()
-        for _, attributes in self._attributes:
-            for name, value in attributes.items():
-                if _is_hooks(name):
-                    continue
-                if isinstance(value, Tensor):
-                    found[id(value)] = value
-                elif isinstance(value, (list, tuple, dict, set, deque)):
-                    for inner in self._follow(value, visited):
-                        found[id(inner)] = inner
+        values = [v for _, attributes in self._attributes for name, v in attributes.items() if not _is_hooks(name)]
+        found = {id(tensor): tensor for tensor in self._tensors_in(values, set())}
         tensors = [t for t in found.values() if not t.is_inference() and not isinstance(t, nn.Parameter)]
         self._tensors = [(t, t._version, None if t.numel() > _LARGE else t.detach().clone()) for t in tensors]
 
-    def _follow(self, container: Any, visited: set[int]) -> Iterator[Tensor]:
-        """Record a container and the containers inside it; yield the tensors they hold."""
-        if id(container) in visited:
-            return
-        visited.add(id(container))
-        if not isinstance(container, tuple):
-            self._containers.append((container, container.copy()))
-        for value in container.values() if isinstance(container, Mapping) else container:
+    def _tensors_in(self, values: Iterable[Any], visited: set[int]) -> Iterator[Tensor]:
+        """Yield the tensors among some values and in their containers, which are recorded."""
+        for value in values:
             if isinstance(value, Tensor):
                 yield value
-            elif isinstance(value, (list, tuple, dict, set, deque)):
-                yield from self._follow(value, visited)
+            elif isinstance(value, (list, tuple, dict, set, deque)) and id(value) not in visited:
+                visited.add(id(value))
+                if not isinstance(value, tuple):
+                    self._containers.append((value, value.copy()))
+                yield from self._tensors_in(value.values() if isinstance(value, dict) else value, visited)
 
     def restore(self) -> None:
         """Put back everything that has changed since the snapshot.
@@ -61,7 +51,9 @@ class ModuleSnapshot:
                 now.clear()
                 now.update(attributes)
         for container, content in self._containers:
-            _refill(container, content)
+            if not _same_content(container, content):
+                container.clear()
+                (container.extend if isinstance(container, (list, deque)) else container.update)(content)
         for i, (tensor, version, value) in enumerate(self._tensors):
             if tensor._version != version:
                 if value is None:
@@ -71,6 +63,17 @@ class ModuleSnapshot:
                     )
                 tensor.data.copy_(value)
                 self._tensors[i] = (tensor, tensor._version, value)
+
+
+@contextlib.contextmanager
+def restoring(owners: Iterable[Any], name: str) -> Iterator[None]:
+    """Restore one attribute of each of these objects afterwards."""
+    before = [(owner, getattr(owner, name)) for owner in owners]
+    try:
+        yield
+    finally:
+        for owner, value in before:
+            setattr(owner, name, value)
 
 
 @cache
@@ -87,15 +90,9 @@ def _same_objects(mine: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
     return all(mine.get(key, mine) is value for key, value in other.items())  # in another order
 
 
-def _refill(container: Any, content: Any) -> None:
+def _same_content(container: Any, content: Any) -> bool:
     if isinstance(content, dict):
-        if _same_objects(container, content):
-            return
-    elif len(container) == len(content):
-        if isinstance(content, set):
-            if container == content:
-                return
-        elif all(map(is_, container, content)):
-            return
-    container.clear()
-    (container.extend if isinstance(container, (list, deque)) else container.update)(content)
+        return _same_objects(container, content)
+    if isinstance(content, set):
+        return bool(container == content)
+    return len(container) == len(content) and all(map(is_, container, content))

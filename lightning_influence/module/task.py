@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_influence.module.precision import full_precision, plain_checkpointing
-from lightning_influence.module.snapshot import ModuleSnapshot
+from lightning_influence.module.snapshot import ModuleSnapshot, restoring
 from lightning_influence.module.trainer_state import clock_restored, set_clock, silent_loggers, training_stage
 from lightning_influence.types import Batch, clean, foreign
 
 Loss = Callable[[Any, Batch], Tensor]
 """``loss(module, batch) -> [batch]``: per-sample losses."""
+
+
+_LOW_PRECISIONS = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
 
 class NoLoss(TypeError):
@@ -181,12 +184,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def _is_low_precision(trainer: Any) -> bool:
     """Whether the Trainer computes in less than float32, with which scores would lose three digits or more."""
     precision = str(getattr(trainer.precision_plugin, "precision", ""))
-    return "mixed" in precision or precision in (
-        "16-true",
-        "bf16-true",
-        "transformer-engine",
-        "transformer-engine-float16",
-    )
+    return "mixed" in precision or precision in _LOW_PRECISIONS
 
 
 def is_half(tensor: Any) -> bool:
@@ -234,17 +232,15 @@ def quiet(module: nn.Module, loss: Loss | None = None, trainer: Any = None, eval
         evaluate: switch to eval mode. False keeps the modes that the submodules are in.
     """
     module = unwrapped(module)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(isolated_random_state())
-        stack.enter_context(full_precision())
+    with isolated_random_state(), full_precision(), plain_checkpointing(), contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(plain_checkpointing())
-        stack.enter_context(_restored(module))
+        _restore_afterwards(module, stack)
         device = _enter_device(module, trainer)
         if trainer is not None:
             stack.enter_context(silent_loggers(trainer))
-        _attach(module, trainer)
+            if hasattr(module, "_trainer") and module._trainer is None:
+                module.trainer = trainer
         stack.enter_context(clock_restored(module))
         _silence(module)
         if evaluate:
@@ -285,31 +281,23 @@ def seed_for(seed: int, example: int) -> None:
         numpy.random.seed(mixed % 2**32)
 
 
-@contextlib.contextmanager
-def _restored(module: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in module.modules()]
-    attributes = ModuleSnapshot(module)
-    tensors = [(t, t.data, t.requires_grad) for t in (*module.parameters(), *module.buffers())]
+def _restore_afterwards(module: nn.Module, stack: contextlib.ExitStack) -> None:
+    tensors = (*module.parameters(), *module.buffers())
+    stack.enter_context(restoring(module.modules(), "training"))
+    stack.callback(ModuleSnapshot(module).restore)
+    stack.enter_context(restoring(tensors, "requires_grad"))
+    stack.enter_context(restoring(tensors, "data"))
     for m in module.modules():
         if (
             isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
         ):  # a look-up shortens the rows of its table in place
             m.weight.data = m.weight.data.clone()
-    try:
-        yield
-    finally:
-        for tensor, data, required in tensors:
-            tensor.data = data
-            tensor.requires_grad_(required)
-        attributes.restore()
-        for m, mode in modes:
-            m.training = mode
 
 
 def _enter_device(module: nn.Module, trainer: Any) -> torch.device:
     """Move the module to the device of scoring, in float32 at least.
 
-    Only ``tensor.data`` is replaced, so that ``_restored`` undoes it by putting the old data back.
+    Only ``tensor.data`` is replaced, so that ``_restore_afterwards`` undoes it by putting the old data back.
     """
     first = next(iter((*module.parameters(), *module.buffers())), None)
     here = torch.device("cpu") if first is None else first.device
@@ -318,11 +306,6 @@ def _enter_device(module: nn.Module, trainer: Any) -> torch.device:
         if tensor.device != device or is_half(tensor):
             tensor.data = tensor.data.to(device, torch.float32 if is_half(tensor) else tensor.dtype)
     return device
-
-
-def _attach(module: Any, trainer: Any) -> None:
-    if trainer is not None and hasattr(module, "_trainer") and module._trainer is None:
-        module.trainer = trainer
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:

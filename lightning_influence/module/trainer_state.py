@@ -6,46 +6,33 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from lightning_influence.module.snapshot import restoring
+
 
 @contextlib.contextmanager
 def training_stage(module: Any) -> Iterator[None]:
     """Make ``trainer.training`` true: ``training_step``, or a hook on its batch, may read it."""
     state = getattr(getattr(module, "_trainer", None), "state", None)
-    before = [] if state is None else [(state, state.stage)]
-    for state, _ in before:
-        state.stage = sys.modules[type(state).__module__].RunningStage.TRAINING
-    try:
+    with restoring([] if state is None else [state], "stage"):
+        if state is not None:
+            state.stage = sys.modules[type(state).__module__].RunningStage.TRAINING
         yield
-    finally:
-        for state, stage in before:
-            state.stage = stage
 
 
 @contextlib.contextmanager
 def silent_loggers(trainer: Any) -> Iterator[None]:
     """Discard what ``training_step`` writes to ``self.logger.experiment``."""
-    loggers = trainer.loggers
     package = type(trainer).__module__.partition(".trainer")[0]
     dummy = sys.modules.get(f"{package}.loggers.logger")
-    if not loggers or dummy is None:
+    with restoring([trainer], "loggers"):
+        if trainer.loggers and dummy is not None:
+            trainer.loggers = [dummy.DummyLogger()]
         yield
-        return
-    trainer.loggers = [dummy.DummyLogger()]
-    try:
-        yield
-    finally:
-        trainer.loggers = loggers
 
 
-@contextlib.contextmanager
-def clock_restored(module: Any) -> Iterator[None]:
+def clock_restored(module: Any) -> contextlib.AbstractContextManager[None]:
     """Restore the Trainer's counters of steps and epochs, which ``set_clock`` may change inside."""
-    before = [(counter, counter.completed) for counter in _counters(module)]
-    try:
-        yield
-    finally:
-        for counter, completed in before:
-            counter.completed = completed
+    return restoring(_counters(module), "completed")
 
 
 def set_clock(module: Any, step: int, epoch: int) -> None:
