@@ -104,13 +104,13 @@ class Gradients:
         A gradient of zero stays zero.
         """
         if how == "cosine":
-            factor = _inverse_length(self.norm2())
+            factor = inverse_length(self.norm2())
             return self.scaled(dict.fromkeys(self.parts, factor))
         norms: dict[str, Tensor] = {}
         for names, part in self.parts.items():
             layer = layer_of(names)
             norms[layer] = norms[layer] + part.norm2() if layer in norms else part.norm2()
-        return self.scaled({names: _inverse_length(norms[layer_of(names)]) for names in self.parts})
+        return self.scaled({names: inverse_length(norms[layer_of(names)]) for names in self.parts})
 
     def scaled(self, factors: Mapping[Names, Tensor]) -> "Gradients":
         """Multiply the gradients of each part by one factor per example, ``factors`` [example] by part."""
@@ -162,5 +162,6 @@ def layer_of(names: Names) -> str:
     return names[0].rpartition(".")[0]
 
 
-def _inverse_length(norm2: Tensor) -> Tensor:
+def inverse_length(norm2: Tensor) -> Tensor:
+    """[example]: 1 / length for each squared length; zero for zero."""
     return torch.where(norm2 > 0, norm2, torch.inf).rsqrt()

@@ -16,9 +16,6 @@ class DenseRows(Part):
 
     rows: tuple[Tensor, ...]
 
-    def __len__(self) -> int:
-        return len(self.rows[0])
-
     @property
     def like(self) -> Tensor:
         """Any tensor of this part: its dtype and device."""

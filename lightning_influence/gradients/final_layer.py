@@ -42,8 +42,7 @@ class HeadRows:
 
     def columns(self) -> dict[str, Tensor]:
         """The tensors by name, on the CPU, in dtypes that Arrow can store."""
-        named = {"features": self.features, "outputs": self.outputs, "gradients": self.gradients}
-        return {name: t.cpu() if t.dtype == torch.float64 else t.float().cpu() for name, t in named.items()}
+        return {name: t.cpu() if t.dtype == torch.float64 else t.float().cpu() for name, t in vars(self).items()}
 
     def __getitem__(self, rows: slice) -> "HeadRows":
         return HeadRows(self.features[rows], self.outputs[rows], self.gradients[rows])

@@ -27,9 +27,6 @@ class Lookup(Part):
     outputs: Tensor
     shape: tuple[int, ...]
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
     @property
     def like(self) -> Tensor:
         """Any tensor of this part: its dtype and device."""

@@ -42,9 +42,6 @@ class OuterProducts(Part):
     patches: Callable[[Tensor], Tensor] | None = None
     factor: Tensor | None = None
 
-    def __len__(self) -> int:
-        return len(self.outputs)
-
     @cached_property
     def inputs(self) -> Tensor:
         """[example, position, in]."""
@@ -244,10 +241,7 @@ class OuterProducts(Part):
 
     def merged(self, other: Part) -> Part | None:
         """The sum of the gradients of two uses of one weight: outer products over the positions of both."""
-        if not isinstance(other, OuterProducts) or (self.bias, self.transposed) != (
-            other.bias,
-            other.transposed,
-        ):
+        if not isinstance(other, OuterProducts) or (self.bias, self.transposed) != (other.bias, other.transposed):
             return None
         inputs = torch.cat([self.inputs, other.inputs], 1)
         outputs = torch.cat([self.scaled_outputs(), other.scaled_outputs()], 1)

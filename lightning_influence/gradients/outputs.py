@@ -10,19 +10,18 @@ from torch.overrides import TorchFunctionMode
 
 # Loss functions that are convex in their first argument, the prediction.
 _LOSSES = frozenset(
-    getattr(F, name)
-    for name in (
-        "cross_entropy",
-        "nll_loss",
-        "mse_loss",
-        "binary_cross_entropy",
-        "binary_cross_entropy_with_logits",
-        "huber_loss",
-        "smooth_l1_loss",
-        "poisson_nll_loss",
-        "kl_div",
-        "l1_loss",
-    )
+    {
+        F.cross_entropy,
+        F.nll_loss,
+        F.mse_loss,
+        F.binary_cross_entropy,
+        F.binary_cross_entropy_with_logits,
+        F.huber_loss,
+        F.smooth_l1_loss,
+        F.poisson_nll_loss,
+        F.kl_div,
+        F.l1_loss,
+    }
 )
 # Functions between the logits and a loss of probabilities; the network's outputs are then the logits.
 _LINKS = frozenset({"log_softmax", "sigmoid", "logsigmoid", "log_sigmoid"})

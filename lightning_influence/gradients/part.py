@@ -12,13 +12,13 @@ from lightning_influence.numerics.projections import Sketch
 class Part(ABC):
     """Per-sample gradients of one parameter (or of a weight and its bias), in the form that is cheapest to multiply."""
 
-    @abstractmethod
-    def __len__(self) -> int: ...
-
     @property
     @abstractmethod
     def like(self) -> Tensor:
-        """Any tensor of this part: its dtype and device."""
+        """Any tensor of this part, [example, ...]: its length, dtype and device."""
+
+    def __len__(self) -> int:
+        return len(self.like)
 
     @abstractmethod
     def slice(self, rows: slice) -> "Part":

@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_influence.gradients.block import Gradients, SketchOf, layer_of
+from lightning_influence.gradients.block import Gradients, SketchOf, inverse_length, layer_of
 from lightning_influence.gradients.part import one_row_per_example
 
 
@@ -45,42 +46,41 @@ class QueryGradients(ABC):
         return self.dot(block).diagonal()
 
 
+@dataclass(frozen=True, eq=False)
 class EachQuery(QueryGradients):
-    """Gradients of every query, in the blocks in which they were computed."""
+    """Gradients of every query.
 
-    def __init__(self, blocks: Sequence[Gradients]) -> None:
-        self._blocks = blocks
+    Args:
+        blocks: the gradients, in the blocks in which they were computed.
+    """
+
+    blocks: Sequence[Gradients]
 
     def __len__(self) -> int:
-        return sum(len(queries) for queries in self._blocks)
-
-    @property
-    def blocks(self) -> Sequence[Gradients]:
-        """The gradients, block by block."""
-        return self._blocks
+        return sum(len(queries) for queries in self.blocks)
 
     def dot(self, block: Gradients, scale: Tensor | None = None) -> Tensor:
         """[query, example of block]."""
-        products = [queries.dot(block, scale) for queries in self._blocks]
+        products = [queries.dot(block, scale) for queries in self.blocks]
         return products[0] if len(products) == 1 else torch.cat(products)
 
     def normalized(self, how: str) -> "EachQuery":
         """Normalise each query's gradient."""
-        return EachQuery([queries.normalized(how) for queries in self._blocks])
+        return EachQuery([queries.normalized(how) for queries in self.blocks])
 
     def project(self, sketch_of: SketchOf) -> "EachQuery":
         """Project each query's gradient."""
-        return EachQuery([queries.project(sketch_of) for queries in self._blocks])
+        return EachQuery([queries.project(sketch_of) for queries in self.blocks])
 
     def dense(self) -> dict[str, Tensor]:
         """[query, *shape] by parameter name; zeros for queries whose losses do not depend on the parameter."""
-        written = [queries.dense() for queries in self._blocks]
+        written = [queries.dense() for queries in self.blocks]
         shapes = {name: rows[0] for of_block in written for name, rows in of_block.items()}
         return {
             name: torch.cat(
                 [
                     of_block[name] if name in of_block else like.new_zeros(len(queries), *like.shape)
-                    for queries, of_block in zip(self._blocks, written, strict=True)
+                    for queries, of_block in zip(self.blocks, written, strict=True)
                 ]
             )
             for name, like in shapes.items()
@@ -88,13 +88,14 @@ class EachQuery(QueryGradients):
 
     def norm2(self) -> Tensor:
         """[query]."""
-        return torch.cat([queries.norm2() for queries in self._blocks])
+        return torch.cat([queries.norm2() for queries in self.blocks])
 
     def times(self, vector: Mapping[str, Tensor]) -> Tensor:
         """[query]."""
-        return torch.cat([queries.times(vector) for queries in self._blocks])
+        return torch.cat([queries.times(vector) for queries in self.blocks])
 
 
+@dataclass(frozen=True, eq=False)
 class DenseQueries(QueryGradients):
     """Dense vectors in place of gradients: solutions with a curvature, or the gradient of the mean loss of all queries.
 
@@ -103,67 +104,60 @@ class DenseQueries(QueryGradients):
         groups: the optimizer's parameter group by parameter name; 0 where it is missing.
     """
 
-    def __init__(self, vectors: Mapping[str, Tensor], groups: Mapping[str, int]) -> None:
-        self._vectors = vectors
-        self._groups = groups
+    vectors: Mapping[str, Tensor]
+    groups: Mapping[str, int]
 
     def __len__(self) -> int:
-        return len(next(iter(self._vectors.values())))
+        return len(next(iter(self.vectors.values())))
 
     def dot(self, block: Gradients, scale: Tensor | None = None) -> Tensor:
         """[query, example of block]; each part is multiplied in the cheaper order."""
         by_group: dict[int, Tensor] = {}
         shared = scale is None or scale.ndim == 1
-        if any(name not in self._vectors for names in block.parts for name in names):
+        if any(name not in self.vectors for names in block.parts for name in names):
             block = block.per_parameter()
         for names, part in block.parts.items():
-            if names[0] not in self._vectors:  # no query's loss depends on it
+            if names[0] not in self.vectors:  # no query's loss depends on it
                 continue
-            group = 0 if shared else self._groups.get(names[0], 0)
-            product = part.times_each(tuple(self._vectors[name] for name in names))
+            group = 0 if shared else self.groups.get(names[0], 0)
+            product = part.times_each(tuple(self.vectors[name] for name in names))
             by_group[group] = by_group[group] + product if group in by_group else product
         scaled = [
             product if scale is None else product * (scale if shared else scale[group]).to(product)
             for group, product in by_group.items()
         ]
-        zeros = next(iter(self._vectors.values())).new_zeros
+        zeros = next(iter(self.vectors.values())).new_zeros
         return torch.stack(scaled).sum(0) if scaled else zeros(len(self), len(block))
 
     def normalized(self, how: str) -> "DenseQueries":
         """Normalise each vector."""
+        layers = {name: "" if how == "cosine" else layer_of((name,)) for name in self.vectors}
         squares: dict[str, Tensor] = {}
-        for name, rows in self._vectors.items():
-            layer = "" if how == "cosine" else layer_of((name,))
-            squares[layer] = squares.get(layer, torch.zeros_like(_squared(rows))) + _squared(rows)
-        factors = {layer: torch.where(total > 0, total, torch.inf).rsqrt() for layer, total in squares.items()}
-        vectors = {
-            name: rows * one_row_per_example(factors["" if how == "cosine" else layer_of((name,))], rows)
-            for name, rows in self._vectors.items()
-        }
-        return DenseQueries(vectors, self._groups)
+        for name, rows in self.vectors.items():
+            squares[layers[name]] = squares.get(layers[name], 0) + _squared(rows)
+        factors = {name: inverse_length(squares[layer]) for name, layer in layers.items()}
+        vectors = {name: rows * one_row_per_example(factors[name], rows) for name, rows in self.vectors.items()}
+        return DenseQueries(vectors, self.groups)
 
     def project(self, sketch_of: SketchOf) -> "DenseQueries":
         """Project each vector."""
-        sketched = {n: sketch_of(n, rows.shape[1:], rows).rows(rows) for n, rows in self._vectors.items()}
-        return DenseQueries(sketched, self._groups)
+        sketched = {n: sketch_of(n, rows.shape[1:], rows).rows(rows) for n, rows in self.vectors.items()}
+        return DenseQueries(sketched, self.groups)
 
     def dense(self) -> dict[str, Tensor]:
         """[query, *shape] by parameter name."""
-        return dict(self._vectors)
+        return dict(self.vectors)
 
     def norm2(self) -> Tensor:
         """[query]."""
-        return torch.stack([_squared(rows) for rows in self._vectors.values()]).sum(0)
+        return torch.stack([_squared(rows) for rows in self.vectors.values()]).sum(0)
 
     def times(self, vector: Mapping[str, Tensor]) -> Tensor:
         """[query]."""
-        products = [rows @ vector[n].flatten() for n, rows in _as_rows(self._vectors) if n in vector]
+        products = [
+            rows.reshape(len(rows), -1) @ vector[n].flatten() for n, rows in self.vectors.items() if n in vector
+        ]
         return torch.stack(products).sum(0) if products else self.norm2() * 0
-
-
-def _as_rows(vectors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """[query, entries] by name, also for parameters without dimensions."""
-    return [(name, rows.reshape(len(rows), -1)) for name, rows in vectors.items()]
 
 
 def _squared(rows: Tensor) -> Tensor:

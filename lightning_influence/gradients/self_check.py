@@ -1,6 +1,7 @@
 """The self-check: compares every trainable parameter's gradients with plain autograd before anything is scored."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -95,7 +96,7 @@ class _Vectorised(_Attempt):
     def __init__(self, engine: Engine, blocks: Sequence[Block], names: Sequence[str]) -> None:
         self.layouts = {}
         self.agreeing = set(names)
-        self.parts = [{(n,): p for n, p in vectorised_rows(engine.task, block, names).items()} for block in blocks]
+        self.parts = [vectorised_rows(engine.task, block, names) for block in blocks]
 
 
 def _vectorised(
@@ -130,15 +131,13 @@ def _compare(
         The parameters whose gradients are not all zero.
     """
     nonzero: set[str] = set()
-    all_attempts = [*attempts, *([vectorised] if vectorised is not None else [])]
+    all_attempts = [*attempts] if vectorised is None else [*attempts, vectorised]
     for b, block in enumerate(blocks):
-        for i in range(block.size):
-            example = _id_of(block, i)
+        for i, example in enumerate(block.ids):
             truth = one_gradient(engine.task, block.one(example), names, engine.seed, example)
-            if not all(bool(gradient.isfinite().all()) for gradient in truth.values()):
-                nonzero |= {name for name, gradient in truth.items() if bool(gradient.any())}
-                continue  # nothing to compare; the attributor reports every such example
             nonzero |= {name for name, gradient in truth.items() if bool(gradient.any())}
+            if not all(bool(gradient.isfinite().all()) for gradient in truth.values()):
+                continue  # nothing to compare; the attributor reports every such example
             largest = largest_entry(truth.values())
             for attempt in all_attempts:
                 rows = attempt.row(b, i)
@@ -157,17 +156,16 @@ def _sample(examples: Examples) -> list[Block]:
     return blocks
 
 
+@dataclass(frozen=True)
 class _SampledBlock(Block):
     """A block whose ids are not consecutive."""
 
-    def __init__(self, start: int, size: int, batch: object, one: object, sampled: Sequence[int]) -> None:
-        super().__init__(start, size, batch, one)  # type: ignore[arg-type]
-        object.__setattr__(self, "sampled", list(sampled))
+    sampled: Sequence[int]
 
-
-def _id_of(block: Block, position: int) -> int:
-    sampled: list[int] = block.sampled  # type: ignore[attr-defined]
-    return sampled[position]
+    @property
+    def ids(self) -> Sequence[int]:  # type: ignore[override]
+        """Indices into the dataset."""
+        return self.sampled
 
 
 def _candidates(name: str, recorded: Sequence[Sequence[Call]], blocks: Sequence[Block]) -> list[Layout]:

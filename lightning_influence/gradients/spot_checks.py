@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_influence.gradients.block import Gradients
+from lightning_influence.gradients.rules.rule import arguments
 
 # Operations that may reorder or drop examples depending on the data.
 _REORDERS = frozenset(
@@ -51,7 +52,7 @@ class SuspectRows:
         elif func in _REORDERS:
             self._reordered(*args[1:2])
         elif func is F.cross_entropy or func is F.nll_loss:
-            self._check_ignored(*args, **kwargs)
+            self._check_ignored(**arguments(func, args, kwargs))
         elif func in _COUNTS:
             self._count(*args, **kwargs)
         elif self._counted and (func in _READS or (func in _SCALES and _scaled_by_number(args))):
@@ -80,17 +81,7 @@ class SuspectRows:
             return set()
         return {int(first.argmin()), int(first.argmax())}
 
-    def _check_ignored(
-        self,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        size_average: bool | None = None,
-        ignore_index: int = -100,
-        reduce: bool | None = None,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-    ) -> None:
+    def _check_ignored(self, target: Tensor, ignore_index: int, reduction: str, **_: Any) -> None:
         """Ignored targets: unless all examples have equally many, a mean over the batch weights examples unequally."""
         if reduction != "mean" or target.is_floating_point() or not target.numel() or target.numel() % self.examples:
             return

@@ -19,9 +19,6 @@ class SumOfParts(Part):
 
     terms: tuple[Part, ...]
 
-    def __len__(self) -> int:
-        return len(self.terms[0])
-
     @property
     def like(self) -> Tensor:
         """Any tensor of this part: its dtype and device."""

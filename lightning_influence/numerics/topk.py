@@ -101,13 +101,9 @@ class StreamingTopK:
                 "columns. Call `update` with the missing tiles first."
             )
         kept = min(self.k, most)
-        top, bottom = self._scores[True], self._scores[False]
-        return (
-            top[:, :kept].clone(),
-            self._ids[True][:, :kept].clone(),
-            bottom[:, :kept].clone(),
-            self._ids[False][:, :kept].clone(),
-        )
+        ends = (self._scores[True], self._ids[True], self._scores[False], self._ids[False])
+        top, top_ids, bottom, bottom_ids = (end[:, :kept].clone() for end in ends)
+        return top, top_ids, bottom, bottom_ids
 
 
 def top_k(scores: Tensor, ids: Tensor, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:

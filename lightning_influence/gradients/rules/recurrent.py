@@ -114,10 +114,9 @@ class _Weights:
 
     def __init__(self, weights: Sequence[Tensor], has_biases: bool) -> None:
         self.input, self.hidden = weights[:2]
-        self.bias_input = weights[2] if has_biases else None
-        self.bias_hidden = weights[3] if has_biases else None
-        projection = weights[4 if has_biases else 2 :]
-        self.projection = projection[0] if projection else None
+        biases: Sequence[Tensor | None] = weights[2:4] if has_biases else (None, None)
+        self.bias_input, self.bias_hidden = biases
+        self.projection = next(iter(weights[4 if has_biases else 2 :]), None)
 
     def run(
         self, linear: Linear, gates: _Gates, input: Tensor, hidden: Hidden, time: int, backwards: bool
