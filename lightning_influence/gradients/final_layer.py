@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import ConcatDataset
 
 from lightning_influence.data.examples import Examples
 from lightning_influence.files.arrow import read_batches, write_batches
@@ -271,19 +272,11 @@ def _same(head: Head, examples: Examples, stored: list[HeadRows]) -> bool:
     seed_for(0, ids[0])
     now = head.read(batch, len(ids)).columns()
     for name, found in now.items():
-        columns = [getattr(s, name) for s in stored]
-        then = torch.stack([_row(columns, i) for i in ids])
+        column = ConcatDataset[Tensor]([getattr(s, name) for s in stored])
+        then = torch.stack([column[i] for i in ids])
         tolerance = 1e-9 if found.dtype == torch.float64 else 1e-3
         if then.shape != found.shape or then.dtype != found.dtype:
             return False
         if float((then - found).abs().max()) > tolerance * max(float(found.abs().max()), 1e-30):
             return False
     return True
-
-
-def _row(batches: list[Tensor], i: int) -> Tensor:
-    for batch in batches:
-        if i < len(batch):
-            return batch[i]
-        i -= len(batch)
-    raise IndexError(i)

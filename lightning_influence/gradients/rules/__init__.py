@@ -1,7 +1,5 @@
 """Layer rules, one file per kind of operation: how to compute the per-sample gradients of its parameters."""
 
-from collections.abc import Callable
-
 from lightning_influence.gradients.rules.convolution import CONVOLUTIONS
 from lightning_influence.gradients.rules.elementwise import ELEMENTWISE
 from lightning_influence.gradients.rules.embedding import EMBEDDINGS
@@ -9,12 +7,6 @@ from lightning_influence.gradients.rules.linear import LINEAR
 from lightning_influence.gradients.rules.normalization import NORMALIZATIONS
 from lightning_influence.gradients.rules.rule import LayerRule, Operands
 
-RULES: dict[Callable[..., object], LayerRule] = {
-    **LINEAR,
-    **CONVOLUTIONS,
-    **EMBEDDINGS,
-    **NORMALIZATIONS,
-    **ELEMENTWISE,
-}
+RULES = LINEAR | CONVOLUTIONS | EMBEDDINGS | NORMALIZATIONS | ELEMENTWISE
 
 __all__ = ["RULES", "LayerRule", "Operands"]
