@@ -285,8 +285,8 @@ class Setting:
         checkpoint = trajectory.checkpoints[index]
         state = checkpoint.load()
         self.task.load(state.parameters, state.buffers, checkpoint.step, checkpoint.epoch)
-        loss_weights = self.engine.reduction.coefficient(), self.n_train, self.batches_per_epoch
-        exposure = trajectory.exposure(index, *loss_weights)[:, self.ids.start : self.ids.stop]
+        averaging = self.engine.reduction.coefficient(), self.n_train, self.batches_per_epoch
+        exposure = trajectory.exposure(index, *averaging)[:, self.ids.start : self.ids.stop]
         if not trajectory.has_batch_order:
             self.note("The batch order is not known: each example is given its expected share of the steps.")
         rates = torch.tensor(trajectory.learning_rates(index), dtype=torch.float64)
