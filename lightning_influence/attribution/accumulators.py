@@ -1,6 +1,7 @@
 """Collect tiles of scores: the full matrix, the strongest few, or the sum over a group."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -39,10 +40,11 @@ class MatrixAccumulator:
 
 
 class TopKAccumulator:
-    """Keeps the k strongest proponents and opponents of each query."""
+    """Keeps the k strongest proponents and opponents of each query; ``ids`` are the training examples with scores."""
 
-    def __init__(self, n_queries: int, k: int, dtype: torch.dtype) -> None:
+    def __init__(self, n_queries: int, k: int, dtype: torch.dtype, ids: Tensor) -> None:
         self._best = StreamingTopK(n_queries, k, dtype)
+        self._ids = ids
 
     def add(self, tile: Tensor, first_query: int, first_id: int) -> None:
         """Keep those scores of the tile that are among the strongest so far.
@@ -50,13 +52,14 @@ class TopKAccumulator:
         Raises:
             ValueError: unknown scores (NaN), which have no rank.
         """
+        ids = self._ids[first_id : first_id + tile.shape[1]]
         if bool(tile.isnan().any()):
-            unknown = tile.isnan().any(0).nonzero()[:, 0] + first_id
+            unknown = ids[tile.isnan().any(0).cpu()]
             raise ValueError(
                 f"Expected no unknown scores with `top_k`, got NaN for training examples {unknown[:10].tolist()}. "
                 "Leave `top_k` out."
             )
-        self._best.update(tile, torch.arange(first_id, first_id + tile.shape[1]), first_query)
+        self._best.update(tile, ids, first_query)
 
     def result(self) -> tuple[None, tuple[TopK, TopK]]:
         """No matrix, and the strongest proponents and opponents."""
@@ -77,12 +80,12 @@ class GroupAccumulator:
         self.total[first_query : first_query + len(tile)] += tile[:, here.to(tile.device)].double().sum(1).cpu()
 
 
+@dataclass
 class NonFinite:
-    """Finds the examples whose gradients are NaN or infinite, from the scores."""
+    """The examples whose gradients are NaN or infinite, as the scores show; ids in order of discovery."""
 
-    def __init__(self) -> None:
-        self.train: list[int] = []
-        self.queries: list[int] = []
+    train: list[int] = field(default_factory=list)
+    queries: list[int] = field(default_factory=list)
 
     def clean(self, tile: Tensor, first_query: int, first_id: int) -> bool:
         """Whether all scores of a tile are finite; if not, the queries or training examples at fault are stored."""

@@ -124,19 +124,16 @@ class Attributor:
             if top_k is None:
                 accumulator = MatrixAccumulator(len(all_queries), len(ids), dtype)
             else:
-                accumulator = TopKAccumulator(len(all_queries), top_k, dtype)
+                accumulator = TopKAccumulator(len(all_queries), top_k, dtype, ids)
             run_scores(method, setting, all_queries, accumulator, -1.0 if higher_is_better else 1.0, self.trainer)
+        base = self._train.base_ids()
         record = self._record(method, setting) | {
             "train_ids": ids,
             "query_ids": torch.arange(len(all_queries)),
-            "base": (_indexed(self._train.base_ids(), ids), None if aggregate else source.base_ids()),
+            "base": (None if base is None else base[ids], None if aggregate else source.base_ids()),
             "allow_nan": isinstance(method, Retraining),
         }
-        values, best = accumulator.result()
-        if best is not None:  # its ids are positions among the examples with scores
-            high, low = best
-            best = high._replace(train_ids=ids[high.train_ids]), low._replace(train_ids=ids[low.train_ids])
-        scores = Scores(values, best, **record)
+        scores = Scores(*accumulator.result(), **record)
         scores.at_hand = (self._train.dataset, None if aggregate else source.dataset)
         if path is not None:
             scores.save(path)
@@ -180,8 +177,7 @@ class Attributor:
         """
         self._check(method)
         ids = whole_numbers(ids).tolist()
-        wrong = [i for i in ids if not 0 <= i < len(self._train.dataset)]
-        if wrong:
+        if wrong := [i for i in ids if not 0 <= i < len(self._train.dataset)]:
             raise ValueError(f"Expected `ids` below {len(self._train.dataset)}, got {wrong[:5]!r}.")
         scored = _scored(method, len(self._train.dataset))
         if unscored := sorted(set(ids) - set(scored.tolist())):
@@ -254,8 +250,8 @@ class Attributor:
                 "`GradientDot()`, which needs only the final weights."
             )
         if method.needs & Evidence.TRACKER:
-            last = 0 if self.trajectory is None else self.trajectory.checkpoints[-1].step
-            run = None if self.trajectory is None else self.trajectory.path
+            trajectory = self.trajectory
+            run, last = (None, 0) if trajectory is None else (trajectory.path, trajectory.checkpoints[-1].step)
             load_record(run, method.record, last)
         if method.needs & Evidence.REFIT and self.refit is None:
             raise MissingEvidence(
@@ -288,14 +284,14 @@ class Attributor:
         return self._train if isinstance(queries, str) else source_of(queries, "queries", like=self._train)
 
     def _record(self, method: Method, setting: Setting) -> dict[str, Any]:
-        positions = [] if self.trajectory is None else method.positions(self.trajectory)
-        checkpoints = [] if self.trajectory is None else [self.trajectory.checkpoints[i].step for i in positions]
+        checkpoints: list[int] = []
         notes = list(setting.notes)
         if not isinstance(method, ForwardOnly):
             notes.append(setting.engine.plan.summary(setting.engine.task.named_parameters()))
         if any(is_half(p) for p in self.module.parameters()):
             notes.append("Weights of 16 bits were scored in float32.")
         if self.trajectory is not None:
+            checkpoints = [self.trajectory.checkpoints[i].step for i in method.positions(self.trajectory)]
             notes += self.trajectory.notes
         return {
             "method": method.name,
@@ -325,7 +321,3 @@ def _scored(method: Method, n_train: int) -> Tensor:
     """Ids of the training examples that a method has scores for, [scored] int64."""
     ids = method.scored(n_train)
     return torch.arange(n_train) if ids is None else torch.tensor(list(ids), dtype=torch.int64)
-
-
-def _indexed(base: Tensor | None, ids: Tensor) -> Tensor | None:
-    return None if base is None else base[ids]

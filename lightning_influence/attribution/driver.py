@@ -40,7 +40,11 @@ def run_scores(
             for start in range(0, n_train, columns):
                 setting.ids = range(start, min(start + columns, n_train))
                 tile = method.score(setting, some)
-                _check_shape(method, tile, len(some), len(setting.ids))
+                expected = [len(some), len(setting.ids)]
+                if list(tile.shape) != expected:
+                    raise ValueError(
+                        f"Expected `{method.name}.score` to return [query, train] = {expected}, got {list(tile.shape)}."
+                    )
                 if isinstance(method, Retraining) or bad.clean(tile, first, start):  # their NaN is an unknown score
                     tile, column = _scored(tile, start, method.scored(n_train))
                     accumulator.add(tile if sign > 0 else -tile, first, column)
@@ -65,9 +69,7 @@ def run_group(method: Method, setting: Setting, queries: Queries, ids: Sequence[
             return accumulator.total
         found.append(values)
     total = torch.cat(found)
-    bad = NonFinite()
-    bad.queries = (~total.isfinite()).nonzero()[:, 0].tolist()
-    bad.refuse()
+    NonFinite(queries=(~total.isfinite()).nonzero()[:, 0].tolist()).refuse()
     return total
 
 
@@ -80,9 +82,8 @@ def run_self_influence(method: Method, setting: Setting, trainer: Any) -> Tensor
     with progress(trainer, setting.n_train * _visited(method, setting), "self-influence") as done:
         setting.on_block = done
         values = method.self_influence(setting).cpu()
-    bad = NonFinite()
-    bad.train = [] if isinstance(method, Retraining) else (~values.isfinite()).nonzero()[:, 0].tolist()
-    bad.refuse()
+    if not isinstance(method, Retraining):
+        NonFinite(train=(~values.isfinite()).nonzero()[:, 0].tolist()).refuse()
     return values
 
 
@@ -98,10 +99,3 @@ def _scored(tile: Tensor, start: int, ids: Sequence[int] | None) -> tuple[Tensor
     every = torch.as_tensor(ids)
     inside = every[(every >= start) & (every < start + tile.shape[1])] - start
     return tile[:, inside.to(tile.device)], int((every < start).sum())
-
-
-def _check_shape(method: Method, tile: Tensor, n_queries: int, n_train: int) -> None:
-    if tile.shape != (n_queries, n_train):
-        raise ValueError(
-            f"Expected `{method.name}.score` to return [query, train] = {[n_queries, n_train]}, got {list(tile.shape)}."
-        )

@@ -12,7 +12,7 @@ def selected_parameters(module: Any, trajectory: Trajectory | None, patterns: Se
     """Names of the parameters whose gradients are used: those that train and match the patterns.
 
     Raises:
-        ValueError: no parameter trains, or a pattern matches none.
+        ValueError: no parameter trains, a pattern matches none, or a parameter is complex.
     """
     trained = None if trajectory is None else trajectory.parameter_groups
     captured = trajectory is not None and trajectory.captured  # parameters may have been unfrozen during the fit
@@ -34,14 +34,9 @@ def selected_parameters(module: Any, trajectory: Trajectory | None, patterns: Se
             )
     if patterns is not None:
         names = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-    _refuse_complex(module, names)
-    return names
-
-
-def _refuse_complex(module: Any, names: Sequence[str]) -> None:
-    complex_ = [clean(n) for n, p in module.named_parameters() if p.is_complex() and clean(n) in names]
-    if complex_:
+    if complex_ := [clean(n) for n, p in module.named_parameters() if p.is_complex() and clean(n) in names]:
         raise ValueError(
             f"Expected real parameters, got complex numbers in {', '.join(f'`{n}`' for n in complex_[:5])}. Leave them "
             "out with `parameters=`, or store them as real numbers and call `torch.view_as_complex` in the module."
         )
+    return names

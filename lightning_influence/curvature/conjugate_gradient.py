@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_influence.checks import check_integer, check_positive
 from lightning_influence.curvature.curvature import PreparedCurvature
-from lightning_influence.curvature.iterative import Iterative, warn_and_note
+from lightning_influence.curvature.iterative import Iterative
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.numerics.solvers import conjugate_gradient
 from lightning_influence.setting.setting import Setting
@@ -63,9 +63,8 @@ class ConjugateGradient(Iterative):
             )
         worst = float(solution.residuals.max())
         if worst > 10 * self.tolerance:  # rounding errors keep the true residual above the recursive one
-            warn_and_note(
-                setting,
+            setting.warn(
                 f"Conjugate gradients did not converge: residual {worst:.2g} after {solution.iterations} iterations "
-                f"(tolerance {self.tolerance:.2g}). Raise `max_iterations=` or `damping=`, or use float64 weights.",
+                f"(tolerance {self.tolerance:.2g}). Raise `max_iterations=` or `damping=`, or use float64 weights."
             )
         return directions

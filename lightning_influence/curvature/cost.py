@@ -1,4 +1,4 @@
-"""Memory and time of a curvature: how many vectors fit in memory at once, and how long products with it take."""
+"""How long products with a curvature take."""
 
 import torch
 
@@ -6,15 +6,8 @@ from lightning_influence.gradients.products import Matrix, Products
 from lightning_influence.setting.setting import Setting
 from lightning_influence.timing import timed
 
-# Bytes of vectors that are in memory at once.
-_BYTES = 2**29
 # The most products that are timed for an estimate.
 _TIMED = 8
-
-
-def at_once(setting: Setting, copies: int = 1) -> int:
-    """How many vectors of the size of all parameters fit in half a GiB, with ``copies`` of each."""
-    return max(1, _BYTES // max(1, copies * setting.engine.vector_bytes))
 
 
 def seconds_of_products(setting: Setting, matrix: Matrix, count: int) -> float:

@@ -12,6 +12,9 @@ from lightning_influence.curvature.descent import Descent
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.setting.setting import Setting
 
+# Bytes of vectors that are in memory while queries are solved for.
+_BYTES = 2**29
+
 
 @dataclass(frozen=True)
 class PreparedCurvature:
@@ -35,7 +38,8 @@ class Curvature(ABC):
     The fit's L2 weight decay and the damping are added to the diagonal of C. They are passed to ``solve``, per
     parameter group of the optimizer, so that ``prepare`` does not depend on them and runs once per set of weights.
 
-    To write your own, subclass as a frozen dataclass and implement ``prepare``, ``solve`` and ``mean_eigenvalue``.
+    To write your own, subclass as a frozen dataclass and implement ``prepare`` and ``solve``, and ``mean_eigenvalue``
+    unless ``prepare`` returns it as the diagnostic ``"mean_eigenvalue"``.
 
     Args:
         damping: added to the diagonal besides the weight decay, in units of C. None chooses it from the fit: 1 / (sum
@@ -55,6 +59,8 @@ class Curvature(ABC):
     spectrum themselves."""
     has_eigenvalues: ClassVar[bool] = False
     """Whether ``descend`` is implemented."""
+    copies: ClassVar[int | None] = None
+    """How many vectors of the model's size each query takes while it is solved for; None: not known."""
     unprepared: ClassVar[frozenset[str]] = frozenset({"damping"})
     """Fields that ``prepare`` does not depend on: a stored curvature can be reused when they change."""
 
@@ -111,13 +117,16 @@ class Curvature(ABC):
             f"Expected a curvature with eigenvalues, got `{type(self).__name__}`. Use `EKFAC()` or `ExactGGN()`."
         )
 
-    @abstractmethod
     def mean_eigenvalue(self, prepared: PreparedCurvature, setting: Setting) -> float:
-        """The trace of C over the number of parameters."""
+        """The trace of C over the number of parameters; by default the diagnostic of that name, from ``prepare``."""
+        return prepared.diagnostics["mean_eigenvalue"]
 
     def at_once(self, setting: Setting) -> int | None:
-        """The most queries to solve at once; None if only the memory of their gradients limits them."""
-        return None
+        """The most queries to solve at once: as many as fit in half a GiB, with ``copies`` of each.
+
+        None if only the memory of their gradients limits them.
+        """
+        return None if self.copies is None else max(1, _BYTES // max(1, self.copies * setting.engine.vector_bytes))
 
     def seconds(self, setting: Setting, vectors: int) -> float:
         """Estimate the seconds of ``prepare`` and of ``solve`` for this many vectors."""

@@ -52,12 +52,9 @@ def diagonal_at(
         share: the fraction of the default by learning rates to use; see ``Curvature.share``.
     """
     trajectory, position = setting.trajectory, stage.position
-    if trajectory is None or position is None:
-        decay = torch.zeros(1, dtype=torch.float64)
-        reach = None
-    else:
-        decay = _decay(setting, trajectory, position)
-        reach = reach_at(setting, position)
+    decay, reach = torch.zeros(1, dtype=torch.float64), None
+    if trajectory is not None and position is not None:
+        decay, reach = _decay(setting, trajectory, position), reach_at(setting, position)
     if damping is not None:
         return Diagonal(decay, torch.full_like(decay, float(damping)), "given")
     if reach is not None and not trajectory.adaptive and bool((reach > 0).all()):  # type: ignore[union-attr]

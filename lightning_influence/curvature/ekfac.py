@@ -1,14 +1,14 @@
 """EK-FAC: each layer's Fisher matrix in a Kronecker-factored eigenbasis, with eigenvalues measured in that basis."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_influence.checks import check_at_least_0, one_of
-from lightning_influence.curvature.cost import at_once
 from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
 from lightning_influence.curvature.descent import Descent
 from lightning_influence.curvature.factors import WIDEST, LayerFactors, part_of
@@ -79,6 +79,7 @@ class EKFAC(Curvature):
 
     kind: ClassVar[str] = "Fisher"
     has_eigenvalues: ClassVar[bool] = True
+    copies: ClassVar[int | None] = 1
     # Measured (tests/benchmarks/quality.py): best between an eighth and a quarter of the rule, in both settings there.
     share: ClassVar[float] = 0.2
     unprepared: ClassVar[frozenset[str]] = frozenset({"damping", "tolerance"})
@@ -101,12 +102,14 @@ class EKFAC(Curvature):
                 if not covered & set(names):
                     factors[names] = LayerFactors(part, self.corrected)
                     covered |= set(names)
-            _for_each_layer(factors, gradients, shapes, LayerFactors.add)
+            for layer, part in _with_parts(factors, gradients, shapes):
+                layer.add(part)
         for layer in factors.values():
             layer.decompose()
         if self.corrected:
             for gradients in samples:
-                _for_each_layer(factors, gradients, shapes, LayerFactors.measure)
+                for layer, part in _with_parts(factors, gradients, shapes):
+                    layer.measure(part)
         total = 0.0
         tensors: dict[str, Tensor] = {}
         for names, layer in factors.items():
@@ -115,10 +118,9 @@ class EKFAC(Curvature):
             kept = layer.tensors()
             tensors |= {f"{'|'.join(names)}/{key}": tensor for key, tensor in kept.items()}
             total += sum(float(t.sum()) for key, t in kept.items() if key == "eigenvalues" or "diagonal" in key)
-        size = sum(shape.numel() for name in setting.engine.plan.names for shape in [torch.Size(shapes[name])])
-        return PreparedCurvature(
-            tensors, {"mean_eigenvalue": total / size}, (self._note(factors, samples.labels, why),)
-        )
+        size = sum(math.prod(shapes[name]) for name in setting.engine.plan.names)
+        notes = (self._note(factors, samples.labels, why),)
+        return PreparedCurvature(tensors, {"mean_eigenvalue": total / size}, notes)
 
     def _fisher_samples(self, setting: Setting) -> tuple[FisherSamples, str]:
         """Gradients with the labels of the field ``labels``, and why the labels of the data if they are a fallback."""
@@ -140,14 +142,10 @@ class EKFAC(Curvature):
         shown = ", ".join(rest[:5]) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
         return f"{text}; with a diagonal Fisher: {shown}" if rest else text
 
-    def mean_eigenvalue(self, prepared: PreparedCurvature, setting: Setting) -> float:
-        """The trace of the Fisher over the number of parameters."""
-        return prepared.diagnostics["mean_eigenvalue"]
-
     def seconds(self, setting: Setting, vectors: int) -> float:
         """Two passes over the gradients for each label, and the eigendecomposition of every factor."""
         samples, _ = self._fisher_samples(setting)
-        some = next(iter(setting.examples.blocks(0, min(setting.n_train, setting.examples.block_size))))
+        some = next(setting.examples.blocks(0, min(setting.n_train, setting.examples.block_size)))
         passes = 2 * (samples.classes if samples.labels == "exact" else 1)
         shapes = [setting.engine.task.named_parameters()[name].shape for name in setting.engine.plan.layouts]
         sides = [side for shape in shapes if len(shape) > 1 for side in (shape[0], min(shape[1:].numel(), WIDEST))]
@@ -157,10 +155,6 @@ class EKFAC(Curvature):
 
     # ---- for every block of queries ---------------------------------------------------------------------------------
 
-    def at_once(self, setting: Setting) -> int | None:
-        """As many queries as fit in half a GiB with dense gradients."""
-        return at_once(setting)
-
     def solve(
         self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor
     ) -> QueryGradients:
@@ -168,14 +162,15 @@ class EKFAC(Curvature):
         layers = LayerInverses(prepared, setting, diagonal)
         if not isinstance(queries, EachQuery):
             vectors = queries.dense()
-            return DenseQueries(layers.solve_all(vectors) or vectors, setting.engine.groups)
+            return DenseQueries(layers.solve(vectors) or vectors, setting.engine.groups)
         joint: dict[Names, Part] = {}
         others: list[dict[Names, Part]] = [{} for _ in queries.blocks]
         for names in layers:
             parts = [part_of(block, names, layers.shapes) for block in queries.blocks]
             if names in layers.inverses:
                 solved = layers.solve_blocks(names, parts, [len(block) for block in queries.blocks])
-                joint |= {} if solved is None else {names: solved}
+                if solved is not None:
+                    joint[names] = solved
             else:
                 for of_block, part in zip(others, parts, strict=True):
                     if part is not None:
@@ -211,7 +206,8 @@ class EKFAC(Curvature):
         parts = {names: part for names, part in joint.items() if isinstance(part, KroneckerPart)}
         if not parts:
             return {}
-        weights = {names: _weights(prepared, names) for names in parts}
+        tensors = by_layer(prepared)
+        weights = {names: (tensors[names]["values_out"], tensors[names]["values_in"]) for names in parts}
         found, error = lower_ranks(parts, weights, _sample(setting), self.tolerance)
         setting.diagnostic("score_error", error)
         if error:
@@ -222,28 +218,19 @@ class EKFAC(Curvature):
         return found
 
 
-def _weights(prepared: PreparedCurvature, names: Names) -> tuple[Tensor, Tensor]:
-    key = "|".join(names)
-    return prepared.tensors[f"{key}/values_out"], prepared.tensors[f"{key}/values_in"]
-
-
 def _sample(setting: Setting) -> Gradients:
     """Gradients of a few training examples, evenly spread over the dataset."""
     count = min(_SAMPLED, setting.n_train)
     # Rounded down, unlike `evenly_spread`: other ids change `score_error` (0.0082 to 0.0080 on one MLP).
-    ids = sorted({i * (setting.n_train - 1) // max(1, count - 1) for i in range(count)})
+    ids = [i * (setting.n_train - 1) // max(1, count - 1) for i in range(count)]
     examples = setting.examples
     return setting.engine.gradients(Block(0, len(ids), examples.some(ids), lambda k: examples.one(ids[k])))
 
 
-def _for_each_layer(
-    factors: Mapping[Names, LayerFactors],
-    gradients: Gradients,
-    shapes: Mapping[str, tuple[int, ...]],
-    work: Any,
-) -> None:
-    """Call ``work`` on each layer and its part of a block of gradients, if it has one."""
+def _with_parts(
+    factors: Mapping[Names, LayerFactors], gradients: Gradients, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[LayerFactors, Part]]:
+    """Each layer with its part of a block of gradients, if it has one."""
     for names, layer in factors.items():
-        part = part_of(gradients, names, shapes)
-        if part is not None:
-            work(layer, part)
+        if (part := part_of(gradients, names, shapes)) is not None:
+            yield layer, part

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.cost import at_once, seconds_of_products
+from lightning_influence.curvature.cost import seconds_of_products
 from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
 from lightning_influence.curvature.damping import of_group
 from lightning_influence.curvature.descent import Descent, mean_exponential
@@ -50,6 +50,7 @@ class Exact(Curvature):
 
     matrix: ClassVar[Matrix] = "ggn"
     has_eigenvalues: ClassVar[bool] = True
+    copies: ClassVar[int | None] = 3
     unprepared: ClassVar[frozenset[str]] = frozenset({"damping", "max_parameters"})
 
     def prepare(self, setting: Setting) -> PreparedCurvature:
@@ -71,10 +72,6 @@ class Exact(Curvature):
         matrix = (matrix + matrix.T) / 2
         mean = float(matrix.diagonal().mean()) if size else 0.0
         return PreparedCurvature({"matrix": matrix}, {"mean_eigenvalue": mean})
-
-    def mean_eigenvalue(self, prepared: PreparedCurvature, setting: Setting) -> float:
-        """The mean of the matrix's diagonal."""
-        return prepared.diagnostics["mean_eigenvalue"]
 
     def solve(
         self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor
@@ -134,10 +131,6 @@ class Exact(Curvature):
                 "loss. Use `ExactGGN()`, which has no negative eigenvalues for the usual losses, or a larger `damping=`"
             )
         return found
-
-    def at_once(self, setting: Setting) -> int | None:
-        """As many queries as fit in half a GiB."""
-        return at_once(setting, copies=3)
 
     def seconds(self, setting: Setting, vectors: int) -> float:
         """One product per parameter, and a Cholesky factorisation."""

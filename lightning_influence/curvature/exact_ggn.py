@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lightning_influence.curvature.exact import Exact
-from lightning_influence.gradients.products import Matrix
 
 
 @dataclass(frozen=True)
@@ -32,4 +31,3 @@ class ExactGGN(Exact):
     """
 
     kind: ClassVar[str] = "GGN"
-    matrix: ClassVar[Matrix] = "ggn"

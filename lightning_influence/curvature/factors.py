@@ -75,11 +75,9 @@ class LayerFactors:
 
     def _squares(self, piece: Part) -> Tensor:
         """[out, in] in the bases: the sum over the examples of squared gradients."""
-        if not isinstance(piece, OuterProducts):
-            self._n_measured += len(piece) * self.sides[0] if self.sides else 0
-            return rotated(as_matrices(piece.dense(), self.transposed), self.basis_out, self.basis_in).square().sum(0)
-        t, width_out, width_in = piece.outputs.shape[1], len(self.basis_out), len(self.basis_in)
-        if t > 1 and t * (width_in + width_out) > width_out * width_in:
+        width_out, width_in = len(self.basis_out), len(self.basis_in)
+        t = piece.outputs.shape[1] if isinstance(piece, OuterProducts) else width_out
+        if not isinstance(piece, OuterProducts) or (t > 1 and t * (width_in + width_out) > width_out * width_in):
             self._n_measured += len(piece) * t
             return rotated(as_matrices(piece.dense(), self.transposed), self.basis_out, self.basis_in).square().sum(0)
         left, right = piece.scaled_outputs() @ self.basis_out, self._rotated_inputs(piece)
@@ -174,15 +172,14 @@ def part_of(gradients: Gradients, names: Names, shapes: Mapping[str, tuple[int, 
     """The part of these parameters: dense if the block groups them differently, None if it has none of them."""
     if names in gradients.parts:
         return gradients.parts[names]
-    written = {
-        name: rows
-        for key, part in gradients.parts.items()
-        if set(key) & set(names)
-        for name, rows in zip(key, part.dense(), strict=True)
-    }
-    if not written:
-        return None
-    like = next(iter(written.values()))
-    return DenseRows(
-        tuple(written[n] if n in written else like.new_zeros(gradients.size, *shapes[n]) for n in names),
-    )
+    present = {key: part for key, part in gradients.parts.items() if set(key) & set(names)}
+    rows = rows_of(names, Gradients(present, {}, gradients.size).dense(), shapes)
+    return DenseRows(rows) if rows else None
+
+
+def rows_of(names: Names, vectors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Tensor, ...]:
+    """Vectors [vector, *shape] of these parameters, zeros for absent names; () if all are absent."""
+    like = next((vectors[name] for name in names if name in vectors), None)
+    if like is None:
+        return ()
+    return tuple(vectors[n] if n in vectors else like.new_zeros(len(like), *shapes[n]) for n in names)

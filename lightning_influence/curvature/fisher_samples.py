@@ -68,7 +68,8 @@ class FisherSamples:
                 continue
             task = engine.task.measuring(loss)
             other = Engine(task, Reduction.NONE, engine.groups, engine.seed, engine.plan)
-            for label in loss.label_choices(self.labels):
+            # For the expectation each class in turn; None: one sampled label per example.
+            for label in [None] if self.labels == "sampled" else range(loss.classes):
                 yield other.gradients(loss.for_block(block, label))
 
 
@@ -94,10 +95,6 @@ class SampledLabelLoss:
         self._ids: range = range(0)
         self._label: int | None = None
 
-    def label_choices(self, labels: str) -> list[int | None]:
-        """The labels to take: each class in turn for the expectation, None for one sampled label per example."""
-        return [None] if labels == "sampled" else list(range(self.classes))
-
     def for_block(self, block: Block, label: int | None) -> Block:
         """The same block, after setting which examples and which label the loss will be called for."""
         self._ids, self._label = block.ids, label
@@ -111,11 +108,8 @@ class SampledLabelLoss:
     def __call__(self, module: nn.Module, batch: Any) -> Tensor:
         """The losses, [batch]."""
         outputs: list[Tensor] = []
-        handle = self.head.layer.register_forward_hook(lambda layer, args, output: outputs.append(output))
-        try:
+        with self.head.layer.register_forward_hook(lambda layer, args, output: outputs.append(output)):
             self.head.task(batch)
-        finally:
-            handle.remove()
         (z,) = outputs
         with torch.no_grad():
             gradient = self._gradient(z.detach().double().cpu()).to(z)

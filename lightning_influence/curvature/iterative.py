@@ -1,14 +1,14 @@
-"""What iterative solvers share: products with the damped curvature, and warnings and diagnostics of a solution."""
+"""What iterative solvers share: products with the damped curvature, and the diagnostics of a solution."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_influence.checks import one_of
-from lightning_influence.curvature.cost import at_once, seconds_of_products
+from lightning_influence.curvature.cost import seconds_of_products
 from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
 from lightning_influence.curvature.damping import of_group
 from lightning_influence.gradients.products import Matrix, Products
@@ -16,7 +16,6 @@ from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.numerics.solvers import Product, Solution, mean_diagonal
 from lightning_influence.setting.setting import Setting
 
-_COPIES = 6
 _PROBES = 32  # for the mean eigenvalue
 # An MLP on the digits takes about this many with the default damping.
 _ITERATIONS = 50
@@ -35,6 +34,8 @@ class Iterative(Curvature):
     matrix: Matrix = "ggn"
     seed: int = 0
 
+    copies: ClassVar[int | None] = 6
+
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("matrix", self.matrix, ("ggn", "hessian"))
@@ -47,14 +48,6 @@ class Iterative(Curvature):
     def prepare(self, setting: Setting) -> PreparedCurvature:
         """The mean eigenvalue, by Hutchinson's estimate with 32 seeded random vectors."""
         return PreparedCurvature(diagnostics={"mean_eigenvalue": mean_diagonal(*self._undamped(setting), self.seed)})
-
-    def mean_eigenvalue(self, prepared: PreparedCurvature, setting: Setting) -> float:
-        """The estimate of ``prepare``."""
-        return prepared.diagnostics["mean_eigenvalue"]
-
-    def at_once(self, setting: Setting) -> int | None:
-        """As many queries as fit in half a GiB."""
-        return at_once(setting, _COPIES)
 
     def seconds(self, setting: Setting, vectors: int) -> float:
         """The time of the products with the curvature."""
@@ -70,10 +63,6 @@ class Iterative(Curvature):
         like = products.like.detach().new_zeros(len(products.flat))
         return lambda vectors: products.times(self.matrix, vectors), like
 
-    def _damped(self, products: Products, setting: Setting, diagonal: Tensor) -> Product:
-        added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(products.like)
-        return lambda vectors: products.times(self.matrix, vectors) + added * vectors
-
     def _solved(
         self, queries: QueryGradients, setting: Setting, diagonal: Tensor, run: Callable[[Product, Tensor], Solution]
     ) -> tuple[Solution, QueryGradients]:
@@ -81,18 +70,16 @@ class Iterative(Curvature):
         products = Products(setting.engine, setting.examples)
         right = products.flat.join(queries.dense(), len(queries), products.like)
         good = right.isfinite().all(1)  # the attributor reports the others
-        solution = run(self._damped(products, setting, diagonal), torch.where(good[:, None], right, 0))
+        added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(products.like)
+
+        def damped(vectors: Tensor) -> Tensor:
+            return products.times(self.matrix, vectors) + added * vectors
+
+        solution = run(damped, torch.where(good[:, None], right, 0))
         setting.diagnostic("solver_residual", float(solution.residuals.max()))
         setting.diagnostic("solver_iterations", solution.iterations)
         found = torch.where(good[:, None], solution.vectors, torch.nan)
         return solution, DenseQueries(products.flat.split(found), setting.engine.groups)
-
-
-def warn_and_note(setting: Setting, message: str) -> None:
-    """Warn now, and add a note to the scores."""
-    if message not in setting.notes:
-        warnings.warn(message, UserWarning, stacklevel=2)
-    setting.note(message)
 
 
 def smallest_entry(diagonal: Tensor, kind: str, name: str) -> float:

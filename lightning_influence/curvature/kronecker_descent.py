@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.descent import Descent, mean_exponential
-from lightning_influence.curvature.factors import as_matrices, from_matrices, rotated
+from lightning_influence.curvature.factors import as_matrices, from_matrices, rotated, rows_of
 from lightning_influence.gradients.block import Names
 
 Pair = tuple[Tensor, Tensor]
@@ -20,12 +20,9 @@ def descend_layer(
     In an eigenbasis, P, A and D are replaced by their diagonals there. That is exact if they are constant within the
     layer; otherwise it neglects their coupling between eigenvectors.
     """
-    present = [vectors[name] for name in names if name in vectors]
-    if not present:
+    rows = rows_of(names, vectors, {n: descent.preconditioner[n].shape for n in names})
+    if not rows:
         return {}, {}
-    like = present[0]
-    shapes = {n: descent.preconditioner[n].shape for n in names}
-    rows = tuple(vectors[n] if n in vectors else like.new_zeros(len(like), *shapes[n]) for n in names)
     by_name = descent.preconditioner, descent.added, descent.decoupled_decay
     of_layer = [[entries[n] for n in names] for entries in by_name]
     if "eigenvalues" not in kept:

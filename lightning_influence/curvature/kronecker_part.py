@@ -37,6 +37,11 @@ class KroneckerInverse:
         """Whether the bases span the whole space."""
         return all(b.shape[0] == b.shape[1] for b in (self.basis_out, self.basis_in))
 
+    def rotated(self, part: OuterProducts) -> tuple[Tensor, Tensor]:
+        """Inputs and output gradients of a single position in the bases, [example, l] and [example, k]."""
+        inputs = rotated_inputs(part.inputs[:, 0], part.bias, self.basis_in)
+        return inputs, part.scaled_outputs()[:, 0] @ self.basis_out
+
     def solve(self, written: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The inverse times dense gradients, [example, *shape] for each parameter."""
         matrices = as_matrices(written, self.transposed)
@@ -66,11 +71,6 @@ class KroneckerPart(Part):
     outputs: Tensor
     low_rank: tuple[Tensor, Tensor] | None = None
 
-    @classmethod
-    def of(cls, inverse: KroneckerInverse, gradients: OuterProducts) -> "KroneckerPart":
-        """Express gradients in the basis of an inverse."""
-        return cls(inverse, gradients, *_rotated(inverse, gradients))
-
     def __len__(self) -> int:
         return len(self.outputs)
 
@@ -85,9 +85,8 @@ class KroneckerPart(Part):
 
     def scaled(self, factor: Tensor) -> "KroneckerPart":
         """Each direction times its own number."""
-        return replace(
-            self, gradients=self.gradients.scaled(factor), outputs=self.outputs * factor.to(self.outputs)[:, None]
-        )
+        outputs = self.outputs * factor.to(self.outputs)[:, None]
+        return replace(self, gradients=self.gradients.scaled(factor), outputs=outputs)
 
     def dense(self) -> tuple[Tensor, ...]:
         """[query, *shape] for each parameter."""
@@ -98,7 +97,7 @@ class KroneckerPart(Part):
         if not isinstance(other, OuterProducts) or other.outputs.shape[1] != 1:
             out += other.times_each(self.dense())
             return
-        inputs, outputs = _rotated(self.inverse, other)
+        inputs, outputs = self.inverse.rotated(other)
         if self.low_rank is None:
             block = OuterProducts(inputs[:, None], outputs[:, None], tuple(self.inverse.table.shape))
             directions = self.outputs[:, :, None] * self.inverse.table * self.inputs[:, None]
@@ -111,7 +110,7 @@ class KroneckerPart(Part):
         """[query]: the inner product of each direction with the gradient of the same index, never at low rank."""
         if not isinstance(other, OuterProducts) or other.outputs.shape[1] != 1:
             return rowwise_dot(self, other)
-        inputs, outputs = _rotated(self.inverse, other)
+        inputs, outputs = self.inverse.rotated(other)
         return ((self.outputs * outputs) @ self.inverse.table * (self.inputs * inputs)).sum(1)
 
     def norm2(self) -> Tensor:
@@ -163,9 +162,3 @@ def rowwise_dot(directions: Part, gradients: Part) -> Tensor:
         for left, right in zip(directions.slice(rows).dense(), gradients.slice(rows).dense(), strict=True):
             found[rows] += (left.flatten(1) * right.flatten(1)).sum(1) if left.ndim > 1 else left * right
     return found
-
-
-def _rotated(inverse: KroneckerInverse, part: OuterProducts) -> tuple[Tensor, Tensor]:
-    """Inputs and output gradients of a single position in the bases, [example, l] and [example, k]."""
-    inputs = rotated_inputs(part.inputs[:, 0], part.bias, inverse.basis_in)
-    return inputs, part.scaled_outputs()[:, 0] @ inverse.basis_out

@@ -37,6 +37,7 @@ class KroneckerQueries(QueryGradients):
     ) -> None:
         self.joint = joint
         self.others = EachQuery(others)
+        self._has_others = any(block.parts for block in others)
         self._lower_ranks = lower_ranks
 
     def __len__(self) -> int:
@@ -49,10 +50,6 @@ class KroneckerQueries(QueryGradients):
             self.joint, self._lower_ranks = Gradients(parts, self.joint.groups, len(self.joint)), None
         product = self.joint.dot(block, scale)
         return product + self.others.dot(block, scale) if self._has_others else product
-
-    @property
-    def _has_others(self) -> bool:
-        return any(block.parts for block in self.others.blocks)
 
     def normalized(self, how: str) -> QueryGradients:
         """Dense, normalised to length one."""
@@ -118,9 +115,9 @@ def lower_ranks(
         The parts (exact where a low rank would not be cheaper), and the error on the sampled pairs.
     """
     queries = len(next(iter(parts.values())))
-    rows = torch.arange(0, queries, max(1, -(-queries // _MEASURED)))
+    rows = slice(0, queries, max(1, -(-queries // _MEASURED)))
     tables = {
-        names: _LowRankTable(_select(part, rows), weights[names], sample.parts.get(names), len(sample))
+        names: _LowRankTable(part.slice(rows), weights[names], sample.parts.get(names), len(sample))
         for names, part in parts.items()
     }
     length = torch.stack([table.exact for table in tables.values()]).sum(0).norm(dim=1)
@@ -156,7 +153,6 @@ class _LowRankTable:
         self.max_rank = min(k, l, int(0.7 * k * l / (k + l))) if k * l >= _SMALL else 0
         self._truncated = weighted_truncation(part.inverse.table, *weights) if self.max_rank > 1 else None
         if self._truncated is not None:
-            self.low_rank = self._truncated(0)
             self.errors = -self.exact
             self.raise_rank()
 
@@ -175,7 +171,3 @@ class _LowRankTable:
         if self.sample is not None:
             part.accumulate_dot(self.sample, out)
         return out
-
-
-def _select(part: KroneckerPart, rows: Tensor) -> KroneckerPart:
-    return replace(part, inputs=part.inputs[rows], outputs=part.outputs[rows])

@@ -1,11 +1,12 @@
 """The inverses of all layers of an EK-FAC curvature, applied to the gradients of queries."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_influence.curvature.curvature import PreparedCurvature
+from lightning_influence.curvature.factors import rows_of
 from lightning_influence.curvature.kronecker_part import KroneckerInverse, KroneckerPart
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.directions import Directions
@@ -43,20 +44,18 @@ class LayerInverses:
             _refuse_singular(names, added)
         return found
 
-    def solve(self, names: Names, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of one layer times dense vectors, [vector, *shape] by name."""
-        present = [vectors[name] for name in names if name in vectors]
-        if not present:
-            return {}
-        like = present[0]
-        rows = tuple(vectors[n] if n in vectors else like.new_zeros(len(like), *self.shapes[n]) for n in names)
-        if names in self.inverses:
-            return dict(zip(names, self.inverses[names].solve(rows), strict=True))
-        return {n: r * t for n, r, t in zip(names, rows, self.diagonals[names], strict=True)}
-
-    def solve_all(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def solve(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverses of all layers times dense vectors, [vector, *shape] by name."""
-        return {name: rows for names in self for name, rows in self.solve(names, vectors).items()}
+        solved: dict[str, Tensor] = {}
+        for names in self:
+            if rows := rows_of(names, vectors, self.shapes):
+                solved |= zip(names, self._solve_layer(names, rows), strict=True)
+        return solved
+
+    def _solve_layer(self, names: Names, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        if names in self.inverses:
+            return self.inverses[names].solve(rows)
+        return tuple(r * t for r, t in zip(rows, self.diagonals[names], strict=True))
 
     def solve_blocks(self, names: Names, parts: list[Part | None], sizes: list[int]) -> Part | None:
         """The inverse of one layer times the gradients of all blocks of queries, as one part."""
@@ -64,10 +63,10 @@ class LayerInverses:
         present = [part for part in parts if part is not None]
         if not present:
             return None
-        if len(present) == len(parts) and all(
-            isinstance(p, OuterProducts) and p.outputs.shape[1] == 1 for p in present
-        ):
-            return KroneckerPart.of(inverse, _concatenated(present))  # type: ignore[arg-type]
+        single = [p for p in present if isinstance(p, OuterProducts) and p.outputs.shape[1] == 1]
+        if len(single) == len(parts):
+            gradients = _concatenated(single)
+            return KroneckerPart(inverse, gradients, *inverse.rotated(gradients))
         rows = []
         for part, size in zip(parts, sizes, strict=True):
             zeros = [present[0].like.new_zeros(size, *shape) for shape in inverse.shapes]
@@ -78,7 +77,7 @@ class LayerInverses:
         """The inverse of a layer with a diagonal Fisher times a block's gradients."""
         if isinstance(part, Lookup):
             return part.multiplied(self.diagonals[names])
-        return Directions(tuple(r * t for r, t in zip(part.dense(), self.diagonals[names], strict=True)))
+        return Directions(self._solve_layer(names, part.dense()))
 
 
 def by_layer(prepared: PreparedCurvature) -> dict[Names, dict[str, Tensor]]:

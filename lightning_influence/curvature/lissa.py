@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_influence.checks import check_integer, check_positive
 from lightning_influence.curvature.curvature import PreparedCurvature
-from lightning_influence.curvature.iterative import Iterative, smallest_entry, warn_and_note
+from lightning_influence.curvature.iterative import Iterative, smallest_entry
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.numerics.solvers import Product, Solution, accelerated_neumann, largest_eigenvalue
 from lightning_influence.setting.setting import Setting
@@ -71,16 +71,14 @@ class LiSSA(Iterative):
         solution, directions = self._solved(queries, setting, diagonal, run)
         worst = float(solution.residuals.max())
         if bool(solution.diverged.any()):
-            warn_and_note(
-                setting,
+            setting.warn(
                 f"The Neumann series diverged and was stopped at a residual of {worst:.2g}: the {self.name} has "
-                f"eigenvalues outside the interval from 0 to {scale:.3g}. Use `matrix='ggn'` or a larger `damping=`.",
+                f"eigenvalues outside the interval from 0 to {scale:.3g}. Use `matrix='ggn'` or a larger `damping=`."
             )
         elif worst > self.tolerance:
-            warn_and_note(
-                setting,
+            setting.warn(
                 f"The Neumann series did not converge: residual {worst:.2g} after {solution.iterations} terms "
                 f"(tolerance {self.tolerance:.2g}; eigenvalues between {smallest:.2g} and {scale:.3g}). Raise `depth=` "
-                "or `damping=`, or use `ConjugateGradient()`.",
+                "or `damping=`, or use `ConjugateGradient()`."
             )
         return directions

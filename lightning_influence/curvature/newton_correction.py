@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_influence.data.examples import Block, Examples
+from lightning_influence.data.examples import Examples
 from lightning_influence.gradients import Engine, Gradients
 from lightning_influence.gradients.general import requiring_gradients
 from lightning_influence.gradients.outer_products import OuterProducts
@@ -86,7 +86,7 @@ class NewtonCorrection:
 
     def _loss_hessians(self, ids: range, classes: int) -> Tensor:
         """[example, class, class]: the Hessian of each example's loss with respect to the layer's outputs."""
-        block: Block = next(iter(self.examples.blocks(ids.start, ids.stop)))
+        block = next(self.examples.blocks(ids.start, ids.stop))
         named = self.engine.task.named_parameters()
         parameters = {name: named[name] for name in self.engine.plan.names}
         with requiring_gradients(self.engine.task.module, list(parameters)):
@@ -98,10 +98,8 @@ class NewtonCorrection:
                 refuse_other_paths(total, outputs, parameters)
                 self._checked = True
             (arriving,) = torch.autograd.grad(total, outputs, create_graph=True)
-            rows = []
-            for c in range(classes):
-                (row,) = torch.autograd.grad(arriving[:, c].sum(), outputs, retain_graph=True)
-                rows.append(row)
+            sums = [arriving[:, c].sum() for c in range(classes)]
+            rows = [torch.autograd.grad(each, outputs, retain_graph=True)[0] for each in sums]
         return torch.stack(rows, 1)
 
     def _inverse(self, part: OuterProducts, classes: int, width: int) -> Tensor:

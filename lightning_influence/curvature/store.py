@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import zlib
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +20,20 @@ _MAGIC = b"lightning_influence curvature\n"
 _COMPARED = 8
 
 
-@dataclass
-class _PreparedCurvatures:
-    """The prepared tensors of one curvature, by position of the checkpoint, for as long as scores are computed."""
-
-    prepared: dict[int | None, PreparedCurvature] = field(default_factory=dict)
-
-
 def prepared_at(curvature: Curvature, setting: Setting, stage: Stage) -> PreparedCurvature:
     """The prepared curvature at a checkpoint: from memory, from disk, or computed and stored in both.
 
-    If the trajectory is on disk, memory holds that of the latest checkpoint only.
+    Its notes are added to those of the scores. If the trajectory is on disk, memory holds that of the latest
+    checkpoint only.
     """
-    folder = None if setting.trajectory is None or setting.trajectory.path is None else setting.trajectory.path
-    kept = setting.state(curvature, _PreparedCurvatures).prepared
+    folder = None if setting.trajectory is None else setting.trajectory.path
+    kept: dict[int | None, PreparedCurvature] = setting.state(curvature, dict)  # by position of the checkpoint
     if folder is not None and stage.position not in kept:
         kept.clear()
-    return cached(kept, stage.position, lambda: _read_or_prepare(curvature, setting, stage, folder))
+    prepared = cached(kept, stage.position, lambda: _read_or_prepare(curvature, setting, stage, folder))
+    for note in prepared.notes:
+        setting.note(note)
+    return prepared
 
 
 def _read_or_prepare(curvature: Curvature, setting: Setting, stage: Stage, folder: Path | None) -> PreparedCurvature:
@@ -79,9 +75,8 @@ def read(path: Path, about: dict[str, Any], device: torch.device) -> PreparedCur
     """
     content = path.read_bytes()
     start = len(_MAGIC) + 4
-    if not content.startswith(_MAGIC) or zlib.crc32(content[start:]) != int.from_bytes(
-        content[len(_MAGIC) : start], "big"
-    ):
+    checksum = int.from_bytes(content[len(_MAGIC) : start], "big")
+    if not content.startswith(_MAGIC) or zlib.crc32(content[start:]) != checksum:
         raise ValueError(f"Expected a complete curvature in `{path.name}`, got a damaged file.")
     stored = torch.load(io.BytesIO(content[start:]), map_location=device, weights_only=True)
     head = json.loads(stored["head"])

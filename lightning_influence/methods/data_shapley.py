@@ -1,7 +1,6 @@
 """DataShapley: an example's mean contribution over orders of the training data (Ghorbani and Zou, 2019)."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -131,7 +130,9 @@ class DataShapley(Retraining):
         values = whole.expand(n + 1, -1).clone()  # examples after the cut contribute 0
         values[0] = -self._empty_loss(setting, queries, seed)[0]
         close = torch.zeros(len(whole), dtype=torch.int64)
-        for rows in self._portions(n):
+        step = n if self.tolerance == 0 else _TOGETHER
+        for start in range(1, n, step):
+            rows = range(start, min(start + step, n))
             found = -losses_of(setting, queries, membership[rows], [seed] * len(rows))
             for row, value in zip(rows, found, strict=True):
                 done = close > _IN_A_ROW
@@ -143,11 +144,6 @@ class DataShapley(Retraining):
                 return values, rows.stop
         values[n] = torch.where(close > _IN_A_ROW, values[n - 1], whole)
         return values, n
-
-    def _portions(self, n: int) -> Iterator[range]:
-        step = n if self.tolerance == 0 else _TOGETHER
-        for start in range(1, n, step):
-            yield range(start, min(start + step, n))
 
     def _empty_loss(self, setting: Setting, queries: Queries, seed: int) -> Tensor:
         """The loss without any training example, [1, query]."""

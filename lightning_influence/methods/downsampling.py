@@ -49,9 +49,7 @@ class Downsampling(Retraining):
 
     def estimate(self, setting: Setting, queries: Queries) -> Estimate:
         """Scores, with standard errors over models."""
-        membership, losses = self._trained(setting, queries)
-        self._note(setting)
-        return with_and_without(membership, losses)
+        return with_and_without(*self._trained(setting, queries))
 
     def self_influence(self, setting: Setting) -> Tensor:
         """The memorisation of each training example, [train].
@@ -59,7 +57,6 @@ class Downsampling(Retraining):
         Raises:
             ValueError: examples that are in all subsets, or in none.
         """
-        self._note(setting)
         train = Queries(setting.engine, setting.examples, range(setting.n_train))
         found = with_and_without(*self._trained(setting, train), own=True)
         unknown = found.values[0].isnan().nonzero()[:, 0].tolist()
@@ -82,19 +79,16 @@ class Downsampling(Retraining):
         if self.sampling == "fixed":
             size = min(n_train - 1, max(1, round(self.fraction * n_train)))
             membership = fixed_size(n_train, self.n_models, size, self.seed)
+            setting.note(
+                "All subsets have the same size, so a score compares an example with the average other, and scores sum "
+                "to about zero."
+            )
         else:
             membership = bernoulli(n_train, self.n_models, self.fraction, self.seed)
             membership = membership[membership.any(1)]
         losses = losses_of(setting, queries, membership, list(range(len(membership))))
         trained = ~losses.isnan().all(1)
         return membership[trained], losses[trained]
-
-    def _note(self, setting: Setting) -> None:
-        if self.sampling == "fixed":
-            setting.note(
-                "All subsets have the same size, so a score compares an example with the average other, and scores sum "
-                "to about zero."
-            )
 
 
 def with_and_without(membership: Tensor, losses: Tensor, own: bool = False) -> Estimate:

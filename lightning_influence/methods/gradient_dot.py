@@ -1,10 +1,9 @@
 """GradientDot: inner product of the gradients of a query and a training example (Charpiat et al., 2019)."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from lightning_influence.methods.kinds import TransformedProduct
-from lightning_influence.methods.method import Evidence
 from lightning_influence.numerics.projections import RandomProjection
 
 
@@ -32,4 +31,3 @@ class GradientDot(TransformedProduct):
 
     normalize: Literal["cosine", "layerwise"] | None = None
     projection: RandomProjection | None = None
-    needs: ClassVar[Evidence] = Evidence.FINAL_WEIGHTS

@@ -292,7 +292,7 @@ class HyDRADuringFit(WholeRun):
         if queries is None:
             return 0.0  # self-influence is refused at once
         examples = setting.examples
-        block = next(iter(examples.blocks(0, min(len(examples), examples.block_size))))
+        block = next(examples.blocks(0, min(len(examples), examples.block_size)))
         query = queries.gradients()
         product = timed(lambda: query.dot(setting.engine.gradients(block)))
         return timed(queries.gradients) + product * len(examples) / block.size

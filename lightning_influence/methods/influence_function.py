@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.products import Products
 from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
 from lightning_influence.methods.kinds import GradientProduct, TrainBlock
-from lightning_influence.methods.method import Evidence
 from lightning_influence.setting.setting import Queries, Setting, Stage, cached, stage_positions
 from lightning_influence.trajectory import Trajectory
 
@@ -61,7 +60,6 @@ class InfluenceFunction(GradientProduct):
     correction: Literal["newton"] | None = None
     normalize: Literal["relatif", "relatif-loss"] | None = None
     checkpoints: tuple[int, ...] | None = None
-    needs: ClassVar[Evidence] = Evidence.FINAL_WEIGHTS
 
     def __post_init__(self) -> None:
         if not isinstance(self.curvature, Curvature):
@@ -111,12 +109,11 @@ class InfluenceFunction(GradientProduct):
         plain = not self.correction and not self.normalize and self.removal == "downweight"
         if not plain or not isinstance(self.curvature, (Exact, Iterative)):
             return None
-        total, stages = torch.zeros(len(queries), dtype=torch.float64), 0
+        total = torch.zeros(len(queries), dtype=torch.float64)
         for stage in self.stages(setting):
-            stages += 1
             change = _Inverse(self, stage).group_change(tuple(ids))
             total += stage.gradients(queries).times(change).double().cpu()
-        return total / stages
+        return total / max(1, len(self.positions(setting.trajectory)))
 
     # ---- the record ---------------------------------------------------------------------------------------------
 
@@ -177,8 +174,6 @@ class _Inverse:
             return curvature.mean_eigenvalue(self.prepared, setting)
 
         found = diagonal_at(setting, self.stage, curvature.damping, mean, curvature.share)
-        for note in self.prepared.notes:
-            setting.note(note)
         setting.diagnostic("damping", float(found.damping.max()))
         setting.diagnostic("weight_decay", float(found.decay.max()))
         shown = ", ".join(f"{value:.3g}" for value in found.damping.tolist())
@@ -227,10 +222,9 @@ class _Inverse:
 
     def norms(self, block: TrainBlock) -> Tensor:
         """What RelatIF divides by, [example]; computed once for all queries."""
+        key, pieces = (self.stage.position, block.ids), self._own_directions(block)
         return cached(
-            self.kept.norms,
-            (self.stage.position, block.ids),
-            lambda: torch.cat([self._norm(solved, piece) for solved, piece, _ in self._own_directions(block)]),
+            self.kept.norms, key, lambda: torch.cat([self._norm(solved, piece) for solved, piece, _ in pieces])
         )
 
     def on_itself(self, block: TrainBlock) -> Iterator[Tensor]:

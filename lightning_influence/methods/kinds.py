@@ -83,10 +83,7 @@ class GradientProduct(Method):
     def stages(self, setting: Setting) -> Iterator[Stage]:
         """Load the checkpoints of ``positions`` one after another; without a trajectory, the module as it is."""
         positions = self.positions(setting.trajectory)
-        if setting.trajectory is None:
-            yield setting.final()
-        else:
-            yield from setting.stages(positions)
+        return iter([setting.final()]) if setting.trajectory is None else setting.stages(positions)
 
     def _train(self, stage: Stage, like: Tensor) -> Iterator[tuple[slice, TrainBlock]]:
         """The blocks of the tile and their columns in it; blocks whose weights are all 0 are skipped."""
@@ -169,7 +166,7 @@ class ForwardOnly(Method):
     def cost(self, setting: Setting, queries: Queries | None) -> Cost:
         """Estimate the cost of one forward pass per training example and query by timing one block."""
         task, examples = setting.engine.task, setting.examples
-        block = next(iter(examples.blocks(0, min(len(examples), examples.block_size))))
+        block = next(examples.blocks(0, min(len(examples), examples.block_size)))
         with torch.no_grad():
             each = timed(lambda: task(task.to_device(block.batch))) / block.size
         held = 1 if queries is None else self.tile(setting, queries).queries

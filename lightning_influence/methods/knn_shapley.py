@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from lightning_influence.checks import check_integer
 from lightning_influence.data.examples import Examples
 from lightning_influence.methods.kinds import ForwardOnly
-from lightning_influence.methods.method import Evidence
 from lightning_influence.module.task import Task
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.types import Batch, labels_in
@@ -43,7 +42,6 @@ class KNNShapley(ForwardOnly):
     k: int = 5
     features: Callable[[Any, Batch], Tensor] | None = None
     labels: Callable[[Batch], Tensor] | None = None
-    needs: ClassVar[Evidence] = Evidence.FINAL_WEIGHTS
 
     def __post_init__(self) -> None:
         check_integer("k", self.k)
@@ -111,11 +109,8 @@ def _before_last_layer(task: Task, batch: Batch) -> Tensor:
             "(module, batch) -> [batch, dim]."
         )
     inputs_of_layer: list[Tensor] = []
-    hook = layers[-1].register_forward_pre_hook(lambda layer, inputs: inputs_of_layer.append(inputs[0]))
-    try:
+    with layers[-1].register_forward_pre_hook(lambda layer, inputs: inputs_of_layer.append(inputs[0])):
         task(batch)
-    finally:
-        hook.remove()
     return inputs_of_layer[-1]
 
 

@@ -71,6 +71,4 @@ class LeaveOneOut(Retraining):
 
 def _spread(columns: Tensor, ids: Tensor, n_train: int) -> Tensor:
     """Places columns at the given ids, [query, train]; the other columns are NaN."""
-    whole = torch.full((len(columns), n_train), torch.nan, dtype=columns.dtype)
-    whole[:, ids] = columns
-    return whole
+    return torch.full((len(columns), n_train), torch.nan, dtype=columns.dtype).index_copy(1, ids, columns)

@@ -148,7 +148,7 @@ class Method(ABC):
     def cost(self, setting: Setting, queries: Queries | None) -> Cost:
         """Estimate the cost of scoring the queries (None: of self-influence) by timing one block of each dataset."""
         engine, examples = setting.engine, setting.examples
-        block = next(iter(examples.blocks(0, min(len(examples), examples.block_size))))
+        block = next(examples.blocks(0, min(len(examples), examples.block_size)))
         blocks, held = len(examples) / block.size, 1
         if queries is None:
             seconds = timed(lambda: engine.gradients(block).norm2()) * blocks

@@ -1,10 +1,9 @@
 """RepresenterPoints: a prediction as a sum over training examples, by the last linear layer (Yeh et al., 2018)."""
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from lightning_influence.files.arrow import read_file, write_file
 from lightning_influence.gradients import Reduction
 from lightning_influence.gradients.final_layer import Head, HeadRows, find_head, head_rows, writable
 from lightning_influence.methods.kinds import ForwardOnly
-from lightning_influence.methods.method import Evidence
 from lightning_influence.numerics.heads import HeadFit, Link, PenalisedHead
 from lightning_influence.setting.setting import Queries, Setting
 
@@ -65,17 +63,13 @@ class RepresenterPoints(ForwardOnly):
     target: Literal["labels", "model"] = "labels"
     head: str | None = None
     max_iterations: int = 100
-    needs: ClassVar[Evidence] = Evidence.FINAL_WEIGHTS
 
     def __post_init__(self) -> None:
         if not isinstance(self.of, int) or isinstance(self.of, bool) or self.of < 0:
             one_of("of", self.of, ("loss", "label", "a class (0, 1, ...)"))
         one_of("target", self.target, ("labels", "model"))
-        check_positive(
-            "weight_decay",
-            self.weight_decay,
-            "The decomposition divides by it: pass the weight decay of the fit, or a small one such as 1e-3.",
-        )
+        hint = "The decomposition divides by it: pass the weight decay of the fit, or a small one such as 1e-3."
+        check_positive("weight_decay", self.weight_decay, hint)
         check_integer("max_iterations", self.max_iterations)
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
@@ -133,10 +127,7 @@ class RepresenterPoints(ForwardOnly):
 
     def _points(self, setting: Setting) -> "Points":
         """The decomposition, which is computed once per question."""
-        kept = setting.state(self, _Decomposition)
-        if kept.points is None:
-            kept.points = self._decompose(setting)
-        return kept.points
+        return setting.state(self, self._decompose, setting)
 
     def _decompose(self, setting: Setting) -> "Points":
         trajectory = setting.trajectory
@@ -164,12 +155,10 @@ class RepresenterPoints(ForwardOnly):
         setting.diagnostic("head_gradient_norm", fit.gradient_norm)
         setting.diagnostic("reconstruction_error", error)
         if self.refit and not fit.converged:
-            text = (
+            setting.warn(
                 f"The head `{points.head.name}` stopped after {fit.iterations} Newton steps at gradient norm "
                 f"{fit.gradient_norm:.1e}: the decomposition is not exact. Raise `max_iterations` or `weight_decay`."
             )
-            setting.note(text)
-            warnings.warn(text, stacklevel=2)
 
 
 @dataclass
@@ -219,25 +208,10 @@ class Points:
         if max_iterations == 0:
             self.fit = HeadFit(weight, float(objective.gradient(weight).norm()), 0, False)
             return
-        if path.is_file():
-            self.fit = self._stored(path, weight, objective)
-            if self.fit.converged:
-                return
-        self.fit = objective.fit(weight, max_iterations=max_iterations)
-        if self.fit.converged:
+        stored = _stored(path, weight, objective) if path.is_file() else None
+        self.fit = stored or objective.fit(weight, max_iterations=max_iterations)
+        if stored is None and self.fit.converged:
             write_file(path, "head", {"weight": self.fit.weight}, {"iterations": self.fit.iterations}, overwrite=True)
-
-    def _stored(self, path: Path, like: Tensor, objective: PenalisedHead) -> HeadFit:
-        """The head in the file, if its gradient vanishes: the minimum is unique, so no other check is needed."""
-        try:
-            _, columns, metadata = read_file(path, ["head"])
-        except ValueError:
-            return HeadFit(like, 0.0, 0, False)
-        weight = columns["weight"].clone()
-        if weight.shape != like.shape:
-            return HeadFit(like, 0.0, 0, False)
-        norm = float(objective.gradient(weight).norm())
-        return HeadFit(weight, norm, metadata["iterations"], objective.is_minimum(weight, norm))
 
     def reconstruction_error(self) -> float:
         """An upper bound of the decomposition's error in the pre-activations of any training example."""
@@ -249,8 +223,14 @@ class Points:
             yield self.head.augmented(rows.features), self.target(rows)
 
 
-@dataclass
-class _Decomposition:
-    """The decomposition of a question, once it is computed."""
-
-    points: Points | None = None
+def _stored(path: Path, like: Tensor, objective: PenalisedHead) -> HeadFit | None:
+    """The head in the file, if its gradient vanishes: the minimum is unique, so no other check is needed."""
+    try:
+        _, columns, metadata = read_file(path, ["head"])
+    except ValueError:
+        return None
+    weight = columns["weight"].clone()
+    if weight.shape != like.shape:
+        return None
+    norm = float(objective.gradient(weight).norm())
+    return HeadFit(weight, norm, metadata["iterations"], True) if objective.is_minimum(weight, norm) else None

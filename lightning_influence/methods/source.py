@@ -122,7 +122,12 @@ class SOURCE(GradientProduct):
         ends = [round((k + 1) * len(positions) / count) for k in range(count)]
         found, before = [], torch.zeros((), dtype=torch.float64)
         for first, last in zip([0, *ends], ends, strict=False):
-            until = self._reach(setting, positions[last - 1])
+            until = reach_at(setting, positions[last - 1])
+            if until is None:
+                raise MissingEvidence(
+                    "`SOURCE` needs checkpoints after the first step, got only the initial weights. Fit with "
+                    "`Trainer(callbacks=[Influence()])`, or use `GradientDot()`."
+                )
             run = range(positions[first], positions[last - 1] + 1)
             shrunk = torch.stack([setting.trajectory.shrinkage(k) for k in run]).sum(0)
             found.append(SourceSegment(tuple(positions[first:last]), until - before, shrunk))
@@ -133,15 +138,6 @@ class SOURCE(GradientProduct):
             setting.note("Adam's preconditioner is frozen in each segment, at that of its middle checkpoint")
         return found
 
-    def _reach(self, setting: Setting, position: int) -> Tensor:
-        reach = reach_at(setting, position)
-        if reach is None:
-            raise MissingEvidence(
-                "`SOURCE` needs checkpoints after the first step, got only the initial weights. Fit with "
-                "`Trainer(callbacks=[Influence()])`, or use `GradientDot()`."
-            )
-        return reach
-
     def _directions(self, setting: Setting, queries: Queries, segments: list[SourceSegment]) -> list[DenseQueries]:
         """For each segment the queries' gradients, carried back through the segments after it."""
         carried = setting.final().gradients(queries).dense()
@@ -149,8 +145,6 @@ class SOURCE(GradientProduct):
         for segment in reversed(segments):
             (stage,) = setting.stages([segment.middle])
             prepared = prepared_at(self.curvature, setting, stage)
-            for note in prepared.notes:
-                setting.note(note)
             descent = descent_at(setting, stage, self.curvature.damping or 0.0, segment.reach, segment.shrunk)
             moved, carried = self.curvature.descend(prepared, carried, setting, descent)
             directions.append(DenseQueries(moved, setting.engine.groups))

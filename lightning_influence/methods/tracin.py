@@ -1,7 +1,7 @@
 """TracIn: how training on an example lowered a query's loss, at every step with it (Pruthi et al., 2020)."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,15 +16,11 @@ from lightning_influence.methods.method import Evidence
 from lightning_influence.numerics.clipping import ByNorm
 from lightning_influence.numerics.projections import RandomProjection
 from lightning_influence.replay import MAX_DRIFT, Replay, ReplayedStep
-from lightning_influence.replay.forward import Forward
 from lightning_influence.replay.hessian_products import scaled_products
 from lightning_influence.replay.progress import ReplayProgress, note_drift
-from lightning_influence.replay.steps import Step
+from lightning_influence.replay.steps import Step, examples_of
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.trajectory.exposure import gain
-
-Products = Callable[[Forward, Step, Tensor], list[Tensor]]
-"""``products(forward, step, rates)``: [..., example] for each micro-batch of a step whose weights are loaded."""
 
 
 @dataclass(frozen=True)
@@ -72,53 +68,35 @@ class TracIn(WholeRun):
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """Sum the products at each step of the replay, [query, train]."""
-        return self._walk(setting, setting.zeros(queries), self._query_products(queries))
+        return self._walk(setting, queries)
 
     def self_influence(self, setting: Setting) -> Tensor:
         """The same with each example as its own query, [train]."""
         refuse_constant(self.normalize)
-        return self._walk(setting, setting.zeros(), self._self_products())
+        return self._walk(setting, None)
 
     def seconds(self, setting: Setting, queries: Queries | None) -> float:
         """Time a few steps of the replay."""
-        return self._seconds(setting, self._self_products() if queries is None else self._query_products(queries))
+        replay = self._replay(setting)
+        number = next(k for k, segment in enumerate(replay.segments) if segment.steps)
+        steps = replay.segments[number].steps[:3]
+        with replay.training():
+            list(self._visits(setting, replay, number, steps[:1], queries))
+            started = time.perf_counter()
+            list(self._visits(setting, replay, number, steps, queries))
+        return (time.perf_counter() - started) * len(replay.steps) / len(steps)
 
     def unit(self, setting: Setting) -> str:
         """Loss; arbitrary with ``normalize`` or an adaptive optimizer."""
         adaptive = setting.trajectory is not None and setting.trajectory.adaptive
         return "arbitrary" if adaptive or self.normalize else "loss (summed over the steps with the example)"
 
-    def _query_products(self, queries: Queries) -> Products:
-        """[query, example]."""
-        transforms = Transforms(self.normalize, self.projection)
-
-        def products(forward: Forward, step: Step, rates: Tensor) -> list[Tensor]:
-            with forward.scoring():
-                gradients = transforms(queries.gradients())
-            return [scaled_products(forward, batch, step, gradients, rates, transforms) for batch in step.batches]
-
-        return products
-
-    def _self_products(self) -> Products:
-        """[example]."""
-        transforms = Transforms(None, self.projection)
-
-        def products(forward: Forward, step: Step, rates: Tensor) -> list[Tensor]:
-            with forward.scoring():
-                own = [EachQuery([transforms(forward.rows(batch, as_drawn=False))]) for batch in step.batches]
-            pairs = zip(step.batches, own, strict=True)
-            return [
-                scaled_products(forward, batch, step, query, rates, transforms).diagonal() for batch, query in pairs
-            ]
-
-        return products
-
-    def _walk(self, setting: Setting, total: Tensor, products: Products) -> Tensor:
-        replay = self._replay(setting)
-        progress = ReplayProgress(setting, sum(len(batch.ids) for step in replay.steps for batch in step.batches))
+    def _walk(self, setting: Setting, queries: Queries | None) -> Tensor:
+        total, replay = setting.zeros(queries), self._replay(setting)
+        progress = ReplayProgress(setting, examples_of(replay.steps))
         with replay.training():
             for number, segment in enumerate(replay.segments):
-                for step, found in _visits(setting, replay, number, segment.steps, products):
+                for step, found in self._visits(setting, replay, number, segment.steps, queries):
                     for batch, of_batch in zip(step.batches, found, strict=True):
                         ids = torch.as_tensor(batch.ids, device=total.device)
                         total.index_add_(total.ndim - 1, ids, of_batch.to(total))
@@ -128,15 +106,25 @@ class TracIn(WholeRun):
         note_drift(setting, replay)
         return total
 
-    def _seconds(self, setting: Setting, products: Products) -> float:
-        replay = self._replay(setting)
-        number = next(k for k, segment in enumerate(replay.segments) if segment.steps)
-        steps = replay.segments[number].steps[:3]
-        with replay.training():
-            list(_visits(setting, replay, number, steps[:1], products))
-            started = time.perf_counter()
-            list(_visits(setting, replay, number, steps, products))
-        return (time.perf_counter() - started) * len(replay.steps) / len(steps)
+    def _visits(
+        self, setting: Setting, replay: Replay, segment: int, steps: Sequence[Step], queries: Queries | None
+    ) -> Iterator[tuple[Step, list[Tensor]]]:
+        """Replays the first steps of a segment, and yields each with its products.
+
+        Per micro-batch, they are [query, example], or [example] with each example as its own query.
+        """
+        forward, transforms = replay.forward, setting.state(self, Transforms, self.normalize, self.projection)
+        for replayed in replay.walk(replay.start(segment), steps, separate=True):
+            replay.stand(replayed)
+            step, rates = replayed.step, _effective_rates(replayed, setting)
+            with forward.scoring():
+                if queries is not None:
+                    sides = [transforms(queries.gradients())] * len(step.batches)
+                else:
+                    sides = [EachQuery([transforms(forward.rows(batch, as_drawn=False))]) for batch in step.batches]
+            pairs = zip(step.batches, sides, strict=True)
+            products = [scaled_products(forward, batch, step, side, rates, transforms) for batch, side in pairs]
+            yield step, products if queries is not None else [product.diagonal() for product in products]
 
     def _replay(self, setting: Setting) -> Replay:
         replay = setting.state(self, Replay, setting.engine, setting.examples, setting.trajectory, self.max_drift)
@@ -147,15 +135,6 @@ class TracIn(WholeRun):
                 "gradients themselves. Leave them out, or use `TracInCP`, which computes examples one by one."
             )
         return replay
-
-
-def _visits(
-    setting: Setting, replay: Replay, segment: int, steps: Sequence[Step], products: Products
-) -> Iterator[tuple[Step, list[Tensor]]]:
-    """Replays the first steps of a segment, and yields each with its products."""
-    for replayed in replay.walk(replay.start(segment), steps, separate=True):
-        replay.stand(replayed)
-        yield replayed.step, products(replay.forward, replayed.step, _effective_rates(replayed, setting))
 
 
 def _effective_rates(replayed: ReplayedStep, setting: Setting) -> Tensor:

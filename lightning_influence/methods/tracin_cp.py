@@ -53,13 +53,10 @@ class TracInCP(TransformedProduct):
 
     def weight(self, stage: Stage) -> Tensor:
         """The exposure, or the learning rate at the checkpoint for all examples, [group, train]."""
-        if self.units == "paper":
-            return stage.learning_rates[:, None].expand_as(stage.exposure)
-        return stage.exposure
+        return stage.exposure if self.units == "loss" else stage.learning_rates[:, None].expand_as(stage.exposure)
 
     def unit(self, setting: Setting) -> str:
         """Loss; arbitrary with ``normalize``, ``units="paper"`` or an adaptive optimizer."""
         adaptive = setting.trajectory is not None and setting.trajectory.adaptive
-        if self.normalize or self.units == "paper" or adaptive:
-            return "arbitrary"
-        return "loss (summed over the steps with the example)"
+        arbitrary = self.normalize or self.units == "paper" or adaptive
+        return "arbitrary" if arbitrary else "loss (summed over the steps with the example)"

@@ -1,8 +1,9 @@
 """What a method works with: the training examples of one tile, the queries, and the module at its checkpoints."""
 
 import math
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -69,8 +70,7 @@ class Queries:
         return 1 if self.mean else len(self.ids)
 
     def __getitem__(self, part: slice) -> "Queries":
-        ids = self.ids if self.mean else self.ids[part]
-        return Queries(self.engine, self.examples, ids, self.mean, self.measured)
+        return self if self.mean else replace(self, ids=self.ids[part])
 
     def gradients(self) -> QueryGradients:
         """Gradients of the queries at the weights that are loaded now."""
@@ -91,7 +91,7 @@ class Queries:
         """
         held, size = 1, self.examples.block_size
         if len(self) > 1:
-            some = next(iter(self.examples.blocks(0, min(4, len(self.examples)))))
+            some = next(self.examples.blocks(0, min(4, len(self.examples))))
             each = self.engine.gradients(some).query_bytes(len(self))
             held = _whole_blocks(max(1, _QUERY_BYTES // max(1, each)), size)
         return held if most is None else min(held, _whole_blocks(max(1, most), size))
@@ -159,12 +159,11 @@ class Stage:
             RuntimeError: other weights are loaded now.
         """
         if self.setting.task.version != self._version:
-            again = (
-                "" if self.position is None else ", or load it again with `setting.stages(...)` or `setting.final()`"
-            )
+            again = ", or load it again with `setting.stages(...)` or `setting.final()`"
             raise RuntimeError(
                 f"Expected the weights of the stage at step {self.step} to be loaded, got others, which were loaded "
-                f"after them. Compute a stage's gradients before other weights are loaded{again}."
+                "after them. Compute a stage's gradients before other weights are loaded"
+                f"{'' if self.position is None else again}."
             )
 
 
@@ -199,7 +198,7 @@ class Setting:
     on_block: Callable[[int], Any] = lambda count: None
     notes: list[str] = field(default_factory=list)
     diagnostics: dict[str, float] = field(default_factory=dict)
-    _states: dict[tuple[type, Hashable], Any] = field(default_factory=dict)
+    _states: dict[tuple[Callable[..., Any], Hashable], Any] = field(default_factory=dict)
 
     @property
     def task(self) -> Task:
@@ -239,15 +238,21 @@ class Setting:
         new, old = float(value), self.diagnostics.get(name)
         self.diagnostics[name] = new if old is None or math.isnan(new) else old if math.isnan(old) else keep(old, new)
 
-    def state(self, owner: Hashable, kind: type[S], *arguments: Any) -> S:
+    def warn(self, text: str) -> None:
+        """Warn now, and add a note to the scores; once, however often it is called with the same text."""
+        if text not in self.notes:
+            warnings.warn(text, UserWarning, stacklevel=2)
+        self.note(text)
+
+    def state(self, owner: Hashable, kind: Callable[..., S], *arguments: Any) -> S:
         """An object in which a method or curvature keeps what it computed, for later tiles and blocks of queries.
 
         It lasts as long as the question. Later calls with the same owner and kind return the same object.
 
         Args:
             owner: the method or curvature.
-            kind: the object's class, whose fields document what is kept.
-            arguments: for its constructor, at the first call.
+            kind: the object's class, whose fields document what is kept, or a function that makes the object.
+            arguments: for the class or function, at the first call.
         """
         return cached(self._states, (kind, owner), lambda: kind(*arguments))
 
@@ -280,9 +285,8 @@ class Setting:
         checkpoint = trajectory.checkpoints[index]
         state = checkpoint.load()
         self.task.load(state.parameters, state.buffers, checkpoint.step, checkpoint.epoch)
-        exposure = trajectory.exposure(
-            index, self.engine.reduction.coefficient(), self.n_train, self.batches_per_epoch
-        )[:, self.ids.start : self.ids.stop]
+        averaging = self.engine.reduction.coefficient(), self.n_train, self.batches_per_epoch
+        exposure = trajectory.exposure(index, *averaging)[:, self.ids.start : self.ids.stop]
         if not trajectory.has_batch_order:
             self.note("The batch order is not known: each example is given its expected share of the steps.")
         rates = torch.tensor(trajectory.learning_rates(index), dtype=torch.float64)
@@ -291,10 +295,10 @@ class Setting:
 
 def stage_positions(trajectory: Trajectory | None, checkpoints: Sequence[int] | None = None) -> list[int]:
     """The given positions, sorted and non-negative; None: all but the initial weights, unless there are no others."""
-    available = len(_required(trajectory).checkpoints)
+    steps = [checkpoint.step for checkpoint in _required(trajectory).checkpoints]
+    available = len(steps)
     if checkpoints is None:
-        first = _required(trajectory).checkpoints[0]
-        return list(range(1 if available > 1 and first.step == 0 else 0, available))
+        return list(range(1 if available > 1 and steps[0] == 0 else 0, available))
     wrong = [c for c in checkpoints if not -available <= c < available]
     if wrong:
         raise ValueError(f"Expected `checkpoints` to be positions among {available} checkpoints, got {wrong!r}.")

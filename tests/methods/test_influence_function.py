@@ -243,7 +243,7 @@ def inverse(module, diagonal, state=None):
     ],
 )
 def test_relatif_divides_by_what_leaving_the_example_out_changes_anyway(monkeypatch, normalize, curvature, copies):
-    monkeypatch.setattr("lightning_influence.curvature.cost._BYTES", 8 * 57 * copies * 3)  # three at once
+    monkeypatch.setattr("lightning_influence.curvature.curvature._BYTES", 8 * 57 * copies * 3)  # three at once
     module = plain_model()
     found = Attributor(module, DATA["train"](), batch_size=5)
     left, right, inv = rows(module, "queries"), rows(module, "train"), inverse(module, 0.1)
