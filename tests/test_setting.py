@@ -88,7 +88,8 @@ def loaded_gradients(stage, queries):
 def replayed(setting):
     replay = Replay(setting.engine, setting.examples, setting.trajectory)
     with replay.training():
-        replay.stand(next(iter(replay.walk(replay.start(), replay.steps[:1]))))
+        first = next(iter(replay.walk(replay.start(), replay.steps[:1])))
+        replay.load(first.before, first.step)
 
 
 @pytest.mark.parametrize(

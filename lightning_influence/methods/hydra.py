@@ -177,7 +177,7 @@ class HyDRA(WholeRun):
             started = time.perf_counter()
             replayed = list(replay.walk(start, steps))[-1]
             forward = (time.perf_counter() - started) / len(steps)
-            replay.stand(replayed)
+            replay.load(replayed.before, replayed.step)
             started = time.perf_counter()
             walk.back(replayed)
             backward = time.perf_counter() - started

@@ -154,7 +154,7 @@ def _visits(
 ) -> Iterator[tuple[Step, list[Tensor]]]:
     """Replays the first steps of a segment, and yields each with its products."""
     for replayed in replay.walk(replay.start(segment), steps, separate=True):
-        replay.stand(replayed)
+        replay.load(replayed.before, replayed.step)
         yield replayed.step, products(replay.forward, replayed.step, _effective_rates(replayed, setting))
 
 
