@@ -33,7 +33,7 @@ from lightning_influence.curvature.store import prepared_at
 from lightning_influence.methods import kinds, method
 from lightning_influence.methods.hydra import HyDRADuringFit
 from lightning_influence.methods.method import Cost, Tile
-from lightning_influence.replay import Replay
+from lightning_influence.replay.replay import Replay
 from lightning_influence.setting import setting as questions
 
 

@@ -16,11 +16,11 @@ from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.methods.kinds import WholeRun
 from lightning_influence.methods.method import Evidence
-from lightning_influence.replay import MAX_DRIFT, Replay, adjoint
-from lightning_influence.replay.adjoint import Walk
+from lightning_influence.replay.adjoint import Walk, adjoint
 from lightning_influence.replay.leave_out import without
 from lightning_influence.replay.progress import ReplayProgress, note_drift
 from lightning_influence.replay.refit_agreement import Refits, removals
+from lightning_influence.replay.replay import MAX_DRIFT, Replay
 from lightning_influence.replay.steps import examples_of
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.timing import timed

@@ -15,10 +15,10 @@ from lightning_influence.methods.kinds import WholeRun
 from lightning_influence.methods.method import Evidence
 from lightning_influence.numerics.clipping import ByNorm
 from lightning_influence.numerics.projections import RandomProjection
-from lightning_influence.replay import MAX_DRIFT, Replay, ReplayedStep
 from lightning_influence.replay.forward import Forward
 from lightning_influence.replay.hessian_products import scaled_products
 from lightning_influence.replay.progress import ReplayProgress, note_drift
+from lightning_influence.replay.replay import MAX_DRIFT, Replay, ReplayedStep
 from lightning_influence.replay.steps import Step
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.trajectory.exposure import gain
