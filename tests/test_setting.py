@@ -33,7 +33,7 @@ from lightning_influence.curvature.store import prepared_at
 from lightning_influence.methods import kinds, method
 from lightning_influence.methods.hydra import HyDRADuringFit
 from lightning_influence.methods.method import Cost, Tile
-from lightning_influence.replay import Replay
+from lightning_influence.replay.replay import Replay
 from lightning_influence.setting import setting as questions
 
 
@@ -88,7 +88,8 @@ def loaded_gradients(stage, queries):
 def replayed(setting):
     replay = Replay(setting.engine, setting.examples, setting.trajectory)
     with replay.training():
-        replay.stand(next(iter(replay.walk(replay.start(), replay.steps[:1]))))
+        first = next(iter(replay.walk(replay.start(), replay.steps[:1])))
+        replay.load(first.before, first.step)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from lightning_influence.scores import Scores, SelfScores
 from lightning_influence.scores.id_checks import whole_numbers
 from lightning_influence.setting.session import Session
 from lightning_influence.setting.setting import Queries, Setting
-from lightning_influence.tracking import load_record
+from lightning_influence.tracking.record import load_record
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.types import MissingEvidence
 

@@ -54,6 +54,19 @@ class Plan:
         """All parameters of the plan."""
         return (*self.layouts, *self.vectorised, *self.one_by_one, *self.unreached)
 
+    def check_has(self, trained: Iterable[str]) -> None:
+        """Check that the plan has all parameters that trained.
+
+        Raises:
+            ValueError: it lacks some of them.
+        """
+        if left_out := sorted(set(trained) - set(self.names)):
+            raise ValueError(
+                f"Expected every parameter that trained to be selected, got `parameters=` without `{left_out[0]}`"
+                f"{f' and {len(left_out) - 1} more' if len(left_out) > 1 else ''}: a change of one weight changes all "
+                "others in later steps. Leave `parameters` out."
+            )
+
     def summary(self, parameters: Mapping[str, Tensor]) -> str:
         """One line that says how many parameters have factored gradients, and names all others."""
         total = sum(parameters[name].numel() for name in self.names)

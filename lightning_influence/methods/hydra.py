@@ -16,19 +16,18 @@ from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.methods.kinds import WholeRun
 from lightning_influence.methods.method import Evidence
-from lightning_influence.replay import MAX_DRIFT, Replay, adjoint
-from lightning_influence.replay.adjoint import Walk
+from lightning_influence.replay.adjoint import Walk, adjoint
 from lightning_influence.replay.leave_out import without
 from lightning_influence.replay.progress import ReplayProgress, note_drift
 from lightning_influence.replay.refit_agreement import Refits, removals
+from lightning_influence.replay.replay import MAX_DRIFT, Replay
 from lightning_influence.replay.steps import examples_of
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.timing import timed
-from lightning_influence.tracking import Tracker, load_record, record_name
-from lightning_influence.tracking.fast_hydra import FastHyDRA
 from lightning_influence.tracking.hypergradients import Hypergradients
-from lightning_influence.tracking.tracker import TrackerState
-from lightning_influence.tracking.visits import add_products
+from lightning_influence.tracking.record import load_record, record_name
+from lightning_influence.tracking.tracker import Tracker, TrackerState
+from lightning_influence.tracking.visits import Visits, add_products
 
 # Below this correlation with refits, a note warns. It is 0.9 and more where losses are smooth in the weights of the
 # examples, and about 0.5 where they are not.
@@ -177,7 +176,7 @@ class HyDRA(WholeRun):
             started = time.perf_counter()
             replayed = list(replay.walk(start, steps))[-1]
             forward = (time.perf_counter() - started) / len(steps)
-            replay.stand(replayed)
+            replay.load(replayed.before, replayed.step)
             started = time.perf_counter()
             walk.back(replayed)
             backward = time.perf_counter() - started
@@ -263,7 +262,7 @@ class HyDRADuringFit(WholeRun):
         """Records hypergradients, or without the Hessian what they can be computed from later."""
         if self.hessian:
             return Hypergradients(True, self.examples, self.memory)
-        return FastHyDRA(self.examples, self.memory)
+        return Visits(self.examples, self.memory)
 
     def scored(self, n_train: int) -> Sequence[int] | None:
         """The tracked ``examples``."""

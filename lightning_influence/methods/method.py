@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_influence.setting.setting import Queries, Setting, stage_positions
 from lightning_influence.timing import timed
-from lightning_influence.tracking import Tracker, record_name
+from lightning_influence.tracking.record import record_name
+from lightning_influence.tracking.tracker import Tracker
 from lightning_influence.trajectory import Trajectory
 
 # Scores in memory at once while they are summed over checkpoints.

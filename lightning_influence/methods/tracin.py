@@ -15,9 +15,9 @@ from lightning_influence.methods.kinds import WholeRun
 from lightning_influence.methods.method import Evidence
 from lightning_influence.numerics.clipping import ByNorm
 from lightning_influence.numerics.projections import RandomProjection
-from lightning_influence.replay import MAX_DRIFT, Replay, ReplayedStep
 from lightning_influence.replay.hessian_products import scaled_products
 from lightning_influence.replay.progress import ReplayProgress, note_drift
+from lightning_influence.replay.replay import MAX_DRIFT, Replay, ReplayedStep
 from lightning_influence.replay.steps import Step, examples_of
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.trajectory.exposure import gain
@@ -115,7 +115,7 @@ class TracIn(WholeRun):
         """
         forward, transforms = replay.forward, setting.state(self, Transforms, self.normalize, self.projection)
         for replayed in replay.walk(replay.start(segment), steps, separate=True):
-            replay.stand(replayed)
+            replay.load(replayed.before, replayed.step)
             step, rates = replayed.step, _effective_rates(replayed, setting)
             with forward.scoring():
                 if queries is not None:

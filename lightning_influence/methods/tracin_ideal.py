@@ -10,8 +10,9 @@ from lightning_influence.methods.kinds import WholeRun
 from lightning_influence.methods.method import Evidence
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.timing import timed
-from lightning_influence.tracking import Tracker, load_record
 from lightning_influence.tracking.losses import LossChanges
+from lightning_influence.tracking.record import load_record
+from lightning_influence.tracking.tracker import Tracker
 from lightning_influence.types import MissingEvidence
 
 

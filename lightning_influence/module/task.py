@@ -6,7 +6,7 @@ import functools
 import inspect
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -66,9 +66,13 @@ class Task:
 
     # ---- weights --------------------------------------------------------------------------------------------------
 
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Every parameter by its name without wrapper prefixes; tied parameters appear once."""
-        return self._parameters
+    def named_parameters(self, names: Iterable[str] | None = None) -> dict[str, nn.Parameter]:
+        """Parameters by their names without wrapper prefixes; tied parameters appear once.
+
+        Args:
+            names: which; None: all.
+        """
+        return self._parameters if names is None else {name: self._parameters[name] for name in names}
 
     def named_buffers(self) -> dict[str, Tensor]:
         """Every buffer by its name without wrapper prefixes; shared buffers appear once."""

@@ -1,6 +1,6 @@
 """Losses of queries under retrained models: the ground truth for estimates of influence."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -61,7 +61,4 @@ class Bank:
     def whole(self) -> "Bank":
         """The bank without subsets of which a model could not be trained for any seed."""
         kept = ~self.losses.isnan().any(-1).all(1)
-        return Bank(self.membership[kept], self.losses[kept], *self._rest()) if not bool(kept.all()) else self
-
-    def _rest(self) -> tuple[Tensor, Tensor, bool, Tensor | None, tuple[str, ...]]:
-        return self.full, self.query_ids, self.deterministic, self.train_losses, self.notes
+        return replace(self, membership=self.membership[kept], losses=self.losses[kept])

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from lightning_influence.refit.pool import Failure, Job
 from lightning_influence.refit.store import TrainedModel, digest_of
-from lightning_influence.replay import Replay, run_many
+from lightning_influence.replay.replay import Replay
+from lightning_influence.replay.vectorized import run_many
 from lightning_influence.setting.session import Session
+from lightning_influence.trajectory import Trajectory
 from lightning_influence.types import bytes_in
 
 # Finished models are written to disk about this often, in seconds.
@@ -26,11 +28,13 @@ class Fixed:
     """Trains by replaying the captured run with the weight of what is left out set to 0.
 
     Args:
-        session: opens the module that was trained, with its data and trajectory.
+        session: opens the module that was trained, with its data.
+        trajectory: the captured run.
         removal: whether the divisor of a batch's loss stays, or is what remains of the batch.
     """
 
     session: Session
+    trajectory: Trajectory
     removal: Literal["downweight", "renormalize"] = "downweight"
     seeded: bool = False
     _seconds: float = 0.0  # of one replay of the run as it was
@@ -38,15 +42,14 @@ class Fixed:
 
     def identity(self) -> dict[str, Any]:
         """Hash of the captured run: its first and last weights, batches and learning rates."""
-        trajectory = self._trajectory()
-        steps = [trajectory.steps["ids"].to_pylist(), trajectory.steps["lr"].to_pylist()]
-        end = trajectory.checkpoints[-1].load().parameters
+        steps = [self.trajectory.steps["ids"].to_pylist(), self.trajectory.steps["lr"].to_pylist()]
+        end = self.trajectory.checkpoints[-1].load().parameters
         run = digest_of(self.initial(0), end=digest_of(end), steps=steps)
         return {"seeds": "fixed", "removal": self.removal, "run": run}
 
     def initial(self, seed: int) -> dict[str, Tensor]:
         """The initial weights of the run, whatever the seed."""
-        state = self._trajectory().checkpoints[0].load()
+        state = self.trajectory.checkpoints[0].load()
         return {**state.parameters, **state.buffers}
 
     def train_all(self, jobs: Sequence[Job], take: Callable[[Sequence[TrainedModel]], None]) -> list[Failure]:
@@ -69,12 +72,11 @@ class Fixed:
                     TrainedModel(membership, seed, each, {name: value[row].cpu() for name, value in found.items()})
                     for row, (membership, seed) in enumerate(part)
                 ]
-                broken = {id(model): name for model in models if (name := _not_finite(model.weights))}
-                take([model for model in models if id(model) not in broken])
+                take([model for model in models if not model.broken])
                 failures += [
-                    Failure(job, f"ValueError: NaN or infinity in `{broken[id(model)]}` after training.")
+                    Failure(job, f"ValueError: NaN or infinity in `{model.broken}` after training.")
                     for job, model in zip(part, models, strict=True)
-                    if id(model) in broken
+                    if model.broken
                 ]
                 first += len(part)
         return failures
@@ -89,16 +91,9 @@ class Fixed:
     @contextlib.contextmanager
     def _replay(self) -> Iterator[Replay]:
         with self.session.open() as setting:
-            replay = Replay(setting.engine, setting.examples, self._trajectory())
+            replay = Replay(setting.engine, setting.examples, self.trajectory)
             if self._seconds == 0:
                 start = time.perf_counter()
                 replay.run()  # unchanged: raises unless it ends at the captured weights
                 self._seconds = time.perf_counter() - start
             yield replay
-
-    def _trajectory(self) -> Any:
-        return self.session.trajectory
-
-
-def _not_finite(weights: Any) -> str | None:
-    return next((n for n, v in weights.items() if v.is_floating_point() and not bool(v.isfinite().all())), None)

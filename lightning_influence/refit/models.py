@@ -131,12 +131,11 @@ class Models:
         """A note per class of which some subsets hold no example, where the labels can be read from the dataset."""
         if self._labels is None:
             return []
-        notes = []
-        for label in self._labels.unique().tolist():
-            without = int((membership[:, self._labels == label].sum(1) == 0).sum())
-            if without:
-                notes.append(f"{without} of {len(membership)} subsets hold no example of class {label}.")
-        return notes
+        return [
+            f"{without} of {len(membership)} subsets hold no example of class {label}."
+            for label in self._labels.unique().tolist()
+            if (without := int((membership[:, self._labels == label].sum(1) == 0).sum()))
+        ]
 
 
 def _labels(dataset: Any) -> Tensor | None:

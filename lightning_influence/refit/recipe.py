@@ -43,10 +43,8 @@ class Recipe:
         with isolated_random_state(), quiet_lightning():
             first, second = self.make_module(), self.make_module()
             trainers = self.make_trainer(), self.make_trainer()
-        shared = {p.data_ptr() for p in first.parameters() if p.numel()} & {
-            p.data_ptr() for p in second.parameters() if p.numel()
-        }
-        if first is second or shared:
+        addresses = [{p.data_ptr() for p in module.parameters() if p.numel()} for module in (first, second)]
+        if first is second or addresses[0] & addresses[1]:
             raise ValueError(
                 "Expected `make_module` to return a new module each time, got the same one twice"
                 f"{'' if first is second else ' (its parameters are shared)'}: each model would continue from "
@@ -79,22 +77,22 @@ class Recipe:
             trainer = self.make_trainer()
             trainer.fit(module, self.make_dataloader(subset))
             after = weights_of(module)
-        _check_trained(trainer, before, after)
-        return TrainedModel(membership, seed, time.perf_counter() - start, after)
+        model = TrainedModel(membership, seed, time.perf_counter() - start, after)
+        _check_trained(trainer, before, model)
+        return model
 
 
-def _check_trained(trainer: Any, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+def _check_trained(trainer: Any, before: dict[str, Tensor], model: TrainedModel) -> None:
     if getattr(trainer, "interrupted", False):
         raise KeyboardInterrupt
-    if trainer.global_step == 0 or all(torch.equal(before[name], after[name]) for name in before):
+    if trainer.global_step == 0 or all(torch.equal(before[name], model.weights[name]) for name in before):
         raise ValueError(
             f"Expected the Trainer of `make_trainer` to train, got {trainer.global_step} steps "
             f"(`max_epochs={trainer.max_epochs}`, `limit_train_batches={trainer.limit_train_batches}`) that left the "
             "weights unchanged. Check `make_trainer`, `make_dataloader` and which parameters require gradients."
         )
-    broken = [name for name, value in after.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise ValueError(f"Expected finite weights after training, got NaN or infinity in `{broken[0]}`.")
+    if model.broken:
+        raise ValueError(f"Expected finite weights after training, got NaN or infinity in `{model.broken}`.")
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

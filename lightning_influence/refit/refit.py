@@ -209,7 +209,7 @@ class Refit:
                 "Expected a captured run for `seeds='fixed'`, got `trajectory=None`. Fit with "
                 "`Trainer(callbacks=[Influence()])`, or pass factories and `seeds='independent'`."
             )
-        return Fixed(subject.session, self.removal)
+        return Fixed(subject.session, subject.session.trajectory, self.removal)
 
     def _folder(self, subject: Subject) -> Path:
         if self.dirpath is not None:

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout  # a dependency of torch
 from torch import Tensor
 
-from lightning_influence.trajectory.files import write_atomically
+from lightning_influence.files.atomic import whole
 
 FORMAT = 1
 MANIFEST = "bank.json"
@@ -52,6 +53,12 @@ class TrainedModel:
     def key(self) -> str:
         """Identifies the model in the store."""
         return key_of(self.membership, self.seed)
+
+    @cached_property
+    def broken(self) -> str | None:
+        """Name of the first tensor that holds NaN or infinity."""
+        weights = self.weights.items()
+        return next((name for name, w in weights if w.is_floating_point() and not w.isfinite().all()), None)
 
 
 def key_of(membership: Tensor, seed: int) -> str:
@@ -117,11 +124,9 @@ class ModelStore:
             pa.array([m.seconds for m in new], pa.float64()),
             pa.array([self._bytes(m.weights) for m in new], pa.binary()),
         ]
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, _ROWS) as writer:
-            writer.write_batch(pa.record_batch(arrays, schema=_ROWS))
         path = self.folder / f"models-{self._next:06d}.arrow"
-        write_atomically(path, sink.getvalue().to_pybytes())
+        with whole(path) as file, pa.ipc.new_file(file, _ROWS) as writer:
+            writer.write_batch(pa.record_batch(arrays, schema=_ROWS))
         self._next += 1
         self._places |= {model.key: (path, row) for row, model in enumerate(new)}
         self.seconds += [model.seconds for model in new]
@@ -146,11 +151,11 @@ class ModelStore:
         try:
             table = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
             size = sum(_size(*entry) for entry in self.layout.values())
-            whole = all(value.as_buffer().size == size for value in table["weights"])
+            intact = all(value.as_buffer().size == size for value in table["weights"])
             keys, seconds = table["key"].to_pylist(), table["seconds"].to_pylist()
         except (pa.ArrowException, OSError, KeyError, ValueError):
-            whole = False
-        if not whole:
+            intact = False
+        if not intact:
             warnings.warn(f"`{path}` is damaged: its models are trained again.", stacklevel=2)
             return
         self._places |= {key: (path, row) for row, key in enumerate(keys)}
@@ -159,7 +164,8 @@ class ModelStore:
     def _check(self, wanted: Mapping[str, Any]) -> None:
         path = self.folder / MANIFEST
         if not path.is_file():
-            write_atomically(path, json.dumps(wanted, indent=1).encode())
+            with whole(path) as file:
+                file.write(json.dumps(wanted, indent=1).encode())
             return
         found = json.loads(path.read_bytes())
         for name, value in wanted.items():

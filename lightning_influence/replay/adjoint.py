@@ -47,7 +47,7 @@ def adjoint(
     with replay.training():
         for moment in replay.backwards():
             if replay.forward.check(moment.step, separate=True):
-                replay.stand(moment)
+                replay.load(moment.before, moment.step)
             walk.back(moment)
             done(moment.step)
     return walk.total
@@ -58,17 +58,15 @@ class Walk:
 
     def __init__(self, replay: Replay, final: Mapping[str, Tensor], hessian: bool, renormalize: bool) -> None:
         self.renormalize = renormalize and replay.forward.mean
-        self.trained = sorted({name for step in replay.steps for name in step.moves.options})
-        self.second = StepProducts(replay.forward, self.trained if hessian else ())
+        self.second = StepProducts(replay.forward, replay.trained if hessian else ())
         self.first = StepProducts(replay.forward, ())
-        parameters = replay.engine.task.named_parameters()
-        count = len(next(iter(final.values())))
+        first = next(iter(final.values()))
         self.by_weight: Vectors = {
-            name: final[name] if name in final else parameters[name].new_zeros(count, *parameters[name].shape)
-            for name in self.trained
+            name: final[name] if name in final else p.new_zeros(len(first), *p.shape)
+            for name, p in replay.engine.task.named_parameters(replay.trained).items()
         }
         self.by_state: dict[str, OptimizerState] = {}
-        self.total = next(iter(final.values())).new_zeros(count, len(replay.examples))
+        self.total = first.new_zeros(len(first), len(replay.examples))
 
     def back(self, moment: ReplayedStep) -> None:
         """Carries the derivatives through one step; adds those with respect to its examples' weights to ``total``."""
@@ -109,21 +107,20 @@ def _one_walk_forward(
     steps, groups = replay.steps, replay.engine.groups
     if any(not step.moves.rule.uniform or step.clipping is not None for step in steps):
         return None
-    factors = _factors(replay)
+    factors = iter(_factors(replay))
     queries = DenseQueries(final, groups)
     first = next(iter(final.values()))
     total = first.new_zeros(len(first), len(replay.examples))
     with replay.training():
-        number = 0
         for segment, part in enumerate(replay.segments):
             for moment in replay.walk(replay.start(segment), part.steps, separate=True):
                 step = moment.step
                 if moment.gradients.keys() != step.moves.options.keys():
                     return None  # torch does not move a parameter without a gradient, so its factors differ
+                factor = next(factors)
                 for batch in step.batches:
-                    products = scaled_products(replay.forward, batch, step, queries, factors[number])
+                    products = scaled_products(replay.forward, batch, step, queries, factor)
                     _add(total, batch.ids, products, renormalize and replay.forward.mean)
-                number += 1
                 done(step)
             replay.compare(segment, replay.after)
     return total
@@ -132,9 +129,7 @@ def _one_walk_forward(
 def _factors(replay: Replay) -> list[Tensor]:
     """For every step, [group]: the derivative with respect to the step's gradient, relative to the final one."""
     groups = replay.engine.groups
-    names = sorted({name for step in replay.steps for name in step.moves.options})
-    count = 1 + max((groups.get(name, 0) for name in names), default=0)
-    of_group = {groups.get(name, 0): name for name in names}  # the rule is the same for all parameters of a group
+    of_group = {groups.get(name, 0): name for name in replay.trained}  # a group's parameters have the same rule
     start = replay.start()
     one = torch.ones(1, dtype=torch.float64)
     states: dict[int, OptimizerState] = {
@@ -154,7 +149,7 @@ def _factors(replay: Replay) -> list[Tensor]:
     by_state: dict[int, OptimizerState] = {group: {} for group in of_group}
     found = []
     for step, here in zip(reversed(replay.steps), reversed(places), strict=True):
-        factor = torch.zeros(count, dtype=torch.float64)
+        factor = torch.zeros(1 + max(of_group, default=0), dtype=torch.float64)
         for group, at in here.items():
             by_gradient, by_weight[group], by_state[group] = step.moves.rule.adjoint(
                 at, by_weight[group], by_state[group]

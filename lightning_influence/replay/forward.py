@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,11 +103,6 @@ class Forward:
             self.task.remember()
             self.task.on_forward = self._note_buffers
 
-    def parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Some of the module's parameters by name."""
-        parameters = self.task.named_parameters()
-        return {name: parameters[name] for name in names}
-
     def share(self, batch: MicroBatch, step: Step) -> float:
         """The factor of an example's loss in the step's gradient."""
         return 1.0 / (step.divisor * ((batch.size or len(batch.ids)) if self.mean else 1))
@@ -160,9 +155,8 @@ class Forward:
                 total[name] = total[name] + gradient if name in total else gradient
             self._keep_buffers()
         if not step.batches:  # all examples have weight 0, but momentum and weight decay go on
-            parameters = self.task.named_parameters()
             used = [name for name in step.moves.options if name not in self.engine.plan.unreached]
-            total = {name: torch.zeros_like(parameters[name]) for name in used}
+            total = {name: torch.zeros_like(p) for name, p in self.task.named_parameters(used).items()}
         return total, self.written
 
     def rows(self, batch: MicroBatch, as_drawn: bool = True) -> Gradients:
@@ -215,7 +209,7 @@ class Forward:
         return True
 
     def _plain(self, batch: MicroBatch, step: Step) -> dict[str, Tensor]:
-        moved = self.parameters(step.moves.options)
+        moved = self.task.named_parameters(step.moves.options)
         with requiring_gradients(self.task.module, list(moved)):
             return gradient_of(self.total(batch, step), moved)
 
@@ -226,7 +220,7 @@ class Forward:
             rows = self.rows(batch)
             scaled = rows.scaled(dict.fromkeys(rows.parts, factor))
             return {name: gradient for name, gradient in scaled.total().items() if name in step.moves.options}
-        moved = self.parameters(step.moves.options)
+        moved = self.task.named_parameters(step.moves.options)
         with requiring_gradients(self.task.module, list(moved)):
             losses = self.losses(batch)
             return gradient_of((losses * factor.to(losses)).sum(), moved)

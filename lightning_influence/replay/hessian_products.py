@@ -64,9 +64,10 @@ class StepProducts:
         An example's product is the derivative with respect to its outputs times the change of these outputs along the
         direction, which the backward pass through the gradient's graph computes anyway.
         """
-        moved, trained = self.forward.parameters(directions), self.forward.parameters(self.trained)
+        task = self.forward.task
+        moved, trained = task.named_parameters(directions), task.named_parameters(self.trained)
         watch = OutputWatch(moved.values())
-        with requiring_gradients(self.forward.task.module, self.trained):
+        with requiring_gradients(task.module, self.trained):
             with watch if self._at_outputs else contextlib.nullcontext():
                 total = self.forward.total(batch, step)
             outputs = {i: o for i, o in enumerate(watch.outputs()) if o.ndim and len(o) == len(batch.ids)}
@@ -107,8 +108,8 @@ def _weighted(
         losses = forward.losses(batch)
         weights = torch.ones_like(losses, requires_grad=True)
         total = (losses * weights).sum() * forward.share(batch, step)
-        gradients = gradient_of(total, forward.parameters(directions), create_graph=True)
-        targets = {_WEIGHTS: weights} | forward.parameters(trained)
+        gradients = gradient_of(total, forward.task.named_parameters(directions), create_graph=True)
+        targets = {_WEIGHTS: weights} | forward.task.named_parameters(trained)
         changes = vjp(gradients, targets, directions, _activations(forward, batch))
     count = len(next(iter(directions.values())))
     products = changes.pop(_WEIGHTS, losses.new_zeros(count, len(batch.ids)))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from lightning_influence.replay.replay import Replay
-from lightning_influence.replay.steps import MicroBatch, Segment, Step
+from lightning_influence.replay.steps import MicroBatch, Step
 
 
 def without(replay: Replay, left_out: Tensor) -> Replay:
@@ -34,14 +34,12 @@ def without(replay: Replay, left_out: Tensor) -> Replay:
         )
     removed = set(left_out.nonzero()[:, 0].tolist())
     other = copy.copy(replay)
-    other.segments = [_segment(segment, removed) for segment in replay.segments]
+    other.segments = [
+        replace(segment, steps=tuple(_step(step, removed) for step in segment.steps)) for segment in replay.segments
+    ]
     other.forward = replay.forward.copy()
     other.whole = False
     return other
-
-
-def _segment(segment: Segment, removed: set[int]) -> Segment:
-    return replace(segment, steps=tuple(_step(step, removed) for step in segment.steps))
 
 
 def _step(step: Step, removed: set[int]) -> Step:

@@ -72,14 +72,8 @@ class Replay:
     def __post_init__(self) -> None:
         self.segments = segments_of(self.trajectory)
         self.forward = Forward(self.engine, self.examples)
-        trained = {name for step in self.steps for name in step.moves.options}
-        left_out = sorted(trained - set(self.engine.plan.names))
-        if left_out:
-            raise ValueError(
-                f"Expected every parameter that trained to be selected, got `parameters=` without `{left_out[0]}`"
-                f"{f' and {len(left_out) - 1} more' if len(left_out) > 1 else ''}: a change of one weight changes all "
-                "others in later steps. Leave `parameters` out."
-            )
+        self.trained = sorted({name for step in self.steps for name in step.moves.options})
+        self.engine.plan.check_has(self.trained)
         self.engine.width(self.examples)  # measured now, while the module is in eval mode
 
     @property
@@ -140,9 +134,9 @@ class Replay:
         self.after = start
         for step in steps:
             here = self.after
-            self._load(here, step)
+            self.load(here, step)
             if self.forward.check(step, separate=separate or weights is not None):
-                self._load(here, step)
+                self.load(here, step)
             gradients, buffers = self.forward.gradients(step, weights, renormalize)
             self.after = here.moved(step, gradients, buffers)
             yield ReplayedStep(step, here, gradients)
@@ -228,11 +222,7 @@ class Replay:
         )
         return self._loaded[checkpoint.step]
 
-    def stand(self, moment: ReplayedStep) -> None:
-        """Loads the state before a step of the replay into the module."""
-        self._load(moment.before, moment.step)
-
-    def _load(self, here: TrainingState, step: Step) -> None:
+    def load(self, here: TrainingState, step: Step) -> None:
         """Loads the state, and the numbers of step and epoch that ``training_step`` may read."""
         here.put_into(self.engine.task)
         set_clock(self.engine.task.module, step.made - 1, step.epoch)
@@ -245,7 +235,7 @@ class Replay:
                 self.compare(segment, self.after)
             while moments:
                 moment = moments.pop()
-                self.stand(moment)
+                self.load(moment.before, moment.step)
                 yield moment
             return
         length = max(most, math.isqrt(len(steps)))

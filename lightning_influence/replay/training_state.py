@@ -32,8 +32,7 @@ class TrainingState:
     @classmethod
     def of(cls, captured: SavedState, task: Task) -> "TrainingState":
         """A captured state on the module's device and in its precision."""
-        like = dict(task.named_parameters())
-        buffers = dict(task.named_buffers())
+        like, buffers = task.named_parameters(), task.named_buffers()
         optimizer = {
             name: {key: v.to(like[name]) for key, v in values.items() if key != "step" and v.shape == like[name].shape}
             for name, values in captured.optimizer.items()

@@ -1,11 +1,11 @@
 """Replays a captured fit under many weights of its examples at once, by ``torch.func.vmap`` over models."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_influence.gradients.general import NotVectorisable, replacing, without_metrics
 from lightning_influence.module.trainer_state import set_clock
@@ -19,7 +19,7 @@ from lightning_influence.replay.training_state import TrainingState
 # Bytes that the models of one vectorised run may take.
 _BYTES = 2**29
 
-Weights = dict[str, Tensor]
+Weights = Mapping[str, Tensor]
 """Parameters and buffers by name, [model, *shape]."""
 
 
@@ -60,7 +60,7 @@ def run_many(
         except NotVectorisable:
             at_once, part = 0, weights[first : first + 1]
             end = replay.run(part[0], renormalize)
-            found.append({name: value[None] for name, value in (end.weights | end.buffers).items()})  # type: ignore[operator]
+            found.append({name: value[None] for name, value in {**end.weights, **end.buffers}.items()})
         first += len(part)
         done(len(part))
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
@@ -86,33 +86,19 @@ def _vectorised(replay: Replay, weights: Tensor, renormalize: bool) -> Weights:
             replay.forward.check(replay.steps[0], separate=True)
         start.put_into(task)
         task.on_forward = None
-        models, counts = _Models(start, len(weights)), dict(start.counts)
+        tensors = start.weights, start.buffers, start.optimizer
+        parameters, buffers, states = tree_map(lambda x: x.expand(len(weights), *x.shape).clone(), tensors)
+        models = TrainingState(parameters, buffers, states, start.counts)
         weights = weights.to(task.device)
         with without_metrics(task.module):
             for step in replay.steps:
                 set_clock(task.module, step.made - 1, step.epoch)
-                _step(replay, models, counts, step, weights, renormalize)
-    return {**models.parameters, **models.buffers}
+                models = _step(replay, models, step, weights, renormalize)
+    return {**models.weights, **models.buffers}
 
 
-class _Models:
-    """Parameters, buffers and optimizer states by name, [model, *shape]."""
-
-    def __init__(self, start: TrainingState, count: int) -> None:
-        def repeated(tensor: Tensor) -> Tensor:
-            return tensor.expand(count, *tensor.shape).clone()
-
-        self.parameters = {name: repeated(w) for name, w in start.weights.items()}
-        self.buffers = {name: repeated(b) for name, b in start.buffers.items()}
-        self.states: dict[str, OptimizerState] = {
-            name: {key: repeated(value) for key, value in state.items()} for name, state in start.optimizer.items()
-        }
-
-
-def _step(
-    replay: Replay, models: _Models, counts: dict[str, int], step: Step, weights: Tensor, renormalize: bool
-) -> None:
-    """Moves all models by one step."""
+def _step(replay: Replay, models: TrainingState, step: Step, weights: Tensor, renormalize: bool) -> TrainingState:
+    """The state of all models after a step, given that before it, both with tensors [model, *shape]."""
     names = [name for name in step.moves.options if name not in replay.engine.plan.unreached]
     forward = replay.forward
     factors = [
@@ -121,25 +107,25 @@ def _step(
     ]
     losses = [_Losses(replay, batch) for batch in step.batches]
 
-    def one(parameters: Weights, states: dict[str, OptimizerState], buffers: Weights, factors: list[Tensor]) -> Any:
+    def one(parameters: Weights, buffers: Weights, states: Mapping[str, OptimizerState], factors: list[Tensor]) -> Any:
         def total(moving: Weights) -> tuple[Tensor, Weights]:
             value, written = torch.zeros(()), buffers
             for of_batch, factor in zip(losses, factors, strict=True):
-                each, written = of_batch(parameters | moving, written)
+                each, written = of_batch({**parameters, **moving}, written)
                 value = value + (each * factor.to(each)).sum()
             return value, written
 
         gradients, written = torch.func.grad(total, has_aux=True)({name: parameters[name] for name in names})
-        after = TrainingState(parameters, buffers, states, counts).moved(step, gradients, written)
-        return after.weights, after.optimizer, after.buffers
+        after = TrainingState(parameters, buffers, states, models.counts).moved(step, gradients, written)
+        return after.weights, after.buffers, after.optimizer
 
     try:
-        found = torch.func.vmap(one, randomness="same")(models.parameters, models.states, models.buffers, factors)
+        before = models.weights, models.buffers, models.optimizer
+        parameters, buffers, states = torch.func.vmap(one, randomness="same")(*before, factors)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
         raise NotVectorisable(f"The step does not run under `torch.func.vmap`: {error}") from error
-    models.parameters, models.states, models.buffers = found
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
+    made = {name: models.counts.get(name, 0) + 1 for name in names}
+    return TrainingState(parameters, buffers, states, {**models.counts, **made})
 
 
 class _Losses:
@@ -148,11 +134,10 @@ class _Losses:
     def __init__(self, replay: Replay, batch: MicroBatch) -> None:
         self._task, self._joint, self._batch = replay.engine.task, replay.forward.joint, batch
         self._on_device = replay.forward.read(batch)
-        leaves, self._spec = tree_flatten(self._on_device)
-        self._leaves = leaves
-        self._mapped = [isinstance(x, Tensor) and x.ndim > 0 and len(x) == len(batch.ids) for x in leaves]
+        self._leaves, self._spec = tree_flatten(self._on_device)
+        self._mapped = [isinstance(x, Tensor) and x.ndim > 0 and len(x) == len(batch.ids) for x in self._leaves]
 
-    def __call__(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> tuple[Tensor, Weights]:
+    def __call__(self, parameters: Weights, buffers: Weights) -> tuple[Tensor, Weights]:
         """[example]; and the buffers after the forward pass."""
         own = {name: buffer.clone() for name, buffer in buffers.items()}
         put_back(self._batch.random, self._task.device)
@@ -164,12 +149,9 @@ class _Losses:
             raise NotVectorisable("The batch holds tensors whose first dimension is not the example.")
 
         def one(*tensors: Tensor) -> Tensor:
-            return self._task(self._of_one(tensors)).sum()
+            given = iter(tensors)
+            leaves = [next(given).unsqueeze(0) if m else x for x, m in zip(self._leaves, self._mapped, strict=True)]
+            return self._task(tree_unflatten(leaves, self._spec)).sum()
 
         tensors = [leaf for leaf, m in zip(self._leaves, self._mapped, strict=True) if m]
         return torch.func.vmap(one)(*tensors)  # type: ignore[no-any-return]
-
-    def _of_one(self, tensors: Sequence[Tensor]) -> Any:
-        given = iter(tensors)
-        leaves = [next(given).unsqueeze(0) if m else x for x, m in zip(self._leaves, self._mapped, strict=True)]
-        return tree_unflatten(leaves, self._spec)

@@ -25,6 +25,6 @@ def plain_seconds(setting: Setting, sample: Block) -> float:
     def step() -> None:
         with requiring_gradients(task.module, names):
             total = task(task.to_device(sample.batch)).sum()
-            torch.autograd.grad(total, [task.named_parameters()[name] for name in names], allow_unused=True)
+            torch.autograd.grad(total, list(task.named_parameters(names).values()), allow_unused=True)
 
     return timed(step)

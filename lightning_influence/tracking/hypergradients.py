@@ -6,7 +6,6 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_influence.setting.setting import Queries
-from lightning_influence.tracking.micro_batch import PreparedTask, TrackedMicroBatch
-from lightning_influence.tracking.tracker import (
-    PlanError,
-    TrackedFit,
-    TrackedStep,
-    Tracker,
-    TrackerState,
-    TrackingPlan,
-    Untrackable,
-)
+from lightning_influence.tracking.errors import Untrackable
+from lightning_influence.tracking.micro_batch import TrackedMicroBatch
+from lightning_influence.tracking.tracker import TrackedFit, TrackedStep, Tracker, TrackerState, TrackingPlan
 
 # Elements of hypergradients to update at once.
 _AT_ONCE = 2**24
@@ -65,21 +57,20 @@ class Hypergradients(Tracker):
         if wrong or not ids:
             raise Untrackable(f"Expected `examples` to be ids below {fit.n_train}, got {wrong[:5] or 'none'}.")
         self.ids, self._slots = torch.tensor(ids), {i: slot for slot, i in enumerate(ids)}
-        parameters = fit.engine.task.named_parameters()
-        self._like = {name: parameters[name].detach() for name in fit.engine.plan.names}
+        parameters = fit.engine.task.named_parameters(fit.engine.plan.names)
+        self._like = {name: p.detach() for name, p in parameters.items()}
         one = sum(p.numel() * p.element_size() for p in self._like.values()) * len(ids)
         pending = fit.batch_sizes[1] if self.hessian else 0
         total, kept = one * (1 + fit.states + pending), one * (1 + fit.states)
         on_disk = total > self._memory
         self._folder = fit.folder if on_disk else None
         plan = TrackingPlan(0.0 if on_disk else float(total), float(kept + (total if on_disk else 0)), self._time(fit))
-        if plan.disk is not None and plan.disk > fit.free_disk:
-            raise PlanError(
-                f"Expected hypergradients of {len(ids):,} examples to fit the {fit.free_disk / 2**20:,.0f} MiB free "
-                f"in `{fit.folder}`, got {plan}. Track fewer `examples=`, take `HyDRA(mode='replay')`, or for "
-                "SGD `hessian=False`, which keeps no vectors."
-            )
-        self.weights = self._zeros()
+        fit.check_disk(
+            plan,
+            f"hypergradients of {len(ids):,} examples",
+            "Track fewer `examples=`, take `HyDRA(mode='replay')`, or for SGD `hessian=False`, which keeps no vectors.",
+        )
+        self.weights = self._all_zeros()
         if state is not None:
             self._restore(state)
         return plan
@@ -93,21 +84,20 @@ class Hypergradients(Tracker):
             vector.mul_(0.9).add_(vector, alpha=0.1)
         each = (time.perf_counter() - start) * (1 + fit.states)
         if self.hessian:
-            batch = fit.engine.task.to_device(fit.sample.batch)
-            engine = replace(fit.engine, task=PreparedTask.of(fit.engine.task))
-            present = TrackedMicroBatch(engine, tuple(fit.sample.ids), batch, 1.0 / fit.sample.size)
-            times_hessian = present.hessian()
+            times_hessian = fit.micro_batch().hessian()
             start = time.perf_counter()
             times_hessian(vectors)
             each += time.perf_counter() - start
         return each / few * len(self.ids) / max(fit.seconds, 1e-9)
 
-    def _zeros(self) -> Vectors:
-        """Zeros, in memory or in a file that disappears with the process."""
-        shapes = {name: (len(self.ids), *p.shape) for name, p in self._like.items()}
-        if self._folder is None:
-            return {name: self._like[name].new_zeros(shape) for name, shape in shapes.items()}
-        return {name: _mapped(self._folder, shape, self._like[name]) for name, shape in shapes.items()}
+    def _zeros(self, name: str) -> Tensor:
+        """[tracked, *shape], in memory or in a file that disappears with the process."""
+        like = self._like[name]
+        shape = len(self.ids), *like.shape
+        return like.new_zeros(shape) if self._folder is None else _mapped(self._folder, shape, like)
+
+    def _all_zeros(self) -> Vectors:
+        return {name: self._zeros(name) for name in self._like}
 
     # ---- the recursion --------------------------------------------------------------------------------------------
 
@@ -118,7 +108,7 @@ class Hypergradients(Tracker):
         rows = {name: r * present.share for name, r in present.rows(tracked).items()} if tracked else {}
         if not self.hessian:
             return slots, rows, None
-        changes = self._free.pop() if self._free else self._zeros()
+        changes = self._free.pop() if self._free else self._all_zeros()
         times_hessian = present.hessian() if self._moved else None
         for chunk in self._chunks():
             directions = {name: d[chunk].to(self._like[name]) for name, d in self.weights.items()}
@@ -173,8 +163,7 @@ class Hypergradients(Tracker):
     def _state(self, name: str, key: str) -> Tensor:
         of_name = self.states.setdefault(name, {})
         if key not in of_name:
-            shape, like = (len(self.ids), *self._like[name].shape), self._like[name]
-            of_name[key] = like.new_zeros(shape) if self._folder is None else _mapped(self._folder, shape, like)
+            of_name[key] = self._zeros(name)
         return of_name[key]
 
     # ---- what is written ------------------------------------------------------------------------------------------

@@ -7,14 +7,8 @@ from torch import Tensor
 
 from lightning_influence.gradients.losses import Losses
 from lightning_influence.setting.setting import Queries
-from lightning_influence.tracking.tracker import (
-    TrackedFit,
-    TrackedStep,
-    Tracker,
-    TrackerState,
-    TrackingPlan,
-    Untrackable,
-)
+from lightning_influence.tracking.errors import Untrackable
+from lightning_influence.tracking.tracker import TrackedFit, TrackedStep, Tracker, TrackerState, TrackingPlan
 
 _INSTEAD = "With larger batches, use `TracIn()`, which divides a step among its examples to first order."
 

@@ -62,18 +62,15 @@ class TrackedMicroBatch:
             return self.engine.gradients(block, set_random_state=lambda: None)
 
     def rows(self, positions: Sequence[int]) -> dict[str, Tensor]:
-        """Per-sample gradients at some positions in the batch, by parameter name, [position, *shape]."""
+        """Per-sample gradients at some positions in the batch (at least one), by parameter name, [position, *shape]."""
         if self.joint:
             with isolated_random_state():
                 return self._one_by_one(positions).dense()
-        found = self.gradients() if positions else None
-        parameters = self.engine.task.named_parameters()
-        alone = [] if found is None else [found.slice(slice(i, i + 1)).dense() for i in positions]
+        found = self.gradients()
+        alone = [found.slice(slice(i, i + 1)).dense() for i in positions]
         return {
-            name: torch.cat([one[name] if name in one else torch.zeros_like(parameters[name])[None] for one in alone])
-            if alone
-            else parameters[name].new_zeros(0, *parameters[name].shape)
-            for name in self.engine.plan.names
+            name: torch.cat([one[name] if name in one else torch.zeros_like(p)[None] for one in alone])
+            for name, p in self._parameters().items()
         }
 
     def whole(self) -> dict[str, Tensor]:
@@ -95,25 +92,18 @@ class TrackedMicroBatch:
         return self.engine.reduction.total(loss, len(self.ids)) * self.share
 
     def _parameters(self) -> dict[str, Tensor]:
-        parameters = self.engine.task.named_parameters()
-        return {name: parameters[name] for name in self.engine.plan.names}
+        return dict(self.engine.task.named_parameters(self.engine.plan.names))
 
     def _one_by_one(self, chosen: Sequence[int]) -> Gradients:
         """One backward pass per example, which is also right where the forward pass mixes examples."""
-        parameters = self._parameters()
-        rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
-        with requiring_gradients(self.engine.task.module, list(parameters)):
+        names, parameters = self.engine.plan.names, list(self._parameters().values())
+        with requiring_gradients(self.engine.task.module, names):
             losses = self.engine.task(self.data)
-            for i in chosen:
-                found = torch.autograd.grad(losses[i], list(parameters.values()), retain_graph=True, allow_unused=True)
-                for (name, parameter), gradient in zip(parameters.items(), found, strict=True):
-                    rows[name].append(torch.zeros_like(parameter) if gradient is None else gradient)
-        groups: dict[Names, int] = {(name,): self.engine.groups.get(name, 0) for name in parameters}
+            alone = [
+                torch.autograd.grad(losses[i], parameters, retain_graph=True, materialize_grads=True) for i in chosen
+            ]
+        rows = dict(zip(names, zip(*alone, strict=True), strict=True))
         parts: dict[Names, Part] = {
-            (name,): DenseRows((_stacked(of_name, parameters[name]),)) for name, of_name in rows.items()
+            (name,): DenseRows((torch.stack(of_name).detach(),)) for name, of_name in rows.items()
         }
-        return Gradients(parts, groups, len(chosen))
-
-
-def _stacked(rows: Sequence[Tensor], like: Tensor) -> Tensor:
-    return torch.stack(list(rows)) if rows else like.new_zeros(0, *like.shape)
+        return Gradients(parts, {(name,): self.engine.groups.get(name, 0) for name in names}, len(chosen))

@@ -1,29 +1,30 @@
 """Which fits cannot be tracked; checked before the first step where possible, otherwise at a batch or step."""
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_influence.gradients import Engine, Reduction
 from lightning_influence.gradients.reduction import match_loss, refuse_batch_statistics, refuse_mixing
 from lightning_influence.module.task import Task, isolated_random_state
 from lightning_influence.numerics.clipping import ByNorm, ByValue, Clipping
-from lightning_influence.numerics.optimizers import rule_for
-from lightning_influence.tracking.tracker import Untrackable, WeightUpdate
+from lightning_influence.tracking.errors import Untrackable
+from lightning_influence.tracking.tracker import WeightUpdate
 from lightning_influence.types import Batch, clean
 
 _INSTEAD = "Use `TracInCP()`, which needs checkpoints only."
 
 
 def refuse(trainer: Any, module: Any, engine: Engine, differentiates: bool) -> None:
-    """Check the Trainer and the module, and the optimizer if the tracker differentiates its steps.
+    """Check the Trainer and the module, and the selected parameters if the tracker differentiates the steps.
 
     Raises:
         Untrackable: anything but one process and one optimizer, in automatic optimization without mixed precision.
-        ValueError: there is no update rule for the optimizer.
+        ValueError: some of the trained parameters are not selected.
     """
     reason = None
     if trainer.world_size > 1:
@@ -38,20 +39,8 @@ def refuse(trainer: Any, module: Any, engine: Engine, differentiates: bool) -> N
         reason = "gradients clipped by `Trainer(gradient_clip_val=)`, got the module's `configure_gradient_clipping`"
     if reason is not None:
         raise Untrackable(f"Expected {reason}: other fits cannot be tracked. {_INSTEAD}")
-    left_out = sorted(
-        clean(n) for n, p in module.named_parameters() if p.requires_grad and clean(n) not in engine.plan.names
-    )
-    if left_out and differentiates:
-        raise Untrackable(
-            f"Expected all trained parameters, got `parameters=` without `{left_out[0]}`: a change of one weight "
-            "changes all others in later steps. Leave `parameters` out."
-        )
-    optimizer = getattr(trainer.optimizers[0], "_optimizer", trainer.optimizers[0])
-    if not differentiates:
-        return
-    rule = rule_for(type(optimizer).__name__)
-    for group in optimizer.param_groups:
-        rule.check(group)
+    if differentiates:
+        engine.plan.check_has(trained(module))
 
 
 def trained(module: Any) -> frozenset[str]:
@@ -109,7 +98,7 @@ def refuse_mixed(task: Task, ids: Sequence[int], batch: Batch, engine: Engine) -
         joint = float(task(batch))
         if not torch.equal(torch.get_rng_state(), before):  # one example alone would use other random numbers
             return
-        singles = [float(task(tree_map(_one(i), batch))) for i in range(len(ids))]
+        singles = [float(task(tree_map_only(Tensor, itemgetter(slice(i, i + 1)), batch))) for i in range(len(ids))]
     refuse_mixing(singles, joint, engine.reduction is Reduction.MEAN)
 
 
@@ -148,7 +137,3 @@ def verify_gradients(update: WeightUpdate, batches: Sequence[Mapping[str, Tensor
 
 def _tolerance(like: Tensor) -> float:
     return 1e-6 if like.dtype is torch.float64 else 1e-2
-
-
-def _one(i: int) -> Any:
-    return lambda leaf: leaf[i : i + 1] if isinstance(leaf, Tensor) else leaf

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,15 +13,8 @@ from lightning_influence.gradients import Engine
 from lightning_influence.numerics.clipping import Clipping
 from lightning_influence.numerics.optimizers import UpdateInput, UpdateRule
 from lightning_influence.setting.setting import Queries
-from lightning_influence.tracking.micro_batch import TrackedMicroBatch
-
-
-class Untrackable(ValueError):
-    """The fit cannot be tracked; the message gives the reason and what works instead."""
-
-
-class PlanError(Untrackable):
-    """Tracking would exceed memory, disk or `max_cost`."""
+from lightning_influence.tracking.errors import PlanError
+from lightning_influence.tracking.micro_batch import PreparedTask, TrackedMicroBatch
 
 
 @dataclass(frozen=True)
@@ -56,6 +49,29 @@ class TrackedFit:
     sample: Block
     seconds: float
 
+    def micro_batch(self) -> TrackedMicroBatch:
+        """The sample as ``Tracker.batch`` receives micro-batches."""
+        engine = replace(self.engine, task=PreparedTask.of(self.engine.task))
+        batch = self.engine.task.to_device(self.sample.batch)
+        return TrackedMicroBatch(engine, tuple(self.sample.ids), batch, 1.0 / self.sample.size)
+
+    def check_disk(self, plan: "TrackingPlan", content: str, instead: str) -> None:
+        """Compare the disk space that a plan needs with what is free.
+
+        Args:
+            plan: of the tracker.
+            content: what it writes.
+            instead: what the user can do about it.
+
+        Raises:
+            PlanError: there is too little.
+        """
+        if plan.disk is not None and plan.disk > self.free_disk:
+            raise PlanError(
+                f"Expected {content} to fit the {self.free_disk / 2**20:,.0f} MiB free in `{self.folder}`, got {plan}. "
+                f"{instead}"
+            )
+
 
 @dataclass(frozen=True)
 class TrackingPlan:
@@ -66,12 +82,10 @@ class TrackingPlan:
     steps: float | None
 
     def __str__(self) -> str:
-        parts = [
-            "memory unknown" if self.memory is None else f"{self.memory / 2**20:,.1f} MiB of memory",
-            "disk unknown" if self.disk is None else f"{self.disk / 2**20:,.1f} MiB of disk",
-            "time unknown" if self.steps is None else f"about {self.steps:.2g} times the plain step in addition",
-        ]
-        return ", ".join(parts)
+        memory = "memory unknown" if self.memory is None else f"{self.memory / 2**20:,.1f} MiB of memory"
+        disk = "disk unknown" if self.disk is None else f"{self.disk / 2**20:,.1f} MiB of disk"
+        time = "time unknown" if self.steps is None else f"about {self.steps:.2g} times the plain step in addition"
+        return f"{memory}, {disk}, {time}"
 
 
 @dataclass(frozen=True)
@@ -128,6 +142,10 @@ class Tracker(ABC):
     """Whether ``stepped`` is given the queries at the new weights."""
     differentiates: ClassVar[bool] = True
     """Whether it differentiates the steps, which must then follow the optimizer's update rule."""
+
+    def chosen(self, fit: TrackedFit) -> "Tracker":
+        """The tracker to use for this fit, which may depend on its optimizer."""
+        return self
 
     @abstractmethod
     def starts(self, fit: TrackedFit, state: TrackerState | None) -> TrackingPlan:

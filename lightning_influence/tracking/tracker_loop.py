@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lightning_influence.data.examples import Block
-from lightning_influence.gradients import Engine, Reduction
+from lightning_influence.gradients import Reduction
 from lightning_influence.module.task import Loss, NoLoss, quiet
 from lightning_influence.numerics.clipping import ByValue
 from lightning_influence.numerics.optimizers import UpdateInput, rule_for
 from lightning_influence.setting.setting import Queries, Setting
-from lightning_influence.tracking.error_guard import ErrorGuard
+from lightning_influence.tracking.errors import PlanError, Untrackable
 from lightning_influence.tracking.estimates import plain_seconds, states_of
 from lightning_influence.tracking.micro_batch import PreparedTask, TrackedMicroBatch
 from lightning_influence.tracking.record import FOLDER, load_state, save_state
@@ -31,15 +31,7 @@ from lightning_influence.tracking.refusals import (
     verify_gradients,
     verify_step,
 )
-from lightning_influence.tracking.tracker import (
-    PlanError,
-    TrackedFit,
-    TrackedStep,
-    Tracker,
-    TrackingPlan,
-    Untrackable,
-    WeightUpdate,
-)
+from lightning_influence.tracking.tracker import TrackedFit, TrackedStep, Tracker, TrackingPlan, WeightUpdate
 from lightning_influence.types import clean
 
 
@@ -75,23 +67,14 @@ class TrackerLoop:
     """
 
     def __init__(
-        self,
-        trainer: Any,
-        module: Any,
-        run: Path,
-        trackers: Mapping[str, Tracker],
-        loss: Loss | None,
-        max_cost: float,
+        self, trainer: Any, module: Any, run: Path, trackers: Mapping[str, Tracker], loss: Loss | None, max_cost: float
     ) -> None:
         self._trainer, self._module, self._run, self._loss, self._max_cost = trainer, module, run, loss, max_cost
         self.tracked = [TrackerRecord(tracker, name) for name, tracker in trackers.items()]
-        self._engine: Engine | None = None
-        self._queries: Queries | None = None
         # entries disappear with the micro-batch, once no accumulation window holds it
         self._pending: WeakKeyDictionary[object, _PendingBatch] = WeakKeyDictionary()
         self._before: dict[str, tuple[Tensor, Tensor, dict[str, Tensor]]] = {}
         self._steps = 0
-        self._mean: bool | None = None
         self._checked = self._verifies = False
 
     # ---- before the first step ------------------------------------------------------------------------------------
@@ -114,24 +97,32 @@ class TrackerLoop:
         setting.engine.width(setting.examples)
         fit = self._fit(setting, None if parent is None else parent.parent)
         for each in self.tracked:
-            state = None
-            if made > 0:
-                state = None if parent is None else load_state(parent / FOLDER / each.name, made)
-                if state is None:
-                    raise Untrackable(
-                        f"Expected the state of `{each.name}` at step {made}, from which this fit resumes, got nothing "
-                        f"in `{parent}`: earlier steps are unknown. Fit from the start, or leave the method out."
-                    )
+            state = load_state(parent / FOLDER / each.name, made) if made > 0 and parent is not None else None
+            if made > 0 and state is None:
+                raise Untrackable(
+                    f"Expected the state of `{each.name}` at step {made}, from which this fit resumes, got nothing "
+                    f"in `{parent}`: earlier steps are unknown. Fit from the start, or leave the method out."
+                )
             folder = self._run / FOLDER / each.name
             folder.mkdir(parents=True, exist_ok=True)
-            each.plan = each.tracker.starts(replace(fit, folder=folder), state)
-            self._afford(each, fit)
+            each.tracker = each.tracker.chosen(fit)
+            plan = each.plan = each.tracker.starts(replace(fit, folder=folder), state)
+            if plan.steps is not None and plan.steps > self._max_cost:
+                raise PlanError(
+                    f"Expected tracking for `{each.name}` to take at most `max_cost={self._max_cost:g}` times the "
+                    f"plain step, got {plan}. Track fewer `examples=`, use `hessian=False` or `mode='replay'`, or "
+                    "raise `max_cost`."
+                )
 
     def _fit(self, setting: Setting, resumed: Path | None) -> TrackedFit:
         trainer = self._trainer
         sizes = getattr(trainer.train_dataloader, "batch_size", None), trainer.accumulate_grad_batches
-        rule = rule_for(type(self._optimizer).__name__) if self._differentiates else None
-        queries = setting.queries
+        rule, states = None, 0
+        if self._differentiates:
+            rule = rule_for(type(self._optimizer).__name__)
+            for group in self._optimizer.param_groups:
+                rule.check(group)
+                states = max(states, states_of(rule, group))
         count = min(sizes[0] or 1, len(setting.examples))
         sample = Block(0, count, setting.examples.some(range(count)), setting.examples.one)
         total = trainer.estimated_stepping_batches
@@ -141,23 +132,14 @@ class TrackerLoop:
             steps=int(total) if total not in (-1, float("inf")) else None,
             batch_sizes=sizes,
             uniform=rule is not None and rule.uniform and not isinstance(clipping_of(trainer), ByValue),
-            queries=None if queries is None else queries[:],
-            states=0 if rule is None else max(states_of(rule, group) for group in self._optimizer.param_groups),
+            queries=None if setting.queries is None else setting.queries[:],
+            states=states,
             folder=self._run,
             resumed=resumed,
             free_disk=shutil.disk_usage(self._run).free,
             sample=sample,
             seconds=plain_seconds(setting, sample),
         )
-
-    def _afford(self, each: TrackerRecord, fit: TrackedFit) -> None:
-        plan = each.plan
-        if plan is not None and plan.steps is not None and plan.steps > self._max_cost:
-            raise PlanError(
-                f"Expected tracking for `{each.name}` to take at most `max_cost={self._max_cost:g}` times the plain "
-                f"step, got {plan}. Track fewer `examples=`, use `hessian=False` or `mode='replay'`, or raise "
-                "`max_cost`."
-            )
 
     # ---- hooks ----------------------------------------------------------------------------------------------------
 
@@ -169,7 +151,7 @@ class TrackerLoop:
             ids: of its examples, or None if they are unknown.
             data: the batch that ``training_step`` will receive.
         """
-        if not self._tracks:
+        if not self._active():
             return
         if self._differentiates and (why := changed(self._trained, trained(self._module))) is not None:
             self._give_up(why)
@@ -196,8 +178,13 @@ class TrackerLoop:
         self._before = {}
         for name, parameter in self._updated():
             kept = self._optimizer.state.get(parameter, {})
-            state = {key: keep(value.detach()) for key, value in kept.items() if _like(value, parameter)}
-            gradient = _gradient(parameter)
+            state = {
+                key: keep(value.detach())
+                for key, value in kept.items()
+                if key != "step" and isinstance(value, Tensor) and value.shape == parameter.shape
+            }
+            assert parameter.grad is not None
+            gradient = parameter.grad.detach()
             raw = gradient.clone() if clipping is not None else gradient
             self._before[name] = keep(parameter.detach()), raw, state
 
@@ -208,7 +195,7 @@ class TrackerLoop:
             made: weight updates so far, including this one.
             batches: keys of the micro-batches whose gradients were summed.
         """
-        if not self._tracks:
+        if not self._active():
             return
         if not batches:  # no loss since the last step, so no update
             if self._before:
@@ -246,10 +233,6 @@ class TrackerLoop:
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
-    @property
-    def _tracks(self) -> bool:
-        return any(each.lost is None for each in self.tracked)
-
     def _is_due(self) -> bool:
         """Whether to verify the next step: steps 1, 2, 4, 8 ... if trackers differentiate them."""
         return (self._steps + 1) & self._steps == 0 and self._differentiates
@@ -265,8 +248,13 @@ class TrackerLoop:
         for each in self._active():
             each.lost = why
 
-    def _guarded(self) -> ErrorGuard:
-        return ErrorGuard(self._give_up)
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """An exception ends the tracking instead of the fit."""
+        try:
+            yield
+        except Exception as error:
+            self._give_up(f"{type(error).__name__}: {error}")
 
     @property
     def _optimizer(self) -> Any:
@@ -286,7 +274,6 @@ class TrackerLoop:
         return replace(self._queries, engine=replace(self._queries.engine, task=task))[:]
 
     def _micro_batch(self, task: PreparedTask, ids: tuple[int, ...], batch: Any) -> TrackedMicroBatch:
-        assert self._engine is not None
         engine = replace(self._engine, task=task)
         if not self._checked:
             if engine.reduction is Reduction.NONE:
@@ -301,18 +288,17 @@ class TrackerLoop:
         if not self._before:
             raise Untrackable("the optimizer stepped without `on_before_optimizer_step`, as in manual optimization.")
         rule = rule_for(type(self._optimizer).__name__)
-        inputs, raw = {}, {}
-        names = dict(self._updated())
+        inputs: dict[str, UpdateInput] = {}
+        raw: dict[str, Tensor] = {}
+        names = {parameter: name for name, parameter in self._updated()}
         for group in self._optimizer.param_groups:
             rule.check(group)
             options = {key: value for key, value in group.items() if key != "params"}
-            own = {id(p) for p in group["params"]}
-            for name in [n for n, p in names.items() if id(p) in own]:
-                weight, gradient, state = self._before[name]
-                count = int(self._optimizer.state.get(names[name], {}).get("step", 1)) - 1
-                kept = {key: value for key, value in state.items() if key != "step"}
-                inputs[name] = UpdateInput(weight, _gradient(names[name]), kept, count, options)
-                raw[name] = gradient
+            for parameter in [p for p in group["params"] if p.grad is not None]:
+                name = names[parameter]
+                weight, raw[name], state = self._before[name]
+                count = int(self._optimizer.state.get(parameter, {}).get("step", 1)) - 1
+                inputs[name] = UpdateInput(weight, parameter.grad.detach(), state, count, options)
         return WeightUpdate(rule, inputs, clipping_of(self._trainer), raw)
 
 
@@ -323,12 +309,3 @@ class _PendingBatch:
     ids: tuple[int, ...]
     payloads: dict[str, Any]
     gradients: dict[str, Tensor] | None
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad.detach()
-
-
-def _like(value: Any, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape

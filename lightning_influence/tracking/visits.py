@@ -1,7 +1,7 @@
 """Hypergradients without vectors: the factored gradients of each visit, and one coefficient per visit."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,12 @@ from lightning_influence.numerics.clipping import ByNorm, Clipping
 from lightning_influence.numerics.optimizers import UpdateInput, UpdateRule
 from lightning_influence.setting.setting import Queries
 from lightning_influence.timing import timed
-from lightning_influence.tracking.micro_batch import PreparedTask, TrackedMicroBatch
+from lightning_influence.tracking.errors import Untrackable
+from lightning_influence.tracking.hypergradients import Hypergradients
+from lightning_influence.tracking.micro_batch import TrackedMicroBatch
 from lightning_influence.tracking.record import load, save
 from lightning_influence.tracking.serialization import decode, encode
-from lightning_influence.tracking.tracker import (
-    PlanError,
-    TrackedFit,
-    TrackedStep,
-    Tracker,
-    TrackerState,
-    TrackingPlan,
-    Untrackable,
-)
+from lightning_influence.tracking.tracker import TrackedFit, TrackedStep, Tracker, TrackerState, TrackingPlan
 from lightning_influence.types import bytes_in
 
 _WEIGHT, _GRADIENT = "weight", "gradient"
@@ -39,11 +33,12 @@ class Visits(Tracker):
     end, from the steps made.
 
     Args:
+        examples: ids to track with ``Hypergradients``, for other optimizers; None: all.
         memory: bytes of factors to collect before a segment is written.
     """
 
-    def __init__(self, memory: int) -> None:
-        self._memory = memory
+    def __init__(self, examples: Sequence[int] | None, memory: int) -> None:
+        self._examples, self._memory = examples, memory
         self._folder = Path()
         self._names: list[str] = []
         self._kinds: list[dict[str, dict[str, float]]] = []
@@ -53,6 +48,10 @@ class Visits(Tracker):
         self._pending: list[dict[str, Any]] = []
         self._bytes = 0
 
+    def chosen(self, fit: TrackedFit) -> Tracker:
+        """``Hypergradients`` without the Hessian where the optimizer treats entries of a parameter differently."""
+        return self if fit.uniform else Hypergradients(False, self._examples, self._memory)
+
     def starts(self, fit: TrackedFit, state: TrackerState | None) -> TrackingPlan:
         """Estimate the cost, and continue from the state of a resumed fit.
 
@@ -60,7 +59,7 @@ class Visits(Tracker):
             PlanError: the factors do not fit on disk.
         """
         self._folder, self._names = fit.folder, list(fit.engine.plan.names)
-        sample = _sample(fit)
+        sample = fit.micro_batch()
         each, seconds = sample.gradients().query_bytes(1), timed(sample.gradients)
         size, accumulated = fit.batch_sizes
         visits = None if fit.steps is None else fit.steps * accumulated * (size or 1)
@@ -68,12 +67,12 @@ class Visits(Tracker):
         plan = TrackingPlan(
             float(self._memory if disk is None else min(disk, self._memory)), disk, seconds / fit.seconds
         )
-        if disk is not None and disk > fit.free_disk:
-            raise PlanError(
-                f"Expected the factors of {visits:,} visits to fit the {fit.free_disk / 2**20:,.0f} MiB free in "
-                f"`{fit.folder}`, got {plan}. Use `HyDRA(mode='replay', hessian=False)`, which keeps two numbers per "
-                "query and example, or fewer epochs."
-            )
+        fit.check_disk(
+            plan,
+            f"the factors of {visits or 0:,} visits",
+            "Use `HyDRA(mode='replay', hessian=False)`, which keeps two numbers per query and example, or fewer "
+            "epochs.",
+        )
         if state is not None:
             self._restore(state, fit.resumed)
         return plan
@@ -101,17 +100,19 @@ class Visits(Tracker):
         factor, along = _clipped(update.clipping, update.raw)
         for ids, (share, gradients) in zip(step.ids, step.batches, strict=True):
             products = gradients.times(_whole(update.raw, gradients)) if along else None
-            self._keep(
-                {
-                    "ids": list(ids),
-                    "share": share,
-                    "step": len(self._path) - 1,
-                    "factor": factor,
-                    "along": along,
-                    "pulled": None if products is None else products.cpu(),
-                    "parts": encode(gradients),
-                }
-            )
+            visit = {
+                "ids": list(ids),
+                "share": share,
+                "step": len(self._path) - 1,
+                "factor": factor,
+                "along": along,
+                "pulled": None if products is None else products.cpu(),
+                "parts": encode(gradients),
+            }
+            self._pending.append(visit)
+            self._bytes += bytes_in(visit["parts"])
+            if self._bytes > self._memory:
+                self._flush()
 
     def state(self) -> TrackerState:
         """Names of the segments, and the kind of each step."""
@@ -129,12 +130,6 @@ class Visits(Tracker):
         if runs is not None and runs != self._folder.parents[2]:
             self._segments = [str(runs / segment) for segment in self._segments]
         self._path = state.tensors["path"].tolist()
-
-    def _keep(self, visit: dict[str, Any]) -> None:
-        self._pending.append(visit)
-        self._bytes += bytes_in(visit["parts"])
-        if self._bytes > self._memory:
-            self._flush()
 
     def _flush(self) -> None:
         """Write a segment, and note its path relative to the folder of all runs."""
@@ -166,27 +161,13 @@ def coefficients(rule: UpdateRule, at: UpdateInput) -> dict[str, dict[str, float
     }
 
 
-@dataclass
-class Coefficients:
-    """Coefficients of visits by step, for groups of parameters that were always updated alike.
-
-    Args:
-        names: parameters of each group.
-        counts: coefficients of each group, [step].
-    """
-
-    names: list[list[str]] = field(default_factory=list)
-    counts: list[Tensor] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, state: TrackerState) -> "Coefficients":
-        """Compute them from the steps made, last to first."""
-        path, kinds, found = state.tensors["path"], state.facts["kinds"], cls()
-        columns, of_name = path.unique(dim=1, return_inverse=True)
-        for k in range(columns.shape[1]):
-            found.names.append([n for n, c in zip(state.facts["names"], of_name.tolist(), strict=True) if c == k])
-            found.counts.append(_backwards(columns[:, k].tolist(), kinds))
-        return found
+def _by_step(state: TrackerState) -> tuple[list[list[str]], list[Tensor]]:
+    """Groups of parameters that were always updated alike, and for each the coefficients of visits, [step]."""
+    columns, of_name = state.tensors["path"].unique(dim=1, return_inverse=True)
+    names: list[list[str]] = [[] for _ in columns.T]
+    for name, column in zip(state.facts["names"], of_name.tolist(), strict=True):
+        names[column].append(name)
+    return names, [_backwards(column.tolist(), state.facts["kinds"]) for column in columns.T]
 
 
 def _backwards(path: Sequence[int], kinds: Sequence[Mapping[str, Mapping[str, float]]]) -> Tensor:
@@ -214,7 +195,7 @@ def add_products(total: Tensor, first: int, query: QueryGradients, state: Tracke
         state: of ``Visits`` at the end of the fit.
         runs: folder of all runs.
     """
-    by_step = Coefficients.of(state)
+    groups, by_step = _by_step(state)
     window: list[tuple[dict[str, Any], list[Tensor]]] = []
     for segment in state.facts["segments"]:
         for visit in load(runs / segment):
@@ -222,16 +203,16 @@ def add_products(total: Tensor, first: int, query: QueryGradients, state: Tracke
                 _add_step(total, first, window, by_step)
                 window = []
             gradients = decode(visit["parts"], len(visit["ids"]), total.device)
-            window.append((visit, [query.dot(_only(gradients, names)).to(total) for names in by_step.names]))
+            window.append((visit, [query.dot(_only(gradients, names)).to(total) for names in groups]))
     if window:
         _add_step(total, first, window, by_step)
 
 
 def _add_step(
-    total: Tensor, first: int, window: list[tuple[dict[str, Any], list[Tensor]]], by_step: Coefficients
+    total: Tensor, first: int, window: list[tuple[dict[str, Any], list[Tensor]]], by_step: list[Tensor]
 ) -> None:
     """Add one step's visits, from all its micro-batches together: clipping by norm couples them."""
-    for k, counts in enumerate(by_step.counts):
+    for k, counts in enumerate(by_step):
         number = float(counts[window[0][0]["step"]])
         if not number:
             continue
@@ -267,9 +248,3 @@ def _only(gradients: Gradients, names: Sequence[str]) -> Gradients:
         gradients = gradients.per_parameter()
     parts = {key: part for key, part in gradients.parts.items() if set(key) <= wanted}
     return Gradients(parts, {}, gradients.size)
-
-
-def _sample(fit: TrackedFit) -> TrackedMicroBatch:
-    engine = replace(fit.engine, task=PreparedTask.of(fit.engine.task))
-    batch = fit.engine.task.to_device(fit.sample.batch)
-    return TrackedMicroBatch(engine, tuple(fit.sample.ids), batch, 1.0 / fit.sample.size)

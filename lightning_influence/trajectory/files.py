@@ -101,17 +101,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def runs_in(dirpath: Path) -> list[Path]:
     """The runs of a folder, oldest first."""
-    found = []
-    for entry in dirpath.iterdir() if dirpath.is_dir() else ():
-        if match := re.fullmatch(r"run-(\d+)", entry.name):
-            found.append((int(match[1]), entry))
-    return [entry for _, entry in sorted(found)]
+    entries = dirpath.iterdir() if dirpath.is_dir() else ()
+    runs = [entry for entry in entries if re.fullmatch(r"run-\d+", entry.name)]
+    return sorted(runs, key=lambda run: (int(run.name.removeprefix("run-")), run))
 
 
 def read_steps(folder: Path, entries: list[dict[str, Any]]) -> pa.Table:
     """The step files listed in a manifest, as one table."""
-    tables = []
-    for entry in entries:
-        content = read_verified(folder / entry["file"], entry["size"], entry["crc32"])
-        tables.append(pa.ipc.open_file(pa.BufferReader(content)).read_all())
+    contents = [read_verified(folder / entry["file"], entry["size"], entry["crc32"]) for entry in entries]
+    tables = [pa.ipc.open_file(pa.BufferReader(content)).read_all() for content in contents]
     return pa.concat_tables(tables) if tables else STEPS.empty_table()

@@ -3,7 +3,6 @@
 import pickle
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +28,10 @@ class LightningCheckpoint(Checkpoint):
         return SavedState(parameters=weights, buffers=weights, optimizer={}, random={})
 
 
-@dataclass
-class LightningFiles:
-    """What was read from the ``.ckpt`` files of one fit."""
-
-    checkpoints: list[LightningCheckpoint]
-    rates: list[list[float]]
-    settings: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
-
-
-def read_lightning_files(paths: Sequence[Path], learning_rates: _Rates) -> LightningFiles:
-    """Read steps, learning rates and optimizer options; the weights stay on disk."""
+def read_lightning_files(
+    paths: Sequence[Path], learning_rates: _Rates
+) -> tuple[list[LightningCheckpoint], list[list[float]], dict[str, Any], list[str]]:
+    """Read checkpoints in order, their learning rates, optimizer options and notes; the weights stay on disk."""
     if not paths:
         raise ValueError("Expected at least one path of a Lightning checkpoint, got none.")
     if isinstance(learning_rates, Sequence) and len(learning_rates) != len(paths):
@@ -69,7 +60,7 @@ def read_lightning_files(paths: Sequence[Path], learning_rates: _Rates) -> Light
     checkpoints = [
         LightningCheckpoint(int(contents[k]["global_step"]), int(contents[k]["epoch"]), Path(paths[k])) for k in order
     ]
-    return LightningFiles(checkpoints, rates, settings, notes)
+    return checkpoints, rates, settings, notes
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -16,15 +16,15 @@ from lightning_influence.types import MissingEvidence
 
 @dataclass
 class Run:
-    """What a run's manifest and step files hold; the checkpoints stay on disk."""
+    """What a run's manifest and step files hold, named as in ``Trajectory``; the checkpoints stay on disk."""
 
     path: Path
-    checkpoints: list[Checkpoint]
+    checkpoints: tuple[Checkpoint, ...]
     steps: pa.Table
-    settings: list[dict[str, Any]]
+    settings: tuple[dict[str, Any], ...]
     dataset_size: int | None
     finished: bool
-    seconds: float
+    fit_seconds: float
     eval_modules: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
@@ -52,25 +52,24 @@ def find_run(dirpath: Path) -> tuple[Path, list[str]]:
 def read_run(folder: Path, until: int | None = None) -> Run:
     """Read a run up to step ``until`` (None: all of it), joined with the runs it was resumed from."""
     manifest = read_manifest(folder)
-    steps = _union_of_ranks(folder, manifest)
     run = Run(
         path=folder,
-        checkpoints=[
+        checkpoints=tuple(
             Checkpoint(c["step"], c["epoch"], folder / c["file"], c["size"], c["crc32"])
             for c in manifest["checkpoints"]
-        ],
-        steps=steps,
-        settings=manifest["settings"],
+        ),
+        steps=_union_of_ranks(folder, manifest),
+        settings=tuple(manifest["settings"]),
         dataset_size=manifest["dataset_size"],
         finished=manifest["finished"],
-        seconds=manifest["fit_seconds"],
+        fit_seconds=manifest["fit_seconds"],
         eval_modules=tuple(manifest.get("eval_modules", ())),
         notes=list(manifest["notes"]),
     )
     if manifest["parent"] is not None:
         _join(run, manifest["parent"], first_is_resumed=manifest["checkpoints"][:1])
     if until is not None:
-        run.checkpoints = [c for c in run.checkpoints if c.step <= until]
+        run.checkpoints = tuple(c for c in run.checkpoints if c.step <= until)
         run.steps = run.steps.filter(pc.field("step") <= until)
     return run
 
@@ -98,7 +97,7 @@ def _join(run: Run, link: dict[str, Any], first_is_resumed: list[dict[str, Any]]
     shifted = run.steps.set_column(column, "settings", pc.add(run.steps["settings"], shift))
     run.steps = pa.concat_tables([older.steps, shifted])
     run.settings = older.settings + run.settings
-    run.seconds += older.seconds
+    run.fit_seconds += older.fit_seconds
     run.notes = [*older.notes, *run.notes]
 
 

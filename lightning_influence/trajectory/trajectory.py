@@ -65,17 +65,7 @@ class Trajectory:
         """
         folder, notes = find_run(Path(dirpath))
         run = read_run(folder)
-        return cls(
-            path=folder,
-            checkpoints=tuple(run.checkpoints),
-            dataset_size=run.dataset_size,
-            steps=run.steps,
-            settings=tuple(run.settings),
-            notes=(*notes, *run.notes, *_notes_on_the_end(run)),
-            finished=run.finished,
-            fit_seconds=run.seconds,
-            eval_modules=run.eval_modules,
-        )
+        return cls(**vars(run) | {"notes": (*notes, *run.notes, *_notes_on_the_end(run))})
 
     @classmethod
     def from_checkpoints(
@@ -94,15 +84,15 @@ class Trajectory:
             ValueError: no paths, or another number of learning rates than of paths.
             MissingEvidence: a file cannot be read, or it holds no weights or no learning rate.
         """
-        found = read_lightning_files([Path(path) for path in paths], learning_rates)
+        checkpoints, rates, settings, notes = read_lightning_files([Path(path) for path in paths], learning_rates)
         return cls(
             path=None,
-            checkpoints=tuple(found.checkpoints),
+            checkpoints=tuple(checkpoints),
             dataset_size=None,
             steps=STEPS.empty_table(),
-            settings=(found.settings,),
-            notes=tuple(found.notes),
-            _stored_rates=tuple(tuple(rates) for rates in found.rates),
+            settings=(settings,),
+            notes=tuple(notes),
+            _stored_rates=tuple(map(tuple, rates)),
         )
 
     @property

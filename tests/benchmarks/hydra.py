@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import HyDRA, Influence, TracInCP
-from lightning_influence.replay import Replay, run_many
+from lightning_influence.replay.replay import Replay
+from lightning_influence.replay.vectorized import run_many
 
 EPOCHS, BATCH, TRAIN, QUERIES = 10, 50, 600, 40
 FLOORS = {"keep 90 %": 0.95, "keep 99 %": 0.90, "leave-one-out": 0.90}

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_influence import Attributor, Downsampling, Influence, LeaveOneOut, Refit
-from lightning_influence.replay import DriftError
+from lightning_influence.replay.replay import DriftError
 from refit.ridge import DECAY, Ridge, data
 
 TEST = data(3, seed=1)

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_influence import Attributor, HyDRA, MissingEvidence, TracIn, Trajectory
-from lightning_influence.replay import DriftError
 from lightning_influence.replay.refit_agreement import removals
+from lightning_influence.replay.replay import DriftError
 from replay.runs import QUERIES, N, data, fitted, joint
 
 CASES = {

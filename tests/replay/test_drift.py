@@ -9,7 +9,7 @@ from oracles_dynamic import influence
 from torch.utils.data import RandomSampler
 
 from lightning_influence import Attributor, HyDRA, TracIn
-from lightning_influence.replay import DriftError, Replay
+from lightning_influence.replay.replay import DriftError, Replay
 from replay.runs import N, fitted, joint
 
 KERNEL = r"Likely causes: the fit's attention ran in a fused kernel, its replay in the math kernel.*something else"

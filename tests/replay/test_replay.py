@@ -4,7 +4,8 @@ import pytest
 import torch
 from oracles_dynamic import unrolled
 
-from lightning_influence.replay import DriftError, Replay, run_many
+from lightning_influence.replay.replay import DriftError, Replay
+from lightning_influence.replay.vectorized import run_many
 from replay.runs import N, fitted, joint
 
 CASES = {
