@@ -99,6 +99,6 @@ def _computable(found: Trajectory) -> None:
 
 def _methods() -> list[tuple[str, Evidence]]:
     """Each method of the package and its evidence. Methods are dataclasses, the kinds of method are not."""
-    public = [getattr(lightning_influence, name) for name in lightning_influence.__all__]
+    public = [getattr(lightning_influence, name) for name in dir(lightning_influence)]
     classes = [one for one in public if inspect.isclass(one) and issubclass(one, Method) and is_dataclass(one)]
     return [(one.__name__, one.needs) for one in classes]

@@ -107,7 +107,9 @@ def read_file(path: str | os.PathLike[str], kinds: Sequence[str]) -> tuple[str, 
         ValueError: The file is damaged, not written by this package, of another kind or of a later format.
     """
     kind, batches, metadata = read_batches(path, kinds)
-    return kind, {name: _joined([batch[name] for batch in batches]) for name in batches[0]}, metadata
+    if len(batches) == 1:
+        return kind, batches[0], metadata
+    return kind, {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}, metadata
 
 
 def read_batches(
@@ -189,26 +191,6 @@ def stream(
     return pa.RecordBatchReader.from_batches(schema, batches())
 
 
-def float_type(dtype: torch.dtype) -> pa.DataType:
-    """The Arrow type for scores of a torch dtype."""
-    return pa.float64() if dtype == torch.float64 else pa.float32()
-
-
-def to_pandas(make: Callable[[], pa.Table]) -> Any:
-    """The table returned by `make`, as a `pandas.DataFrame`.
-
-    Raises:
-        ImportError: pandas is not installed.
-    """
-    try:
-        import pandas  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            '`to_pandas` needs pandas. Run `pip install "lightning-influence[pandas]"`, or use `to_arrow`.'
-        ) from error
-    return make().to_pandas()
-
-
 def as_rows(table: pa.Table, **more: Callable[[Mapping[str, Any]], Any]) -> tuple[list[str], list[list[Any]]]:
     """Column names and rows of a small table, with further columns computed from each row."""
     rows = table.to_pylist()
@@ -242,7 +224,3 @@ def _to_tensor(column: pa.Array, pages: mmap.mmap, start: int) -> Tensor:
     offset = flat.buffers()[1].address - start + flat.offset * flat.type.byte_width
     tensor = torch.frombuffer(pages, dtype=_DTYPES[flat.type], count=len(flat), offset=offset)
     return tensor.view(len(column), column.type.list_size) if nested else tensor
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -79,9 +79,7 @@ def class_name(label: Any, labels: Classes | None = None) -> str:
         return label
     if labels is not None and float(label).is_integer():
         number = int(label)
-        if isinstance(labels, Mapping) and number in labels:
-            return str(labels[number])
-        if not isinstance(labels, Mapping) and 0 <= number < len(labels):
+        if number in (labels if isinstance(labels, Mapping) else range(len(labels))):
             return str(labels[number])
     return f"label {_number(label)}"
 
@@ -125,8 +123,8 @@ def _of_mapping(entries: Mapping[Any, Any]) -> Any:
     named = next((key for key in _TEXTS if key in texts), texts[0] if len(texts) == 1 == len(entries) else None)
     if named is not None:
         return entries[named]
-    if len(entries) == 1:
-        return next(iter(entries.values())) if plain(next(iter(entries.values()))) is None else _row(entries)
+    if len(entries) == 1 and plain(only := next(iter(entries.values()))) is None:
+        return only
     return _row(entries)
 
 

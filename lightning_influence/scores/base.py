@@ -8,8 +8,10 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+import pyarrow as pa
 from torch import Tensor
 
+from lightning_influence.checks import optional
 from lightning_influence.files import arrow
 from lightning_influence.report import Album
 from lightning_influence.scores.id_checks import ascending, base_of
@@ -73,6 +75,21 @@ class Answer:
     def figures(self) -> dict[str, float]:
         """`diagnostics` under their former name."""
         return self.diagnostics
+
+    def to_arrow(self, k: int | None = None) -> pa.Table:
+        """The scores as a table."""
+        raise NotImplementedError
+
+    def to_pandas(self, k: int | None = None) -> Any:
+        """The table of `to_arrow` as a `pandas.DataFrame`.
+
+        Raises:
+            ValueError: `k` is below 1, or more than `to_arrow` accepts.
+            ImportError: pandas is not installed.
+        """
+        with optional("pandas", "pandas", "`to_pandas`", "use `to_arrow`"):
+            import pandas  # noqa: F401
+        return self.to_arrow(k).to_pandas()
 
     def __getstate__(self) -> dict[str, Any]:
         # Datasets may be large, or bound to open files: neither travels with the scores.

@@ -158,15 +158,6 @@ class Scores(Answer):
         """
         return self.to_batches(k).read_all()
 
-    def to_pandas(self, k: int | None = None) -> Any:
-        """The long table of `to_batches` as a `pandas.DataFrame`.
-
-        Raises:
-            ValueError: `k` is below 1 or above the number of scores kept per query.
-            ImportError: pandas is not installed.
-        """
-        return arrow.to_pandas(lambda: self.to_arrow(k))
-
     def save(self, path: str | os.PathLike[str], overwrite: bool = False, **shown: Any) -> Path:
         """Write the scores into one Arrow file, one row per query; see `arrow.write_file` for what it raises.
 
@@ -343,8 +334,6 @@ class Scores(Answer):
         scalars, histograms = trackers.of_scores(self.proponents(1).scores[:, 0], self._ranking.values)
         table = {"scores": arrow.as_rows(self.to_arrow(k), side=lambda row: side(row["score"]))}
         drawn = trackers.drawn(explanation=lambda: self.plot(k=k, **drawing)[0])
-        more |= scalars
-        results = trackers.TrackerResults(
-            name or self.method, step, more, table, drawn, histograms, {"about": repr(self)}
-        )
+        about = {"about": repr(self)}
+        results = trackers.TrackerResults(name or self.method, step, more | scalars, table, drawn, histograms, about)
         trackers.log_influence(loggers, results)
