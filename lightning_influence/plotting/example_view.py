@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +16,36 @@ Classes: TypeAlias = Sequence[str] | Mapping[int, str]
 Normalization: TypeAlias = tuple[Any, Any]
 """Mean and standard deviation that an image was normalised with: numbers, or one per channel."""
 
+_Options = TypeVar("_Options", bound="ViewOptions")
 _ROW = 40  # the most numbers that are shown one by one; more are a curve
 _TEXTS = ("text", "sentence", "content", "document", "question", "premise", "review")
+
+
+@dataclass(frozen=True)
+class ViewOptions:
+    """How an example is turned into something to show.
+
+    Args:
+        render: Called with the example, in place of the built-in view.
+        labels: Names of the classes, by number.
+        columns: Names of the numbers in a table's row.
+        normalization: Mean and standard deviation to undo in images; by default those of a dataset's `Normalize`.
+    """
+
+    render: Callable[..., Any] | None = None
+    labels: Classes | None = None
+    columns: Sequence[str] | None = None
+    normalization: Normalization | None = None
+
+    def normalized_as(self: _Options, dataset: Any) -> _Options:
+        """These options, with the normalisation of a dataset where none was given."""
+        if self.normalization is not None:
+            return self
+        return replace(self, normalization=normalization_of(dataset))
+
+    def class_of(self, label: Any) -> str:
+        """The name of a class, or its number."""
+        return class_name(label, self.labels).removeprefix("label ")
 
 
 class Look(NamedTuple):

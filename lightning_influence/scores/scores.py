@@ -300,7 +300,7 @@ class Scores(Answer):
         k = min(k, self._ranking.depth)
         own = None if self_scores is None else self_scores.values
         orders = (page.train_order(self._ranking, k, own), self.query_ids.tolist())
-        showing = report.Showing(render, labels, predictions, columns, normalization)
+        showing = report.Showing(render, labels, columns, normalization, predictions)
         album = page.album_of(self, orders, (train, queries), showing, megabytes)
         return report.write_page(path, page.page_of(self, self._ranking, k, own, album))
 

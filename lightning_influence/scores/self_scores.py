@@ -168,7 +168,7 @@ class SelfScores(Answer):
             ValueError: An example needs `render` to be shown.
             ImportError: Jinja2 is not installed.
         """
-        showing = report.Showing(render, labels, None, columns, normalization)
+        showing = report.Showing(render, labels, columns, normalization)
         content = report.Page(
             title=f"{self.method}: self-influence of {len(self):,} training examples",
             facts=facts(self),
