@@ -1,7 +1,5 @@
 """Tensors as Arrow files, written atomically and memory-mapped back without a copy; tables of scores."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import mmap

@@ -6,8 +6,6 @@ examples with ``top_k=20``, all 40 rows each, take 1.0 s to 3.4 s and at most 41
 ``tests/benchmarks/trackers.py``).
 """
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping

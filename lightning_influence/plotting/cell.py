@@ -1,7 +1,5 @@
 """One example drawn into its axes, under its name, score, class and prediction."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 

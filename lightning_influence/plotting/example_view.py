@@ -1,7 +1,5 @@
 """What to show of an example: an image, a text, a row of numbers or a curve, and its class."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias, TypeVar

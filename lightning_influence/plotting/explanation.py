@@ -1,7 +1,5 @@
 """Figures of queries with their strongest proponents and opponents."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias

@@ -1,7 +1,5 @@
 """What all figures share: no window, colours for light and dark backgrounds, texts cut to the space for them."""
 
-from __future__ import annotations
-
 import textwrap
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """What examples look like, small enough for a file: texts, thumbnails, rows and curves by id, up to a size limit."""
 
-from __future__ import annotations
-
 import base64
 import json
 import struct
@@ -77,7 +75,7 @@ class Album:
         return json.dumps(list(sides), ensure_ascii=False, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, text: str) -> Album:
+    def from_json(cls, text: str) -> "Album":
         """The album that `to_json` wrote."""
         train, queries = (dict(map(tuple, side)) for side in json.loads(text))
         return cls(train, queries)

@@ -1,7 +1,5 @@
 """A reviewer's decisions, read from the file that the page downloaded."""
 
-from __future__ import annotations
-
 import csv
 import os
 from pathlib import Path

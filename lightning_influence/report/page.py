@@ -1,7 +1,5 @@
 """The page: one HTML file that holds all its data as JSON and needs no network."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

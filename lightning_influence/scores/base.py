@@ -1,7 +1,5 @@
 """What `Scores` and `SelfScores` share: the record beside the numbers, in words and in the head of a file."""
 
-from __future__ import annotations
-
 import json
 import os
 import textwrap

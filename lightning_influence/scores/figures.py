@@ -1,7 +1,5 @@
 """Scores as pictures: a query with its proponents and opponents, and the influence of classes on classes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 

@@ -1,7 +1,5 @@
 """`Scores`: what each training example did to each query, readable, storable, drawable and loggable."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -180,7 +178,7 @@ class Scores(Answer):
         return arrow.write_file(path, kind, tables.file_columns(self._ranking), head, overwrite)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Scores:
+    def load(cls, path: str | os.PathLike[str]) -> "Scores":
         """Map a saved file into memory: `values` are the file's pages, read when they are used, and never copied.
 
         Raises:

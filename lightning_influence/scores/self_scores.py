@@ -1,7 +1,5 @@
 """`SelfScores`: what each training example does to itself, high where the model memorised it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -118,7 +116,7 @@ class SelfScores(Answer):
         return arrow.write_file(path, "self_scores", columns, file_head(self), overwrite)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SelfScores:
+    def load(cls, path: str | os.PathLike[str]) -> "SelfScores":
         """Map a saved file into memory.
 
         Raises:

@@ -1,7 +1,5 @@
 """Scores as Arrow: the long table, and the columns of their file."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import pyarrow as pa
