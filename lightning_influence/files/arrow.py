@@ -6,7 +6,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import torch
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from lightning_influence.files.atomic import whole
 
+FilePath: TypeAlias = str | os.PathLike[str]
+Columns: TypeAlias = Mapping[str, Tensor]
+"""Name to [row] or [row, width] tensors, all with the same number of rows."""
+
 FORMAT = 1
 _KEY = b"lightning_influence"
 _DTYPES = {pa.float32(): torch.float32, pa.float64(): torch.float64, pa.int64(): torch.int64}
 
 
 def write_file(
-    path: str | os.PathLike[str],
-    kind: str,
-    columns: Mapping[str, Tensor],
-    metadata: Mapping[str, Any],
-    overwrite: bool = False,
+    path: FilePath, kind: str, columns: Columns, metadata: Mapping[str, Any], overwrite: bool = False
 ) -> Path:
     """Write tensors as the columns of one Arrow IPC file, straight from their memory.
 
@@ -48,11 +48,7 @@ def write_file(
 
 
 def write_batches(
-    path: str | os.PathLike[str],
-    kind: str,
-    batches: Iterable[Mapping[str, Tensor]],
-    metadata: Mapping[str, Any],
-    overwrite: bool = False,
+    path: FilePath, kind: str, batches: Iterable[Columns], metadata: Mapping[str, Any], overwrite: bool = False
 ) -> Path:
     """Write batches of rows as they are produced: only one of them is in memory at a time.
 
@@ -88,7 +84,7 @@ def write_batches(
     return path
 
 
-def read_file(path: str | os.PathLike[str], kinds: Sequence[str]) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+def read_file(path: FilePath, kinds: Sequence[str]) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
     """Memory-map a file written by `write_file`.
 
     The tensors are views of the file's pages, private to this process: writing to them does not change the file.
@@ -110,9 +106,7 @@ def read_file(path: str | os.PathLike[str], kinds: Sequence[str]) -> tuple[str, 
     return kind, {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}, metadata
 
 
-def read_batches(
-    path: str | os.PathLike[str], kinds: Sequence[str]
-) -> tuple[str, list[dict[str, Tensor]], dict[str, Any]]:
+def read_batches(path: FilePath, kinds: Sequence[str]) -> tuple[str, list[dict[str, Tensor]], dict[str, Any]]:
     """Memory-map a file written by `write_batches`, batch by batch: pages are read on access.
 
     Args:
@@ -169,9 +163,7 @@ def unpack_ids(packed: Any) -> Any:
     return None if packed is None else torch.tensor(packed, dtype=torch.int64)
 
 
-def stream(
-    columns: Mapping[str, pa.DataType], rows: Callable[[int], Mapping[str, Tensor]], n: int
-) -> pa.RecordBatchReader:
+def stream(columns: Mapping[str, pa.DataType], rows: Callable[[int], Columns], n: int) -> pa.RecordBatchReader:
     """A table whose batches are produced while it is read.
 
     Args:

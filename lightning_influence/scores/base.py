@@ -1,7 +1,6 @@
 """What `Scores` and `SelfScores` share: the record beside the numbers, in words and in the head of a file."""
 
 import json
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -136,9 +135,7 @@ def file_head(answer: Answer) -> dict[str, Any]:
     return head if answer.album is None else head | {"album": answer.album.to_json()}
 
 
-def read_file(
-    path: str | os.PathLike[str], kinds: Sequence[str]
-) -> tuple[dict[str, Tensor], dict[str, Any], Album | None]:
+def read_file(path: arrow.FilePath, kinds: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any], Album | None]:
     """The columns of a file, its head with the diagnostics under their own name, and the album.
 
     Raises:
