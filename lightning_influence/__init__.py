@@ -33,77 +33,44 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "EKFAC",
-    "SOURCE",
-    "Arnoldi",
-    "Attributor",
-    "ConjugateGradient",
-    "Cost",
-    "Curvature",
-    "DataShapley",
-    "Decisions",
-    "Downsampling",
-    "Evidence",
-    "ExactGGN",
-    "ExactHessian",
-    "ForwardOnly",
-    "GradientDot",
-    "GradientProduct",
-    "HyDRA",
-    "Influence",
-    "InfluenceFunction",
-    "KNNShapley",
-    "LeaveOneOut",
-    "LiSSA",
-    "Method",
-    "MissingEvidence",
-    "RandomProjection",
-    "Refit",
-    "RepresenterPoints",
-    "Retraining",
-    "Scores",
-    "SelfScores",
-    "TopK",
-    "TracIn",
-    "TracInCP",
-    "TracInIdeal",
-    "Trajectory",
-    "WholeRun",
-    "read_decisions",
-]
-
 if TYPE_CHECKING:
-    from lightning_influence.attribution.attributor import Attributor
-    from lightning_influence.callback.influence import Influence
-    from lightning_influence.curvature.arnoldi import Arnoldi
-    from lightning_influence.curvature.conjugate_gradient import ConjugateGradient
-    from lightning_influence.curvature.curvature import Curvature
-    from lightning_influence.curvature.ekfac import EKFAC
-    from lightning_influence.curvature.exact_ggn import ExactGGN
-    from lightning_influence.curvature.exact_hessian import ExactHessian
-    from lightning_influence.curvature.lissa import LiSSA
-    from lightning_influence.methods.data_shapley import DataShapley
-    from lightning_influence.methods.downsampling import Downsampling
-    from lightning_influence.methods.gradient_dot import GradientDot
-    from lightning_influence.methods.hydra import HyDRA
-    from lightning_influence.methods.influence_function import InfluenceFunction
-    from lightning_influence.methods.kinds import ForwardOnly, GradientProduct, WholeRun
-    from lightning_influence.methods.knn_shapley import KNNShapley
-    from lightning_influence.methods.leave_one_out import LeaveOneOut
-    from lightning_influence.methods.method import Cost, Evidence, Method
-    from lightning_influence.methods.representer_points import RepresenterPoints
-    from lightning_influence.methods.retraining import Retraining
-    from lightning_influence.methods.source import SOURCE
-    from lightning_influence.methods.tracin import TracIn
-    from lightning_influence.methods.tracin_cp import TracInCP
-    from lightning_influence.methods.tracin_ideal import TracInIdeal
-    from lightning_influence.numerics.projections import RandomProjection
-    from lightning_influence.refit import Refit
-    from lightning_influence.report import Decisions, read_decisions
-    from lightning_influence.scores import Scores, SelfScores, TopK
-    from lightning_influence.trajectory import Trajectory
-    from lightning_influence.types import MissingEvidence
+    from lightning_influence.attribution.attributor import Attributor as Attributor
+    from lightning_influence.callback.influence import Influence as Influence
+    from lightning_influence.curvature.arnoldi import Arnoldi as Arnoldi
+    from lightning_influence.curvature.conjugate_gradient import ConjugateGradient as ConjugateGradient
+    from lightning_influence.curvature.curvature import Curvature as Curvature
+    from lightning_influence.curvature.ekfac import EKFAC as EKFAC
+    from lightning_influence.curvature.exact_ggn import ExactGGN as ExactGGN
+    from lightning_influence.curvature.exact_hessian import ExactHessian as ExactHessian
+    from lightning_influence.curvature.lissa import LiSSA as LiSSA
+    from lightning_influence.methods.data_shapley import DataShapley as DataShapley
+    from lightning_influence.methods.downsampling import Downsampling as Downsampling
+    from lightning_influence.methods.gradient_dot import GradientDot as GradientDot
+    from lightning_influence.methods.hydra import HyDRA as HyDRA
+    from lightning_influence.methods.influence_function import InfluenceFunction as InfluenceFunction
+    from lightning_influence.methods.kinds import ForwardOnly as ForwardOnly
+    from lightning_influence.methods.kinds import GradientProduct as GradientProduct
+    from lightning_influence.methods.kinds import WholeRun as WholeRun
+    from lightning_influence.methods.knn_shapley import KNNShapley as KNNShapley
+    from lightning_influence.methods.leave_one_out import LeaveOneOut as LeaveOneOut
+    from lightning_influence.methods.method import Cost as Cost
+    from lightning_influence.methods.method import Evidence as Evidence
+    from lightning_influence.methods.method import Method as Method
+    from lightning_influence.methods.representer_points import RepresenterPoints as RepresenterPoints
+    from lightning_influence.methods.retraining import Retraining as Retraining
+    from lightning_influence.methods.source import SOURCE as SOURCE
+    from lightning_influence.methods.tracin import TracIn as TracIn
+    from lightning_influence.methods.tracin_cp import TracInCP as TracInCP
+    from lightning_influence.methods.tracin_ideal import TracInIdeal as TracInIdeal
+    from lightning_influence.numerics.projections import RandomProjection as RandomProjection
+    from lightning_influence.refit import Refit as Refit
+    from lightning_influence.report import Decisions as Decisions
+    from lightning_influence.report import read_decisions as read_decisions
+    from lightning_influence.scores import Scores as Scores
+    from lightning_influence.scores import SelfScores as SelfScores
+    from lightning_influence.scores import TopK as TopK
+    from lightning_influence.trajectory import Trajectory as Trajectory
+    from lightning_influence.types import MissingEvidence as MissingEvidence
 
 _MODULES = {
     "Attributor": "attribution.attributor",
@@ -147,10 +114,14 @@ _MODULES = {
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_MODULES})
 
 
-if not TYPE_CHECKING:  # a type checker that saw this function would accept any attribute
+if not TYPE_CHECKING:
+    # Type checkers understand only a list of literals here, and take the imports above instead.
+    __all__ = list(_MODULES)
+
+    # A type checker that saw this function would accept any attribute.
 
     def __getattr__(name: str) -> Any:
         """Import a public name or a submodule when it is first used (PEP 562)."""

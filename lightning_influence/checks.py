@@ -1,7 +1,8 @@
-"""Checks of arguments: each raises an error that names the argument, what was expected and what was passed."""
+"""Checks of arguments and optional packages: each raises an error that names what was expected and what was found."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -55,3 +56,15 @@ def check_callable(name: str, value: Any) -> None:
     """Raises TypeError where ``value`` is neither a function nor None."""
     if value is not None and not callable(value):
         raise TypeError(f"Expected `{name}` to be a function or None, got {value!r}.")
+
+
+@contextlib.contextmanager
+def optional(package: str, extra: str, purpose: str, instead: str) -> Iterator[None]:
+    """Raises ImportError, naming the extra to install and the way out without it, where an import inside fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(
+            f"Expected {package} to be installed for {purpose}. "
+            f'Run `pip install "lightning-influence[{extra}]"`, or {instead}.'
+        ) from error

@@ -6,7 +6,6 @@ from types import ModuleType
 from typing import Any
 
 from lightning_utilities.core import rank_zero
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 
 def _installed() -> list[ModuleType]:
@@ -33,19 +32,9 @@ LightningModule: Any = _packages[0].LightningModule
 # A Trainer accepts callbacks of its own package only (LightningCLI, `Trainer(callbacks=one)`, lightning < 2.6 always).
 CallbackBase: Any = type("CallbackBase", tuple(dict.fromkeys(p.Callback for p in _packages)), {})
 
-MisconfigurationException: Any = type(
-    "MisconfigurationException",
-    tuple(
-        dict.fromkeys(import_module(f"{p.__name__}.utilities.exceptions").MisconfigurationException for p in _packages)
-    ),
-    {"__module__": __name__},
+_errors = dict.fromkeys(
+    import_module(f"{p.__name__}.utilities.exceptions").MisconfigurationException for p in _packages
 )
+MisconfigurationException: Any = type("MisconfigurationException", tuple(_errors), {"__module__": __name__})
 
-__all__ = [
-    "CallbackBase",
-    "LightningModule",
-    "MisconfigurationException",
-    "Trainer",
-    "rank_zero_info",
-    "rank_zero_warn",
-]
+rank_zero_info, rank_zero_warn = rank_zero.rank_zero_info, rank_zero.rank_zero_warn

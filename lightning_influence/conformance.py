@@ -55,20 +55,8 @@ def check_method(method: Method) -> None:
         _check_self_influence(method, case)
 
 
-class _Model(nn.Module):
-    """Multinomial logistic regression with a `training_step`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 3, dtype=torch.float64)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, y = batch
-        return F.cross_entropy(self.layer(x), y)
-
-
-class _FittedModel(LightningModule):  # type: ignore[misc]
-    """The same for a Trainer."""
+class _Model(LightningModule):  # type: ignore[misc]
+    """Multinomial logistic regression."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,15 +87,12 @@ class _Case:
         self.trajectory = Trajectory.from_checkpoints(paths, learning_rates=0.1)
 
     def _descend(self, path: Path, step: int) -> Path:
-        loss = self.model.training_step(self.train[:], 0)
-        gradients = torch.autograd.grad(loss, list(self.model.parameters()))
-        with torch.no_grad():
-            for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
-                parameter.sub_(0.1 * gradient)
-        group = {"lr": 0.1, "momentum": 0.0, "dampening": 0.0, "params": [0, 1]}
-        state = {"state": {}, "param_groups": [group]}
-        weights = {name: value.clone() for name, value in self.model.state_dict().items()}
-        torch.save({"state_dict": weights, "global_step": step, "epoch": step, "optimizer_states": [state]}, path)
+        optimizer = self.model.configure_optimizers()
+        self.model.training_step(self.train[:], 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        state = {"state_dict": self.model.state_dict(), "optimizer_states": [optimizer.state_dict()]}
+        torch.save(state | {"global_step": step, "epoch": step}, path)
         return path
 
     def attributor(self, train: Dataset[Any] | None = None, batch_size: int | None = None) -> Attributor:
@@ -158,9 +143,8 @@ def _check_scores(method: Method, case: _Case) -> None:
     _promise("scores are finite", bool(values.isfinite().all()), values)
     _same("two calls agree", values, _scores(method, case.attributor(), case.queries))
     for size in (1, 5):
-        _same(
-            "scores do not depend on the batch size", values, _scores(method, case.attributor(None, size), case.queries)
-        )
+        again = _scores(method, case.attributor(None, size), case.queries)
+        _same("scores do not depend on the batch size", values, again)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     shuffled = _scores(method, case.attributor(Subset(case.train, order.tolist())), case.queries)
     _same("permuting the training set permutes columns", values[:, order], shuffled)
@@ -176,7 +160,7 @@ def _check_after_a_fit(method: Method, case: _Case, folder: Path) -> None:
     influence = Influence(methods, case.queries, folder, max_cost=1e9, log_scores=False)
     with torch.random.fork_rng(), _silent():
         torch.manual_seed(0)
-        module = _FittedModel()
+        module = _Model()
         _trainer(influence).fit(module, DataLoader(case.train, shuffle=True))
     refit = Refit(dirpath=folder / "models") if method.needs & Evidence.REFIT else None
     attributor = Attributor(module, case.train, influence.trajectory, refit=refit)
@@ -195,17 +179,14 @@ def _check_after_a_fit(method: Method, case: _Case, folder: Path) -> None:
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """Lightning says nothing."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch")]
-    levels = [logger.level for logger in loggers]
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(disabled)
 
 
 def _trainer(influence: Influence) -> Any:

@@ -11,6 +11,7 @@ import torch
 
 from lightning_influence import loggers as trackers
 from lightning_influence.loggers import tensorboard
+from lightning_influence.loggers.summary import Histogram
 from lightning_influence.scores import Scores, SelfScores
 
 pytest.importorskip("tensorboard")
@@ -215,7 +216,7 @@ def test_without_matplotlib_everything_else_is_logged(monkeypatch, caplog, tmp_p
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_histogram_counts_as_numpy_does(dtype):
     values = torch.randn(3, 500, generator=torch.Generator().manual_seed(0)).to(dtype)
-    counted = trackers.Histogram.of(values.split(2), bins=7)
+    counted = Histogram.of(values.split(2), bins=7)
     counts, edges = np.histogram(values.double().numpy(), bins=7)
     assert counted.counts == counts.tolist()
     assert counted.edges == pytest.approx(edges.tolist())
@@ -233,7 +234,7 @@ def test_a_histogram_counts_as_numpy_does(dtype):
     ids=["equal", "not finite among them", "nothing finite"],
 )
 def test_a_histogram_of_odd_numbers(values, edges, counts):
-    found = trackers.Histogram.of([torch.tensor(values)], bins=2)
+    found = Histogram.of([torch.tensor(values)], bins=2)
     assert (found.edges, found.counts) == (edges, counts)
 
 

@@ -59,10 +59,14 @@ IMAGES = {
 }
 
 
+def explanation(query, proponents, opponents, **words):
+    return plotting.explanation(plotting.Case(query, proponents, opponents), **words)
+
+
 @pytest.mark.parametrize("kind", IMAGES)
 def test_images_are_drawn_between_zero_and_one(kind):
     items = [Item(str(i), 1.0 - i, (IMAGES[kind], i)) for i in range(3)]
-    figure, axes = plotting.explanation(Item("7", None, (IMAGES[kind], 4)), items[:1], items[2:])
+    figure, axes = explanation(Item("7", None, (IMAGES[kind], 4)), items[:1], items[2:])
     drawn(figure)
     assert titles(axes) == ["query 7\nlabel 4", "0\n+1\nlabel 0", "2\n-1\nlabel 2"]
     shown = axes[1].images[0].get_array()
@@ -78,7 +82,7 @@ def test_nothing_overlaps_with_long_labels_and_unequal_images(k, long):
         Item(f"{10**12 + i} (base {10**12})" if long else str(i), 1e-7, (torch.rand(3, 5 + 9 * i, 40 - 4 * i), i % 3))
         for i in range(k)
     ]
-    figure, axes = plotting.explanation(
+    figure, axes = explanation(
         Item("3", None, (torch.rand(9, 30), 1)),
         items,
         items,
@@ -92,7 +96,7 @@ def test_nothing_overlaps_with_long_labels_and_unequal_images(k, long):
 
 def test_text_is_wrapped_cut_and_no_formula():
     text = "It costs $5 and $6.\n\n" + "words and more words " * 50
-    figure, axes = plotting.explanation(Item("0", None, {"text": text, "label": "pos"}), [Item("1", 2.0, text)], [])
+    figure, axes = explanation(Item("0", None, {"text": text, "label": "pos"}), [Item("1", 2.0, text)], [])
     drawn(figure)
     page = axes[1].texts[0].get_text()
     assert page.startswith("It costs \\$5 and \\$6.\n\nwords")
@@ -102,7 +106,7 @@ def test_text_is_wrapped_cut_and_no_formula():
 
 
 def test_without_examples_the_scores_are_bars():
-    figure, axes = plotting.explanation(
+    figure, axes = explanation(
         Item("5"), [Item("1", 2.0), Item("2", 1.0)], [Item("9", -3.0)], method="TracInCP", units="loss"
     )
     drawn(figure)
@@ -112,20 +116,20 @@ def test_without_examples_the_scores_are_bars():
 
 
 def test_no_proponents_and_opponents_at_all_is_drawn():
-    drawn(plotting.explanation(Item("5"), [], [])[0])
-    drawn(plotting.explanation(Item("5", None, "hello"), [], [])[0])
+    drawn(explanation(Item("5"), [], [])[0])
+    drawn(explanation(Item("5", None, "hello"), [], [])[0])
 
 
 def test_a_render_of_ones_own_draws_anything():
     seen = []
-    plotting.explanation(
+    explanation(
         Item("5", None, {"a": 1}), [Item("1", 1.0, {"a": 2})], [], drawing=plotting.Drawing(lambda _, e: seen.append(e))
     )
     assert seen == [{"a": 1}, {"a": 2}]
 
 
 def test_a_row_of_a_table_is_its_numbers_and_a_signal_is_a_curve():
-    _, axes = plotting.explanation(Item("5", None, torch.tensor([1.5, -2.0])), [Item("1", 1.0, torch.rand(100))], [])
+    _, axes = explanation(Item("5", None, torch.tensor([1.5, -2.0])), [Item("1", 1.0, torch.rand(100))], [])
     texts = [t.get_text() for ax in axes for t in ax.texts]
     lines = [line for ax in axes for line in ax.lines]
     assert any("1.5" in text and "-2" in text for text in texts)
@@ -135,7 +139,7 @@ def test_a_row_of_a_table_is_its_numbers_and_a_signal_is_a_curve():
 @pytest.mark.parametrize("example", [torch.zeros(()), (torch.zeros(2, 3, 4, 5), 1), object(), {"a": object()}, ()])
 def test_what_is_neither_image_nor_text_is_refused_with_the_way_out(example):
     with pytest.raises(ValueError, match=r"Expected an image .* or a text.* Pass `render=`"):
-        plotting.explanation(Item("5", None, example), [], [])
+        explanation(Item("5", None, example), [], [])
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from lightning_influence.attribution.attributor import Attributor
 from lightning_influence.callback.end_of_fit import resolve_queries
 from lightning_influence.callback.plan import ScoringPlan
 from lightning_influence.compat import MisconfigurationException, rank_zero_info, rank_zero_warn
@@ -48,13 +47,7 @@ class DuringFit:
             return
         plan, trainer = self._plan, self._trainer
         try:
-            attributor = Attributor(
-                self._module,
-                train=trainer.train_dataloader,
-                trainer=trainer,
-                loss=plan.loss,
-                parameters=plan.parameters,
-            )
+            attributor = plan.attributor(self._module, trainer)
             queries = None if plan.queries is None else resolve_queries(plan.queries, trainer)
             with attributor.session(queries) as session:
                 self.loop.starts(session, parent, made)

@@ -12,11 +12,11 @@ from lightning_influence.callback.during_fit import DuringFit
 from lightning_influence.callback.end_of_fit import EndOfFit, Results, check_queries, offline_lines
 from lightning_influence.callback.plan import ScoringPlan
 from lightning_influence.capture.identity import LoaderTap
-from lightning_influence.capture.places import check_strategy, check_training_step, check_writable, resolve_dirpath
-from lightning_influence.capture.recorder import Recorder, folder_for_rank, resume_point
+from lightning_influence.capture.places import check_strategy, check_training_step, on_rank_zero, writable_dirpath
+from lightning_influence.capture.recorder import Recorder, resume_point
 from lightning_influence.capture.store import RunWriter, claim_run
 from lightning_influence.checks import check_callable, check_flag, check_integer, check_positive
-from lightning_influence.compat import CallbackBase, MisconfigurationException, rank_zero_warn
+from lightning_influence.compat import CallbackBase, rank_zero_warn
 from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.run import parent_run
@@ -134,15 +134,7 @@ class Influence(CallbackBase):
         Raises:
             MissingEvidence: no fit has been recorded yet.
         """
-        trajectory = self.trajectory
-        return Attributor(
-            self._module,
-            train=self._trainer.train_dataloader,
-            trajectory=trajectory,
-            trainer=self._trainer,
-            loss=self.loss,
-            parameters=self.parameters,
-        )
+        return self._plan.attributor(self._module, self._trainer, self.trajectory)
 
     def _score_at_end(self, trainer: Any, module: Any) -> None:
         """Run the methods on what was recorded."""
@@ -180,30 +172,21 @@ class Influence(CallbackBase):
             return
         check_strategy(trainer.strategy, self.dirpath)
         check_training_step(pl_module)
-        self._resolved = resolve_dirpath(trainer, self.dirpath)
-        check_writable(trainer, self._resolved)
+        self._resolved = writable_dirpath(trainer, self.dirpath)
         check_queries(self.queries)
         self._trainer, self._module = trainer, pl_module
         self._tap = LoaderTap.acquire(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Create the folder of the run and save the initial checkpoint."""
-        if self._tap is None or self._resolved is None:
+        resolved = self._resolved
+        if self._tap is None or resolved is None:
             return
         parent, made = resume_point(self._restored, trainer)
-        error = folder = None
-        if trainer.is_global_zero:
-            try:
-                folder = str(claim_run(self._resolved))
-            except OSError as problem:
-                error = problem.strerror or str(problem)
-        folder, error = trainer.strategy.broadcast((folder, error))
-        if error is not None:
-            raise MisconfigurationException(
-                f"Expected to create a folder in `{self._resolved}`, got {error!r}. Pass another `dirpath=`."
-            )
-        self.run_dir = Path(folder)
-        store = RunWriter(folder_for_rank(self.run_dir, trainer.global_rank), trainer.world_size, parent)
+        claimed = on_rank_zero(trainer, lambda: str(claim_run(resolved)), f"to create a folder in `{resolved}`")
+        self.run_dir = Path(claimed)
+        folder = self.run_dir if trainer.is_global_zero else self.run_dir / f"steps-rank{trainer.global_rank}"
+        store = RunWriter(folder, trainer.world_size, parent)
         self._recorder = Recorder(trainer, pl_module, self._tap, store, self._schedule, self.sample_id, made)
         self._recorder.starts()
         self._during = DuringFit(self._plan, trainer, pl_module, self.run_dir)
@@ -289,7 +272,7 @@ class Influence(CallbackBase):
         self._recorder.flush()  # a fit that resumes from this checkpoint needs every step before it
         if self._during is not None:
             self._during.save(self._recorder.made)
-        if not self._recorder.alive:
+        if self._recorder.failed:
             return {}
         link = {"run": self.run_dir.name, "path": str(self.run_dir), "step": self._recorder.made}
         return link | {"id": self._recorder.manifest["id"]}

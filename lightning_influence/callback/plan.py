@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_influence.attribution.attributor import Attributor
 from lightning_influence.methods.method import Method
 from lightning_influence.module.task import Loss
+from lightning_influence.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -23,3 +25,8 @@ class ScoringPlan:
     self_influence: bool
     max_cost: float
     log_scores: bool
+
+    def attributor(self, module: Any, trainer: Any, trajectory: Trajectory | None = None) -> Attributor:
+        """Return what scores the examples of the training loader."""
+        loader, loss, parameters = trainer.train_dataloader, self.loss, self.parameters
+        return Attributor(module, loader, trajectory, trainer, loss=loss, parameters=parameters)

@@ -1,5 +1,6 @@
 """Makes a `DataLoader` report the indices of each batch it delivers, and leaves it otherwise unchanged."""
 
+import functools
 from collections import deque
 from collections.abc import Iterator
 from operator import index as as_index
@@ -70,7 +71,7 @@ def track(loader: Any) -> LoaderState:
         tracker = loader.__dict__[_KEY] = LoaderState(loader)
     tracker.delivered.clear()
     if not hasattr(type(loader), "_influence_original"):
-        loader.__class__ = _tracked(type(loader))
+        loader.__class__ = _tracked(type(loader))  # type: ignore[arg-type]
     _rewire(loader)
     return tracker
 
@@ -222,14 +223,11 @@ def _rebuild(cls: type, state: dict) -> Any:
     return loader
 
 
-_tracked_classes: dict[type, type] = {}
-
-
+@functools.cache
 def _tracked(cls: type) -> type:
     """Return a subclass that overrides how indices are drawn and how batches are delivered."""
-    if cls in _tracked_classes:
-        return _tracked_classes[cls]
 
+    @functools.wraps(cls, updated=())
     class WatchedLoader(cls):  # type: ignore[misc, valid-type]
         _influence_original = cls
 
@@ -252,15 +250,7 @@ def _tracked(cls: type) -> type:
             return Deliveries(super().__iter__(), tracker)
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            return _rebuild, (
-                cls,
-                {k: (None if k == "_iterator" else v) for k, v in self.__dict__.items() if k != _KEY},
-            )
+            state = {k: None if k == "_iterator" else v for k, v in self.__dict__.items() if k != _KEY}
+            return _rebuild, (cls, state)
 
-    WatchedLoader.__name__, WatchedLoader.__qualname__, WatchedLoader.__module__ = (
-        cls.__name__,
-        cls.__qualname__,
-        cls.__module__,
-    )
-    _tracked_classes[cls] = WatchedLoader
     return WatchedLoader

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,35 +52,43 @@ def check_training_step(module: Any) -> None:
         )
 
 
-def resolve_dirpath(trainer: Any, dirpath: str | None) -> Path:
-    """Return the given folder, or one next to the logger's run as for `ModelCheckpoint`; the same on all ranks."""
+def writable_dirpath(trainer: Any, dirpath: str | None) -> Path:
+    """Return the given folder, or one next to the logger's run as for `ModelCheckpoint`, created; same on all ranks.
+
+    Raises:
+        MisconfigurationException: rank 0 cannot write to it; raised on all ranks.
+    """
     if dirpath is None:
+        base, parts = trainer.default_root_dir, []
         if trainer.loggers:
             logger = trainer.loggers[0]
             version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-            base = logger.save_dir or trainer.default_root_dir
-            dirpath = os.path.join(base, str(logger.name), version, "influence")
-        else:
-            dirpath = os.path.join(trainer.default_root_dir, "influence")
-    return Path(trainer.strategy.broadcast(os.path.abspath(os.path.expanduser(dirpath))))
+            base, parts = logger.save_dir or base, [str(logger.name), version]
+        dirpath = os.path.join(base, *parts, "influence")
+    folder = Path(trainer.strategy.broadcast(os.path.abspath(os.path.expanduser(dirpath))))
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"0")
+
+    on_rank_zero(trainer, write, f"a writable folder at `{folder}`")
+    return folder
 
 
-def check_writable(trainer: Any, dirpath: Path) -> None:
-    """Create the folder and check that rank 0 can write to it.
+def on_rank_zero(trainer: Any, write: Callable[[], Any], expected: str) -> Any:
+    """Return on all ranks what `write` returns on rank 0.
 
     Raises:
-        MisconfigurationException: it cannot; raised on all ranks.
+        MisconfigurationException: rank 0 cannot write; raised on all ranks.
     """
-    error = None
+    made = error = None
     if trainer.is_global_zero:
         try:
-            dirpath.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=dirpath) as probe:
-                probe.write(b"0")
+            made = write()
         except OSError as problem:
             error = problem.strerror or str(problem)
-    error = trainer.strategy.broadcast(error)
+    made, error = trainer.strategy.broadcast((made, error))
     if error is not None:
-        raise MisconfigurationException(
-            f"Expected a writable folder at `{dirpath}`, got {error!r}. Pass another `dirpath=`."
-        )
+        raise MisconfigurationException(f"Expected {expected}, got {error!r}. Pass another `dirpath=`.")
+    return made

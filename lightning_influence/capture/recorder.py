@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import index as as_index
-from pathlib import Path
 from typing import Any
 
 from lightning_influence.capture.identity import LoaderTap, length_of, reloaded
@@ -43,8 +42,7 @@ class Recorder:
         self._trainer, self._module, self._tap, self._store = trainer, module, tap, store
         self._schedule, self._sample_id = schedule, sample_id
         self.steps = StepRecorder(trainer, module, made)
-        self._hooked = True
-        self._failed = False
+        self.failed = False
         self._written = -1  # step of the newest checkpoint
         self._made_at_start = made
         # step, epoch and state at the end of the last epoch: other callbacks may average the weights in `on_train_end`
@@ -57,11 +55,6 @@ class Recorder:
     def made(self) -> int:
         """Weight updates so far."""
         return self.steps.made
-
-    @property
-    def alive(self) -> bool:
-        """Whether the fit is still being recorded."""
-        return self._hooked and not self._failed
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -78,7 +71,7 @@ class Recorder:
             )
         names = {id(part): clean(name) for name, part in self._module.named_modules()}
         self._store.manifest["eval_modules"] = [names[id(m)] for m in self._module.modules() if not m.training]
-        self._checkpoint("initial", gather_state(self._trainer, self._module) if self._is_writer else None)
+        self._checkpoint("initial")
 
     def epoch_starts(self) -> None:
         """Notice reloaded loaders and replaced optimizers."""
@@ -114,13 +107,13 @@ class Recorder:
         self._fingerprint = fingerprint(self._module)
         if every and (trainer.current_epoch + 1) % every == 0:
             self._checkpoint("scheduled")
-        elif self._is_writer and self._written != self.made and _is_ending(trainer):
+        elif trainer.is_global_zero and self._written != self.made and _is_ending(trainer):
             self._held = (self.made, trainer.current_epoch, gather_state(trainer, self._module))
 
     def ended(self) -> None:
         """Save the final checkpoint: the weights after the last step, before other callbacks averaged them."""
         self.steps.batch_ended()
-        if self._written != self.made and self._is_writer:
+        if self._written != self.made and self._trainer.is_global_zero:
             if self._held is not None and self._held[0] == self.made:
                 self._checkpoint("final", self._held[2])
             elif self._fingerprint not in (None, fingerprint(self._module)):
@@ -144,13 +137,7 @@ class Recorder:
 
     def close(self) -> None:
         """Remove all hooks; harmless when repeated."""
-        if self._hooked:
-            self._hooked = False
-            self.steps.windows.unwatch()
-
-    @property
-    def _is_writer(self) -> bool:
-        return bool(self._trainer.is_global_zero)
+        self.steps.windows.unwatch()
 
     def _checkpoint(self, kind: str, state: dict[str, dict] | None = None) -> None:
         """Write a checkpoint and the steps before it; a step has at most one checkpoint."""
@@ -159,7 +146,7 @@ class Recorder:
             return
 
         def write() -> None:
-            if self._is_writer:
+            if self._trainer.is_global_zero:
                 content = encode_state(state or gather_state(self._trainer, self._module))
                 self._store.add_checkpoint(step, epoch, kind, content)
             self._write_steps()
@@ -179,12 +166,12 @@ class Recorder:
 
     def _guarded(self, write: Callable[[], None]) -> None:
         """Write; an OSError, such as a full disk, stops the recording, not the fit."""
-        if self._failed:
+        if self.failed:
             return
         try:
             write()
         except OSError as error:
-            self._failed = True
+            self.failed = True
             warnings.warn(
                 f"`Influence` could not write {error.filename or str(self._store.folder)!r}"
                 f" ({error.strerror or error}). The fit goes on without being recorded; what was written before can"
@@ -252,11 +239,6 @@ def resume_point(state: dict[str, Any], trainer: Any) -> tuple[ParentLink | None
             " (the callback was missing, or had other arguments). Its run begins there, without earlier steps."
         )
     return None, int(trainer.global_step)
-
-
-def folder_for_rank(run: Path, rank: int) -> Path:
-    """Return the folder that a process writes to: the run itself for rank 0."""
-    return run if rank == 0 else run / f"steps-rank{rank}"
 
 
 def _is_ending(trainer: Any) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from lightning_influence.capture.randomness import moved_since, read_generators
 from lightning_influence.capture.windows import AccumulationWindows, RecordedBatch, Window
@@ -57,10 +58,9 @@ class StepRecorder:
     def drain(self) -> list[dict[str, Any]]:
         """Return the completed rows and forget them."""
         rows, self.rows = self.rows, []
-        clips = [row["clip"] for row in rows]
-        if any(isinstance(clip, Tensor) for clip in clips):  # read here, all at once, not within a step
-            for row in rows:
-                row["clip"] = None if row["clip"] is None else float(row["clip"])
+        for row in rows:
+            if row["clip"] is not None:  # read here, all at once, not within a step
+                row["clip"] = float(row["clip"])
         return rows
 
     def _record(self, window: Window, skipped: bool) -> None:
@@ -172,5 +172,4 @@ def batch_size(batch: Any, ids: list[list[int] | None]) -> int | None:
     """Number of examples in a micro-batch, from its ids or else its first tensor; None if neither gives it."""
     if len(ids) == 1 and ids[0] is not None:
         return len(ids[0])
-    find: Callable[[Any], Any] = torch.utils._pytree.tree_leaves
-    return next((len(leaf) for leaf in find(batch) if isinstance(leaf, Tensor) and leaf.dim()), None)
+    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), None)

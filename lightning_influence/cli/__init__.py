@@ -1,7 +1,5 @@
 """The command `lightning-influence`, which inspects captured fits and scores on disk; one file per subcommand."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -2,9 +2,10 @@
 
 import argparse
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning_influence
 from lightning_influence import Evidence, Method, MissingEvidence, Trajectory
@@ -28,54 +29,49 @@ def run(options: argparse.Namespace) -> int:
     problems = 0
     for folder in runs:
         print(f"{folder}")
-        bad = _report([*_of_run(folder), *_of_scores(score_files(folder))])
+        bad = _report([*_of_run(folder), *(_problem(load, file) for file in score_files(folder))])
         problems += bad
         if not bad:
             _computable(Trajectory.load(folder))
-    problems += _report([*_of_scores(files)]) if files else 0
+    problems += _report(_problem(load, file) for file in files) if files else 0
     print("\nAll files are intact." if not problems else f"\n{problems} problem{'s' * (problems > 1)} found.")
     return 1 if problems else 0
 
 
-def _report(checks: list[tuple[str, str | None]]) -> int:
+def _report(checks: Iterable[str | None]) -> int:
     """Print how many files are intact and what is wrong with the others; returns the number of problems."""
-    wrong = [problem for _, problem in checks if problem is not None]
-    print(f"  {len(checks) - len(wrong)} of {len(checks)} files are intact")
+    found = list(checks)
+    wrong = [problem for problem in found if problem is not None]
+    print(f"  {len(found) - len(wrong)} of {len(found)} files are intact")
     for problem in wrong:
         print(f"  DAMAGED: {problem}")
     return len(wrong)
 
 
-def _of_run(folder: Path) -> Iterator[tuple[str, str | None]]:
-    """The name of every file listed in a run's manifests, and what is wrong with it or None."""
+def _of_run(folder: Path) -> Iterator[str | None]:
+    """What is wrong with each file listed in a run's manifests; None where it is intact."""
     ranks = [folder]
     while ranks:
         part = ranks.pop(0)
         try:
             manifest = read_manifest(part)
         except MissingEvidence as error:
-            yield part.name, str(error)
+            yield str(error)
             continue
-        yield part.name, None
+        yield None
         if part == folder:
             ranks = [folder / f"steps-rank{rank}" for rank in range(1, manifest["world_size"])]
         for entry in [*manifest["checkpoints"], *manifest["steps"]]:
-            try:
-                read_verified(part / entry["file"], entry["size"], entry["crc32"])
-            except MissingEvidence as error:
-                yield entry["file"], str(error)
-            else:
-                yield entry["file"], None
+            yield _problem(read_verified, part / entry["file"], entry["size"], entry["crc32"])
 
 
-def _of_scores(files: list[Path]) -> Iterator[tuple[str, str | None]]:
-    for path in files:
-        try:
-            load(path)
-        except (ValueError, OSError) as error:
-            yield path.name, str(error)
-        else:
-            yield path.name, None
+def _problem(read: Callable[..., object], *arguments: Any) -> str | None:
+    """Why a file cannot be read; None where it can."""
+    try:
+        read(*arguments)
+    except (MissingEvidence, ValueError, OSError) as error:
+        return str(error)
+    return None
 
 
 def _computable(found: Trajectory) -> None:
@@ -99,6 +95,6 @@ def _computable(found: Trajectory) -> None:
 
 def _methods() -> list[tuple[str, Evidence]]:
     """Each method of the package and its evidence. Methods are dataclasses, the kinds of method are not."""
-    public = [getattr(lightning_influence, name) for name in lightning_influence.__all__]
+    public = [getattr(lightning_influence, name) for name in dir(lightning_influence)]
     classes = [one for one in public if inspect.isclass(one) and issubclass(one, Method) and is_dataclass(one)]
     return [(one.__name__, one.needs) for one in classes]

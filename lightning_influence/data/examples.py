@@ -62,8 +62,8 @@ class Examples:
     ) -> None:
         self.dataset = dataset
         self.block_size = block_size
-        self._reader = _Reader(dataset, seed)
         self._collate = collate or default_collate
+        self._reader = _Reader(dataset, self._collate, seed)
         # Slicing tensors gives what torch's own collate makes of their rows, a hundred times faster.
         self._sliced = type(dataset) is TensorDataset and self._collate is default_collate
         self._workers = 0 if self._sliced else workers
@@ -90,9 +90,7 @@ class Examples:
             seed_for(self._seed, ids[0])
             rows = torch.as_tensor(ids)
             return [tensor[rows] for tensor in self.dataset.tensors]
-        items = self._reader.__getitems__(list(ids))
-        seed_for(self._seed, ids[0])
-        return self._collate(items)
+        return self._reader.__getitems__(list(ids))
 
     def as_read(self, ids: Sequence[int], only: int | None = None) -> Batch:
         """The batch that a DataLoader makes of these examples under the current random state.
@@ -143,7 +141,7 @@ class Examples:
             loader: DataLoader[Any] = DataLoader(
                 self._reader,  # type: ignore[arg-type]
                 batch_sampler=[list(ids) for ids in blocks],
-                collate_fn=_SeededCollate(self._collate, self._seed),  # type: ignore[arg-type]
+                collate_fn=_collated,
                 num_workers=self._workers,
             )
             yield from loader
@@ -182,56 +180,32 @@ def versions_of(batch: Batch) -> list[int]:
     return [leaf._version for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
 
 
-class _SeededCollate:
-    """A collate function that seeds itself, so that workers collate as the main process does."""
-
-    def __init__(self, collate: Callable[[list[Any]], Batch], seed: int) -> None:
-        self.collate, self.seed = collate, seed
-
-    def __call__(self, items: "_Items") -> Batch:
-        seed_for(self.seed, items.first)
-        return self.collate(list(items))
-
-
-class _Items(list[Any]):
-    """A list of examples with the id of the first."""
-
-    first: int
-
-
 class _Reader:
-    """Reads examples and seeds each one; as long as the dataset draws no random numbers, only the first of a list."""
+    """Reads and collates examples. Once the dataset draws random numbers, each is seeded, otherwise only the first."""
 
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self.dataset = dataset
-        self.seed = seed
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Batch], seed: int) -> None:
+        self.dataset, self.collate, self.seed = dataset, collate, seed
         self.draws = False
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, example: int) -> Any:
-        return self.__getitems__([example])[0]
-
-    def __getitems__(self, ids: list[int]) -> "_Items":
+    def __getitems__(self, ids: list[int]) -> Batch:
         if not self.draws:
             seed_for(self.seed, ids[0])
             before = _random_state()
-            items = self._items(ids)
-            if _same(before, _random_state()):
-                return items
-            self.draws = True
-        items = _Items()
-        items.first = ids[0]
-        for i in ids:
-            seed_for(self.seed, i)
-            items.append(self.dataset[i])
-        return items
+            items = [self.dataset[i] for i in ids]
+            self.draws = not _same(before, _random_state())
+        if self.draws:
+            items = [self._seeded(i) for i in ids]
+        seed_for(self.seed, ids[0])
+        return self.collate(items)
 
-    def _items(self, ids: list[int]) -> "_Items":
-        items = _Items(self.dataset[i] for i in ids)
-        items.first = ids[0]
-        return items
+    def _seeded(self, example: int) -> Any:
+        seed_for(self.seed, example)
+        return self.dataset[example]
+
+
+def _collated(batch: Batch) -> Batch:
+    """The collate function of a loader whose dataset returns batches."""
+    return batch
 
 
 def _random_state() -> tuple[Any, ...]:

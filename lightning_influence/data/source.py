@@ -37,13 +37,11 @@ class Source:
 
     def examples(self, batch_size: int | None) -> Examples:
         """The examples in blocks of ``batch_size``; None: a size chosen from the bytes of one example."""
-        size = batch_size or self._block_size()
-        return Examples(self.dataset, self.collate, size, self.workers)
+        return Examples(self.dataset, self.collate, batch_size or self._block_size(), self.workers)
 
     def _block_size(self) -> int:
         """At least the training batch size, which is known to fit; small examples get larger blocks."""
-        batch = Examples(self.dataset, self.collate, 1).one(0)
-        one = bytes_in(batch)
+        one = bytes_in(Examples(self.dataset, self.collate, 1).one(0))
         return max(self.batch_size or 1, min(_BLOCK, _BLOCK_BYTES // max(1, one)))
 
     def base_ids(self) -> Tensor | None:
@@ -100,7 +98,6 @@ def _holds_loaders(data: Any) -> bool:
 def _from_loader(loader: DataLoader[Any], name: str) -> Source:
     if isinstance(loader.dataset, IterableDataset):
         return source_of(loader.dataset, name)
-    collate = loader.collate_fn
     if loader.batch_sampler is None:  # `batch_size=None`: the items of the dataset are the batches
         raise TypeError(
             f"Expected `{name}` to be a loader that collates examples into batches, got `batch_size=None`. Pass the "
@@ -111,4 +108,4 @@ def _from_loader(loader: DataLoader[Any], name: str) -> Source:
         batches = len(loader)
     except TypeError:
         batches = None
-    return Source(loader.dataset, collate, loader.num_workers, size, batches)
+    return Source(loader.dataset, loader.collate_fn, loader.num_workers, size, batches)

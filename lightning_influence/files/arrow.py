@@ -1,14 +1,12 @@
 """Tensors as Arrow files, written atomically and memory-mapped back without a copy; tables of scores."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import torch
@@ -16,17 +14,17 @@ from torch import Tensor
 
 from lightning_influence.files.atomic import whole
 
+FilePath: TypeAlias = str | os.PathLike[str]
+Columns: TypeAlias = Mapping[str, Tensor]
+"""Name to [row] or [row, width] tensors, all with the same number of rows."""
+
 FORMAT = 1
 _KEY = b"lightning_influence"
 _DTYPES = {pa.float32(): torch.float32, pa.float64(): torch.float64, pa.int64(): torch.int64}
 
 
 def write_file(
-    path: str | os.PathLike[str],
-    kind: str,
-    columns: Mapping[str, Tensor],
-    metadata: Mapping[str, Any],
-    overwrite: bool = False,
+    path: FilePath, kind: str, columns: Columns, metadata: Mapping[str, Any], overwrite: bool = False
 ) -> Path:
     """Write tensors as the columns of one Arrow IPC file, straight from their memory.
 
@@ -50,11 +48,7 @@ def write_file(
 
 
 def write_batches(
-    path: str | os.PathLike[str],
-    kind: str,
-    batches: Iterable[Mapping[str, Tensor]],
-    metadata: Mapping[str, Any],
-    overwrite: bool = False,
+    path: FilePath, kind: str, batches: Iterable[Columns], metadata: Mapping[str, Any], overwrite: bool = False
 ) -> Path:
     """Write batches of rows as they are produced: only one of them is in memory at a time.
 
@@ -90,7 +84,7 @@ def write_batches(
     return path
 
 
-def read_file(path: str | os.PathLike[str], kinds: Sequence[str]) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+def read_file(path: FilePath, kinds: Sequence[str]) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
     """Memory-map a file written by `write_file`.
 
     The tensors are views of the file's pages, private to this process: writing to them does not change the file.
@@ -107,12 +101,12 @@ def read_file(path: str | os.PathLike[str], kinds: Sequence[str]) -> tuple[str, 
         ValueError: The file is damaged, not written by this package, of another kind or of a later format.
     """
     kind, batches, metadata = read_batches(path, kinds)
-    return kind, {name: _joined([batch[name] for batch in batches]) for name in batches[0]}, metadata
+    if len(batches) == 1:
+        return kind, batches[0], metadata
+    return kind, {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}, metadata
 
 
-def read_batches(
-    path: str | os.PathLike[str], kinds: Sequence[str]
-) -> tuple[str, list[dict[str, Tensor]], dict[str, Any]]:
+def read_batches(path: FilePath, kinds: Sequence[str]) -> tuple[str, list[dict[str, Tensor]], dict[str, Any]]:
     """Memory-map a file written by `write_batches`, batch by batch: pages are read on access.
 
     Args:
@@ -169,9 +163,7 @@ def unpack_ids(packed: Any) -> Any:
     return None if packed is None else torch.tensor(packed, dtype=torch.int64)
 
 
-def stream(
-    columns: Mapping[str, pa.DataType], rows: Callable[[int], Mapping[str, Tensor]], n: int
-) -> pa.RecordBatchReader:
+def stream(columns: Mapping[str, pa.DataType], rows: Callable[[int], Columns], n: int) -> pa.RecordBatchReader:
     """A table whose batches are produced while it is read.
 
     Args:
@@ -187,26 +179,6 @@ def stream(
             yield pa.record_batch([_to_arrow(made[name]) for name in columns], schema=schema)
 
     return pa.RecordBatchReader.from_batches(schema, batches())
-
-
-def float_type(dtype: torch.dtype) -> pa.DataType:
-    """The Arrow type for scores of a torch dtype."""
-    return pa.float64() if dtype == torch.float64 else pa.float32()
-
-
-def to_pandas(make: Callable[[], pa.Table]) -> Any:
-    """The table returned by `make`, as a `pandas.DataFrame`.
-
-    Raises:
-        ImportError: pandas is not installed.
-    """
-    try:
-        import pandas  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            '`to_pandas` needs pandas. Run `pip install "lightning-influence[pandas]"`, or use `to_arrow`.'
-        ) from error
-    return make().to_pandas()
 
 
 def as_rows(table: pa.Table, **more: Callable[[Mapping[str, Any]], Any]) -> tuple[list[str], list[list[Any]]]:
@@ -242,7 +214,3 @@ def _to_tensor(column: pa.Array, pages: mmap.mmap, start: int) -> Tensor:
     offset = flat.buffers()[1].address - start + flat.offset * flat.type.byte_width
     tensor = torch.frombuffer(pages, dtype=_DTYPES[flat.type], count=len(flat), offset=offset)
     return tensor.view(len(column), column.type.list_size) if nested else tensor
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

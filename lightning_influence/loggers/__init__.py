@@ -6,8 +6,6 @@ examples with ``top_k=20``, all 40 rows each, take 1.0 s to 3.4 s and at most 41
 ``tests/benchmarks/trackers.py``).
 """
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -17,19 +15,9 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_influence.loggers import comet, csv_files, mlflow, scalars, tensorboard, wandb
 from lightning_influence.loggers.results import TrackerResults
-from lightning_influence.loggers.summary import Histogram, Table, of_scores, of_self_influence
+from lightning_influence.loggers.summary import of_scores, of_self_influence
 
-__all__ = [
-    "WRITERS",
-    "Histogram",
-    "Table",
-    "TrackerResults",
-    "drawn",
-    "listening",
-    "log_influence",
-    "of_scores",
-    "of_self_influence",
-]
+__all__ = ["WRITERS", "TrackerResults", "drawn", "listening", "log_influence", "of_scores", "of_self_influence"]
 
 _log = logging.getLogger(__name__)
 

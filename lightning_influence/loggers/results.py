@@ -1,7 +1,5 @@
 """What is written into a tracker, in forms that every tracker can show in some way."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re

@@ -1,7 +1,5 @@
 """Summaries of many scores for a tracker: a few numbers, and the distribution."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -25,7 +23,7 @@ class Histogram(NamedTuple):
     squares: float
 
     @classmethod
-    def of(cls, blocks: Sequence[Tensor], bins: int = _BINS) -> Histogram:
+    def of(cls, blocks: Sequence[Tensor], bins: int = _BINS) -> "Histogram":
         """Count the finite ones of some numbers.
 
         Args:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_influence.metrics.leave_one_out import LeaveOneOutCorrelation
 from lightning_influence.metrics.linear_datamodeling import LinearDatamodelingScore
 from lightning_influence.metrics.mislabel import MislabelDetection
+from lightning_influence.metrics.paired_metric import PairedMetric
 from lightning_influence.metrics.subset_removal import SubsetRemoval
 from lightning_influence.numerics.statistics import nanmean, spearman
 from lightning_influence.refit import Bank, Refit
@@ -45,8 +46,7 @@ class Evaluation:
 
     def __repr__(self) -> str:
         lines = [f"{'':20}" + "".join(f"{name:>22}" for name in ("scores", *self.baselines))]
-        shown = [name for name in self.metrics if not name.endswith(("_low", "_high"))]
-        for name in shown:
+        for name in (name for name in self.metrics if not name.endswith(("_low", "_high"))):
             cells = [_cell(name, column) for column in (self.metrics, *self.baselines.values())]
             lines.append(f"{name:20}" + "".join(f"{cell:>22}" for cell in cells))
         lines.append(f"noise ceiling of rank correlations: {self.ceiling:.2f}")
@@ -85,8 +85,7 @@ def evaluate(
         values = whole
     draw = torch.Generator().manual_seed(seed)
     noise = torch.randn(values.shape, generator=draw, dtype=torch.float64)
-    measure = _leave_one_out if bank.left_out is not None else _datamodeling
-    metrics, random = measure(values, bank, seed), measure(noise, bank, seed)
+    metrics, random = _agreement(values, bank, seed), _agreement(noise, bank, seed)
     baselines = {"random": random}
     if mislabelled is not None:
         own = -scores.values.double().nanmean(0) if suspicion is None else suspicion
@@ -123,25 +122,18 @@ def subset_removal(scores: Scores, refit: Refit, k: int, queries: Any = None, n_
     return metric
 
 
-def _datamodeling(values: Tensor, bank: Bank, seed: int) -> dict[str, float]:
-    metric = LinearDatamodelingScore(seed=seed)
-    metric.update(values, bank.membership, bank.mean)
-    return _numbers(metric)
-
-
-def _leave_one_out(values: Tensor, bank: Bank, seed: int) -> dict[str, float]:
-    metric = LeaveOneOutCorrelation(seed=seed)
-    metric.update(values, bank.changes, bank.left_out)
-    return _numbers(metric)
+def _agreement(values: Tensor, bank: Bank, seed: int) -> dict[str, float]:
+    if bank.left_out is not None:
+        return _numbers(LeaveOneOutCorrelation(seed=seed), values, bank.changes, bank.left_out)
+    return _numbers(LinearDatamodelingScore(seed=seed), values, bank.membership, bank.mean)
 
 
 def _wrong_labels(suspicion: Tensor, mislabelled: Tensor, seed: int) -> dict[str, float]:
-    metric = MislabelDetection(seed=seed)
-    metric.update(suspicion, mislabelled)
-    return _numbers(metric)
+    return _numbers(MislabelDetection(seed=seed), suspicion, mislabelled)
 
 
-def _numbers(metric: Any) -> dict[str, float]:
+def _numbers(metric: PairedMetric, *data: Any) -> dict[str, float]:
+    metric.update(*data)
     return {name: float(value) for name, value in metric.compute().items()}
 
 

@@ -48,11 +48,7 @@ class LeaveOneOutCorrelation(PairedMetric):
                 f"Expected `changes` to be [query, chosen] = {list(chosen.shape)}, got {list(changes.shape)}. "
                 "Pass the `ids` of the training examples that were left out."
             )
-        if self.predicted and self.predicted[0].shape[1] != chosen.shape[1]:
-            raise ValueError(
-                f"Expected the {self.predicted[0].shape[1]} examples of earlier calls, got {chosen.shape[1]}. "
-                "Pass the same examples and other queries in every call."
-            )
+        self._check_same("examples", chosen.shape[1])
         self._append(chosen, changes)
 
     def compute(self) -> dict[str, Tensor]:

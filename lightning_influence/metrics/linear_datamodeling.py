@@ -53,11 +53,7 @@ class LinearDatamodelingScore(PairedMetric):
                 "Expected `membership` [subset, train] and `losses` [subset, query] that fit `scores` [query, train], "
                 f"which are {list(scores.shape)}, got {list(membership.shape)} and {list(losses.shape)}."
             )
-        if self.predicted and self.predicted[0].shape[1] != len(membership):
-            raise ValueError(
-                f"Expected the {self.predicted[0].shape[1]} subsets of earlier calls, got {len(membership)}. "
-                "Pass all subsets and other queries in every call."
-            )
+        self._check_same("subsets", len(membership))
         # A common offset is summed apart, so that constant scores predict exactly the same for subsets of one size.
         common = scores[:, :1]
         mask = membership.ne(0).to(scores)

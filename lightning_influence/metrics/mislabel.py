@@ -1,7 +1,6 @@
 """Detection of wrong labels by scores."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -67,7 +66,7 @@ class MislabelDetection(PairedMetric):
         found = self._interval("auroc", auroc, pairs)
         found |= self._interval("average_precision", average_precision, pairs)
         for fraction in self.fractions:
-            found[f"recall_at_{fraction:g}"] = partial(recall_at, fraction=fraction)(*pairs)
+            found[f"recall_at_{fraction:g}"] = recall_at(*pairs, fraction)
         return found
 
     def _draw(self, axes: Any) -> None:

@@ -10,6 +10,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_influence.checks import check_integer
 from lightning_influence.numerics.statistics import bootstrap
+from lightning_influence.plotting.style import blank
 
 
 class PairedMetric(Metric):
@@ -52,10 +53,17 @@ class PairedMetric(Metric):
         """
         if val is not None:
             return self._plot(val, ax)
-        figure, axes = _canvas(ax)
+        axes = blank(5.2, 4.0, "read `compute()`")[0].add_subplot() if ax is None else ax
         self._draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
-        return figure, axes
+        return axes.figure, axes
+
+    def _check_same(self, what: str, count: int) -> None:
+        if self.predicted and self.predicted[0].shape[1] != count:
+            raise ValueError(
+                f"Expected the {self.predicted[0].shape[1]} {what} of earlier calls, got {count}. "
+                f"Pass the same {what} and other queries in every call."
+            )
 
     def _append(self, predicted: Tensor, observed: Tensor) -> None:
         self.predicted.append(predicted.detach())
@@ -99,16 +107,3 @@ def matrix(name: str, value: object) -> Tensor:
     if value.ndim != 2:
         raise ValueError(f"Expected `{name}` to have two dimensions, got shape {list(value.shape)}.")
     return value.to(torch.float64)
-
-
-def _canvas(ax: Any) -> tuple[Any, Any]:
-    if ax is not None:
-        return ax.figure, ax
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            'Plots need matplotlib. Run `pip install "lightning-influence[plot]"`, or read `compute()`.'
-        ) from error
-    figure = Figure(figsize=(5.2, 4.0), layout="constrained", dpi=120)
-    return figure, figure.add_subplot()

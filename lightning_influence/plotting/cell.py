@@ -1,12 +1,9 @@
 """One example drawn into its axes, under its name, score, class and prediction."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-from lightning_influence.plotting.example_view import Classes, Look, Normalization, class_name, look_at, plain
+from lightning_influence.plotting.example_view import Look, ViewOptions, class_name, look_at, plain
 from lightning_influence.plotting.style import fit, wrap
 
 Render: TypeAlias = Callable[[Any, Any], None]
@@ -25,21 +22,8 @@ class Item(NamedTuple):
     prediction: Any = None
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """How examples are drawn.
-
-    Args:
-        render: Draws an example into its axes, in place of the built-in drawing.
-        labels: Names of the classes, by number.
-        columns: Names of the numbers in a table's row.
-        normalization: Mean and standard deviation to undo in images.
-    """
-
-    render: Render | None = None
-    labels: Classes | None = None
-    columns: Sequence[str] | None = None
-    normalization: Normalization | None = None
+class Drawing(ViewOptions):
+    """How examples are drawn; `render` is called with (axes, example)."""
 
     def draw(self, axes: Any, item: Item, colour: str, size: tuple[int, int] = (24, 11)) -> None:
         """Draw one example. `size` is how many characters and lines of text fit into `axes`.
@@ -55,8 +39,7 @@ class Drawing:
             lines.append(fit(class_name(look.label, self.labels), _NAME))
         predicted = plain(item.prediction)
         if predicted is not None:
-            name = class_name(predicted, self.labels).removeprefix("label ")
-            lines.append(fit(f"predicted {name}", _NAME))
+            lines.append(fit(f"predicted {self.class_of(predicted)}", _NAME))
         axes.set_title("\n".join(lines), fontsize=8, color=colour)
         axes.set_xticks([])
         axes.set_yticks([])

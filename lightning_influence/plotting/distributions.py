@@ -1,7 +1,5 @@
 """Figures of many scores: the distribution of self-influence with its tail, and the influence of classes on classes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,9 +1,8 @@
 """What to show of an example: an image, a text, a row of numbers or a curve, and its class."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +14,36 @@ Classes: TypeAlias = Sequence[str] | Mapping[int, str]
 Normalization: TypeAlias = tuple[Any, Any]
 """Mean and standard deviation that an image was normalised with: numbers, or one per channel."""
 
+_Options = TypeVar("_Options", bound="ViewOptions")
 _ROW = 40  # the most numbers that are shown one by one; more are a curve
 _TEXTS = ("text", "sentence", "content", "document", "question", "premise", "review")
+
+
+@dataclass(frozen=True)
+class ViewOptions:
+    """How an example is turned into something to show.
+
+    Args:
+        render: Called with the example, in place of the built-in view.
+        labels: Names of the classes, by number.
+        columns: Names of the numbers in a table's row.
+        normalization: Mean and standard deviation to undo in images; by default those of a dataset's `Normalize`.
+    """
+
+    render: Callable[..., Any] | None = None
+    labels: Classes | None = None
+    columns: Sequence[str] | None = None
+    normalization: Normalization | None = None
+
+    def normalized_as(self: _Options, dataset: Any) -> _Options:
+        """These options, with the normalisation of a dataset where none was given."""
+        if self.normalization is not None:
+            return self
+        return replace(self, normalization=normalization_of(dataset))
+
+    def class_of(self, label: Any) -> str:
+        """The name of a class, or its number."""
+        return class_name(label, self.labels).removeprefix("label ")
 
 
 class Look(NamedTuple):
@@ -79,9 +106,7 @@ def class_name(label: Any, labels: Classes | None = None) -> str:
         return label
     if labels is not None and float(label).is_integer():
         number = int(label)
-        if isinstance(labels, Mapping) and number in labels:
-            return str(labels[number])
-        if not isinstance(labels, Mapping) and 0 <= number < len(labels):
+        if number in (labels if isinstance(labels, Mapping) else range(len(labels))):
             return str(labels[number])
     return f"label {_number(label)}"
 
@@ -125,8 +150,8 @@ def _of_mapping(entries: Mapping[Any, Any]) -> Any:
     named = next((key for key in _TEXTS if key in texts), texts[0] if len(texts) == 1 == len(entries) else None)
     if named is not None:
         return entries[named]
-    if len(entries) == 1:
-        return next(iter(entries.values())) if plain(next(iter(entries.values()))) is None else _row(entries)
+    if len(entries) == 1 and plain(only := next(iter(entries.values()))) is None:
+        return only
     return _row(entries)
 
 

@@ -1,15 +1,17 @@
 """Figures of queries with their strongest proponents and opponents."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from lightning_influence.plotting.cell import Drawing, Item
 from lightning_influence.plotting.style import Palette, blank, fit
 
+_Side: TypeAlias = tuple[str, str, Sequence[Item]]
+"""Its title, its colour and its examples."""
+
 _CELL = 1.55  # width of one picture in inches
+_PLAIN = Drawing()
 
 
 class Case(NamedTuple):
@@ -25,24 +27,14 @@ class Case(NamedTuple):
         return all(item.example is None for item in (self.query, *self.proponents, *self.opponents))
 
 
-def explanation(
-    query: Item,
-    proponents: Sequence[Item],
-    opponents: Sequence[Item],
-    *,
-    method: str = "",
-    units: str = "",
-    drawing: Drawing | None = None,
-) -> tuple[Any, Any]:
+def explanation(case: Case, *, method: str = "", units: str = "", drawing: Drawing = _PLAIN) -> tuple[Any, Any]:
     """Draw a query at the left, its proponents in the upper row and its opponents in the lower row, strongest first.
 
     An example is an image, a text, a vector, or a tuple or a dict that holds one, with its label; see
     `example_view.look_at`. Without any example, the scores are drawn as bars.
 
     Args:
-        query: Without a score.
-        proponents: With positive scores; may be empty.
-        opponents: With negative scores; may be empty.
+        case: The query, its proponents with positive scores and its opponents with negative ones.
         method: For the title.
         units: Of the scores.
         drawing: How examples are drawn.
@@ -54,29 +46,24 @@ def explanation(
         ImportError: matplotlib is not installed.
         ValueError: An example cannot be drawn, and there is no `render`.
     """
-    case = Case(query, proponents, opponents)
-    title = f"{method + ': ' if method else ''}influence on query {query.name}"
+    title = f"{method + ': ' if method else ''}influence on query {case.query.name}"
     if case.bare:
         figure, colours = blank(6.4, _bars_height(case))
         return figure, _bars(figure.add_subplot(), case, title, units, colours)
-    drawing = drawing or Drawing()
-    columns = max(len(proponents), len(opponents), 1)
+    columns = max(len(case.proponents), len(case.opponents), 1)
     figure, colours = blank(_CELL * (columns + 1.5) + 0.4, 2 * _CELL + 1.9)
     figure.suptitle(textwrap.fill(fit(title, 120), 15 * (columns + 1)), fontsize=11)
     grid = figure.add_gridspec(2, columns + 2, width_ratios=[1.35, 0.12, *[1.0] * columns])
     subject = figure.add_subplot(grid[:, 0])
-    drawing.draw(subject, query, colours.text, size=(31, 27))
+    drawing.draw(subject, case.query, colours.text, size=(31, 27))
     axes = [subject]
-    for row, (side, colour, items) in enumerate(_sides(case, colours)):
-        margin = figure.add_subplot(grid[row, 1])
-        margin.axis("off")
-        margin.text(0.5, 0.5, side, rotation=90, color=colour, ha="center", va="center", fontsize=10)
-        axes += _cells(figure, [grid[row, column + 2] for column in range(columns)], items, colour, drawing)
+    for row, side in enumerate(_sides(case, colours)):
+        axes += _cells(figure, [grid[row, 1 + column] for column in range(columns + 1)], side, drawing, fontsize=10)
     return figure, axes
 
 
 def explanations(
-    cases: Sequence[Case], *, method: str = "", units: str = "", drawing: Drawing | None = None
+    cases: Sequence[Case], *, method: str = "", units: str = "", drawing: Drawing = _PLAIN
 ) -> tuple[Any, list[Any]]:
     """Draw one row per query: itself, its proponents, its opponents; or one bar chart per query without any example.
 
@@ -97,7 +84,6 @@ def explanations(
             _bars(figure.add_subplot(grid[row, 0]), case, f"query {case.query.name}", units, colours)
             for row, case in enumerate(cases)
         ]
-    drawing = drawing or Drawing()
     widths = [max(1, *(len(side) for side in sides)) for sides in zip(*(case[1:] for case in cases), strict=True)]
     figure, colours = blank(_CELL * (sum(widths) + 1.3) + 0.6, (_CELL + 0.75) * len(cases) + 0.8)
     figure.suptitle(fit(title, 14 * sum(widths) + 14), fontsize=11)
@@ -108,33 +94,31 @@ def explanations(
         axes = [figure.add_subplot(grid[row, 0])]
         drawing.draw(axes[0], case.query, colours.text)
         start = 1
-        for (side, colour, items), width in zip(_sides(case, colours), widths, strict=True):
-            margin = figure.add_subplot(grid[row, start])
-            margin.axis("off")
-            margin.text(0.5, 0.5, side, rotation=90, color=colour, ha="center", va="center", fontsize=9)
-            places = [grid[row, start + 1 + column] for column in range(width)]
-            axes += _cells(figure, places, items, colour, drawing)
+        for side, width in zip(_sides(case, colours), widths, strict=True):
+            places = [grid[row, start + column] for column in range(1 + width)]
+            axes += _cells(figure, places, side, drawing, fontsize=9)
             start += 1 + width
         every.append(axes)
     return figure, every
 
 
-def _sides(case: Case, colours: Palette) -> tuple[tuple[str, str, Sequence[Item]], ...]:
-    return (
-        ("Proponents", colours.proponent, case.proponents),
-        ("Opponents", colours.opponent, case.opponents),
-    )
+def _sides(case: Case, colours: Palette) -> tuple[_Side, _Side]:
+    return ("Proponents", colours.proponent, case.proponents), ("Opponents", colours.opponent, case.opponents)
 
 
-def _cells(figure: Any, places: Sequence[Any], items: Sequence[Item], colour: str, drawing: Drawing) -> list[Any]:
-    """Draw the examples of one side, each in its place, or the word "none"."""
+def _cells(figure: Any, places: Sequence[Any], side: _Side, drawing: Drawing, fontsize: int) -> list[Any]:
+    """Draw the title of one side into the first place, and its examples or the word "none" into the others."""
+    title, colour, items = side
+    margin = figure.add_subplot(places[0])
+    margin.axis("off")
+    margin.text(0.5, 0.5, title, rotation=90, color=colour, ha="center", va="center", fontsize=fontsize)
     if not items:
-        cell = figure.add_subplot(places[0])
+        cell = figure.add_subplot(places[1])
         cell.axis("off")
         cell.text(0.5, 0.5, "none", color="grey", ha="center", va="center")
         return []
     axes = []
-    for place, item in zip(places, items, strict=False):
+    for place, item in zip(places[1:], items, strict=False):
         axes.append(figure.add_subplot(place))
         drawing.draw(axes[-1], item, colour)
     return axes

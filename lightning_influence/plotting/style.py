@@ -1,9 +1,9 @@
 """What all figures share: no window, colours for light and dark backgrounds, texts cut to the space for them."""
 
-from __future__ import annotations
-
 import textwrap
 from typing import Any, NamedTuple
+
+from lightning_influence.checks import optional
 
 
 class Palette(NamedTuple):
@@ -15,20 +15,17 @@ class Palette(NamedTuple):
     rest: str
 
 
-def blank(width: float, height: float) -> tuple[Any, Palette]:
+def blank(width: float, height: float, instead: str = "read the scores with `to_arrow`") -> tuple[Any, Palette]:
     """A new figure of this many inches, without a window, and the colours for its background.
+
+    Where matplotlib is missing, the error names what to do `instead`.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
+    with optional("matplotlib", "plot", "figures", instead):
         from matplotlib import colors, rcParams
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            'Expected matplotlib to be installed for figures. Run `pip install "lightning-influence[plot]"`, or read '
-            "the scores with `to_arrow`."
-        ) from error
     figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
     red, green, blue = colors.to_rgb(figure.get_facecolor())
     dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.4

@@ -1,21 +1,18 @@
 """What examples look like, small enough for a file: texts, thumbnails, rows and curves by id, up to a size limit."""
 
-from __future__ import annotations
-
 import base64
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from lightning_influence.plotting import example_view
-from lightning_influence.plotting.example_view import Classes, Look, Normalization, class_name, look_at, plain
+from lightning_influence.plotting.example_view import Look, ViewOptions, look_at, plain
 
 _SIDE = 96  # pixels of a thumbnail's longer side
 _TEXT = 1500  # characters of a text
@@ -24,22 +21,14 @@ _CELLS = 40  # cells of a row
 
 
 @dataclass(frozen=True)
-class Showing:
+class Showing(ViewOptions):
     """How an example is turned into what the page shows.
 
-    Args:
-        render: Called with an example; returns what to show in its place: a text, an image, a vector or a dict of them.
-        labels: Names of the classes, by number.
-        predictions: What was predicted for the queries, indexed by their ids.
-        columns: Names of the numbers in a table's row.
-        normalization: Mean and standard deviation to undo in images; by default those of a dataset's `Normalize`.
+    `render` returns what to show in its place: a text, an image, a vector or a dict of them. `predictions` are what was
+    predicted for the queries, indexed by their ids.
     """
 
-    render: Callable[[Any], Any] | None = None
-    labels: Classes | None = None
     predictions: Any = None
-    columns: Sequence[str] | None = None
-    normalization: Normalization | None = None
 
     def entry(self, example: Any) -> dict[str, Any]:
         """What the page shows of one example, JSON-able: its kind, content and class.
@@ -50,7 +39,7 @@ class Showing:
         look = self._look(example)
         made: dict[str, Any] = {"kind": look.kind, "value": _small(look)}
         if look.label is not None:
-            made["class"] = class_name(look.label, self.labels).removeprefix("label ")
+            made["class"] = self.class_of(look.label)
         return made
 
     def prediction(self, query: int) -> dict[str, str]:
@@ -59,7 +48,7 @@ class Showing:
             found = None if self.predictions is None else plain(self.predictions[query])
         except (KeyError, IndexError):
             found = None
-        return {} if found is None else {"prediction": class_name(found, self.labels).removeprefix("label ")}
+        return {} if found is None else {"prediction": self.class_of(found)}
 
     def _look(self, example: Any) -> Look:
         if self.render is None:
@@ -86,7 +75,7 @@ class Album:
         return json.dumps(list(sides), ensure_ascii=False, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, text: str) -> Album:
+    def from_json(cls, text: str) -> "Album":
         """The album that `to_json` wrote."""
         train, queries = (dict(map(tuple, side)) for side in json.loads(text))
         return cls(train, queries)
@@ -108,13 +97,10 @@ def collect(
     Raises:
         ValueError: An example cannot be shown, and there is no `render`.
     """
-    if showing.normalization is None:
-        showing = replace(showing, normalization=example_view.normalization_of(queries if train is None else train))
+    showing = showing.normalized_as(queries if train is None else train)
     album, budget = Album(), megabytes * 1e6
-    for dataset, order, into, share in (
-        (queries, query_order, album.queries, 1 / 3),
-        (train, train_order, album.train, 1.0),
-    ):
+    sides = (queries, query_order, album.queries, 1 / 3), (train, train_order, album.train, 1.0)
+    for dataset, order, into, share in sides:
         left = budget * share
         for i in order:
             if left <= 0:

@@ -1,7 +1,5 @@
 """A reviewer's decisions, read from the file that the page downloaded."""
 
-from __future__ import annotations
-
 import csv
 import os
 from pathlib import Path
@@ -9,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_influence.checks import one_of
 
 DECISIONS = ("wrong label", "fine", "unsure")
 _COLUMNS = ["train_id", "train_base_id", "decision"]
@@ -39,8 +39,7 @@ def read_decisions(path: str | os.PathLike[str], decision: str = "wrong label") 
         >>> read_decisions(path).train_ids.tolist(), read_decisions(path).base_ids.tolist()
         ([7], [107])
     """
-    if decision not in DECISIONS:
-        raise ValueError(f"Expected `decision` to be one of {', '.join(map(repr, DECISIONS))}, got {decision!r}.")
+    one_of("decision", decision, DECISIONS)
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"Expected a file of decisions at {str(path)!r}, found none. Save one from the page.")

@@ -1,7 +1,5 @@
 """The page: one HTML file that holds all its data as JSON and needs no network."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
@@ -14,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_influence.checks import optional
 from lightning_influence.files.atomic import whole
 from lightning_influence.report.album import Album
 from lightning_influence.report.decisions import DECISIONS
@@ -51,31 +50,16 @@ class Page:
     def data(self) -> dict[str, Any]:
         """The content in types that JSON can hold."""
         album = self.album or Album()
-        place = {train_id: at for at, train_id in enumerate(self.train_ids.tolist())}
-        made: dict[str, Any] = {
-            "decisions": DECISIONS,
-            "units": self.units,
-            "train": {
-                "id": self.train_ids.tolist(),
-                "base": None if self.train_base is None else self.train_base.tolist(),
-                "columns": [{"title": title, "scores": _short(scores)} for title, scores in self.columns.items()],
-                "looks": {str(place[i]): look for i, look in album.train.items() if i in place},
-            },
-            "queries": None,
-        }
+        columns = [{"title": title, "scores": _short(scores)} for title, scores in self.columns.items()]
+        train = _side(self.train_ids, self.train_base, {"columns": columns}, album.train)
+        queries = None
         if self.query_ids is not None and self.pairs is not None:
-            rows = {query: at for at, query in enumerate(self.query_ids.tolist())}
             pairs = [
                 [[at, score] for at, score in zip(places, scores, strict=True) if at >= 0]
                 for places, scores in zip(self.pairs[0].tolist(), map(_short, self.pairs[1]), strict=True)
             ]
-            made["queries"] = {
-                "id": self.query_ids.tolist(),
-                "base": None if self.query_base is None else self.query_base.tolist(),
-                "pairs": pairs,
-                "looks": {str(rows[i]): look for i, look in album.queries.items() if i in rows},
-            }
-        return made
+            queries = _side(self.query_ids, self.query_base, {"pairs": pairs}, album.queries)
+        return {"decisions": DECISIONS, "units": self.units, "train": train, "queries": queries}
 
 
 def write_page(path: str | os.PathLike[str], page: Page) -> Path:
@@ -96,14 +80,9 @@ def write_page(path: str | os.PathLike[str], page: Page) -> Path:
 
 
 def _html(page: Page) -> str:
-    try:
+    with optional("Jinja2", "report", "the page", "read the scores with `to_arrow`"):
         from jinja2 import Environment, StrictUndefined
         from markupsafe import Markup
-    except ImportError as error:
-        raise ImportError(
-            'Expected Jinja2 to be installed for the page. Run `pip install "lightning-influence[report]"`, or read '
-            "the scores with `to_arrow`."
-        ) from error
     template, style, script = ((files(__package__) / f"page.{end}").read_text("utf-8") for end in ("html", "css", "js"))
     data = page.data()
     encoded = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -124,6 +103,17 @@ def _html(page: Page) -> str:
         data=Markup(encoded),
         digest=hashlib.sha256(encoded.encode()).hexdigest()[:16],
     )
+
+
+def _side(ids: Tensor, base: Tensor | None, content: dict[str, Any], looks: dict[int, Any]) -> dict[str, Any]:
+    """The training examples or the queries: their ids, what else is known about them, and what those look like."""
+    place = {one: at for at, one in enumerate(ids.tolist())}
+    return {
+        "id": ids.tolist(),
+        "base": None if base is None else base.tolist(),
+        **content,
+        "looks": {str(place[i]): look for i, look in looks.items() if i in place},
+    }
 
 
 def _short(scores: Tensor) -> list[float | None]:

@@ -1,7 +1,5 @@
 """Scores as a few lines of HTML, for notebooks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from html import escape
 

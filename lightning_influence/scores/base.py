@@ -1,15 +1,14 @@
 """What `Scores` and `SelfScores` share: the record beside the numbers, in words and in the head of a file."""
 
-from __future__ import annotations
-
 import json
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+import pyarrow as pa
 from torch import Tensor
 
+from lightning_influence.checks import optional
 from lightning_influence.files import arrow
 from lightning_influence.report import Album
 from lightning_influence.scores.id_checks import ascending, base_of
@@ -74,6 +73,21 @@ class Answer:
         """`diagnostics` under their former name."""
         return self.diagnostics
 
+    def to_arrow(self, k: int | None = None) -> pa.Table:
+        """The scores as a table."""
+        raise NotImplementedError
+
+    def to_pandas(self, k: int | None = None) -> Any:
+        """The table of `to_arrow` as a `pandas.DataFrame`.
+
+        Raises:
+            ValueError: `k` is below 1, or more than `to_arrow` accepts.
+            ImportError: pandas is not installed.
+        """
+        with optional("pandas", "pandas", "`to_pandas`", "use `to_arrow`"):
+            import pandas  # noqa: F401
+        return self.to_arrow(k).to_pandas()
+
     def __getstate__(self) -> dict[str, Any]:
         # Datasets may be large, or bound to open files: neither travels with the scores.
         return self.__dict__ | {"at_hand": (None, None)}
@@ -121,9 +135,7 @@ def file_head(answer: Answer) -> dict[str, Any]:
     return head if answer.album is None else head | {"album": answer.album.to_json()}
 
 
-def read_file(
-    path: str | os.PathLike[str], kinds: Sequence[str]
-) -> tuple[dict[str, Tensor], dict[str, Any], Album | None]:
+def read_file(path: arrow.FilePath, kinds: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any], Album | None]:
     """The columns of a file, its head with the diagnostics under their own name, and the album.
 
     Raises:

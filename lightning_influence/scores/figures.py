@@ -1,16 +1,13 @@
 """Scores as pictures: a query with its proponents and opponents, and the influence of classes on classes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_influence import plotting
-from lightning_influence.plotting.example_view import Classes, class_name, normalization_of, plain
+from lightning_influence.plotting.example_view import Classes, class_name, plain
 from lightning_influence.scores.base import Answer, Data
 from lightning_influence.scores.id_checks import places
 from lightning_influence.scores.ranking import Ranking, row_blocks
@@ -37,15 +34,14 @@ def explain(
         ValueError: `query` is empty or was not scored, `k` is below 1, or an example cannot be drawn without `render`.
     """
     train, queries = data
-    if drawing.normalization is None:
-        drawing = replace(drawing, normalization=normalization_of(queries if train is None else train))
+    drawing = drawing.normalized_as(queries if train is None else train)
     wanted = ranking.query_ids[:1].tolist() if query is None else [query] if isinstance(query, int) else list(query)
     if not wanted:
         raise ValueError("Expected `query` to be an id or several, got none. Leave it out for the first one.")
     k = min(k, ranking.depth)
     cases = [_case(ranking, int(one), k, train, queries, predictions) for one in wanted]
     if query is None or isinstance(query, int):
-        return plotting.explanation(*cases[0], method=answer.method, units=answer.units, drawing=drawing)
+        return plotting.explanation(cases[0], method=answer.method, units=answer.units, drawing=drawing)
     return plotting.explanations(cases, method=answer.method, units=answer.units, drawing=drawing)
 
 

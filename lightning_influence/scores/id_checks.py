@@ -1,7 +1,5 @@
 """Ids of training examples and queries: their checks, where they are found, and how they are written."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

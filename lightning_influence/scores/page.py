@@ -1,7 +1,5 @@
 """Scores in a browser: the page to review, the album of examples that a file keeps, and the view in a notebook."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 

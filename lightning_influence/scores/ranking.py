@@ -1,7 +1,5 @@
 """Scores with their ids, all of them or the strongest per query, and the order in which they rank."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias

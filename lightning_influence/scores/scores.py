@@ -1,7 +1,5 @@
 """`Scores`: what each training example did to each query, readable, storable, drawable and loggable."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -158,15 +156,6 @@ class Scores(Answer):
         """
         return self.to_batches(k).read_all()
 
-    def to_pandas(self, k: int | None = None) -> Any:
-        """The long table of `to_batches` as a `pandas.DataFrame`.
-
-        Raises:
-            ValueError: `k` is below 1 or above the number of scores kept per query.
-            ImportError: pandas is not installed.
-        """
-        return arrow.to_pandas(lambda: self.to_arrow(k))
-
     def save(self, path: str | os.PathLike[str], overwrite: bool = False, **shown: Any) -> Path:
         """Write the scores into one Arrow file, one row per query; see `arrow.write_file` for what it raises.
 
@@ -189,7 +178,7 @@ class Scores(Answer):
         return arrow.write_file(path, kind, tables.file_columns(self._ranking), head, overwrite)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Scores:
+    def load(cls, path: str | os.PathLike[str]) -> "Scores":
         """Map a saved file into memory: `values` are the file's pages, read when they are used, and never copied.
 
         Raises:
@@ -309,7 +298,7 @@ class Scores(Answer):
         k = min(k, self._ranking.depth)
         own = None if self_scores is None else self_scores.values
         orders = (page.train_order(self._ranking, k, own), self.query_ids.tolist())
-        showing = report.Showing(render, labels, predictions, columns, normalization)
+        showing = report.Showing(render, labels, columns, normalization, predictions)
         album = page.album_of(self, orders, (train, queries), showing, megabytes)
         return report.write_page(path, page.page_of(self, self._ranking, k, own, album))
 
@@ -343,8 +332,6 @@ class Scores(Answer):
         scalars, histograms = trackers.of_scores(self.proponents(1).scores[:, 0], self._ranking.values)
         table = {"scores": arrow.as_rows(self.to_arrow(k), side=lambda row: side(row["score"]))}
         drawn = trackers.drawn(explanation=lambda: self.plot(k=k, **drawing)[0])
-        more |= scalars
-        results = trackers.TrackerResults(
-            name or self.method, step, more, table, drawn, histograms, {"about": repr(self)}
-        )
+        about = {"about": repr(self)}
+        results = trackers.TrackerResults(name or self.method, step, more | scalars, table, drawn, histograms, about)
         trackers.log_influence(loggers, results)

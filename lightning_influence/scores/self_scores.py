@@ -1,7 +1,5 @@
 """`SelfScores`: what each training example does to itself, high where the model memorised it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -99,15 +97,6 @@ class SelfScores(Answer):
             columns["train_base_id"] = self._train_base[torch.searchsorted(self.train_ids, ids)]
         return pa.table({name: column.numpy() for name, column in columns.items()})
 
-    def to_pandas(self, k: int | None = None) -> Any:
-        """The table of `to_arrow` as a `pandas.DataFrame`.
-
-        Raises:
-            ValueError: `k` is below 1 or above the number of training examples.
-            ImportError: pandas is not installed.
-        """
-        return arrow.to_pandas(lambda: self.to_arrow(k))
-
     def save(self, path: str | os.PathLike[str], overwrite: bool = False, **shown: Any) -> Path:
         """Write the scores into one Arrow file, one row per example; see `arrow.write_file` for what it raises.
 
@@ -127,7 +116,7 @@ class SelfScores(Answer):
         return arrow.write_file(path, "self_scores", columns, file_head(self), overwrite)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SelfScores:
+    def load(cls, path: str | os.PathLike[str]) -> "SelfScores":
         """Map a saved file into memory.
 
         Raises:
@@ -177,7 +166,7 @@ class SelfScores(Answer):
             ValueError: An example needs `render` to be shown.
             ImportError: Jinja2 is not installed.
         """
-        showing = report.Showing(render, labels, None, columns, normalization)
+        showing = report.Showing(render, labels, columns, normalization)
         content = report.Page(
             title=f"{self.method}: self-influence of {len(self):,} training examples",
             facts=facts(self),
@@ -204,8 +193,8 @@ class SelfScores(Answer):
         table = {"self_influence": arrow.as_rows(self.to_arrow(min(_LOGGED, len(self))))}
         drawn = trackers.drawn(self_influence=lambda: self.plot(**drawing)[0])
         about = {"about_self_influence": repr(self)}
-        scalars = self.diagnostics | scalars
-        results = trackers.TrackerResults(name or self.method, step, scalars, table, drawn, histograms, about)
+        more = self.diagnostics | scalars
+        results = trackers.TrackerResults(name or self.method, step, more, table, drawn, histograms, about)
         trackers.log_influence(loggers, results)
 
     def _highest(self, k: int) -> list[tuple[str, float]]:

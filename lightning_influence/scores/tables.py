@@ -1,7 +1,5 @@
 """Scores as Arrow: the long table, and the columns of their file."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import pyarrow as pa
@@ -18,7 +16,12 @@ def long_table(ranking: Ranking, k: int | None) -> pa.RecordBatchReader:
     k = ranking.depth if k is None and ranking.top is not None else k
     ends = None if k is None else (ranking.strongest(k, True), ranking.strongest(k, False))
     kept = ranking.matrix if ranking.top is None else ranking.top[0].scores
-    types = {"query_id": pa.int64(), "train_id": pa.int64(), "score": arrow.float_type(kept.dtype), "rank": pa.int64()}
+    types = {
+        "query_id": pa.int64(),
+        "train_id": pa.int64(),
+        "score": pa.from_numpy_dtype(kept.numpy().dtype),
+        "rank": pa.int64(),
+    }
     bases = {"query_base_id": ranking.query_base, "train_base_id": ranking.train_base}
     types |= {name: pa.int64() for name, base in bases.items() if base is not None}
     return arrow.stream(types, lambda row: _rows_of_query(ranking, row, ends), ranking.query_ids.numel())
