@@ -15,7 +15,7 @@ from lightning_influence.trajectory.checkpoint import is_plain_sgd
 from lightning_influence.types import MissingEvidence
 
 _ADAM = ("Adam", "AdamW")
-_INSTEAD = 'Use `HyDRA(mode="replay")`, or `InfluenceFunction(EKFAC())`.'
+_INSTEAD = "Use `HyDRA()`, or `InfluenceFunction(EKFAC())`."
 
 
 def check_optimizers(trajectory: Trajectory) -> None:

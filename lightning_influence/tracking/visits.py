@@ -70,8 +70,7 @@ class Visits(Tracker):
         fit.check_disk(
             plan,
             f"the factors of {visits or 0:,} visits",
-            "Use `HyDRA(mode='replay', hessian=False)`, which keeps two numbers per query and example, or fewer "
-            "epochs.",
+            "Use `HyDRA(hessian=False)`, which keeps two numbers per query and example, or fewer epochs.",
         )
         if state is not None:
             self._restore(state, fit.resumed)

@@ -286,7 +286,7 @@ def test_parameters_frozen_or_unfrozen_on_the_way_end_the_tracking(hessian, trai
         "replay.runs.pl.Trainer",
         lambda callbacks, **options: trainer(callbacks=[Freezing(4, trains), *callbacks], **options),
     )
-    told = f"got `net.0.bias` and 1 more {'un' if trains else ''}frozen during the fit. Use `HyDRA\\(mode='replay'\\)`"
+    told = f"got `net.0.bias` and 1 more {'un' if trains else ''}frozen during the fit. Use `HyDRA\\(\\)`"
     with pytest.warns(UserWarning, match=told):
         fit = tracked(tmp_path, HyDRA(mode="during_fit", hessian=hessian))
     with pytest.raises(KeyError, match="during the fit"):
