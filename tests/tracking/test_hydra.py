@@ -173,7 +173,7 @@ class Small:
 
 
 def test_plans_that_cannot_fit_are_refused_before_the_fit(tmp_path, monkeypatch):
-    with pytest.raises(MisconfigurationException, match=r"at most `max_cost=0\.01` times.*`examples=`.*'replay'"):
+    with pytest.raises(MisconfigurationException, match=r"at most `max_cost=0\.01` times.*`examples=`.*`HyDRA\(\)`"):
         tracked(tmp_path, HyDRA(mode="during_fit"), max_cost=0.01)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: Small)
     with pytest.raises(MisconfigurationException, match=r"hypergradients of 11 examples to fit the 0 MiB.*hessian=Fal"):
