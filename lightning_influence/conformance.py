@@ -119,6 +119,10 @@ def _check_record(method: Method) -> None:
         except FrozenInstanceError:
             break
         raise BrokenPromiseError(f"Promise broken: a method is a frozen record. Got a settable `{parameter.name}`.")
+    plain = all(parameter.name != "needs" for parameter in fields(method))  # type: ignore[arg-type]
+    _promise(
+        "`needs` is no hyper-parameter", plain, "a field: write `needs = ...` or `needs: ClassVar[Evidence] = ...`"
+    )
     _promise("`needs` is an Evidence", isinstance(method.needs, Evidence), repr(method.needs))
     copy = pickle.loads(pickle.dumps(method))
     _promise("a method survives pickling", copy == method and hash(copy) == hash(method), repr(copy))

@@ -130,6 +130,11 @@ class Settable(Method):
         return setting.zeros(queries)
 
 
+@dataclass(frozen=True)
+class NeedsAField(GradientDot):
+    needs: Evidence = Evidence.FINAL_WEIGHTS
+
+
 class Plain(Method):
     def score(self, setting, queries):
         return setting.zeros(queries)
@@ -144,6 +149,7 @@ class Plain(Method):
         (Random(), "two calls agree"),
         (WrongSelf(), "self-influence is the score of an example on itself"),
         (Settable(), "a method is a frozen record"),
+        (NeedsAField(), "`needs` is no hyper-parameter"),
         (Plain(), "a method is a dataclass"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Method) else "",

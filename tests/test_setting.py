@@ -377,3 +377,14 @@ def test_both_modes_can_be_replaced_and_pickled():
             replace(by_replay, **changed)
     with pytest.raises(ValueError, match="Expected `memory` to be"):
         replace(watched, memory=0)
+
+
+@pytest.mark.parametrize("wrong", [0.5, torch.ones(N), torch.ones(2, N)], ids=["number", "row", "two groups"])
+def test_weights_of_another_shape_are_refused(attributor, wrong):
+    @dataclass(frozen=True)
+    class Weighted(TracInCP):
+        def weight(self, stage):
+            return wrong
+
+    with pytest.raises(ValueError, match=rf"Expected `Weighted.weight` to return \[group, train\] = \[1, {N}\], got"):
+        attributor.score(Weighted(), QUERIES)

@@ -40,7 +40,10 @@ class GradientProduct(Method):
 
     with u the query side, by default the query's gradient, and weights c, by default 1. A subclass overrides what it
     needs: ``positions`` for the checkpoints, ``query_side`` for u, ``weight`` for c, ``product`` for another formula,
-    and ``product_with_itself`` to offer self-influence.
+    and ``product_with_itself`` to offer self-influence, such as ``block.gradients.norm2(block.weight)``.
+
+    By default the sum is over all checkpoints with ``needs = Evidence.CHECKPOINTS``, otherwise it is the last alone. A
+    ``Stage`` has its ``position`` in the trajectory, the ``exposure`` of the examples and the ``learning_rates``.
     """
 
     def query_side(self, stage: Stage, queries: Queries) -> QueryGradients:
@@ -48,11 +51,18 @@ class GradientProduct(Method):
         return stage.gradients(queries)
 
     def weight(self, stage: Stage) -> Tensor | None:
-        """The weights c of the training examples of the tile at this stage, [group, train]; None: 1."""
+        """The weights c of the training examples of the tile at this stage, such as ``stage.exposure``; None: 1.
+
+        Returns:
+            [group, train], a row for each of the optimizer's parameter groups.
+        """
         return None
 
     def product(self, stage: Stage, query: QueryGradients, block: TrainBlock) -> Tensor:
-        """This stage's part of the scores of a block of training examples, [query, example]."""
+        """This stage's part of the scores of a block of training examples, [query, example].
+
+        Weights are for each group of parameters: pass ``block.weight`` to ``dot``, do not multiply the result by it.
+        """
         return query.dot(block.gradients, block.weight)
 
     def product_with_itself(self, stage: Stage, block: TrainBlock) -> Tensor:
@@ -88,7 +98,14 @@ class GradientProduct(Method):
     def _train(self, stage: Stage, like: Tensor) -> Iterator[tuple[slice, TrainBlock]]:
         """The blocks of the tile and their columns in it; blocks whose weights are all 0 are skipped."""
         weight, first = self.weight(stage), stage.setting.ids.start
-        weight = None if weight is None else weight.to(like)
+        if weight is not None:
+            shape = getattr(weight, "shape", None)
+            if shape != stage.exposure.shape:
+                raise ValueError(
+                    f"Expected `{self.name}.weight` to return [group, train] = {list(stage.exposure.shape)}, got "
+                    f"{weight!r}. Scale `stage.exposure`, or expand a number `as` it."
+                )
+            weight = weight.to(like)
         for columns, gradients in stage.train(None if weight is None else weight.any(0)):
             ids = range(first + columns.start, first + columns.stop)
             yield columns, TrainBlock(gradients, ids, None if weight is None else weight[:, columns])

@@ -19,7 +19,8 @@ class UpdateInput:
     Args:
         weight: [*shape].
         gradient: [*shape], accumulated and clipped, as the optimizer finds it in ``.grad``.
-        state: the optimizer's state; empty before the parameter's first step.
+        state: the optimizer's state; before the parameter's first step, empty or what the optimizer was made with, as
+            the sums of ``torch.optim.Adagrad``: read it with ``state.get``.
         count: the number of earlier steps of this parameter.
         options: the options of its parameter group by torch's names, such as ``lr``.
     """
@@ -36,6 +37,12 @@ class UpdateRule(ABC):
 
     To add an optimizer, write ``step`` in tensor operations without branches on their values, and ``check`` if some
     options are not covered; ``tangent`` and ``adjoint`` follow by automatic differentiation. See ``add_rule``.
+
+    Where a gradient was always 0, as behind a dead ReLU, a ``sqrt`` at 0 makes the derivatives NaN, and ``HyDRA``
+    reports queries without finite gradients. Mask it on both sides::
+
+        zero = square == 0
+        root = square.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
     """
 
     uniform: ClassVar[bool] = False
