@@ -217,7 +217,7 @@ def test_twenty_kills_leave_what_was_whole(tmp_path):
 def test_a_full_disk_ends_the_recording_and_not_the_fit(tmp_path):
     output = finish(victim(tmp_path, "full"))
     assert "could not write" in output
-    assert "The fit continues" in output
+    assert "The fit goes on" in output
     trajectory = Trajectory.load(tmp_path / "influence")
     assert all(checkpoint.load() for checkpoint in trajectory.checkpoints)
     assert not trajectory.finished
