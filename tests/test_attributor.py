@@ -327,7 +327,7 @@ def test_a_method_without_self_influence_says_which_has():
 
 
 def test_ids_of_a_group_must_exist():
-    with pytest.raises(ValueError, match=r"Expected `ids` below 23, got \[23\]"):
+    with pytest.raises(ValueError, match=r"Expected `ids` from 0 to 22, got \[23\]"):
         Attributor(Net(), TRAIN).group(GradientDot(), [1, 23], QUERIES)
 
 

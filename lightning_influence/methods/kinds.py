@@ -69,7 +69,7 @@ class GradientProduct(Method):
         for stage in self.stages(setting):
             query = self.query_side(stage, queries)
             for columns, block in self._train(stage, total):
-                total[:, columns] += self.product(stage, query, block)
+                total[:, columns] += self._shaped(self.product(stage, query, block), "product", total[:, columns].shape)
         return total
 
     def self_influence(self, setting: Setting) -> Tensor:
@@ -77,7 +77,8 @@ class GradientProduct(Method):
         total = setting.zeros()
         for stage in self.stages(setting):
             for columns, block in self._train(stage, total):
-                total[columns] += self.product_with_itself(stage, block)
+                values = self.product_with_itself(stage, block)
+                total[columns] += self._shaped(values, "product_with_itself", total[columns].shape)
         return total
 
     def stages(self, setting: Setting) -> Iterator[Stage]:
@@ -91,10 +92,19 @@ class GradientProduct(Method):
     def _train(self, stage: Stage, like: Tensor) -> Iterator[tuple[slice, TrainBlock]]:
         """The blocks of the tile and their columns in it; blocks whose weights are all 0 are skipped."""
         weight, first = self.weight(stage), stage.setting.ids.start
-        weight = None if weight is None else weight.to(like)
+        if weight is not None:
+            weight = self._shaped(weight, "weight", torch.Size([stage.exposure.shape[0], len(stage.setting.ids)])).to(
+                like
+            )
         for columns, gradients in stage.train(None if weight is None else weight.any(0)):
             ids = range(first + columns.start, first + columns.stop)
             yield columns, TrainBlock(gradients, ids, None if weight is None else weight[:, columns])
+
+    def _shaped(self, value: Tensor, what: str, shape: torch.Size) -> Tensor:
+        """The value. Raises ValueError for another shape, which torch might broadcast to scores that are wrong."""
+        if value.shape != shape:
+            raise ValueError(f"Expected `{self.name}.{what}` to return {list(shape)}, got {list(value.shape)}.")
+        return value
 
 
 class TransformedProduct(GradientProduct):

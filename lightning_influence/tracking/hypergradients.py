@@ -76,7 +76,7 @@ class Hypergradients(Tracker):
         if plan.disk is not None and plan.disk > fit.free_disk:
             raise PlanError(
                 f"Expected hypergradients of {len(ids):,} examples to fit the {fit.free_disk / 2**20:,.0f} MiB free "
-                f"in `{fit.folder}`, got {plan}. Track fewer `examples=`, take `HyDRA(mode='replay')`, or for "
+                f"in `{fit.folder}`, got {plan}. Track fewer `examples=`, use `HyDRA()` after the fit, or for "
                 "SGD `hessian=False`, which keeps no vectors."
             )
         self.weights = self._zeros()

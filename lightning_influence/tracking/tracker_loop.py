@@ -155,7 +155,7 @@ class TrackerLoop:
         if plan is not None and plan.steps is not None and plan.steps > self._max_cost:
             raise PlanError(
                 f"Expected tracking for `{each.name}` to take at most `max_cost={self._max_cost:g}` times the plain "
-                f"step, got {plan}. Track fewer `examples=`, use `hessian=False` or `mode='replay'`, or raise "
+                f"step, got {plan}. Track fewer `examples=`, use `hessian=False`, or `HyDRA()` after the fit, or raise "
                 "`max_cost`."
             )
 

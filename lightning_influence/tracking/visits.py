@@ -71,7 +71,7 @@ class Visits(Tracker):
         if disk is not None and disk > fit.free_disk:
             raise PlanError(
                 f"Expected the factors of {visits:,} visits to fit the {fit.free_disk / 2**20:,.0f} MiB free in "
-                f"`{fit.folder}`, got {plan}. Use `HyDRA(mode='replay', hessian=False)`, which keeps two numbers per "
+                f"`{fit.folder}`, got {plan}. Use `HyDRA(hessian=False)`, which keeps two numbers per "
                 "query and example, or fewer epochs."
             )
         if state is not None:

@@ -152,7 +152,7 @@ def test_batch_statistics_alone_are_refused(tmp_path):
 
 def test_a_fit_that_was_not_watched_cannot_be_asked(tmp_path):
     fit = fitted(tmp_path)
-    with pytest.raises(MissingEvidence, match=r"`HyDRA` with these hyper-parameters follows a fit"):
+    with pytest.raises(MissingEvidence, match=r"`HyDRA.during_fit\(...\)` with these .* or use `HyDRA\(\)`"):
         fit.influence.attributor.score(HyDRA(mode="during_fit"), fit.queries)
 
 
@@ -173,7 +173,7 @@ class Small:
 
 
 def test_plans_that_cannot_fit_are_refused_before_the_fit(tmp_path, monkeypatch):
-    with pytest.raises(MisconfigurationException, match=r"at most `max_cost=0\.01` times.*`examples=`.*'replay'"):
+    with pytest.raises(MisconfigurationException, match=r"at most `max_cost=0\.01` times.*`examples=`.*`HyDRA\(\)`"):
         tracked(tmp_path, HyDRA(mode="during_fit"), max_cost=0.01)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: Small)
     with pytest.raises(MisconfigurationException, match=r"hypergradients of 11 examples to fit the 0 MiB.*hessian=Fal"):
@@ -286,7 +286,7 @@ def test_parameters_frozen_or_unfrozen_on_the_way_end_the_tracking(hessian, trai
         "replay.runs.pl.Trainer",
         lambda callbacks, **options: trainer(callbacks=[Freezing(4, trains), *callbacks], **options),
     )
-    told = f"got `net.0.bias` and 1 more {'un' if trains else ''}frozen during the fit. Use `HyDRA\\(mode='replay'\\)`"
+    told = f"got `net.0.bias` and 1 more {'un' if trains else ''}frozen during the fit. Use `HyDRA\\(\\)`"
     with pytest.warns(UserWarning, match=told):
         fit = tracked(tmp_path, HyDRA(mode="during_fit", hessian=hessian))
     with pytest.raises(KeyError, match="during the fit"):
