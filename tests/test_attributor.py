@@ -296,7 +296,11 @@ def test_bad_arguments_are_refused(arguments, error, text):
         ({"queries": Subset(TRAIN, [])}, ValueError, r"Expected `queries` to hold at least one example"),
         ({"queries": None}, TypeError, r"Expected `queries` to be a map-style Dataset .* got NoneType"),
         ({"method": TracInCP()}, MissingEvidence, r"`TracInCP` needs checkpoints .* got `trajectory=None`"),
-        ({"method": Watches()}, MissingEvidence, r"`Watches` with these hyper-parameters follows a fit while it runs"),
+        (
+            {"method": Watches()},
+            MissingEvidence,
+            r"`Watches\(\.\.\.\)` with these hyper-parameters follows a fit while it runs",
+        ),
         (
             {"method": Refits()},
             MissingEvidence,
