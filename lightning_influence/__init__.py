@@ -128,6 +128,6 @@ if not TYPE_CHECKING:
         if name in _MODULES:
             value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
             return value
-        if not name.startswith("_") and find_spec(f".{name}", __name__):
+        if not name.startswith("_") and name.isidentifier() and find_spec(f".{name}", __name__):
             return import_module(f".{name}", __name__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -296,7 +296,11 @@ def test_bad_arguments_are_refused(arguments, error, text):
         ({"queries": Subset(TRAIN, [])}, ValueError, r"Expected `queries` to hold at least one example"),
         ({"queries": None}, TypeError, r"Expected `queries` to be a map-style Dataset .* got NoneType"),
         ({"method": TracInCP()}, MissingEvidence, r"`TracInCP` needs checkpoints .* got `trajectory=None`"),
-        ({"method": Watches()}, MissingEvidence, r"`Watches` with these hyper-parameters follows a fit while it runs"),
+        (
+            {"method": Watches()},
+            MissingEvidence,
+            r"`Watches\(\.\.\.\)` with these hyper-parameters follows a fit while it runs",
+        ),
         (
             {"method": Refits()},
             MissingEvidence,
@@ -327,7 +331,7 @@ def test_a_method_without_self_influence_says_which_has():
 
 
 def test_ids_of_a_group_must_exist():
-    with pytest.raises(ValueError, match=r"Expected `ids` below 23, got \[23\]"):
+    with pytest.raises(ValueError, match=r"Expected `ids` from 0 to 22, got \[23\]"):
         Attributor(Net(), TRAIN).group(GradientDot(), [1, 23], QUERIES)
 
 

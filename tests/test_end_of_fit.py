@@ -153,7 +153,7 @@ class Fails(Method):
     def score(self, setting, queries):
         raise self.error
 
-    def settings(self):
+    def hyperparameters(self):
         return {}
 
 

@@ -4,6 +4,7 @@ import hashlib
 import math
 import pickle
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import pytorch_lightning as pl
@@ -18,6 +19,7 @@ from lightning_influence import (
     DataShapley,
     ExactGGN,
     GradientDot,
+    GradientProduct,
     HyDRA,
     Influence,
     InfluenceFunction,
@@ -386,5 +388,46 @@ def test_weights_of_another_shape_are_refused(attributor, wrong):
         def weight(self, stage):
             return wrong
 
-    with pytest.raises(ValueError, match=rf"Expected `Weighted.weight` to return \[group, train\] = \[1, {N}\], got"):
+    with pytest.raises(ValueError, match=rf"Expected `Weighted.weight` to return a tensor of shape \[1, {N}\], got"):
         attributor.score(Weighted(), QUERIES)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "now"),
+    [("whole", True, "WholeRun"), ("settings", lambda self: {}, "hyperparameters"), ("unknowns", True, "Retraining")],
+)
+def test_what_earlier_versions_asked_for_is_not_ignored(name, value, now):
+    annotations = {name: ClassVar[bool]} if value is True else {}
+    with pytest.raises(TypeError, match=f"no `Old.{name}`, which was replaced by .*{now}"):
+        type("Old", (Method,), {name: value, "__annotations__": annotations})
+
+
+def test_a_stage_raises_while_another_question_has_loaded_other_weights(attributor):
+    other = Attributor(attributor.module, TRAIN, attributor.trajectory)
+    with attributor.session(data(3, 1)) as setting:
+        stage = next(iter(setting.stages([0])))
+        before = stage.gradients(setting.queries).dense()
+        with other.session() as inner:
+            inner.final()
+            with pytest.raises(RuntimeError, match="Expected the weights of the stage"):
+                stage.gradients(setting.queries)
+        after = stage.gradients(setting.queries).dense()  # its weights are back
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("part", "broken"),
+    [
+        ("weight", lambda self, stage: torch.ones(1, 1)),
+        ("product", lambda self, stage, query, block: query.dot(block.gradients)[:, :1]),
+        ("product_with_itself", lambda self, stage, block: block.gradients.norm2()[:1]),
+    ],
+)
+def test_shapes_that_would_be_broadcast_are_refused(attributor, part, broken):
+    asked = dataclass(frozen=True)(type("Broken", (GradientProduct,), {part: broken}))()
+    with pytest.raises(ValueError, match=f"Expected `Broken.{part}` to return"):
+        attributor.self_influence(asked) if part == "product_with_itself" else attributor.score(asked, data(3, 1))
+
+
+def test_the_mode_is_saved_with_the_scores():
+    assert [asked.hyperparameters()["mode"] for asked in (HyDRA(), HyDRA.during_fit())] == ["replay", "during_fit"]

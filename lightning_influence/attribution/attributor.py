@@ -178,7 +178,7 @@ class Attributor:
         self._check(method)
         ids = whole_numbers(ids).tolist()
         if wrong := [i for i in ids if not 0 <= i < len(self._train.dataset)]:
-            raise ValueError(f"Expected `ids` below {len(self._train.dataset)}, got {wrong[:5]!r}.")
+            raise ValueError(f"Expected `ids` from 0 to {len(self._train.dataset) - 1}, got {wrong[:5]!r}.")
         scored = _scored(method, len(self._train.dataset))
         if unscored := sorted(set(ids) - set(scored.tolist())):
             raise ValueError(f"Expected `ids` that {method!r} has scores for, got {unscored[:5]!r}.")

@@ -82,7 +82,8 @@ class Influence(CallbackBase):
             if method.needs & Evidence.REFIT:
                 raise ValueError(
                     f"Expected `methods` that can run when a fit ends, got {name!r}, which retrains models. "
-                    f"Run it afterwards: `influence.attributor.score({name}(...), queries=...)`."
+                    "Run it afterwards: `Attributor(model, train=train_dataset, trajectory=influence.trajectory, "
+                    f"refit=Refit()).score({type(method).__name__}(...), queries=...)`."
                 )
         check_integer("top_k", top_k, optional=True)
         check_flag("self_influence", self_influence)

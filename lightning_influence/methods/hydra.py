@@ -135,6 +135,10 @@ class HyDRA(WholeRun):
         """The given ``examples``."""
         return self.examples
 
+    def hyperparameters(self) -> dict[str, Any]:
+        """With the mode, which tells the scores of the two classes apart."""
+        return {"mode": "replay"} | super().hyperparameters()
+
     def unit(self, setting: Setting) -> str:
         """Loss, since the scores are predicted differences of losses."""
         return "loss"
@@ -252,10 +256,14 @@ class HyDRADuringFit(WholeRun):
         """``"HyDRA"``, as with the other mode."""
         return "HyDRA"
 
+    def hyperparameters(self) -> dict[str, Any]:
+        """With the mode, which tells the scores of the two classes apart."""
+        return {"mode": "during_fit"} | super().hyperparameters()
+
     @property
     def record(self) -> str:
         """The name that earlier versions, with one class for both modes, gave to the record: theirs are found too."""
-        replays = {"mode": "during_fit", "removal": "downweight", "max_drift": MAX_DRIFT, "runs": 1, "checks": 4}
+        replays = {"removal": "downweight", "max_drift": MAX_DRIFT, "runs": 1, "checks": 4}
         return record_name(self.name, self.hyperparameters() | replays)
 
     def tracker(self) -> Tracker:

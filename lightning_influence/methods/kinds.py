@@ -79,7 +79,7 @@ class GradientProduct(Method):
         for stage in self.stages(setting):
             query = self.query_side(stage, queries)
             for columns, block in self._train(stage, total):
-                total[:, columns] += self.product(stage, query, block)
+                total[:, columns] += self._shaped(self.product(stage, query, block), "product", total[:, columns].shape)
         return total
 
     def self_influence(self, setting: Setting) -> Tensor:
@@ -87,7 +87,8 @@ class GradientProduct(Method):
         total = setting.zeros()
         for stage in self.stages(setting):
             for columns, block in self._train(stage, total):
-                total[columns] += self.product_with_itself(stage, block)
+                values = self.product_with_itself(stage, block)
+                total[columns] += self._shaped(values, "product_with_itself", total[columns].shape)
         return total
 
     def stages(self, setting: Setting) -> Iterator[Stage]:
@@ -99,16 +100,17 @@ class GradientProduct(Method):
         """The blocks of the tile and their columns in it; blocks whose weights are all 0 are skipped."""
         weight, first = self.weight(stage), stage.setting.ids.start
         if weight is not None:
-            shape = getattr(weight, "shape", None)
-            if shape != stage.exposure.shape:
-                raise ValueError(
-                    f"Expected `{self.name}.weight` to return [group, train] = {list(stage.exposure.shape)}, got "
-                    f"{weight!r}. Scale `stage.exposure`, or expand a number `as` it."
-                )
-            weight = weight.to(like)
+            weight = self._shaped(weight, "weight", stage.exposure.shape).to(like)
         for columns, gradients in stage.train(None if weight is None else weight.any(0)):
             ids = range(first + columns.start, first + columns.stop)
             yield columns, TrainBlock(gradients, ids, None if weight is None else weight[:, columns])
+
+    def _shaped(self, value: Tensor, what: str, shape: torch.Size) -> Tensor:
+        """The value. Raises ValueError for another shape, which torch might broadcast to scores that are wrong."""
+        if not isinstance(value, Tensor) or value.shape != shape:
+            got = list(value.shape) if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"Expected `{self.name}.{what}` to return a tensor of shape {list(shape)}, got {got}.")
+        return value
 
 
 class TransformedProduct(GradientProduct):

@@ -54,6 +54,19 @@ class Tile(NamedTuple):
     train: int
 
 
+# What earlier versions called parts of a method, which would be ignored without a word, and what they are now.
+_EARLIER = {
+    "gradients": "the kind `ForwardOnly`",
+    "whole": "the kinds `WholeRun` and `ForwardOnly`",
+    "walks": "the kind `WholeRun`",
+    "measures": "`Queries.measured`",
+    "unknowns": "the kind `Retraining`",
+    "settings": "`hyperparameters`",
+    "at_once": "`queries_at_once`",
+    "overhead": "`preparation_seconds`",
+}
+
+
 class Method(ABC):
     """How influence is estimated. To write your own, subclass one of the kinds as a frozen dataclass.
 
@@ -66,6 +79,14 @@ class Method(ABC):
     """
 
     needs: ClassVar[Evidence] = Evidence.FINAL_WEIGHTS
+
+    def __init_subclass__(cls) -> None:
+        """Raises TypeError for a flag or method that earlier versions asked for and that nothing reads any more."""
+        super().__init_subclass__()
+        for name, now in _EARLIER.items():
+            no_field = "ClassVar" in str(cls.__annotations__.get(name, ClassVar))
+            if name in cls.__dict__ and no_field:
+                raise TypeError(f"Expected no `{cls.__name__}.{name}`, which was replaced by {now}, got one.")
 
     @property
     def name(self) -> str:

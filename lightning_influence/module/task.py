@@ -4,10 +4,12 @@ import contextlib
 import copy
 import functools
 import inspect
+import itertools
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,10 @@ from lightning_influence.types import Batch, clean, foreign
 
 Loss = Callable[[Any, Batch], Tensor]
 """``loss(module, batch) -> [batch]``: per-sample losses."""
+
+# The version of the weights that each module has now, see `Task.version`.
+_VERSIONS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_COUNTER = itertools.count(1)
 
 
 _LOW_PRECISIONS = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
@@ -54,14 +60,13 @@ class Task:
             for key in part._buffers
         ]
         self._snapshot = [ModuleSnapshot(module)]  # shared by the tasks of one module
-        self._version = [0]  # likewise
         self.on_forward: Callable[[], Any] | None = None
         """Called after each forward pass, before the module's attributes and buffers are restored."""
 
     def measuring(self, loss: Loss) -> "Task":
         """The same module with another loss; both tasks share their weights, also after a later ``load``."""
         other = Task(self.module, loss, self.device, self.trainer)
-        other._snapshot, other._version = self._snapshot, self._version
+        other._snapshot = self._snapshot
         return other
 
     # ---- weights --------------------------------------------------------------------------------------------------
@@ -106,12 +111,16 @@ class Task:
 
     @property
     def version(self) -> int:
-        """Counts how often the weights were replaced, through whichever task of the module."""
-        return self._version[0]
+        """A number that the weights in place share with no others, whichever task of the module loaded them."""
+        return _VERSIONS.get(self.module, 0)
 
     def weights_changed(self) -> None:
         """To be called by whoever puts other weights in place without ``load``."""
-        self._version[0] += 1
+        _VERSIONS[self.module] = next(_COUNTER)
+
+    def weights_returned(self, version: int) -> None:
+        """To be called by whoever puts earlier weights back, with the version that they had."""
+        _VERSIONS[self.module] = version
 
     def remember(self) -> None:
         """Make the module's current attributes and buffers those that are restored after each forward pass."""

@@ -54,6 +54,8 @@ class Session:
         """The module at its final weights, in eval mode, with logging off."""
         trainer = self.trainer if self.trainer is not None else detached_trainer(self.module)
         with quiet(self.module, self.loss, trainer) as task:
+            before = task.version
+            task.weights_changed()  # the stages of a question that is open already must not be used in this one
             if self.trajectory is not None:
                 last = self.trajectory.checkpoints[-1]
                 state = last.load()
@@ -62,7 +64,7 @@ class Session:
             try:
                 yield task
             finally:
-                task.weights_changed()  # the module's own come back: a stage must not be used after its question
+                task.weights_returned(before)
 
     @contextlib.contextmanager
     def open(
@@ -86,6 +88,7 @@ class Session:
             if gradients:
                 engine = self._engine(task, *self._planned(task, examples))
             setting = Setting(engine, examples, range(len(examples)), self.trajectory, self.train.batches)
+            setting.own_version = task.version
             setting.reduction_of = functools.partial(self._reduction_of, task, examples)
             if queries is not None:
                 data = queries.examples(self.batch_size)

@@ -185,6 +185,7 @@ class Setting:
         on_block: called after each block with the number of training examples in it.
         notes: sentences that are saved with the scores; see ``note``.
         diagnostics: numbers that are saved with the scores; see ``diagnostic``.
+        own_version: version of the weights that were in place when the question was opened; see ``Task.version``.
     """
 
     engine: Engine
@@ -199,6 +200,7 @@ class Setting:
     notes: list[str] = field(default_factory=list)
     diagnostics: dict[str, float] = field(default_factory=dict)
     _states: dict[tuple[Callable[..., Any], Hashable], Any] = field(default_factory=dict)
+    own_version: int = 0
 
     @property
     def task(self) -> Task:
@@ -260,8 +262,8 @@ class Setting:
         """Load the last checkpoint; without a trajectory, the module as it is."""
         if self.trajectory is None:
             ones = torch.ones(1, len(self.ids), dtype=torch.float64)
-            # Version 0: once other weights were loaded, there is no way back to the module's own within the question.
-            return Stage(None, 0, ones, torch.ones(1, dtype=torch.float64), self, self.ids, 0)
+            # Once other weights were loaded, there is no way back to the module's own within the question.
+            return Stage(None, 0, ones, torch.ones(1, dtype=torch.float64), self, self.ids, self.own_version)
         return self._stage(len(self.trajectory.checkpoints) - 1)
 
     def stages(self, checkpoints: Sequence[int] | None = None) -> Iterator[Stage]:

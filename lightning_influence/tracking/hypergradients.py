@@ -68,7 +68,7 @@ class Hypergradients(Tracker):
         fit.check_disk(
             plan,
             f"hypergradients of {len(ids):,} examples",
-            "Track fewer `examples=`, take `HyDRA()`, or for SGD `hessian=False`, which keeps no vectors.",
+            "Track fewer `examples=`, use `HyDRA()` after the fit, or for SGD `hessian=False`, which keeps no vectors.",
         )
         self.weights = self._all_zeros()
         if state is not None:

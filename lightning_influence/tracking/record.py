@@ -71,9 +71,10 @@ def load_record(run: Path | None, name: str, step: int) -> TrackerState:
     found = None if folder is None else load_state(folder, step)
     if found is None:
         kept = sorted(p.name for p in folder.parent.iterdir()) if folder is not None and folder.parent.is_dir() else []
+        made, instead = ("HyDRA.during_fit", "HyDRA()") if method == "HyDRA" else (method, "TracInCP()")
         raise MissingEvidence(
-            f"Expected `{name}` as of step {step} in `{run}`, got {', '.join(kept) or 'nothing'}: `{method}` with "
+            f"Expected `{name}` as of step {step} in `{run}`, got {', '.join(kept) or 'nothing'}: `{made}(...)` with "
             "these hyper-parameters follows a fit while it runs and cannot be computed afterwards. Fit with "
-            f"`Trainer(callbacks=[Influence([{method}(...)], queries=...)])`, or use `TracInCP()`."
+            f"`Trainer(callbacks=[Influence([{made}(...)], queries=...)])`, or use `{instead}`."
         )
     return found

@@ -56,7 +56,7 @@ def changed(before: frozenset[str], now: frozenset[str]) -> str | None:
     return (
         f"Expected the same parameters to be trained from the start to the end of the fit, got `{names[0]}`"
         f"{f' and {len(names) - 1} more' if len(names) > 1 else ''} "
-        f"{'unfrozen' if names[0] in now else 'frozen'} during the fit. Use `HyDRA()`, which supports it."
+        f"{'unfrozen' if names[0] in now else 'frozen'} during the fit. Use `HyDRA()` after the fit, which supports it."
     )
 
 

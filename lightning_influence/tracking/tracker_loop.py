@@ -110,8 +110,8 @@ class TrackerLoop:
             if plan.steps is not None and plan.steps > self._max_cost:
                 raise PlanError(
                     f"Expected tracking for `{each.name}` to take at most `max_cost={self._max_cost:g}` times the "
-                    f"plain step, got {plan}. Track fewer `examples=`, use `hessian=False` or `HyDRA()`, or raise "
-                    "`max_cost`."
+                    f"plain step, got {plan}. Track fewer `examples=`, use `hessian=False`, or `HyDRA()` after the "
+                    "fit, or raise `max_cost`."
                 )
 
     def _fit(self, setting: Setting, resumed: Path | None) -> TrackedFit:

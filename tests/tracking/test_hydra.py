@@ -152,7 +152,7 @@ def test_batch_statistics_alone_are_refused(tmp_path):
 
 def test_a_fit_that_was_not_watched_cannot_be_asked(tmp_path):
     fit = fitted(tmp_path)
-    with pytest.raises(MissingEvidence, match=r"`HyDRA` with these hyper-parameters follows a fit"):
+    with pytest.raises(MissingEvidence, match=r"`HyDRA.during_fit\(...\)` with these .* or use `HyDRA\(\)`"):
         fit.influence.attributor.score(HyDRA(mode="during_fit"), fit.queries)
 
 
