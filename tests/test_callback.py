@@ -12,11 +12,11 @@ from fits import Indexed, Net, fit, loader, recorded, seeded
 from pytorch_lightning.loggers import CSVLogger
 
 from lightning_influence.callback.influence import Influence
-from lightning_influence.methods.method import Evidence
+from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.types import MissingEvidence
 
 
-class SomeMethod:
+class SomeMethod(Method):
     needs = Evidence(0)
 
     def score(self, setting, queries):
@@ -29,7 +29,7 @@ class SomeMethod:
         ({"methods": [SomeMethod(), SomeMethod()]}, ValueError, "two of 'SomeMethod'. Name them in a dict"),
         ({"methods": "TracInCP"}, TypeError, "list or a dict of methods, got 'TracInCP'"),
         ({"methods": [SomeMethod]}, TypeError, "Make one: `SomeMethod()`"),
-        ({"methods": {"a": 3}}, TypeError, "methods with a `score`, got 3 as 'a'"),
+        ({"methods": {"a": 3}}, TypeError, "methods such as `TracInCP()`, got 3 as 'a'"),
         ({"queries": "validation"}, ValueError, "got 'validation'"),
         ({"queries": "val:x"}, ValueError, "got 'val:x'"),
         ({"queries": 3}, TypeError, "got 3"),

@@ -1,6 +1,7 @@
 """What methods work with: stages that are never stale, kept state, tiles and costs of each kind, your own methods."""
 
 import hashlib
+import json
 import math
 import pickle
 from dataclasses import dataclass, replace
@@ -431,3 +432,38 @@ def test_shapes_that_would_be_broadcast_are_refused(attributor, part, broken):
 
 def test_the_mode_is_saved_with_the_scores():
     assert [asked.hyperparameters()["mode"] for asked in (HyDRA(), HyDRA.during_fit())] == ["replay", "during_fit"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("checks", 0), ("max_drift", 0.5)])
+def test_records_of_earlier_versions_name_what_only_a_replay_reads(name, value):
+    known = {"checks": 4, "examples": None, "hessian": True, "max_drift": 0.1, "memory": 2**30, "mode": "during_fit"}
+    text = json.dumps(known | {"removal": "downweight", "runs": 1, name: value}, sort_keys=True)
+    asked = HyDRA(mode="during_fit", **{name: value})
+    assert asked.record == f"HyDRA-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    assert pickle.loads(pickle.dumps(asked)).record == asked.record
+    assert asked == HyDRA.during_fit()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"max_drift": -1.0}, ValueError, "`max_drift` to be a positive number, got -1.0"),
+        ({"runs": 0}, ValueError, "`runs` to be a positive integer, got 0"),
+        ({"checks": 1}, ValueError, "`checks` to be 0 or at least 2 refits, got 1"),
+        ({"removal": "foo"}, ValueError, "`removal` to be one of 'downweight', 'renormalize', got 'foo'"),
+        ({"memory": -3}, ValueError, "`memory` to be a positive integer, got -3"),
+        ({"examples": 3}, TypeError, "`examples` to be ids of training examples or None, got 3"),
+    ],
+)
+def test_bad_values_are_refused_in_both_modes(options, error, text):
+    for mode in ("replay", "during_fit"):
+        with pytest.raises(error, match=f"Expected {text}"):
+            HyDRA(mode=mode, **options)
+
+
+def test_what_is_no_method_is_refused_by_the_callback():
+    class Duck:
+        score = print
+
+    with pytest.raises(TypeError, match=r"Expected `methods` to hold methods such as `TracInCP\(\)`, got .*Subclass"):
+        Influence([Duck()])

@@ -308,7 +308,7 @@ def _check_arguments(top_k: object, aggregate: object, measurement: object, high
     if aggregate not in (None, "mean"):
         raise ValueError(f"Expected `aggregate` to be None or 'mean', got {aggregate!r}.")
     if higher_is_better and measurement is None:
-        raise ValueError("Expected `measurement=` with `higher_is_better=True`, got None: a loss is better when low.")
+        raise ValueError("Expected `measurement=` with `higher_is_better=True`, got None: lower is better for a loss.")
 
 
 def _queries_of(setting: Setting) -> Queries:

@@ -32,9 +32,11 @@ def named_methods(methods: Any) -> dict[str, Any]:
             f"Expected `methods` to be a list or a dict of methods, got {methods!r}. Write `[{methods!r}]`."
         )
     for name, method in named.items():
-        if isinstance(method, type) or not callable(getattr(method, "score", None)):
-            hint = f"Make one: `{method.__name__}()`." if isinstance(method, type) else "Pass instances of methods."
-            raise TypeError(f"Expected `methods` to hold methods with a `score`, got {method!r} as {name!r}. {hint}")
+        if not isinstance(method, Method):
+            hint = f"Make one: `{method.__name__}()`." if isinstance(method, type) else "Subclass `Method`."
+            raise TypeError(
+                f"Expected `methods` to hold methods such as `TracInCP()`, got {method!r} as {name!r}. {hint}"
+            )
     return named
 
 

@@ -95,12 +95,12 @@ class EndOfFit:
             where = traceback.extract_tb(error.__traceback__)[-1]
             rank_zero_warn(
                 f"`{name}` failed with {type(error).__name__} ({Path(where.filename).name}:{where.lineno}): {error}\n"
-                f"The fit is complete and recorded. To continue:\n{offline_lines(self.run_dir)}"
+                f"The fit is complete and recorded. To continue:\n{offline_lines(self.run_dir, repr(method))}"
             )
 
     def _score(self, name: str, method: Method) -> Scores:
         queries = resolve_queries(self.plan.queries, self.trainer)
-        self._afford(name, self.attributor.cost(method, queries))
+        self._afford(name, method, self.attributor.cost(method, queries))
         scores = self.attributor.score(method, queries, top_k=self.plan.top_k)
         scores.save(self._place(name), overwrite=True)
         if self.plan.log_scores:
@@ -110,7 +110,7 @@ class EndOfFit:
         return scores
 
     def _score_itself(self, name: str, method: Method) -> SelfScores:
-        self._afford(f"{name} self-influence", self.attributor.cost(method))
+        self._afford(f"{name} self-influence", method, self.attributor.cost(method))
         scores = self.attributor.self_influence(method)
         scores.save(self._place(f"{name}.self"), overwrite=True)
         if self.plan.log_scores:
@@ -129,7 +129,7 @@ class EndOfFit:
         folder.mkdir(exist_ok=True)
         return folder / (re.sub(r"[^\w.-]", "_", name) + ".arrow")
 
-    def _afford(self, name: str, seconds: float) -> None:
+    def _afford(self, name: str, method: Method, seconds: float) -> None:
         """Report the estimated time, and raise where it exceeds `max_cost` times the duration of the fit."""
         share = seconds / max(self.fit_seconds, 1e-9)
         rank_zero_info(f"{name}: about {seconds:.1f} s ({share:.2g} times the fit's {self.fit_seconds:.1f} s).")
@@ -138,7 +138,7 @@ class EndOfFit:
                 f"It would take about {seconds:.1f} s, more than `max_cost={self.plan.max_cost:g}` times the "
                 f"fit's {self.fit_seconds:.1f} s. Pass fewer queries or fewer checkpoints (`checkpoints=(-1,)`), raise "
                 "`max_cost`, or score after the fit, for instance with `aggregate='mean'`:\n"
-                f"{offline_lines(self.run_dir)}"
+                f"{offline_lines(self.run_dir, repr(method))}"
             )
 
 
@@ -146,12 +146,12 @@ class _TooExpensiveError(RuntimeError):
     """The estimated time exceeds `max_cost`."""
 
 
-def offline_lines(run_dir: Path) -> str:
-    """Three lines of code that compute scores later, in any process."""
+def offline_lines(run_dir: Path, method: str = "TracInCP()") -> str:
+    """Three lines of code that compute the method's scores later, in any process."""
     return (
         f"  trajectory = Trajectory.load({str(run_dir)!r})\n"
         "  attributor = Attributor(model, train=train_dataset, trajectory=trajectory)\n"
-        "  scores = attributor.score(TracInCP(), queries=val_dataset)"
+        f"  scores = attributor.score({method}, queries=val_dataset)"
     )
 
 

@@ -43,7 +43,7 @@ class Curvature(ABC):
 
     Args:
         damping: added to the diagonal besides the weight decay, in units of C. None chooses it from the fit: 1 / (sum
-            of learning rates / (1 - momentum)) under SGD, a tenth of the mean eigenvalue under adaptive optimizers or
+            of learning rates / (1 - momentum)) under SGD, a tenth of the mean eigenvalue with adaptive optimizers or
             where no learning rates were captured. The notes of the scores name the value.
 
     Raises:

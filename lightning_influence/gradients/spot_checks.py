@@ -98,7 +98,7 @@ def agrees(row: Tensor | None, truth: Tensor, largest: Tensor) -> bool:
     """Whether one parameter's gradient is right up to rounding errors.
 
     Args:
-        row: the gradient to check, [*shape]; None stands for zeros.
+        row: the gradient to check, [*shape]; None means zeros.
         truth: the gradient by plain autograd.
         largest: the largest entry of the example's gradient over all parameters; it sets the tolerance where ``truth``
             is zero up to rounding (as for a bias before a normalisation layer).

@@ -1,7 +1,7 @@
 """HyDRA: derivatives of a query's final loss with respect to training examples' weights (Chen et al., 2021)."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -66,7 +66,7 @@ class HyDRA(WholeRun):
         hessian: whether a changed weight changes the gradients of later steps; False: the paper's fast approximation,
             in which it does not.
         examples: ids of the training examples that get scores; None: all.
-        memory: for ``mode="during_fit"``.
+        memory: of ``mode="during_fit"``; see ``HyDRA.during_fit``.
         removal: how an example is left out of a batch: ``"downweight"`` keeps the divisor of the batch's mean loss,
             ``"renormalize"`` divides by the number of examples that remain.
         max_drift: the largest distance of replayed from captured weights, relative to the distance that they moved
@@ -100,7 +100,7 @@ class HyDRA(WholeRun):
         hessian: bool = True,
         examples: Sequence[int] | None = None,
         memory: int = 2**30,
-        removal: str = "downweight",
+        removal: Literal["downweight", "renormalize"] = "downweight",
         max_drift: float = MAX_DRIFT,
         runs: int = 1,
         checks: int = 4,
@@ -108,8 +108,11 @@ class HyDRA(WholeRun):
         """``HyDRA(mode="during_fit", ...)`` returns ``HyDRA.during_fit(...)``."""
         if mode != "during_fit":
             return super().__new__(cls)
+        cls("replay", hessian, _ids(examples), memory, removal, max_drift, runs, checks)  # raises for bad values
         _check_only_replay(mode, removal, runs)
-        return cls.during_fit(hessian, examples, memory)
+        made = cls.during_fit(hessian, examples, memory)
+        object.__setattr__(made, "_of_replay", {"max_drift": max_drift, "checks": checks})
+        return made
 
     def __post_init__(self, mode: str, memory: int) -> None:
         one_of("mode", mode, ("replay", "during_fit"))
@@ -120,6 +123,7 @@ class HyDRA(WholeRun):
         if self.checks == 1:
             raise ValueError("Expected `checks` to be 0 or at least 2 refits, got 1.")
         check_integer("runs", self.runs)
+        check_integer("memory", memory)
         if self.runs > 1 and self.removal != "downweight":
             _check_only_replay(mode, self.removal, self.runs)
         object.__setattr__(self, "examples", _ids(self.examples))
@@ -129,7 +133,7 @@ class HyDRA(WholeRun):
         cls, hessian: bool = True, examples: Sequence[int] | None = None, memory: int = 2**30
     ) -> "HyDRADuringFit":
         """The same scores by forward-mode differentiation while the fit runs; see ``HyDRADuringFit``."""
-        return HyDRADuringFit(hessian, None if examples is None else tuple(examples), memory)
+        return HyDRADuringFit(hessian, _ids(examples), memory)
 
     def scored(self, n_train: int) -> Sequence[int] | None:
         """The given ``examples``."""
@@ -245,6 +249,7 @@ class HyDRADuringFit(WholeRun):
     examples: tuple[int, ...] | None = None
     memory: int = 2**30
     needs: ClassVar[Evidence] = Evidence.TRACKER
+    _of_replay: ClassVar[Mapping[str, float]] = {"max_drift": MAX_DRIFT, "checks": 4}
 
     def __post_init__(self) -> None:
         one_of("hessian", self.hessian, (True, False))
@@ -263,8 +268,7 @@ class HyDRADuringFit(WholeRun):
     @property
     def record(self) -> str:
         """The name that earlier versions, with one class for both modes, gave to the record: theirs are found too."""
-        replays = {"removal": "downweight", "max_drift": MAX_DRIFT, "runs": 1, "checks": 4}
-        return record_name(self.name, self.hyperparameters() | replays)
+        return record_name(self.name, self.hyperparameters() | {"removal": "downweight", "runs": 1, **self._of_replay})
 
     def tracker(self) -> Tracker:
         """Records hypergradients, or without the Hessian what they can be computed from later."""
@@ -306,7 +310,7 @@ class HyDRADuringFit(WholeRun):
 
 
 def _check_only_replay(mode: str, removal: str, runs: int) -> None:
-    """Raises ValueError for arguments that only ``mode="replay"`` has, or only without each other."""
+    """Raises ValueError for arguments that ``mode="during_fit"`` does not have, or that cannot be combined."""
     if runs > 1:
         raise ValueError(
             f"Expected `mode='replay'` and `removal='downweight'` for `runs={runs}`, got {mode!r} and {removal!r}."
@@ -316,6 +320,8 @@ def _check_only_replay(mode: str, removal: str, runs: int) -> None:
 
 
 def _ids(examples: Sequence[int] | None) -> tuple[int, ...] | None:
+    if examples is not None and not isinstance(examples, Iterable):
+        raise TypeError(f"Expected `examples` to be ids of training examples or None, got {examples!r}.")
     return None if examples is None else tuple(sorted({int(i) for i in examples}))
 
 

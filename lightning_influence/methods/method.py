@@ -90,7 +90,7 @@ class Method(ABC):
 
     @property
     def name(self) -> str:
-        """Under which the scores are listed and logged."""
+        """The name under which the scores are listed and logged."""
         return type(self).__name__
 
     @property
@@ -144,7 +144,8 @@ class Method(ABC):
 
     def hyperparameters(self) -> dict[str, Any]:
         """Hyper-parameters by name, to be saved with the scores."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        names: list[str] = [f.name for f in fields(self)] if is_dataclass(self) else []
+        return {name: _plain(getattr(self, name)) for name in names}
 
     # ---- size and cost --------------------------------------------------------------------------------------------
 

@@ -118,7 +118,7 @@ class SOURCE(GradientProduct):
         check_optimizers(setting.trajectory)
         count = min(self.segments, len(positions))
         if count < self.segments:
-            setting.note(f"There are {count} segments: the fit has no more checkpoints after its initial weights")
+            setting.note(f"Only {count} segments: the fit has no more checkpoints after its initial weights")
         ends = [round((k + 1) * len(positions) / count) for k in range(count)]
         found, before = [], torch.zeros((), dtype=torch.float64)
         for first, last in zip([0, *ends], ends, strict=False):

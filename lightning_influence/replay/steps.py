@@ -79,7 +79,9 @@ def segments_of(trajectory: Trajectory | None) -> list[Segment]:
         got = "none"
         if trajectory is not None:
             got = f"{len(trajectory.checkpoints)} checkpoints and {len(trajectory.steps)} recorded steps"
-        raise MissingEvidence(f"Expected a captured fit with its steps, to replay it, got {got}. {_AGAIN}")
+        raise MissingEvidence(
+            f"Expected a fit whose steps were captured, so that it can be replayed, got {got}. {_AGAIN}"
+        )
     if not trajectory.has_batch_order:
         raise MissingEvidence(
             "Expected the ids of the examples in every step, got steps without them (the run's notes: "

@@ -61,8 +61,8 @@ def album_to_keep(answer: Answer, orders: Orders, shown: Mapping[str, Any]) -> A
     data = given_or_at_hand(answer, how.pop("train", None), how.pop("queries", None))
     if all(one is None for one in data):
         raise ValueError(
-            f"Expected data to show with `{'`, `'.join(shown)}`, got none: they are at hand only where the scores "
-            "were computed. Pass `train=` and `queries=` too."
+            f"Expected data to show with `{'`, `'.join(shown)}`, got none: they are available only in the "
+            "process that computed the scores. Pass `train=` and `queries=` too."
         )
     megabytes = how.pop("megabytes", 15.0)
     return report.collect(*data, *orders, Showing(**how), megabytes)

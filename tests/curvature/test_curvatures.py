@@ -253,7 +253,7 @@ def test_a_solver_that_does_not_converge_says_so_and_what_to_change(curvature, a
     assert found.figures["solver_residual"] > 1e-3
 
 
-def test_reports_of_solvers_stand_in_the_figures():
+def test_solvers_report_in_the_diagnostics():
     found = score(LiSSA(0.02)).figures
     assert found["solver_residual"] <= 1e-4
     assert 5 < found["solver_iterations"] < 500

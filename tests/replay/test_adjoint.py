@@ -304,7 +304,7 @@ def test_wrong_settings_and_missing_evidence(tmp_path):
     fit.trainer.save_checkpoint(final)
     files = Trajectory.from_checkpoints([final], learning_rates=0.1)
     bare = Attributor(fit.module, fit.data, files, fit.trainer)
-    with pytest.raises(MissingEvidence, match="a captured fit with its steps, to replay it, got 1 checkpoints"):
+    with pytest.raises(MissingEvidence, match="steps were captured, so that it can be replayed, got 1 checkpoints"):
         bare.score(plain(), fit.queries)
     some = Attributor(fit.module, fit.data, fit.influence.trajectory, fit.trainer, parameters="*weight")
     with pytest.raises(ValueError, match=r"got `parameters=` without `net\.0\.bias`"):
