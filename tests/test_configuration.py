@@ -112,7 +112,7 @@ def test_a_setting_that_a_method_has_not_is_refused_before_the_fit(package, tmp_
         (
             ["--trainer.callbacks", "lightning_influence.Influence"]
             + ["--trainer.callbacks.methods.help", "lightning_influence.TracInCP"],
-            ["positions among the trajectory's checkpoints"],
+            ["positions in the trajectory (negative ones count from the end)"],
         ),
     ],
     ids=["callback", "method"],

@@ -39,10 +39,14 @@ def check_projection(projection: object) -> None:
         )
 
 
+class ConstantSelfInfluenceError(ValueError):
+    """All examples have the same self-influence, which therefore says nothing."""
+
+
 def refuse_constant(normalize: str | None) -> None:
-    """Raise ValueError with ``normalize=``, with which all examples have the same self-influence."""
+    """Raise ``ConstantSelfInfluenceError`` with ``normalize=``."""
     if normalize is not None:
-        raise ValueError(
+        raise ConstantSelfInfluenceError(
             f"Expected `normalize=None` for self-influence, got {normalize!r}, with which it is the same for all "
             "examples. Leave `normalize` out."
         )

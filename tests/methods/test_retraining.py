@@ -252,9 +252,8 @@ SETTINGS = {"tolerance": 0.0, "convergence": None, "empty": "initial", "seed": 0
 
 
 def opened(asker, method):
-    with asker._open(method, asker._queries(TEST)) as session:
-        setting, asked = asker._ask(session)
-        return setting, asked[:]
+    with asker._open(method, asker._queries(TEST)) as setting:
+        return setting, setting.queries[:]
 
 
 def test_truncation_is_absolute_and_bounds_what_is_lost(tmp_path):
