@@ -87,9 +87,15 @@ class Session:
             engine = Engine(task, Reduction.NONE)
             if gradients:
                 engine = self._engine(task, *self._planned(task, examples))
-            setting = Setting(engine, examples, range(len(examples)), self.trajectory, self.train.batches)
-            setting.own_version = task.version
-            setting.reduction_of = functools.partial(self._reduction_of, task, examples)
+            setting = Setting(
+                engine,
+                examples,
+                range(len(examples)),
+                self.trajectory,
+                self.train.batches,
+                reduction_of=functools.partial(self._reduction_of, task, examples),
+                own_version=task.version,
+            )
             if queries is not None:
                 data = queries.examples(self.batch_size)
                 query_task = task if measurement is None else task.measuring(measurement)
