@@ -246,7 +246,7 @@ def test_given_learning_rates_are_used(files):
     assert trajectory.exposure(1, "mean", 23).tolist() == [pytest.approx([expected] * 23)]
     by_sum = 0.05 / (1 - 0.5)
     assert trajectory.exposure(1, "sum", 23, batches_per_epoch=6).tolist() == [pytest.approx([by_sum] * 23)]
-    with pytest.raises(ValueError, match="Expected `batches_per_epoch`"):
+    with pytest.raises(ValueError, match="Expected the number of batches per epoch"):
         trajectory.exposure(1, "sum", 23)
     assert Trajectory.from_checkpoints(files[0], learning_rates=0.3).learning_rates(2) == [0.3]
 

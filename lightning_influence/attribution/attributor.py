@@ -188,9 +188,11 @@ class Attributor:
     def losses(self, data: Any = "train") -> Tensor:
         """The loss of every example on its own at the final weights, [example]; a baseline for finding label errors."""
         source = self._queries(data)
-        with self._session.quiet() as task, torch.no_grad():
-            examples = source.examples(self.batch_size)
-            values = [float(task(task.to_device(examples.one(i))).sum()) for i in range(len(examples))]
+        with self._session.open(gradients=False) as setting:
+            setting.reduction_of(None)  # it finds out how an example is read alone
+            examples, task = self._session.examples(source), setting.task
+            with torch.no_grad():
+                values = [float(task(task.to_device(examples.one(i))).sum()) for i in range(len(examples))]
         return torch.tensor(values, dtype=torch.float64)
 
     def cost(self, method: Method, queries: Any = None, aggregate: str | None = None) -> float:

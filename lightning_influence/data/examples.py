@@ -10,6 +10,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
+from lightning_influence.module.copies import Copies
 from lightning_influence.module.task import seed_for
 from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.types import Batch, bytes_in, foreign
@@ -62,6 +63,8 @@ class Examples:
     ) -> None:
         self.dataset = dataset
         self.block_size = block_size
+        self.share_of_copies: float | None = None
+        """If set, a batch of one holds two copies of its example, and this is the ``share`` of ``Copies``."""
         self._collate = collate or default_collate
         self._reader = _Reader(dataset, self._collate, seed)
         # Slicing tensors gives what torch's own collate makes of their rows, a hundred times faster.
@@ -82,10 +85,15 @@ class Examples:
     def one(self, example: int) -> Batch:
         """The batch of one for an example; the random state is left seeded for that example."""
         seed_for(self._seed, example)
-        return self._collate([self.dataset[example]])
+        item = self.dataset[example]
+        if self.share_of_copies is None:
+            return self._collate([item])
+        return Copies(self._collate([item, item]), self.share_of_copies)
 
     def some(self, ids: Sequence[int]) -> Batch:
         """A batch of the given examples."""
+        if self.share_of_copies is not None and len(ids) == 1:
+            return self.one(ids[0])
         if self._sliced:
             seed_for(self._seed, ids[0])
             rows = torch.as_tensor(ids)
@@ -103,6 +111,8 @@ class Examples:
         many = getattr(self.dataset, "__getitems__", None)
         items = many(list(ids)) if many else [self.dataset[i] for i in ids]
         self._reader.draws = before is None or not _same(before, _random_state())
+        if only is not None and self.share_of_copies is not None:
+            return Copies(self._collate([items[only]] * 2), self.share_of_copies)
         return self._collate(items if only is None else [items[only]])
 
     def check_steady(self) -> None:
@@ -137,7 +147,8 @@ class Examples:
         return batch
 
     def _load(self, blocks: Sequence[range]) -> Iterator[Batch]:
-        if self._workers and len(blocks) > 1:
+        ones = self.share_of_copies is not None and any(len(ids) == 1 for ids in blocks)  # workers make no copies
+        if self._workers and len(blocks) > 1 and not ones:
             loader: DataLoader[Any] = DataLoader(
                 self._reader,  # type: ignore[arg-type]
                 batch_sampler=[list(ids) for ids in blocks],

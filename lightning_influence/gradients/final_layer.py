@@ -17,6 +17,7 @@ from lightning_influence.data.examples import Examples
 from lightning_influence.files.arrow import read_batches, write_batches
 from lightning_influence.gradients import Reduction
 from lightning_influence.gradients.general import requiring_gradients
+from lightning_influence.module.copies import Copies
 from lightning_influence.module.task import Task, seed_for
 from lightning_influence.numerics.heads import Link, recognise
 from lightning_influence.numerics.subsets import evenly_spread
@@ -77,6 +78,8 @@ class Head:
         Raises:
             ValueError: the layer is not applied exactly once to each example, or the loss does not depend on it.
         """
+        if isinstance(batch, Copies):
+            return self.read(batch.batch, 2, weight, noise)[:size]
         hook = _HeadHook(self.name, size, self.layer.bias is not None, weight, noise)
         handle = self.layer.register_forward_hook(hook)
         try:

@@ -15,9 +15,22 @@ from lightning_influence.module.task import Task, seed_for
 from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.types import clean
 
-_WAY_OUT = "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
+WAY_OUT = "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
 _WAY_OUT_IN_TRAINING = "Pass `loss=`, a callable (module, batch) -> [batch] that gives the losses of the joint batch."
 _PROBED = 32
+
+
+class NoRelation(ValueError):
+    """The loss of a batch is not made of the losses of its examples.
+
+    Args:
+        found: what was expected and what was found.
+        why: the possible causes and the way out.
+    """
+
+    def __init__(self, found: str, why: str = "") -> None:
+        super().__init__(f"{found} {why}".strip())
+        self.found = found
 
 
 class Reduction(Enum):
@@ -75,7 +88,7 @@ def probe(task: Task, examples: Examples, seed: int) -> Reduction:
         return Reduction.MEAN
     found = [r for r in (Reduction.MEAN, Reduction.SUM) if all(_agrees(r, singles[:n], x) for n, x in batches.items())]
     if not found:
-        raise ValueError(_refusal(singles, batches))
+        raise _refusal(singles, batches)
     return found[0]
 
 
@@ -89,7 +102,7 @@ def _loss(task: Task, batch: Any, seed: int, example: int) -> float:
             raise
         raise ValueError(
             "Expected the loss of a batch to be the mean or the sum of the losses of its examples, got a normalisation "
-            f"layer that uses batch statistics in eval mode: {error}. {_WAY_OUT}"
+            f"layer that uses batch statistics in eval mode: {error}. {WAY_OUT}"
         ) from error
 
 
@@ -156,14 +169,14 @@ def _agrees(reduction: Reduction, singles: Sequence[float], batch: float, tolera
     return abs(_reduced(reduction, singles) - batch) <= tolerance * scale
 
 
-def _refusal(singles: Sequence[float], batches: Mapping[int, float]) -> str:
+def _refusal(singles: Sequence[float], batches: Mapping[int, float]) -> NoRelation:
     size, loss = max(batches.items())
     mean, total = sum(singles) / len(singles), sum(singles)
-    return (
+    return NoRelation(
         f"Expected the loss of a batch to be the mean or the sum of the losses of its examples, got {loss:.6g} for "
-        f"{size} examples whose own losses have mean {mean:.6g} and sum {total:.6g}. A loss that mixes examples "
-        "(contrastive, batch statistics), averages over the tokens or pixels of the whole batch, or draws random "
-        f"numbers in eval mode cannot be split into losses of its examples. {_WAY_OUT}"
+        f"{size} examples whose own losses have mean {mean:.6g} and sum {total:.6g}.",
+        "A loss that mixes examples (contrastive, batch statistics), averages over the tokens or pixels of the whole "
+        f"batch, or draws random numbers in eval mode cannot be split into losses of its examples. {WAY_OUT}",
     )
 
 
@@ -189,5 +202,5 @@ class _LossWatch(TorchFunctionMode):
         if self._weighted:
             raise ValueError(
                 "Expected every example to have the same weight in the loss, got class weights with reduction='mean', "
-                f"which divides by the weights of all examples in the batch. {_WAY_OUT}"
+                f"which divides by the weights of all examples in the batch. {WAY_OUT}"
             )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lightning_influence.module.copies import Copies
 from lightning_influence.module.precision import full_precision, plain_checkpointing
 from lightning_influence.module.snapshot import ModuleSnapshot, restoring
 from lightning_influence.module.trainer_state import clock_restored, set_clock, silent_loggers, training_stage
@@ -130,6 +131,8 @@ class Task:
 
     def to_device(self, batch: Batch) -> Batch:
         """The batch as Lightning would pass it to ``training_step``, in containers of its own."""
+        if isinstance(batch, Copies):
+            return batch.with_batch(self.to_device)
         batch = tree_map(lambda leaf: copy.copy(leaf) if foreign(leaf) else leaf, batch)
         if self.trainer is not None and not _is_low_precision(self.trainer):
             batch = self.trainer.precision_plugin.convert_input(batch)
@@ -156,6 +159,8 @@ class Task:
             TypeError: the loss is not a tensor.
             ValueError: it does not have the shape above.
         """
+        if isinstance(batch, Copies):
+            return batch.of_one(self(batch.batch))
         try:
             with self._precision(), training_stage(self.module):
                 output = self._loss_of(batch)

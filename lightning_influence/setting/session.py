@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_influence.data.examples import Examples
 from lightning_influence.data.source import Source
-from lightning_influence.gradients import Engine, Plan, Reduction, make_plan, probe
+from lightning_influence.gradients import Engine, Plan, Reduction, make_plan, probe_examples
 from lightning_influence.module.task import Loss, Task, quiet
 from lightning_influence.module.trainer_state import detached_trainer
 from lightning_influence.setting.setting import Queries, Setting
@@ -48,6 +48,7 @@ class Session:
     _in_use: list[Any] = field(default_factory=list)
     _large_block: int | None = None
     _reduction: Reduction | None = None
+    _share_of_copies: float | None = None
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[Task]:
@@ -83,7 +84,7 @@ class Session:
             ValueError: a loss that is not made of one loss per example; queries that the module does not accept.
         """
         with self.quiet() as task:
-            examples = self.train.examples(self.batch_size)
+            examples = self.examples(self.train)
             engine = Engine(task, Reduction.NONE)
             if gradients:
                 engine = self._engine(task, *self._planned(task, examples))
@@ -97,7 +98,7 @@ class Session:
                 own_version=task.version,
             )
             if queries is not None:
-                data = queries.examples(self.batch_size)
+                data = self.examples(queries)
                 query_task = task if measurement is None else task.measuring(measurement)
                 query_engine = Engine(query_task, Reduction.NONE)
                 if gradients:
@@ -105,7 +106,15 @@ class Session:
                 setting.queries = Queries(query_engine, data, range(len(data)), mean, measurement is not None)
             if gradients and self.batch_size is None:
                 examples.block_size = self._block_size(engine, examples)
+            if self._share_of_copies is not None:
+                setting.note("`training_step` fails on a batch of one: two copies of an example stand for it alone.")
             yield setting
+
+    def examples(self, source: Source) -> Examples:
+        """The examples of a source, in blocks of ``batch_size``."""
+        examples = source.examples(self.batch_size)
+        examples.share_of_copies = self._share_of_copies
+        return examples
 
     def _engine(self, task: Task, reduction: Reduction, plan: Plan) -> Engine:
         return Engine(task, reduction, self._groups(), plan=plan)
@@ -134,7 +143,8 @@ class Session:
     def _train_reduction(self, task: Task, examples: Examples) -> Reduction:
         if self._reduction is None:
             examples.check_steady()
-            self._reduction = probe(task, examples, 0)
+            self._reduction = probe_examples(task, examples)
+            self._share_of_copies = examples.share_of_copies
         return self._reduction
 
     def _reduction_of(self, task: Task, examples: Examples, queries: Queries | None) -> Reduction:
@@ -143,6 +153,7 @@ class Session:
         if queries is None:
             return reduction
         task, data = queries.engine.task, queries.examples
+        data.share_of_copies = self._share_of_copies
         key = (id(data.dataset), task.loss)
         if key not in self._checked:
             data.check_steady()

@@ -148,8 +148,8 @@ def expected(rows: pa.Table, rates: np.ndarray, reduction: Reduction, n_train: i
         weight = [len(of_step) / batches for of_step in sizes]
     else:
         raise MissingEvidence(
-            "A loss with `reduction='sum'` needs the batch sizes, which this fit did not capture."
-            " Pass `batches_per_epoch=`."
+            "A loss that sums over its batch needs the batch sizes, which this fit did not capture. Pass the training"
+            " DataLoader as `Attributor(train=)`, or `batches_per_epoch=` to `Trajectory.exposure`."
         )
     total = torch.from_numpy((rates * np.asarray(weight).reshape(-1, 1)).sum(0))
     return total[:, None].repeat(1, n_train)

@@ -228,8 +228,9 @@ class Trajectory:
             return torch.full((self.n_groups, n_train), 1.0 / n_train, dtype=torch.float64)
         if reduction == "sum" and batches is None:
             raise ValueError(
-                "Expected `batches_per_epoch` for a loss with `reduction='sum'` where no batch order is known,"
-                " got None."
+                "Expected the number of batches per epoch for a loss that sums over its batch, where no batch order is"
+                " known, got None. Pass the training DataLoader as `Attributor(train=)`, or `batches_per_epoch=` to"
+                " `Trajectory.exposure`."
             )
         gains = torch.tensor([_exposure.gain(group) for group in self.settings[0]["groups"]], dtype=torch.float64)
         visits = steps / (n_train if reduction == "mean" else batches)  # type: ignore[operator]

@@ -1,0 +1,157 @@
+"""The loss of an example alone: two copies of it where a batch of one fails, and the likely cause where none works."""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_influence.data.examples import Examples
+from lightning_influence.gradients.general import one_gradient
+from lightning_influence.gradients.reduction import WAY_OUT, NoRelation, Reduction, probe
+from lightning_influence.module.snapshot import restoring
+from lightning_influence.module.task import Task, seed_for
+from lightning_influence.numerics.subsets import evenly_spread
+
+# Examples of the batches in which the cause of a refusal is sought.
+_TRIED = 5
+_IN_TRAINING = f"{WAY_OUT} It may switch layers to train mode; their modes are restored after each pass."
+
+
+def probe_examples(task: Task, examples: Examples) -> Reduction:
+    """Find how a batch's loss follows from its examples' losses, see ``probe``.
+
+    Where a batch of one fails, ``examples.share_of_copies`` is set: two copies of an example then stand for it.
+
+    Raises:
+        ValueError: no such relation was found; the message names the likely cause.
+    """
+    try:
+        return _probe(task, examples)
+    except Exception as error:
+        for share in (1.0, 0.5):
+            examples.share_of_copies = share
+            with contextlib.suppress(Exception):
+                return _probe(task, examples)
+        examples.share_of_copies = None
+        _refuse(task, examples, error)
+        raise
+
+
+def _probe(task: Task, examples: Examples) -> Reduction:
+    reduction = probe(task, examples, 0)
+    trained = [name for name, parameter in task.named_parameters().items() if parameter.requires_grad]
+    one_gradient(task, examples.one(0), trained, 0, 0)  # some losses fail on a batch of one in the backward pass only
+    return reduction
+
+
+def _refuse(task: Task, examples: Examples, error: Exception) -> None:
+    """Raise an error that names the cause of another, if it can be found."""
+    ours = str(error).startswith("Expected `training_step`")
+    found = f"{type(error).__name__}: {str(error).partition('. Pass')[0].rstrip('.')}"
+    if isinstance(error, NoRelation):
+        cause = _mixing(task, examples)
+        if cause is not None:
+            raise NoRelation(f"{error.found} {cause}") from error
+    elif task.loss is None and (ours or not str(error).startswith("Expected")):
+        if _returns_loss_in_training(task, examples):
+            raise TypeError(
+                f"Expected `training_step` to return its loss in eval mode, in which scores are computed, got a loss "
+                f"in train mode only; in eval mode: {found}. {_IN_TRAINING}"
+            ) from error
+        if not ours:
+            raise ValueError(
+                f"Expected `training_step` to run in eval mode on a batch of one example (or of two copies of it), got "
+                f"{found}. {WAY_OUT}"
+            ) from error
+
+
+def _returns_loss_in_training(task: Task, examples: Examples) -> bool:
+    buffers = list(task.module.buffers())
+    with restoring(task.module.modules(), "training"), restoring(buffers, "data"):
+        for buffer in buffers:  # normalisation layers update theirs without a change of the version counters
+            buffer.data = buffer.data.clone()
+        task.module.train()
+        try:
+            task(task.to_device(examples.some(_some(examples))))
+        except Exception:
+            return False
+    return True
+
+
+def _mixing(task: Task, examples: Examples) -> str | None:
+    """Why the loss of a batch is not made of its examples' losses, and the way out; None if that is not found."""
+    ids = _some(examples)
+    if len(ids) < 2:
+        return None
+    if _collate_mixes(examples, ids):
+        return (
+            "The `collate_fn` changes an example by the others in its batch, or at random (MixUp, CutMix, masking, "
+            "normalisation over the batch). Pass `train=` as a DataLoader whose `collate_fn` only stacks: the scores "
+            "are then about the examples as they are."
+        )
+    with _BroadcastWatch(len(ids)) as watch:
+        losses = [_loss(task, examples, ids, seed) for seed in (0, 1)]
+    if watch.found is not None:
+        first, second, name = watch.found
+        return (
+            f"`{name}` was given tensors of shapes {first} and {second}, which it broadcasts to pairs of all examples: "
+            "each prediction is compared with every target, in training as well. Give both the same shape, for "
+            "instance with `squeeze(1)` or `unsqueeze(1)`, and train again."
+        )
+    if losses[0] != losses[1]:
+        return f"It draws random numbers in eval mode, such as a functional dropout without `training=`. {WAY_OUT}"
+    return None
+
+
+def _collate_mixes(examples: Examples, ids: Sequence[int]) -> bool:
+    """Whether an example's rows in a collated batch differ from those that it has alone; padding aside."""
+    together = [leaf for leaf in tree_leaves(examples.some(ids)) if isinstance(leaf, Tensor)]
+    for row, example in enumerate(ids):
+        alone = [leaf for leaf in tree_leaves(examples.one(example)) if isinstance(leaf, Tensor)]
+        for joint, single in zip(together, alone, strict=False):
+            if joint.ndim != single.ndim or joint.ndim == 0 or len(joint) != len(ids) or len(single) != 1:
+                continue
+            common = tuple(slice(min(a, b)) for a, b in zip(joint.shape[1:], single.shape[1:], strict=True))
+            if not torch.equal(joint[row][common], single[0][common]):
+                return not bool(joint.isnan().any())
+    return False
+
+
+def _loss(task: Task, examples: Examples, ids: Sequence[int], seed: int) -> float:
+    batch = task.to_device(examples.some(ids))
+    seed_for(seed, ids[0])
+    return float(task(batch).detach().double().sum())
+
+
+def _some(examples: Examples) -> list[int]:
+    return list(evenly_spread(len(examples), _TRIED))
+
+
+class _BroadcastWatch(TorchFunctionMode):
+    """Finds an operation that broadcasts [batch, 1] against [batch] to [batch, batch].
+
+    Args:
+        examples: the number of examples in the batch.
+    """
+
+    def __init__(self, examples: int) -> None:
+        super().__init__()
+        self.examples = examples
+        self.found: tuple[tuple[int, ...], tuple[int, ...], str] | None = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        tensors = [tuple(a.shape) for a in args[:2] if isinstance(a, Tensor)]
+        if self.found is None and len(tensors) == 2 and self._pairs(*tensors):
+            self.found = tensors[0], tensors[1], getattr(func, "__name__", str(func)).strip("_")
+        return func(*args, **(kwargs or {}))
+
+    def _pairs(self, first: Sequence[int], second: Sequence[int]) -> bool:
+        """Whether one shape is [batch] and the other [batch, 1], up to leading ones."""
+        n = self.examples
+        return {tuple(first), tuple(second)} == {(n,), (n, 1)}
