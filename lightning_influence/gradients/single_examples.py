@@ -21,30 +21,37 @@ _TRIED = 5
 _IN_TRAINING = f"{WAY_OUT} It may switch layers to train mode; their modes are restored after each pass."
 
 
-def probe_examples(task: Task, examples: Examples) -> Reduction:
+def probe_examples(task: Task, examples: Examples, names: Sequence[str] = ()) -> Reduction:
     """Find how a batch's loss follows from its examples' losses, see ``probe``.
 
     Where a batch of one fails, ``examples.share_of_copies`` is set: two copies of an example then stand for it.
+
+    Args:
+        task: the module with its loss.
+        examples: the dataset.
+        names: parameters whose gradients will be taken.
 
     Raises:
         ValueError: no such relation was found; the message names the likely cause.
     """
     try:
-        return _probe(task, examples)
+        return _probe(task, examples, names)
     except Exception as error:
         for share in (1.0, 0.5):
             examples.share_of_copies = share
             with contextlib.suppress(Exception):
-                return _probe(task, examples)
+                return _probe(task, examples, names)
         examples.share_of_copies = None
         _refuse(task, examples, error)
         raise
 
 
-def _probe(task: Task, examples: Examples) -> Reduction:
+def _probe(task: Task, examples: Examples, names: Sequence[str]) -> Reduction:
     reduction = probe(task, examples, 0)
-    trained = [name for name, parameter in task.named_parameters().items() if parameter.requires_grad]
-    one_gradient(task, examples.one(0), trained, 0, 0)  # some losses fail on a batch of one in the backward pass only
+    if names:  # some losses fail on a batch of one in the backward pass only
+        one_gradient(task, examples.one(0), names, 0, 0)
+    elif task.loss is not None:
+        task(task.to_device(examples.one(0)))
     return reduction
 
 

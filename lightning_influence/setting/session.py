@@ -122,7 +122,7 @@ class Session:
     def _planned(self, task: Task, examples: Examples) -> tuple[Reduction, Plan]:
         """Reduction and plan of the training examples' gradients, from the self-check."""
         if () not in self._found:
-            reduction = self._train_reduction(task, examples)
+            reduction = self._train_reduction(task, examples, self.names)
             self._found[()] = reduction, make_plan(self._engine(task, reduction, Plan({})), examples, self.names)
         return self._found[()]
 
@@ -140,10 +140,10 @@ class Session:
             self._in_use.append(queries.dataset)  # as long as it exists, no other object has its id
         return self._found[key]
 
-    def _train_reduction(self, task: Task, examples: Examples) -> Reduction:
-        if self._reduction is None:
+    def _train_reduction(self, task: Task, examples: Examples, names: Sequence[str] = ()) -> Reduction:
+        if self._reduction is None or names:
             examples.check_steady()
-            self._reduction = probe_examples(task, examples)
+            self._reduction = probe_examples(task, examples, names)
             self._share_of_copies = examples.share_of_copies
         return self._reduction
 
