@@ -24,6 +24,7 @@ class Case:
         says: for a refused one, fragments of the message: the cause, and the way out.
         loss: per-sample losses that are passed.
         way_out: for a refused one, the ``loss=`` with which it is right.
+        alone: the per-sample losses by which brute force replaces a step that fails on a batch of one.
         collate: the loader's.
         parameters: patterns.
         fit: train for two epochs with capture, then trace through its checkpoints.
@@ -41,6 +42,7 @@ class Case:
     says: tuple[str, ...] = ()
     loss: Callable[..., Any] | None = None
     way_out: Callable[..., Any] | None = None
+    alone: Callable[..., Any] | None = None
     collate: Callable[..., Any] | None = None
     parameters: Any = None
     fit: bool = False

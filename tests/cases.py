@@ -4,5 +4,6 @@ from cases_batches import BATCHES
 from cases_layers import LAYERS
 from cases_losses import LOSSES
 from cases_modules import MODULES
+from cases_single import SINGLE
 
-CASES = {case.name: case for case in [*LAYERS, *MODULES, *LOSSES, *BATCHES]}
+CASES = {case.name: case for case in [*LAYERS, *MODULES, *LOSSES, *BATCHES, *SINGLE]}
