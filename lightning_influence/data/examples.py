@@ -129,6 +129,15 @@ class Examples:
                     "`Attributor(train=)` data without augmentation, or draw from torch's or NumPy's own generator."
                 )
 
+    def collate_draws(self, ids: Sequence[int]) -> bool:
+        """Whether the collate function makes different batches of the same examples under other random states."""
+        batches = []
+        for seed in (0, 1):
+            items = [self._reader.seeded(i) for i in ids]
+            seed_for(seed, ids[0])
+            batches.append(self._collate(items))
+        return not _alike(*batches)
+
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
         """The blocks from id ``start`` up to ``stop``; ``start`` is a multiple of ``block_size``."""
         stop = len(self) if stop is None else stop
@@ -176,7 +185,10 @@ class Examples:
 
 def _alike(one: Batch, other: Batch) -> bool:
     """Whether the tensors, numbers and strings of two batches agree; other objects are not compared."""
-    for a, b in zip(tree_leaves(one), tree_leaves(other), strict=True):
+    leaves = tree_leaves(one), tree_leaves(other)
+    if len(leaves[0]) != len(leaves[1]):
+        return False
+    for a, b in zip(*leaves, strict=True):
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
             same = a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124 - NaN
         else:
@@ -205,11 +217,12 @@ class _Reader:
             items = [self.dataset[i] for i in ids]
             self.draws = not _same(before, _random_state())
         if self.draws:
-            items = [self._seeded(i) for i in ids]
+            items = [self.seeded(i) for i in ids]
         seed_for(self.seed, ids[0])
         return self.collate(items)
 
-    def _seeded(self, example: int) -> Any:
+    def seeded(self, example: int) -> Any:
+        """The example under its own random state."""
         seed_for(self.seed, example)
         return self.dataset[example]
 

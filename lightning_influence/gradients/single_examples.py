@@ -18,6 +18,10 @@ from lightning_influence.numerics.subsets import evenly_spread
 
 # Examples of the batches in which the cause of a refusal is sought.
 _TRIED = 5
+_STACK = (
+    "MixUp and masking cannot be divided among the examples: pass `train=` as a DataLoader whose `collate_fn` only "
+    "stacks; the scores are then about the examples as they are."
+)
 _IN_TRAINING = f"{WAY_OUT} It may switch layers to train mode; their modes are restored after each pass."
 
 
@@ -34,6 +38,8 @@ def probe_examples(task: Task, examples: Examples, names: Sequence[str] = ()) ->
     Raises:
         ValueError: no such relation was found; the message names the likely cause.
     """
+    if examples.collate_draws(_some(examples)):
+        raise ValueError(f"Expected a `collate_fn` that stacks examples, got one that draws random numbers. {_STACK}")
     try:
         return _probe(task, examples, names)
     except Exception as error:
@@ -96,9 +102,8 @@ def _mixing(task: Task, examples: Examples) -> str | None:
         return None
     if _collate_mixes(examples, ids):
         return (
-            "The `collate_fn` changes an example by the others in its batch, or at random (MixUp, CutMix, masking, "
-            "normalisation over the batch). Pass `train=` as a DataLoader whose `collate_fn` only stacks: the scores "
-            "are then about the examples as they are."
+            "The `collate_fn` changes an example by the others in its batch (CutMix, normalisation over the batch). "
+            f"{_STACK}"
         )
     with _BroadcastWatch(len(ids)) as watch:
         losses = [_loss(task, examples, ids, seed) for seed in (0, 1)]

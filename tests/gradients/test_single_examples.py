@@ -218,10 +218,17 @@ def _centred(items):
 def test_a_collate_function_that_mixes_or_draws_is_named(collate):
     module = Step(mlp(classes=2)).double()
     loader = DataLoader(pairs(12, target="class"), 4, collate_fn=collate)
-    with pytest.raises(
-        ValueError, match=r"`collate_fn` changes an example by the others .* or at random .*only stacks"
-    ):
+    cause = "draws random numbers" if collate in (_mixup, _masked) else "changes an example by the others in its batch"
+    with pytest.raises(ValueError, match=rf"`collate_fn`.*{cause}.*only stacks"):
         Attributor(module, loader, None).score(GradientDot(), pairs(4, 2, "class"))
+
+
+def test_a_mixing_collate_function_is_refused_though_the_losses_hardly_tell():
+    # A loss that is linear in its inputs: that of mixed examples is the mean of theirs.
+    module = Step(nn.Linear(5, 1).double(), lambda out, y: (out[:, 0] * 1e-3).mean()).double()
+    loader = DataLoader(pairs(12), 4, collate_fn=_mixup)
+    with pytest.raises(ValueError, match="draws random numbers"):
+        Attributor(module, loader, None).score(GradientDot(), pairs(4, 2))
 
 
 def test_random_numbers_in_eval_mode_are_named():
