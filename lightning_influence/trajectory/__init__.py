@@ -1,6 +1,17 @@
 """What a fit wrote to disk: checkpoints, learning rates, batch order, optimizer options."""
 
-from lightning_influence.trajectory.checkpoint import Checkpoint, SavedState
+from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint, SavedState
+from lightning_influence.trajectory.fitting import fitted_checkpoint, fitted_trajectory
+from lightning_influence.trajectory.lightning_files import LightningCheckpoint, deployed
 from lightning_influence.trajectory.trajectory import Trajectory
 
-__all__ = ["Checkpoint", "SavedState", "Trajectory"]
+__all__ = [
+    "BestFile",
+    "Checkpoint",
+    "LightningCheckpoint",
+    "SavedState",
+    "Trajectory",
+    "deployed",
+    "fitted_checkpoint",
+    "fitted_trajectory",
+]

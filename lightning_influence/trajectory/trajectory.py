@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.trajectory import exposure as _exposure
-from lightning_influence.trajectory.checkpoint import Checkpoint, is_decoupled, is_plain_sgd
+from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint, is_decoupled, is_plain_sgd
 from lightning_influence.trajectory.file_list import Paths, files_of
 from lightning_influence.trajectory.files import STEPS
 from lightning_influence.trajectory.lightning_files import read_lightning_files
@@ -37,6 +37,8 @@ class Trajectory:
         finished: Whether the fit ran to its end.
         fit_seconds: Seconds from the start of the fit to the last write.
         eval_modules: Names of the modules that were in eval mode during training.
+        averaged: The averaged weights at the end of the fit, where Lightning's EMA or SWA made some.
+        best: The file that ``ModelCheckpoint`` found best.
 
     Example:
         >>> trajectory = Trajectory.load("influence")  # doctest: +SKIP
@@ -53,6 +55,8 @@ class Trajectory:
     finished: bool = True
     fit_seconds: float | None = None
     eval_modules: tuple[str, ...] = ()
+    averaged: Checkpoint | None = field(default=None, repr=False)
+    best: BestFile | None = field(default=None, repr=False)
     _stored_rates: Sequence[Sequence[float]] | None = field(default=None, repr=False)
 
     @classmethod

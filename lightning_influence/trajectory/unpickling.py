@@ -83,7 +83,7 @@ def _with_attributes(rebuild: Any, kind: Any, values: Any, state: object) -> Any
 
 
 def _ordered(*values: Any) -> Any:
-    return OrderedDict(*arguments)
+    return OrderedDict(*values)
 
 
 def _default(*_: object) -> dict[Any, Any]:
