@@ -160,7 +160,7 @@ def test_best_weights(fitted, tmp_path):
     oracles.assert_scores(scored(None, "best", trainer=trainer).values, best, 1e-10)
     losses = Attributor(make(), DATA["train"](), trajectory, weights="best").losses()
     module = loaded(keep.best_model_path).eval()
-    expected = [float(module.training_step(default_collate([x]), 0)) for x in DATA["train"]()]
+    expected = [module.training_step(default_collate([x]), 0).item() for x in DATA["train"]()]
     assert losses.tolist() == pytest.approx(expected, abs=1e-12)
 
 
@@ -199,6 +199,20 @@ def test_a_best_file_that_is_gone(fitted, tmp_path):
     oracles.assert_scores(scores.values, best, 1e-10)
     assert any("not there any more" in note for note in scores.notes)
     oracles.assert_scores(scored(trajectory, tmp_path / "moved" / "epoch=1.ckpt").values, best, 1e-10)
+
+
+def test_the_best_among_files(fitted, tmp_path):
+    keep = ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}", monitor="score", mode="max", save_top_k=-1)
+    fitted(keep=keep)
+    best = dots(loaded(keep.best_model_path))
+    (tmp_path / "ckpt").rename(tmp_path / "moved")
+    trajectory = Trajectory.from_checkpoints(tmp_path / "moved", 0.05)
+    scores = scored(trajectory, "best")
+    oracles.assert_scores(scores.values, best, 1e-10)
+    assert list(scores.checkpoints) == [6]
+    (tmp_path / "moved" / "epoch=1.ckpt").unlink()
+    with pytest.raises(MissingEvidence, match="got nothing there"):
+        scored(trajectory, "best")
 
 
 def test_a_best_file_of_averaged_weights_that_is_gone(fitted, tmp_path):

@@ -15,6 +15,7 @@ from lightning_influence.trajectory import (
     Checkpoint,
     LightningCheckpoint,
     Trajectory,
+    best_of,
     deployed,
     fitted_checkpoint,
 )
@@ -126,12 +127,15 @@ def _best(trajectory: Trajectory | None, trainer: Any) -> tuple[Checkpoint, str]
 
 
 def _best_file(trajectory: Trajectory | None, trainer: Any) -> BestFile | None:
-    """As recorded, else as the Trainer knows it now."""
+    """As recorded, else as the Trainer knows it now, else as the last file says."""
     if trajectory is not None and trajectory.best is not None:
         return trajectory.best
     callback = getattr(trainer, "checkpoint_callback", None)
     path = getattr(callback, "best_model_path", "")
-    return BestFile(path, getattr(callback, "monitor", None)) if path else None
+    if path:
+        return BestFile(path, getattr(callback, "monitor", None))
+    last = None if trajectory is None else trajectory.checkpoints[-1]
+    return best_of(last.path) if isinstance(last, LightningCheckpoint) else None
 
 
 def _own_checkpoint(trajectory: Trajectory | None, best: BestFile) -> Checkpoint | None:

@@ -2,7 +2,7 @@
 
 from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint, SavedState
 from lightning_influence.trajectory.fitting import fitted_checkpoint, fitted_trajectory
-from lightning_influence.trajectory.lightning_files import LightningCheckpoint, deployed
+from lightning_influence.trajectory.lightning_files import LightningCheckpoint, best_of, deployed
 from lightning_influence.trajectory.trajectory import Trajectory
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "LightningCheckpoint",
     "SavedState",
     "Trajectory",
+    "best_of",
     "deployed",
     "fitted_checkpoint",
     "fitted_trajectory",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.trajectory.averages import Which, average_in, chosen, tensors_of
-from lightning_influence.trajectory.checkpoint import Checkpoint, SavedState
+from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint, SavedState
 from lightning_influence.trajectory.unpickling import read_plain
 from lightning_influence.types import MissingEvidence, clean
 
@@ -121,6 +121,19 @@ def deployed(path: Path) -> LightningCheckpoint:
     tensors_of(content["state_dict"], path)
     known = {"global_step", "epoch"} <= content.keys()
     return LightningCheckpoint(_step(content) if known else -1, _epoch(content) if known else -1, path, which="saved")
+
+
+def best_of(path: Path) -> BestFile | None:
+    """What ``ModelCheckpoint`` had found best when a file was written; looked for beside the file, too."""
+    states = read_file(path).get("callbacks")
+    for state in states.values() if isinstance(states, Mapping) else ():
+        found = state.get("best_model_path") if isinstance(state, Mapping) else None
+        if isinstance(found, str) and found:
+            here = path.parent / Path(found).name
+            monitor = state.get("monitor")
+            there = here if here.is_file() and not Path(found).is_file() else found
+            return BestFile(str(there), monitor if isinstance(monitor, str) else None)
+    return None
 
 
 def _with_steps(content: dict[str, Any], path: Path) -> dict[str, Any]:
