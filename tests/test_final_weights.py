@@ -188,6 +188,7 @@ def test_methods_that_follow_the_fit_say_that_they_are_not_changed(fitted, tmp_p
         assert torch.equal(scores.values, plain.values)
         assert any(f"`weights='{weights}'` does not change `TracInCP`" in note for note in scores.notes)
     assert not any("weights=" in note for note in plain.notes)
+    assert any("weights='averaged'" in note for note in scored(trajectory, "last").notes)
 
 
 def test_a_best_file_that_is_gone(fitted, tmp_path):
@@ -229,7 +230,7 @@ def test_a_best_file_that_another_fit_wrote_over(fitted, tmp_path):
     content = torch.load(keep.best_model_path, weights_only=True)
     content["state_dict"] = make().state_dict()
     torch.save(content, keep.best_model_path)
-    with pytest.raises(MissingEvidence, match="another fit may have written it"):
+    with pytest.raises(MissingEvidence, match="another fit, or a callback"):
         scored(Trajectory.load(tmp_path / "influence"), "best")
 
 

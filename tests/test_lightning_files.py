@@ -17,6 +17,8 @@ import torch
 from fits import Net, fit, loader, seeded
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 
+from lightning_influence.callback.influence import Influence
+from lightning_influence.cli import main
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.unpickling import Placeholder, read_plain
 from lightning_influence.types import MissingEvidence
@@ -217,6 +219,20 @@ def test_a_checkpoint_in_parts_is_refused(tmp_path, inside, says):
     for paths in (folder, tmp_path, [folder]):
         with pytest.raises(MissingEvidence, match=says):
             Trajectory.from_checkpoints(paths)
+
+
+def test_runs_and_lightning_files_are_told_apart(tmp_path, capsys):
+    files_of_fit(tmp_path / "ckpt", Influence(dirpath=tmp_path / "influence"))
+    run = tmp_path / "influence" / "run-0"
+    for paths in (tmp_path / "influence", run, next((run / "checkpoints").glob("*.pt"))):
+        with pytest.raises(MissingEvidence, match=r"`Trajectory\.load`"):
+            Trajectory.from_checkpoints(paths)
+    for path in (tmp_path / "ckpt", tmp_path / "ckpt" / "epoch=1.ckpt"):
+        with pytest.raises(MissingEvidence, match=r"`Trajectory\.from_checkpoints`"):
+            Trajectory.load(path)
+        for command in ("show", "verify", "top"):
+            assert main([command, str(path)]) == 1
+            assert "Trajectory.from_checkpoints" in capsys.readouterr().err
 
 
 # ---- objects, none of which is rebuilt ------------------------------------------------------------------------------

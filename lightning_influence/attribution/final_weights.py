@@ -21,6 +21,10 @@ from lightning_influence.trajectory import (
 )
 from lightning_influence.types import MissingEvidence
 
+_NOT_AVERAGED = (
+    "Scores are about the raw weights after the last step, not about the average that a callback put in their"
+    " place; for that, pass `Attributor(weights='averaged')`."
+)
 _BY_PATH = "Pass `weights=` a path of the `.ckpt` file instead."
 
 
@@ -42,17 +46,24 @@ class FinalWeights:
 
     def session_of(self, method: Method) -> Session:
         """The session in which a method computes."""
-        following = Evidence.CHECKPOINTS | Evidence.BATCH_ORDER | Evidence.TRACKER | Evidence.REFIT
-        return self.fit if method.needs & following or getattr(method, "checkpoints", None) is not None else self.end
+        return self.fit if _follows_the_fit(method) else self.end
 
     def notes_for(self, method: Method) -> list[str]:
         """Which weights the scores of a method are about."""
-        if self.note is None or self.session_of(method) is self.end:
-            return [self.note] if self.note else []
+        if self.note is None or (self.asked == "last" and _follows_the_fit(method)):
+            return []
+        if not _follows_the_fit(method):
+            return [self.note]
         return [
             f"`weights={self.asked!r}` does not change `{method.name}`, which follows the weights of the fit itself, up"
             " to the last ones."
         ]
+
+
+def _follows_the_fit(method: Method) -> bool:
+    """Whether a method uses more of the fit than its final weights."""
+    more = Evidence.CHECKPOINTS | Evidence.BATCH_ORDER | Evidence.TRACKER | Evidence.REFIT
+    return bool(method.needs & more) or getattr(method, "checkpoints", None) is not None
 
 
 def final_weights(weights: str | os.PathLike[str], fit: Session) -> FinalWeights:
@@ -64,12 +75,15 @@ def final_weights(weights: str | os.PathLike[str], fit: Session) -> FinalWeights
     """
     trajectory = fit.trajectory
     if weights == "last":
-        return FinalWeights("last", fit, fit)
+        averaged = trajectory is not None and trajectory.averaged is not None
+        return FinalWeights("last", fit, fit, _NOT_AVERAGED if averaged else None)
     if weights == "best":
         checkpoint, note = _best(trajectory, fit.trainer)
     elif weights == "averaged":
         checkpoint, note = _averaged(trajectory)
-    elif isinstance(weights, os.PathLike) or (isinstance(weights, str) and weights.endswith(".ckpt")):
+    elif isinstance(weights, os.PathLike) or (
+        isinstance(weights, str) and (weights.endswith(".ckpt") or os.path.isfile(weights))
+    ):
         path = Path(weights)
         checkpoint, note = deployed(path), f"Scores are about the weights in `{path}`."
     else:
@@ -117,7 +131,8 @@ def _best(trajectory: Trajectory | None, trainer: Any) -> tuple[Checkpoint, str]
         if best.global_step not in (None, found.step) or not _same(found, own):
             raise MissingEvidence(
                 f"Expected the best checkpoint of this fit, of step {best.global_step}, in `{path}`, got one of step "
-                f"{found.step} with other weights: another fit may have written it. {_BY_PATH}"
+                f"{found.step} with other weights: another fit, or a callback with weights of its own, wrote it. "
+                f"{_BY_PATH}"
             )
         found = replace(found, step=found.step if best.step is None else best.step)
         return found, f"{note}: `{path}`, step {found.step}."

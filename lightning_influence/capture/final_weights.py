@@ -1,16 +1,17 @@
 """Weights other than the last that a user may deploy: the average of a callback, the file of ``ModelCheckpoint``."""
 
+import itertools
 import os
+import pickletools
+import zipfile
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lightning_influence.capture.states import copied
 from lightning_influence.trajectory import BestFile
-from lightning_influence.trajectory.lightning_files import read_file
-from lightning_influence.types import MissingEvidence, clean
+from lightning_influence.types import clean
 
 
 def averaged_state(trainer: Any, module: Any) -> dict[str, dict[str, Any]] | None:
@@ -40,17 +41,33 @@ def best_file(trainer: Any, made: int) -> dict[str, Any] | None:
     path = getattr(callback, "best_model_path", "")
     if not path:
         return None
-    known: dict[str, Any] = {"path": path if "://" in path else os.path.abspath(path)}
+    step = _stored_step(path)
+    found = BestFile(
+        path=path if "://" in path else os.path.abspath(path),
+        monitor=getattr(callback, "monitor", None),
+        step=step if trainer.global_step == made else None,  # several optimizers, or steps that were skipped
+        global_step=step,
+        averaged=any(getattr(other, "_average_model", None) is not None for other in trainer.callbacks),
+    )
+    return vars(found)
+
+
+def _stored_step(path: str) -> int | None:
+    """``global_step`` of a ``.ckpt`` file; None if it is not near its beginning, where Lightning writes it.
+
+    Reading the whole file takes 0.1 ms for each of its tensors.
+    """
     try:
-        content = read_file(Path(path)) if os.path.isfile(path) else {}
-    except MissingEvidence:
-        content = {}
-    step = content.get("global_step")
-    if isinstance(step, int):
-        known["global_step"] = step
-        known["step"] = step if trainer.global_step == made else None  # several optimizers, or steps that were skipped
-        known["averaged"] = "current_model_state" in content
-    return vars(BestFile(monitor=getattr(callback, "monitor", None), **known))
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+            with archive.open(name) as content:
+                values = (value for _, value, _ in itertools.islice(pickletools.genops(content), 30))
+                after = itertools.dropwhile(lambda value: value != "global_step", values)
+                next(after)
+                key, value = next(after), next(after)  # the key is numbered first
+                return value if key is not None and type(value) is int else None
+    except (OSError, ValueError, StopIteration, zipfile.BadZipFile):
+        return None
 
 
 def _state(module: Any, parameters: Iterable[Tensor], buffers: Iterable[Tensor]) -> dict[str, dict[str, Any]]:

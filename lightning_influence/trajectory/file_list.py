@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from lightning_influence.trajectory.files import MANIFEST, runs_in
 from lightning_influence.types import MissingEvidence
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -54,6 +55,11 @@ def _in_folder(folder: Path) -> list[Path]:
         if path.is_dir():
             _refuse_sharded(path)
     files = [path for path in found if path.is_file()]
+    if not files and ((folder / MANIFEST).is_file() or runs_in(folder)):
+        raise MissingEvidence(
+            f"Expected `.ckpt` files in the folder `{folder}`, got what `Influence` wrote. Pass it to"
+            " `Trajectory.load`."
+        )
     if files:
         return files
     below = sorted(
@@ -67,7 +73,7 @@ def _in_folder(folder: Path) -> list[Path]:
 
 def _refuse_sharded(folder: Path) -> None:
     """Raises MissingEvidence if the folder is itself a checkpoint, of which each process wrote a part."""
-    if (folder / ".metadata").is_file() or any(folder.glob("*.distcp")):
+    if any(folder.glob("*.distcp")) or ((folder / ".metadata").is_file() and not any(folder.glob("*.ckpt"))):
         kind, tool = (
             "a distributed checkpoint (FSDP or tensor parallel)",
             (
@@ -75,7 +81,7 @@ def _refuse_sharded(folder: Path) -> None:
                 "`FSDPStrategy(state_dict_type='full')`"
             ),
         )
-    elif (folder / "zero_to_fp32.py").is_file() or (folder / "latest").is_file() or (folder / "checkpoint").is_dir():
+    elif (folder / "zero_to_fp32.py").is_file() or any(folder.glob("*/*model_states.pt")):
         kind, tool = (
             "a DeepSpeed checkpoint",
             ("`lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict`"),

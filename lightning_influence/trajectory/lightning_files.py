@@ -106,6 +106,11 @@ def read_file(path: Path) -> dict[str, Any]:
             " Leave it out of `paths`."
         ) from error
     if not isinstance(content, dict) or "state_dict" not in content:
+        if isinstance(content, dict) and {"parameters", "buffers"} <= content.keys():
+            raise MissingEvidence(
+                f"Expected a Lightning checkpoint, got `{path}`, one of a run of `Influence`. Pass the run to "
+                "`Trajectory.load`."
+            )
         got = sorted(map(str, content))[:8] if isinstance(content, Mapping) else type(content).__name__
         raise MissingEvidence(f"Expected `state_dict` in `{path}`, got {got!r}. {_SAVED_BY}")
     return content
@@ -192,7 +197,7 @@ def _averages(contents: Mapping[Path, Mapping[str, Any]], weights: str | None) -
         "`weights='averaged'` to `Trajectory.from_checkpoints`."
     )
     if weights is None:
-        warnings.warn(note, UserWarning, stacklevel=5)
+        warnings.warn(note, UserWarning, stacklevel=4)
     return files, [note, f"{without}: left out, since {why}."] if without else [note]
 
 
@@ -250,7 +255,7 @@ def _warned_of_stored_rates() -> str:
         " with a schedule they differ from what was applied. Pass `learning_rates=` to"
         " `Trajectory.from_checkpoints` to set them."
     )
-    warnings.warn(warning, UserWarning, stacklevel=5)
+    warnings.warn(warning, UserWarning, stacklevel=4)
     return warning
 
 

@@ -46,8 +46,13 @@ def find_run(dirpath: Path) -> tuple[Path, list[str]]:
         notes.append(
             f"{run.name} has no manifest (its fit stopped before the first checkpoint); an older run was read."
         )
+    files = dirpath.suffix == ".ckpt" or any(dirpath.glob("*.ckpt"))
     raise MissingEvidence(
-        f"Expected a run of `Influence` in `{dirpath}`, got none. Pass `dirpath` of the callback, or one of its run-N."
+        f"Expected a run of `Influence` in `{dirpath}`, got {'checkpoints of Lightning' if files else 'none'}. "
+        + (
+            "Read them with `Trajectory.from_checkpoints`." * files
+            or "Pass `dirpath` of the callback, or one of its run-N."
+        )
     )
 
 
