@@ -6,6 +6,7 @@ import functools
 import os
 import pickle
 import subprocess
+import sys
 import types
 from collections import defaultdict
 from pathlib import Path
@@ -419,6 +420,43 @@ def test_nothing_is_executed(tmp_path, number):
             assert_weights(Trajectory.from_checkpoints(file, 0.1).checkpoints[0], {"w": torch.ones(2)})
     assert not mark.exists()
     assert torch._utils._rebuild_tensor_v2.__defaults__ == before
+
+
+FUZZ = r"""
+import io, random, sys
+from lightning_influence.trajectory.unpickling import _Unpickler
+
+seen, watching = [], False
+kinds = {"os", "subprocess", "exec", "compile", "open", "import", "pickle", "object", "code", "socket", "shutil"}
+sys.addaudithook(lambda event, _: seen.append(event) if watching and event.split(".")[0] in kinds else None)
+names = ["os system", "builtins eval", "builtins getattr", "builtins __import__", "subprocess Popen", "pickle loads",
+         "torch._utils _rebuild_tensor_v2", "torch._tensor _rebuild_from_type_v2", "torch Size", "torch float32",
+         "collections OrderedDict", "collections defaultdict", "_codecs encode", "builtins set", "numpy dtype",
+         "numpy.core.multiarray scalar", "torch.storage UntypedStorage", "torch.hub load"]
+pieces = [["c" + name.replace(" ", "\n") + "\n" for name in names],
+          ["S'x'\n", "S'latin1'\n", "I5\n", "N", "]", "}", ")", "(", "(I1\nI2\nt"],
+          list("RbotaesudlQ20") + ["\x81", "\x85", "\x86", "\x90", "\x92", "\x93", "ios\nsystem\n", "\x82\x01"]]
+draw, finished = random.Random(0), 0
+for _ in range(20000):
+    program = "".join(draw.choice(draw.choice((pieces[0], pieces[1], pieces[1], pieces[2], pieces[2])))
+                      for _ in range(draw.randint(3, 20)))
+    watching = True
+    try:
+        _Unpickler(io.BytesIO(b"\x80\x04" + program.encode("latin1") + b"."), encoding="utf-8").load()
+        finished += 1
+    except Exception:
+        pass
+    watching = False
+print(finished, seen)
+"""
+
+
+def test_random_pickles_execute_nothing():
+    """Programs of a pickle's instructions, under an audit hook that sees imports, processes, files and attributes."""
+    done = subprocess.run([sys.executable, "-c", FUZZ], capture_output=True, text=True, timeout=120, check=True)
+    finished, seen = done.stdout.split(maxsplit=1)
+    assert int(finished) > 500
+    assert seen.strip() == "[]"
 
 
 def test_a_class_that_was_imported_is_not_called(tmp_path):
