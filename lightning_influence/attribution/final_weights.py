@@ -94,9 +94,7 @@ def final_weights(weights: str | os.PathLike[str], fit: Session) -> FinalWeights
         checkpoint, notes = fitted_checkpoint(checkpoint, fit.module)
         note = " ".join([note, *notes])
     ended = None if trajectory is None else _ended_with(trajectory, checkpoint)
-    # A session of its own: what the checks of gradients found belongs to the weights at which they were made.
-    end = Session(fit.module, fit.train, ended, fit.trainer, fit.loss, fit.names, fit.batch_size, checkpoint)
-    return FinalWeights(os.fspath(weights), fit, end, note)
+    return FinalWeights(os.fspath(weights), fit, fit.ending_with(checkpoint, ended), note)
 
 
 def _averaged(trajectory: Trajectory | None) -> tuple[Checkpoint, str]:

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,15 @@ class Session:
     _large_block: int | None = None
     _reduction: Reduction | None = None
     _share_of_copies: float | None = None
+
+    def ending_with(self, own: Checkpoint, trajectory: Trajectory | None) -> "Session":
+        """A session with other final weights; what was found about gradients at these weights is found again."""
+        fresh: dict[str, Any] = {
+            part.name: part.default if part.default_factory is MISSING else part.default_factory()
+            for part in fields(self)
+            if part.name.startswith("_")
+        }
+        return replace(self, own=own, trajectory=trajectory, **fresh)
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[Task]:

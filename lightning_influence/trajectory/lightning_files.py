@@ -13,10 +13,17 @@ from torch import Tensor
 
 from lightning_influence.trajectory.averages import Which, average_in, chosen, tensors_of
 from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint, SavedState
+from lightning_influence.trajectory.stored_rates import (
+    Rates,
+    given_rates,
+    groups_of,
+    reconciled,
+    stored_rates,
+    warned_of_stored_rates,
+)
 from lightning_influence.trajectory.unpickling import read_plain
 from lightning_influence.types import MissingEvidence, clean
 
-_Rates = float | Sequence[float | Sequence[float]] | None
 _SAVED_BY = "Pass files that Lightning's `ModelCheckpoint` or `trainer.save_checkpoint` wrote."
 
 
@@ -58,7 +65,7 @@ class _Rated:
 
 
 def read_lightning_files(
-    paths: Sequence[Path], learning_rates: _Rates, weights: str | None, in_folder: bool
+    paths: Sequence[Path], learning_rates: Rates, weights: str | None, in_folder: bool
 ) -> tuple[list[LightningCheckpoint], list[list[float]], dict[str, Any], list[str]]:
     """Read checkpoints in order, their learning rates, optimizer options and notes; the weights stay on disk."""
     if weights not in (None, "raw", "averaged"):
@@ -71,19 +78,19 @@ def read_lightning_files(
     notes += dropped
     if in_folder:  # learning rates are in the order of the steps
         paths = kept
-    given = _given(learning_rates, paths)
+    given = given_rates(learning_rates, paths)
     which: Which = "averaged" if weights == "averaged" else "raw"
     rated = []
     for path in kept:
         content = contents[path]
         checkpoint = LightningCheckpoint(_step(content), _epoch(content), path, which=which)
-        groups = _groups_of(content)
-        rated.append(_Rated(checkpoint, _stored_rates(groups, path) if given is None else given[path], groups))
+        groups = groups_of(content)
+        rated.append(_Rated(checkpoint, stored_rates(groups, path) if given is None else given[path], groups))
         if not chosen(content, path, which)[0]:
             raise MissingEvidence(f"Expected weights in `{path}`, got an empty `state_dict`. {_SAVED_BY}")
     if given is None:
-        notes.append(_warned_of_stored_rates())
-    rates, settings = _reconcile([one.rates for one in rated], rated[-1].groups)
+        notes.append(warned_of_stored_rates())
+    rates, settings = reconciled([one.rates for one in rated], rated[-1].groups)
     return [one.checkpoint for one in rated], rates, settings, notes
 
 
@@ -229,68 +236,3 @@ def _equal(one: Any, other: Any) -> bool:
         torch.equal(value, other[name]) if isinstance(value, Tensor) and isinstance(other[name], Tensor) else True
         for name, value in one.items()
     )
-
-
-# ---- learning rates and parameter groups ----------------------------------------------------------------------------
-
-
-def _given(learning_rates: _Rates, paths: Sequence[Path]) -> dict[Path, list[float]] | None:
-    """The learning rates that were passed, for each file."""
-    if learning_rates is None:
-        return None
-    if isinstance(learning_rates, Sequence) and len(learning_rates) != len(paths):
-        raise ValueError(
-            f"Expected one entry of `learning_rates` for each of {len(paths)} checkpoints, got {len(learning_rates)!r}."
-        )
-    rates = list(learning_rates) if isinstance(learning_rates, Sequence) else [learning_rates] * len(paths)
-    return {
-        path: [float(x) for x in rate] if isinstance(rate, Sequence) else [float(rate)]
-        for path, rate in zip(paths, rates, strict=True)
-    }
-
-
-def _warned_of_stored_rates() -> str:
-    warning = (
-        "The learning rates stored in Lightning checkpoints are those of the step after the checkpoint was written;"
-        " with a schedule they differ from what was applied. Pass `learning_rates=` to"
-        " `Trajectory.from_checkpoints` to set them."
-    )
-    warnings.warn(warning, UserWarning, stacklevel=4)
-    return warning
-
-
-def _groups_of(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    states = content.get("optimizer_states") or ()
-    known = [state for state in states if isinstance(state, Mapping)] if isinstance(states, Sequence) else []
-    return [group for state in known for group in state.get("param_groups", ()) if isinstance(group, dict)]
-
-
-def _stored_rates(groups: list[dict[str, Any]], path: Path) -> list[float]:
-    if not groups:
-        raise MissingEvidence(
-            f"Expected an optimizer's state in `{path}`, got a file saved with weights only. Pass `learning_rates=`."
-        )
-    rates = [group.get("lr") for group in groups]
-    if wrong := [rate for rate in rates if not isinstance(rate, (int, float, Tensor))]:
-        raise MissingEvidence(f"Expected numbers as learning rates in `{path}`, got {wrong!r}. Pass `learning_rates=`.")
-    return [float(rate) for rate in rates]  # type: ignore[arg-type]
-
-
-def _reconcile(rates: list[list[float]], groups: list[dict[str, Any]]) -> tuple[list[list[float]], dict[str, Any]]:
-    """Learning rates and matching groups; a file rarely says which parameter was in which group."""
-    if len({len(rate) for rate in rates}) > 1:
-        raise ValueError(f"Expected as many learning rates at every checkpoint, got {[len(r) for r in rates]!r}.")
-    named = bool(groups) and all("param_names" in group for group in groups) and len(groups) == len(rates[0])
-    if not named and any(len(set(rate)) > 1 for rate in rates):
-        raise MissingEvidence(
-            f"Expected one learning rate for all parameters, got {rates[-1]!r}, and the files do not say which"
-            " parameter was in which group. Pass `learning_rates=` with one number for each checkpoint."
-        )
-    described = [
-        {key: value for key, value in group.items() if key not in ("params", "param_names", "lr")}
-        | {"parameters": [clean(name) for name in group["param_names"]] if named else []}
-        for group in groups
-    ] or [{"parameters": [], "dampening": 0}]
-    if not named:
-        rates, described = [rate[:1] for rate in rates], described[:1]
-    return rates, {"optimizer": 0, "kind": "unknown", "groups": described}
