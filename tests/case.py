@@ -32,6 +32,7 @@ class Case:
         dtype: float64 unless precision is the subject.
         tolerance: relative to the largest score of a query; None: 1e-10 in float64, 1e-5 in float32.
         trainer: options of a Trainer that is passed; None: none is.
+        files: writes the checkpoints of a fit: (module, folder) -> ``cases_checkpoints.Files``.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     tolerance: float | None = None
     trainer: dict[str, Any] | None = field(default=None)
+    files: Callable[..., Any] | None = None
 
     @property
     def allowed(self):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_influence.attribution.accumulators import MatrixAccumulator, TopKAccumulator
 from lightning_influence.attribution.driver import run_group, run_scores, run_self_influence
+from lightning_influence.attribution.final_weights import final_weights
 from lightning_influence.attribution.parameter_selection import selected_parameters
 from lightning_influence.checks import check_integer
 from lightning_influence.data.source import Source, source_of
@@ -25,7 +26,7 @@ from lightning_influence.scores.id_checks import whole_numbers
 from lightning_influence.setting.session import Session
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.tracking.record import load_record
-from lightning_influence.trajectory import Trajectory
+from lightning_influence.trajectory import Trajectory, fitted_trajectory
 from lightning_influence.types import MissingEvidence
 
 
@@ -41,10 +42,15 @@ class Attributor:
         refit: a ``Refit``, which says how to retrain models, for methods that need it.
         loss: ``(module, batch) -> [batch]`` per-sample losses; None: ``training_step``.
         parameters: ``fnmatch`` patterns of the names of parameters whose gradients are used; None: all that train.
+        weights: what methods that need the final weights alone use: ``"last"``, after the last step; ``"best"``, of
+            ``ModelCheckpoint``; ``"averaged"``, of Lightning's EMA and SWA; or the path of a ``.ckpt`` file, of which
+            what ``load_from_checkpoint`` gives is read. Methods that follow the fit are not changed by it.
 
     Raises:
         TypeError: data without indexed examples, such as an IterableDataset.
-        ValueError: empty data, a dataset of another length than the one trained on, or patterns that match nothing.
+        ValueError: empty data, a dataset of another length than the one trained on, patterns that match nothing, or
+            checkpoints of another module.
+        MissingEvidence: the best or averaged weights were not recorded.
 
     Example:
         >>> attributor = Attributor(model, train=train_dataset, trajectory=trajectory)  # doctest: +SKIP
@@ -61,8 +67,10 @@ class Attributor:
         refit: Refit | None = None,
         loss: Loss | None = None,
         parameters: str | Sequence[str] | None = None,
+        weights: str | PathLike[str] = "last",
     ) -> None:
         self.module = unwrapped(module)
+        trajectory = trajectory if trajectory is None else fitted_trajectory(trajectory, self.module)
         self.trajectory = trajectory
         self.trainer = trainer if trainer is not None else getattr(self.module, "_trainer", None)
         self.refit = refit
@@ -80,6 +88,7 @@ class Attributor:
             self.module, trajectory, (parameters,) if isinstance(parameters, str) else parameters
         )
         self._session = Session(self.module, self._train, trajectory, self.trainer, loss, names, batch_size)
+        self._final = final_weights(weights, self._session)
         if refit is not None:
             refit.attach(self._session, self._train)
 
@@ -188,9 +197,9 @@ class Attributor:
     def losses(self, data: Any = "train") -> Tensor:
         """The loss of every example on its own at the final weights, [example]; a baseline for finding label errors."""
         source = self._queries(data)
-        with self._session.open(gradients=False) as setting:
+        with self._final.end.open(gradients=False) as setting:
             setting.reduction_of(None)  # it finds out how an example is read alone
-            examples, task = self._session.examples(source), setting.task
+            examples, task = self._final.end.examples(source), setting.task
             with torch.no_grad():
                 values = [float(task(task.to_device(examples.one(i))).sum()) for i in range(len(examples))]
         return torch.tensor(values, dtype=torch.float64)
@@ -207,6 +216,8 @@ class Attributor:
 
     def session(self, queries: Any = None) -> AbstractContextManager[Setting]:
         """A context manager that gives what a method works with, for your own computations with gradients.
+
+        Its final weights are the last, whatever ``weights``.
 
         Args:
             queries: Dataset, DataLoader, ``"train"``, or None for training examples only.
@@ -270,7 +281,7 @@ class Attributor:
     ) -> Iterator[Setting]:
         """Opens the question with what the method needs: a plan of the gradients, retrained models."""
         gradients = not isinstance(method, ForwardOnly)
-        with self._session.open(queries, measurement, aggregate == "mean", gradients) as setting:
+        with self._final.session_of(method).open(queries, measurement, aggregate == "mean", gradients) as setting:
             if self.refit is not None and method.needs & Evidence.REFIT:
                 setting.models = self.refit.models
             if self.refit is not None and queries is not None:
@@ -292,9 +303,11 @@ class Attributor:
             notes.append(setting.engine.plan.summary(setting.engine.task.named_parameters()))
         if any(is_half(p) for p in self.module.parameters()):
             notes.append("Weights of 16 bits were scored in float32.")
-        if self.trajectory is not None:
-            checkpoints = [self.trajectory.checkpoints[i].step for i in method.positions(self.trajectory)]
-            notes += self.trajectory.notes
+        notes += self._final.notes_for(method)
+        trajectory = setting.trajectory
+        if trajectory is not None:
+            checkpoints = [trajectory.checkpoints[i].step for i in method.positions(trajectory)]
+            notes += trajectory.notes
         return {
             "method": method.name,
             "settings": method.hyperparameters(),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from operator import index as as_index
 from typing import Any
 
+from lightning_influence.capture.final_weights import averaged_state, best_file
 from lightning_influence.capture.identity import LoaderTap, length_of, reloaded
 from lightning_influence.capture.loaders import as_indices
 from lightning_influence.capture.states import encode_state, fingerprint, gather_state
@@ -123,6 +124,8 @@ class Recorder:
                 )
             else:
                 self._checkpoint("final")
+        if self._trainer.is_global_zero:
+            self._guarded(self._final_weights)
         self._store.manifest["finished"] = True
         self.flush()
 
@@ -153,6 +156,17 @@ class Recorder:
 
         self._written = step
         self._guarded(write)
+
+    def _final_weights(self) -> None:
+        """Write the averaged weights, if there are any, and which file is the best."""
+        try:
+            averaged, best = averaged_state(self._trainer, self._module), best_file(self._trainer, self.made)
+        except Exception as error:
+            self._note(f"Averaged and best weights were not recorded: {type(error).__name__}: {error}")
+            return
+        self._store.manifest["best"] = best
+        if averaged is not None:
+            self._store.add_averaged(self.made, self._trainer.current_epoch, encode_state(averaged))
 
     def _write_steps(self) -> None:
         manifest = self._store.manifest

@@ -13,8 +13,8 @@ from lightning_influence.types import clean
 def gather_state(trainer: Any, module: Any) -> dict[str, dict]:
     """Copy weights, buffers, optimizer state and random state to the CPU, without changing any of them."""
     return {
-        "parameters": {clean(name): _copy(p) for name, p in module.named_parameters()},
-        "buffers": {clean(name): _copy(b) for name, b in module.named_buffers()},
+        "parameters": {clean(name): copied(p) for name, p in module.named_parameters()},
+        "buffers": {clean(name): copied(b) for name, b in module.named_buffers()},
         "optimizer": _optimizer_state(trainer, module),
         "random": gather_random(trainer.strategy.root_device),
     }
@@ -40,12 +40,13 @@ def _optimizer_state(trainer: Any, module: Any) -> dict[str, dict[str, Tensor]]:
             if parameter not in names:
                 continue
             # LBFGS keeps lists of tensors, which no method reads
-            kept = {key: _copy(value) for key, value in values.items() if isinstance(value, (Tensor, int, float))}
+            kept = {key: copied(value) for key, value in values.items() if isinstance(value, (Tensor, int, float))}
             found.setdefault(names[parameter], {}).update(kept)
     return found
 
 
-def _copy(value: Tensor | float) -> Tensor:
+def copied(value: Tensor | float) -> Tensor:
+    """A copy on the CPU."""
     if not isinstance(value, Tensor):
         return torch.tensor(value)
     return value.detach().to("cpu", copy=True).contiguous()

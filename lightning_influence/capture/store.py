@@ -70,6 +70,13 @@ class RunWriter:
         entry = write_atomically(self.folder / file, content)
         self.manifest["checkpoints"].append({"file": file, "step": step, "epoch": epoch, "kind": kind} | entry)
 
+    def add_averaged(self, step: int, epoch: int, content: bytes) -> None:
+        """Write the averaged weights at the end of the fit, which are no checkpoint of the trajectory."""
+        (self.folder / "checkpoints").mkdir(exist_ok=True)
+        file = "checkpoints/averaged.pt"
+        entry = write_atomically(self.folder / file, content)
+        self.manifest["averaged"] = {"file": file, "step": step, "epoch": epoch} | entry
+
     def add_steps(self, rows: list[dict[str, Any]]) -> None:
         """Write a segment of steps; readers see it once the manifest is written."""
         (self.folder / "steps").mkdir(exist_ok=True)

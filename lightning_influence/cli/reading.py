@@ -41,10 +41,16 @@ def existing(path: Path) -> Path:
 
     Raises:
         FileNotFoundError: it does not.
+        ValueError: it is a checkpoint of Lightning.
     """
     if not path.exists():
         raise FileNotFoundError(
             f"Expected a folder that `Influence` wrote or a file of scores at {str(path)!r}, found nothing. "
             "The folder is beside the logger's run, or is the callback's `dirpath`."
+        )
+    if path.suffix == ".ckpt" or (path.is_dir() and any(path.glob("*.ckpt")) and not runs_of(path)):
+        raise ValueError(
+            f"Expected a folder that `Influence` wrote or a file of scores, got {str(path)!r} of Lightning's own. "
+            "Read it in Python with `Trajectory.from_checkpoints(path)`."
         )
     return path

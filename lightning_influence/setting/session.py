@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from lightning_influence.gradients import Engine, Plan, Reduction, make_plan, pr
 from lightning_influence.module.task import Loss, Task, quiet
 from lightning_influence.module.trainer_state import detached_trainer
 from lightning_influence.setting.setting import Queries, Setting
-from lightning_influence.trajectory import Trajectory
+from lightning_influence.trajectory import Checkpoint, LightningCheckpoint, Trajectory
 
 # Blocks of training examples are enlarged up to this many examples while their gradients' factors fit in these bytes.
 _BLOCK = 2048
@@ -34,6 +34,7 @@ class Session:
         loss: per-sample losses, or None for ``training_step``.
         names: the parameters whose gradients are used.
         batch_size: examples per block; None: chosen by the size of their gradients.
+        own: without a trajectory, loaded in place of the module's own weights; None: they are used.
     """
 
     module: Any
@@ -43,12 +44,22 @@ class Session:
     loss: Loss | None
     names: Sequence[str]
     batch_size: int | None
+    own: Checkpoint | None = None
     _found: dict[tuple[Any, ...], tuple[Reduction, Plan]] = field(default_factory=dict)
     _checked: dict[tuple[Any, ...], Reduction] = field(default_factory=dict)
     _in_use: list[Any] = field(default_factory=list)
     _large_block: int | None = None
     _reduction: Reduction | None = None
     _share_of_copies: float | None = None
+
+    def ending_with(self, own: Checkpoint, trajectory: Trajectory | None) -> "Session":
+        """A session with other final weights; what was found about gradients at these weights is found again."""
+        fresh: dict[str, Any] = {
+            part.name: part.default if part.default_factory is MISSING else part.default_factory()
+            for part in fields(self)
+            if part.name.startswith("_")
+        }
+        return replace(self, own=own, trajectory=trajectory, **fresh)
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[Task]:
@@ -57,10 +68,10 @@ class Session:
         with quiet(self.module, self.loss, trainer) as task:
             before = task.version
             task.weights_changed()  # the stages of a question that is open already must not be used in this one
-            if self.trajectory is not None:
-                last = self.trajectory.checkpoints[-1]
+            last = self.own if self.trajectory is None else self.trajectory.checkpoints[-1]
+            if last is not None:
                 state = last.load()
-                _check_same_model(task, state.parameters, self.trajectory)
+                _check_same_model(task, state.parameters, last)
                 task.load(state.parameters, state.buffers, last.step, last.epoch)
             try:
                 yield task
@@ -179,20 +190,24 @@ class Session:
         return {name: known[name] for name in self.names}
 
 
-def _check_same_model(task: Task, saved: Mapping[str, Tensor], trajectory: Trajectory) -> None:
-    """Raises ValueError unless a checkpoint has the module's parameters, in their shapes."""
+def _check_same_model(task: Task, saved: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    """Raises ValueError unless a checkpoint has the module's parameters, in their shapes, and no others."""
     mine = {name: tuple(p.shape) for name, p in task.named_parameters().items()}
     theirs = {name: tuple(p.shape) for name, p in saved.items()}
     missing = sorted(mine.keys() - theirs.keys())
+    strict = getattr(task.module, "strict_loading", True) is not False
+    # Lightning's own files, whose buffers are among the parameters, were compared before.
+    more = sorted(theirs.keys() - mine.keys()) if strict and not isinstance(checkpoint, LightningCheckpoint) else []
     other = [
         f"`{n}` {theirs[n]} (module: {mine[n]})" for n in sorted(mine.keys() & theirs.keys()) if mine[n] != theirs[n]
     ]
-    if missing or other:
+    if missing or other or more:
         found = [f"no {', '.join(f'`{n}`' for n in missing[:5])}"] * bool(missing) + other[:5]
-        where = trajectory.path or trajectory.checkpoints[-1].path
+        found += [f"also {', '.join(f'`{n}`' for n in more[:5])}"] * bool(more)
+        loose = "; or set `module.strict_loading = False`, if it needs less" if more and not (missing or other) else ""
         raise ValueError(
-            f"Expected checkpoints of this {type(task.module).__name__}, got a checkpoint in {str(where)!r} with "
-            f"{'; '.join(found)}. Pass the module that was trained, built with the same arguments."
+            f"Expected checkpoints of this {type(task.module).__name__}, got a checkpoint in {str(checkpoint.path)!r} "
+            f"with {'; '.join(found)}. Pass the module that was trained, built with the same arguments{loose}."
         )
 
 

@@ -48,6 +48,25 @@ class Checkpoint:
         return SavedState(**tensors)
 
 
+@dataclass(frozen=True)
+class BestFile:
+    """The file that Lightning's ``ModelCheckpoint`` found best.
+
+    Args:
+        path: where it was when the fit ended.
+        monitor: the metric; None: the newest file.
+        step: optimizer steps before it; None where unknown.
+        global_step: as the file has it; None where unknown.
+        averaged: whether an averaging callback wrote its own weights into it.
+    """
+
+    path: str
+    monitor: str | None = None
+    step: int | None = None
+    global_step: int | None = None
+    averaged: bool = False
+
+
 def is_plain_sgd(group: dict[str, Any]) -> bool:
     """Whether a parameter group belongs to ``torch.optim.SGD``, the only torch optimizer with ``dampening``."""
     return "dampening" in group

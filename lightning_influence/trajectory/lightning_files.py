@@ -1,126 +1,238 @@
 """Existing Lightning ``.ckpt`` files as checkpoints with learning rates."""
 
 import pickle
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_influence.trajectory.checkpoint import Checkpoint, SavedState
+from lightning_influence.trajectory.averages import Which, average_in, chosen, tensors_of
+from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint, SavedState
+from lightning_influence.trajectory.stored_rates import (
+    Rates,
+    given_rates,
+    groups_of,
+    reconciled,
+    stored_rates,
+    warned_of_stored_rates,
+)
+from lightning_influence.trajectory.unpickling import read_plain
 from lightning_influence.types import MissingEvidence, clean
 
-_Rates = float | Sequence[float | Sequence[float]] | None
+_SAVED_BY = "Pass files that Lightning's `ModelCheckpoint` or `trainer.save_checkpoint` wrote."
 
 
+@dataclass(frozen=True)
 class LightningCheckpoint(Checkpoint):
-    """A checkpoint in a Lightning ``.ckpt`` file."""
+    """A checkpoint in a Lightning ``.ckpt`` file.
+
+    Args:
+        which: of its weights; see ``averages``.
+        prefix: in front of the names of all parameters, where a wrapper around the module was saved.
+        own: the module's own values of what the file leaves out.
+    """
+
+    which: Which = "raw"
+    prefix: str = ""
+    own: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def load(self) -> SavedState:
         """Read the file.
 
         Raises:
-            MissingEvidence: the file is missing or unreadable.
+            MissingEvidence: the file is missing or unreadable, or does not have these weights.
         """
-        weights = {clean(name): value for name, value in _raw_weights(_read(self.path), self.path).items()}
-        return SavedState(parameters=weights, buffers=weights, optimizer={}, random={})
+        own = {name: value.detach().clone() for name, value in self.own.items()}
+        parameters, buffers = (
+            own | {clean(name).removeprefix(self.prefix): value for name, value in part.items()}
+            for part in chosen(read_file(self.path), self.path, self.which)
+        )
+        return SavedState(parameters=parameters, buffers=buffers, optimizer={}, random={})
+
+
+@dataclass(frozen=True)
+class _Rated:
+    """A file's checkpoint, learning rates as they were passed or stored, and optimizer options."""
+
+    checkpoint: LightningCheckpoint
+    rates: list[float]
+    groups: list[dict[str, Any]]
 
 
 def read_lightning_files(
-    paths: Sequence[Path], learning_rates: _Rates
+    paths: Sequence[Path], learning_rates: Rates, weights: str | None, in_folder: bool
 ) -> tuple[list[LightningCheckpoint], list[list[float]], dict[str, Any], list[str]]:
     """Read checkpoints in order, their learning rates, optimizer options and notes; the weights stay on disk."""
-    if not paths:
-        raise ValueError("Expected at least one path of a Lightning checkpoint, got none.")
-    if isinstance(learning_rates, Sequence) and len(learning_rates) != len(paths):
-        raise ValueError(
-            f"Expected one entry of `learning_rates` for each of {len(paths)} checkpoints, got {len(learning_rates)!r}."
-        )
-    contents = [_read(path) for path in paths]
-    order = sorted(range(len(paths)), key=lambda k: contents[k]["global_step"])
-    notes = []
-    if any("current_model_state" in content for content in contents):
-        notes.append("An averaging callback wrote these files: the raw weights in them are read, not the average.")
-    stored = [_groups_of(content) for content in contents]
-    if learning_rates is None:
-        rates = [_stored_rates(groups, path) for groups, path in zip(stored, paths, strict=True)]
-        warning = (
-            "The learning rates stored in Lightning checkpoints are those of the step after the checkpoint was written;"
-            " with a schedule they differ from what was applied. Pass `learning_rates=` to"
-            " `Trajectory.from_checkpoints` to set them."
-        )
-        warnings.warn(warning, UserWarning, stacklevel=4)
-        notes.append(warning)
-    else:
-        given = list(learning_rates) if isinstance(learning_rates, Sequence) else [learning_rates] * len(paths)
-        rates = [[float(x) for x in rate] if isinstance(rate, Sequence) else [float(rate)] for rate in given]
-    rates, settings = _reconcile([rates[k] for k in order], stored[order[-1]])
-    checkpoints = [
-        LightningCheckpoint(int(contents[k]["global_step"]), int(contents[k]["epoch"]), Path(paths[k])) for k in order
-    ]
-    return checkpoints, rates, settings, notes
+    if weights not in (None, "raw", "averaged"):
+        raise ValueError(f"Expected `weights` to be 'raw' or 'averaged', got {weights!r}.")
+    contents = {path: _with_steps(read_file(path), path) for path in paths}
+    order = sorted(range(len(paths)), key=lambda k: contents[paths[k]]["global_step"])
+    raw, notes = _averages(contents, weights)
+    kept, dropped = _distinct([paths[k] for k in order if paths[k] in raw], contents)
+    notes += _versions(contents)
+    notes += dropped
+    if in_folder:  # learning rates are in the order of the steps
+        paths = kept
+    given = given_rates(learning_rates, paths)
+    which: Which = "averaged" if weights == "averaged" else "raw"
+    rated = []
+    for path in kept:
+        content = contents[path]
+        checkpoint = LightningCheckpoint(_step(content), _epoch(content), path, which=which)
+        groups = groups_of(content)
+        rated.append(_Rated(checkpoint, stored_rates(groups, path) if given is None else given[path], groups))
+        if not chosen(content, path, which)[0]:
+            raise MissingEvidence(f"Expected weights in `{path}`, got an empty `state_dict`. {_SAVED_BY}")
+    if given is None:
+        notes.append(warned_of_stored_rates())
+    rates, settings = reconciled([one.rates for one in rated], rated[-1].groups)
+    return [one.checkpoint for one in rated], rates, settings, notes
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> dict[str, Any]:
+    """The content of a Lightning checkpoint, with placeholders for objects that are not plain data.
+
+    Raises:
+        MissingEvidence: the file is missing or damaged, or is no Lightning checkpoint.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise MissingEvidence(
-            f"Expected a checkpoint of tensors and builtins at `{path}`, got other objects, which are not safe to load"
-            f" ({str(error).splitlines()[0]}). Allow their classes with `torch.serialization.add_safe_globals`."
-        ) from error
+        content = read_plain(path)
     except FileNotFoundError as error:
         raise MissingEvidence(f"Expected a checkpoint at `{path}`, got {error.strerror!r}. Correct `paths`.") from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, pickle.UnpicklingError) and "Weights only" in reason:
+            reason = "it holds objects, and TORCH_FORCE_WEIGHTS_ONLY_LOAD forbids to read around them; unset it"
         raise MissingEvidence(
-            f"Expected a whole checkpoint at `{path}`, got a file that torch cannot read"
-            f" ({str(error).splitlines()[0]}). Leave it out of `paths`."
+            f"Expected a whole checkpoint at `{path}`, got a file that torch cannot read ({reason})."
+            " Leave it out of `paths`."
         ) from error
-    _raw_weights(content, path)
+    if not isinstance(content, dict) or "state_dict" not in content:
+        if isinstance(content, dict) and {"parameters", "buffers"} <= content.keys():
+            raise MissingEvidence(
+                f"Expected a Lightning checkpoint, got `{path}`, one of a run of `Influence`. Pass the run to "
+                "`Trajectory.load`."
+            )
+        got = sorted(map(str, content))[:8] if isinstance(content, Mapping) else type(content).__name__
+        raise MissingEvidence(f"Expected `state_dict` in `{path}`, got {got!r}. {_SAVED_BY}")
     return content
 
 
-def _raw_weights(content: Any, path: Path) -> dict[str, Tensor]:
-    if not isinstance(content, dict) or not {"state_dict", "global_step", "epoch"} <= content.keys():
+def deployed(path: Path) -> LightningCheckpoint:
+    """The weights that ``load_from_checkpoint`` gives.
+
+    Raises:
+        MissingEvidence: the file is missing or damaged, or is no Lightning checkpoint.
+    """
+    content = read_file(path)
+    tensors_of(content["state_dict"], path)
+    known = {"global_step", "epoch"} <= content.keys()
+    return LightningCheckpoint(_step(content) if known else -1, _epoch(content) if known else -1, path, which="saved")
+
+
+def best_of(path: Path) -> BestFile | None:
+    """What ``ModelCheckpoint`` had found best when a file was written; looked for beside the file, too."""
+    states = read_file(path).get("callbacks")
+    for state in states.values() if isinstance(states, Mapping) else ():
+        found = state.get("best_model_path") if isinstance(state, Mapping) else None
+        if isinstance(found, str) and found:
+            here = path.parent / Path(found).name
+            monitor = state.get("monitor")
+            there = here if here.is_file() and not Path(found).is_file() else found
+            return BestFile(str(there), monitor if isinstance(monitor, str) else None)
+    return None
+
+
+def _with_steps(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    missing = [key for key in ("global_step", "epoch") if not isinstance(content.get(key), int)]
+    if missing:
         raise MissingEvidence(
-            f"Expected `state_dict`, `global_step` and `epoch` in `{path}`, got {sorted(content)[:8]!r}."
-            " Pass files that Lightning's `ModelCheckpoint` or `trainer.save_checkpoint` wrote."
-            if isinstance(content, dict)
-            else f"Expected a dict in `{path}`, got {type(content).__name__!r}."
+            f"Expected `state_dict`, `global_step` and `epoch` in `{path}`, got no number under "
+            f"{' and '.join(f'`{key}`' for key in missing)}. {_SAVED_BY}"
         )
-    weights: dict[str, Tensor] = content["current_model_state" if "current_model_state" in content else "state_dict"]
-    return weights
+    return content
 
 
-def _groups_of(content: dict[str, Any]) -> list[dict[str, Any]]:
-    return [group for optimizer in content.get("optimizer_states", ()) for group in optimizer["param_groups"]]
+def _before_1_6(content: Mapping[str, Any]) -> bool:
+    """Whether the version that wrote a file, which it says since Lightning 0.8, counted epochs and steps otherwise."""
+    found = re.match(r"(\d+)\.(\d+)", str(content.get("pytorch-lightning_version", "")))
+    return found is not None and tuple(map(int, found.groups())) < (1, 6)
 
 
-def _stored_rates(groups: list[dict[str, Any]], path: Path) -> list[float]:
-    if not groups:
-        raise MissingEvidence(
-            f"Expected an optimizer's state in `{path}`, got a file saved with weights only. Pass `learning_rates=`."
-        )
-    return [float(group["lr"]) for group in groups]
+def _step(content: Mapping[str, Any]) -> int:
+    return int(content["global_step"])
 
 
-def _reconcile(rates: list[list[float]], groups: list[dict[str, Any]]) -> tuple[list[list[float]], dict[str, Any]]:
-    """Learning rates and matching groups; a file rarely says which parameter was in which group."""
-    if len({len(rate) for rate in rates}) > 1:
-        raise ValueError(f"Expected as many learning rates at every checkpoint, got {[len(r) for r in rates]!r}.")
-    named = bool(groups) and all("param_names" in group for group in groups) and len(groups) == len(rates[0])
-    if not named and any(len(set(rate)) > 1 for rate in rates):
-        raise MissingEvidence(
-            f"Expected one learning rate for all parameters, got {rates[-1]!r}, and the files do not say which"
-            " parameter was in which group. Pass `learning_rates=` with one number for each checkpoint."
-        )
-    described = [
-        {key: value for key, value in group.items() if key not in ("params", "param_names", "lr")}
-        | {"parameters": [clean(name) for name in group["param_names"]] if named else []}
-        for group in groups
-    ] or [{"parameters": [], "dampening": 0}]
-    if not named:
-        rates, described = [rate[:1] for rate in rates], described[:1]
-    return rates, {"optimizer": 0, "kind": "unknown", "groups": described}
+def _epoch(content: Mapping[str, Any]) -> int:
+    """The epoch in which the file was written. Before Lightning 1.6 the files count the next one."""
+    return max(0, int(content["epoch"]) - _before_1_6(content))
+
+
+def _versions(contents: Mapping[Path, Mapping[str, Any]]) -> list[str]:
+    old = [path.name for path, content in contents.items() if _before_1_6(content)]
+    return [
+        f"{', '.join(old[:5])}{' ...' if len(old) > 5 else ''}: written by Lightning before 1.6, whose step count is "
+        "one too high in a file saved after the fit."
+    ] * bool(old)
+
+
+def _averages(contents: Mapping[Path, Mapping[str, Any]], weights: str | None) -> tuple[list[Path], list[str]]:
+    """The files that have the weights that were asked for, and notes; warns if both are there and nobody chose."""
+    found = {path: average for path, content in contents.items() if (average := average_in(content, path)) is not None}
+    files = list(contents)
+    if not found:
+        return files, []
+    sources = " and ".join(sorted({average.source for average in found.values()}))
+    if weights == "averaged":
+        return files, [f"The averaged weights of {sources} are read; the steps were made at the raw ones."]
+    files = [path for path in contents if path not in found or not found[path].alone]
+    if not files and weights is None and len(contents) == 1:
+        return list(contents), [f"The file holds the averaged weights of {sources} alone, which are read."]
+    without = ", ".join(f"`{path}`" for path in contents if path not in files)
+    why = f"saved after the fit, when {sources} had put the average in place of the raw weights"
+    if not files:
+        raise MissingEvidence(f"Expected raw weights in {without}, got files {why}. Pass `weights='averaged'`.")
+    loaded = any("current_model_state" in content for content in contents.values())
+    note = (
+        f"{sources}, an averaging callback, was in this fit: the raw weights are read, at which the steps were made "
+        f"(`load_from_checkpoint` gives {'the average' if loaded else 'these, too'}). For the average, pass "
+        "`weights='averaged'` to `Trajectory.from_checkpoints`."
+    )
+    if weights is None:
+        warnings.warn(note, UserWarning, stacklevel=4)
+    return files, [note, f"{without}: left out, since {why}."] if without else [note]
+
+
+def _distinct(paths: Sequence[Path], contents: Mapping[Path, Mapping[str, Any]]) -> tuple[list[Path], list[str]]:
+    """One file for each step, and notes about those that were left out, such as ``last.ckpt``.
+
+    Raises:
+        MissingEvidence: two files of one step have different weights.
+    """
+    kept: dict[int, Path] = {}
+    notes = []
+    for path in sorted(dict.fromkeys(paths), key=lambda path: path.stem.startswith("last")):
+        step = _step(contents[path])
+        if step not in kept:
+            kept[step] = path
+            continue
+        first = kept[step]
+        if not _equal(contents[first]["state_dict"], contents[path]["state_dict"]):
+            raise MissingEvidence(
+                f"Expected checkpoints of one fit, got different weights at step {step} in `{first}` and `{path}`. Pass"
+                " one of them: the other is of another fit, or has averaged weights."
+            )
+        notes.append(f"{path.name} holds the same weights as {first.name} (step {step}) and is left out.")
+    return [kept[step] for step in sorted(kept)], notes
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[name]) if isinstance(value, Tensor) and isinstance(other[name], Tensor) else True
+        for name, value in one.items()
+    )

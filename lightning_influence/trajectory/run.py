@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lightning_influence.trajectory.checkpoint import Checkpoint
+from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint
 from lightning_influence.trajectory.columns import encode_rows
 from lightning_influence.trajectory.files import MANIFEST, STEPS, read_manifest, read_steps, runs_in
 from lightning_influence.types import MissingEvidence
@@ -27,6 +27,8 @@ class Run:
     fit_seconds: float
     eval_modules: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    averaged: Checkpoint | None = None
+    best: BestFile | None = None
 
 
 def find_run(dirpath: Path) -> tuple[Path, list[str]]:
@@ -44,8 +46,13 @@ def find_run(dirpath: Path) -> tuple[Path, list[str]]:
         notes.append(
             f"{run.name} has no manifest (its fit stopped before the first checkpoint); an older run was read."
         )
+    files = dirpath.suffix == ".ckpt" or any(dirpath.glob("*.ckpt"))
     raise MissingEvidence(
-        f"Expected a run of `Influence` in `{dirpath}`, got none. Pass `dirpath` of the callback, or one of its run-N."
+        f"Expected a run of `Influence` in `{dirpath}`, got {'checkpoints of Lightning' if files else 'none'}. "
+        + (
+            "Read them with `Trajectory.from_checkpoints`." * files
+            or "Pass `dirpath` of the callback, or one of its run-N."
+        )
     )
 
 
@@ -54,10 +61,7 @@ def read_run(folder: Path, until: int | None = None) -> Run:
     manifest = read_manifest(folder)
     run = Run(
         path=folder,
-        checkpoints=tuple(
-            Checkpoint(c["step"], c["epoch"], folder / c["file"], c["size"], c["crc32"])
-            for c in manifest["checkpoints"]
-        ),
+        checkpoints=tuple(_checkpoint(folder, entry) for entry in manifest["checkpoints"]),
         steps=_union_of_ranks(folder, manifest),
         settings=tuple(manifest["settings"]),
         dataset_size=manifest["dataset_size"],
@@ -65,6 +69,8 @@ def read_run(folder: Path, until: int | None = None) -> Run:
         fit_seconds=manifest["fit_seconds"],
         eval_modules=tuple(manifest.get("eval_modules", ())),
         notes=list(manifest["notes"]),
+        averaged=_checkpoint(folder, manifest["averaged"]) if manifest.get("averaged") else None,
+        best=BestFile(**manifest["best"]) if manifest.get("best") else None,
     )
     if manifest["parent"] is not None:
         _join(run, manifest["parent"], first_is_resumed=manifest["checkpoints"][:1])
@@ -72,6 +78,10 @@ def read_run(folder: Path, until: int | None = None) -> Run:
         run.checkpoints = tuple(c for c in run.checkpoints if c.step <= until)
         run.steps = run.steps.filter(pc.field("step") <= until)
     return run
+
+
+def _checkpoint(folder: Path, entry: Mapping[str, Any]) -> Checkpoint:
+    return Checkpoint(entry["step"], entry["epoch"], folder / entry["file"], entry["size"], entry["crc32"])
 
 
 def _join(run: Run, link: dict[str, Any], first_is_resumed: list[dict[str, Any]]) -> None:

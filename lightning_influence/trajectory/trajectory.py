@@ -1,12 +1,13 @@
 """The record of a fit that methods work from."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lightning_influence.trajectory import exposure as _exposure
-from lightning_influence.trajectory.checkpoint import Checkpoint, is_decoupled, is_plain_sgd
+from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint, is_decoupled, is_plain_sgd
+from lightning_influence.trajectory.file_list import Paths, files_of
 from lightning_influence.trajectory.files import STEPS
 from lightning_influence.trajectory.lightning_files import read_lightning_files
 from lightning_influence.trajectory.run import Run, find_run, read_run
@@ -35,6 +37,8 @@ class Trajectory:
         finished: Whether the fit ran to its end.
         fit_seconds: Seconds from the start of the fit to the last write.
         eval_modules: Names of the modules that were in eval mode during training.
+        averaged: The averaged weights at the end of the fit, where Lightning's EMA or SWA made some.
+        best: The file that ``ModelCheckpoint`` found best.
 
     Example:
         >>> trajectory = Trajectory.load("influence")  # doctest: +SKIP
@@ -51,6 +55,8 @@ class Trajectory:
     finished: bool = True
     fit_seconds: float | None = None
     eval_modules: tuple[str, ...] = ()
+    averaged: Checkpoint | None = field(default=None, repr=False)
+    best: BestFile | None = field(default=None, repr=False)
     _stored_rates: Sequence[Sequence[float]] | None = field(default=None, repr=False)
 
     @classmethod
@@ -70,21 +76,30 @@ class Trajectory:
     @classmethod
     def from_checkpoints(
         cls,
-        paths: Sequence[str | PathLike[str]],
+        paths: Paths,
         learning_rates: float | Sequence[float | Sequence[float]] | None = None,
+        weights: Literal["raw", "averaged"] | None = None,
     ) -> "Trajectory":
         """Read a fit that was not captured, from Lightning's ``.ckpt`` files in any order.
 
+        Nothing in the files is executed: objects other than tensors and builtins, such as those among the
+        hyper-parameters, are not rebuilt. Of several files with the same weights at one step, one is used.
+
         Args:
-            paths: The files. Of files written under an averaging callback, the raw weights are read.
-            learning_rates: The learning rates that were applied: one number, or for each path a number or a list with
-                one number per parameter group. None: those stored in the files, which are those of the *next* step.
+            paths: The files, one file, or a folder of files.
+            learning_rates: The learning rates that were applied: one number, or for each path (in a folder: for each
+                step, in ascending order) a number or a list with one number per parameter group. None: those stored in
+                the files, which are those of the *next* step.
+            weights: In files that were written under an averaging callback (EMA, SWA): ``"raw"``, the weights at which
+                the steps were made, or ``"averaged"``. None: the raw ones, with a warning if there are both.
 
         Raises:
+            TypeError: something else than paths.
             ValueError: no paths, or another number of learning rates than of paths.
-            MissingEvidence: a file cannot be read, or it holds no weights or no learning rate.
+            MissingEvidence: a file cannot be read, or it does not hold these weights or no learning rate.
         """
-        checkpoints, rates, settings, notes = read_lightning_files([Path(path) for path in paths], learning_rates)
+        folder = isinstance(paths, (str, PathLike)) and os.path.isdir(paths)
+        checkpoints, rates, settings, notes = read_lightning_files(files_of(paths), learning_rates, weights, folder)
         return cls(
             path=None,
             checkpoints=tuple(checkpoints),
