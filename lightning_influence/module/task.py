@@ -27,7 +27,9 @@ Loss = Callable[[Any, Batch], Tensor]
 # The version of the weights that each module has now, see `Task.version`.
 _VERSIONS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _COUNTER = itertools.count(1)
-
+# Snapshots that a module's tensors have yet to be restored from, and how many were taken while it trained.
+_UNSETTLED: WeakKeyDictionary[nn.Module, ModuleSnapshot] = WeakKeyDictionary()
+_TAKEN: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 _LOW_PRECISIONS = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
@@ -60,7 +62,8 @@ class Task:
             for name, part in module.named_modules()
             for key in part._buffers
         ]
-        self._snapshot = [ModuleSnapshot(module)]  # shared by the tasks of one module
+        settle(module)
+        self._snapshot = [self._taken()]  # shared by the tasks of one module
         self.on_forward: Callable[[], Any] | None = None
         """Called after each forward pass, before the module's attributes and buffers are restored."""
 
@@ -100,6 +103,7 @@ class Task:
             step: the module's ``global_step`` from here on; negative to leave it as it is.
             epoch: the module's ``current_epoch``; likewise.
         """
+        settle(self.module)
         set_clock(self.module, step, epoch)
         for name, parameter in self.named_parameters().items():
             if name in parameters:
@@ -124,8 +128,28 @@ class Task:
         _VERSIONS[self.module] = version
 
     def remember(self) -> None:
-        """Make the module's current attributes and buffers those that are restored after each forward pass."""
-        self._snapshot[0] = ModuleSnapshot(self.module)
+        """Make the module's current attributes and tensors those that are restored after each forward pass."""
+        settle(self.module)
+        self._snapshot[0] = self._taken()
+
+    def moved(self) -> None:
+        """To be called by whoever gave parameters or buffers other memory, after ``settle``."""
+        self._snapshot[0].moved()
+
+    def settle(self) -> None:
+        """Put back what the last forward pass wrote into tensors; to be called before they are replaced or read."""
+        settle(self.module)
+
+    def written_parameters(self) -> list[str]:
+        """Names of the parameters that the forward pass has written into, for ``on_forward``."""
+        return [clean(name) for name in self._snapshot[0].written_parameters()]
+
+    def _taken(self) -> ModuleSnapshot:
+        """A snapshot. While the module trains, parameters are copied for snapshots 1, 2, 4, 8 ... only, to save time."""
+        if not self.module.training:
+            return ModuleSnapshot(self.module)
+        count = _TAKEN[self.module] = _TAKEN.get(self.module, 0) + 1
+        return ModuleSnapshot(self.module, thorough=count & (count - 1) == 0)
 
     # ---- the loss -------------------------------------------------------------------------------------------------
 
@@ -152,7 +176,8 @@ class Task:
     def __call__(self, batch: Batch) -> Tensor:
         """The loss on a batch: a scalar from ``training_step``, or [batch] from ``loss=``.
 
-        The module's attributes and buffers are restored afterwards.
+        What it changed in the module is restored: attributes at once; tensors, which its graph may have saved, before
+        the next pass, or at once where there is no graph.
 
         Raises:
             NoLoss: there is no loss for this batch.
@@ -161,15 +186,20 @@ class Task:
         """
         if isinstance(batch, Copies):
             return batch.of_one(self(batch.batch))
+        settle(self.module)
+        output = None
         try:
             with self._precision(), training_stage(self.module):
                 output = self._loss_of(batch)
             if self.on_forward is not None:
                 self.on_forward()
+            if isinstance(output, Mapping):
+                output = output.get("loss")
         finally:
-            self._snapshot[0].restore()
-        if isinstance(output, Mapping):
-            output = output.get("loss")
+            self._snapshot[0].restore_attributes()
+            _UNSETTLED[self.module] = self._snapshot[0]
+            if not isinstance(output, Tensor) or not output.requires_grad:
+                settle(self.module)
         if not isinstance(output, Tensor):
             source = "`loss=`" if self.loss is not None else "`training_step`"
             raise (NoLoss if output is None else TypeError)(
@@ -192,6 +222,13 @@ class Task:
         if self.trainer is None or _is_low_precision(self.trainer):
             return contextlib.nullcontext()
         return self.trainer.precision_plugin.forward_context()
+
+
+def settle(module: nn.Module) -> None:
+    """Put back what the last forward pass of a module wrote into its tensors."""
+    snapshot = _UNSETTLED.pop(module, None)
+    if snapshot is not None:
+        snapshot.restore_tensors()
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -266,6 +303,7 @@ def quiet(module: nn.Module, loss: Loss | None = None, trainer: Any = None, eval
         else:  # normalisation layers update their statistics without a change of the tensors' version counters
             for buffer in module.buffers():
                 buffer.data = buffer.data.clone()
+        stack.callback(settle, module)
         yield Task(module, loss, device, trainer)
 
 
@@ -302,7 +340,7 @@ def seed_for(seed: int, example: int) -> None:
 def _restore_afterwards(module: nn.Module, stack: contextlib.ExitStack) -> None:
     tensors = (*module.parameters(), *module.buffers())
     stack.enter_context(restoring(module.modules(), "training"))
-    stack.callback(ModuleSnapshot(module).restore)
+    stack.callback(ModuleSnapshot(module, thorough=False, parameters=False).restore)
     stack.enter_context(restoring(tensors, "requires_grad"))
     stack.enter_context(restoring(tensors, "data"))
     for m in module.modules():
