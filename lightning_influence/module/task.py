@@ -5,9 +5,7 @@ import copy
 import functools
 import inspect
 import itertools
-import random
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,9 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_influence.module.copies import Copies
-from lightning_influence.module.precision import full_precision, plain_checkpointing
-from lightning_influence.module.snapshot import ModuleSnapshot, restoring
-from lightning_influence.module.trainer_state import clock_restored, set_clock, silent_loggers, training_stage
+from lightning_influence.module.snapshot import ModuleSnapshot
+from lightning_influence.module.trainer_state import set_clock, training_stage
 from lightning_influence.types import Batch, clean, foreign
 
 Loss = Callable[[Any, Batch], Tensor]
@@ -145,7 +142,7 @@ class Task:
         return [clean(name) for name in self._snapshot[0].written_parameters()]
 
     def _taken(self) -> ModuleSnapshot:
-        """A snapshot. While the module trains, parameters are copied for snapshots 1, 2, 4, 8 ... only, to save time."""
+        """A snapshot. In training, parameters are copied for snapshots 1, 2, 4, 8 ... only, to save time."""
         if not self.module.training:
             return ModuleSnapshot(self.module)
         count = _TAKEN[self.module] = _TAKEN.get(self.module, 0) + 1
@@ -270,106 +267,3 @@ def _takes_index(step: Callable[..., Any]) -> bool:
     parameters = inspect.signature(step).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
-
-
-@contextlib.contextmanager
-def quiet(module: nn.Module, loss: Loss | None = None, trainer: Any = None, evaluate: bool = True) -> Iterator[Task]:
-    """Yield ``module`` as a ``Task`` on the trainer's accelerator, and restore it, also after an exception.
-
-    Inside, the module is in eval mode, gradients are enabled, ``self.log`` and the loggers do nothing, and precision
-    is full float32. Restored are the weights (the same tensors), buffers, attributes, metric states, modes,
-    ``requires_grad``, the device and the random states.
-
-    Args:
-        module: a LightningModule, compiled or not.
-        loss: gives per-sample losses; None for the loss of ``training_step``.
-        trainer: its device, precision plugin and batch transfer are used; None for the module's own device and hooks.
-        evaluate: switch to eval mode. False keeps the modes that the submodules are in.
-    """
-    module = unwrapped(module)
-    with isolated_random_state(), full_precision(), plain_checkpointing(), contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        _restore_afterwards(module, stack)
-        device = _enter_device(module, trainer)
-        if trainer is not None:
-            stack.enter_context(silent_loggers(trainer))
-            if hasattr(module, "_trainer") and module._trainer is None:
-                module.trainer = trainer
-        stack.enter_context(clock_restored(module))
-        _silence(module)
-        if evaluate:
-            module.eval()
-        else:  # normalisation layers update their statistics without a change of the tensors' version counters
-            for buffer in module.buffers():
-                buffer.data = buffer.data.clone()
-        stack.callback(settle, module)
-        yield Task(module, loss, device, trainer)
-
-
-@contextlib.contextmanager
-def isolated_random_state() -> Iterator[None]:
-    """Restore the random states of torch, NumPy and Python afterwards."""
-    numpy = sys.modules.get("numpy")
-    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        if numpy is not None and states[2] is not None:
-            numpy.random.set_state(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-
-
-def seed_for(seed: int, example: int) -> None:
-    """Seed torch, NumPy and Python for one example, so that two calls agree even with random transforms."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + (example + 1) * 0xD1B54A32D192ED03) % 2**63
-    # Not `torch.manual_seed`: it queues a call with a stack trace for every kind of device that is absent (1 ms).
-    torch.default_generator.manual_seed(mixed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(mixed)
-    random.seed(mixed)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed(mixed % 2**32)
-
-
-def _restore_afterwards(module: nn.Module, stack: contextlib.ExitStack) -> None:
-    tensors = (*module.parameters(), *module.buffers())
-    stack.enter_context(restoring(module.modules(), "training"))
-    stack.callback(ModuleSnapshot(module, thorough=False, parameters=False).restore)
-    stack.enter_context(restoring(tensors, "requires_grad"))
-    stack.enter_context(restoring(tensors, "data"))
-    for m in module.modules():
-        if (
-            isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
-        ):  # a look-up shortens the rows of its table in place
-            m.weight.data = m.weight.data.clone()
-
-
-def _enter_device(module: nn.Module, trainer: Any) -> torch.device:
-    """Move the module to the device of scoring, in float32 at least.
-
-    Only ``tensor.data`` is replaced, so that ``_restore_afterwards`` undoes it by putting the old data back.
-    """
-    first = next(iter((*module.parameters(), *module.buffers())), None)
-    here = torch.device("cpu") if first is None else first.device
-    device: torch.device = here if trainer is None else trainer.strategy.root_device
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.device != device or is_half(tensor):
-            tensor.data = tensor.data.to(device, torch.float32 if is_half(tensor) else tensor.dtype)
-    return device
-
-
-def _do_nothing(*args: Any, **kwargs: Any) -> None:
-    """Replaces ``self.log``, ``self.log_dict`` and ``self.print``."""
-
-
-def _silence(module: nn.Module) -> None:
-    for part in module.modules():
-        if hasattr(type(part), "log_dict") and hasattr(type(part), "training_step"):
-            for name in ("log", "log_dict", "print"):
-                part.__dict__[name] = _do_nothing
