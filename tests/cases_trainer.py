@@ -2,10 +2,12 @@
 
 import copy
 
+import pytorch_lightning as pl
 import torch
 from case import Case, Step, both, mlp
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 
 def frozen_copy(net):
@@ -212,4 +214,138 @@ STATE = [
     case("a queue of earlier outputs", Queue),
     case("a queue of earlier outputs in a parameter", lambda: Queue(parameter=True)),
 ]  # fmt: skip
-TRAINER = [*STATE]
+
+
+# ---- reads of the Trainer -------------------------------------------------------------------------------------------
+
+
+class Data(pl.LightningDataModule):
+    def __init__(self):
+        super().__init__()
+        self.num_classes, self.shift = 3, torch.tensor([0.1, 0.2, 0.3])
+        self.options = {"scale": [1.0, 1.5]}
+
+    def weight(self, power=1):
+        return 1.5**power
+
+    def train_dataloader(self):
+        return DataLoader(both(5)["train"](), 3)
+
+
+class Reads(Step):
+    """The loss is scaled by what is read of the Trainer."""
+
+    def __init__(self, read, net=mlp):
+        super().__init__(net())
+        self.read = read
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (1 + 0.1 * float(self.read(self)))
+
+
+class ReadsInHook(Reads):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        x, y = batch
+        return x * float(self.read(self)), y
+
+    def training_step(self, batch, batch_idx):
+        return Step.training_step(self, batch, batch_idx)
+
+
+class Helper:
+    """Reads on behalf of the step, in a class of its own."""
+
+    def __init__(self, module):
+        self.progress = module.global_step / module.trainer.estimated_stepping_batches
+
+
+def reads(name, read, make=Reads, **options):
+    return Case(
+        f"the step reads {name}, in a later process",
+        lambda: make(read),
+        **both(5),
+        offline=True,
+        fit_with=Data,
+        **options,
+    )
+
+
+PLAIN = {
+    "`max_epochs`": lambda m: m.trainer.max_epochs,
+    "`estimated_stepping_batches`": lambda m: m.trainer.estimated_stepping_batches,
+    "`num_training_batches`": lambda m: m.trainer.num_training_batches,
+    "`accumulate_grad_batches`": lambda m: m.trainer.accumulate_grad_batches,
+    "`fit_loop.max_epochs`": lambda m: m.trainer.fit_loop.max_epochs,
+    "the length of its loader": lambda m: len(m.trainer.train_dataloader),
+    "the length of its dataset": lambda m: len(m.trainer.train_dataloader.dataset) / 10,
+    "the loader's batch size": lambda m: m.trainer.train_dataloader.batch_size,
+    "a number of its DataModule": lambda m: m.trainer.datamodule.num_classes,
+    "a tensor of its DataModule": lambda m: m.trainer.datamodule.shift.sum(),
+    "a dict of its DataModule": lambda m: m.trainer.datamodule.options["scale"][1],
+    "a method of its DataModule": lambda m: m.trainer.datamodule.weight(power=2),
+    "whether its DataModule has something": lambda m: hasattr(m.trainer.datamodule, "nothing"),
+    "the class of its DataModule": lambda m: isinstance(m.trainer.datamodule, Data),
+    "`callback_metrics`": lambda m: m.trainer.callback_metrics.get("loss", 0.5),
+    "the epoch's share": lambda m: m.current_epoch / m.trainer.max_epochs,
+    "the step's share, in a helper": lambda m: Helper(m).progress,
+    "the optimizer's momentum": lambda m: m.optimizers().param_groups[0]["momentum"] + 1,
+    "the number of optimizers": lambda m: len(m.trainer.optimizers),
+    "stage and rank": lambda m: not m.trainer.sanity_checking and m.trainer.is_global_zero,
+    "`world_size`": lambda m: m.trainer.world_size,
+}
+READS = [
+    *(reads(name, read) for name, read in PLAIN.items()),
+    Case("the step reads `max_epochs` in a transfer hook, in a later process",
+         lambda: ReadsInHook(PLAIN["`max_epochs`"]), **both(5), offline=True),
+    reads(
+        "`accumulate_grad_batches` later only",
+        lambda m: m.trainer.accumulate_grad_batches if not m.training else 1,
+        expected="refused",
+        says=("trainer.accumulate_grad_batches", "did not read in the fit's first batch", "`trainer=`", "`loss=`"),
+    ),
+    reads(
+        "`is_last_batch`",
+        lambda m: m.trainer.is_last_batch,
+        expected="refused",
+        says=("trainer.is_last_batch", "differs from batch to batch", "`loss=`"),
+    ),
+    *(
+        Case(f"without a fit the step reads {name}", lambda read=read: Reads(read), **both(5), expected="refused",
+             says=("Expected `trainer.", "which no run has recorded", "`trainer=`", "`loss=`"))
+        for name, read in {**PLAIN, "`lr_schedulers()`": lambda m: m.lr_schedulers().get_last_lr()[0]}.items()
+        if name not in ("stage and rank", "`world_size`", "the step's share, in a helper", "the epoch's share")
+    ),
+    case("without a fit the step logs", lambda: Reads(lambda m: m.log("a", 1.0) or m.logger is None)),
+]  # fmt: skip
+
+
+# ---- layers that a new module does not have -------------------------------------------------------------------------
+
+
+class Configured(Step):
+    """Its layers are made in `configure_model`."""
+
+    def __init__(self):
+        super().__init__(None)
+
+    def configure_model(self):
+        if self.net is None:
+            self.net = mlp()
+
+
+def lazily():
+    return Step(nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.LazyBatchNorm1d(), nn.Linear(6, 3)))
+
+
+def lazy_convolutions():
+    layers = nn.LazyConv1d(4, 3, groups=2), nn.Tanh(), nn.LazyConvTranspose1d(3, 2), nn.Flatten(), nn.LazyLinear(3)
+    return Step(nn.Sequential(*layers))
+
+
+LAYERS = [
+    Case("layers of `configure_model`, in a later process", Configured, **both(5, dtype=torch.float32), offline=True,
+         dtype=torch.float32),
+    Case("lazy layers, in a later process", lazily, **both(5), offline=True),
+    Case("lazy convolutions, in a later process", lazy_convolutions, **both(2, 7), offline=True),
+]  # fmt: skip
+TRAINER = [*STATE, *READS, *LAYERS]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from operator import index as as_index
 from typing import Any
 
+from torch.nn.parameter import is_lazy
+
 from lightning_influence.capture.final_weights import averaged_state, best_file
 from lightning_influence.capture.identity import LoaderTap, length_of, reloaded
 from lightning_influence.capture.loaders import as_indices
@@ -52,6 +54,7 @@ class Recorder:
         self._fingerprint: list[tuple[int, int]] | None = None
         self._warned: set[str] = set()
         self._dataset: Any = None
+        self._has_shapes = True
         self.reads = TrainerReads(trainer, module)
 
     @property
@@ -74,7 +77,16 @@ class Recorder:
             )
         names = {id(part): clean(name) for name, part in self._module.named_modules()}
         self._store.manifest["eval_modules"] = [names[id(m)] for m in self._module.modules() if not m.training]
-        self._checkpoint("initial")
+        self._has_shapes = not any(map(is_lazy, (*self._module.parameters(), *self._module.buffers())))
+        if self._has_shapes:
+            self._checkpoint("initial")
+
+    def before_backward(self) -> None:
+        """The batch has a loss: the Trainer is watched no longer, and lazy layers have their initial weights."""
+        self.reads.unwatch()
+        if not self._has_shapes:
+            self._has_shapes = True
+            self._checkpoint("initial")
 
     def epoch_starts(self) -> None:
         """Notice reloaded loaders and replaced optimizers."""

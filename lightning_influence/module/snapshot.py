@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from operator import is_
+from operator import attrgetter, is_
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -19,6 +19,8 @@ _LARGE = 2**26
 # How deep objects that are no modules are looked into, such as an average of the weights, and how long their lists are.
 _DEPTH, _LONG = 2, 10_000
 _LIBRARIES = ("torch", "pytorch_lightning", "lightning", "lightning_fabric", "torchmetrics", "lightning_influence")
+
+_version_of = attrgetter("_version")
 
 
 @dataclass
@@ -61,7 +63,8 @@ class ModuleSnapshot:
             _Saved(t, t.detach(), t._version, _copy(t, lazily) if thorough or id(t) not in self._names else None)
             for t in tensors
         ]
-        self._first = thorough
+        self._first, self._any_silent = thorough, False
+        self._columns: Any = None
 
     def _tensors_in(self, values: Iterable[Any], visited: set[int], depth: int) -> Iterator[Tensor]:
         """Yield the tensors among some values, and in what they contain, which is recorded."""
@@ -114,7 +117,20 @@ class ModuleSnapshot:
         """The tensors that were written; the first call compares their contents, later ones versions and memory."""
         first, self._first = self._first, False
         with torch._C.DisableTorchFunction():  # nothing here is part of the pass that a tape may record
-            return [saved for saved in self._saved if saved.is_written(first)]
+            if not first and self._is_unchanged():
+                return [saved for saved in self._saved if saved.silent] if self._any_silent else []
+            found = [saved for saved in self._saved if saved.is_written(first)]
+            self._any_silent = any(saved.silent for saved in self._saved)
+            self._columns = None
+            return found
+
+    def _is_unchanged(self) -> bool:
+        """Whether all tensors have their version and memory still; runs after every pass, hence the loops in C."""
+        if self._columns is None:
+            found = [(saved.tensor, saved.memory, saved.version) for saved in self._saved]
+            self._columns = tuple(zip(*found, strict=True)) or ((), (), ())
+        tensors, memories, versions = self._columns
+        return tuple(map(_version_of, tensors)) == versions and all(map(Tensor.is_set_to, tensors, memories))
 
     def restore_tensors(self) -> None:
         """Put back the content of tensors. A graph that has saved one of them can no longer be differentiated."""
@@ -137,6 +153,7 @@ class ModuleSnapshot:
         if saved.content is not None:
             tensor.copy_(saved.content)
         saved.version = tensor._version
+        self._columns = None
 
     def written_parameters(self) -> list[str]:
         """Names of the module's parameters that were written since the snapshot."""
@@ -146,6 +163,7 @@ class ModuleSnapshot:
 
     def moved(self) -> None:
         """To be called by whoever gave tensors other memory: what they hold now is kept, parameters without a copy."""
+        self._columns = None
         for saved in self._saved:
             if not saved.tensor.is_set_to(saved.memory):
                 saved.memory, saved.version = saved.tensor.detach(), saved.tensor._version

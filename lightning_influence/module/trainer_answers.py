@@ -40,7 +40,7 @@ class TrainerAnswers:
         self._record, self._exact, self._given, self._device = fit.record, fit.exact, fit.given, device
         self._trainer, self._kind = trainer, type(trainer)
         with contextlib.suppress(Exception):
-            self._fitted = trainer.train_dataloader is not None
+            self._fitted = trainer.global_step > 0 or trainer.train_dataloader is not None
         self._fitted = getattr(self, "_fitted", False)
         self._paths = {path for _, values in fit.record for path in values}
         self.step = -1
@@ -58,10 +58,11 @@ class TrainerAnswers:
         own = functools.partial(own_value, owner, name, self._kind)
         if name == "is_last_batch":
             raise self._refusal(name, "which differs from batch to batch", "Leave it out of the step")
-        found = self.recorded(name, own if self._fitted else None)
+        is_here = self._fitted or (name == "datamodule" and own() is not None)
+        found = self.recorded(name, own if is_here else None)
         if found is not _MISSING:
             return found
-        if self._fitted or is_of_the_process(self._kind, name):
+        if is_here or is_of_the_process(self._kind, name):
             return own()
         if self._given:
             with contextlib.suppress(Exception):
@@ -78,7 +79,7 @@ class TrainerAnswers:
 
         Args:
             path: from the Trainer.
-            own: reads the present value, which serves in place of an object; None where there is none.
+            own: reads the present value, which answers what was not recorded of an object; None where there is none.
 
         Raises:
             ValueError: it changed during the fit, and is not known at this step.
@@ -97,15 +98,7 @@ class TrainerAnswers:
             raise AttributeError(path)
         if isinstance(value, dict) and value["is"] == "unknown":
             raise self._refusal(path, f"which could not be read at the checkpoint of step {self.step}")
-        if own is not None and isinstance(value, dict) and value["is"] == "object" and self._is_steady_below(path):
-            return own()
         return from_json(value, self._device, path, functools.partial(_Recorded, self, own=own))
-
-    def _is_steady_below(self, path: str) -> bool:
-        """Whether nothing that was read from an object changed during the fit."""
-        below = [p for p in self._paths if p.startswith((f"{path}.", f"{path}[", f"len({path}"))]
-        values = [[repr(values.get(p)) for _, values in self._record if p in values] for p in below]
-        return all(len(set(of_path)) == 1 for of_path in values)
 
     def refuse(self, path: str) -> None:
         """Raise for a path that was not recorded."""
