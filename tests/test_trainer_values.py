@@ -58,6 +58,14 @@ def test_a_value_that_changes_is_that_of_each_checkpoint(read, tmp_path):
         scored(new(read), trajectory, HyDRA())
 
 
+def test_a_method_is_not_called_again_which_a_note_says(tmp_path):
+    read = lambda m: m.trainer.datamodule.weight(power=2)  # noqa: E731
+    fit(new(read), tmp_path)
+    train, queries = made()
+    scores = Attributor(new(read), DataLoader(train, 3), Trajectory.load(tmp_path)).score(TracInCP(), queries)
+    assert "`trainer.datamodule.weight(power=2)` is given as the fit's first batch had it." in scores.notes
+
+
 def test_a_trainer_that_validated_something_else_gives_the_values_of_the_fit(tmp_path):
     module = new(lambda m: m.trainer.datamodule.num_classes * m.trainer.num_training_batches)
     trainer = fit(module, tmp_path)

@@ -129,7 +129,8 @@ class TrainerReads:
         if callable(value) and not hasattr(type(value), "__len__") and hasattr(value, "__name__"):
             return self._called(path, value, again)
         if path not in self._first:
-            self._first[path] = as_json(value, strict=False)
+            found = as_json(value, strict=False)
+            self._first[path] = {"is": "once", "value": found} if again is None else found
             self._read[path] = again
         if again is not None:
             self._watch_inside(path, value, again)

@@ -40,9 +40,9 @@ def make_layers(module: Any, saved: Callable[[], Mapping[str, Tensor]] | None) -
             )
         tensor.materialize(state[name].shape)
         tensor.data.copy_(state[name])
-    for part in module.modules():
-        if isinstance(part, LazyModuleMixin) and not part.has_uninitialized_params():  # type: ignore[misc]
-            _finish(part)
+    for layer in module.modules():
+        if isinstance(layer, LazyModuleMixin) and not layer.has_uninitialized_params():  # type: ignore[misc]
+            _finish(layer)
 
 
 def _names(module: nn.Module) -> list[str]:
@@ -74,19 +74,19 @@ def _lazy(module: nn.Module) -> dict[str, Any]:
     return {clean(n): t for n, t in (*module.named_parameters(), *module.named_buffers()) if is_lazy(t)}
 
 
-def _finish(part: Any) -> None:
+def _finish(layer: Any) -> None:
     """Make a lazy layer what its first batch would have made of it."""
     for name, dimension in _SIZES.items():
-        weight = getattr(part, "weight", None)
-        if getattr(part, name, None) == 0 and isinstance(weight, Tensor):
-            groups = getattr(part, "groups", 1)
-            transposed = getattr(part, "transposed", False)
-            setattr(part, name, weight.shape[0] if transposed else weight.shape[dimension] * groups)
-        elif getattr(part, name, None) == 0 and isinstance(getattr(part, "running_mean", None), Tensor):
-            setattr(part, name, len(part.running_mean))
+        weight = getattr(layer, "weight", None)
+        if getattr(layer, name, None) == 0 and isinstance(weight, Tensor):
+            groups = getattr(layer, "groups", 1)
+            transposed = getattr(layer, "transposed", False)
+            setattr(layer, name, weight.shape[0] if transposed else weight.shape[dimension] * groups)
+        elif getattr(layer, name, None) == 0 and isinstance(getattr(layer, "running_mean", None), Tensor):
+            setattr(layer, name, len(layer.running_mean))
     for name in ("_initialize_hook", "_load_hook"):
-        hook = part.__dict__.pop(name, None)
+        hook = layer.__dict__.pop(name, None)
         if hook is not None:
             hook.remove()
-    if part.cls_to_become is not None:
-        part.__class__ = part.cls_to_become
+    if layer.cls_to_become is not None:
+        layer.__class__ = layer.cls_to_become

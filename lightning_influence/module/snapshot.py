@@ -64,7 +64,7 @@ class ModuleSnapshot:
             for t in tensors
         ]
         self._first, self._any_silent = thorough, False
-        self._columns: Any = None
+        self._compared: Any = None
 
     def _tensors_in(self, values: Iterable[Any], visited: set[int], depth: int) -> Iterator[Tensor]:
         """Yield the tensors among some values, and in what they contain, which is recorded."""
@@ -121,15 +121,15 @@ class ModuleSnapshot:
                 return [saved for saved in self._saved if saved.silent] if self._any_silent else []
             found = [saved for saved in self._saved if saved.is_written(first)]
             self._any_silent = any(saved.silent for saved in self._saved)
-            self._columns = None
+            self._compared = None
             return found
 
     def _is_unchanged(self) -> bool:
         """Whether all tensors have their version and memory still; runs after every pass, hence the loops in C."""
-        if self._columns is None:
+        if self._compared is None:
             found = [(saved.tensor, saved.memory, saved.version) for saved in self._saved]
-            self._columns = tuple(zip(*found, strict=True)) or ((), (), ())
-        tensors, memories, versions = self._columns
+            self._compared = tuple(zip(*found, strict=True)) or ((), (), ())
+        tensors, memories, versions = self._compared
         return tuple(map(_version_of, tensors)) == versions and all(map(Tensor.is_set_to, tensors, memories))
 
     def restore_tensors(self) -> None:
@@ -153,7 +153,7 @@ class ModuleSnapshot:
         if saved.content is not None:
             tensor.copy_(saved.content)
         saved.version = tensor._version
-        self._columns = None
+        self._compared = None
 
     def written_parameters(self) -> list[str]:
         """Names of the module's parameters that were written since the snapshot."""
@@ -163,7 +163,7 @@ class ModuleSnapshot:
 
     def moved(self) -> None:
         """To be called by whoever gave tensors other memory: what they hold now is kept, parameters without a copy."""
-        self._columns = None
+        self._compared = None
         for saved in self._saved:
             if not saved.tensor.is_set_to(saved.memory):
                 saved.memory, saved.version = saved.tensor.detach(), saved.tensor._version

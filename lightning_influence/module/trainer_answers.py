@@ -44,7 +44,7 @@ class TrainerAnswers:
         self._fitted = getattr(self, "_fitted", False)
         self._paths = {path for _, values in fit.record for path in values}
         self.step = -1
-        self.notes: list[str] = []
+        self.notes: set[str] = set()
 
     @property
     def needed(self) -> bool:
@@ -98,6 +98,9 @@ class TrainerAnswers:
             raise AttributeError(path)
         if isinstance(value, dict) and value["is"] == "unknown":
             raise self._refusal(path, f"which could not be read at the checkpoint of step {self.step}")
+        if isinstance(value, dict) and value["is"] == "once":
+            value = value["value"]
+            self.notes.add(f"`trainer.{path}` is given as the fit's first batch had it.")
         return from_json(value, self._device, path, functools.partial(_Recorded, self, own=own))
 
     def refuse(self, path: str) -> None:
@@ -228,3 +231,9 @@ def answers_of(trainer: Any) -> TrainerAnswers | None:
     """What answers for a Trainer at present."""
     found: TrainerAnswers | None = vars(type(trainer)).get("_answers")
     return found
+
+
+def notes_of(trainer: Any) -> list[str]:
+    """What a reader of the scores should know about the answers that were given so far."""
+    answers = answers_of(trainer)
+    return [] if answers is None else sorted(answers.notes)

@@ -14,6 +14,7 @@ from lightning_influence.data.source import Source
 from lightning_influence.gradients import Engine, Plan, Reduction, make_plan, probe_examples
 from lightning_influence.module.quiet import quiet
 from lightning_influence.module.task import Loss, Task
+from lightning_influence.module.trainer_answers import notes_of
 from lightning_influence.module.trainer_reads import FitValues
 from lightning_influence.module.trainer_state import detached_trainer
 from lightning_influence.setting.setting import Queries, Setting
@@ -128,7 +129,11 @@ class Session:
                 examples.block_size = self._block_size(engine, examples)
             if self._share_of_copies is not None:
                 setting.note("`training_step` fails on a batch of one: two copies of an example stand for it alone.")
-            yield setting
+            try:
+                yield setting
+            finally:
+                for text in notes_of(getattr(self.module, "_trainer", None)):
+                    setting.note(text)
 
     def examples(self, source: Source) -> Examples:
         """The examples of a source, in blocks of ``batch_size``."""
