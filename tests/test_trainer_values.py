@@ -7,7 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from case import Step, both, mlp
-from cases_trainer import Configured, Data, MeanTeacher, Reads, in_place, lazily
+from cases_trainer import Configured, Data, MeanTeacher, Reads, in_place, lazily, other_data, through_data
 from fits import QUIET
 from torch.utils.data import DataLoader
 
@@ -168,6 +168,21 @@ def test_a_replay_refuses_steps_that_write_parameters(tmp_path):
     with pytest.raises(ValueError, match=r"leave the parameters to the optimizer, got a write into `teacher"):
         scored(module, Trajectory.load(tmp_path), HyDRA())
     assert scored(module, Trajectory.load(tmp_path), TracInCP()).isfinite().all()
+
+
+class Fails(MeanTeacher):
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        raise ValueError("the step's own")
+
+
+@pytest.mark.parametrize("write", [in_place, through_data, other_data])
+def test_a_refused_score_puts_back_what_the_step_wrote(write):
+    module = Fails(write).double()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match="the step's own"):
+        scored(module, None, GradientDot())
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
 
 
 def test_lazy_layers_that_saw_no_batch_are_refused():
