@@ -8,6 +8,4 @@ from cases_modules import MODULES
 from cases_single import SINGLE
 from cases_trainer import TRAINER
 
-CASES = {
-    case.name: case for case in [*LAYERS, *MODULES, *LOSSES, *BATCHES, *SINGLE, *CHECKPOINTS, *TRAINER]
-}
+CASES = {case.name: case for case in [*LAYERS, *MODULES, *LOSSES, *BATCHES, *SINGLE, *CHECKPOINTS, *TRAINER]}
