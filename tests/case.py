@@ -31,6 +31,8 @@ class Case:
         summed: the step returns the sum over the batch.
         dtype: float64 unless precision is the subject.
         tolerance: relative to the largest score of a query; None: 1e-10 in float64, 1e-5 in float32.
+        offline: after the fit the Attributor gets a module made anew; the one that was fitted is for brute force.
+        fit_with: what the fit trains on, a loader of batches of 3 in order or a DataModule; None: such a loader.
         trainer: options of a Trainer that is passed; None: none is.
         files: writes the checkpoints of a fit: (module, folder) -> ``cases_checkpoints.Files``.
     """
@@ -50,6 +52,8 @@ class Case:
     summed: bool = False
     dtype: torch.dtype = torch.float64
     tolerance: float | None = None
+    offline: bool = False
+    fit_with: Callable[[], Any] | None = None
     trainer: dict[str, Any] | None = field(default=None)
     files: Callable[..., Any] | None = None
 

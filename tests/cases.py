@@ -6,5 +6,6 @@ from cases_layers import LAYERS
 from cases_losses import LOSSES
 from cases_modules import MODULES
 from cases_single import SINGLE
+from cases_trainer import TRAINER
 
-CASES = {case.name: case for case in [*LAYERS, *MODULES, *LOSSES, *BATCHES, *SINGLE, *CHECKPOINTS]}
+CASES = {case.name: case for case in [*LAYERS, *MODULES, *LOSSES, *BATCHES, *SINGLE, *CHECKPOINTS, *TRAINER]}

@@ -46,13 +46,15 @@ class Asked:
         if case.dtype is torch.float64:
             self.module = self.module.double()
         self.trainer = made(**case.trainer) if case.trainer is not None else None
-        self.trajectory = self.fitted(folder) if case.fit else None
+        self.trajectory = self.fitted(folder) if case.fit or case.offline else None
         self.files = case.files(self.module, folder) if case.files else None
         if self.files is not None:
             self.trajectory = self.files.read()
         self.loader = DataLoader(self.train, BATCH, collate_fn=case.collate)
+        torch.manual_seed(99)
+        asked = case.make().to(case.dtype) if case.offline else self.module
         self.attributor = Attributor(
-            self.module,
+            asked,
             self.loader,
             self.trajectory,
             self.trainer,
@@ -67,7 +69,7 @@ class Asked:
         capture = Influence(dirpath=folder)
         trainer = made(**{"max_epochs": 2, "callbacks": [capture], **(self.case.trainer or {})})
         loader = DataLoader(self.train, BATCH, shuffle=False, collate_fn=self.case.collate)
-        trainer.fit(self.module, loader)
+        trainer.fit(self.module, loader if self.case.fit_with is None else self.case.fit_with())
         return Trajectory.load(folder)
 
     # ---- brute force ----------------------------------------------------------------------------------------------

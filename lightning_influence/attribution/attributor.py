@@ -19,6 +19,7 @@ from lightning_influence.data.source import Source, source_of
 from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.methods.retraining import Estimate, Retraining
+from lightning_influence.module.layers import make_layers
 from lightning_influence.module.task import Loss, is_half, unwrapped
 from lightning_influence.refit import Refit
 from lightning_influence.scores import Scores, SelfScores
@@ -84,6 +85,7 @@ class Attributor:
                 f"Expected `train` to have the {known} examples of the dataset that was trained on, got "
                 f"{len(self._train.dataset)}. Pass that dataset (an un-augmented one of equal length is fine)."
             )
+        make_layers(self.module, None if trajectory is None else trajectory.checkpoints[-1].tensors)
         names = selected_parameters(
             self.module, trajectory, (parameters,) if isinstance(parameters, str) else parameters
         )

@@ -214,6 +214,7 @@ class Influence(CallbackBase):
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """The batch has a loss; in manual optimization, an accumulation window may begin."""
         if self._recorder is not None:
+            self._recorder.before_backward()
             self._recorder.steps.windows.before_backward()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from operator import index as as_index
 from typing import Any
 
+from torch.nn.parameter import is_lazy
+
 from lightning_influence.capture.final_weights import averaged_state, best_file
 from lightning_influence.capture.identity import LoaderTap, length_of, reloaded
 from lightning_influence.capture.loaders import as_indices
 from lightning_influence.capture.states import encode_state, fingerprint, gather_state
 from lightning_influence.capture.steps import StepRecorder, batch_size
 from lightning_influence.capture.store import ParentLink, RunWriter
+from lightning_influence.capture.trainer_reads import TrainerReads
 from lightning_influence.capture.windows import RecordedBatch
 from lightning_influence.compat import rank_zero_warn
 from lightning_influence.types import clean
@@ -51,6 +54,8 @@ class Recorder:
         self._fingerprint: list[tuple[int, int]] | None = None
         self._warned: set[str] = set()
         self._dataset: Any = None
+        self._has_shapes = True
+        self.reads = TrainerReads(trainer, module)
 
     @property
     def made(self) -> int:
@@ -72,12 +77,22 @@ class Recorder:
             )
         names = {id(part): clean(name) for name, part in self._module.named_modules()}
         self._store.manifest["eval_modules"] = [names[id(m)] for m in self._module.modules() if not m.training]
-        self._checkpoint("initial")
+        self._has_shapes = not any(map(is_lazy, (*self._module.parameters(), *self._module.buffers())))
+        if self._has_shapes:
+            self._checkpoint("initial")
+
+    def before_backward(self) -> None:
+        """The batch has a loss: the Trainer is watched no longer, and lazy layers have their initial weights."""
+        self.reads.unwatch()
+        if not self._has_shapes:
+            self._has_shapes = True
+            self._checkpoint("initial")
 
     def epoch_starts(self) -> None:
         """Notice reloaded loaders and replaced optimizers."""
         self._tap.epoch_starts(self._trainer)
         self._notice(self._tap.dataset())
+        self.reads.start()
         self.steps.windows.watch()
 
     def batch_starts(self, batch: Any) -> RecordedBatch:
@@ -89,6 +104,7 @@ class Recorder:
 
     def batch_ended(self, batch: Any) -> None:
         """Complete the rows of the batch's steps; save a checkpoint if one is due."""
+        self._note_reads()
         if batch is None:  # Lightning does not call `on_train_batch_start` then
             self._tap.take(self._trainer, id(self))
         self.steps.batch_ended()
@@ -141,6 +157,13 @@ class Recorder:
     def close(self) -> None:
         """Remove all hooks; harmless when repeated."""
         self.steps.windows.unwatch()
+        self.reads.stop()
+
+    def _note_reads(self) -> None:
+        """The first batch has been trained on: keep what it read of the Trainer."""
+        if self.reads.watching:
+            self.reads.stop()
+            self._store.manifest["trainer"].append([self._made_at_start, self.reads.first])
 
     def _checkpoint(self, kind: str, state: dict[str, dict] | None = None) -> None:
         """Write a checkpoint and the steps before it; a step has at most one checkpoint."""
@@ -150,6 +173,9 @@ class Recorder:
 
         def write() -> None:
             if self._trainer.is_global_zero:
+                values, known = self.reads.now(), self._store.manifest["trainer"]
+                if known and values != known[-1][1]:
+                    known.append([step, values])
                 content = encode_state(state or gather_state(self._trainer, self._module))
                 self._store.add_checkpoint(step, epoch, kind, content)
             self._write_steps()

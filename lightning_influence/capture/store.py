@@ -59,6 +59,7 @@ class RunWriter:
             "checkpoints": [],
             "steps": [],
             "notes": [],
+            "trainer": [],
             "finished": False,
             "fit_seconds": 0.0,
         }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
-from lightning_influence.module.task import seed_for
+from lightning_influence.module.random_state import seed_for
 from lightning_influence.setting.setting import Setting, Stage, cached
 from lightning_influence.trajectory.files import write_atomically
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_influence.module.copies import Copies
-from lightning_influence.module.task import seed_for
+from lightning_influence.module.random_state import seed_for
 from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.types import Batch, bytes_in, foreign
 

@@ -21,7 +21,8 @@ from lightning_influence.gradients.reduction import Reduction
 from lightning_influence.gradients.spot_checks import SuspectRows, refuse_difference
 from lightning_influence.gradients.sum_of_parts import SumOfParts
 from lightning_influence.gradients.tape import Call, Tape, Use
-from lightning_influence.module.task import Task, seed_for
+from lightning_influence.module.random_state import seed_for
+from lightning_influence.module.task import Task
 
 # On the first pass over the data, one example in this many is checked against its own backward pass.
 _CHECKED = 128

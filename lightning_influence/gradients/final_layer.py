@@ -18,7 +18,8 @@ from lightning_influence.files.arrow import read_batches, write_batches
 from lightning_influence.gradients import Reduction
 from lightning_influence.gradients.general import requiring_gradients
 from lightning_influence.module.copies import Copies
-from lightning_influence.module.task import Task, seed_for
+from lightning_influence.module.random_state import seed_for
+from lightning_influence.module.task import Task
 from lightning_influence.numerics.heads import Link, recognise
 from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.types import Batch, clean

@@ -15,8 +15,9 @@ from lightning_influence.data.examples import Block
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.part import Part
+from lightning_influence.module.random_state import seed_for
 from lightning_influence.module.snapshot import restoring
-from lightning_influence.module.task import Task, seed_for
+from lightning_influence.module.task import Task
 from lightning_influence.types import clean
 
 # The most elements of dense gradients in one vectorised call.

@@ -6,7 +6,7 @@ from torch import Tensor
 from lightning_influence.data.examples import Block
 from lightning_influence.gradients.engine import Engine
 from lightning_influence.gradients.general import NotVectorisable, vectorised_losses
-from lightning_influence.module.task import seed_for
+from lightning_influence.module.random_state import seed_for
 
 # Examples of the first block whose vectorised losses are checked by forward passes of their own.
 _COMPARED = 3

@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from lightning_influence.data.examples import Examples
-from lightning_influence.module.task import Task, seed_for
+from lightning_influence.module.random_state import seed_for
+from lightning_influence.module.task import Task
 from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.types import clean
 

@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 from lightning_influence.data.examples import Examples
 from lightning_influence.gradients.general import one_gradient
 from lightning_influence.gradients.reduction import WAY_OUT, NoRelation, Reduction, probe
+from lightning_influence.module.random_state import seed_for
 from lightning_influence.module.snapshot import restoring
-from lightning_influence.module.task import Task, seed_for
+from lightning_influence.module.task import Task
 from lightning_influence.numerics.subsets import evenly_spread
 
 # Examples of the batches in which the cause of a refusal is sought.

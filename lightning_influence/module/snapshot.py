@@ -1,52 +1,110 @@
-"""Snapshots of a module's attributes, containers and buffers, to undo what a forward pass changes in them."""
+"""Snapshots of a module's attributes, containers and tensors, to undo what a forward pass changes in them."""
 
 import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
-from operator import is_
+from operator import attrgetter, is_
+from types import FunctionType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils.data import Dataset
 
-# A tensor of more elements than this is not copied: that would cost too much memory.
+# Beyond so many elements in all, tensors are copied only once something writes into them.
 _LARGE = 2**26
+# How deep objects that are no modules are looked into, such as an average of the weights, and how long their lists are.
+_DEPTH, _LONG = 2, 10_000
+_LIBRARIES = ("torch", "pytorch_lightning", "lightning", "lightning_fabric", "torchmetrics", "lightning_influence")
+
+_version_of = attrgetter("_version")
+
+
+@dataclass
+class _Saved:
+    """A tensor, its memory, its version and its content; no content where it is not copied."""
+
+    tensor: Tensor
+    memory: Tensor
+    version: int
+    content: Tensor | None
+    silent: bool = False  # written in ways that leave version and memory as they are, such as `.data.add_`
+
+    def is_written(self, compare: bool) -> bool:
+        if self.silent or self.tensor._version != self.version or not self.tensor.is_set_to(self.memory):
+            return True
+        self.silent = compare and self.content is not None and not torch.equal(self.tensor.detach(), self.content)
+        return self.silent
 
 
 class ModuleSnapshot:
-    """The attributes and buffers of every submodule, which ``restore`` puts back.
+    """All attributes, parameters, buffers and other tensors of a module, which ``restore`` puts back.
 
-    Lists, tuples, dicts, sets and deques are covered at any depth of nesting; changes inside other objects are not
-    undone.
+    Lists, tuples, dicts, sets and deques are covered at any depth of nesting, and so are modules that are kept in them.
+    Of other objects, such as a running average of the weights, the attributes are, two levels deep.
+
+    Args:
+        module: the module.
+        thorough: copy parameters, and compare all contents after the first pass. Otherwise a write into one raises.
+        parameters: whether parameters are watched at all.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._attributes = [(m, dict(m.__dict__)) for m in module.modules()]
+    def __init__(self, module: nn.Module, thorough: bool = True, parameters: bool = True) -> None:
+        self._names = {id(p): name for name, p in module.named_parameters()}
+        self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._containers: list[tuple[Any, Any]] = []
-        values = [v for _, attributes in self._attributes for name, v in attributes.items() if not _is_hooks(name)]
-        found = {id(tensor): tensor for tensor in self._tensors_in(values, set())}
-        tensors = [t for t in found.values() if not t.is_inference() and not isinstance(t, nn.Parameter)]
-        self._tensors = [(t, t._version, None if t.numel() > _LARGE else t.detach().clone()) for t in tensors]
+        found = {id(tensor): tensor for tensor in self._tensors_in([module], set(), 0)}
+        tensors = [t for t in found.values() if _has_memory(t) and (parameters or id(t) not in self._names)]
+        lazily = sum(t.numel() for t in tensors) > _LARGE
+        self._saved = [
+            _Saved(t, t.detach(), t._version, _copy(t, lazily) if thorough or id(t) not in self._names else None)
+            for t in tensors
+        ]
+        self._first, self._any_silent = thorough, False
+        self._compared: Any = None
 
-    def _tensors_in(self, values: Iterable[Any], visited: set[int]) -> Iterator[Tensor]:
-        """Yield the tensors among some values and in their containers, which are recorded."""
+    def _tensors_in(self, values: Iterable[Any], visited: set[int], depth: int) -> Iterator[Tensor]:
+        """Yield the tensors among some values, and in what they contain, which is recorded."""
         for value in values:
             if isinstance(value, Tensor):
                 yield value
-            elif isinstance(value, (list, tuple, dict, set, deque)) and id(value) not in visited:
+            elif isinstance(value, nn.Module):
+                yield from self._tensors_in_module(value, visited)
+            elif isinstance(value, (list, tuple, dict, set, deque)):
+                if id(value) not in visited and not (depth and len(value) > _LONG):
+                    visited.add(id(value))
+                    if not isinstance(value, tuple):
+                        self._containers.append((value, value.copy()))
+                    yield from self._tensors_in(value.values() if isinstance(value, dict) else value, visited, depth)
+            elif depth < _DEPTH and _is_plain_object(value) and id(value) not in visited:
                 visited.add(id(value))
-                if not isinstance(value, tuple):
-                    self._containers.append((value, value.copy()))
-                yield from self._tensors_in(value.values() if isinstance(value, dict) else value, visited)
+                self._attributes.append((value.__dict__, dict(value.__dict__)))
+                yield from self._tensors_in(value.__dict__.values(), visited, depth + 1)
+
+    def _tensors_in_module(self, module: nn.Module, visited: set[int]) -> Iterator[Tensor]:
+        for part in module.modules():
+            if id(part) not in visited:
+                visited.add(id(part))
+                attributes = dict(part.__dict__)
+                self._attributes.append((part.__dict__, attributes))
+                values = [value for name, value in attributes.items() if not _is_hooks(name)]
+                yield from self._tensors_in(values, visited, 0)
 
     def restore(self) -> None:
         """Put back everything that has changed since the snapshot.
 
         Raises:
-            RuntimeError: a tensor too large to be copied was written in place.
+            RuntimeError: a tensor that was not copied was written in place.
         """
-        for module, attributes in self._attributes:
-            now = module.__dict__
+        self.restore_attributes()
+        self.restore_tensors()
+
+    def restore_attributes(self) -> None:
+        """Put back attributes and the content of containers: which objects they hold."""
+        for now, attributes in self._attributes:
             if not _same_objects(now, attributes):
                 now.clear()
                 now.update(attributes)
@@ -54,15 +112,63 @@ class ModuleSnapshot:
             if not _same_content(container, content):
                 container.clear()
                 (container.extend if isinstance(container, (list, deque)) else container.update)(content)
-        for i, (tensor, version, value) in enumerate(self._tensors):
-            if tensor._version != version:
-                if value is None:
-                    raise RuntimeError(
-                        f"Expected the forward pass in eval mode not to write into large buffers, got a write into one "
-                        f"of shape {tuple(tensor.shape)}. Write into it only if `self.training` is true."
-                    )
-                tensor.data.copy_(value)
-                self._tensors[i] = (tensor, tensor._version, value)
+
+    def written(self) -> list[_Saved]:
+        """The tensors that were written; the first call compares their contents, later ones versions and memory."""
+        first, self._first = self._first, False
+        with torch._C.DisableTorchFunction():  # nothing here is part of the pass that a tape may record
+            if not first and self._is_unchanged():
+                return [saved for saved in self._saved if saved.silent] if self._any_silent else []
+            found = [saved for saved in self._saved if saved.is_written(first)]
+            self._any_silent = any(saved.silent for saved in self._saved)
+            self._compared = None
+            return found
+
+    def _is_unchanged(self) -> bool:
+        """Whether all tensors have their version and memory still; runs after every pass, hence the loops in C."""
+        if self._compared is None:
+            found = [(saved.tensor, saved.memory, saved.version) for saved in self._saved]
+            self._compared = tuple(zip(*found, strict=True)) or ((), (), ())
+        tensors, memories, versions = self._compared
+        return tuple(map(_version_of, tensors)) == versions and all(map(Tensor.is_set_to, tensors, memories))
+
+    def restore_tensors(self) -> None:
+        """Put back the content of tensors. A graph that has saved one of them can no longer be differentiated."""
+        written = self.written()
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            for saved in written:
+                self._put_back(saved)
+
+    def _put_back(self, saved: _Saved) -> None:
+        tensor = saved.tensor
+        if not tensor.is_set_to(saved.memory):
+            tensor.data = saved.memory
+        elif saved.content is None:
+            name = self._names.get(id(tensor), "a tensor")
+            raise RuntimeError(
+                f"Expected the forward pass to write into the same parameters each time, got a first write into "
+                f"`{name}` {tuple(tensor.shape)}, which was not copied. Write into it in `on_train_batch_end` instead, "
+                "or pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
+            )
+        if saved.content is not None:
+            tensor.copy_(saved.content)
+        saved.version = tensor._version
+        self._compared = None
+
+    def written_parameters(self) -> list[str]:
+        """Names of the module's parameters that were written since the snapshot."""
+        parameters = [saved for saved in self._saved if id(saved.tensor) in self._names]
+        with torch._C.DisableTorchFunction():
+            return sorted(self._names[id(saved.tensor)] for saved in parameters if saved.is_written(self._first))
+
+    def moved(self) -> None:
+        """To be called by whoever gave tensors other memory: what they hold now is kept, parameters without a copy."""
+        self._compared = None
+        for saved in self._saved:
+            if not saved.tensor.is_set_to(saved.memory):
+                saved.memory, saved.version = saved.tensor.detach(), saved.tensor._version
+                if id(saved.tensor) in self._names:
+                    saved.content = _copy(saved.tensor, False) if self._first else None
 
 
 @contextlib.contextmanager
@@ -74,6 +180,27 @@ def restoring(owners: Iterable[Any], name: str) -> Iterator[None]:
     finally:
         for owner, value in before:
             setattr(owner, name, value)
+
+
+def _copy(tensor: Tensor, lazily: bool) -> Tensor:
+    """A copy; a lazy one shares the tensor's memory until something writes into either of them."""
+    if lazily:
+        with contextlib.suppress(RuntimeError):  # memory of another library, such as NumPy's
+            return tensor.detach()._lazy_clone()
+    return tensor.detach().clone()
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return not (tensor.is_inference() or is_lazy(tensor) or tensor.layout is not torch.strided)
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether this is an object of a user's own class, other than data, functions and what Lightning made."""
+    kind = type(value)
+    if not hasattr(value, "__dict__") or isinstance(value, (type, ModuleType, FunctionType, Dataset)):
+        return False
+    is_heap_type = bool(kind.__flags__ & 1 << 9)
+    return is_heap_type and not any(base.__module__.partition(".")[0] in _LIBRARIES for base in kind.__mro__)
 
 
 @cache

@@ -5,9 +5,7 @@ import copy
 import functools
 import inspect
 import itertools
-import random
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,9 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_influence.module.copies import Copies
-from lightning_influence.module.precision import full_precision, plain_checkpointing
-from lightning_influence.module.snapshot import ModuleSnapshot, restoring
-from lightning_influence.module.trainer_state import clock_restored, set_clock, silent_loggers, training_stage
+from lightning_influence.module.snapshot import ModuleSnapshot
+from lightning_influence.module.trainer_state import set_clock, training_stage
 from lightning_influence.types import Batch, clean, foreign
 
 Loss = Callable[[Any, Batch], Tensor]
@@ -27,7 +24,9 @@ Loss = Callable[[Any, Batch], Tensor]
 # The version of the weights that each module has now, see `Task.version`.
 _VERSIONS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _COUNTER = itertools.count(1)
-
+# Snapshots that a module's tensors have yet to be restored from, and how many were taken while it trained.
+_UNSETTLED: WeakKeyDictionary[nn.Module, ModuleSnapshot] = WeakKeyDictionary()
+_TAKEN: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 _LOW_PRECISIONS = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
@@ -60,7 +59,8 @@ class Task:
             for name, part in module.named_modules()
             for key in part._buffers
         ]
-        self._snapshot = [ModuleSnapshot(module)]  # shared by the tasks of one module
+        settle(module)
+        self._snapshot = [self._taken()]  # shared by the tasks of one module
         self.on_forward: Callable[[], Any] | None = None
         """Called after each forward pass, before the module's attributes and buffers are restored."""
 
@@ -100,6 +100,7 @@ class Task:
             step: the module's ``global_step`` from here on; negative to leave it as it is.
             epoch: the module's ``current_epoch``; likewise.
         """
+        settle(self.module)
         set_clock(self.module, step, epoch)
         for name, parameter in self.named_parameters().items():
             if name in parameters:
@@ -124,8 +125,28 @@ class Task:
         _VERSIONS[self.module] = version
 
     def remember(self) -> None:
-        """Make the module's current attributes and buffers those that are restored after each forward pass."""
-        self._snapshot[0] = ModuleSnapshot(self.module)
+        """Make the module's current attributes and tensors those that are restored after each forward pass."""
+        settle(self.module)
+        self._snapshot[0] = self._taken()
+
+    def moved(self) -> None:
+        """To be called by whoever gave parameters or buffers other memory, after ``settle``."""
+        self._snapshot[0].moved()
+
+    def settle(self) -> None:
+        """Put back what the last forward pass wrote into tensors; to be called before they are replaced or read."""
+        settle(self.module)
+
+    def written_parameters(self) -> list[str]:
+        """Names of the parameters that the forward pass has written into, for ``on_forward``."""
+        return [clean(name) for name in self._snapshot[0].written_parameters()]
+
+    def _taken(self) -> ModuleSnapshot:
+        """A snapshot. In training, parameters are copied for snapshots 1, 2, 4, 8 ... only, to save time."""
+        if not self.module.training:
+            return ModuleSnapshot(self.module)
+        count = _TAKEN[self.module] = _TAKEN.get(self.module, 0) + 1
+        return ModuleSnapshot(self.module, thorough=count & (count - 1) == 0)
 
     # ---- the loss -------------------------------------------------------------------------------------------------
 
@@ -152,7 +173,8 @@ class Task:
     def __call__(self, batch: Batch) -> Tensor:
         """The loss on a batch: a scalar from ``training_step``, or [batch] from ``loss=``.
 
-        The module's attributes and buffers are restored afterwards.
+        What it changed in the module is restored: attributes at once; tensors, which its graph may have saved, before
+        the next pass, or at once where there is no graph.
 
         Raises:
             NoLoss: there is no loss for this batch.
@@ -161,15 +183,20 @@ class Task:
         """
         if isinstance(batch, Copies):
             return batch.of_one(self(batch.batch))
+        settle(self.module)
+        output = None
         try:
             with self._precision(), training_stage(self.module):
                 output = self._loss_of(batch)
             if self.on_forward is not None:
                 self.on_forward()
+            if isinstance(output, Mapping):
+                output = output.get("loss")
         finally:
-            self._snapshot[0].restore()
-        if isinstance(output, Mapping):
-            output = output.get("loss")
+            self._snapshot[0].restore_attributes()
+            _UNSETTLED[self.module] = self._snapshot[0]
+            if not isinstance(output, Tensor) or not output.requires_grad:
+                settle(self.module)
         if not isinstance(output, Tensor):
             source = "`loss=`" if self.loss is not None else "`training_step`"
             raise (NoLoss if output is None else TypeError)(
@@ -192,6 +219,13 @@ class Task:
         if self.trainer is None or _is_low_precision(self.trainer):
             return contextlib.nullcontext()
         return self.trainer.precision_plugin.forward_context()
+
+
+def settle(module: nn.Module) -> None:
+    """Put back what the last forward pass of a module wrote into its tensors."""
+    snapshot = _UNSETTLED.pop(module, None)
+    if snapshot is not None:
+        snapshot.restore_tensors()
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -233,105 +267,3 @@ def _takes_index(step: Callable[..., Any]) -> bool:
     parameters = inspect.signature(step).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
-
-
-@contextlib.contextmanager
-def quiet(module: nn.Module, loss: Loss | None = None, trainer: Any = None, evaluate: bool = True) -> Iterator[Task]:
-    """Yield ``module`` as a ``Task`` on the trainer's accelerator, and restore it, also after an exception.
-
-    Inside, the module is in eval mode, gradients are enabled, ``self.log`` and the loggers do nothing, and precision
-    is full float32. Restored are the weights (the same tensors), buffers, attributes, metric states, modes,
-    ``requires_grad``, the device and the random states.
-
-    Args:
-        module: a LightningModule, compiled or not.
-        loss: gives per-sample losses; None for the loss of ``training_step``.
-        trainer: its device, precision plugin and batch transfer are used; None for the module's own device and hooks.
-        evaluate: switch to eval mode. False keeps the modes that the submodules are in.
-    """
-    module = unwrapped(module)
-    with isolated_random_state(), full_precision(), plain_checkpointing(), contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        _restore_afterwards(module, stack)
-        device = _enter_device(module, trainer)
-        if trainer is not None:
-            stack.enter_context(silent_loggers(trainer))
-            if hasattr(module, "_trainer") and module._trainer is None:
-                module.trainer = trainer
-        stack.enter_context(clock_restored(module))
-        _silence(module)
-        if evaluate:
-            module.eval()
-        else:  # normalisation layers update their statistics without a change of the tensors' version counters
-            for buffer in module.buffers():
-                buffer.data = buffer.data.clone()
-        yield Task(module, loss, device, trainer)
-
-
-@contextlib.contextmanager
-def isolated_random_state() -> Iterator[None]:
-    """Restore the random states of torch, NumPy and Python afterwards."""
-    numpy = sys.modules.get("numpy")
-    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        if numpy is not None and states[2] is not None:
-            numpy.random.set_state(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-
-
-def seed_for(seed: int, example: int) -> None:
-    """Seed torch, NumPy and Python for one example, so that two calls agree even with random transforms."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + (example + 1) * 0xD1B54A32D192ED03) % 2**63
-    # Not `torch.manual_seed`: it queues a call with a stack trace for every kind of device that is absent (1 ms).
-    torch.default_generator.manual_seed(mixed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(mixed)
-    random.seed(mixed)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed(mixed % 2**32)
-
-
-def _restore_afterwards(module: nn.Module, stack: contextlib.ExitStack) -> None:
-    tensors = (*module.parameters(), *module.buffers())
-    stack.enter_context(restoring(module.modules(), "training"))
-    stack.callback(ModuleSnapshot(module).restore)
-    stack.enter_context(restoring(tensors, "requires_grad"))
-    stack.enter_context(restoring(tensors, "data"))
-    for m in module.modules():
-        if (
-            isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
-        ):  # a look-up shortens the rows of its table in place
-            m.weight.data = m.weight.data.clone()
-
-
-def _enter_device(module: nn.Module, trainer: Any) -> torch.device:
-    """Move the module to the device of scoring, in float32 at least.
-
-    Only ``tensor.data`` is replaced, so that ``_restore_afterwards`` undoes it by putting the old data back.
-    """
-    first = next(iter((*module.parameters(), *module.buffers())), None)
-    here = torch.device("cpu") if first is None else first.device
-    device: torch.device = here if trainer is None else trainer.strategy.root_device
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.device != device or is_half(tensor):
-            tensor.data = tensor.data.to(device, torch.float32 if is_half(tensor) else tensor.dtype)
-    return device
-
-
-def _do_nothing(*args: Any, **kwargs: Any) -> None:
-    """Replaces ``self.log``, ``self.log_dict`` and ``self.print``."""
-
-
-def _silence(module: nn.Module) -> None:
-    for part in module.modules():
-        if hasattr(type(part), "log_dict") and hasattr(type(part), "training_step"):
-            for name in ("log", "log_dict", "print"):
-                part.__dict__[name] = _do_nothing

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning_influence.module.snapshot import restoring
+from lightning_influence.module.trainer_answers import answers_of
 
 
 @contextlib.contextmanager
@@ -37,6 +38,9 @@ def clock_restored(module: Any) -> contextlib.AbstractContextManager[None]:
 
 def set_clock(module: Any, step: int, epoch: int) -> None:
     """Set the module's ``global_step`` and ``current_epoch``, on which a loss may depend; negative: leave it."""
+    answers = answers_of(getattr(module, "_trainer", None))
+    if answers is not None and step >= 0:
+        answers.step = step
     counters = _counters(module)
     for counter, number in zip(counters, [epoch, *[step] * (len(counters) - 1)], strict=True) if counters else ():
         if number >= 0:

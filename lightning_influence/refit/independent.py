@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Subset
 
-from lightning_influence.module.task import isolated_random_state
+from lightning_influence.module.random_state import isolated_random_state
 from lightning_influence.refit.pool import Failure, Job, train_all
 from lightning_influence.refit.recipe import Recipe, quiet_lightning
 from lightning_influence.refit.store import TrainedModel, digest_of

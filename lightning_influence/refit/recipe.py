@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from lightning_influence.module.task import isolated_random_state, unwrapped
+from lightning_influence.module.random_state import isolated_random_state
+from lightning_influence.module.task import unwrapped
 from lightning_influence.refit.store import TrainedModel
 from lightning_influence.types import clean
 

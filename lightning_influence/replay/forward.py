@@ -251,13 +251,20 @@ class Forward:
         return found
 
     def _note_buffers(self) -> None:
+        if written := self.task.written_parameters():
+            raise ValueError(
+                f"Expected `training_step` to leave the parameters to the optimizer, got a write into `{written[0]}`, "
+                "which no replay of the optimizer's steps follows. Use `TracInCP()`, or an influence function."
+            )
         self.written = {name: buffer.detach().clone() for name, buffer in self.task.named_buffers().items()}
 
     def _keep_buffers(self) -> None:
         """Puts the buffers that the micro-batch wrote into the module, for the next one of the step."""
+        self.task.settle()
         buffers = self.task.named_buffers()
         for name, value in self.written.items():
             buffers[name].data = value.clone()
+        self.task.moved()
 
     def _match_loss(self, step: Step) -> None:
         """Finds whether the fit took the mean or the sum of ``loss=``."""

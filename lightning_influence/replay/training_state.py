@@ -47,12 +47,14 @@ class TrainingState:
 
     def put_into(self, task: Task) -> None:
         """Loads the state into the module; its buffers are copies, which a forward pass may write into."""
+        task.settle()
         for name, parameter in task.named_parameters().items():
             if name in self.weights:
                 parameter.data = self.weights[name]
         for name, buffer in task.named_buffers().items():
             if name in self.buffers:
                 buffer.data = self.buffers[name].clone()
+        task.moved()
         task.weights_changed()
 
     def before(self, name: str, gradient: Tensor, step: Step) -> UpdateInput:

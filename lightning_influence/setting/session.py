@@ -12,7 +12,10 @@ from torch import Tensor
 from lightning_influence.data.examples import Examples
 from lightning_influence.data.source import Source
 from lightning_influence.gradients import Engine, Plan, Reduction, make_plan, probe_examples
-from lightning_influence.module.task import Loss, Task, quiet
+from lightning_influence.module.quiet import quiet
+from lightning_influence.module.task import Loss, Task
+from lightning_influence.module.trainer_answers import notes_of
+from lightning_influence.module.trainer_reads import FitValues
 from lightning_influence.module.trainer_state import detached_trainer
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.trajectory import Checkpoint, LightningCheckpoint, Trajectory
@@ -65,7 +68,7 @@ class Session:
     def quiet(self) -> Iterator[Task]:
         """The module at its final weights, in eval mode, with logging off."""
         trainer = self.trainer if self.trainer is not None else detached_trainer(self.module)
-        with quiet(self.module, self.loss, trainer) as task:
+        with quiet(self.module, self.loss, trainer, fit=self._fit_values()) as task:
             before = task.version
             task.weights_changed()  # the stages of a question that is open already must not be used in this one
             last = self.own if self.trajectory is None else self.trajectory.checkpoints[-1]
@@ -77,6 +80,13 @@ class Session:
                 yield task
             finally:
                 task.weights_returned(before)
+
+    def _fit_values(self) -> FitValues:
+        trajectory = self.trajectory
+        if trajectory is None:
+            return FitValues(given=self.trainer is not None)
+        exact = frozenset(checkpoint.step for checkpoint in trajectory.checkpoints)
+        return FitValues(trajectory.trainer_values, exact, self.trainer is not None)
 
     @contextlib.contextmanager
     def open(
@@ -119,7 +129,11 @@ class Session:
                 examples.block_size = self._block_size(engine, examples)
             if self._share_of_copies is not None:
                 setting.note("`training_step` fails on a batch of one: two copies of an example stand for it alone.")
-            yield setting
+            try:
+                yield setting
+            finally:
+                for text in notes_of(getattr(self.module, "_trainer", None)):
+                    setting.note(text)
 
     def examples(self, source: Source) -> Examples:
         """The examples of a source, in blocks of ``batch_size``."""

@@ -13,7 +13,8 @@ from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.general import math_attention, requiring_gradients
 from lightning_influence.gradients.hessian import NamedProduct, gradient_of, hessian_of
 from lightning_influence.gradients.part import Part
-from lightning_influence.module.task import Task, isolated_random_state
+from lightning_influence.module.random_state import isolated_random_state
+from lightning_influence.module.task import Task
 from lightning_influence.types import Batch
 
 

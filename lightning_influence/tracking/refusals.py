@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_influence.gradients import Engine, Reduction
 from lightning_influence.gradients.reduction import match_loss, refuse_batch_statistics, refuse_mixing
-from lightning_influence.module.task import Task, isolated_random_state
+from lightning_influence.module.random_state import isolated_random_state
+from lightning_influence.module.task import Task
 from lightning_influence.numerics.clipping import ByNorm, ByValue, Clipping
 from lightning_influence.tracking.errors import Untrackable
 from lightning_influence.tracking.tracker import WeightUpdate

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lightning_influence.data.examples import Block
 from lightning_influence.gradients import Reduction
-from lightning_influence.module.task import Loss, NoLoss, quiet
+from lightning_influence.module.quiet import quiet
+from lightning_influence.module.task import Loss, NoLoss
 from lightning_influence.numerics.clipping import ByValue
 from lightning_influence.numerics.optimizers import UpdateInput, rule_for
 from lightning_influence.setting.setting import Queries, Setting

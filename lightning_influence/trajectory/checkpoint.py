@@ -37,6 +37,11 @@ class Checkpoint:
     size: int = field(default=-1, repr=False)
     crc32: int = field(default=0, repr=False)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers together, by name."""
+        state = self.load()
+        return {**state.parameters, **state.buffers}
+
     def load(self) -> SavedState:
         """Read and verify the file.
 

@@ -26,6 +26,7 @@ class Run:
     finished: bool
     fit_seconds: float
     eval_modules: tuple[str, ...] = ()
+    trainer_values: tuple[tuple[int, Mapping[str, Any]], ...] = ()
     notes: list[str] = field(default_factory=list)
     averaged: Checkpoint | None = None
     best: BestFile | None = None
@@ -68,6 +69,7 @@ def read_run(folder: Path, until: int | None = None) -> Run:
         finished=manifest["finished"],
         fit_seconds=manifest["fit_seconds"],
         eval_modules=tuple(manifest.get("eval_modules", ())),
+        trainer_values=tuple((step, values) for step, values in manifest.get("trainer", ())),
         notes=list(manifest["notes"]),
         averaged=_checkpoint(folder, manifest["averaged"]) if manifest.get("averaged") else None,
         best=BestFile(**manifest["best"]) if manifest.get("best") else None,
@@ -76,6 +78,7 @@ def read_run(folder: Path, until: int | None = None) -> Run:
         _join(run, manifest["parent"], first_is_resumed=manifest["checkpoints"][:1])
     if until is not None:
         run.checkpoints = tuple(c for c in run.checkpoints if c.step <= until)
+        run.trainer_values = tuple(at for at in run.trainer_values if at[0] <= until)
         run.steps = run.steps.filter(pc.field("step") <= until)
     return run
 
@@ -107,6 +110,7 @@ def _join(run: Run, link: dict[str, Any], first_is_resumed: list[dict[str, Any]]
     shifted = run.steps.set_column(column, "settings", pc.add(run.steps["settings"], shift))
     run.steps = pa.concat_tables([older.steps, shifted])
     run.settings = older.settings + run.settings
+    run.trainer_values = older.trainer_values + run.trainer_values
     run.fit_seconds += older.fit_seconds
     run.notes = [*older.notes, *run.notes]
 

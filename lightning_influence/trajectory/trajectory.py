@@ -39,6 +39,7 @@ class Trajectory:
         eval_modules: Names of the modules that were in eval mode during training.
         averaged: The averaged weights at the end of the fit, where Lightning's EMA or SWA made some.
         best: The file that ``ModelCheckpoint`` found best.
+        trainer_values: (step, values by path): what ``training_step`` read of its Trainer, each time that it changed.
 
     Example:
         >>> trajectory = Trajectory.load("influence")  # doctest: +SKIP
@@ -57,6 +58,7 @@ class Trajectory:
     eval_modules: tuple[str, ...] = ()
     averaged: Checkpoint | None = field(default=None, repr=False)
     best: BestFile | None = field(default=None, repr=False)
+    trainer_values: tuple[tuple[int, Mapping[str, Any]], ...] = ()
     _stored_rates: Sequence[Sequence[float]] | None = field(default=None, repr=False)
 
     @classmethod

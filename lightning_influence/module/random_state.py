@@ -1,0 +1,38 @@
+"""The random states of torch, NumPy and Python: restored afterwards, or seeded for one example."""
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def isolated_random_state() -> Iterator[None]:
+    """Restore the random states of torch, NumPy and Python afterwards."""
+    numpy = sys.modules.get("numpy")
+    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        if numpy is not None and states[2] is not None:
+            numpy.random.set_state(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def seed_for(seed: int, example: int) -> None:
+    """Seed torch, NumPy and Python for one example, so that two calls agree even with random transforms."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + (example + 1) * 0xD1B54A32D192ED03) % 2**63
+    # Not `torch.manual_seed`: it queues a call with a stack trace for every kind of device that is absent (1 ms).
+    torch.default_generator.manual_seed(mixed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(mixed)
+    random.seed(mixed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(mixed % 2**32)
