@@ -108,7 +108,7 @@ class Session:
             examples = self.examples(self.train)
             engine = Engine(task, Reduction.NONE)
             if gradients:
-                engine = self._engine(task, *self._planned(task, examples))
+                engine = self._engine(task, *self._planned(task, examples), examples)
             setting = Setting(
                 engine,
                 examples,
@@ -141,14 +141,17 @@ class Session:
         examples.share_of_copies = self._share_of_copies
         return examples
 
-    def _engine(self, task: Task, reduction: Reduction, plan: Plan) -> Engine:
-        return Engine(task, reduction, self._groups(), plan=plan)
+    def _engine(self, task: Task, reduction: Reduction, plan: Plan, trained: Examples | None = None) -> Engine:
+        return Engine(task, reduction, self._groups(), plan=plan, examples=trained)
 
     def _planned(self, task: Task, examples: Examples) -> tuple[Reduction, Plan]:
         """Reduction and plan of the training examples' gradients, from the self-check."""
         if () not in self._found:
             reduction = self._train_reduction(task, examples, self.names)
-            self._found[()] = reduction, make_plan(self._engine(task, reduction, Plan({})), examples, self.names)
+            self._found[()] = (
+                reduction,
+                make_plan(self._engine(task, reduction, Plan({}), examples), examples, self.names),
+            )
         return self._found[()]
 
     def _planned_for(self, task: Task, data: Examples, queries: Source, examples: Examples) -> tuple[Reduction, Plan]:
