@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Examples of a block among which the odd one is looked for before a refusal names it.
 _SUSPECTS = 48
 _WAY_OUT = "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses"
+_WAY_OUT_OF_LOSS = "Let `loss=` return what each example would have alone: per-sample losses"
 
 
 def add_up(engine: "Engine", ids: Sequence[int], names: Sequence[str], tolerance: Tolerance = None) -> bool:
@@ -85,50 +86,49 @@ def refusal(engine: "Engine", block: Block, row: int, names: Sequence[str]) -> V
         odd, factor = _odd_one(engine, block, row, names)
     example, unusual = block.ids[odd], engine.guard.unlike.describe(block, odd)
     has = f" ({unusual})" if unusual else ""
+    way_out = _WAY_OUT if engine.task.loss is None else _WAY_OUT_OF_LOSS
     expected = f"Expected example {example} to weigh in its batch as it does alone, got"
-    if not is_finite(_alone(engine, block, odd, names)):
+    if not math.isfinite(float(_loss(engine, block, example))):
         return ValueError(
             f"{expected} a finite loss in its batch, and NaN or infinity alone{has}. A mean over the labels of a whole "
-            f"batch weighs the others by how many there are. {_WAY_OUT}."
+            f"batch weighs the others by how many there are. {way_out}."
         )
     if abs(math.log(factor)) > 1e-4:
         return ValueError(
             f"{expected} a weight of {factor:.3g} times that of other examples{has}. A mean over the labels, tokens or "
             "pixels of a whole batch weighs examples by how many they have, a weighted mean by their weights. "
-            f"{_WAY_OUT}."
+            f"{way_out}."
         )
     if engine.examples is not None and block.size > 1 and add_up(engine, list(block.ids), names):
         return ValueError(
-            f"{expected} the gradient of another example{has}: the model reorders the examples of a batch. {_WAY_OUT}, "
+            f"{expected} the gradient of another example{has}: the model reorders the examples of a batch. {way_out}, "
             "or `batch_size=1`."
         )
     return ValueError(
         f"{expected} a different gradient{has}. The loss may average over the tokens of the whole batch, or examples "
-        f"may change one another's loss. {_WAY_OUT}."
+        f"may change one another's loss. {way_out}."
     )
 
 
 def _odd_one(engine: "Engine", block: Block, row: int, names: Sequence[str]) -> tuple[int, float]:
     """The row whose weight is furthest from that of most others, and its weight relative to theirs."""
     rows = sorted({row, *engine.guard.unlike.extremes(block), *evenly_spread(block.size, _SUSPECTS)})
+    for r in rows:
+        if not math.isfinite(float(_loss(engine, block, block.ids[r]))):
+            return r, 1.0
     ids = {r: block.ids[r] for r in rows}
     if len(rows) == 1 and (other := engine.guard.unlike.other(ids[row])) is not None:
         ids[-1] = other  # a block of one
-    singles = {r: _single(engine, i, names) for r, i in ids.items()}
-    for r, single in singles.items():
-        if r >= 0 and not is_finite(single):
-            return r, 1.0
-    reference = row if row in singles and _size(singles[row]) else max(singles, key=lambda r: _size(singles[r]))
+    singles = {r: single for r, i in ids.items() if is_finite(single := _single(engine, i, names))}
+    reference = max(singles, key=lambda r: float(largest_entry(singles[r].values())), default=row)
     logs = {reference: 0.0}
     for r, single in singles.items():
         if r != reference:
-            joint = _joint(engine, [ids[r], ids[reference]], names)
-            share = _share(joint, single, singles[reference])
-            if share is not None:
-                logs[r] = math.log(share)
-    usual = statistics.median_low(logs.values()) if len(logs) > 2 else max(logs.values())
-    odd = max((r for r in logs if r >= 0), key=lambda r: abs(logs[r] - usual))
-    return odd, math.exp(logs[odd] - usual)
+            share = _share(_joint(engine, [ids[r], ids[reference]], names), single, singles[reference])
+            logs |= {} if share is None else {r: math.log(share)}
+    usual = statistics.median_low(logs.values()) if len(logs) > 2 or -1 not in logs else logs[-1]
+    odd = max((r for r in logs if r >= 0), key=lambda r: abs(logs[r] - usual), default=row)
+    return odd, math.exp(logs.get(odd, usual) - usual)
 
 
 def _share(joint: Mapping[str, Tensor], one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float | None:
@@ -147,17 +147,9 @@ def _share(joint: Mapping[str, Tensor], one: Mapping[str, Tensor], other: Mappin
     return a / b if a > 0 and b > 0 else None
 
 
-def _size(gradient: Mapping[str, Tensor]) -> float:
-    return float(largest_entry(gradient.values()))
-
-
 def _single(engine: "Engine", example: int, names: Sequence[str]) -> dict[str, Tensor]:
     assert engine.examples is not None
     return one_gradient(engine.task, engine.examples.one(example), names, engine.seed, example)
-
-
-def _alone(engine: "Engine", block: Block, row: int, names: Sequence[str]) -> dict[str, Tensor]:
-    return one_gradient(engine.task, block.one(block.ids[row]), names, engine.seed, block.ids[row])
 
 
 def _joint(engine: "Engine", ids: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:

@@ -15,6 +15,8 @@ from lightning_influence.types import foreign
 _COUNTED = 1024
 # Of labels that few examples of the first block have, this many are looked at.
 _RARE = 4
+# With more numbers than this, they are no classes.
+_CLASSES = 1024
 _DEPTH = 4
 _NUMBER = "number"
 
@@ -40,8 +42,9 @@ class UnlikeRows:
     """
 
     _ranges: dict[Feature, _Range] = field(default_factory=dict)
-    _numbers: dict[str, set[int]] = field(default_factory=dict)
+    _numbers: dict[str, dict[float, int]] = field(default_factory=dict)
     _seen: bytearray = field(default_factory=bytearray)
+    _spent: int = 0
 
     def new(self, block: Block) -> dict[int, int] | None:
         """The rows to look at, each with the id of an example that it is unlike; None if all were seen before."""
@@ -59,10 +62,12 @@ class UnlikeRows:
             known = self._ranges.setdefault(feature, _Range(low, low, block.ids[at_low], block.ids[at_low]))
             if high > known.high:
                 known.high, known.high_id = high, block.ids[at_high]
-                found[at_high] = known.low_id
+                if feature[1] != _NUMBER or self._affordable():
+                    found[at_high] = known.low_id
             if low < known.low or (first and low < high):
                 known.low, known.low_id = low, block.ids[at_low]
-                found[at_low] = known.high_id
+                if feature[1] != _NUMBER or self._affordable():
+                    found[at_low] = known.high_id
         for (where, kind, _), values in features.items():
             if kind == _NUMBER:
                 found |= self._new_numbers(where, values, block)
@@ -88,11 +93,12 @@ class UnlikeRows:
         best, text = 0.0, ""
         for (where, kind, out_of), values in _features(block.batch, block.size):
             known = self._ranges.get((where, kind, out_of))
-            if known is None or known.low == known.high:
+            here = [float(values.min()), float(values.max()), *([known.low, known.high] if known else [])]
+            low, high, value, usual = min(here), max(here), float(values[row]), float(values.median())
+            if low == high:
                 continue
-            value, usual = float(values[row]), float(values.median())
-            other = usual if value != usual else known.high if value == known.low else known.low
-            unlike = abs(value - other) / (known.high - known.low) / (4 if kind == _NUMBER else 1)
+            other = usual if value != usual else high if value == low else low
+            unlike = abs(value - other) / (high - low) / (4 if kind == _NUMBER else 1)
             if unlike > best:
                 best = unlike
                 text = f"`{where}` is {value:g}" if kind == _NUMBER else _counted(where, kind, value, out_of)
@@ -114,25 +120,33 @@ class UnlikeRows:
 
     def _new_numbers(self, where: str, values: Tensor, block: Block) -> dict[int, int]:
         """Rows with whole numbers, such as classes, that no earlier block had; of the first block, the rare ones."""
-        known, first = self._numbers.get(where), where not in self._numbers
-        if known is not None and len(known) > 1024:  # not classes
+        first = where not in self._numbers
+        known = self._numbers.setdefault(where, {})
+        if len(known) > _CLASSES:
             return {}
         numbers, counts = values.unique(return_counts=True)
-        if len(numbers) < 2 or bool((numbers != numbers.round()).any()):
+        if bool((numbers != numbers.round()).any()):
             return {}
-        self._numbers.setdefault(where, set()).update(int(x) for x in numbers.tolist())
-        by_count = sorted(zip(counts.tolist(), numbers.tolist(), strict=True))
-        if first:
-            new = [x for n, x in by_count if n <= block.size // 64][:_RARE] if len(numbers) <= block.size // 8 else []
-        else:
-            new = [x for _, x in by_count if int(x) not in (known or ())][:_RARE]
-        usual = int((values == by_count[-1][1]).nonzero()[0, 0])
-        return {int((values == x).nonzero()[0, 0]): block.ids[usual] for x in new if x != by_count[-1][1]}
+        found: dict[int, int] = {}
+        for count, number in sorted(zip(counts.tolist(), numbers.tolist(), strict=True)):
+            if number in known:
+                continue
+            row = int((values == number).nonzero()[0, 0])
+            rare = count <= block.size // 64 and len(numbers) <= block.size // 8
+            if (rare or not first) and known and self._affordable() and len(found) < _RARE:
+                found[row] = next(iter(known.values()))
+            known[number] = block.ids[row]
+        return found
+
+    def _affordable(self) -> bool:
+        """Whether another example may be looked at for a number alone, of which ids or times bring many."""
+        self._spent += 1
+        return self._spent <= 16 + len(self._seen) // 64
 
 
 _NOUNS = {
     "true": "true entries",
-    "labels": "labels (entries that are not negative)",
+    "labels": "labels that are not negative",
     "nonzero": "entries other than 0",
     "same": "entries equal to its last one",
     "255": "entries of 255",
