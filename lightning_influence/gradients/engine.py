@@ -37,6 +37,7 @@ class Plan:
         copy_leaves: whether activations are copied, since the model writes into them in place.
         uses: the functions that each parameter is passed to.
         unreached: parameters that the loss does not depend on.
+        zero: others, whose gradients were 0 for all examples of the self-check.
     """
 
     layouts: Mapping[str, Layout]
@@ -46,6 +47,7 @@ class Plan:
     copy_leaves: bool = False
     uses: frozenset[Use] = frozenset()
     unreached: tuple[str, ...] = ()
+    zero: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -146,7 +148,8 @@ class Engine:
             ValueError: a spot check found an example whose gradient in its batch differs from its gradient alone; or,
                 with ``set_random_state``, a parameter's gradients take passes of single examples.
         """
-        plan, watch, rows, new = self.plan, None, {}, False
+        plan, watch, new = self.plan, None, False
+        rows: dict[int, int | None] = {}
         if set_random_state is None:
             watch = SuspectRows(block.size)
             rows, new = self.guard.choose(block)  # before the transfer, so that a device is not made to wait

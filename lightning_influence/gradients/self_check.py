@@ -88,8 +88,16 @@ def _made(engine: Engine, examples: Examples, names: Sequence[str]) -> Plan:
     missing = [name for name in general if vectorised is None or name not in vectorised.agreeing]
     fast = tuple(name for name in general if name not in missing)
     uses = frozenset().union(*(tape.uses for tape in tapes))
+    zero = tuple(name for name in names if nonzero and name not in nonzero and name not in unreached)
     return Plan(
-        {n: layouts[n] for n in names if n in layouts}, fast, tuple(missing), separate, copy_leaves, uses, unreached
+        {n: layouts[n] for n in names if n in layouts},
+        fast,
+        tuple(missing),
+        separate,
+        copy_leaves,
+        uses,
+        unreached,
+        zero,
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_influence.data.examples import Block
+from lightning_influence.module.copies import Copies
 from lightning_influence.types import foreign
 
 # Floats beyond this many per example are summed only, which finds NaN and empty examples.
@@ -26,12 +27,14 @@ Feature = tuple[str, str, int]
 
 @dataclass
 class _Range:
-    """The smallest and the largest value of a feature so far, and the examples that have them."""
+    """The smallest and the largest value of a feature so far, the examples that have them, and the sum of all."""
 
     low: float
     high: float
     low_id: int
     high_id: int
+    total: float = 0.0
+    count: int = 0
 
 
 @dataclass
@@ -56,10 +59,12 @@ class UnlikeRows:
             return found
         table = torch.stack(list(features.values()))
         lows, highs = table.min(1), table.max(1)
-        extremes = zip(*(x.tolist() for x in (lows.values, highs.values, lows.indices, highs.indices)), strict=True)
-        for feature, (low, high, at_low, at_high) in zip(features, extremes, strict=True):
+        found_of = (lows.values, highs.values, lows.indices, highs.indices, table.sum(1))
+        extremes = zip(*(x.tolist() for x in found_of), strict=True)
+        for feature, (low, high, at_low, at_high, total) in zip(features, extremes, strict=True):
             first = feature not in self._ranges
             known = self._ranges.setdefault(feature, _Range(low, low, block.ids[at_low], block.ids[at_low]))
+            known.total, known.count = known.total + total, known.count + block.size
             if high > known.high:
                 known.high, known.high_id = high, block.ids[at_high]
                 if feature[1] != _NUMBER or self._affordable():
@@ -92,13 +97,11 @@ class UnlikeRows:
         """What is unusual about an example, such as "`batch[1]` has 2 of 10 labels"; empty if nothing is."""
         best, text = 0.0, ""
         for (where, kind, out_of), values in _features(block.batch, block.size):
-            known = self._ranges.get((where, kind, out_of))
-            here = [float(values.min()), float(values.max()), *([known.low, known.high] if known else [])]
-            low, high, value, usual = min(here), max(here), float(values[row]), float(values.median())
-            if low == high:
-                continue
-            other = usual if value != usual else high if value == low else low
-            unlike = abs(value - other) / (high - low) / (4 if kind == _NUMBER else 1)
+            own = _Range(float(values.min()), float(values.max()), 0, 0, float(values.sum()), block.size)
+            known = self._ranges.get((where, kind, out_of), own)
+            value, low, high = float(values[row]), min(own.low, known.low), max(own.high, known.high)
+            usual = (own.total + known.total) / (own.count + known.count)
+            unlike = abs(value - usual) / (high - low) / (4 if kind == _NUMBER else 1) if high > low else 0.0
             if unlike > best:
                 best = unlike
                 text = f"`{where}` is {value:g}" if kind == _NUMBER else _counted(where, kind, value, out_of)
@@ -161,6 +164,9 @@ def _counted(where: str, kind: str, value: float, out_of: int) -> str:
 
 def _features(batch: Any, size: int) -> Iterator[tuple[Feature, Tensor]]:
     """[example] float64 on the CPU: numbers that tell the examples of a batch apart."""
+    if isinstance(batch, Copies):
+        yield from ((feature, values[:1]) for feature, values in _features(batch.batch, 2))
+        return
     for where, leaf in _leaves(batch, "batch", size, 0):
         for kind, out_of, values in _of_leaf(leaf, size):
             yield (where, kind, out_of), values.double().cpu()
