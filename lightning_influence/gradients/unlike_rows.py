@@ -13,9 +13,11 @@ from lightning_influence.module.copies import Copies
 from lightning_influence.types import foreign
 
 # Floats beyond this many per example are summed only, which finds NaN and empty examples.
-_COUNTED = 1024
+_COUNTED = 256
 # Of labels that few examples of the first block have, this many are looked at.
 _RARE = 4
+# Of the numbers of a first block at least this large, only the rare ones are looked at.
+_LARGE = 64
 # With more numbers than this, they are no classes.
 _CLASSES = 1024
 _DEPTH = 4
@@ -48,12 +50,15 @@ class UnlikeRows:
     _numbers: dict[str, dict[float, int]] = field(default_factory=dict)
     _seen: bytearray = field(default_factory=bytearray)
     _spent: int = 0
+    _followed: int = 0
 
     def new(self, block: Block) -> dict[int, int] | None:
         """The rows to look at, each with the id of an example that it is unlike; None if all were seen before."""
         if not self._add(block.ids):
             return None
         found: dict[int, int] = {}
+        early = self._followed < _LARGE <= block.size
+        self._followed += block.size
         features = dict(_features(block.batch, block.size))
         if not features:
             return found
@@ -67,15 +72,15 @@ class UnlikeRows:
             known.total, known.count = known.total + total, known.count + block.size
             if high > known.high:
                 known.high, known.high_id = high, block.ids[at_high]
-                if feature[1] != _NUMBER or self._affordable():
+                if self._counts(feature, early):
                     found[at_high] = known.low_id
             if low < known.low or (first and low < high):
                 known.low, known.low_id = low, block.ids[at_low]
-                if feature[1] != _NUMBER or self._affordable():
+                if self._counts(feature, early):
                     found[at_low] = known.high_id
         for (where, kind, _), values in features.items():
             if kind == _NUMBER:
-                found |= self._new_numbers(where, values, block)
+                found |= self._new_numbers(where, values, block, early)
         return found
 
     def extremes(self, block: Block) -> set[int]:
@@ -121,9 +126,9 @@ class UnlikeRows:
             self._seen[i] = 1
         return bool(new)
 
-    def _new_numbers(self, where: str, values: Tensor, block: Block) -> dict[int, int]:
+    def _new_numbers(self, where: str, values: Tensor, block: Block, early: bool) -> dict[int, int]:
         """Rows with whole numbers, such as classes, that no earlier block had; of the first block, the rare ones."""
-        first = where not in self._numbers
+        first = early or where not in self._numbers
         known = self._numbers.setdefault(where, {})
         if len(known) > _CLASSES:
             return {}
@@ -131,15 +136,20 @@ class UnlikeRows:
         if bool((numbers != numbers.round()).any()):
             return {}
         found: dict[int, int] = {}
+        ends = float(numbers[0]), float(numbers[-1])
         for count, number in sorted(zip(counts.tolist(), numbers.tolist(), strict=True)):
             if number in known:
                 continue
             row = int((values == number).nonzero()[0, 0])
-            rare = count <= block.size // 64 and len(numbers) <= block.size // 8
+            rare = count <= block.size // _LARGE and (len(numbers) <= block.size // 8 or number in ends)
             if (rare or not first) and known and self._affordable() and len(found) < _RARE:
                 found[row] = next(iter(known.values()))
             known[number] = block.ids[row]
         return found
+
+    def _counts(self, feature: Feature, early: bool) -> bool:
+        """Whether an extreme of a feature is looked at; in a large first block, the rare numbers are instead."""
+        return feature[1] != _NUMBER or (not early and self._affordable())
 
     def _affordable(self) -> bool:
         """Whether another example may be looked at for a number alone, of which ids or times bring many."""
