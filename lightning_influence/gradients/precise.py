@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from lightning_influence.module.snapshot import ModuleSnapshot, restoring
-from lightning_influence.module.task import Task
+from lightning_influence.module.task import Task, settle
 from lightning_influence.types import Batch
 
 Tolerance = tuple[float, float] | None
@@ -59,8 +59,10 @@ def precise(task: Task, dtype: torch.dtype | None, seed: int = 0) -> Iterator[Ta
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
     draw = torch.Generator().manual_seed(seed)
     noise = _NOISE[torch.float64 if dtype is torch.float64 else torch.float32]
+    task.settle()
     with contextlib.ExitStack() as stack:
         stack.enter_context(restoring(tensors, "data"))
+        stack.callback(settle, module)
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*single contiguous chunk.*")
         for tensor in tensors:

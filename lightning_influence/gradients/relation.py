@@ -12,7 +12,7 @@ from lightning_influence.data.examples import Block
 from lightning_influence.gradients.general import one_gradient, requiring_gradients
 from lightning_influence.gradients.precise import Tolerance
 from lightning_influence.gradients.spot_checks import is_finite, largest_entry, tolerance_of
-from lightning_influence.module.task import seed_for
+from lightning_influence.module.random_state import seed_for
 from lightning_influence.numerics.subsets import evenly_spread
 
 if TYPE_CHECKING:

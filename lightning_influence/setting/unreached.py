@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from lightning_influence.data.examples import Block, Examples
 from lightning_influence.gradients import Engine
 from lightning_influence.gradients.general import requiring_gradients
+from lightning_influence.gradients.precise import precise
 from lightning_influence.module.snapshot import restoring
 from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.trajectory import Trajectory
@@ -110,19 +111,17 @@ def _note(found: Sequence[str]) -> str:
 
 def _reached(engine: Engine, block: Block, names: Iterable[str], training: bool = False) -> set[str]:
     """The parameters by which a block's loss has a gradient other than 0; none if it does not run in this mode."""
+    if training:  # at weights of their own, into which the step may write
+        with precise(engine.task, None) as task, _in_training(task.module), contextlib.suppress(Exception):
+            return _reached(replace(engine, task=task), block, names)
+        return set()  # a mode in which the module does not run on these examples
     names = list(names)
     parameters = engine.task.named_parameters(names)
-    with _in_training(engine.task.module) if training else contextlib.nullcontext():
-        try:
-            with requiring_gradients(engine.task.module, names):
-                total = engine.total(block)
-                if not total.requires_grad:
-                    return set()
-                found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-        except Exception:  # a mode in which the module was not meant to score
-            if not training:
-                raise
+    with requiring_gradients(engine.task.module, names):
+        total = engine.total(block)
+        if not total.requires_grad:
             return set()
+        found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     pairs = zip(parameters, found, strict=True)
     return {name for name, g in pairs if g is not None and bool(g.to_dense().any())}
 
@@ -130,10 +129,7 @@ def _reached(engine: Engine, block: Block, names: Iterable[str], training: bool 
 @contextlib.contextmanager
 def _in_training(module: nn.Module) -> Iterator[None]:
     """Training mode, but for dropout and normalisation, which change gradients without a change of what is trained."""
-    tensors = [*module.parameters(), *module.buffers()]
-    with restoring(module.modules(), "training"), restoring(tensors, "data"):
-        for tensor in tensors:  # the step may write into them
-            tensor.data = tensor.data.clone()
+    with restoring(module.modules(), "training"):
         for part in module.modules():
             part.training = not isinstance(part, (_NormBase, _DropoutNd))
         yield
