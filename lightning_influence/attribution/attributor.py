@@ -303,6 +303,8 @@ class Attributor:
         notes = list(setting.notes)
         if not isinstance(method, ForwardOnly):
             notes.append(setting.engine.plan.summary(setting.engine.task.named_parameters()))
+        engines = [setting.engine, *([] if setting.queries is None else [setting.queries.engine])]
+        notes += [note for engine in engines if (note := engine.guard.note()) is not None]
         if any(is_half(p) for p in self.module.parameters()):
             notes.append("Weights of 16 bits were scored in float32.")
         notes += self._final.notes_for(method)

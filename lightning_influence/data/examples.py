@@ -40,6 +40,22 @@ class Block:
         return range(self.start, self.start + self.size)
 
 
+@dataclass(frozen=True)
+class ChosenBlock(Block):
+    """A batch of any examples.
+
+    Args:
+        chosen: their ids.
+    """
+
+    chosen: Sequence[int] = ()
+
+    @property
+    def ids(self) -> Sequence[int]:  # type: ignore[override]
+        """Indices into the dataset."""
+        return self.chosen
+
+
 class Examples:
     """Reads ``dataset`` in order, in blocks of ``block_size``.
 
@@ -99,6 +115,10 @@ class Examples:
             rows = torch.as_tensor(ids)
             return [tensor[rows] for tensor in self.dataset.tensors]
         return self._reader.__getitems__(list(ids))
+
+    def chosen(self, ids: Sequence[int]) -> ChosenBlock:
+        """The same as a block."""
+        return ChosenBlock(ids[0], len(ids), self.some(ids), self.one, ids)
 
     def as_read(self, ids: Sequence[int], only: int | None = None) -> Batch:
         """The batch that a DataLoader makes of these examples under the current random state.

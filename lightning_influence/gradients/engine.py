@@ -10,22 +10,19 @@ from lightning_influence.data.examples import Block, Examples
 from lightning_influence.gradients.block import Gradients, Names
 from lightning_influence.gradients.general import (
     NotVectorisable,
-    one_gradient,
     requiring_gradients,
     rows_one_by_one,
     vectorised_rows,
 )
+from lightning_influence.gradients.guard import Guard
 from lightning_influence.gradients.layout import Layout, LayoutMismatch, Split
 from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.reduction import Reduction
-from lightning_influence.gradients.spot_checks import SuspectRows, refuse_difference
+from lightning_influence.gradients.spot_checks import SuspectRows
 from lightning_influence.gradients.sum_of_parts import SumOfParts
 from lightning_influence.gradients.tape import Call, Tape, Use
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.module.task import Task
-
-# On the first pass over the data, one example in this many is checked against its own backward pass.
-_CHECKED = 128
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,7 @@ class Plan:
         copy_leaves: whether activations are copied, since the model writes into them in place.
         uses: the functions that each parameter is passed to.
         unreached: parameters that the loss does not depend on.
+        zero: others, whose gradients were 0 for all examples of the self-check.
     """
 
     layouts: Mapping[str, Layout]
@@ -49,6 +47,7 @@ class Plan:
     copy_leaves: bool = False
     uses: frozenset[Use] = frozenset()
     unreached: tuple[str, ...] = ()
+    zero: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -85,6 +84,28 @@ class Plan:
 
 
 @dataclass
+class Computed:
+    """What was computed for a block.
+
+    Args:
+        parts: the gradients.
+        slow: the parameters that take one pass per example.
+        total: the sum of the block's losses, by a pass of it as a batch; None if there was none.
+        alone: [example]: losses by passes of single examples; None if there were none.
+    """
+
+    parts: dict[Names, Part]
+    slow: list[str]
+    total: Tensor | None
+    alone: Tensor | None = None
+
+    def row(self, row: int) -> dict[str, Tensor]:
+        """One example's gradient by parameter."""
+        rows = slice(row, row + 1)
+        return {n: g[0] for names, p in self.parts.items() for n, g in zip(names, p.slice(rows).dense(), strict=True)}
+
+
+@dataclass
 class Engine:
     """Computes per-sample gradients of a module's training loss, as a plan says.
 
@@ -94,6 +115,9 @@ class Engine:
         groups: the optimizer's parameter group of each parameter; 0 where it is missing.
         seed: of the random state in which an example's loss is computed.
         plan: how each parameter's gradients are computed; made by ``make_plan``.
+        examples: the training dataset, whose batches must have the sum of their examples' gradients, also where no
+            block is run as a batch; None: the examples are not trained on, as queries are not.
+        guard: checks the gradients.
     """
 
     task: Task
@@ -101,10 +125,8 @@ class Engine:
     groups: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
     plan: Plan = field(default_factory=lambda: Plan({}))
-    _blocks: int = 0
-    _next_check: int = 4
-    _checked: int = 0
-    _unchecked: int = 0
+    examples: Examples | None = None
+    guard: Guard = field(default_factory=Guard)
     _width: int = 0
     _positions: set[tuple[str, float]] = field(default_factory=set)
 
@@ -126,11 +148,45 @@ class Engine:
             ValueError: a spot check found an example whose gradient in its batch differs from its gradient alone; or,
                 with ``set_random_state``, a parameter's gradients take passes of single examples.
         """
-        plan, watch = self.plan, None if set_random_state else SuspectRows(block.size)
+        plan, watch, new = self.plan, None, False
+        rows: dict[int, int | None] = {}
+        if set_random_state is None:
+            watch = SuspectRows(block.size)
+            rows, new = self.guard.choose(block)  # before the transfer, so that a device is not made to wait
+        computed = self.in_block(block, watch, set_random_state)
+        slow = computed.slow
+        if set_random_state is not None and (plan.vectorised or slow):
+            raise ValueError(
+                f"Expected parameters with factored per-sample gradients, got `"
+                f"{', '.join((*plan.vectorised, *slow)[:5])}`, for which each example takes a pass of its own. That "
+                "cannot reproduce the random numbers (dropout) and sizes of the example's batch. Pass `loss=`, a "
+                "callable (module, batch) -> [batch] of per-sample losses."
+            )
+        if slow:
+            found, computed.alone = rows_one_by_one(self.task, block, slow, self.seed)
+            computed.parts.update(found)
+        if watch is not None:
+            rows |= {row: None for row in watch.rows if row not in rows}
+            self.guard.check(self, block, computed, rows, new)
+        groups = {names: self.groups.get(names[0], 0) for names in computed.parts}
+        return Gradients(computed.parts, groups, block.size)
+
+    def in_block(
+        self, block: Block, watch: SuspectRows | None = None, set_random_state: Callable[[], Any] | None = None
+    ) -> "Computed":
+        """The gradients that are computed for all examples of a block at once; see ``gradients``.
+
+        Args:
+            block: the examples.
+            watch: collects rows to check.
+            set_random_state: called before the batch's forward pass; nothing is vectorised then.
+        """
+        plan = self.plan
         parts: dict[Names, Part] = {}
-        slow = list(plan.one_by_one)
+        slow, total = list(plan.one_by_one), None
         if plan.layouts or plan.unreached:
             tape = self.record(block, plan.names, plan.copy_leaves, watch, set_random_state)
+            total = tape.total
             unplanned = {name for name, _ in tape.uses - plan.uses}
             layouts = {n: layout for n, layout in plan.layouts.items() if n not in unplanned}
             parts, mismatched = self.parts_of(tape.calls, block.size, layouts, plan.separate)
@@ -142,25 +198,12 @@ class Engine:
             ]
             if watch is not None:
                 self._note_positions(tape.calls, watch)
-        if set_random_state is not None and (plan.vectorised or slow):
-            raise ValueError(
-                f"Expected parameters with factored per-sample gradients, got `"
-                f"{', '.join((*plan.vectorised, *slow)[:5])}`, for which each example takes a pass of its own. That "
-                "cannot reproduce the random numbers (dropout) and sizes of the example's batch. Pass `loss=`, a "
-                "callable (module, batch) -> [batch] of per-sample losses."
-            )
-        if plan.vectorised:
+        if plan.vectorised and set_random_state is None:
             try:
                 parts.update(vectorised_rows(self.task, block, plan.vectorised))
             except NotVectorisable:
                 slow += plan.vectorised
-        if slow:
-            parts.update(rows_one_by_one(self.task, block, slow, self.seed))
-        groups = {names: self.groups.get(names[0], 0) for names in parts}
-        gradients = Gradients(parts, groups, block.size)
-        if watch is not None:
-            self._spot_check(block, gradients, watch)
-        return gradients
+        return Computed(parts, slow, total)
 
     def _note_positions(self, calls: Sequence[Call], watch: SuspectRows) -> None:
         """Have two examples checked where an operation has a number of positions per example that is new."""
@@ -171,21 +214,6 @@ class Engine:
                     if use not in self._positions:
                         self._positions.add(use)
                         watch.rows |= {0, watch.examples - 1}
-
-    def _spot_check(self, block: Block, gradients: Gradients, watch: SuspectRows) -> None:
-        """Check suspicious examples, one in 128 examples on the first pass, and one each of blocks 4, 16, 64 ..."""
-        self._blocks += 1
-        self._unchecked += block.size
-        if self._blocks == self._next_check or (block.start >= self._checked and self._unchecked >= _CHECKED):
-            self._next_check *= 4 if self._blocks == self._next_check else 1
-            self._checked, self._unchecked = block.start + 1, 0
-            watch.rows.add(self._blocks * 7919 % block.size)
-        if not self.plan.layouts:
-            return
-        for row in sorted(watch.rows):
-            example = block.ids[row]
-            truth = one_gradient(self.task, block.one(example), self.plan.names, self.seed, example)
-            refuse_difference(gradients, row, truth, example)
 
     def width(self, examples: Examples | None = None) -> int:
         """Roughly how many activations one example has in the network; measured once, when ``examples`` are given."""
@@ -220,7 +248,9 @@ class Engine:
                 set_random_state()
             with tape:
                 loss = self.task(batch)
-            tape.backward(self.reduction.total(loss, block.size))
+            total = self.reduction.total(loss, block.size)
+            tape.total = total.detach()
+            tape.backward(total)
         return tape
 
     def parts_of(

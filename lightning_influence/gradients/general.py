@@ -89,23 +89,35 @@ def _over_examples(
         raise NotVectorisable(f"`training_step` does not run under `torch.func.vmap`: {error}") from error
 
 
-def rows_one_by_one(task: Task, block: Block, names: Sequence[str], seed: int) -> dict[Names, Part]:
-    """Dense gradients by one backward pass per example: slow, and the definition of what all other paths must equal."""
-    gradients = [one_gradient(task, block.one(i), names, seed, i) for i in block.ids]
-    return {(name,): DenseRows((torch.stack([g[name] for g in gradients]),)) for name in names}
+def rows_one_by_one(task: Task, block: Block, names: Sequence[str], seed: int) -> tuple[dict[Names, Part], Tensor]:
+    """Dense gradients by one backward pass per example: slow, and the definition of what all other paths must equal.
+
+    Returns:
+        The gradients, and the losses [example].
+    """
+    found = [loss_and_gradient(task, block.one(i), names, seed, i) for i in block.ids]
+    rows: dict[Names, Part] = {(n,): DenseRows((torch.stack([g[n] for _, g in found]),)) for n in names}
+    return rows, torch.stack([loss for loss, _ in found])
 
 
 def one_gradient(task: Task, batch: Any, names: Sequence[str], seed: int, example: int) -> dict[str, Tensor]:
     """The gradient of one example's loss with respect to the named parameters, by plain autograd on a batch of one."""
+    return loss_and_gradient(task, batch, names, seed, example)[1]
+
+
+def loss_and_gradient(
+    task: Task, batch: Any, names: Sequence[str], seed: int, example: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One example's loss and its gradient, by plain autograd on a batch of one."""
     parameters = task.named_parameters()
     with requiring_gradients(task.module, names):
         batch = task.to_device(batch)
         seed_for(seed, example)
         loss = task(batch).sum()
         if not loss.requires_grad:
-            return {name: torch.zeros_like(parameters[name]) for name in names}
+            return loss.detach(), {name: torch.zeros_like(parameters[name]) for name in names}
         values = torch.autograd.grad(loss, [parameters[name] for name in names], allow_unused=True)
-    return {
+    return loss.detach(), {
         name: torch.zeros_like(parameters[name]) if value is None else value.to_dense()  # tables may have sparse ones
         for name, value in zip(names, values, strict=True)
     }

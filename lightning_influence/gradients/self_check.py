@@ -1,8 +1,10 @@
 """The self-check: compares every trainable parameter's gradients with plain autograd before anything is scored."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -12,6 +14,7 @@ from lightning_influence.gradients.engine import Engine, Plan
 from lightning_influence.gradients.general import NotVectorisable, one_gradient, vectorised_rows
 from lightning_influence.gradients.layout import Layout, fits
 from lightning_influence.gradients.part import Part
+from lightning_influence.gradients.precise import CANNOT, precise
 from lightning_influence.gradients.spot_checks import agrees, largest_entry
 from lightning_influence.gradients.tape import Call
 from lightning_influence.types import foreign
@@ -27,7 +30,36 @@ def make_plan(engine: Engine, examples: Examples, names: Sequence[str]) -> Plan:
         engine: the engine, at the weights where the check is made.
         examples: the dataset, of which 8 examples are used.
         names: the trainable parameters.
+
+    Raises:
+        ValueError: the gradient of a batch of training examples is not the sum of its examples' gradients.
     """
+    plan = _made(engine, examples, names)
+    if not (plan.vectorised or plan.one_by_one):
+        return plan
+    if engine.examples is not None:  # no later pass of a block may show what its examples weigh
+        for block in _sample(examples):
+            engine.guard.check_sum(engine, block, list(dict.fromkeys(block.ids)), names)
+    if all(p.dtype is torch.float64 for p in engine.task.named_parameters(names).values()):
+        return plan
+    with contextlib.suppress(*CANNOT), precise(engine.task, torch.float64) as task:
+        return _merged(plan, _made(replace(engine, task=task), examples, names))
+    return plan
+
+
+def _merged(plan: Plan, precisely: Plan) -> Plan:
+    """The plan, with the faster paths that rounding errors kept some parameters from."""
+    layouts = {n: precisely.layouts[n] for n in (*plan.vectorised, *plan.one_by_one) if n in precisely.layouts}
+    fast = [n for n in plan.one_by_one if n in precisely.vectorised]
+    return replace(
+        plan,
+        layouts={**plan.layouts, **layouts},
+        vectorised=tuple(n for n in (*plan.vectorised, *fast) if n not in layouts),
+        one_by_one=tuple(n for n in plan.one_by_one if n not in layouts and n not in fast),
+    )
+
+
+def _made(engine: Engine, examples: Examples, names: Sequence[str]) -> Plan:
     blocks = _sample(examples)
     try:
         tapes = [engine.record(block, names, False) for block in blocks]
@@ -56,8 +88,16 @@ def make_plan(engine: Engine, examples: Examples, names: Sequence[str]) -> Plan:
     missing = [name for name in general if vectorised is None or name not in vectorised.agreeing]
     fast = tuple(name for name in general if name not in missing)
     uses = frozenset().union(*(tape.uses for tape in tapes))
+    zero = tuple(name for name in names if nonzero and name not in nonzero and name not in unreached)
     return Plan(
-        {n: layouts[n] for n in names if n in layouts}, fast, tuple(missing), separate, copy_leaves, uses, unreached
+        {n: layouts[n] for n in names if n in layouts},
+        fast,
+        tuple(missing),
+        separate,
+        copy_leaves,
+        uses,
+        unreached,
+        zero,
     )
 
 
@@ -148,24 +188,9 @@ def _compare(
 def _sample(examples: Examples) -> list[Block]:
     """Two blocks of examples spread over the dataset, with repetition if it is tiny."""
     n = len(examples)
-    blocks: list[Block] = []
-    for b, size in enumerate(_SIZES):
-        # Not `evenly_spread`: always this many, and other examples in the second block than in the first.
-        ids = [(round((i + 0.5 * b) * n / size)) % n for i in range(size)]
-        blocks.append(_SampledBlock(ids[0], size, examples.some(ids), examples.one, ids))
-    return blocks
-
-
-@dataclass(frozen=True)
-class _SampledBlock(Block):
-    """A block whose ids are not consecutive."""
-
-    sampled: Sequence[int]
-
-    @property
-    def ids(self) -> Sequence[int]:  # type: ignore[override]
-        """Indices into the dataset."""
-        return self.sampled
+    # Not `evenly_spread`: always this many, and other examples in the second block than in the first.
+    ids = [[(round((i + 0.5 * b) * n / size)) % n for i in range(size)] for b, size in enumerate(_SIZES)]
+    return [examples.chosen(chosen) for chosen in ids]
 
 
 def _candidates(name: str, recorded: Sequence[Sequence[Call]], blocks: Sequence[Block]) -> list[Layout]:

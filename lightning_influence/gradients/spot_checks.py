@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_influence.gradients.block import Gradients
+from lightning_influence.gradients.precise import Tolerance
 from lightning_influence.gradients.rules.rule import arguments
 
 # Operations that may reorder or drop examples depending on the data.
@@ -94,7 +94,7 @@ def _scaled_by_number(operands: Sequence[Any]) -> bool:
     return any(t.requires_grad for t in tensors) and any(t.numel() == 1 and not t.requires_grad for t in tensors)
 
 
-def agrees(row: Tensor | None, truth: Tensor, largest: Tensor) -> bool:
+def agrees(row: Tensor | None, truth: Tensor, largest: Tensor, tolerance: Tolerance = None) -> bool:
     """Whether one parameter's gradient is right up to rounding errors.
 
     Args:
@@ -102,35 +102,39 @@ def agrees(row: Tensor | None, truth: Tensor, largest: Tensor) -> bool:
         truth: the gradient by plain autograd.
         largest: the largest entry of the example's gradient over all parameters; it sets the tolerance where ``truth``
             is zero up to rounding (as for a bias before a normalisation layer).
+        tolerance: relative to the parameter's and to the largest entry; None: that of the dtype.
     """
     if row is None or not truth.numel():
         return not bool(truth.any())
-    tolerance, floor = {torch.float64: (1e-9, 1e-13), torch.float32: (2e-4, 1e-6)}.get(truth.dtype, (5e-2, 1e-2))
-    allowed = tolerance * truth.abs().max() + floor * largest
+    relative, floor = tolerance or tolerance_of(truth)
+    allowed = relative * truth.abs().max() + floor * largest
     return bool((row - truth).abs().max() <= allowed + torch.finfo(truth.dtype).tiny)
+
+
+def tolerance_of(like: Tensor) -> tuple[float, float]:
+    """Rounding errors of a gradient relative to its own and to the example's largest entry, by dtype."""
+    return {torch.float64: (1e-9, 1e-13), torch.float32: (2e-4, 1e-6)}.get(like.dtype, (5e-2, 1e-2))
 
 
 def largest_entry(gradients: Iterable[Tensor]) -> Tensor:
     """The largest magnitude of an entry of one example's gradient, over all parameters."""
-    return torch.stack([g.abs().max().double() for g in gradients if g.numel()]).max()
+    return torch.stack([g.abs().max().double() for g in gradients if g.numel()] or [torch.zeros(())]).max()
 
 
-def refuse_difference(gradients: Gradients, row: int, truth: Mapping[str, Tensor], example: int) -> None:
-    """Raise if an example's gradient in its block differs from that of the example alone.
+def is_finite(gradient: Mapping[str, Tensor]) -> bool:
+    """Whether all entries are finite."""
+    return all(bool(g.isfinite().all()) for g in gradient.values())
 
-    Raises:
-        ValueError: it differs; the message names the parameter and what to do.
+
+def differing(row: Mapping[str, Tensor], truth: Mapping[str, Tensor], tolerance: Tolerance = None) -> str | None:
+    """The first parameter for which an example's gradient in its block is not that of the example alone.
+
+    Args:
+        row: the gradient in its block, by parameter; those that are missing are zero.
+        truth: the gradient alone.
+        tolerance: relative to the parameter's and to the largest entry; None: that of the dtype.
     """
-    if not all(bool(g.isfinite().all()) for g in truth.values()):
-        return  # the attributor reports every such example
-    mine = gradients.slice(slice(row, row + 1)).dense()
+    if not is_finite(truth):  # the attributor reports it, unless it is finite in the block
+        return next((n for n, g in row.items() if n in truth and bool(g.any())), None) if is_finite(row) else None
     largest = largest_entry(truth.values())
-    for name, true in truth.items():
-        found = mine[name][0] if name in mine else None
-        if not agrees(found, true, largest):
-            raise ValueError(
-                f"Expected example {example} to weigh in its batch as it does alone, got a different gradient for "
-                f"`{name}`. The loss may average over the tokens of the whole batch, or the model may reorder "
-                "examples, in a way that the examples of the self-check did not show. Pass `loss=`, a callable "
-                "(module, batch) -> [batch] of per-sample losses, or `batch_size=1`."
-            )
+    return next((n for n, true in truth.items() if not agrees(row.get(n), true, largest, tolerance)), None)

@@ -62,6 +62,7 @@ class Tape(TorchFunctionMode):
         self.copy_leaves = copy_leaves
         self.watch = watch
         self.calls: list[Call] = []
+        self.total: Tensor | None = None
         self.uses: set[Use] = set()
         self.edges: list[Any] = []
         self._shared: dict[int, Shared] = {}

@@ -3,14 +3,13 @@
 import contextlib
 import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_influence.data.examples import Block, Examples, versions_of
+from lightning_influence.data.examples import ChosenBlock, Examples, versions_of
 from lightning_influence.gradients import Engine, Gradients, Reduction
 from lightning_influence.gradients.general import math_attention, requiring_gradients
 from lightning_influence.gradients.hessian import gradient_of
@@ -23,22 +22,6 @@ from lightning_influence.types import bytes_in, foreign
 
 _KEPT_BYTES = 2**28
 _CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Drawn(Block):
-    """Examples that were drawn into one micro-batch.
-
-    Args:
-        drawn: their indices into the dataset.
-    """
-
-    drawn: Sequence[int] = ()
-
-    @property
-    def ids(self) -> Sequence[int]:  # type: ignore[override]
-        """Indices into the dataset."""
-        return self.drawn
 
 
 class Forward:
@@ -166,7 +149,7 @@ class Forward:
             batch: the micro-batch.
             as_drawn: use the random state of the fit in place of each example's own.
         """
-        block = Drawn(batch.ids[0], len(batch.ids), self._batch(batch), self._one_of(batch), batch.ids)
+        block = ChosenBlock(batch.ids[0], len(batch.ids), self._batch(batch), self._one_of(batch), batch.ids)
         draws: Callable[[], Any] | None = None
         twice = bool(batch.read) and len(set(batch.ids)) < len(batch.ids)  # one id has two augmentations
         if (batch.random and as_drawn) or twice:

@@ -12,12 +12,14 @@ from torch import Tensor
 from lightning_influence.data.examples import Examples
 from lightning_influence.data.source import Source
 from lightning_influence.gradients import Engine, Plan, Reduction, make_plan, probe_examples
+from lightning_influence.gradients.precise import CANNOT, precise
 from lightning_influence.module.quiet import quiet
 from lightning_influence.module.task import Loss, Task
 from lightning_influence.module.trainer_answers import notes_of
 from lightning_influence.module.trainer_reads import FitValues
 from lightning_influence.module.trainer_state import detached_trainer
 from lightning_influence.setting.setting import Queries, Setting
+from lightning_influence.setting.unreached import Unreached, refuse_all_unreached
 from lightning_influence.trajectory import Checkpoint, LightningCheckpoint, Trajectory
 
 # Blocks of training examples are enlarged up to this many examples while their gradients' factors fit in these bytes.
@@ -54,6 +56,7 @@ class Session:
     _large_block: int | None = None
     _reduction: Reduction | None = None
     _share_of_copies: float | None = None
+    _unreached: Unreached = field(default_factory=Unreached)
 
     def ending_with(self, own: Checkpoint, trajectory: Trajectory | None) -> "Session":
         """A session with other final weights; what was found about gradients at these weights is found again."""
@@ -108,7 +111,7 @@ class Session:
             examples = self.examples(self.train)
             engine = Engine(task, Reduction.NONE)
             if gradients:
-                engine = self._engine(task, *self._planned(task, examples))
+                engine = self._engine(task, *self._planned(task, examples), examples)
             setting = Setting(
                 engine,
                 examples,
@@ -117,6 +120,8 @@ class Session:
                 self.train.batches,
                 reduction_of=functools.partial(self._reduction_of, task, examples),
                 own_version=task.version,
+                refused=self._unreached.error,
+                notes=[] if self._unreached.note is None else [self._unreached.note],
             )
             if queries is not None:
                 data = self.examples(queries)
@@ -124,6 +129,7 @@ class Session:
                 query_engine = Engine(query_task, Reduction.NONE)
                 if gradients:
                     query_engine = self._engine(query_task, *self._planned_for(query_task, data, queries, examples))
+                    refuse_all_unreached(query_engine, measurement is not None, self._unreached.error)
                 setting.queries = Queries(query_engine, data, range(len(data)), mean, measurement is not None)
             if gradients and self.batch_size is None:
                 examples.block_size = self._block_size(engine, examples)
@@ -141,14 +147,20 @@ class Session:
         examples.share_of_copies = self._share_of_copies
         return examples
 
-    def _engine(self, task: Task, reduction: Reduction, plan: Plan) -> Engine:
-        return Engine(task, reduction, self._groups(), plan=plan)
+    def _engine(self, task: Task, reduction: Reduction, plan: Plan, trained: Examples | None = None) -> Engine:
+        return Engine(task, reduction, self._groups(), plan=plan, examples=trained)
 
     def _planned(self, task: Task, examples: Examples) -> tuple[Reduction, Plan]:
         """Reduction and plan of the training examples' gradients, from the self-check."""
         if () not in self._found:
             reduction = self._train_reduction(task, examples, self.names)
-            self._found[()] = reduction, make_plan(self._engine(task, reduction, Plan({})), examples, self.names)
+            self._found[()] = (
+                reduction,
+                make_plan(self._engine(task, reduction, Plan({}), examples), examples, self.names),
+            )
+            version = task.version
+            self._unreached = Unreached.of(self._engine(task, *self._found[()]), examples, self.trajectory)
+            task.weights_returned(version)
         return self._found[()]
 
     def _planned_for(self, task: Task, data: Examples, queries: Source, examples: Examples) -> tuple[Reduction, Plan]:
@@ -168,7 +180,7 @@ class Session:
     def _train_reduction(self, task: Task, examples: Examples, names: Sequence[str] = ()) -> Reduction:
         if self._reduction is None or names:
             examples.check_steady()
-            self._reduction = probe_examples(task, examples, names)
+            self._reduction = _probed(task, examples, names)
             self._share_of_copies = examples.share_of_copies
         return self._reduction
 
@@ -202,6 +214,18 @@ class Session:
             return {}
         known = self.trajectory.parameter_groups
         return {name: known[name] for name in self.names}
+
+
+def _probed(task: Task, examples: Examples, names: Sequence[str]) -> Reduction:
+    """The reduction; in float64 where it does not show in float32, in which losses near 0 have few digits."""
+    try:
+        return probe_examples(task, examples, names)
+    except ValueError:
+        if all(p.dtype is torch.float64 for p in task.named_parameters().values()):
+            raise
+        with contextlib.suppress(*CANNOT), precise(task, torch.float64) as other:
+            return probe_examples(other, examples, names)
+        raise
 
 
 def _check_same_model(task: Task, saved: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:

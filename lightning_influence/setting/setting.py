@@ -138,8 +138,11 @@ class Stage:
 
         Raises:
             RuntimeError: other weights are loaded now, or the stage was made for another tile.
+            ValueError: the loss in eval mode does not depend on a parameter that trained.
         """
         setting = self.setting
+        if setting.refused is not None:
+            raise ValueError(setting.refused)
         if setting.ids != self._ids:
             raise RuntimeError(
                 f"Expected a stage of the training examples {setting.ids!r}, got one of {self._ids!r}. Load the stage "
@@ -185,6 +188,7 @@ class Setting:
         on_block: called after each block with the number of training examples in it.
         notes: sentences that are saved with the scores; see ``note``.
         diagnostics: numbers that are saved with the scores; see ``diagnostic``.
+        refused: why gradients of training examples in eval mode are no answer; None if they are.
         own_version: version of the weights that were in place when the question was opened; see ``Task.version``.
     """
 
@@ -200,6 +204,7 @@ class Setting:
     notes: list[str] = field(default_factory=list)
     diagnostics: dict[str, float] = field(default_factory=dict)
     _states: dict[tuple[Callable[..., Any], Hashable], Any] = field(default_factory=dict)
+    refused: str | None = None
     own_version: int = 0
 
     @property
