@@ -40,6 +40,22 @@ class Block:
         return range(self.start, self.start + self.size)
 
 
+@dataclass(frozen=True)
+class ChosenBlock(Block):
+    """A batch of any examples.
+
+    Args:
+        chosen: their ids.
+    """
+
+    chosen: Sequence[int]
+
+    @property
+    def ids(self) -> Sequence[int]:  # type: ignore[override]
+        """Indices into the dataset."""
+        return self.chosen
+
+
 class Examples:
     """Reads ``dataset`` in order, in blocks of ``block_size``.
 
