@@ -29,6 +29,7 @@ class Case:
         parameters: patterns.
         fit: train for two epochs with capture, then trace through its checkpoints.
         summed: the step returns the sum over the batch.
+        by_index: the loss depends on ``batch_idx``: with ``fit``, every example has the index of its batch.
         dtype: float64 unless precision is the subject.
         tolerance: relative to the largest score of a query; None: 1e-10 in float64, 1e-5 in float32.
         offline: after the fit the Attributor gets a module made anew; the one that was fitted is for brute force.
@@ -50,6 +51,7 @@ class Case:
     parameters: Any = None
     fit: bool = False
     summed: bool = False
+    by_index: bool = False
     dtype: torch.dtype = torch.float64
     tolerance: float | None = None
     offline: bool = False

@@ -47,16 +47,19 @@ def clean(name):
     return name.replace("_orig_mod.", "")
 
 
-def rows(module, ones, names, loss=None, state=None):
-    """{name: [example, *shape]}: gradients of the losses of batches of one, each on a fresh copy of the module."""
+def rows(module, ones, names, loss=None, state=None, indices=None):
+    """{name: [example, *shape]}: gradients of the losses of batches of one, each on a fresh copy of the module.
+
+    ``indices``: the ``batch_idx`` of each; None: 0.
+    """
     found = {name: [] for name in names}
-    for one in ones:
+    for one, index in zip(ones, indices or [0] * len(ones), strict=True):
         twin = quiet_copy(module, state)
         parameters = {clean(name): p for name, p in twin.named_parameters()}
         for p in parameters.values():
             p.requires_grad_(True)
         with rng_isolated(), torch.enable_grad():
-            value = one_loss(twin, one, loss)
+            value = one_loss(twin, one, loss, index)
             value.backward()
         for name in names:
             gradient = parameters[name].grad
@@ -64,7 +67,7 @@ def rows(module, ones, names, loss=None, state=None):
     return {name: torch.stack(of_name) for name, of_name in found.items()}
 
 
-def one_loss(module, one, loss=None):
+def one_loss(module, one, loss=None, index=0):
     """The loss of a batch of one: the step's, or that of a callable that gives per-sample losses."""
     one = copy.deepcopy(one)
     one = module.on_after_batch_transfer(module.on_before_batch_transfer(one, 0), 0)
@@ -73,7 +76,9 @@ def one_loss(module, one, loss=None):
     context = getattr(module, "_compiler_ctx", None)
     step = type(module).training_step.__get__(module) if context else module.training_step
     takes_index = step.__code__.co_argcount > 2 or step.__code__.co_flags & inspect.CO_VARARGS
-    value = step(one, 0) if takes_index else step(one)
+    if module._trainer is not None:
+        module._trainer.fit_loop.epoch_loop.batch_progress.current.ready = index + 1
+    value = step(one, index) if takes_index else step(one)
     return value["loss"] if isinstance(value, dict) else value
 
 
@@ -128,19 +133,31 @@ def unit(gradients, layerwise=False):
 
 
 def tracin(
-    module, train, queries, names, windows, loss=None, groups=None, change=lambda gradients: gradients, mean=False
+    module,
+    train,
+    queries,
+    names,
+    windows,
+    loss=None,
+    groups=None,
+    change=lambda gradients: gradients,
+    mean=False,
+    indices=None,
 ):
-    """The double loop: ``windows`` is a list of (weights, coefficient [group, train]); ``mean``: all queries as one."""
+    """The double loop: ``windows`` is a list of (weights, coefficient [group, train]); ``mean``: all queries as one.
+
+    ``indices``: the ``batch_idx`` of each training example; a query's is 0.
+    """
     total = 0.0
     for state, coefficient in windows:
         left = change(rows(module, queries, names, loss, state))
-        right = change(rows(module, train, names, loss, state))
+        right = change(rows(module, train, names, loss, state, indices))
         total = total + inner(mean_of(left) if mean else left, right, coefficient, groups)
     return total
 
 
-def tracin_self(module, train, names, windows, loss=None, groups=None):
-    return sum(squared(rows(module, train, names, loss, state), c, groups) for state, c in windows)
+def tracin_self(module, train, names, windows, loss=None, groups=None, indices=None):
+    return sum(squared(rows(module, train, names, loss, state, indices), c, groups) for state, c in windows)
 
 
 # ---- comparison: each raises ----------------------------------------------------------------------------------------

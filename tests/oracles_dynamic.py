@@ -28,13 +28,21 @@ def unrolled(run, w):
                 weighted = weighted / own.sum()
             elif run.mean:
                 weighted = weighted / len(ids)
-            found = torch.autograd.grad(weighted / run.divisor, list(params.values()), create_graph=True)
-            total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
-        gradients = clipped(dict(zip(params, total, strict=True)), run.clip)
+            found = torch.autograd.grad(
+                weighted / run.divisor, list(params.values()), create_graph=True, allow_unused=True
+            )
+            total = found if total is None else [added(a, b) for a, b in zip(total, found, strict=True)]
+        reached = {name: g for name, g in zip(params, total, strict=True) if g is not None}
+        gradients = clipped(reached, run.clip)
         for (names, settings), lr in zip(run.groups, rates, strict=True):
             for name in names:
-                params[name] = hand_step(run.kind, settings, params[name], gradients[name], memory[name], lr)
+                if name in gradients:  # torch does not move a parameter without a gradient
+                    params[name] = hand_step(run.kind, settings, params[name], gradients[name], memory[name], lr)
     return params
+
+
+def added(one, other):
+    return one if other is None else other if one is None else one + other
 
 
 def clipped(gradients, clip):
@@ -98,7 +106,8 @@ def call(module, params, *inputs):
 
 def rows_of(losses, params):
     """{name: [example, *shape]}: gradients of the losses, one backward pass each."""
-    found = [torch.autograd.grad(loss, list(params.values()), retain_graph=True) for loss in losses]
+    values = list(params.values())
+    found = [torch.autograd.grad(loss, values, retain_graph=True, materialize_grads=True) for loss in losses]
     return {name: torch.stack(column) for name, column in zip(params, zip(*found, strict=True), strict=True)}
 
 

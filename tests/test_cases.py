@@ -138,11 +138,14 @@ class Asked:
         def windows():
             return self.at_their_time(self.windows())
 
-        traced = {} if self.trajectory is None else {"tracin": oracles.tracin(*about, windows(), loss, self.groups)}
-        return traced | {
-            "gradient dot": oracles.tracin(*about, self.at_their_time(last, first=1), loss),
-            "mean": oracles.tracin(*about, windows(), loss, self.groups, mean=True),
-            "self": oracles.tracin_self(self.inner_module, train, self.names, windows(), loss, self.groups),
+        indices = [i // BATCH for i in range(len(train))] if self.case.by_index else None
+        options = {"loss": loss, "groups": self.groups, "indices": indices}
+        found = {} if self.trajectory is None else {"tracin": oracles.tracin(*about, windows(), **options)}
+        if indices is None:
+            found["gradient dot"] = oracles.tracin(*about, self.at_their_time(last, first=1), loss)
+        return found | {
+            "mean": oracles.tracin(*about, windows(), **options, mean=True),
+            "self": oracles.tracin_self(self.inner_module, train, self.names, windows(), **options),
         }
 
     # ---- the package ----------------------------------------------------------------------------------------------
@@ -150,9 +153,13 @@ class Asked:
     def actual(self):
         method = GradientDot() if self.trajectory is None else TracInCP()
         ask = self.attributor
-        traced = {} if self.trajectory is None else {"tracin": ask.score(method, self.queries).values}
-        return traced | {
-            "gradient dot": ask.score(GradientDot(), self.queries).values,
+        found = {} if self.trajectory is None else {"tracin": ask.score(method, self.queries).values}
+        if self.case.by_index:
+            with pytest.raises(ValueError, match=r"does not depend on `batch_idx` for `GradientDot`.*pass `loss=`"):
+                ask.score(GradientDot(), self.queries)
+        else:
+            found["gradient dot"] = ask.score(GradientDot(), self.queries).values
+        return found | {
             "mean": ask.score(method, self.queries, aggregate="mean").values,
             "self": ask.self_influence(method).values,
         }

@@ -24,6 +24,7 @@ from lightning_influence.module.task import Loss, is_half, unwrapped
 from lightning_influence.refit import Refit
 from lightning_influence.scores import Scores, SelfScores
 from lightning_influence.scores.id_checks import whole_numbers
+from lightning_influence.setting.batch_index import warn_of_losses
 from lightning_influence.setting.session import Session
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.tracking.record import load_record
@@ -202,6 +203,7 @@ class Attributor:
         with self._final.end.open(gradients=False) as setting:
             setting.reduction_of(None)  # it finds out how an example is read alone
             examples, task = self._final.end.examples(source), setting.task
+            warn_of_losses(setting, examples)
             with torch.no_grad():
                 values = [float(task(task.to_device(examples.one(i))).sum()) for i in range(len(examples))]
         return torch.tensor(values, dtype=torch.float64)
@@ -288,7 +290,15 @@ class Attributor:
                 setting.models = self.refit.models
             if self.refit is not None and queries is not None:
                 self.refit.asked = queries
+            self._follow_batch_index(method, setting)
             yield setting
+
+    def _follow_batch_index(self, method: Method, setting: Setting) -> None:
+        """Raises where the loss depends on the index of a batch, but the method does not; otherwise notes it."""
+        record = bool(method.needs & Evidence.CHECKPOINTS)
+        refused = None if method.follows_batch_index() else method.name
+        setting.batch_index = replace(setting.batch_index, method=refused, needs_record=record)
+        setting.depends_on_index(None if setting.trajectory is None else len(setting.trajectory.checkpoints) - 1)
 
     def _queries(self, queries: Any) -> Source:
         if isinstance(queries, str) and queries != "train":

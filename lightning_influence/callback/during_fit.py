@@ -56,15 +56,16 @@ class DuringFit:
         for each in self.loop.tracked:
             rank_zero_info(f"Tracking for {', '.join(map(repr, self._records[each.name]))}: {each.plan}.")
 
-    def batch_starts(self, batch: object, ids: list[list[int] | None], data: Any) -> None:
+    def batch_starts(self, batch: object, ids: list[list[int] | None], data: Any, batch_idx: int) -> None:
         """Show the trackers a micro-batch.
 
         Args:
             batch: key under which its gradients are kept, see `TrackerLoop.stepped`.
             ids: its examples, one list per loader.
             data: the batch that `training_step` will receive.
+            batch_idx: its index, likewise.
         """
-        self.loop.batch_starts(batch, ids[0] if len(ids) == 1 else None, data)
+        self.loop.batch_starts(batch, ids[0] if len(ids) == 1 else None, data, batch_idx)
         self._warn()
 
     def save(self, made: int) -> None:

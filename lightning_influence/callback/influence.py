@@ -203,8 +203,8 @@ class Influence(CallbackBase):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Record which examples are in the batch, and show it to the trackers."""
         if self._recorder is not None and self._during is not None:
-            recorded = self._recorder.batch_starts(batch)
-            self._during.batch_starts(recorded, recorded.ids, batch)
+            recorded = self._recorder.batch_starts(batch, batch_idx)
+            self._during.batch_starts(recorded, recorded.ids, batch, batch_idx)
 
     def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """An accumulation window begins."""

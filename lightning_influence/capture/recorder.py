@@ -95,12 +95,12 @@ class Recorder:
         self.reads.start()
         self.steps.windows.watch()
 
-    def batch_starts(self, batch: Any) -> RecordedBatch:
-        """Record which examples are about to be trained on."""
+    def batch_starts(self, batch: Any, batch_idx: int) -> RecordedBatch:
+        """Record which examples are about to be trained on, and the index of their batch."""
         ids = self._identify(batch)
         read = self._tap.read[0] if len(self._tap.read) == 1 else None
         self._made_at_start = self.made
-        return self.steps.batch_starts(ids, batch_size(batch, ids), read)
+        return self.steps.batch_starts(ids, batch_size(batch, ids), batch_idx, read)
 
     def batch_ended(self, batch: Any) -> None:
         """Complete the rows of the batch's steps; save a checkpoint if one is due."""

@@ -31,11 +31,11 @@ class StepRecorder:
         self.windows = AccumulationWindows(trainer, module, self._record)
 
     def batch_starts(
-        self, ids: list[list[int] | None], size: int | None, read: dict[str, bytes] | None = None
+        self, ids: list[list[int] | None], size: int | None, index: int, read: dict[str, bytes] | None = None
     ) -> RecordedBatch:
         """Begin a micro-batch, before its forward pass."""
         lossless = self._module.automatic_optimization  # until its backward pass is announced
-        batch = RecordedBatch(ids, size, read_generators(self._device), read=read, lossless=lossless)
+        batch = RecordedBatch(ids, size, index, read_generators(self._device), read=read, lossless=lossless)
         self.windows.batch_starts(batch)
         return batch
 
@@ -160,6 +160,7 @@ def _columns_of(window: list[RecordedBatch]) -> dict[str, Any]:
         "sizes": [micro.size for micro in window],
         "rng": _by_generator([micro.drew for micro in window]),
         "read_rng": _by_generator([micro.read for micro in window]),
+        "batch_idx": [micro.index for micro in window],
     }
 
 

@@ -15,6 +15,7 @@ class RecordedBatch:
 
     ids: list[list[int] | None]  # one entry per loader
     size: int | None
+    index: int  # `batch_idx`
     before: dict[str, Any] | None  # random states before the forward pass; None once compared
     drew: dict[str, bytes] | None = None  # of those, the generators that it used
     read: dict[str, bytes] | None = None  # likewise, before its examples were read

@@ -1,7 +1,7 @@
 """The kinds of method: products of gradients at checkpoints, all training examples at once, forward passes only."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.gradients.transforms import Transforms, check_projection, refuse_constant
 from lightning_influence.methods.method import TILE, Cost, Method, Tile
 from lightning_influence.numerics.projections import RandomProjection
+from lightning_influence.setting.batch_index import visit_blocks, visits_per_example
 from lightning_influence.setting.setting import Queries, Setting, Stage
 from lightning_influence.timing import timed
 from lightning_influence.trajectory import Trajectory
@@ -31,6 +32,13 @@ class TrainBlock:
     gradients: Gradients
     ids: range
     weight: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class VisitBlock(TrainBlock):
+    """Visits of any training examples at one index of a batch (``batch_idx``), where the loss depends on the index."""
+
+    ids: Sequence[int]  # type: ignore[assignment]
 
 
 class GradientProduct(Method):
@@ -96,8 +104,18 @@ class GradientProduct(Method):
         positions = self.positions(setting.trajectory)
         return iter([setting.final()]) if setting.trajectory is None else setting.stages(positions)
 
-    def _train(self, stage: Stage, like: Tensor) -> Iterator[tuple[slice, TrainBlock]]:
+    def cost(self, setting: Setting, queries: Queries | None) -> Cost:
+        """As for any method; where the loss depends on ``batch_idx``, an example takes a pass per index that it met."""
+        cost = super().cost(setting, queries)
+        return cost._replace(seconds=cost.seconds * visits_per_example(setting, self.positions(setting.trajectory)))
+
+    def _train(self, stage: Stage, like: Tensor) -> Iterator[tuple[slice | Tensor, TrainBlock]]:
         """The blocks of the tile and their columns in it; blocks whose weights are all 0 are skipped."""
+        if stage.by_index:
+            for chosen, weights, gradients in visit_blocks(stage):
+                visited = torch.as_tensor(chosen, device=like.device) - stage.setting.ids.start
+                yield visited, VisitBlock(gradients, chosen, weights.to(like))
+            return
         weight, first = self.weight(stage), stage.setting.ids.start
         if weight is not None:
             weight = self._shaped(weight, "weight", stage.exposure.shape).to(like)
@@ -157,6 +175,10 @@ class WholeRun(Method):
     @abstractmethod
     def seconds(self, setting: Setting, queries: Queries | None) -> float:
         """Estimated seconds for one block of queries (None: for self-influence)."""
+
+    def follows_batch_index(self) -> bool:
+        """True: what a replay or a tracker computes follows the fit."""
+        return True
 
     def positions(self, trajectory: Trajectory | None) -> list[int]:
         """Only the last checkpoint: a replay starts from earlier ones, but no score is reported for them."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_influence.checks import check_integer
 from lightning_influence.data.examples import Examples
 from lightning_influence.methods.kinds import ForwardOnly
+from lightning_influence.module.batch_index import differing_indices
 from lightning_influence.module.task import Task
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.types import Batch, labels_in
@@ -54,10 +55,16 @@ class KNNShapley(ForwardOnly):
         """
         if queries.measured:
             raise ValueError("Expected no `measurement` for `KNNShapley`, which reads no loss, got one. Leave it out.")
+        if self.features is None:
+            _refuse_index(setting)
         train, labels = self._embedded(setting.engine.task, setting.examples, range(setting.n_train))
         features, query_labels = self._embedded(queries.engine.task, queries.examples, queries.ids)
         values = knn_shapley(torch.cdist(features, train), query_labels[:, None] == labels, self.k)
         return values.mean(0, keepdim=True) if queries.mean else values
+
+    def follows_batch_index(self) -> bool:
+        """True: it reads no loss; features that depend on the index are refused."""
+        return True
 
     def unit(self, setting: Setting) -> str:
         """Share of neighbours."""
@@ -99,6 +106,24 @@ def knn_shapley(distances: Tensor, same: Tensor, k: int) -> Tensor:
     last = match[:, -1:] * (min(k, n) / (n * k))
     values = torch.cat([step.flip(1).cumsum(1).flip(1) + last, last], 1)
     return torch.empty_like(values).scatter_(1, order, values)
+
+
+def _refuse_index(setting: Setting) -> None:
+    """Raises ValueError where the features depend on the index of a batch."""
+    task, examples = setting.task, setting.examples
+    if not task.reads_index:
+        return
+
+    def features_at(index: int) -> dict[str, Tensor]:
+        with task.at(index), torch.no_grad():
+            return {"": _before_last_layer(task, task.to_device(examples.one(0)))}
+
+    pair = differing_indices(features_at, setting.batch_index.met)
+    if pair is not None:
+        raise ValueError(
+            f"Expected features that do not depend on `batch_idx`, got others at {pair[1]} than at {pair[0]}. Pass "
+            "`features=`, a callable (module, batch) -> [batch, dim]."
+        )
 
 
 def _before_last_layer(task: Task, batch: Batch) -> Tensor:

@@ -128,6 +128,14 @@ class Method(ABC):
         """
         return None
 
+    def follows_batch_index(self) -> bool:
+        """Whether the method takes each training example at the index (``batch_idx``) of each step with it.
+
+        Other methods are refused where the loss depends on the index. A ``GradientProduct`` whose ``weight`` is
+        ``stage.exposure`` may return True: it is then called for the visits at each index apart.
+        """
+        return False
+
     def tracker(self) -> Tracker | None:
         """A new tracker, which records what the method needs while training runs; None: the method needs none."""
         return None

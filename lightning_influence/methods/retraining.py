@@ -46,6 +46,10 @@ class Retraining(ForwardOnly):
         report(self, setting, found)
         return found.values
 
+    def follows_batch_index(self) -> bool:
+        """True: models are trained as in the fit."""
+        return True
+
     def unit(self, setting: Setting) -> str:
         """That of the query's loss or measurement."""
         return "query loss (or measurement)"

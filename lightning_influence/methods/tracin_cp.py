@@ -9,6 +9,7 @@ from lightning_influence.checks import one_of
 from lightning_influence.methods.kinds import TransformedProduct
 from lightning_influence.methods.method import Evidence
 from lightning_influence.numerics.projections import RandomProjection
+from lightning_influence.setting.batch_index import note_clock
 from lightning_influence.setting.setting import Setting, Stage
 
 
@@ -20,6 +21,7 @@ class TracInCP(TransformedProduct):
 
     With ``units="loss"``, c is the sum of learning rate × weight in the batch / (1 - momentum) over the steps since the
     previous checkpoint that had example i in their batch. With ``units="paper"``, c is the checkpoint's learning rate.
+    Where the loss depends on ``batch_idx``, an example's gradient is taken at the index of each of these steps.
 
     Source: Pruthi, Liu, Kale, Sundararajan. Estimating Training Data Influence by Tracing Gradient Descent.
     NeurIPS 2020. ``normalize="cosine"`` is GAS, ``"layerwise"`` GAS-L of Hammoudeh and Lowd, Identifying a
@@ -53,7 +55,13 @@ class TracInCP(TransformedProduct):
 
     def weight(self, stage: Stage) -> Tensor:
         """The exposure, or the learning rate at the checkpoint for all examples, [group, train]."""
+        if stage.position == self.positions(stage.setting.trajectory)[0]:
+            note_clock(stage)
         return stage.exposure if self.units == "loss" else stage.learning_rates[:, None].expand_as(stage.exposure)
+
+    def follows_batch_index(self) -> bool:
+        """With ``units="loss"``: the coefficient is a sum over steps, each of which has an index."""
+        return self.units == "loss"
 
     def unit(self, setting: Setting) -> str:
         """Loss; arbitrary with ``normalize``, ``units="paper"`` or an adaptive optimizer."""

@@ -3,9 +3,8 @@
 import contextlib
 import copy
 import functools
-import inspect
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,7 +14,8 @@ from torch.utils._pytree import tree_map
 
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.snapshot import ModuleSnapshot
-from lightning_influence.module.trainer_state import set_clock, training_stage
+from lightning_influence.module.step import reads_index, step_of, takes_index
+from lightning_influence.module.trainer_state import batch_counter_at, set_clock, training_stage
 from lightning_influence.types import Batch, clean, foreign
 
 Loss = Callable[[Any, Batch], Tensor]
@@ -52,7 +52,11 @@ class Task:
         self.loss = loss
         self.device = device
         self.trainer = trainer
-        self._loss_of: Callable[[Batch], Any] = _step_of(module) if loss is None else functools.partial(loss, module)
+        self.batch_idx = 0
+        """What ``training_step`` gets as the index of its batch; see ``at``."""
+        self._loss_of: Callable[..., Any] = step_of(module) if loss is None else functools.partial(loss, module)
+        self.takes_index = loss is None and takes_index(self._loss_of)
+        """Whether the loss gets the index of its batch; ``reads_index`` says whether it reads it."""
         self._parameters = {clean(name): p for name, p in module.named_parameters()}
         self._buffers = [
             (f"{clean(name)}.{key}" if name else key, part._buffers, key)
@@ -64,11 +68,32 @@ class Task:
         self.on_forward: Callable[[], Any] | None = None
         """Called after each forward pass, before the module's attributes and buffers are restored."""
 
+    @property
+    def reads_index(self) -> bool:
+        """Whether the loss may depend on the index of its batch, as far as its code shows."""
+        return self.takes_index and reads_index(self._loss_of)
+
     def measuring(self, loss: Loss) -> "Task":
         """The same module with another loss; both tasks share their weights, also after a later ``load``."""
         other = Task(self.module, loss, self.device, self.trainer)
         other._snapshot = self._snapshot
         return other
+
+    def of_step(self) -> "Task":
+        """The same module with the loss of ``training_step``, at the same index of the batch."""
+        other = type(self)(self.module, None, self.device, self.trainer)
+        other.batch_idx = self.batch_idx
+        return other
+
+    @contextlib.contextmanager
+    def at(self, batch_idx: int) -> Iterator[None]:
+        """Pass ``training_step`` this index of its batch inside; a step may also read it from the Trainer's loop."""
+        before, self.batch_idx = self.batch_idx, batch_idx
+        try:
+            with batch_counter_at(self.module, batch_idx):
+                yield
+        finally:
+            self.batch_idx = before
 
     # ---- weights --------------------------------------------------------------------------------------------------
 
@@ -187,7 +212,7 @@ class Task:
         output = None
         try:
             with self._precision(), training_stage(self.module):
-                output = self._loss_of(batch)
+                output = self._loss_of(batch, self.batch_idx) if self.takes_index else self._loss_of(batch)
             if self.on_forward is not None:
                 self.on_forward()
             if isinstance(output, Mapping):
@@ -242,28 +267,3 @@ def _is_low_precision(trainer: Any) -> bool:
 def is_half(tensor: Any) -> bool:
     """Whether this is a tensor of 16-bit floats."""
     return isinstance(tensor, Tensor) and tensor.dtype in (torch.float16, torch.bfloat16)
-
-
-def _step_of(module: nn.Module) -> Callable[[Batch], Any]:
-    """``training_step`` as a function of the batch alone."""
-    context = getattr(module, "_compiler_ctx", None)  # `torch.compile(module)` replaced the step by a compiled one
-    step = context["original_training_step"] if context else getattr(module, "training_step", None)
-    if step is None:
-        raise TypeError(
-            f"Expected a LightningModule with a `training_step`, got {type(module).__name__}. Pass `loss=`, a callable "
-            "(module, batch) -> [batch] of per-sample losses."
-        )
-    if getattr(module, "automatic_optimization", True) is False:
-        raise ValueError(
-            "Expected a `training_step` that returns its loss, got manual optimization in "
-            f"{type(module).__name__}, whose step updates the weights itself. Pass `loss=`, a callable (module, batch) "
-            "-> [batch] of per-sample losses."
-        )
-    return (lambda batch: step(batch, 0)) if _takes_index(step) else step
-
-
-def _takes_index(step: Callable[..., Any]) -> bool:
-    """Whether the step has a second argument of any name: Lightning passes the batch's index by position."""
-    parameters = inspect.signature(step).parameters.values()
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)

@@ -24,6 +24,10 @@ _AT_CHECKPOINTS = "Use a method that needs checkpoints only, such as `TracInCP()
 _MISSING = object()
 
 
+# Paths of the index of the present batch.
+_INDEX = ("fit_loop.batch_idx", "fit_loop.epoch_loop.batch_idx")
+
+
 class TrainerAnswers:
     """Answers reads of a Trainer: recorded values of the fit first.
 
@@ -84,6 +88,8 @@ class TrainerAnswers:
         Raises:
             ValueError: it changed during the fit, and is not known at this step.
         """
+        if path in _INDEX:  # `Task.at` sets it, as the clock is set
+            return self._trainer.__dict__["fit_loop"].epoch_loop.batch_progress.current.ready - 1
         if path not in self._paths:
             return _MISSING
         found = [(step, values[path]) for step, values in self._record if path in values]

@@ -47,6 +47,28 @@ def set_clock(module: Any, step: int, epoch: int) -> None:
             counter.completed = number
 
 
+@contextlib.contextmanager
+def batch_counter_at(module: Any, batch_idx: int) -> Iterator[None]:
+    """Set ``trainer.fit_loop.batch_idx`` inside: it is one less than the number of batches begun in the epoch."""
+    loop = getattr(getattr(module, "_trainer", None), "fit_loop", None)
+    begun = [] if loop is None else [loop.epoch_loop.batch_progress.current]
+    with restoring(begun, "ready"):
+        for counter in begun:
+            counter.ready = batch_idx + 1
+        yield
+
+
+@contextlib.contextmanager
+def clock_at(module: Any, step: int | None = None, epoch: int | None = None) -> Iterator[None]:
+    """Set the module's ``global_step`` or ``current_epoch`` inside; None: leave it."""
+    counters = _counters(module)
+    with restoring(counters, "completed"):
+        for number, of_number in ((epoch, counters[:1]), (step, counters[1:])):
+            for counter in of_number if number is not None else ():
+                counter.completed = number
+        yield
+
+
 def _counters(module: Any) -> list[Any]:
     """Lightning's counters of epochs, and of steps in automatic and manual optimization: it has no setters for them."""
     loop = getattr(getattr(module, "_trainer", None), "fit_loop", None)

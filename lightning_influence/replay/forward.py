@@ -14,7 +14,6 @@ from lightning_influence.gradients import Engine, Gradients, Reduction
 from lightning_influence.gradients.general import math_attention, requiring_gradients
 from lightning_influence.gradients.hessian import gradient_of
 from lightning_influence.gradients.reduction import match_loss, refuse_batch_statistics, refuse_mixing
-from lightning_influence.module.task import Task
 from lightning_influence.replay.attention import attention_gap
 from lightning_influence.replay.random_states import put_back
 from lightning_influence.replay.steps import MicroBatch, Step
@@ -102,7 +101,8 @@ class Forward:
         """
         on_device = self.read(batch) if on_device is None else on_device
         put_back(batch.random, self.task.device)
-        losses = self.task(on_device)
+        with self.task.at(batch.index):
+            losses = self.task(on_device)
         if self.joint and len(losses) != len(batch.ids):
             raise ValueError(
                 f"Expected `loss=` to return {len(batch.ids)} losses for {len(batch.ids)} examples, got {len(losses)}."
@@ -154,7 +154,8 @@ class Forward:
         twice = bool(batch.read) and len(set(batch.ids)) < len(batch.ids)  # one id has two augmentations
         if (batch.random and as_drawn) or twice:
             draws = lambda: put_back(batch.random, self.task.device)  # noqa: E731
-        return self.engine.gradients(block, draws)
+        with self.task.at(batch.index):
+            return self.engine.gradients(block, draws)
 
     def copy(self) -> "Forward":
         """A copy for other parts of the batches, which does not repeat the checks."""
@@ -253,10 +254,10 @@ class Forward:
         """Finds whether the fit took the mean or the sum of ``loss=``."""
         batch = step.batches[0]
         try:
-            own = Task(self.task.module, None, self.task.device, self.task.trainer)
+            own = self.task.of_step()
         except (TypeError, ValueError):  # manual optimization: the mean, which the comparison with checkpoints tests
             return
-        with torch.no_grad():
+        with torch.no_grad(), own.at(batch.index):
             losses = self.losses(batch)
             put_back(batch.random, self.task.device)
             value = float(own(self.read(batch)))
@@ -270,7 +271,8 @@ class Forward:
         with torch.no_grad():
             joint = float(self.losses(batch))
             one = self._one_of(batch)
-            singles = [float(self.task(self.task.to_device(one(example)))) for example in batch.ids]
+            with self.task.at(batch.index):
+                singles = [float(self.task(self.task.to_device(one(example)))) for example in batch.ids]
         refuse_mixing(singles, joint, self.mean)
 
 

@@ -64,6 +64,7 @@ class Replay:
     max_drift: float = MAX_DRIFT
     segments: list[Segment] = field(init=False)
     _loaded: dict[int, TrainingState] = field(init=False, default_factory=dict)
+    _reached: dict[int, frozenset[str]] = field(init=False, default_factory=dict)
     whole: bool = field(init=False, default=True)
     """Whether all examples take part, so that the states are those at the captured checkpoints."""
     drifts: dict[int, float] = field(init=False, default_factory=dict)
@@ -138,8 +139,27 @@ class Replay:
             if self.forward.check(step, separate=separate or weights is not None):
                 self.load(here, step)
             gradients, buffers = self.forward.gradients(step, weights, renormalize)
+            gradients = self._moved(step, gradients, weights is None and self.whole)
             self.after = here.moved(step, gradients, buffers)
             yield ReplayedStep(step, here, gradients)
+
+    @property
+    def steps_alike(self) -> bool:
+        """Whether every step has gradients for all parameters that any step's loss reaches."""
+        if any(step.made not in self._reached for step in self.steps):
+            self.run()
+        unreached = self.engine.plan.unreached
+        return all(self._reached[s.made] == s.moves.options.keys() - set(unreached) for s in self.steps)
+
+    def _moved(self, step: Step, gradients: dict[str, Tensor], plain: bool) -> dict[str, Tensor]:
+        """The gradients of the parameters that the step moves, which is known once it was replayed as it was.
+
+        A path that computes examples one by one gives zeros where autograd gives no gradient.
+        """
+        if plain:
+            self._reached[step.made] = frozenset(gradients)
+        reached = self._reached.get(step.made)
+        return gradients if reached is None else {name: g for name, g in gradients.items() if name in reached}
 
     def backwards(self) -> Iterator[ReplayedStep]:
         """Yields every step from the last to the first, with the state before it loaded.
@@ -173,8 +193,9 @@ class Replay:
             raise DriftError(
                 f"Expected the replay to meet the captured weights of step {found.end.step} within "
                 f"{self.max_drift:g} of the distance that they moved since step {found.start.step}, got {drift:.2g}. "
-                f"{self.cause()} Scores from this replay would not be about the captured fit: use `TracInCP()`, fit "
-                "again without what cannot be repeated, or raise `max_drift`."
+                f"{self.cause()} Scores from this replay would not be about the captured fit: fit again without what "
+                "cannot be repeated, or raise `max_drift`. `TracInCP()` repeats no step, but it is right only if data "
+                "and loss are those of the fit."
             )
 
     def beyond_rounding(self) -> bool:

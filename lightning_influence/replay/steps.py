@@ -21,12 +21,14 @@ class MicroBatch:
         random: states before the forward pass of the random generators that it drew from.
         read: states before its examples were read of the random generators that this drew from.
         size: the divisor of a mean, where some examples are left out; None: the number of ``ids``.
+        index: ``batch_idx``; 0 where the run does not know it.
     """
 
     ids: tuple[int, ...]
     random: Mapping[str, bytes]
     read: Mapping[str, bytes] = field(default_factory=dict)
     size: int | None = None
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def segments_of(trajectory: Trajectory | None) -> list[Segment]:
 def _steps(trajectory: Trajectory) -> dict[int, Step]:
     moves: dict[tuple[Any, ...], UpdateStep] = {}
     steps = {}
-    columns = ("step", "epoch", "ids", "rng", "read_rng", "divisor", "lr", "settings", "clip", "skipped")
+    columns = ("step", "epoch", "ids", "rng", "read_rng", "divisor", "lr", "settings", "clip", "skipped", "batch_idx")
     for row in trajectory.steps.select(columns).to_pylist():
         if row["skipped"]:
             continue
@@ -106,10 +108,12 @@ def _steps(trajectory: Trajectory) -> dict[int, Step]:
         key = row["settings"], *row["lr"]
         if key not in moves:
             moves[key] = update_step(entry, row["lr"])
-        none = [None] * len(row["ids"])
+        none, zeros = [None] * len(row["ids"]), [0] * len(row["ids"])
         batches = tuple(
-            MicroBatch(tuple(ids), _captured(drew), _captured(read))
-            for ids, drew, read in zip(row["ids"], row["rng"] or none, row["read_rng"] or none, strict=True)
+            MicroBatch(tuple(ids), _captured(drew), _captured(read), index=index)
+            for ids, drew, read, index in zip(
+                row["ids"], row["rng"] or none, row["read_rng"] or none, row["batch_idx"] or zeros, strict=True
+            )
         )
         clipping = _clipping(entry, row["clip"])
         steps[row["step"]] = Step(row["step"], row["epoch"], batches, row["divisor"], moves[key], clipping)

@@ -67,9 +67,14 @@ def run_many(
 
 
 def _models_at_once(replay: Replay) -> int:
-    """How many models fit into memory together; 0 where they cannot be trained side by side."""
+    """How many models fit into memory together; 0 where they cannot be trained side by side.
+
+    Side by side, every step moves the same parameters.
+    """
     forward, steps = replay.forward, replay.steps
     if not forward.joint and any(batch.random for step in steps for batch in step.batches):
+        return 0
+    if replay.engine.task.reads_index and not replay.steps_alike:
         return 0
     largest = max((len(batch.ids) for step in steps for batch in step.batches), default=1)
     like = next(iter(replay.engine.task.named_parameters().values()))
@@ -141,7 +146,7 @@ class _Losses:
         """[example]; and the buffers after the forward pass."""
         own = {name: buffer.clone() for name, buffer in buffers.items()}
         put_back(self._batch.random, self._task.device)
-        with replacing(self._task.module, dict(parameters), own):
+        with replacing(self._task.module, dict(parameters), own), self._task.at(self._batch.index):
             return (self._task(self._on_device) if self._joint else self._singles()), own
 
     def _singles(self) -> Tensor:

@@ -12,12 +12,15 @@ from torch import Tensor
 from lightning_influence.data.examples import Examples
 from lightning_influence.data.source import Source
 from lightning_influence.gradients import Engine, Plan, Reduction, make_plan, probe_examples
+from lightning_influence.gradients.index_check import gradient_at, joined
 from lightning_influence.gradients.precise import CANNOT, precise
 from lightning_influence.module.quiet import quiet
+from lightning_influence.module.step import set_by_hook
 from lightning_influence.module.task import Loss, Task
 from lightning_influence.module.trainer_answers import notes_of
 from lightning_influence.module.trainer_reads import FitValues
 from lightning_influence.module.trainer_state import detached_trainer
+from lightning_influence.setting.batch_index import BatchIndex
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.setting.unreached import Unreached, refuse_all_unreached
 from lightning_influence.trajectory import Checkpoint, LightningCheckpoint, Trajectory
@@ -25,6 +28,8 @@ from lightning_influence.trajectory import Checkpoint, LightningCheckpoint, Traj
 # Blocks of training examples are enlarged up to this many examples while their gradients' factors fit in these bytes.
 _BLOCK = 2048
 _BLOCK_BYTES = 2**24
+# Batches per epoch where they are unknown.
+_BATCHES = 1000
 
 
 @dataclass
@@ -53,6 +58,8 @@ class Session:
     _found: dict[tuple[Any, ...], tuple[Reduction, Plan]] = field(default_factory=dict)
     _checked: dict[tuple[Any, ...], Reduction] = field(default_factory=dict)
     _in_use: list[Any] = field(default_factory=list)
+    _at_index: dict[int | None, tuple[int, int] | None] = field(default_factory=dict)
+    _of_clock: dict[tuple[str, int], tuple[int, int] | None] = field(default_factory=dict)
     _large_block: int | None = None
     _reduction: Reduction | None = None
     _share_of_copies: float | None = None
@@ -107,11 +114,13 @@ class Session:
         Raises:
             ValueError: a loss that is not made of one loss per example; queries that the module does not accept.
         """
-        with self.quiet() as task:
+        with self.quiet() as task, contextlib.ExitStack() as stack:
             examples = self.examples(self.train)
+            index = self.batch_index(task, examples)
+            stack.enter_context(task.at(index.first))
             engine = Engine(task, Reduction.NONE)
             if gradients:
-                engine = self._engine(task, *self._planned(task, examples), examples)
+                engine = self._engine(task, *self._planned(task, examples, index), examples)
             setting = Setting(
                 engine,
                 examples,
@@ -119,10 +128,16 @@ class Session:
                 self.trajectory,
                 self.train.batches,
                 reduction_of=functools.partial(self._reduction_of, task, examples),
+                batch_index=index,
                 own_version=task.version,
                 refused=self._unreached.error,
                 notes=[] if self._unreached.note is None else [self._unreached.note],
             )
+            if task.loss is None and (names := set_by_hook(self.module)):
+                setting.note(
+                    f"`on_train_batch_start` sets `{names[0]}`, and is not called here: the loss is that with its "
+                    "present value. If the loss depends on it, set it in `training_step`, or pass `loss=`."
+                )
             if queries is not None:
                 data = self.examples(queries)
                 query_task = task if measurement is None else task.measuring(measurement)
@@ -150,18 +165,41 @@ class Session:
     def _engine(self, task: Task, reduction: Reduction, plan: Plan, trained: Examples | None = None) -> Engine:
         return Engine(task, reduction, self._groups(), plan=plan, examples=trained)
 
-    def _planned(self, task: Task, examples: Examples) -> tuple[Reduction, Plan]:
+    def batch_index(self, task: Task, examples: Examples) -> BatchIndex:
+        """Which indices batches had in the fit, and how to find whether the loss depends on them."""
+        trajectory = self.trajectory
+        recorded = None if trajectory is None else trajectory.batch_indices
+        known = trajectory is not None and recorded is not None and trajectory.has_batch_order
+        run = None if task.loss is not None else gradient_at(task, examples, self.names, task.at)
+        met = recorded or range(self.train.batches or _BATCHES)
+        return BatchIndex(run, task.reads_index, met, known, found=self._at_index, of_clock=self._of_clock)
+
+    def _planned(self, task: Task, examples: Examples, index: BatchIndex) -> tuple[Reduction, Plan]:
         """Reduction and plan of the training examples' gradients, from the self-check."""
         if () not in self._found:
             reduction = self._train_reduction(task, examples, self.names)
-            self._found[()] = (
-                reduction,
-                make_plan(self._engine(task, reduction, Plan({}), examples), examples, self.names),
-            )
+            plan = make_plan(self._engine(task, reduction, Plan({}), examples), examples, self.names)
+            pair = index.differing(self.last)
+            if pair is not None:
+                with task.at(pair[1]):
+                    other = probe_examples(task, examples, self.names)
+                    plan = joined(plan, make_plan(self._engine(task, other, Plan({}), examples), examples, self.names))
+                if other is not reduction:
+                    raise ValueError(
+                        f"Expected one reduction of the loss of a batch, got {reduction.value!r} at `batch_idx="
+                        f"{pair[0]}` and {other.value!r} at {pair[1]}. Pass `loss=`, a callable (module, batch) -> "
+                        "[batch] of per-sample losses."
+                    )
+            self._found[()] = reduction, plan
             version = task.version
             self._unreached = Unreached.of(self._engine(task, *self._found[()]), examples, self.trajectory)
             task.weights_returned(version)
         return self._found[()]
+
+    @property
+    def last(self) -> int | None:
+        """Position of the last checkpoint in the trajectory."""
+        return None if self.trajectory is None else len(self.trajectory.checkpoints) - 1
 
     def _planned_for(self, task: Task, data: Examples, queries: Source, examples: Examples) -> tuple[Reduction, Plan]:
         """Reduction and plan of the queries' gradients, from the self-check."""

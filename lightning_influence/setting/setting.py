@@ -13,6 +13,7 @@ from lightning_influence.data.examples import Examples
 from lightning_influence.gradients import Engine, Gradients, Reduction
 from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
 from lightning_influence.module.task import Task
+from lightning_influence.setting.batch_index import BatchIndex
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.types import MissingEvidence
 
@@ -108,6 +109,7 @@ class Stage:
             since the checkpoint before, [group, train]; see ``Trajectory.exposure``.
         learning_rates: at the checkpoint, [group].
         setting: the question.
+        by_index: whether the loss depends on the index of a batch, so that an example counts by its visits.
     """
 
     position: int | None
@@ -117,6 +119,7 @@ class Stage:
     setting: "Setting" = field(repr=False)
     _ids: range = field(repr=False)
     _version: int = field(repr=False)
+    by_index: bool = False
 
     def gradients(self, queries: Queries) -> QueryGradients:
         """Gradients of the queries at these weights.
@@ -189,6 +192,7 @@ class Setting:
         notes: sentences that are saved with the scores; see ``note``.
         diagnostics: numbers that are saved with the scores; see ``diagnostic``.
         refused: why gradients of training examples in eval mode are no answer; None if they are.
+        batch_index: whether the loss depends on the index of a batch.
         own_version: version of the weights that were in place when the question was opened; see ``Task.version``.
     """
 
@@ -205,6 +209,7 @@ class Setting:
     diagnostics: dict[str, float] = field(default_factory=dict)
     _states: dict[tuple[Callable[..., Any], Hashable], Any] = field(default_factory=dict)
     refused: str | None = None
+    batch_index: BatchIndex = field(default_factory=BatchIndex)
     own_version: int = 0
 
     @property
@@ -292,12 +297,22 @@ class Setting:
         checkpoint = trajectory.checkpoints[index]
         state = checkpoint.load()
         self.task.load(state.parameters, state.buffers, checkpoint.step, checkpoint.epoch)
+        by_index = self.depends_on_index(index)
         averaging = self.engine.reduction.coefficient(), self.n_train, self.batches_per_epoch
         exposure = trajectory.exposure(index, *averaging)[:, self.ids.start : self.ids.stop]
         if not trajectory.has_batch_order:
             self.note("The batch order is not known: each example is given its expected share of the steps.")
         rates = torch.tensor(trajectory.learning_rates(index), dtype=torch.float64)
-        return Stage(index, checkpoint.step, exposure, rates, self, self.ids, self.task.version)
+        return Stage(index, checkpoint.step, exposure, rates, self, self.ids, self.task.version, by_index)
+
+    def depends_on_index(self, position: int | None) -> bool:
+        """Whether the loss depends on the index of a batch at these weights, which is noted; see ``BatchIndex``."""
+        pair = self.batch_index.differing(position)
+        if pair is not None and not any(note.startswith("The loss depends on `batch_idx`") for note in self.notes):
+            self.note(
+                self.batch_index.note(pair, self.queries is not None, bool(self.queries and self.queries.measured))
+            )
+        return pair is not None
 
 
 def stage_positions(trajectory: Trajectory | None, checkpoints: Sequence[int] | None = None) -> list[int]:

@@ -80,7 +80,7 @@ def takes_mean(task: Task, batch: Batch) -> bool:
         with isolated_random_state():
             losses = task(batch)
         with isolated_random_state():
-            value = float(type(task)(task.module, None, task.device, task.trainer)(batch))
+            value = float(task.of_step()(batch))
     return match_loss(losses, value)
 
 

@@ -144,13 +144,14 @@ class TrackerLoop:
 
     # ---- hooks ----------------------------------------------------------------------------------------------------
 
-    def batch_starts(self, batch: object, ids: Sequence[int] | None, data: Any) -> None:
+    def batch_starts(self, batch: object, ids: Sequence[int] | None, data: Any, batch_idx: int) -> None:
         """Pass the trackers a micro-batch, with the module in the state of its forward pass.
 
         Args:
             batch: key for it, used again in ``stepped``; what trackers keep is released together with this object.
             ids: of its examples, or None if they are unknown.
             data: the batch that ``training_step`` will receive.
+            batch_idx: its index, likewise.
         """
         if not self._active():
             return
@@ -165,6 +166,7 @@ class TrackerLoop:
             contextlib.suppress(NoLoss),
             quiet(self._module, self._loss, self._trainer, evaluate=False) as task,
         ):
+            task.batch_idx = batch_idx
             present = self._micro_batch(PreparedTask.of(task), tuple(ids), data)
             payloads = {each.name: each.tracker.batch(present) for each in self._active()}
             self._pending[batch] = _PendingBatch(present.ids, payloads, present.whole() if self._is_due() else None)
@@ -272,6 +274,7 @@ class TrackerLoop:
         if self._queries is None or not any(each.tracker.sees_queries for each in self._active()):
             return None
         task = stack.enter_context(quiet(self._module, self._loss, self._trainer))
+        stack.enter_context(task.at(0))
         return replace(self._queries, engine=replace(self._queries.engine, task=task))[:]
 
     def _micro_batch(self, task: PreparedTask, ids: tuple[int, ...], batch: Any) -> TrackedMicroBatch:

@@ -107,6 +107,51 @@ def visited(rows: pa.Table, rates: np.ndarray, reduction: Reduction, n_train: in
     Raises:
         ValueError: a recorded id is not an index of a dataset of ``n_train`` examples.
     """
+    drawn = _drawn(rows, n_train)
+    share = drawn.share if reduction == "mean" else np.ones(len(drawn.ids))
+    groups = range(rates.shape[1])
+    weights = [np.bincount(drawn.ids, weights=rates[drawn.rows, g] * share, minlength=n_train) for g in groups]
+    return torch.from_numpy(np.stack(weights)) if weights else torch.zeros(0, n_train, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Visits:
+    """The exposure of the training examples, apart for each index of a batch (``batch_idx``) that they were in.
+
+    Args:
+        indices: of the batches, [visit]; ascending.
+        ids: of the examples, [visit]; ascending for each index.
+        weights: [group, visit]; their sum over an example's visits is its exposure.
+    """
+
+    indices: Tensor
+    ids: Tensor
+    weights: Tensor
+
+
+def visits(rows: pa.Table, rates: np.ndarray, reduction: Reduction, n_train: int) -> Visits:
+    """As ``visited``, apart for each index of a batch, which must be known."""
+    drawn = _drawn(rows, n_train)
+    index_of_batch = rows["batch_idx"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    pairs, visit = np.unique(index_of_batch[drawn.batches] * n_train + drawn.ids, return_inverse=True)
+    share = drawn.share if reduction == "mean" else np.ones(len(drawn.ids))
+    groups = range(rates.shape[1])
+    weights = [np.bincount(visit, weights=rates[drawn.rows, g] * share, minlength=len(pairs)) for g in groups]
+    stacked = torch.from_numpy(np.stack(weights)) if weights else torch.zeros(0, len(pairs), dtype=torch.float64)
+    return Visits(torch.from_numpy(pairs // n_train), torch.from_numpy(pairs % n_train), stacked)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """All examples in their order of training: ids, [example], and the row, micro-batch and share of each."""
+
+    ids: np.ndarray
+    rows: np.ndarray
+    batches: np.ndarray
+    share: np.ndarray
+
+
+def _drawn(rows: pa.Table, n_train: int) -> _Drawn:
     micro_per_row = pc.list_value_length(rows["ids"]).to_numpy()
     micro = rows["ids"].combine_chunks().flatten()
     sizes = pc.list_value_length(micro).to_numpy(zero_copy_only=False)
@@ -118,9 +163,8 @@ def visited(rows: pa.Table, rates: np.ndarray, reduction: Reduction, n_train: in
             " The dataset's length changed since the fit; pass the dataset that was trained on."
         )
     row_of_id = np.repeat(np.repeat(np.arange(len(rows)), micro_per_row), sizes)
-    share = np.repeat(1.0 / np.maximum(sizes, 1), sizes) if reduction == "mean" else np.ones(len(ids))
-    weights = [np.bincount(ids, weights=rates[row_of_id, g] * share, minlength=n_train) for g in range(rates.shape[1])]
-    return torch.from_numpy(np.stack(weights)) if weights else torch.zeros(0, n_train, dtype=torch.float64)
+    share = np.repeat(1.0 / np.maximum(sizes, 1), sizes)
+    return _Drawn(ids, row_of_id, np.repeat(np.arange(len(sizes)), sizes), share)
 
 
 def expected(rows: pa.Table, rates: np.ndarray, reduction: Reduction, n_train: int, batches: int | None) -> Tensor:

@@ -37,6 +37,8 @@ STEPS = pa.schema(
         # the same before the examples of each micro-batch were read, where reading drew (augmentation) in this process;
         # then two float64: whether numpy and Python had kept a normal number for the next call, and which
         pa.field("read_rng", _RANDOM),
+        # `batch_idx` of each micro-batch, its index in the epoch; null in the runs of earlier versions
+        pa.field("batch_idx", pa.list_(pa.int64())),
     ]
 )
 
@@ -107,7 +109,14 @@ def runs_in(dirpath: Path) -> list[Path]:
 
 
 def read_steps(folder: Path, entries: list[dict[str, Any]]) -> pa.Table:
-    """The step files listed in a manifest, as one table."""
+    """The step files listed in a manifest, as one table; columns that an earlier version did not write are null."""
     contents = [read_verified(folder / entry["file"], entry["size"], entry["crc32"]) for entry in entries]
-    tables = [pa.ipc.open_file(pa.BufferReader(content)).read_all() for content in contents]
+    tables = [_completed(pa.ipc.open_file(pa.BufferReader(content)).read_all()) for content in contents]
     return pa.concat_tables(tables) if tables else STEPS.empty_table()
+
+
+def _completed(table: pa.Table) -> pa.Table:
+    for column in STEPS:
+        if column.name not in table.schema.names:
+            table = table.append_column(column, pa.nulls(len(table), column.type))
+    return table

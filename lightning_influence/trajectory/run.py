@@ -140,7 +140,7 @@ def _union_of_ranks(folder: Path, manifest: dict[str, Any]) -> pa.Table:
     length = min(len(table) for table in tables)  # a rank that was killed may have written less
     rows = [table.slice(0, length).to_pylist() for table in tables]
     for row, *others in zip(*rows, strict=True):
-        for name in ("ids", "loader_ids", "sizes", "rng", "read_rng"):
+        for name in ("ids", "loader_ids", "sizes", "rng", "read_rng", "batch_idx"):
             parts = [row[name], *(other[name] for other in others)]
             row[name] = None if any(part is None for part in parts) else [x for part in parts for x in part]
         row["divisor"] *= len(tables)

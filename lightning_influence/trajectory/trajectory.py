@@ -123,6 +123,27 @@ class Trajectory:
         applied = self._applied
         return len(applied) > 0 and applied["ids"].null_count == 0
 
+    @cached_property
+    def batch_indices(self) -> tuple[int, ...] | None:
+        """Every index (``batch_idx``) of a batch in the fit, ascending; None where they are unknown."""
+        column = self._applied["batch_idx"]
+        if len(column) == 0 or column.null_count:
+            return None
+        return tuple(sorted(pc.unique(pc.list_flatten(column)).to_pylist()))
+
+    def clock(self, index: int) -> dict[str, Sequence[int]]:
+        """Every ``global_step`` and ``current_epoch`` since the previous checkpoint, where there are several.
+
+        Args:
+            index: Position of the checkpoint.
+        """
+        window = self._window(range(len(self.checkpoints))[index])
+        steps = [made - 1 for made in window["step"].to_pylist()]
+        numbers = {"global_step": steps, "current_epoch": window["epoch"].to_pylist()}
+        own = {"global_step": self.checkpoints[index].step, "current_epoch": self.checkpoints[index].epoch}
+        distinct = {name: sorted({*of_name, own[name]}) for name, of_name in numbers.items() if of_name}
+        return {name: found for name, found in distinct.items() if len(found) > 1}
+
     @property
     def parameter_groups(self) -> Mapping[str, int]:
         """The group number of every trained parameter, counted over all optimizers.
@@ -178,6 +199,18 @@ class Trajectory:
         if window["ids"].null_count == 0:
             return _exposure.visited(window, rates, reduction, n_train)
         return _exposure.expected(window, rates, reduction, n_train, batches_per_epoch)
+
+    def visits(self, index: int, reduction: _exposure.Reduction, n_train: int) -> _exposure.Visits:
+        """``exposure``, apart for each index (``batch_idx``) of the batches that an example was in.
+
+        Args:
+            index: Position of the checkpoint.
+            reduction: How ``training_step`` reduces the losses of a batch.
+            n_train: Length of the training dataset.
+        """
+        window = self._window(range(len(self.checkpoints))[index])
+        rates = _exposure.effective_rates(window, self.settings, self._groups)
+        return _exposure.visits(window, rates, reduction, n_train)
 
     def shrinkage(self, index: int) -> Tensor:
         """The sum of learning rate × decoupled weight decay between the previous checkpoint and this one.
