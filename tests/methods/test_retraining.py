@@ -330,16 +330,14 @@ class Reversed(Classifier):
 
     def __init__(self):
         super().__init__()
-        self.first, self.head = self.first, self.head
-        layers = self._modules
-        layers["first"] = layers.pop("first")
+        self._modules["first"] = self._modules.pop("first")
         self.unused = torch.nn.Linear(2, 2).double()
 
 
 def test_knn_shapley_looks_at_the_layer_that_is_called_last_whatever_the_order_of_registration():
     train, asked = data(9, classes=True), data(4, seed=1, classes=True)
     module = Reversed()
-    assert [name for name, _ in module.named_children()] == ["head", "first", "unused"]
+    assert [name for name, _ in module.named_children()] == ["layer", "head", "first", "unused"]
     features = [module.first(x).tanh().detach() for x in (asked.tensors[0], train.tensors[0])]
     expected = knn_shapley(torch.cdist(*features), asked.tensors[1][:, None] == train.tensors[1], 2)
     close(Attributor(module, train=train).score(KNNShapley(k=2), asked).values, expected)
