@@ -97,6 +97,7 @@ class Influence(Guest):
         self.max_cost, self.log_scores = float(max_cost), log_scores
         self._resolved: Path | None = None
         self._restored: dict[str, Any] = {}
+        self._key: str | None = None
 
     # ---- results ----
 
@@ -256,13 +257,15 @@ class Influence(Guest):
     @property
     def state_key(self) -> str:
         """Distinguishes several of these callbacks in one Trainer."""
-        return self._generate_state_key(
-            dirpath=self.dirpath,
-            methods=sorted(self.methods),
-            every_n_epochs=self._schedule.every_n_epochs,
-            every_n_train_steps=self._schedule.every_n_train_steps,
-            parameters=self.parameters,
-        )
+        if self._key is None or self._recorder is None:  # Lightning reads it at every hook
+            self._key = self._generate_state_key(
+                dirpath=self.dirpath,
+                methods=sorted(self.methods),
+                every_n_epochs=self._schedule.every_n_epochs,
+                every_n_train_steps=self._schedule.every_n_train_steps,
+                parameters=self.parameters,
+            )
+        return self._key
 
     def state_dict(self) -> dict[str, Any]:
         """Where a resumed fit finds this run: builtins only, so that checkpoints load with `weights_only=True`."""

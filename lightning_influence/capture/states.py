@@ -22,11 +22,11 @@ def gather_state(trainer: Any, module: Any) -> dict[str, dict]:
     }
 
 
-def encode_state(state: dict[str, dict]) -> bytes:
+def encode_state(state: dict[str, dict]) -> memoryview:
     """Serialise a state for `torch.load(weights_only=True)`."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    return buffer.getvalue()
+    return buffer.getbuffer()
 
 
 def fingerprint(module: Any) -> list[tuple[int, int]]:
