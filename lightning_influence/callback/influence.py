@@ -43,12 +43,16 @@ class Influence(Guest):
         dirpath: Folder to write to; each fit creates a `run-N` inside it. None: next to the logger's run.
         every_n_epochs: Save a checkpoint every n epochs; 0 disables it. Initial and final weights are always saved.
         every_n_train_steps: Save a checkpoint every n optimizer steps instead.
+        keep_last: Keep the newest n of these checkpoints and the initial one, and remove older ones of this fit while
+            it runs. What sums over checkpoints then counts the steps of those kept only. None: keep all.
         top_k: Keep only the k strongest proponents and opponents of each query. None: keep all scores.
         self_influence: Also score each training example on itself.
         parameters: Patterns (fnmatch) over `named_parameters()`. None: all parameters that are trained.
         loss: Per-sample losses, `loss(module, batch) -> [batch]`. None: the loss of `training_step`.
         sample_id: Key of the batch, or function of the batch, that gives one unique integer per example. Needed where
             no sampler provides indices, as for an `IterableDataset`.
+        lookup: Function that returns the training example of such an integer, as the loader collates it, for data that
+            cannot be read by index again.
         max_cost: Do not start a method whose estimated time exceeds this many times the duration of the fit, nor a
             fit in which tracking would take this many times as long as plain training.
         log_scores: Write scores to the Trainer's loggers.
@@ -78,6 +82,8 @@ class Influence(Guest):
         sample_id: str | Callable[[Any], Any] | None = None,
         max_cost: float = 10.0,
         log_scores: bool = True,
+        keep_last: int | None = None,
+        lookup: Callable[[int], Any] | None = None,
     ) -> None:
         super().__init__()
         self.methods = methods_of_a_fit(methods)
@@ -86,6 +92,8 @@ class Influence(Guest):
         check_callable("loss", loss)
         if not isinstance(sample_id, str):
             check_callable("sample_id", sample_id)
+        check_callable("lookup", lookup)
+        check_integer("keep_last", keep_last, optional=True)
         check_positive("max_cost", max_cost)
         check_flag("log_scores", log_scores)
         self.queries = checked_queries(queries)
@@ -93,7 +101,8 @@ class Influence(Guest):
         self._schedule = schedule_of(every_n_epochs, every_n_train_steps)
         self.top_k, self.self_influence = top_k, self_influence
         self.parameters = patterns_of(parameters)
-        self.loss, self.sample_id = loss, sample_id
+        self.loss, self.sample_id, self.lookup = loss, sample_id, lookup
+        self.keep_last = keep_last
         self.max_cost, self.log_scores = float(max_cost), log_scores
         self._resolved: Path | None = None
         self._restored: dict[str, Any] = {}
@@ -174,7 +183,7 @@ class Influence(Guest):
         claimed = on_rank_zero(trainer, lambda: str(claim_run(resolved)), f"to create a folder in `{resolved}`")
         self.run_dir = Path(claimed)
         folder = self.run_dir if trainer.is_global_zero else self.run_dir / f"steps-rank{trainer.global_rank}"
-        store = RunWriter(folder, trainer.world_size, parent)
+        store = RunWriter(folder, trainer.world_size, parent, self.keep_last)
         self._recorder = Recorder(trainer, pl_module, self._tap, store, self._schedule, self.sample_id, made)
         self._recorder.starts()
         self._during = DuringFit(self._plan, trainer, pl_module, self.run_dir)

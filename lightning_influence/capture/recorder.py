@@ -249,7 +249,8 @@ class Recorder:
             )
         elif len(ids) > 1:
             self._store.manifest["notes"] = self._store.manifest["notes"] or [
-                f"Each batch combines {len(ids)} loaders; `steps['loader_ids']` holds the examples of each."
+                f"Each batch combines {len(ids)} loaders; `steps['loader_ids']` holds the examples of each, and"
+                f" `trajectory.of_loader(0)` is the fit with those of the first."
             ]
         return ids
 

@@ -49,11 +49,13 @@ _SYNC_SECONDS = 30.0
 class RunWriter:
     """Writes the files of one process: checkpoints on rank 0, steps on every rank."""
 
-    def __init__(self, folder: Path, world_size: int, parent: ParentLink | None) -> None:
+    def __init__(self, folder: Path, world_size: int, parent: ParentLink | None, keep_last: int | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._started = self._synced = time.monotonic()
         self._unsynced: list[Path] = []
+        self._keep_last = keep_last
+        self._surplus: list[Path] = []  # files that no manifest will list any more
         self.manifest: dict[str, Any] = {
             "format": FORMAT,
             "id": os.urandom(16).hex(),  # not from Python's or torch's generator, whose states belong to training
@@ -75,7 +77,14 @@ class RunWriter:
         (self.folder / "checkpoints").mkdir(exist_ok=True)
         file = f"checkpoints/step-{step:08d}.pt"
         entry = self._write(file, content)
-        self.manifest["checkpoints"].append({"file": file, "step": step, "epoch": epoch, "kind": kind} | entry)
+        listed = self.manifest["checkpoints"]
+        listed.append({"file": file, "step": step, "epoch": epoch, "kind": kind} | entry)
+        later = [each for each in listed if each["kind"] != "initial"]  # replays start from the initial weights
+        if self._keep_last is not None and len(later) > self._keep_last:
+            oldest = later[0]
+            listed.remove(oldest)
+            self.manifest.setdefault("removed", []).append(oldest["step"])
+            self._surplus.append(self.folder / oldest["file"])
 
     def add_averaged(self, step: int, epoch: int, content: bytes) -> None:
         """Write the averaged weights at the end of the fit, which are no checkpoint of the trajectory."""
@@ -107,6 +116,8 @@ class RunWriter:
         write_atomically(self.folder / MANIFEST, encode_manifest(self.manifest), durable=due)
         if due:
             self._synced = time.monotonic()
+        while self._surplus:  # now that the manifest does not list them
+            self._surplus.pop().unlink(missing_ok=True)
 
     def _write(self, file: str, content: bytes | memoryview) -> dict[str, int]:
         path = self.folder / file
