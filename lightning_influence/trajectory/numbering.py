@@ -61,8 +61,8 @@ def renumbered(trajectory: "Trajectory", ids: Tensor) -> "Trajectory":
     """The same fit with each recorded id replaced by its position in ``ids``, which is ascending."""
     known = ids.numpy()
 
-    def positions(row: Any) -> Ids:
-        return None if row is None else [np.searchsorted(known, micro).tolist() for micro in row]
+    def positions(batches: Ids) -> Ids:
+        return None if batches is None else [np.searchsorted(known, micro).tolist() for micro in batches]
 
     steps = _with(trajectory.steps, ids=[positions(row) for row in trajectory.steps["ids"].to_pylist()])
     return replace(trajectory, steps=steps, dataset_size=len(ids))
