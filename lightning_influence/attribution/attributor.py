@@ -63,7 +63,7 @@ class Attributor:
         >>> attributor.score(TracInCP(), queries=test_dataset).proponents(k=5)  # doctest: +SKIP
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - the contract's names
         self,
         module: Any,
         train: Any,

@@ -86,11 +86,11 @@ class RunWriter:
             self.manifest.setdefault("removed", []).append(oldest["step"])
             self._surplus.append(self.folder / oldest["file"])
 
-    def add_averaged(self, step: int, epoch: int, content: bytes) -> None:
+    def add_averaged(self, step: int, epoch: int, content: bytes | memoryview) -> None:
         """Write the averaged weights at the end of the fit, which are no checkpoint of the trajectory."""
         (self.folder / "checkpoints").mkdir(exist_ok=True)
         file = "checkpoints/averaged.pt"
-        entry = write_atomically(self.folder / file, content)
+        entry = self._write(file, content)
         self.manifest["averaged"] = {"file": file, "step": step, "epoch": epoch} | entry
 
     def add_steps(self, rows: list[dict[str, Any]]) -> None:

@@ -226,12 +226,16 @@ def _alike(one: Batch, other: Batch) -> bool:
         return False
     for a, b in zip(*leaves, strict=True):
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-            same = a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124 - NaN
+            same = a.shape == b.shape and _equal(a.to_dense(), b.to_dense())  # what is dense stays as it is
         else:
             same = a == b or a != a if isinstance(a, (int, float, str)) else True  # noqa: PLR0124
         if not same:
             return False
     return True
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124 - NaN
 
 
 def versions_of(batch: Batch) -> list[int]:
