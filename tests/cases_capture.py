@@ -54,13 +54,8 @@ def sparse(items):
     return x.to_sparse(), y
 
 
-def compressed(items):
-    x, y = default_collate(items)
-    return x.to_sparse_csr(), y
-
-
 class Densifies(Step):
-    """Takes sparse inputs of either layout."""
+    """Takes sparse inputs, or dense ones of brute force."""
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -130,7 +125,6 @@ CAPTURE = [
     ),
     Case("sparse inputs", lambda: Densifies(mlp()), inputs(5), inputs(5, n=4, seed=2), collate=sparse),
     Case("sparse inputs, fit", lambda: Densifies(mlp()), inputs(5), inputs(5, n=4, seed=2), collate=sparse, fit=True),
-    Case("sparse inputs in rows", lambda: Densifies(mlp()), inputs(5), inputs(5, n=4, seed=2), collate=compressed),
     Case("a product with sparse inputs", Multiplies, inputs(5), inputs(5, n=4, seed=2), collate=sparse, fit=True),
     Case("LazyLinear, fit", lazy, fit=True, **both(5)),
 ]

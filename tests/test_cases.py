@@ -29,7 +29,7 @@ from lightning_influence import Attributor, GradientDot, Influence, MissingEvide
 BATCH = 3
 torch.set_num_threads(1)
 # Of torch, about [batch, 1] against [batch], and a batch of one that loses that dimension.
-pytestmark = pytest.mark.filterwarnings("ignore:Using a target size", "ignore:Sparse CSR tensor support is in beta")
+pytestmark = pytest.mark.filterwarnings("ignore:Using a target size")
 RIGHT = [name for name, case in CASES.items() if case.expected == "right"]
 REFUSED = [name for name, case in CASES.items() if case.expected == "refused"]
 WITH_WAY_OUT = [name for name in REFUSED if CASES[name].way_out is not None]

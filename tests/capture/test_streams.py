@@ -1,7 +1,10 @@
 """Data that cannot be read by index: streams with a lookup, several loaders, lists of indices, handles of workers."""
 
+from pathlib import Path
+
 import oracles
 import pytest
+import pytorch_lightning as pl
 import torch
 from fits import Indexed, Net, fit, loader, recorded, seeded
 from pytorch_lightning.utilities import CombinedLoader
@@ -20,6 +23,7 @@ from lightning_influence import (
     TracInCP,
     Trajectory,
 )
+from lightning_influence.capture import store
 from lightning_influence.curvature.conjugate_gradient import ConjugateGradient
 
 QUERIES = Indexed(3)
@@ -283,6 +287,28 @@ def test_random_lists_are_refused(tmp_path):
         influence.attributor.score(TracInCP(), QUERIES)
 
 
+# ---- sparse batches -------------------------------------------------------------------------------------------------
+
+
+class Compressed(Double):
+    def loss(self, batch):
+        x = batch["x"]
+        return super().loss({"x": x.to_dense() if x.layout is torch.sparse_csr else x, "y": batch["y"]})
+
+
+def compressed(items):
+    batch = default_collate(items)
+    return batch | {"x": batch["x"].to_sparse_csr()}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_batches_in_compressed_rows_are_scored(tmp_path):
+    influence, module = Influence([TracInCP()], queries=QUERIES, dirpath=tmp_path), seeded(Compressed)
+    fit(module, DataLoader(Indexed(), 4, collate_fn=compressed), influence)
+    want = expected(module, influence.trajectory, module.seen, list(range(23)), Indexed())
+    oracles.assert_scores(influence.scores["TracInCP"].values, want, 1e-10)
+
+
 # ---- handles that workers open --------------------------------------------------------------------------------------
 
 
@@ -352,6 +378,57 @@ def test_other_schedules_keep_the_final_weights(options, tmp_path):
     assert trajectory.checkpoints[-1].step == 36
     assert torch.equal(trajectory.checkpoints[-1].load().parameters["layer.weight"], module.layer.weight.detach())
     assert len(list((influence.run_dir / "checkpoints").iterdir())) == len(trajectory.checkpoints) <= 3
+
+
+def test_whenever_a_fit_is_killed_its_manifest_lists_whole_files(tmp_path, monkeypatch):
+    """After every single change of the folder, what can be loaded loads."""
+    looked, unlink, write = [], Path.unlink, store.write_atomically
+
+    def look():
+        if (tmp_path / "run-0" / "manifest.json").exists():
+            looked.append([c.load() and c.step for c in Trajectory.load(tmp_path).checkpoints])
+
+    def unlinks(path, *args, **kwargs):
+        look()
+        unlink(path, *args, **kwargs)
+        look()
+
+    def writes(*args, **kwargs):
+        look()
+        entry = write(*args, **kwargs)
+        look()
+        return entry
+
+    monkeypatch.setattr(Path, "unlink", unlinks)
+    monkeypatch.setattr(store, "write_atomically", writes)
+    kept(tmp_path, 2)
+    assert [0, 12, 18] in looked
+    assert looked[-1] == [0, 30, 36]
+
+
+class SavesAt(pl.Callback):
+    """A checkpoint of the user's after some epochs."""
+
+    def __init__(self, epoch, path):
+        self.epoch, self.path = epoch, path
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_resumed_fit_keeps_what_its_parent_kept(tmp_path):
+    first = Influence(dirpath=tmp_path, keep_last=2)
+    fit(seeded(Double), loader(), SavesAt(3, tmp_path / "x.ckpt"), first, max_epochs=6)
+    second = Influence(dirpath=tmp_path, keep_last=2)
+    fit(seeded(Double), loader(), second, max_epochs=8, ckpt_path=tmp_path / "x.ckpt")
+    trajectory = second.trajectory
+    assert [c.step for c in first.trajectory.checkpoints] == [0, 30, 36]
+    assert all(c.load() for c in trajectory.checkpoints)
+    assert len(trajectory.steps) == 48
+    spans = [trajectory.exposure(i, "mean", 23).sum().item() for i in range(1, len(trajectory.checkpoints))]
+    assert spans == pytest.approx([0.1 * 6] * len(spans))
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, True])
