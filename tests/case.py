@@ -26,6 +26,7 @@ class Case:
         way_out: for a refused one, the ``loss=`` with which it is right.
         alone: the per-sample losses by which brute force replaces a step that fails on a batch of one.
         collate: the loader's.
+        loader: makes the training loader of the dataset; None: batches of three in order.
         parameters: patterns.
         fit: train for two epochs with capture, then trace through its checkpoints.
         summed: the step returns the sum over the batch.
@@ -48,6 +49,7 @@ class Case:
     way_out: Callable[..., Any] | None = None
     alone: Callable[..., Any] | None = None
     collate: Callable[..., Any] | None = None
+    loader: Callable[[Any], Any] | None = None
     parameters: Any = None
     fit: bool = False
     summed: bool = False

@@ -1,6 +1,7 @@
 """Every case by name."""
 
 from cases_batches import BATCHES
+from cases_capture import CAPTURE
 from cases_checkpoints import CHECKPOINTS
 from cases_guard import GUARD
 from cases_index import INDEX
@@ -10,6 +11,6 @@ from cases_modules import MODULES
 from cases_single import SINGLE
 from cases_trainer import TRAINER
 
-CASES = {
-    case.name: case for case in [*LAYERS, *MODULES, *LOSSES, *BATCHES, *SINGLE, *CHECKPOINTS, *TRAINER, *GUARD, *INDEX]
-}
+GROUPS = (LAYERS, MODULES, LOSSES, BATCHES, SINGLE, CHECKPOINTS, TRAINER, GUARD, INDEX, CAPTURE)
+
+CASES = {case.name: case for group in GROUPS for case in group}

@@ -22,7 +22,7 @@ class Write(Callback):
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("default" if "nowhere" in sys.argv else "ignore")
     torch.set_num_threads(1)
     folder, strategy, workers = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     callbacks = [Write(folder)]

@@ -267,7 +267,7 @@ class Misshapen(Watches):
         (
             {"train": [DataLoader(TRAIN), DataLoader(TRAIN)]},
             TypeError,
-            r"got list.*\(for several loaders at once, the one whose examples are meant, with `loss=`\)",
+            r"got list.*for several loaders at once, the one whose examples are meant, with `loss=`",
         ),
         (
             {"module": Step(torch.nn.ParameterList([torch.ones(3, dtype=torch.complex64)]))},

@@ -93,20 +93,9 @@ def test_both_packages_take_the_callback(package, tmp_path):
     module = seeded(Net if package is pytorch_lightning else UnifiedNet)
     fit(module, loader(), influence, package=package)
     assert recorded(influence.trajectory) == module.seen
-    bad = Influence(dirpath=tmp_path / "file" / "below")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(package.utilities.exceptions.MisconfigurationException, match="Expected a writable folder"):
+    bad = Influence(dirpath="s3://bucket/runs")
+    with pytest.raises(package.utilities.exceptions.MisconfigurationException, match="Pass a local `dirpath=`"):
         fit(module, loader(), bad, package=package)
-
-
-def test_a_folder_that_cannot_be_made_is_refused_before_training(tmp_path):
-    (tmp_path / "file").write_text("")
-    module = seeded(Net)
-    with pytest.raises(
-        pytorch_lightning.utilities.exceptions.MisconfigurationException, match=r"file/below`, got 'Not a directory'"
-    ):
-        fit(module, loader(), Influence(dirpath=tmp_path / "file" / "below"))
-    assert module.seen == []
 
 
 def test_the_default_folder_is_beside_the_loggers_run(tmp_path):
@@ -115,25 +104,6 @@ def test_the_default_folder_is_beside_the_loggers_run(tmp_path):
     assert influence.run_dir == tmp_path / "mine" / "version_3" / "influence" / "run-0"
     fit(seeded(Net), loader(), influence, default_root_dir=tmp_path)
     assert influence.run_dir == tmp_path / "influence" / "run-0"
-
-
-@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
-def test_a_step_that_fetches_its_batch_is_refused(tmp_path):
-    class Fetches(Net):
-        def training_step(self, dataloader_iter):
-            return self.loss(next(dataloader_iter)[0])
-
-    with pytest.raises(pytorch_lightning.utilities.exceptions.MisconfigurationException, match="Take `batch` instead"):
-        fit(seeded(Fetches), loader(), Influence(dirpath=tmp_path))
-
-
-@pytest.mark.parametrize("name", ["DeepSpeedStrategy", "FSDPStrategy", "XLAStrategy", "ModelParallelStrategy"])
-def test_strategies_that_hide_steps_or_weights_are_refused_by_name(name):
-    from lightning_influence.capture.places import check_strategy
-
-    strategy = type(f"My{name}", (type(name, (), {}),), {})()
-    with pytest.raises(pytorch_lightning.utilities.exceptions.MisconfigurationException, match=f"got 'My{name}'"):
-        check_strategy(strategy, None)
 
 
 def test_scores_are_cleared_by_the_next_fit(tmp_path):

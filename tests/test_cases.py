@@ -5,6 +5,7 @@
 
 import contextlib
 import fnmatch
+import functools
 import logging
 import random
 import sys
@@ -46,21 +47,24 @@ class Asked:
         if case.dtype is torch.float64:
             self.module = self.module.double()
         self.trainer = made(**case.trainer) if case.trainer is not None else None
+        self.loader = (case.loader or in_order(case.collate))(self.train)
         self.trajectory = self.fitted(folder) if case.fit or case.offline else None
         self.files = case.files(self.module, folder) if case.files else None
         if self.files is not None:
             self.trajectory = self.files.read()
-        self.loader = DataLoader(self.train, BATCH, collate_fn=case.collate)
         torch.manual_seed(99)
-        asked = case.make().to(case.dtype) if case.offline else self.module
-        self.attributor = Attributor(
-            asked,
+        self.asked = case.make().to(case.dtype) if case.offline else self.module
+
+    @functools.cached_property
+    def attributor(self):
+        return Attributor(
+            self.asked,
             self.loader,
             self.trajectory,
             self.trainer,
             BATCH,
-            loss=case.loss,
-            parameters=case.parameters,
+            loss=self.case.loss,
+            parameters=self.case.parameters,
             weights=self.files.weights if self.files else "last",
         )
 
@@ -68,8 +72,7 @@ class Asked:
         """Two epochs in the dataset's order, so that every coefficient is known without any record."""
         capture = Influence(dirpath=folder)
         trainer = made(**{"max_epochs": 2, "callbacks": [capture], **(self.case.trainer or {})})
-        loader = DataLoader(self.train, BATCH, shuffle=False, collate_fn=self.case.collate)
-        trainer.fit(self.module, loader if self.case.fit_with is None else self.case.fit_with())
+        trainer.fit(self.module, self.loader if self.case.fit_with is None else self.case.fit_with())
         return Trajectory.load(folder)
 
     # ---- brute force ----------------------------------------------------------------------------------------------
@@ -172,6 +175,11 @@ class Asked:
         for question, values in expected.items():
             if self.files is None or self.files.windows or question == "gradient dot":
                 oracles.assert_scores(actual[question], values, self.case.allowed)
+
+
+def in_order(collate):
+    """Makes a loader of batches in the dataset's order."""
+    return lambda data: DataLoader(data, BATCH, shuffle=False, collate_fn=collate)
 
 
 def made(**options):

@@ -1,7 +1,7 @@
 """Attributor: scores of a module's training examples by any method."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from os import PathLike
@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from lightning_influence.attribution.accumulators import MatrixAccumulator, TopKAccumulator
+from lightning_influence.attribution.arguments import check_arguments, queries_of, scored_ids
 from lightning_influence.attribution.driver import run_group, run_scores, run_self_influence
 from lightning_influence.attribution.final_weights import final_weights
 from lightning_influence.attribution.parameter_selection import selected_parameters
-from lightning_influence.checks import check_integer
+from lightning_influence.attribution.streams import check_method_on_stream, check_stream
+from lightning_influence.checks import check_callable, check_integer
+from lightning_influence.data.lookup import stream_of
 from lightning_influence.data.source import Source, source_of
 from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.methods.method import Evidence, Method
@@ -26,7 +29,7 @@ from lightning_influence.scores import Scores, SelfScores
 from lightning_influence.scores.id_checks import whole_numbers
 from lightning_influence.setting.batch_index import warn_of_losses
 from lightning_influence.setting.session import Session
-from lightning_influence.setting.setting import Queries, Setting
+from lightning_influence.setting.setting import Setting
 from lightning_influence.tracking.record import load_record
 from lightning_influence.trajectory import Trajectory, fitted_trajectory
 from lightning_influence.types import MissingEvidence
@@ -47,6 +50,8 @@ class Attributor:
         weights: what methods that need the final weights alone use: ``"last"``, after the last step; ``"best"``, of
             ``ModelCheckpoint``; ``"averaged"``, of Lightning's EMA and SWA; or the path of a ``.ckpt`` file, of which
             what ``load_from_checkpoint`` gives is read. Methods that follow the fit are not changed by it.
+        lookup: ``id -> example``, for a fit on a stream (``IterableDataset``) with ``Influence(sample_id=)``: the
+            training examples are those whose ids it recorded, read by this function, and scores have these ids.
 
     Raises:
         TypeError: data without indexed examples, such as an IterableDataset.
@@ -59,7 +64,7 @@ class Attributor:
         >>> attributor.score(TracInCP(), queries=test_dataset).proponents(k=5)  # doctest: +SKIP
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - the contract's names
         self,
         module: Any,
         train: Any,
@@ -70,7 +75,13 @@ class Attributor:
         loss: Loss | None = None,
         parameters: str | Sequence[str] | None = None,
         weights: str | PathLike[str] = "last",
+        lookup: Callable[[int], Any] | None = None,
     ) -> None:
+        check_callable("lookup", lookup)
+        self._stream = None if lookup is None else stream_of(train, lookup, trajectory)
+        if self._stream is not None:
+            check_stream(refit)
+            train, trajectory = self._stream.source, self._stream.trajectory
         self.module = unwrapped(module)
         trajectory = trajectory if trajectory is None else fitted_trajectory(trajectory, self.module)
         self.trajectory = trajectory
@@ -126,12 +137,12 @@ class Attributor:
             ValueError: bad arguments, queries that the module does not accept, gradients that are not finite.
         """
         self._check(method)
-        _check_arguments(top_k, aggregate, measurement, higher_is_better)
+        check_arguments(top_k, aggregate, measurement, higher_is_better)
         source = self._queries(queries)
         with self._open(method, source, measurement, aggregate) as setting:
-            all_queries = _queries_of(setting)
+            all_queries = queries_of(setting)
             dtype = setting.zeros().dtype
-            ids = _scored(method, setting.n_train)
+            ids = scored_ids(method, setting.n_train)
             accumulator: MatrixAccumulator | TopKAccumulator
             if top_k is None:
                 accumulator = MatrixAccumulator(len(all_queries), len(ids), dtype)
@@ -140,13 +151,13 @@ class Attributor:
             run_scores(method, setting, all_queries, accumulator, -1.0 if higher_is_better else 1.0, self.trainer)
         base = self._train.base_ids()
         record = self._record(method, setting) | {
-            "train_ids": ids,
-            "query_ids": torch.arange(len(all_queries)),
+            "train_ids": self._named(ids),
+            "query_ids": self._named(torch.arange(len(all_queries)), source if aggregate is None else None),
             "base": (None if base is None else base[ids], None if aggregate else source.base_ids()),
             "allow_nan": isinstance(method, Retraining),
         }
         scores = Scores(*accumulator.result(), **record)
-        scores.at_hand = (self._train.dataset, None if aggregate else source.dataset)
+        scores.at_hand = (self._shown(self._train), None if aggregate else self._shown(source))
         if path is not None:
             scores.save(path)
         return scores
@@ -167,8 +178,8 @@ class Attributor:
         with self._open(method) as setting:
             values = run_self_influence(method, setting, self.trainer)
         record = self._record(method, setting) | {"base": self._train.base_ids()}
-        scores = SelfScores(torch.arange(len(values)), values, **record)
-        scores.at_hand = (self._train.dataset, None)
+        scores = SelfScores(self._named(torch.arange(len(values))), values, **record)
+        scores.at_hand = (self._shown(self._train), None)
         if path is not None:
             scores.save(path)
         return scores
@@ -189,13 +200,14 @@ class Attributor:
         """
         self._check(method)
         ids = whole_numbers(ids).tolist()
+        ids = ids if self._stream is None else self._stream.positions(ids)
         if wrong := [i for i in ids if not 0 <= i < len(self._train.dataset)]:
             raise ValueError(f"Expected `ids` from 0 to {len(self._train.dataset) - 1}, got {wrong[:5]!r}.")
-        scored = _scored(method, len(self._train.dataset))
+        scored = scored_ids(method, len(self._train.dataset))
         if unscored := sorted(set(ids) - set(scored.tolist())):
             raise ValueError(f"Expected `ids` that {method!r} has scores for, got {unscored[:5]!r}.")
         with self._open(method, self._queries(queries)) as setting:
-            return run_group(method, setting, _queries_of(setting), list(ids), self.trainer)
+            return run_group(method, setting, queries_of(setting), list(ids), self.trainer)
 
     def losses(self, data: Any = "train") -> Tensor:
         """The loss of every example on its own at the final weights, [example]; a baseline for finding label errors."""
@@ -248,10 +260,21 @@ class Attributor:
         self._check(method)
         if not isinstance(method, Retraining):
             raise TypeError(f"Expected a method that retrains models, such as `Downsampling()`, got {method!r}.")
-        _check_arguments(None, None, measurement, higher_is_better)
+        check_arguments(None, None, measurement, higher_is_better)
         with self._open(method, self._queries(queries), measurement) as setting:
-            found = method.estimate(setting, _queries_of(setting))
+            found = method.estimate(setting, queries_of(setting))
         return replace(found, values=-found.values) if higher_is_better else found
+
+    # ---- streams ----
+
+    def _named(self, positions: Tensor, source: Source | None = None) -> Tensor:
+        """Ids of training examples by their positions; of queries that are other data, the positions."""
+        if self._stream is None or (source is not None and source is not self._train):
+            return positions
+        return self._stream.ids[positions]
+
+    def _shown(self, source: Source) -> Any:
+        return source.dataset if self._stream is None or source is not self._train else self._stream.by_id
 
     # ---- preparation ----------------------------------------------------------------------------------------------
 
@@ -260,6 +283,8 @@ class Attributor:
         if not isinstance(method, Method):
             raise TypeError(f"Expected `method` to be a Method such as `TracInCP()`, got {method!r}.")
         name = method.name
+        if self._stream is not None:
+            check_method_on_stream(method, len(self._train.dataset))
         if method.needs & Evidence.CHECKPOINTS and self.trajectory is None:
             raise MissingEvidence(
                 f"`{name}` needs checkpoints with learning rates, got `trajectory=None`. Fit with "
@@ -330,23 +355,3 @@ class Attributor:
             "checkpoints": checkpoints,
             "diagnostics": setting.diagnostics,
         }
-
-
-def _check_arguments(top_k: object, aggregate: object, measurement: object, higher_is_better: bool) -> None:
-    check_integer("top_k", top_k, optional=True)
-    if aggregate not in (None, "mean"):
-        raise ValueError(f"Expected `aggregate` to be None or 'mean', got {aggregate!r}.")
-    if higher_is_better and measurement is None:
-        raise ValueError("Expected `measurement=` with `higher_is_better=True`, got None: lower is better for a loss.")
-
-
-def _queries_of(setting: Setting) -> Queries:
-    if setting.queries is None:
-        raise ValueError("Expected `queries`, got None. Pass a Dataset, a DataLoader or 'train'.")
-    return setting.queries
-
-
-def _scored(method: Method, n_train: int) -> Tensor:
-    """Ids of the training examples that a method has scores for, [scored] int64."""
-    ids = method.scored(n_train)
-    return torch.arange(n_train) if ids is None else torch.tensor(list(ids), dtype=torch.int64)

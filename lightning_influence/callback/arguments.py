@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning_influence.capture.recorder import Schedule
 from lightning_influence.checks import check_integer
-from lightning_influence.methods.method import Method
+from lightning_influence.methods.method import Evidence, Method
 
 
 def named_methods(methods: Any) -> dict[str, Any]:
@@ -36,6 +36,24 @@ def named_methods(methods: Any) -> dict[str, Any]:
             hint = f"Make one: `{method.__name__}()`." if isinstance(method, type) else "Subclass `Method`."
             raise TypeError(
                 f"Expected `methods` to hold methods such as `TracInCP()`, got {method!r} as {name!r}. {hint}"
+            )
+    return named
+
+
+def methods_of_a_fit(methods: Any) -> dict[str, Method]:
+    """Return the methods by name, all of which can run when a fit ends.
+
+    Raises:
+        ValueError: one retrains models, or two of one class are in a list.
+        TypeError: see `named_methods`.
+    """
+    named = named_methods(methods)
+    for name, method in named.items():
+        if method.needs & Evidence.REFIT:
+            raise ValueError(
+                f"Expected `methods` that can run when a fit ends, got {name!r}, which retrains models. "
+                "Run it afterwards: `Attributor(model, train=train_dataset, trajectory=influence.trajectory, "
+                f"refit=Refit()).score({type(method).__name__}(...), queries=...)`."
             )
     return named
 

@@ -1,5 +1,6 @@
 """What `Influence` does during a fit for methods whose trackers must see every step."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +41,33 @@ class DuringFit:
             parent: folder of the run that this fit resumes.
             made: weight updates so far.
 
+        What the module or its data forbid ends the tracking with a warning; the fit goes on.
+
         Raises:
-            MisconfigurationException: the fit cannot be tracked, or tracking would exceed memory, disk or `max_cost`.
+            MisconfigurationException: a method of `methods` cannot track such a fit, or would exceed memory, disk or
+                `max_cost`.
         """
         if not self._records:
             return
         plan, trainer = self._plan, self._trainer
-        try:
-            attributor = plan.attributor(self._module, trainer)
-            queries = None if plan.queries is None else resolve_queries(plan.queries, trainer)
-            with attributor.session(queries) as session:
-                self.loop.starts(session, parent, made)
-        except (ValueError, TypeError) as error:
-            raise MisconfigurationException(str(error)) from error
+        queries = None
+        with contextlib.ExitStack() as stack:
+            try:
+                if plan.queries is not None:
+                    queries = resolve_queries(plan.queries, trainer)
+                setting = stack.enter_context(plan.attributor(self._module, trainer).session(queries))
+            except Exception as error:
+                self.loop.give_up(f"{type(error).__name__}: {error}")
+                self._warn()
+                return
+            try:
+                self.loop.starts(setting, parent, made)
+            except (ValueError, TypeError) as error:
+                raise MisconfigurationException(str(error)) from error
+            except Exception as error:
+                self.loop.give_up(f"{type(error).__name__}: {error}")
+                self._warn()
+                return
         for each in self.loop.tracked:
             rank_zero_info(f"Tracking for {', '.join(map(repr, self._records[each.name]))}: {each.plan}.")
 

@@ -27,22 +27,50 @@ class Results(dict[str, Any]):
     def __init__(self) -> None:
         super().__init__()
         self.reasons: dict[str, str] = {}
+        self.why: str | None = None  # there are no scores at all, as the fit was not recorded
 
     def __missing__(self, key: str) -> Any:
         names = ", ".join(map(repr, self)) or "none yet"
-        why = f" {key!r} did not run: {self.reasons[key]}" if key in self.reasons else ""
+        reason = self.reasons.get(key, self.why)
+        why = "" if reason is None else f" {key!r} did not run: {reason}"
         raise KeyError(f"Expected the name of existing scores ({names}), got {key!r}.{why}")
 
     def clear(self) -> None:
         """Remove scores and reasons."""
         super().clear()
         self.reasons.clear()
+        self.why = None
 
 
 def check_queries(queries: Any) -> None:
     """Raise before the fit, rather than after it, for data that cannot be scored."""
     if queries is not None and not isinstance(queries, str):
         source_of(queries, "queries")
+
+
+def score_at_end(
+    plan: ScoringPlan,
+    trainer: Any,
+    run_dir: Path,
+    open_attributor: Callable[[], Attributor],
+    scores: Results,
+    self_scores: Results,
+) -> None:
+    """Run the methods on what was recorded in `run_dir`, in a single process; see `EndOfFit`."""
+    if trainer.world_size > 1:
+        rank_zero_warn(
+            f"Expected one process to run `methods` in, got {trainer.world_size}. The fit is recorded. "
+            f"Compute scores afterwards in a single process:\n{offline_lines(run_dir)}"
+        )
+        return
+    try:
+        attributor = open_attributor()
+    except Exception as error:
+        rank_zero_warn(f"Scores were not computed, the fit is complete: {type(error).__name__}: {error}")
+        scores.reasons |= {name: str(error) for name in plan.methods}
+        return
+    seconds = getattr(attributor.trajectory, "fit_seconds", None) or 0.0
+    EndOfFit(plan, trainer, attributor, run_dir, seconds, scores, self_scores).run()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The arguments of `Influence` that its parts need, without the callback itself."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,9 @@ class ScoringPlan:
     self_influence: bool
     max_cost: float
     log_scores: bool
+    lookup: Callable[[int], Any] | None
 
     def attributor(self, module: Any, trainer: Any, trajectory: Trajectory | None = None) -> Attributor:
         """Return what scores the examples of the training loader."""
-        loader, loss, parameters = trainer.train_dataloader, self.loss, self.parameters
-        return Attributor(module, loader, trajectory, trainer, loss=loss, parameters=parameters)
+        loader, loss, parameters, lookup = trainer.train_dataloader, self.loss, self.parameters, self.lookup
+        return Attributor(module, loader, trajectory, trainer, loss=loss, parameters=parameters, lookup=lookup)

@@ -1,5 +1,6 @@
 """Which training examples are in the batch that Lightning is about to train on."""
 
+import weakref
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,8 +31,11 @@ class LoaderTap:
 
     def __init__(self, trainer: Any) -> None:
         self._users = 0
+        self._trainer = weakref.ref(trainer)
         self._loaders: list[DataLoader] = []
         self._trackers: list[LoaderState | None] = []
+        self._unwatched: dict[int, str] = {}  # why a loader cannot be watched, by its id
+        self._leaves: list[Any] = []  # the loaders of this epoch
         self._passes: set[tuple[int, int]] = set()  # (loader, pass) of Lightning's own iterators
         self._current: list[list[int] | None] = []
         self.read: list[dict[str, bytes] | None] = []
@@ -42,28 +46,40 @@ class LoaderTap:
 
         def process_dataloader(dataloader: Any) -> Any:
             # called for sanity checking and validation too, where `training` is False
-            if trainer.training and isinstance(dataloader, DataLoader):
-                track(dataloader)
-                self._loaders.append(dataloader)
+            # by a copy of the strategy too, even after `release`
+            if self._users > 0 and trainer.training and isinstance(dataloader, DataLoader):
+                self._watch(dataloader)
             return original(dataloader)
 
         self._strategy.process_dataloader = process_dataloader
 
-    def release(self, trainer: Any) -> None:
+    def _watch(self, loader: DataLoader) -> None:
+        """Watch a loader; one that cannot be watched is used as it is, and its examples are unknown."""
+        try:
+            track(loader)
+        except Exception as error:
+            self._unwatched[id(loader)] = (
+                f"a {type(loader).__name__} cannot be watched ({type(error).__name__}: {error})"
+            )
+        self._loaders.append(loader)
+
+    def release(self) -> None:
         """Stop watching once every user has released the tap."""
         self._users -= 1
         if self._users > 0:
             return
-        _taps.pop(trainer, None)
+        trainer = self._trainer()
+        if trainer is not None and _taps.get(trainer) is self:
+            del _taps[trainer]
         self._strategy.__dict__.pop("process_dataloader", None)
         for loader in self._loaders:
             untrack(loader)
-        self._loaders, self._trackers = [], []
+        self._loaders, self._trackers, self._leaves = [], [], []
 
     def epoch_starts(self, trainer: Any) -> None:
         """Look up the loaders of this epoch: they may have been reloaded."""
-        leaves = tree_leaves(trainer.train_dataloader, is_leaf=lambda node: isinstance(node, DataLoader))
-        self._trackers = [tracker_of(leaf) for leaf in leaves]
+        self._leaves = tree_leaves(trainer.train_dataloader, is_leaf=lambda node: isinstance(node, DataLoader))
+        self._trackers = [tracker_of(leaf) for leaf in self._leaves]
 
     def epoch_ends(self) -> None:
         """Discard batches that were delivered but not trained on."""
@@ -81,9 +97,9 @@ class LoaderTap:
 
     def unknown(self) -> str | None:
         """Why it is unknown which examples are in a batch; None if it is known."""
-        for tracker in self._trackers:
+        for loader, tracker in zip(self._leaves, self._trackers, strict=True):
             if tracker is None:
-                return "it is not a `torch.utils.data.DataLoader`"
+                return self._unwatched.get(id(loader), "it is not a `torch.utils.data.DataLoader`")
             if tracker.unknown is not None:
                 return tracker.unknown
         return None
@@ -118,7 +134,7 @@ def length_of(dataset: Any) -> int | None:
     """Number of examples; None for datasets without a length."""
     try:
         return len(dataset)
-    except (TypeError, AttributeError, NotImplementedError):
+    except Exception:  # it is the user's code
         return None
 
 

@@ -47,6 +47,11 @@ class LoaderState:
         elif loader.num_workers > 1 and not getattr(loader, "in_order", True):
             self.unknown = "with `in_order=False`, batches arrive in another order than they are drawn"
 
+    def failed(self, error: Exception) -> None:
+        """Reading indices or random states went wrong: from here on the indices are unknown, and training goes on."""
+        self.unknown = f"watching it failed with {type(error).__name__}: {error}"
+        self.before = None
+
     def about_to_read(self) -> None:
         """Read the random states before the examples are read."""
         self.before = read_generators(_CPU)
@@ -115,7 +120,10 @@ class _Draws:
         drawn = next(self._iterator)
         self._draws.append(drawn)
         if self._tracker.reads_here:
-            self._tracker.about_to_read()
+            try:
+                self._tracker.about_to_read()
+            except Exception as error:
+                self._tracker.failed(error)
         return drawn
 
 
@@ -179,9 +187,12 @@ class Deliveries:
             if tracker.newest == self.number:
                 tracker.exhausted = True
             raise
-        read = tracker.drawn_in_reading()
-        ids = self._match() if tracker.unknown is None else None
-        tracker.delivered.append(Delivery(self.number, ids, read))
+        try:
+            read = tracker.drawn_in_reading()
+            ids = self._match() if tracker.unknown is None else None
+            tracker.delivered.append(Delivery(self.number, ids, read))
+        except Exception as error:
+            tracker.failed(error)
         return batch
 
     def _match(self) -> list[int] | None:

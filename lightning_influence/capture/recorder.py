@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from operator import index as as_index
 from typing import Any
 
-from torch.nn.parameter import is_lazy
-
 from lightning_influence.capture.final_weights import averaged_state, best_file
 from lightning_influence.capture.identity import LoaderTap, length_of, reloaded
 from lightning_influence.capture.loaders import as_indices
-from lightning_influence.capture.states import encode_state, fingerprint, gather_state
+from lightning_influence.capture.states import encode_state, fingerprint, gather_state, has_lazy
 from lightning_influence.capture.steps import StepRecorder, batch_size
 from lightning_influence.capture.store import ParentLink, RunWriter
 from lightning_influence.capture.trainer_reads import TrainerReads
@@ -54,7 +52,7 @@ class Recorder:
         self._fingerprint: list[tuple[int, int]] | None = None
         self._warned: set[str] = set()
         self._dataset: Any = None
-        self._has_shapes = True
+        self._lazy = False  # the initial checkpoint waits for the first forward pass
         self.reads = TrainerReads(trainer, module)
 
     @property
@@ -77,16 +75,18 @@ class Recorder:
             )
         names = {id(part): clean(name) for name, part in self._module.named_modules()}
         self._store.manifest["eval_modules"] = [names[id(m)] for m in self._module.modules() if not m.training]
-        self._has_shapes = not any(map(is_lazy, (*self._module.parameters(), *self._module.buffers())))
-        if self._has_shapes:
+        # the first forward pass gives parameters of `LazyLinear` and its like their shapes and values
+        self._lazy = has_lazy(self._module)
+        if not self._lazy:
             self._checkpoint("initial")
 
     def before_backward(self) -> None:
         """The batch has a loss: the Trainer is watched no longer, and lazy layers have their initial weights."""
         self.reads.unwatch()
-        if not self._has_shapes:
-            self._has_shapes = True
+        if self._lazy and self.made == self._made_at_start:
             self._checkpoint("initial")
+        self._lazy = False
+        self.steps.windows.before_backward()
 
     def epoch_starts(self) -> None:
         """Notice reloaded loaders and replaced optimizers."""
@@ -149,6 +149,12 @@ class Recorder:
         """Write the steps made so far, without a checkpoint: the weights may be halfway through a step."""
         self.steps.batch_ended()
         self.flush()
+
+    def broken(self, why: str) -> None:
+        """Write what was recorded before an error, and that the record ends there while the fit went on."""
+        if self._store.manifest["checkpoints"] or not self._trainer.is_global_zero:
+            self._store.manifest["notes"].append(f"The record ends at step {self.made}, the fit went on: {why}")
+            self.flush()
 
     def flush(self) -> None:
         """Write everything recorded so far."""
@@ -243,7 +249,8 @@ class Recorder:
             )
         elif len(ids) > 1:
             self._store.manifest["notes"] = self._store.manifest["notes"] or [
-                f"Each batch combines {len(ids)} loaders; `steps['loader_ids']` holds the examples of each."
+                f"Each batch combines {len(ids)} loaders; `steps['loader_ids']` holds the examples of each, and"
+                f" `trajectory.of_loader(0)` is the fit with those of the first."
             ]
         return ids
 

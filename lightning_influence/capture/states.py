@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
+from lightning_influence.capture.places import CannotRecord
 from lightning_influence.capture.randomness import gather_random
 from lightning_influence.types import clean
 
@@ -13,23 +15,28 @@ from lightning_influence.types import clean
 def gather_state(trainer: Any, module: Any) -> dict[str, dict]:
     """Copy weights, buffers, optimizer state and random state to the CPU, without changing any of them."""
     return {
-        "parameters": {clean(name): copied(p) for name, p in module.named_parameters()},
-        "buffers": {clean(name): copied(b) for name, b in module.named_buffers()},
+        "parameters": {clean(name): copied(p) for name, p in module.named_parameters() if not is_lazy(p)},
+        "buffers": {clean(name): copied(b) for name, b in module.named_buffers() if not is_lazy(b)},
         "optimizer": _optimizer_state(trainer, module),
         "random": gather_random(trainer.strategy.root_device),
     }
 
 
-def encode_state(state: dict[str, dict]) -> bytes:
+def encode_state(state: dict[str, dict]) -> memoryview:
     """Serialise a state for `torch.load(weights_only=True)`."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    return buffer.getvalue()
+    return buffer.getbuffer()
 
 
 def fingerprint(module: Any) -> list[tuple[int, int]]:
     """Return a value that changes when any weight is modified or replaced."""
-    return [(p.data_ptr(), p._version) for p in module.parameters()]
+    return [(0 if is_lazy(p) else p.data_ptr(), p._version) for p in module.parameters()]
+
+
+def has_lazy(module: Any) -> bool:
+    """Whether a parameter or buffer waits for a forward pass that gives it its shape, as those of `LazyLinear` do."""
+    return any(is_lazy(tensor) for tensors in (module.parameters(), module.buffers()) for tensor in tensors)
 
 
 def _optimizer_state(trainer: Any, module: Any) -> dict[str, dict[str, Tensor]]:
@@ -49,4 +56,10 @@ def copied(value: Tensor | float) -> Tensor:
     """A copy on the CPU."""
     if not isinstance(value, Tensor):
         return torch.tensor(value)
-    return value.detach().to("cpu", copy=True).contiguous()
+    if value.is_meta:
+        raise CannotRecord(
+            "Expected weights with values, got a tensor on the meta device. Materialise the module before the fit, for"
+            " instance in `configure_model`."
+        )
+    found = value.detach().to("cpu", copy=True)
+    return found.contiguous() if found.layout is torch.strided else found

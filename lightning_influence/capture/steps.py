@@ -28,6 +28,7 @@ class StepRecorder:
         self._device = trainer.strategy.root_device
         self._settings_of: dict[int, tuple[Any, int]] = {}
         self._names = {p: clean(name) for name, p in module.named_parameters()}
+        self._clips_itself = _is_own(type(module), "configure_gradient_clipping")
         self.windows = AccumulationWindows(trainer, module, self._record)
 
     def batch_starts(
@@ -107,7 +108,7 @@ class StepRecorder:
         """How Lightning clips gradients; None if it does not, or in manual optimization, where clipping is not seen."""
         if not self._module.automatic_optimization:
             return None
-        if _is_own(type(self._module), "configure_gradient_clipping"):
+        if self._clips_itself:
             return {"algorithm": "own", "limit": None}
         limit = self._trainer.gradient_clip_val
         algorithm = self._trainer.gradient_clip_algorithm
@@ -133,7 +134,7 @@ class StepRecorder:
     def clips_otherwise(self) -> bool:
         """Whether gradients are clipped other than by one coefficient for all, which alone is recorded."""
         by_value = self._trainer.gradient_clip_val and self._trainer.gradient_clip_algorithm not in (None, "norm")
-        return bool(by_value or _is_own(type(self._module), "configure_gradient_clipping"))
+        return bool(by_value or self._clips_itself)
 
 
 def _is_own(cls: type, hook: str) -> bool:

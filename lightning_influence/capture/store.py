@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from lightning_influence.files.atomic import sync
 from lightning_influence.trajectory.columns import encode_rows
 from lightning_influence.trajectory.files import FORMAT, MANIFEST, STEPS, encode_manifest, runs_in, write_atomically
 
@@ -41,13 +42,20 @@ def claim_run(dirpath: Path) -> Path:
         return folder
 
 
+# At most what was written within this time is lost in a power failure; a killed process loses nothing.
+_SYNC_SECONDS = 30.0
+
+
 class RunWriter:
     """Writes the files of one process: checkpoints on rank 0, steps on every rank."""
 
-    def __init__(self, folder: Path, world_size: int, parent: ParentLink | None) -> None:
+    def __init__(self, folder: Path, world_size: int, parent: ParentLink | None, keep_last: int | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._started = time.monotonic()
+        self._started = self._synced = time.monotonic()
+        self._unsynced: list[Path] = []
+        self._keep_last = keep_last
+        self._surplus: list[Path] = []  # files that no manifest will list any more
         self.manifest: dict[str, Any] = {
             "format": FORMAT,
             "id": os.urandom(16).hex(),  # not from Python's or torch's generator, whose states belong to training
@@ -64,18 +72,25 @@ class RunWriter:
             "fit_seconds": 0.0,
         }
 
-    def add_checkpoint(self, step: int, epoch: int, kind: str, content: bytes) -> None:
+    def add_checkpoint(self, step: int, epoch: int, kind: str, content: bytes | memoryview) -> None:
         """Write a checkpoint; readers see it once the manifest is written."""
         (self.folder / "checkpoints").mkdir(exist_ok=True)
         file = f"checkpoints/step-{step:08d}.pt"
-        entry = write_atomically(self.folder / file, content)
-        self.manifest["checkpoints"].append({"file": file, "step": step, "epoch": epoch, "kind": kind} | entry)
+        entry = self._write(file, content)
+        listed = self.manifest["checkpoints"]
+        listed.append({"file": file, "step": step, "epoch": epoch, "kind": kind} | entry)
+        later = [each for each in listed if each["kind"] != "initial"]  # replays start from the initial weights
+        if self._keep_last is not None and len(later) > self._keep_last:
+            oldest = later[0]
+            listed.remove(oldest)
+            self.manifest.setdefault("removed", []).append(oldest["step"])
+            self._surplus.append(self.folder / oldest["file"])
 
-    def add_averaged(self, step: int, epoch: int, content: bytes) -> None:
+    def add_averaged(self, step: int, epoch: int, content: bytes | memoryview) -> None:
         """Write the averaged weights at the end of the fit, which are no checkpoint of the trajectory."""
         (self.folder / "checkpoints").mkdir(exist_ok=True)
         file = "checkpoints/averaged.pt"
-        entry = write_atomically(self.folder / file, content)
+        entry = self._write(file, content)
         self.manifest["averaged"] = {"file": file, "step": step, "epoch": epoch} | entry
 
     def add_steps(self, rows: list[dict[str, Any]]) -> None:
@@ -86,10 +101,26 @@ class RunWriter:
         options = pa.ipc.IpcWriteOptions(compression="zstd" if pa.Codec.is_available("zstd") else None)
         with pa.ipc.new_file(sink, STEPS, options=options) as writer:
             writer.write_batch(encode_rows(rows, STEPS))
-        entry = write_atomically(self.folder / file, sink.getvalue().to_pybytes())
+        entry = self._write(file, memoryview(sink.getvalue()))
         self.manifest["steps"].append({"file": file, "rows": len(rows)} | entry)
 
     def write_manifest(self) -> None:
         """Make everything added so far visible to readers."""
-        self.manifest["fit_seconds"] = time.monotonic() - self._started
-        write_atomically(self.folder / MANIFEST, encode_manifest(self.manifest))
+        now = time.monotonic()
+        self.manifest["fit_seconds"] = now - self._started
+        due = self.manifest["finished"] or now - self._synced > _SYNC_SECONDS
+        if due:
+            for path in self._unsynced:
+                sync(path)
+            self._unsynced.clear()
+        write_atomically(self.folder / MANIFEST, encode_manifest(self.manifest), durable=due)
+        if due:
+            self._synced = time.monotonic()
+        while self._surplus:  # now that the manifest does not list them
+            self._surplus.pop().unlink(missing_ok=True)
+
+    def _write(self, file: str, content: bytes | memoryview) -> dict[str, int]:
+        path = self.folder / file
+        entry = write_atomically(path, content, durable=False)
+        self._unsynced.append(path)
+        return entry

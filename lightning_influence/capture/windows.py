@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_influence.capture.places import CannotRecord
+
 
 @dataclass(eq=False)
 class RecordedBatch:
@@ -57,6 +59,7 @@ class AccumulationWindows:
         self._trainer, self._module, self._on_step = trainer, module, on_step
         self._windows: list[Window] = []
         self._handles: list[Any] = []
+        self._error: Exception | None = None  # of a hook inside the user's `optimizer.step`, which must not fail
         self.watch()
 
     def watch(self) -> None:
@@ -65,6 +68,12 @@ class AccumulationWindows:
         if [id(o) for o in optimizers] == [id(window.optimizer) for window in self._windows]:
             return
         self.unwatch()
+        for optimizer in optimizers:
+            if not hasattr(optimizer, "register_step_post_hook"):
+                raise CannotRecord(
+                    f"Expected optimizers that are `torch.optim.Optimizer`s, got {type(optimizer).__name__}, whose"
+                    " steps cannot be followed. Derive it from `torch.optim.Optimizer`, or leave the callback out."
+                )
         self._windows = [Window(i, optimizer) for i, optimizer in enumerate(optimizers)]
         self._handles = [w.optimizer.register_step_post_hook(partial(self._stepped, w)) for w in self._windows]
 
@@ -97,7 +106,13 @@ class AccumulationWindows:
                     self._restart(window)
 
     def batch_ended(self) -> None:
-        """Report announced steps that were not made, because a GradScaler found an infinite gradient."""
+        """Report announced steps that were not made, because a GradScaler found an infinite gradient.
+
+        Raises:
+            Exception: what went wrong in recording a step.
+        """
+        if self._error is not None:
+            raise self._error
         for window in self._windows:
             if window.announced:
                 self._finish(window, skipped=True)
@@ -116,6 +131,13 @@ class AccumulationWindows:
         window.finished = False
 
     def _stepped(self, window: Window, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._error is None:
+            try:
+                self._after_step(window, optimizer)
+            except Exception as error:
+                self._error = error
+
+    def _after_step(self, window: Window, optimizer: Optimizer) -> None:
         if self._trainer.fit_loop._skip_backward:  # the extra epoch of StochasticWeightAveraging
             window.announced, window.clip = False, None
             return

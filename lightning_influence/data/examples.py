@@ -1,7 +1,5 @@
 """Reads a dataset in order, in blocks; each example is read under its own seeded random state."""
 
-import random
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +8,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
+from lightning_influence.data.random_state import random_state, same_state
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.numerics.subsets import evenly_spread
@@ -64,6 +63,7 @@ class Examples:
         collate: the training loader's collate function.
         block_size: examples per block.
         workers: worker processes of the loader.
+        opened: whether the loader has a `worker_init_fn`, which may open what the examples are read from.
         seed: together with an example's id, seeds the random state under which it is read.
         cache_bytes: blocks are kept for the next pass (the next checkpoint) up to this total size.
     """
@@ -76,6 +76,7 @@ class Examples:
         workers: int = 0,
         seed: int = 0,
         cache_bytes: int = 2**28,
+        opened: bool = False,
     ) -> None:
         self.dataset = dataset
         self.block_size = block_size
@@ -87,6 +88,7 @@ class Examples:
         self._sliced = type(dataset) is TensorDataset and self._collate is default_collate
         self._workers = 0 if self._sliced else workers
         self._seed = seed
+        self._opened = opened
         self._cache: dict[range, tuple[Batch, list[int]]] = {}
         self._cache_left = cache_bytes
 
@@ -101,10 +103,24 @@ class Examples:
     def one(self, example: int) -> Batch:
         """The batch of one for an example; the random state is left seeded for that example."""
         seed_for(self._seed, example)
-        item = self.dataset[example]
+        item = self._item(example)
         if self.share_of_copies is None:
             return self._collate([item])
         return Copies(self._collate([item, item]), self.share_of_copies)
+
+    def _item(self, example: int) -> Any:
+        """An example; where only workers can read it, the error says so."""
+        try:
+            return self.dataset[example]
+        except Exception as error:
+            if not self._opened:
+                raise
+            raise ValueError(
+                f"Expected {type(self.dataset).__name__} to give example {example} in this process, got"
+                f" {type(error).__name__}: {error}. The loader has a `worker_init_fn`: what it opens exists in its"
+                " workers only. Open it in `__getitem__` when it is first needed, or pass `Attributor(train=)` a"
+                " dataset that is open here."
+            ) from error
 
     def some(self, ids: Sequence[int]) -> Batch:
         """A batch of the given examples."""
@@ -127,10 +143,10 @@ class Examples:
             ids: which examples are read.
             only: position of the single example to return as a batch of one; all are read all the same.
         """
-        before = None if self.draws else _random_state()
+        before = None if self.draws else random_state()
         many = getattr(self.dataset, "__getitems__", None)
         items = many(list(ids)) if many else [self.dataset[i] for i in ids]
-        self._reader.draws = before is None or not _same(before, _random_state())
+        self._reader.draws = before is None or not same_state(before, random_state())
         if only is not None and self.share_of_copies is not None:
             return Copies(self._collate([items[only]] * 2), self.share_of_copies)
         return self._collate(items if only is None else [items[only]])
@@ -210,12 +226,16 @@ def _alike(one: Batch, other: Batch) -> bool:
         return False
     for a, b in zip(*leaves, strict=True):
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-            same = a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124 - NaN
+            same = a.shape == b.shape and _equal(a.to_dense(), b.to_dense())  # what is dense stays as it is
         else:
             same = a == b or a != a if isinstance(a, (int, float, str)) else True  # noqa: PLR0124
         if not same:
             return False
     return True
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124 - NaN
 
 
 def versions_of(batch: Batch) -> list[int]:
@@ -233,9 +253,9 @@ class _Reader:
     def __getitems__(self, ids: list[int]) -> Batch:
         if not self.draws:
             seed_for(self.seed, ids[0])
-            before = _random_state()
+            before = random_state()
             items = [self.dataset[i] for i in ids]
-            self.draws = not _same(before, _random_state())
+            self.draws = not same_state(before, random_state())
         if self.draws:
             items = [self.seeded(i) for i in ids]
         seed_for(self.seed, ids[0])
@@ -250,13 +270,3 @@ class _Reader:
 def _collated(batch: Batch) -> Batch:
     """The collate function of a loader whose dataset returns batches."""
     return batch
-
-
-def _random_state() -> tuple[Any, ...]:
-    numpy = sys.modules.get("numpy")
-    return torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1:3] if numpy else None
-
-
-def _same(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
-    numpy_same = before[2] is None or (before[2][1] == after[2][1] and bool((before[2][0] == after[2][0]).all()))
-    return torch.equal(before[0], after[0]) and before[1] == after[1] and numpy_same

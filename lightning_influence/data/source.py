@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset
 
 from lightning_influence.data.examples import Examples
+from lightning_influence.data.lists import ReadRows, Rows
 from lightning_influence.types import Batch, bytes_in
 
 # Examples per block, and bytes of input per block, beyond which larger blocks are no faster.
@@ -27,6 +28,7 @@ class Source:
         workers: number of worker processes of the loader it was taken from.
         batch_size: of that loader, if it has one.
         batches: batches per epoch of that loader, if known.
+        opened: whether that loader has a ``worker_init_fn``.
     """
 
     dataset: Any
@@ -34,19 +36,24 @@ class Source:
     workers: int = 0
     batch_size: int | None = None
     batches: int | None = None
+    opened: bool = False
 
     def examples(self, batch_size: int | None) -> Examples:
         """The examples in blocks of ``batch_size``; None: a size chosen from the bytes of one example."""
-        return Examples(self.dataset, self.collate, batch_size or self._block_size(), self.workers)
+        return self._examples(batch_size or self._block_size())
+
+    def _examples(self, block_size: int) -> Examples:
+        return Examples(self.dataset, self.collate, block_size, self.workers, opened=self.opened)
 
     def _block_size(self) -> int:
         """At least the training batch size, which is known to fit; small examples get larger blocks."""
-        one = bytes_in(Examples(self.dataset, self.collate, 1).one(0))
+        one = bytes_in(self._examples(1).one(0))
         return max(self.batch_size or 1, min(_BLOCK, _BLOCK_BYTES // max(1, one)))
 
     def base_ids(self) -> Tensor | None:
         """[example]: indices into the dataset underneath nested ``Subset``s; None if it is no ``Subset``."""
         dataset, ids = self.dataset, None
+        dataset = dataset.dataset if isinstance(dataset, Rows) else dataset
         while isinstance(dataset, Subset):
             indices = torch.as_tensor(list(dataset.indices), dtype=torch.int64)
             ids = indices if ids is None else indices[ids]
@@ -77,9 +84,12 @@ def source_of(data: Any, name: str, like: Source | None = None) -> Source:
     ):
         raise TypeError(
             f"Expected `{name}` to be a map-style Dataset or a DataLoader of one, got {type(data).__name__}, which has "
-            "no examples by index. Pass a Dataset with `__len__` and `__getitem__` (for several loaders at once, the "
-            "one whose examples are meant, with `loss=`)."
+            "no examples by index. Pass a Dataset with `__len__` and `__getitem__`; for a stream whose fit had "
+            "`Influence(sample_id=)`, `lookup=`, which returns the example of an id; for several loaders at once, the "
+            "one whose examples are meant, with `loss=` and `trajectory.of_loader(0)`."
         )
+    elif like is not None and isinstance(like.collate, ReadRows):
+        source = _like_rows(data, like.collate, like.workers)
     else:
         source = Source(data, like.collate if like else None, like.workers if like else 0)
     if len(source.dataset) == 0:
@@ -87,6 +97,13 @@ def source_of(data: Any, name: str, like: Source | None = None) -> Source:
             f"Expected `{name}` to hold at least one example, got an empty {type(source.dataset).__name__}."
         )
     return source
+
+
+def _like_rows(data: Any, read: ReadRows, workers: int) -> Source:
+    """A Dataset beside training data that are read by lists of indices; of their class, it is read likewise."""
+    if type(data) is type(read.dataset):
+        return Source(Rows(data), ReadRows(data, read.convert), workers)
+    return Source(data, None, workers)
 
 
 def _holds_loaders(data: Any) -> bool:
@@ -98,14 +115,22 @@ def _holds_loaders(data: Any) -> bool:
 def _from_loader(loader: DataLoader[Any], name: str) -> Source:
     if isinstance(loader.dataset, IterableDataset):
         return source_of(loader.dataset, name)
+    sampler, opened = loader.sampler, loader.worker_init_fn is not None
+    if loader.batch_sampler is None and isinstance(sampler, BatchSampler):  # the dataset is given lists of indices
+        rows, read = Rows(loader.dataset), ReadRows(loader.dataset, loader.collate_fn)
+        size = getattr(sampler, "batch_size", None)
+        return Source(rows, read, loader.num_workers, size, _length(sampler), opened)
     if loader.batch_sampler is None:  # `batch_size=None`: the items of the dataset are the batches
         raise TypeError(
             f"Expected `{name}` to be a loader that collates examples into batches, got `batch_size=None`. Pass the "
             "Dataset of single examples, with a loader or trajectory whose ids are theirs."
         )
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+    return Source(loader.dataset, loader.collate_fn, loader.num_workers, size, _length(loader), opened)
+
+
+def _length(loader: Any) -> int | None:
     try:
-        batches = len(loader)
+        return len(loader)
     except TypeError:
-        batches = None
-    return Source(loader.dataset, loader.collate_fn, loader.num_workers, size, batches)
+        return None

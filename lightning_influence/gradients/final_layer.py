@@ -175,13 +175,30 @@ class _HeadHook:
         return self.calls[0]
 
 
+def last_linear(task: Task, batch: Batch) -> str | None:
+    """The name of the linear layer that is called last in the loss of a batch; None if none is called."""
+    called: list[str] = []
+    handles = [m.register_forward_hook(lambda *_, n=n: called.append(n)) for n, m in _linear_layers(task).items()]
+    try:
+        with requiring_gradients(task.module, ()):
+            task(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return called[-1] if called else None
+
+
+def _linear_layers(task: Task) -> dict[str, nn.Linear]:
+    return {clean(n): m for n, m in task.module.named_modules() if isinstance(m, nn.Linear)}
+
+
 def find_head(task: Task, reduction: Reduction, examples: Examples, name: str | None) -> Head:
     """Find a linear layer by name, or else the linear layer that is called last.
 
     Raises:
         ValueError: there is none.
     """
-    layers = {clean(n): m for n, m in task.module.named_modules() if isinstance(m, nn.Linear)}
+    layers = _linear_layers(task)
     kind = type(task.module).__name__
     if name is not None:
         if name not in layers:
@@ -191,20 +208,13 @@ def find_head(task: Task, reduction: Reduction, examples: Examples, name: str | 
                 f"{known}."
             )
         return Head(name, layers[name], task, reduction)
-    called: list[str] = []
-    handles = [m.register_forward_hook(lambda *_, n=n: called.append(n)) for n, m in layers.items()]
-    try:
-        with requiring_gradients(task.module, ()):
-            task(task.to_device(examples.one(0)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not called:
+    last = last_linear(task, task.to_device(examples.one(0)))
+    if last is None:
         raise ValueError(
             f"Expected a model that ends in a linear layer (`nn.Linear`), got {kind} without one. Representer points "
             "decompose such a layer's output; use `TracInCP()`, which needs none."
         )
-    return Head(called[-1], layers[called[-1]], task, reduction)
+    return Head(last, layers[last], task, reduction)
 
 
 def head_rows(head: Head, examples: Examples, path: Path) -> list[HeadRows]:

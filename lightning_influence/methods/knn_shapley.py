@@ -5,15 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_influence.checks import check_integer
 from lightning_influence.data.examples import Examples
+from lightning_influence.gradients.final_layer import last_linear
 from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.module.batch_index import differing_indices
+from lightning_influence.module.copies import Copies
 from lightning_influence.module.task import Task
 from lightning_influence.setting.setting import Queries, Setting
-from lightning_influence.types import Batch, labels_in
+from lightning_influence.types import Batch, clean, labels_in
+
+Features = Callable[[Any, Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class KNNShapley(ForwardOnly):
 
     Args:
         k: number of neighbours.
-        features: ``(module, batch) -> [batch, dim]``; None: the inputs of the module's last linear layer.
+        features: ``(module, batch) -> [batch, dim]``; None: the inputs of the linear layer that is called last.
         labels: ``batch -> [batch]``; None: the second part of the batch, or its "label", "y", "target" or "class".
 
     Raises:
@@ -55,10 +59,11 @@ class KNNShapley(ForwardOnly):
         """
         if queries.measured:
             raise ValueError("Expected no `measurement` for `KNNShapley`, which reads no loss, got one. Leave it out.")
+        embed = self.features or setting.state(self, _features_of, setting, queries)
         if self.features is None:
-            _refuse_index(setting)
-        train, labels = self._embedded(setting.engine.task, setting.examples, range(setting.n_train))
-        features, query_labels = self._embedded(queries.engine.task, queries.examples, queries.ids)
+            _refuse_index(setting, embed)
+        train, labels = self._embedded(embed, setting.engine.task, setting.examples, range(setting.n_train))
+        features, query_labels = self._embedded(embed, queries.engine.task, queries.examples, queries.ids)
         values = knn_shapley(torch.cdist(features, train), query_labels[:, None] == labels, self.k)
         return values.mean(0, keepdim=True) if queries.mean else values
 
@@ -78,15 +83,22 @@ class KNNShapley(ForwardOnly):
             "labels": getattr(self.labels, "__qualname__", self.labels and repr(self.labels)),
         }
 
-    def _embedded(self, task: Task, examples: Examples, ids: range) -> tuple[Tensor, Tensor]:
+    def _embedded(self, embed: Features, task: Task, examples: Examples, ids: range) -> tuple[Tensor, Tensor]:
         """Features, [example, dim] float64, and labels, [example]."""
         features, labels = [], []
         for block in examples.blocks(ids.start, ids.stop):
             batch = task.to_device(block.batch)
+            batch = batch.batch if isinstance(batch, Copies) else batch
             with torch.no_grad():
-                found = _before_last_layer(task, batch) if self.features is None else self.features(task.module, batch)
+                found = embed(task.module, batch) if self.features is not None else embed(task, batch)
+            found = found[: block.size] if isinstance(block.batch, Copies) else found
+            if len(found) != block.size:
+                raise ValueError(
+                    f"Expected one row of features for each of {block.size} examples, got {len(found)} rows. Pass"
+                    " `features=`, a callable (module, batch) -> [batch, dim]."
+                )
             features.append(found.flatten(1).double())
-            labels.append(_labels(batch) if self.labels is None else self.labels(batch))
+            labels.append((_labels(batch) if self.labels is None else self.labels(batch))[: block.size])
         return torch.cat(features), torch.cat(labels)
 
 
@@ -108,7 +120,7 @@ def knn_shapley(distances: Tensor, same: Tensor, k: int) -> Tensor:
     return torch.empty_like(values).scatter_(1, order, values)
 
 
-def _refuse_index(setting: Setting) -> None:
+def _refuse_index(setting: Setting, embed: Features) -> None:
     """Raises ValueError where the features depend on the index of a batch."""
     task, examples = setting.task, setting.examples
     if not task.reads_index:
@@ -116,7 +128,7 @@ def _refuse_index(setting: Setting) -> None:
 
     def features_at(index: int) -> dict[str, Tensor]:
         with task.at(index), torch.no_grad():
-            return {"": _before_last_layer(task, task.to_device(examples.one(0)))}
+            return {"": embed(task, task.to_device(examples.one(0)))}
 
     pair = differing_indices(features_at, setting.batch_index.met)
     if pair is not None:
@@ -126,17 +138,30 @@ def _refuse_index(setting: Setting) -> None:
         )
 
 
-def _before_last_layer(task: Task, batch: Batch) -> Tensor:
-    layers = [layer for layer in task.module.modules() if isinstance(layer, nn.Linear)]
-    if not layers:
+def _features_of(setting: Setting, queries: Queries) -> Features:
+    """A function (task, batch) -> inputs of the linear layer that is called last."""
+    task = setting.engine.task
+    try:
+        name = last_linear(task, task.to_device(setting.examples.one(0)))
+    except Exception:
+        setting.reduction_of(queries)  # it finds out how an example is read where a batch of one fails
+        name = last_linear(task, task.to_device(setting.examples.one(0)))
+    if name is None:
         raise ValueError(
-            f"Expected a linear layer in {type(task.module).__name__}, got none. Pass `features=`, a callable "
-            "(module, batch) -> [batch, dim]."
+            f"Expected a linear layer that the loss of {type(task.module).__name__} calls, got none. Pass `features=`, "
+            "a callable (module, batch) -> [batch, dim]."
         )
-    inputs_of_layer: list[Tensor] = []
-    with layers[-1].register_forward_pre_hook(lambda layer, inputs: inputs_of_layer.append(inputs[0])):
-        task(batch)
-    return inputs_of_layer[-1]
+    layer = next(m for n, m in task.module.named_modules() if clean(n) == name)
+
+    def inputs(task: Task, batch: Batch) -> Tensor:
+        found: list[Tensor] = []
+        with layer.register_forward_pre_hook(
+            lambda layer, args, kwargs: found.append([*args, *kwargs.values()][0]), with_kwargs=True
+        ):
+            task(batch)
+        return found[-1]
+
+    return inputs
 
 
 def _labels(batch: Batch) -> Tensor:

@@ -110,12 +110,17 @@ class SOURCE(GradientProduct):
         """Divides the checkpoints into segments of nearly the same length.
 
         Raises:
-            MissingEvidence: no steps lie between the checkpoints.
+            MissingEvidence: no steps lie between the checkpoints, or some of them were removed.
             ValueError: see the class.
         """
         positions = self.positions(setting.trajectory)
         assert setting.trajectory is not None
         check_optimizers(setting.trajectory)
+        if removed := setting.trajectory.removed:
+            raise MissingEvidence(
+                f"Expected the checkpoints of the whole fit for `SOURCE`, got a fit in which {len(removed)}"
+                " were removed (`keep_last=`). Fit without `keep_last=`, or use `TracInCP()`, which counts those kept."
+            )
         count = min(self.segments, len(positions))
         if count < self.segments:
             setting.note(f"Only {count} segments: the fit has no more checkpoints after its initial weights")

@@ -156,10 +156,10 @@ class TrackerLoop:
         if not self._active():
             return
         if self._differentiates and (why := changed(self._trained, trained(self._module))) is not None:
-            self._give_up(why)
+            self.give_up(why)
             return
         if ids is None:
-            self._give_up("it is not known which examples are in a batch. Pass `sample_id=`.")
+            self.give_up("it is not known which examples are in a batch. Pass `sample_id=`.")
             return
         with (
             self._guarded(),
@@ -202,11 +202,11 @@ class TrackerLoop:
             return
         if not batches:  # no loss since the last step, so no update
             if self._before:
-                self._give_up("the optimizer updated weights in a step without a loss")
+                self.give_up("the optimizer updated weights in a step without a loss")
             return
         window = [self._pending[batch] for batch in batches if batch in self._pending]
         if len(window) < len(batches):
-            self._give_up("`training_step` returned a loss for a batch for which it returned None before")
+            self.give_up("`training_step` returned a loss for a batch for which it returned None before")
             return
         with self._guarded():
             self._steps += 1
@@ -247,7 +247,8 @@ class TrackerLoop:
     def _active(self) -> list[TrackerRecord]:
         return [each for each in self.tracked if each.lost is None]
 
-    def _give_up(self, why: str) -> None:
+    def give_up(self, why: str) -> None:
+        """End the tracking, for a reason that the methods' scores will name."""
         for each in self._active():
             each.lost = why
 
@@ -257,7 +258,7 @@ class TrackerLoop:
         try:
             yield
         except Exception as error:
-            self._give_up(f"{type(error).__name__}: {error}")
+            self.give_up(f"{type(error).__name__}: {error}")
 
     @property
     def _optimizer(self) -> Any:

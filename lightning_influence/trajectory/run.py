@@ -27,6 +27,7 @@ class Run:
     fit_seconds: float
     eval_modules: tuple[str, ...] = ()
     trainer_values: tuple[tuple[int, Mapping[str, Any]], ...] = ()
+    removed: tuple[int, ...] = ()
     notes: list[str] = field(default_factory=list)
     averaged: Checkpoint | None = None
     best: BestFile | None = None
@@ -70,6 +71,7 @@ def read_run(folder: Path, until: int | None = None) -> Run:
         fit_seconds=manifest["fit_seconds"],
         eval_modules=tuple(manifest.get("eval_modules", ())),
         trainer_values=tuple((step, values) for step, values in manifest.get("trainer", ())),
+        removed=tuple(manifest.get("removed", ())),
         notes=list(manifest["notes"]),
         averaged=_checkpoint(folder, manifest["averaged"]) if manifest.get("averaged") else None,
         best=BestFile(**manifest["best"]) if manifest.get("best") else None,
@@ -79,6 +81,7 @@ def read_run(folder: Path, until: int | None = None) -> Run:
     if until is not None:
         run.checkpoints = tuple(c for c in run.checkpoints if c.step <= until)
         run.trainer_values = tuple(at for at in run.trainer_values if at[0] <= until)
+        run.removed = tuple(step for step in run.removed if step <= until)
         run.steps = run.steps.filter(pc.field("step") <= until)
     return run
 
@@ -105,6 +108,7 @@ def _join(run: Run, link: dict[str, Any], first_is_resumed: list[dict[str, Any]]
     # the state that a resumed fit starts from is not on the checkpoint schedule: an uninterrupted fit would not have it
     own = run.checkpoints[1:] if first_is_resumed and first_is_resumed[0]["kind"] == "initial" else run.checkpoints
     run.checkpoints = older.checkpoints + own
+    run.removed = older.removed + run.removed
     shift = pa.scalar(len(older.settings), pa.int32())
     column = run.steps.schema.get_field_index("settings")
     shifted = run.steps.set_column(column, "settings", pc.add(run.steps["settings"], shift))

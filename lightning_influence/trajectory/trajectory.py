@@ -20,7 +20,9 @@ from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint, is_d
 from lightning_influence.trajectory.file_list import Paths, files_of
 from lightning_influence.trajectory.files import STEPS
 from lightning_influence.trajectory.lightning_files import read_lightning_files
+from lightning_influence.trajectory.numbering import combines_loaders, of_loader
 from lightning_influence.trajectory.run import Run, find_run, read_run
+from lightning_influence.types import MissingEvidence
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Trajectory:
         averaged: The averaged weights at the end of the fit, where Lightning's EMA or SWA made some.
         best: The file that ``ModelCheckpoint`` found best.
         trainer_values: (step, values by path): what ``training_step`` read of its Trainer, each time that it changed.
+        removed: Steps of the checkpoints that `Influence(keep_last=)` removed.
 
     Example:
         >>> trajectory = Trajectory.load("influence")  # doctest: +SKIP
@@ -59,6 +62,7 @@ class Trajectory:
     averaged: Checkpoint | None = field(default=None, repr=False)
     best: BestFile | None = field(default=None, repr=False)
     trainer_values: tuple[tuple[int, Mapping[str, Any]], ...] = ()
+    removed: tuple[int, ...] = ()
     _stored_rates: Sequence[Sequence[float]] | None = field(default=None, repr=False)
 
     @classmethod
@@ -111,6 +115,19 @@ class Trajectory:
             notes=tuple(notes),
             _stored_rates=tuple(map(tuple, rates)),
         )
+
+    def of_loader(self, index: int) -> "Trajectory":
+        """The record with the examples of one of several training loaders, whose batches were combined.
+
+        Pass it to `Attributor` together with that loader's dataset, and `loss=`: the loss of one of its examples.
+
+        Args:
+            index: Of the loader, from 0, in the order of the list or dict.
+
+        Raises:
+            ValueError: There is no such loader.
+        """
+        return of_loader(self, index)
 
     @property
     def captured(self) -> bool:
@@ -185,7 +202,7 @@ class Trajectory:
 
         Raises:
             ValueError: `reduction` is neither word, or a recorded index is not below `n_train`.
-            MissingEvidence: The batch sizes are required and unknown.
+            MissingEvidence: The batch sizes are required and unknown, or batches combine several loaders.
         """
         if reduction not in ("mean", "sum"):
             raise ValueError(f"Expected `reduction` to be 'mean' or 'sum', got {reduction!r}.")
@@ -193,6 +210,11 @@ class Trajectory:
         if self._stored_rates is not None:
             return self._expected_from_files(index, reduction, n_train, batches_per_epoch)
         window = self._window(index)
+        if combines_loaders(window):
+            raise MissingEvidence(
+                "Expected a fit with one training loader, got batches that combine several, whose indices are of"
+                " several datasets. Choose one: `trajectory.of_loader(0)`, with its dataset as `train=` and `loss=`."
+            )
         if len(self.checkpoints) == 1 and len(window) == 0:
             return torch.full((self.n_groups, n_train), 1.0 / n_train, dtype=torch.float64)
         rates = _exposure.effective_rates(window, self.settings, self._groups)
@@ -267,8 +289,10 @@ class Trajectory:
         applied = self._applied
         if len(self.checkpoints) == 1:
             return applied
+        step = self.checkpoints[index].step
         after = self.checkpoints[index - 1].step if index else -1
-        return applied.filter((pc.field("step") > after) & (pc.field("step") <= self.checkpoints[index].step))
+        after = max([after, *(gone for gone in self.removed if gone < step)])
+        return applied.filter((pc.field("step") > after) & (pc.field("step") <= step))
 
     def _expected_from_files(self, index: int, reduction: str, n_train: int, batches: int | None) -> Tensor:
         after = self.checkpoints[index - 1].step if index else 0
@@ -309,6 +333,12 @@ def _notes_on_the_end(run: Run) -> list[str]:
     behind = pc.sum(pc.and_(pc.greater(run.steps["step"], last), pc.invert(run.steps["skipped"]))).as_py() or 0
     if behind and len(run.checkpoints) != 1:
         notes.append(f"{behind} steps after the last checkpoint (step {last}) are not counted.")
+    kept = [c.step for c in run.checkpoints if c.step > max(run.removed)] if run.removed else []
+    if run.removed and kept:
+        notes.append(
+            f"{len(run.removed)} checkpoints up to step {max(run.removed)} were removed (`keep_last=`): sums over"
+            f" checkpoints count steps {max(run.removed) + 1} to {kept[-1]} only."
+        )
     if not run.finished:
         notes.append("The fit did not finish: this is what it had written by then.")
     return notes

@@ -16,6 +16,7 @@ from lightning_influence import (
     HyDRA,
     Influence,
     InfluenceFunction,
+    KNNShapley,
     RepresenterPoints,
     TracIn,
     TracInCP,
@@ -68,6 +69,7 @@ def fitted(folder, everything, reduction="mean", n=12):
         InfluenceFunction(ExactHessian(damping=0.1)),
         InfluenceFunction(EKFAC(damping=0.1)),
         RepresenterPoints(),
+        KNNShapley(),
     ],
     ids=lambda m: type(m).__name__,
 )
@@ -79,7 +81,7 @@ def test_a_step_that_squeezes_its_batch_of_one_is_scored_as_if_it_did_not(tmp_pa
         attributor = Attributor(module, loader, trajectory, batch_size=4)
         scores = attributor.score(method, pairs(13, 2))
         found.append(scores.values)
-        if not isinstance(method, RepresenterPoints):  # it plans no gradients
+        if not isinstance(method, (RepresenterPoints, KNNShapley)):  # they plan no gradients
             assert everything == any("two copies of an example" in note for note in scores.notes)
     assert float((found[0] - found[1]).abs().max()) <= 1e-9 * float(found[1].abs().max())
     assert float(found[1].abs().max()) > 0

@@ -325,6 +325,58 @@ def test_knn_shapley_looks_at_what_goes_into_the_last_layer():
     assert scores.units == "share of 2 nearest neighbours with the query's label"
 
 
+class Reversed(Classifier):
+    """The head is registered before the layer that it follows, and a layer that nothing calls comes last."""
+
+    def __init__(self):
+        super().__init__()
+        self._modules["first"] = self._modules.pop("first")
+        self.unused = torch.nn.Linear(2, 2).double()
+
+
+def test_knn_shapley_looks_at_the_layer_that_is_called_last_whatever_the_order_of_registration():
+    train, asked = data(9, classes=True), data(4, seed=1, classes=True)
+    module = Reversed()
+    assert [name for name, _ in module.named_children()] == ["layer", "head", "first", "unused"]
+    features = [module.first(x).tanh().detach() for x in (asked.tensors[0], train.tensors[0])]
+    expected = knn_shapley(torch.cdist(*features), asked.tensors[1][:, None] == train.tensors[1], 2)
+    close(Attributor(module, train=train).score(KNNShapley(k=2), asked).values, expected)
+
+
+class Uncalled(Ridge):
+    """Its only linear layer is called by no loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused, self.w = torch.nn.Linear(2, 2).double(), torch.nn.Parameter(torch.zeros(WIDTH).double())
+
+    def training_step(self, batch, batch_idx):
+        return (batch[0] @ self.w - batch[1].double()).square().mean()
+
+
+class PerToken(Classifier):
+    """The last linear layer sees each number of an example on its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = torch.nn.Linear(1, 4).double(), torch.nn.Linear(4, 3).double()
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        z = self.head(self.first(x.reshape(-1, 1)).tanh()).unflatten(0, x.shape).mean(1)
+        return torch.nn.functional.cross_entropy(z, y)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [(Uncalled, "linear layer that the loss of Uncalled calls"), (PerToken, "one row of features for each of 9")],
+)
+def test_knn_shapley_without_features_says_what_to_pass(make, text):
+    train = data(9, classes=True)
+    with pytest.raises(ValueError, match=text + ".*Pass `features=`"):
+        Attributor(make(), train=train).score(KNNShapley(k=2), train)
+
+
 # ---- what all of them do ---------------------------------------------------------------------------------------------
 
 
