@@ -46,11 +46,16 @@ class Asked:
         if case.dtype is torch.float64:
             self.module = self.module.double()
         self.trainer = made(**case.trainer) if case.trainer is not None else None
-        self.trajectory = self.fitted(folder) if case.fit or case.offline else None
+        self.trajectory = self.fitted(folder) if case.fit or case.offline or case.later else None
         self.files = case.files(self.module, folder) if case.files else None
         if self.files is not None:
             self.trajectory = self.files.read()
         self.loader = DataLoader(self.train, BATCH, collate_fn=case.collate)
+        if case.later is not None:
+            torch.manual_seed(99)
+            self.module = (case.make_later or case.make)().to(case.dtype)
+            self.attributor = Attributor(self.module, trajectory=self.trajectory, **case.later())
+            return
         torch.manual_seed(99)
         asked = case.make().to(case.dtype) if case.offline else self.module
         self.attributor = Attributor(
@@ -127,6 +132,7 @@ class Asked:
         """Every example as a batch of one; of a random dataset, as it was when the package read it."""
         given = getattr(dataset, "given", None)
         batches = [self.collate([dataset[i] if given is None else given[i]]) for i in range(len(dataset))]
+        batches = [self.case.entering(batch) for batch in batches] if self.case.entering is not None else batches
         return [self.trainer.precision_plugin.convert_input(b) for b in batches] if self.trainer else batches
 
     def expected(self):

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lightning_influence.attribution.accumulators import MatrixAccumulator, TopKAccumulator
+from lightning_influence.attribution.data_arguments import datamodule_of, named_queries, training_source
 from lightning_influence.attribution.driver import run_group, run_scores, run_self_influence
 from lightning_influence.attribution.final_weights import final_weights
 from lightning_influence.attribution.parameter_selection import selected_parameters
-from lightning_influence.checks import check_integer
+from lightning_influence.checks import check_flag, check_integer
 from lightning_influence.data.source import Source, source_of
 from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.methods.method import Evidence, Method
@@ -36,7 +37,8 @@ class Attributor:
 
     Args:
         module: the LightningModule.
-        train: the training DataLoader or Dataset, or one of the same examples without augmentation.
+        train: the training DataLoader or Dataset, or one of the same examples without augmentation; None: that of the
+            DataModule.
         trajectory: checkpoints and batch order of the fit; None: only the module's present weights are known.
         trainer: its accelerator, precision and data hooks are used; None: the module's own Trainer, if it has one.
         batch_size: examples per block; None: the loader's batch size, or more if their gradients are small.
@@ -46,6 +48,8 @@ class Attributor:
         weights: what methods that need the final weights alone use: ``"last"``, after the last step; ``"best"``, of
             ``ModelCheckpoint``; ``"averaged"``, of Lightning's EMA and SWA; or the path of a ``.ckpt`` file, of which
             what ``load_from_checkpoint`` gives is read. Methods that follow the fit are not changed by it.
+        datamodule: a LightningDataModule, whose training loader and batch-transfer hooks are used; None: the trainer's.
+        check_data: compare a few batches and losses with those of the fit before the first question, and refuse others.
 
     Raises:
         TypeError: data without indexed examples, such as an IterableDataset.
@@ -58,10 +62,10 @@ class Attributor:
         >>> attributor.score(TracInCP(), queries=test_dataset).proponents(k=5)  # doctest: +SKIP
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the contract's names
         self,
         module: Any,
-        train: Any,
+        train: Any = None,
         trajectory: Trajectory | None = None,
         trainer: Any = None,
         batch_size: int | None = None,
@@ -69,6 +73,9 @@ class Attributor:
         loss: Loss | None = None,
         parameters: str | Sequence[str] | None = None,
         weights: str | PathLike[str] = "last",
+        *,
+        datamodule: Any = None,
+        check_data: bool = True,
     ) -> None:
         self.module = unwrapped(module)
         trajectory = trajectory if trajectory is None else fitted_trajectory(trajectory, self.module)
@@ -78,7 +85,9 @@ class Attributor:
         self.loss = loss
         check_integer("batch_size", batch_size, optional=True)
         self.batch_size = batch_size
-        self._train = source_of(train, "train")
+        check_flag("check_data", check_data)
+        self._datamodule = datamodule_of(datamodule, self.module, self.trainer)
+        self._train = training_source(train, self._datamodule)
         known = None if trajectory is None else trajectory.dataset_size
         if known not in (None, len(self._train.dataset)):
             raise ValueError(
@@ -89,7 +98,8 @@ class Attributor:
         names = selected_parameters(
             self.module, trajectory, (parameters,) if isinstance(parameters, str) else parameters
         )
-        self._session = Session(self.module, self._train, trajectory, self.trainer, loss, names, batch_size)
+        about = self.module, self._train, trajectory, self.trainer, loss, names, batch_size
+        self._session = Session(*about, datamodule=datamodule, checks_data=check_data)
         self._final = final_weights(weights, self._session)
         if refit is not None:
             refit.attach(self._session, self._train)
@@ -110,7 +120,8 @@ class Attributor:
 
         Args:
             method: how influence is estimated.
-            queries: Dataset, DataLoader or ``"train"``; their loss is that of ``training_step``, or ``loss=``.
+            queries: Dataset, DataLoader or ``"train"``; with a DataModule also ``"val"``, ``"test"`` or ``"val:1"``;
+                their loss is that of ``training_step``, or ``loss=``.
             top_k: keep only the k strongest proponents and opponents of each query; None: the full matrix.
             measurement: ``(module, batch) -> [batch]``, scored instead of the query's loss.
             higher_is_better: whether a higher measurement is better; positive scores still mean *makes it better*.
@@ -291,12 +302,10 @@ class Attributor:
             yield setting
 
     def _queries(self, queries: Any) -> Source:
-        if isinstance(queries, str) and queries != "train":
-            raise ValueError(
-                f"Expected `queries` to be a Dataset, a DataLoader or 'train', got {queries!r}. Names of the Trainer's "
-                "other loaders work in `Influence(queries=)` only."
-            )
-        return self._train if isinstance(queries, str) else source_of(queries, "queries", like=self._train)
+        if queries == "train" and isinstance(queries, str):
+            return self._train
+        found = named_queries(queries, self._datamodule) if isinstance(queries, str) else queries
+        return source_of(found, "queries", like=self._train)
 
     def _record(self, method: Method, setting: Setting) -> dict[str, Any]:
         checkpoints: list[int] = []

@@ -8,8 +8,10 @@ from typing import Any
 
 from lightning_influence.attribution.attributor import Attributor
 from lightning_influence.callback.arguments import checked_queries, named_methods, patterns_of, schedule_of
+from lightning_influence.callback.confirmation import confirm_data
 from lightning_influence.callback.during_fit import DuringFit
-from lightning_influence.callback.end_of_fit import EndOfFit, Results, check_queries, offline_lines
+from lightning_influence.callback.end_of_fit import EndOfFit, Results, check_queries
+from lightning_influence.callback.offline import offline_lines
 from lightning_influence.callback.plan import ScoringPlan
 from lightning_influence.capture.identity import LoaderTap
 from lightning_influence.capture.places import check_strategy, check_training_step, on_rank_zero, writable_dirpath
@@ -144,7 +146,7 @@ class Influence(CallbackBase):
         if trainer.world_size > 1:
             rank_zero_warn(
                 f"Expected one process to run `methods` in, got {trainer.world_size}. The fit is recorded. "
-                f"Compute scores afterwards in a single process:\n{offline_lines(self.run_dir)}"
+                f"Compute scores afterwards in a single process:\n{offline_lines(self.run_dir, self._plan, trainer)}"
             )
             return
         try:
@@ -235,9 +237,10 @@ class Influence(CallbackBase):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Save the final checkpoint, then run the methods."""
-        if self._recorder is None or self._during is None:
+        if self._recorder is None or self._during is None or self.run_dir is None:
             return
         self._recorder.ended()
+        confirm_data(self._recorder, trainer, pl_module, self.run_dir)
         self._during.save(self._recorder.made)
         self.scores.reasons |= self._during.lost
         self._stop()
