@@ -37,6 +37,9 @@ class Case:
         fit_with: what the fit trains on, a loader of batches of 3 in order or a DataModule; None: such a loader.
         trainer: options of a Trainer that is passed; None: none is.
         files: writes the checkpoints of a fit: (module, folder) -> ``cases_checkpoints.Files``.
+        later: arguments of an ``Attributor`` in a later process, with a module that ``make_later`` (or ``make``) builds
+            anew and with the trajectory of a fit on ``fit_with()``, a loader of batches of 3 in order or a DataModule.
+        entering: what the fit does to a batch after collating it, for brute force.
     """
 
     name: str
@@ -60,6 +63,9 @@ class Case:
     fit_with: Callable[[], Any] | None = None
     trainer: dict[str, Any] | None = field(default=None)
     files: Callable[..., Any] | None = None
+    later: Callable[[], dict[str, Any]] | None = None
+    make_later: Callable[[], Any] | None = None
+    entering: Callable[[Any], Any] | None = None
 
     @property
     def allowed(self):

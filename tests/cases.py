@@ -8,9 +8,10 @@ from cases_index import INDEX
 from cases_layers import LAYERS
 from cases_losses import LOSSES
 from cases_modules import MODULES
+from cases_offline import OFFLINE
 from cases_single import SINGLE
 from cases_trainer import TRAINER
 
-GROUPS = (LAYERS, MODULES, LOSSES, BATCHES, SINGLE, CHECKPOINTS, TRAINER, GUARD, INDEX, CAPTURE)
+GROUPS = (LAYERS, MODULES, LOSSES, BATCHES, SINGLE, CHECKPOINTS, TRAINER, GUARD, INDEX, CAPTURE, OFFLINE)
 
 CASES = {case.name: case for group in GROUPS for case in group}

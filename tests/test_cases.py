@@ -48,15 +48,19 @@ class Asked:
             self.module = self.module.double()
         self.trainer = made(**case.trainer) if case.trainer is not None else None
         self.loader = (case.loader or in_order(case.collate))(self.train)
-        self.trajectory = self.fitted(folder) if case.fit or case.offline else None
+        self.trajectory = self.fitted(folder) if case.fit or case.offline or case.later else None
         self.files = case.files(self.module, folder) if case.files else None
         if self.files is not None:
             self.trajectory = self.files.read()
         torch.manual_seed(99)
         self.asked = case.make().to(case.dtype) if case.offline else self.module
+        if case.later is not None:
+            self.module = self.asked = (case.make_later or case.make)().to(case.dtype)
 
     @functools.cached_property
     def attributor(self):
+        if self.case.later is not None:
+            return Attributor(self.asked, trajectory=self.trajectory, **self.case.later())
         return Attributor(
             self.asked,
             self.loader,
@@ -130,6 +134,7 @@ class Asked:
         """Every example as a batch of one; of a random dataset, as it was when the package read it."""
         given = getattr(dataset, "given", None)
         batches = [self.collate([dataset[i] if given is None else given[i]]) for i in range(len(dataset))]
+        batches = [self.case.entering(batch) for batch in batches] if self.case.entering is not None else batches
         return [self.trainer.precision_plugin.convert_input(b) for b in batches] if self.trainer else batches
 
     def expected(self):

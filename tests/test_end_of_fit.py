@@ -238,3 +238,57 @@ def test_scoring_leaves_training_bit_identical(tmp_path):
     trainer = pl.Trainer(**QUIET, max_epochs=2, default_root_dir=tmp_path)
     trainer.fit(net, DataLoader(TRAIN, 6, shuffle=True), [DataLoader(VAL, 4), DataLoader(OTHER, 4)])
     torch.testing.assert_close(scored.state_dict(), net.state_dict(), rtol=0, atol=0)
+
+
+class Data(pl.LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(TRAIN, 6, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(VAL, 4)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return [2 * batch[0], batch[1]]
+
+
+def collated(items):
+    x, y = torch.utils.data.default_collate(items)
+    return [2 * x, y]
+
+
+def weighted(module, batch):
+    return 2 * F.cross_entropy(module.layer(batch[0]), batch[1], reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "given", "contains"),
+    [
+        (InfluenceFunction(EKFAC(damping=0.1)), {}, {}, "import Attributor, Trajectory, EKFAC, InfluenceFunction"),
+        (GradientDot(), {"top_k": 2}, {}, "train=train_dataloader, trajectory=trajectory)"),
+        (TracInCP(), {"queries": "train"}, {}, "queries='train')"),
+        (TracInCP(), {"queries": VAL}, {"queries": VAL}, "queries=queries)"),
+        (TracInCP(checkpoints=(-1,)), {}, {"datamodule": Data()}, "datamodule=datamodule)"),
+        (TracInCP(), {"loss": weighted, "parameters": "*weight"}, {"loss": weighted}, "parameters=['*weight'])"),
+        (TracInCP(), {}, {"precision": "64-true"}, "trajectory=trajectory)"),
+    ],
+    ids=["method", "loader", "train", "queries", "datamodule", "loss", "precision"],
+)
+def test_the_lines_that_are_printed_give_the_scores(tmp_path, method, options, given, contains):
+    asked, precision = {"queries": "val"} | options, given.pop("precision", None)
+    influence = Influence([method], **asked, max_cost=1e-9, dirpath=tmp_path)
+    trainer = pl.Trainer(**QUIET, max_epochs=2, callbacks=[influence], precision=precision)
+    train, val = DataLoader(TRAIN, 6, collate_fn=collated), DataLoader(VAL, 4, collate_fn=collated)
+    loaders = {} if "datamodule" in given else {"train_dataloaders": train, "val_dataloaders": val}
+    with pytest.warns(UserWarning, match="was not started") as caught:
+        trainer.fit(make_net(pl), **loaders, datamodule=given.get("datamodule"))
+    text = next(str(warning.message) for warning in caught if "was not started" in str(warning.message))
+    lines = "\n".join(line.strip() for line in text.splitlines()[1:])
+    assert contains in lines
+    names = {"model": make_net(pl), **given}
+    if loaders:
+        names |= {"train_dataloader": train, "val_dataloader": val}
+    exec(lines, names)
+    queries = val if loaders and asked["queries"] == "val" else asked["queries"]
+    expected = influence.attributor.score(method, queries, top_k=asked.get("top_k"))
+    for found, wanted in zip(names["scores"].proponents(2), expected.proponents(2), strict=True):
+        torch.testing.assert_close(found.float(), wanted.float(), rtol=1e-4, atol=1e-5)

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from lightning_influence.attribution.accumulators import MatrixAccumulator, TopKAccumulator
-from lightning_influence.attribution.arguments import check_arguments, queries_of, scored_ids
+from lightning_influence.attribution.arguments import check_arguments, check_method, queries_of, scored_ids
+from lightning_influence.attribution.data_arguments import datamodule_of, named_queries, training_source
 from lightning_influence.attribution.driver import run_group, run_scores, run_self_influence
 from lightning_influence.attribution.final_weights import final_weights
 from lightning_influence.attribution.parameter_selection import selected_parameters
 from lightning_influence.attribution.streams import check_method_on_stream, check_stream
-from lightning_influence.checks import check_callable, check_integer
+from lightning_influence.checks import check_callable, check_flag, check_integer
 from lightning_influence.data.lookup import stream_of
 from lightning_influence.data.source import Source, source_of
 from lightning_influence.methods.kinds import ForwardOnly
@@ -30,9 +31,7 @@ from lightning_influence.scores.id_checks import whole_numbers
 from lightning_influence.setting.batch_index import warn_of_losses
 from lightning_influence.setting.session import Session
 from lightning_influence.setting.setting import Setting
-from lightning_influence.tracking.record import load_record
 from lightning_influence.trajectory import Trajectory, fitted_trajectory
-from lightning_influence.types import MissingEvidence
 
 
 class Attributor:
@@ -40,7 +39,8 @@ class Attributor:
 
     Args:
         module: the LightningModule.
-        train: the training DataLoader or Dataset, or one of the same examples without augmentation.
+        train: the training DataLoader or Dataset, or one of the same examples without augmentation; None: that of the
+            DataModule.
         trajectory: checkpoints and batch order of the fit; None: only the module's present weights are known.
         trainer: its accelerator, precision and data hooks are used; None: the module's own Trainer, if it has one.
         batch_size: examples per block; None: the loader's batch size, or more if their gradients are small.
@@ -52,6 +52,8 @@ class Attributor:
             what ``load_from_checkpoint`` gives is read. Methods that follow the fit are not changed by it.
         lookup: ``id -> example``, for a fit on a stream (``IterableDataset``) with ``Influence(sample_id=)``: the
             training examples are those whose ids it recorded, read by this function, and scores have these ids.
+        datamodule: a LightningDataModule, whose training loader and batch-transfer hooks are used; None: the trainer's.
+        check_data: compare a few batches and losses with those of the fit before the first question, and refuse others.
 
     Raises:
         TypeError: data without indexed examples, such as an IterableDataset.
@@ -64,10 +66,10 @@ class Attributor:
         >>> attributor.score(TracInCP(), queries=test_dataset).proponents(k=5)  # doctest: +SKIP
     """
 
-    def __init__(  # noqa: PLR0913, PLR0917 - the contract's names
+    def __init__(  # noqa: PLR0913 - the contract's names
         self,
         module: Any,
-        train: Any,
+        train: Any = None,
         trajectory: Trajectory | None = None,
         trainer: Any = None,
         batch_size: int | None = None,
@@ -75,7 +77,10 @@ class Attributor:
         loss: Loss | None = None,
         parameters: str | Sequence[str] | None = None,
         weights: str | PathLike[str] = "last",
+        *,
         lookup: Callable[[int], Any] | None = None,
+        datamodule: Any = None,
+        check_data: bool = True,
     ) -> None:
         check_callable("lookup", lookup)
         self._stream = None if lookup is None else stream_of(train, lookup, trajectory)
@@ -90,7 +95,9 @@ class Attributor:
         self.loss = loss
         check_integer("batch_size", batch_size, optional=True)
         self.batch_size = batch_size
-        self._train = source_of(train, "train")
+        check_flag("check_data", check_data)
+        self._datamodule = datamodule_of(datamodule, self.module, self.trainer)
+        self._train = training_source(train, self._datamodule)
         known = None if trajectory is None else trajectory.dataset_size
         if known not in (None, len(self._train.dataset)):
             raise ValueError(
@@ -101,7 +108,8 @@ class Attributor:
         names = selected_parameters(
             self.module, trajectory, (parameters,) if isinstance(parameters, str) else parameters
         )
-        self._session = Session(self.module, self._train, trajectory, self.trainer, loss, names, batch_size)
+        about = self.module, self._train, trajectory, self.trainer, loss, names, batch_size
+        self._session = Session(*about, datamodule=datamodule, checks_data=check_data)
         self._final = final_weights(weights, self._session)
         if refit is not None:
             refit.attach(self._session, self._train)
@@ -122,7 +130,8 @@ class Attributor:
 
         Args:
             method: how influence is estimated.
-            queries: Dataset, DataLoader or ``"train"``; their loss is that of ``training_step``, or ``loss=``.
+            queries: Dataset, DataLoader or ``"train"``; with a DataModule also ``"val"``, ``"test"`` or ``"val:1"``;
+                their loss is that of ``training_step``, or ``loss=``.
             top_k: keep only the k strongest proponents and opponents of each query; None: the full matrix.
             measurement: ``(module, batch) -> [batch]``, scored instead of the query's loss.
             higher_is_better: whether a higher measurement is better; positive scores still mean *makes it better*.
@@ -279,26 +288,9 @@ class Attributor:
     # ---- preparation ----------------------------------------------------------------------------------------------
 
     def _check(self, method: Method) -> None:
-        """Raises before any work begins if the method needs what this attributor does not have."""
-        if not isinstance(method, Method):
-            raise TypeError(f"Expected `method` to be a Method such as `TracInCP()`, got {method!r}.")
-        name = method.name
+        check_method(method, self.trajectory, self.refit)
         if self._stream is not None:
             check_method_on_stream(method, len(self._train.dataset))
-        if method.needs & Evidence.CHECKPOINTS and self.trajectory is None:
-            raise MissingEvidence(
-                f"`{name}` needs checkpoints with learning rates, got `trajectory=None`. Fit with "
-                "`Trainer(callbacks=[Influence()])`, load files with `Trajectory.from_checkpoints(paths)`, or use "
-                "`GradientDot()`, which needs only the final weights."
-            )
-        if method.needs & Evidence.TRACKER:
-            trajectory = self.trajectory
-            run, last = (None, 0) if trajectory is None else (trajectory.path, trajectory.checkpoints[-1].step)
-            load_record(run, method.record, last)
-        if method.needs & Evidence.REFIT and self.refit is None:
-            raise MissingEvidence(
-                f"`{name}` retrains models, got `refit=None`. Pass `Attributor(..., refit=Refit(...))`."
-            )
 
     @contextlib.contextmanager
     def _open(
@@ -326,12 +318,10 @@ class Attributor:
         setting.depends_on_index(None if setting.trajectory is None else len(setting.trajectory.checkpoints) - 1)
 
     def _queries(self, queries: Any) -> Source:
-        if isinstance(queries, str) and queries != "train":
-            raise ValueError(
-                f"Expected `queries` to be a Dataset, a DataLoader or 'train', got {queries!r}. Names of the Trainer's "
-                "other loaders work in `Influence(queries=)` only."
-            )
-        return self._train if isinstance(queries, str) else source_of(queries, "queries", like=self._train)
+        if queries == "train" and isinstance(queries, str):
+            return self._train
+        found = named_queries(queries, self._datamodule) if isinstance(queries, str) else queries
+        return source_of(found, "queries", like=self._train)
 
     def _record(self, method: Method, setting: Setting) -> dict[str, Any]:
         checkpoints: list[int] = []

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_influence.attribution.attributor import Attributor
+from lightning_influence.callback.offline import offline_lines
 from lightning_influence.callback.plan import ScoringPlan
 from lightning_influence.compat import rank_zero_info, rank_zero_warn
 from lightning_influence.data.source import source_of
@@ -60,7 +61,7 @@ def score_at_end(
     if trainer.world_size > 1:
         rank_zero_warn(
             f"Expected one process to run `methods` in, got {trainer.world_size}. The fit is recorded. "
-            f"Compute scores afterwards in a single process:\n{offline_lines(run_dir)}"
+            f"Compute scores afterwards in a single process:\n{offline_lines(run_dir, plan, trainer)}"
         )
         return
     try:
@@ -108,9 +109,7 @@ class EndOfFit:
                 if self.plan.self_influence:
                     self._guarded(name, method, self.self_scores, self._score_itself)
         except KeyboardInterrupt:
-            rank_zero_warn(
-                f"Scoring was interrupted; the fit itself is complete. To continue:\n{offline_lines(self.run_dir)}"
-            )
+            rank_zero_warn(f"Scoring was interrupted; the fit itself is complete. To continue:\n{self._lines()}")
 
     def _guarded(self, name: str, method: Method, results: Results, work: _Work) -> None:
         try:
@@ -123,7 +122,7 @@ class EndOfFit:
             where = traceback.extract_tb(error.__traceback__)[-1]
             rank_zero_warn(
                 f"`{name}` failed with {type(error).__name__} ({Path(where.filename).name}:{where.lineno}): {error}\n"
-                f"The fit is complete and recorded. To continue:\n{offline_lines(self.run_dir, repr(method))}"
+                f"The fit is complete and recorded. To continue:\n{self._lines(method)}"
             )
 
     def _score(self, name: str, method: Method) -> Scores:
@@ -152,6 +151,9 @@ class EndOfFit:
         except Exception as error:
             rank_zero_warn(f"`{name}` was scored and saved, but not logged: {type(error).__name__}: {error}")
 
+    def _lines(self, method: Method | None = None) -> str:
+        return offline_lines(self.run_dir, self.plan, self.trainer, method)
+
     def _place(self, name: str) -> Path:
         folder = self.run_dir / "scores"
         folder.mkdir(exist_ok=True)
@@ -166,21 +168,12 @@ class EndOfFit:
                 f"It would take about {seconds:.1f} s, more than `max_cost={self.plan.max_cost:g}` times the "
                 f"fit's {self.fit_seconds:.1f} s. Pass fewer queries or fewer checkpoints (`checkpoints=(-1,)`), raise "
                 "`max_cost`, or score after the fit, for instance with `aggregate='mean'`:\n"
-                f"{offline_lines(self.run_dir, repr(method))}"
+                f"{self._lines(method)}"
             )
 
 
 class _TooExpensiveError(RuntimeError):
     """The estimated time exceeds `max_cost`."""
-
-
-def offline_lines(run_dir: Path, method: str = "TracInCP()") -> str:
-    """Three lines of code that compute the method's scores later, in any process."""
-    return (
-        f"  trajectory = Trajectory.load({str(run_dir)!r})\n"
-        "  attributor = Attributor(model, train=train_dataset, trajectory=trajectory)\n"
-        f"  scores = attributor.score({method}, queries=val_dataset)"
-    )
 
 
 def resolve_queries(queries: Any, trainer: Any) -> Any:

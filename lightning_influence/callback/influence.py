@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_influence.attribution.attributor import Attributor
 from lightning_influence.callback.arguments import checked_queries, methods_of_a_fit, patterns_of, schedule_of
+from lightning_influence.callback.confirmation import confirm_data
 from lightning_influence.callback.during_fit import DuringFit
 from lightning_influence.callback.end_of_fit import check_queries, score_at_end
 from lightning_influence.callback.guest import Guest, guarded
@@ -239,9 +240,10 @@ class Influence(Guest):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Save the final checkpoint, then run the methods."""
         self._check_present()
-        if self._recorder is None or self._during is None:
+        if self._recorder is None or self._during is None or self.run_dir is None:
             return
         self._recorder.ended()
+        confirm_data(self._recorder, trainer, pl_module, self.run_dir)
         self._during.save(self._recorder.made)
         self.scores.reasons |= self._during.lost
         self._stop()

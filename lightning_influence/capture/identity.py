@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Subset
 
 from lightning_influence.capture.loaders import Deliveries, LoaderState, track, tracker_of, untrack
+from lightning_influence.trajectory.fingerprints import Fingerprint
 
 _taps: "WeakKeyDictionary[Any, LoaderTap]" = WeakKeyDictionary()
 
@@ -40,6 +41,8 @@ class LoaderTap:
         self._current: list[list[int] | None] = []
         self.read: list[dict[str, bytes] | None] = []
         """Per loader: the random states before the newest batch was read, of the generators that reading it used."""
+        self.loaded: Fingerprint | None = None
+        """Of the newest batch as it was loaded, if it is one of those that have a fingerprint and from one loader."""
         self._served: set[int] = set()
         self._strategy = trainer.strategy
         original = self._strategy.process_dataloader
@@ -104,18 +107,26 @@ class LoaderTap:
                 return tracker.unknown
         return None
 
-    def dataset(self) -> Any:
-        """The training dataset; None if there are several."""
+    @property
+    def reads_here(self) -> bool:
+        """Whether the examples of all loaders are read in this process, where the random states can be watched."""
+        return all(tracker is not None and tracker.reads_here for tracker in self._trackers)
+
+    def loader(self) -> DataLoader | None:
+        """The training loader; None if there are several."""
         if len(self._trackers) != 1:
             return None
-        loaders = (loader for loader in reversed(self._loaders) if tracker_of(loader) is self._trackers[0])
-        return getattr(next(loaders, None), "dataset", None)
+        return next((loader for loader in reversed(self._loaders) if tracker_of(loader) is self._trackers[0]), None)
+
+    def dataset(self) -> Any:
+        """The training dataset; None if there are several."""
+        return getattr(self.loader(), "dataset", None)
 
     def _next(self, trainer: Any) -> list[list[int] | None]:
         """Take one batch from each loader, skipping those of iterators that are not Lightning's (a user's own loop)."""
         iterators = _iterators_of(trainer)
         taken: list[list[int] | None] = []
-        self.read = []
+        self.read, self.loaded = [], None
         for k, tracker in enumerate(self._trackers):
             if tracker is None:
                 taken.append(None)
@@ -126,6 +137,7 @@ class LoaderTap:
                 while tracker.delivered and (k, tracker.delivered[0].number) not in self._passes:
                     tracker.delivered.popleft()
             self.read.append(tracker.delivered[0].read if tracker.delivered else None)
+            self.loaded = tracker.delivered[0].loaded if tracker.delivered else None
             taken.append(_pop(tracker, alone=len(self._trackers) == 1))
         return taken
 

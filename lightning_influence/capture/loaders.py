@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _SingleProcessDataLoaderIter
 
+from lightning_influence.capture.first_batches import fingerprint_or_none, positions_of
 from lightning_influence.capture.randomness import moved_since, read_gaussians, read_generators
+from lightning_influence.trajectory.fingerprints import Fingerprint
 
 _KEY = "_influence_tracker"
 _CPU = torch.device("cpu")
@@ -23,6 +25,7 @@ class Delivery(NamedTuple):
     number: int  # of the iteration over the loader
     ids: list[int] | None
     read: dict[str, bytes] | None  # random states before its examples were read, of generators that reading used
+    loaded: Fingerprint | None = None  # of a few batches of the first pass, before they are transferred to the device
 
 
 class LoaderState:
@@ -167,9 +170,11 @@ class Deliveries:
     def __init__(self, iterator: Iterator, tracker: LoaderState) -> None:
         self._iterator, self._tracker = iterator, tracker
         self._draws, self.number = tracker.draws, tracker.newest
+        self._delivered = 0
         # a generator in a subclass's `__iter__` may delay, merge or drop batches, and hides the workers
         self._foreign = not isinstance(iterator, _BaseDataLoaderIter)
-        tracker.reads_here = type(iterator) is _SingleProcessDataLoaderIter
+        here = type(iterator) is _SingleProcessDataLoaderIter
+        tracker.reads_here = here and tracker.unknown is None  # of an `IterableDataset`, no indices are drawn
 
     def __iter__(self) -> "Deliveries":
         return self
@@ -190,10 +195,17 @@ class Deliveries:
         try:
             read = tracker.drawn_in_reading()
             ids = self._match() if tracker.unknown is None else None
-            tracker.delivered.append(Delivery(self.number, ids, read))
+            tracker.delivered.append(Delivery(self.number, ids, read, self._loaded(batch, ids)))
         except Exception as error:
             tracker.failed(error)
         return batch
+
+    def _loaded(self, batch: Any, ids: list[int] | None) -> Fingerprint | None:
+        """The fingerprint of the batch if it is one of those recorded; the first pass may be a loop of the user's."""
+        number, self._delivered = self._delivered, self._delivered + 1
+        if ids is None or self.number > 2 or (positions := positions_of(number, len(ids))) is None:
+            return None
+        return fingerprint_or_none(batch, len(ids), positions)
 
     def _match(self) -> list[int] | None:
         """Indices of the batch just returned: batches arrive as drawn, and the newest draws may be prefetched."""

@@ -7,6 +7,7 @@ from operator import index as as_index
 from typing import Any
 
 from lightning_influence.capture.final_weights import averaged_state, best_file
+from lightning_influence.capture.first_batches import FirstBatches
 from lightning_influence.capture.identity import LoaderTap, length_of, reloaded
 from lightning_influence.capture.loaders import as_indices
 from lightning_influence.capture.states import encode_state, fingerprint, gather_state, has_lazy
@@ -15,9 +16,11 @@ from lightning_influence.capture.store import ParentLink, RunWriter
 from lightning_influence.capture.trainer_reads import TrainerReads
 from lightning_influence.capture.windows import RecordedBatch
 from lightning_influence.compat import rank_zero_warn
+from lightning_influence.trajectory.fit_data import FitData
 from lightning_influence.types import clean
 
 _ROWS_IN_MEMORY = 1024
+_RELOADED = "The training loader was reloaded during the fit"
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Recorder:
         self._trainer, self._module, self._tap, self._store = trainer, module, tap, store
         self._schedule, self._sample_id = schedule, sample_id
         self.steps = StepRecorder(trainer, module, made)
+        self.first = FirstBatches(trainer, module)
         self.failed = False
         self._written = -1  # step of the newest checkpoint
         self._made_at_start = made
@@ -99,6 +103,7 @@ class Recorder:
         """Record which examples are about to be trained on, and the index of their batch."""
         ids = self._identify(batch)
         read = self._tap.read[0] if len(self._tap.read) == 1 else None
+        self.first.batch_starts(ids, batch, self._tap.loaded, read is not None if self._tap.reads_here else None)
         self._made_at_start = self.made
         return self.steps.batch_starts(ids, batch_size(batch, ids), batch_idx, read)
 
@@ -143,6 +148,23 @@ class Recorder:
         if self._trainer.is_global_zero:
             self._guarded(self._final_weights)
         self._store.manifest["finished"] = True
+        self.flush()
+
+    @property
+    def loader(self) -> Any:
+        """The training loader; None if there are several."""
+        return self._tap.loader()
+
+    def confirm(self, data: FitData, differs: str | None) -> None:
+        """Write what remains of the fingerprints, and what differed although nothing random went into it."""
+        self.first.confirmed = data
+        notes = self._store.manifest["notes"]
+        if differs is not None and not any(note.startswith(_RELOADED) for note in notes):
+            self._note(
+                f"The first batches of the fit could not be made again when it had ended: {differs}. Something besides"
+                " the loader and the batch-transfer hooks changed them, such as a callback or a hook in train mode, or"
+                " the dataset changes with time; scores are of the batches without it."
+            )
         self.flush()
 
     def interrupted(self) -> None:
@@ -205,6 +227,7 @@ class Recorder:
         manifest["settings"] = self.steps.settings
         if manifest["dataset_size"] is None:
             manifest["dataset_size"] = length_of(self._tap.dataset())
+        manifest["data"] = self.first.encoded(self._tap.loader())
         rows = self.steps.drain()
         if rows:
             self._store.add_steps(rows)
@@ -231,7 +254,7 @@ class Recorder:
         change, self._dataset = reloaded(self._dataset, dataset), dataset
         if change is None or self._sample_id is not None:
             return
-        text = f"The training loader was reloaded during the fit, with {change[0]}: "
+        text = f"{_RELOADED}, with {change[0]}: "
         if change[1]:
             self._note(text + "one id means several examples, and scores mix them. Use one dataset for the whole fit.")
         elif not any(note.startswith(text) for note in self._store.manifest["notes"]):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_influence.module.data_hooks import attached
 from lightning_influence.module.precision import full_precision, plain_checkpointing
 from lightning_influence.module.random_state import isolated_random_state
 from lightning_influence.module.snapshot import ModuleSnapshot, restoring
@@ -23,6 +24,7 @@ def quiet(
     trainer: Any = None,
     evaluate: bool = True,
     fit: FitValues | None = None,
+    datamodule: Any = None,
 ) -> Iterator[Task]:
     """Yield ``module`` as a ``Task`` on the trainer's accelerator, and restore it, also after an exception.
 
@@ -36,6 +38,7 @@ def quiet(
         trainer: its device, precision plugin and batch transfer are used; None for the module's own device and hooks.
         evaluate: switch to eval mode. False keeps the modes that the submodules are in.
         fit: what the fit recorded of its Trainer, with which reads of the Trainer are answered; None: it answers them.
+        datamodule: a LightningDataModule, whose batch-transfer hooks are used; None: the Trainer's, if it has one.
     """
     module = unwrapped(module)
     with isolated_random_state(), full_precision(), plain_checkpointing(), contextlib.ExitStack() as stack:
@@ -47,6 +50,8 @@ def quiet(
             stack.enter_context(silent_loggers(trainer))
             if hasattr(module, "_trainer") and module._trainer is None:
                 module.trainer = trainer
+        if datamodule is not None:
+            stack.enter_context(attached(datamodule, module))
         if fit is not None:
             stack.enter_context(answering(module, fit, device))
         stack.enter_context(clock_restored(module))
@@ -57,7 +62,7 @@ def quiet(
             for buffer in module.buffers():
                 buffer.data = buffer.data.clone()
         stack.callback(settle, module)
-        yield Task(module, loss, device, trainer)
+        yield Task(module, loss, device, trainer, datamodule)
 
 
 def _restore_afterwards(module: nn.Module, stack: contextlib.ExitStack) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_influence.module.copies import Copies
+from lightning_influence.module.data_hooks import transferred
 from lightning_influence.module.snapshot import ModuleSnapshot
 from lightning_influence.module.step import reads_index, step_of, takes_index
 from lightning_influence.module.trainer_state import batch_counter_at, set_clock, training_stage
@@ -45,13 +46,17 @@ class Task:
         loss: gives per-sample losses; None for the loss of ``training_step``.
         device: where batches are moved.
         trainer: its precision plugin and batch transfer are used; None to use the module's own hooks alone.
+        datamodule: its batch-transfer hooks come before the module's; None: those of the Trainer's, if it has one.
     """
 
-    def __init__(self, module: nn.Module, loss: Loss | None, device: torch.device, trainer: Any) -> None:
+    def __init__(
+        self, module: nn.Module, loss: Loss | None, device: torch.device, trainer: Any, datamodule: Any = None
+    ) -> None:
         self.module = module
         self.loss = loss
         self.device = device
         self.trainer = trainer
+        self.datamodule = datamodule
         self.batch_idx = 0
         """What ``training_step`` gets as the index of its batch; see ``at``."""
         self._loss_of: Callable[..., Any] = step_of(module) if loss is None else functools.partial(loss, module)
@@ -75,7 +80,7 @@ class Task:
 
     def measuring(self, loss: Loss) -> "Task":
         """The same module with another loss; both tasks share their weights, also after a later ``load``."""
-        other = Task(self.module, loss, self.device, self.trainer)
+        other = Task(self.module, loss, self.device, self.trainer, self.datamodule)
         other._snapshot = self._snapshot
         return other
 
@@ -188,6 +193,8 @@ class Task:
             return batch
         owner = module._trainer
         with training_stage(module):
+            if self.datamodule is not None:
+                return transferred(batch, module, self.datamodule, self.device)
             if owner is not None and getattr(owner._data_connector, "_datahook_selector", True) is None:
                 # A Trainer that has never run does not know whose hooks to call: call the module's own.
                 batch = module.on_before_batch_transfer(batch, 0)

@@ -21,6 +21,7 @@ from lightning_influence.module.trainer_answers import notes_of
 from lightning_influence.module.trainer_reads import FitValues
 from lightning_influence.module.trainer_state import detached_trainer
 from lightning_influence.setting.batch_index import BatchIndex
+from lightning_influence.setting.same_data import check_data
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.setting.unreached import Unreached, refuse_all_unreached
 from lightning_influence.trajectory import Checkpoint, LightningCheckpoint, Trajectory
@@ -45,6 +46,8 @@ class Session:
         names: the parameters whose gradients are used.
         batch_size: examples per block; None: chosen by the size of their gradients.
         own: without a trajectory, loaded in place of the module's own weights; None: they are used.
+        datamodule: its batch-transfer hooks are used, or None.
+        checks_data: compare data and module with those of the fit, before the first question.
     """
 
     module: Any
@@ -55,6 +58,9 @@ class Session:
     names: Sequence[str]
     batch_size: int | None
     own: Checkpoint | None = None
+    datamodule: Any = None
+    checks_data: bool = True
+    _data_notes: list[str] | None = None
     _found: dict[tuple[Any, ...], tuple[Reduction, Plan]] = field(default_factory=dict)
     _checked: dict[tuple[Any, ...], Reduction] = field(default_factory=dict)
     _in_use: list[Any] = field(default_factory=list)
@@ -78,13 +84,16 @@ class Session:
     def quiet(self) -> Iterator[Task]:
         """The module at its final weights, in eval mode, with logging off."""
         trainer = self.trainer if self.trainer is not None else detached_trainer(self.module)
-        with quiet(self.module, self.loss, trainer, fit=self._fit_values()) as task:
+        with quiet(self.module, self.loss, trainer, fit=self._fit_values(), datamodule=self.datamodule) as task:
             before = task.version
             task.weights_changed()  # the stages of a question that is open already must not be used in this one
             last = self.own if self.trajectory is None else self.trajectory.checkpoints[-1]
             if last is not None:
                 state = last.load()
                 _check_same_model(task, state.parameters, last)
+                if self._data_notes is None and self.trajectory is not None:
+                    task.load(state.parameters, state.buffers, last.step, last.epoch)
+                    self._data_notes = check_data(task, self.train, self.trajectory) if self.checks_data else []
                 task.load(state.parameters, state.buffers, last.step, last.epoch)
             try:
                 yield task
@@ -138,6 +147,8 @@ class Session:
                     f"`on_train_batch_start` sets `{names[0]}`, and is not called here: the loss is that with its "
                     "present value. If the loss depends on it, set it in `training_step`, or pass `loss=`."
                 )
+            for note in self._data_notes or ():
+                setting.warn(note)
             if queries is not None:
                 data = self.examples(queries)
                 query_task = task if measurement is None else task.measuring(measurement)

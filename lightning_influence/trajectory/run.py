@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint
 from lightning_influence.trajectory.columns import encode_rows
 from lightning_influence.trajectory.files import MANIFEST, STEPS, read_manifest, read_steps, runs_in
+from lightning_influence.trajectory.fit_data import FitData, decode_fit_data
 from lightning_influence.types import MissingEvidence
 
 
@@ -31,6 +32,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     averaged: Checkpoint | None = None
     best: BestFile | None = None
+    fit_data: FitData | None = None
 
 
 def find_run(dirpath: Path) -> tuple[Path, list[str]]:
@@ -75,6 +77,7 @@ def read_run(folder: Path, until: int | None = None) -> Run:
         notes=list(manifest["notes"]),
         averaged=_checkpoint(folder, manifest["averaged"]) if manifest.get("averaged") else None,
         best=BestFile(**manifest["best"]) if manifest.get("best") else None,
+        fit_data=decode_fit_data(manifest.get("data")),
     )
     if manifest["parent"] is not None:
         _join(run, manifest["parent"], first_is_resumed=manifest["checkpoints"][:1])
@@ -115,6 +118,7 @@ def _join(run: Run, link: dict[str, Any], first_is_resumed: list[dict[str, Any]]
     run.steps = pa.concat_tables([older.steps, shifted])
     run.settings = older.settings + run.settings
     run.trainer_values = older.trainer_values + run.trainer_values
+    run.fit_data = run.fit_data or older.fit_data
     run.fit_seconds += older.fit_seconds
     run.notes = [*older.notes, *run.notes]
 

@@ -19,6 +19,7 @@ from lightning_influence.trajectory import exposure as _exposure
 from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint, is_decoupled, is_plain_sgd
 from lightning_influence.trajectory.file_list import Paths, files_of
 from lightning_influence.trajectory.files import STEPS
+from lightning_influence.trajectory.fit_data import FitData
 from lightning_influence.trajectory.lightning_files import read_lightning_files
 from lightning_influence.trajectory.numbering import combines_loaders, of_loader
 from lightning_influence.trajectory.run import Run, find_run, read_run
@@ -43,6 +44,7 @@ class Trajectory:
         best: The file that ``ModelCheckpoint`` found best.
         trainer_values: (step, values by path): what ``training_step`` read of its Trainer, each time that it changed.
         removed: Steps of the checkpoints that `Influence(keep_last=)` removed.
+        fit_data: By what the training data are recognised in a later process; None where nothing was recorded.
 
     Example:
         >>> trajectory = Trajectory.load("influence")  # doctest: +SKIP
@@ -63,6 +65,7 @@ class Trajectory:
     best: BestFile | None = field(default=None, repr=False)
     trainer_values: tuple[tuple[int, Mapping[str, Any]], ...] = ()
     removed: tuple[int, ...] = ()
+    fit_data: FitData | None = field(default=None, repr=False)
     _stored_rates: Sequence[Sequence[float]] | None = field(default=None, repr=False)
 
     @classmethod

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fits import recorded
+from fits import Indexed, Net, recorded
+from torch.utils.data import Subset
 
+from lightning_influence import Attributor, GradientDot
 from lightning_influence.trajectory import Trajectory
 
 
@@ -47,6 +49,12 @@ def test_ddp_in_two_processes(tmp_path):
     trajectory = assert_recorded(tmp_path, "ddp", 0)
     assert trajectory.finished
     assert trajectory.dataset_size == 23
+    assert trajectory.fit_data.confirmed
+    assert [len(batch.ids) for batch in trajectory.fit_data.batches] == [4, 4]
+    assert trajectory.fit_data.losses is None  # a step may wait for the other processes
+    Attributor(Net(), Indexed(23), trajectory).score(GradientDot(), Indexed(2))
+    with pytest.raises(ValueError, match="Expected `train` to give the batches that were trained on"):
+        Attributor(Net(), Subset(Indexed(23), range(22, -1, -1)), trajectory).losses()
 
 
 @pytest.mark.slow

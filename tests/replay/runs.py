@@ -116,10 +116,9 @@ class Fit:
     queries: Any
     run: Run
 
-    def attributor(self, loss=None):
-        return Attributor(
-            self.module, train=self.data, trajectory=self.influence.trajectory, trainer=self.trainer, loss=loss
-        )
+    def attributor(self, loss=None, **options):
+        about = {"train": self.data, "trajectory": self.influence.trajectory, "trainer": self.trainer, "loss": loss}
+        return Attributor(self.module, **about, **options)
 
     def query_losses(self, module, params):
         module.eval()

@@ -310,5 +310,7 @@ def test_wrong_settings_and_missing_evidence(tmp_path):
     with pytest.raises(ValueError, match=r"got `parameters=` without `net\.0\.bias`"):
         some.score(plain(), fit.queries)
     fit.data.tensors[0].add_(1.0)
-    with pytest.raises(DriftError, match="meet the captured weights"):
+    with pytest.raises(ValueError, match="Expected `train` to give the batches that were trained on"):
         scores(fit)
+    with pytest.raises(DriftError, match="meet the captured weights"):
+        fit.attributor(check_data=False).score(plain(), fit.queries)

@@ -1,0 +1,77 @@
+"""What the attributor's arguments say about data: a Dataset, a loader, or a DataModule that has them."""
+
+from typing import Any
+
+from lightning_influence.data.source import Source, source_of
+from lightning_influence.module.data_hooks import SetUpDataModule
+from lightning_influence.module.trainer_state import detached_trainer
+
+
+def datamodule_of(datamodule: Any, module: Any, trainer: Any) -> SetUpDataModule | None:
+    """The DataModule that was passed, or the Trainer's.
+
+    Raises:
+        TypeError: it has no ``setup`` and ``train_dataloader``.
+    """
+    found = datamodule if datamodule is not None else getattr(trainer, "datamodule", None)
+    if found is None:
+        return None
+    if isinstance(found, type) or not (hasattr(found, "setup") and hasattr(found, "train_dataloader")):
+        raise TypeError(
+            f"Expected `datamodule` to be a LightningDataModule, got {found!r}. Pass an instance, or a loader as "
+            "`train=`."
+        )
+    return SetUpDataModule(found, trainer if trainer is not None else detached_trainer(module))
+
+
+def training_source(train: Any, datamodule: SetUpDataModule | None) -> Source:
+    """The training data that were passed, or the DataModule's.
+
+    A Dataset that is passed beside a DataModule is collated by the loader of that.
+
+    Raises:
+        TypeError: neither was passed; data without indexed examples.
+        ValueError: the DataModule has several training loaders, or none.
+    """
+    if datamodule is None:
+        if train is None:
+            raise TypeError(
+                "Expected `train` to be the training Dataset or DataLoader, got None. Pass one of them, or "
+                "`datamodule=`."
+            )
+        return source_of(train, "train")
+    if train is not None:
+        return source_of(train, "train", like=None if hasattr(train, "collate_fn") else _source_or_none(datamodule))
+    loaders = datamodule.loaders("train")
+    if len(loaders) > 1:
+        raise ValueError(
+            f"Expected a DataModule with one training loader, got {len(loaders)}. Pass the one that is meant as "
+            "`train=`."
+        )
+    return source_of(loaders[0], "train")
+
+
+def _source_or_none(datamodule: SetUpDataModule) -> Source | None:
+    """The DataModule's training data, where it has one loader of indexed examples."""
+    try:
+        return training_source(None, datamodule)
+    except (TypeError, ValueError):
+        return None
+
+
+def named_queries(name: str, datamodule: SetUpDataModule | None) -> Any:
+    """The DataModule's loader ``"val"`` or ``"test"``, or ``"val:1"`` for the second of several.
+
+    Raises:
+        ValueError: there is no such loader.
+    """
+    kind, _, number = name.partition(":")
+    if datamodule is None or kind not in ("val", "test", "train"):
+        raise ValueError(
+            f"Expected `queries` to be a Dataset, a DataLoader or 'train', got {name!r}. Names of other loaders "
+            "work with `Attributor(datamodule=)`, and in `Influence(queries=)`."
+        )
+    loaders, position = datamodule.loaders(kind), int(number or 0)
+    if position >= len(loaders):
+        raise ValueError(f"Expected `queries` to name one of {len(loaders)} loaders, got {name!r}. Count from 0.")
+    return loaders[position]

@@ -1,0 +1,60 @@
+"""Lines of code that compute a method's scores after the fit, in any process, with what this fit needs for it."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning_influence.callback.plan import ScoringPlan
+from lightning_influence.methods.method import Method
+
+
+def offline_lines(run_dir: Path, plan: ScoringPlan, trainer: Any, method: Method | None = None) -> str:
+    """An import and three lines of code, with the variables that the script of the fit has.
+
+    Args:
+        run_dir: the fit's folder.
+        plan: the arguments of ``Influence``.
+        trainer: of the fit.
+        method: the one that is asked for; None: the first of the plan.
+    """
+    method = method if method is not None else next(iter(plan.methods.values()))
+    names = ["Attributor", "Trajectory", *sorted(set(_classes(method)))]
+    data = "trajectory=trajectory, datamodule=datamodule"
+    if trainer.datamodule is None:
+        data = "train=train_dataloader, trajectory=trajectory"
+    top_k = "" if plan.top_k is None else f", top_k={plan.top_k}"
+    return (
+        f"  from lightning_influence import {', '.join(names)}\n"
+        f"  trajectory = Trajectory.load({str(run_dir)!r})\n"
+        f"  attributor = Attributor(model, {data}{_extras(plan, trainer)})\n"
+        f"  scores = attributor.score({method!r}, queries={_queries(plan.queries, trainer)}{top_k})"
+    )
+
+
+def _extras(plan: ScoringPlan, trainer: Any) -> str:
+    """Arguments of the attributor without which the scores would be others, or on another device."""
+    needed = {
+        "trainer=trainer": trainer.strategy.root_device.type != "cpu",
+        "loss=loss": plan.loss is not None,
+        "lookup=lookup": plan.lookup is not None,
+        f"parameters={list(plan.parameters or ())!r}": plan.parameters is not None,
+    }
+    return "".join(f", {text}" for text, wanted in needed.items() if wanted)
+
+
+def _queries(queries: Any, trainer: Any) -> str:
+    if not isinstance(queries, str):
+        return "val_dataloader" if queries is None else "queries"
+    if queries == "train" or trainer.datamodule is not None:
+        return repr(queries)
+    return f"{queries.partition(':')[0]}_dataloader"
+
+
+def _classes(value: Any) -> Iterator[str]:
+    """The classes of this package in the ``repr`` of a method."""
+    if type(value).__module__.startswith("lightning_influence."):
+        yield type(value).__name__
+        if dataclasses.is_dataclass(value):
+            for field in dataclasses.fields(value):
+                yield from _classes(getattr(value, field.name))

@@ -1,0 +1,107 @@
+"""What a LightningDataModule does besides holding loaders: its hooks on the way of a batch to ``training_step``."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_influence.module.snapshot import restoring
+from lightning_influence.types import Batch
+
+HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+"""Lightning's hooks between the loader and ``training_step``."""
+
+_SETUP_STAGES = {"train": "fit", "val": "fit", "test": "test", "predict": "predict"}
+
+
+class SetUpDataModule:
+    """A LightningDataModule that is prepared as the Trainer prepares it, when its loaders are first wanted.
+
+    Args:
+        datamodule: the LightningDataModule.
+        trainer: attached to it where it has none.
+    """
+
+    def __init__(self, datamodule: Any, trainer: Any) -> None:
+        self.datamodule, self._trainer = datamodule, trainer
+        self._stages: set[str] = set()
+
+    def loaders(self, kind: str) -> list[Any]:
+        """Its loaders for ``"train"``, ``"val"``, ``"test"`` or ``"predict"``.
+
+        Raises:
+            ValueError: it has none of that kind.
+        """
+        fitted = getattr(self.datamodule, "trainer", None)
+        if kind == "train" and (loader := getattr(fitted, "train_dataloader", None)) is not None:
+            return _flat(loader)  # set up by that Trainer: to do it again may split the data in another way
+        if fitted is None and self._trainer is not None:
+            self.datamodule.trainer = self._trainer
+        if not self._stages and fitted is None:
+            self.datamodule.prepare_data()
+        stage = _SETUP_STAGES[kind]
+        if stage not in self._stages and not (stage == "fit" and fitted is not None and _is_set_up(fitted)):
+            self.datamodule.setup(stage)
+        self._stages.add(stage)
+        make = f"{kind}_dataloader"
+        found = _flat(getattr(self.datamodule, make)()) if overrides(self.datamodule, make) else []
+        if not found:
+            raise ValueError(
+                f"Expected `{type(self.datamodule).__name__}` to have a `{make}`, got none. Pass a Dataset or a "
+                "DataLoader instead."
+            )
+        return found
+
+
+def transferred(batch: Batch, module: Any, datamodule: Any, device: torch.device) -> Batch:
+    """The batch after the three batch-transfer hooks, each the DataModule's where it has one, else the module's."""
+
+    def owner(hook: str) -> Any:
+        return datamodule if overrides(datamodule, hook) else module
+
+    batch = owner("on_before_batch_transfer").on_before_batch_transfer(batch, 0)
+    batch = owner("transfer_batch_to_device").transfer_batch_to_device(batch, device, 0)
+    return owner("on_after_batch_transfer").on_after_batch_transfer(batch, 0)
+
+
+def hooks_of(owners: Sequence[Any]) -> dict[str, str]:
+    """The hooks of ``HOOKS`` that one of these objects overrides, with its class; the first one counts."""
+    found: dict[str, str] = {}
+    for owner in owners:
+        for hook in HOOKS:
+            if overrides(owner, hook):
+                found.setdefault(hook, type(owner).__name__)
+    return found
+
+
+def overrides(owner: Any, hook: str) -> bool:
+    """Whether the class of a LightningModule or DataModule, or the object itself, brings a hook of its own."""
+    if owner is None or hook in getattr(owner, "__dict__", {}):
+        return owner is not None
+    definer = next((cls for cls in type(owner).__mro__ if hook in vars(cls)), None)
+    return definer is not None and not definer.__module__.startswith(("pytorch_lightning.", "lightning.pytorch."))
+
+
+@contextlib.contextmanager
+def attached(datamodule: Any, module: Any) -> Iterator[None]:
+    """Let the DataModule's hooks see the Trainer that the module sees, and the step its ``trainer.datamodule``."""
+    trainer = getattr(module, "_trainer", None)
+    owners = [datamodule] if trainer is not None and hasattr(datamodule, "trainer") else []
+    without: list[Any] = [trainer] if getattr(trainer, "datamodule", datamodule) is None else []
+    with restoring(owners, "trainer"), restoring(without, "datamodule"):
+        for owner in owners:
+            owner.trainer = trainer
+        for each in without:
+            each.datamodule = datamodule
+        yield
+
+
+def _is_set_up(trainer: Any) -> bool:
+    return getattr(trainer, "train_dataloader", None) is not None
+
+
+def _flat(found: Any) -> list[Any]:
+    leaves = torch.utils._pytree.tree_leaves(found, is_leaf=lambda node: isinstance(node, DataLoader))
+    return [loader for loader in leaves if loader is not None]
