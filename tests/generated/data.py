@@ -82,7 +82,11 @@ def trimmed(items):
     batch = default_collate(items)
     length = int(batch["mask"].sum(1).max())
     cut = {key: batch[key][:, :length] for key in ("x", "mask")}
-    return {**batch, **cut, **({"y": batch["y"][:, :length]} if batch["y"].ndim == 2 and len(batch["y"][0]) == TIME else {})}
+    return {
+        **batch,
+        **cut,
+        **({"y": batch["y"][:, :length]} if batch["y"].ndim == 2 and len(batch["y"][0]) == TIME else {}),
+    }
 
 
 def mixed_up(items):

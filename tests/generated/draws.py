@@ -27,9 +27,7 @@ def possible(row):
 def covering(axes, rng):
     """Rows in which every pair of values of two axes occurs, greedily: each row covers as many new pairs as 20 tries."""
     names = list(axes)
-    missing = {
-        ((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in axes[a] for y in axes[b]
-    }
+    missing = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in axes[a] for y in axes[b]}
     rows = []
     while missing:
         (a, x), (b, y) = min(missing)
@@ -75,11 +73,25 @@ def sensible(config, question):
     if question.where == "callback" and question.size is not None:
         return False
     if question.method == "influence":
-        return config.module in ("linear", "reads max_epochs") and config.loss in ("ce", "label smoothing", "bce", "mse")
+        return config.module in ("linear", "reads max_epochs") and config.loss in (
+            "ce",
+            "label smoothing",
+            "bce",
+            "mse",
+        )
     if question.method == "files":
-        return config.module != "two groups" and config.loss not in (
-            "ce sum", "token mean", "masked mean", "selected mean", "class weights",
-        ) and config.module not in BY_EPOCH
+        return (
+            config.module != "two groups"
+            and config.loss
+            not in (
+                "ce sum",
+                "token mean",
+                "masked mean",
+                "selected mean",
+                "class weights",
+            )
+            and config.module not in BY_EPOCH
+        )
     return True
 
 

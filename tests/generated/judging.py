@@ -33,7 +33,9 @@ WHERE = ("callback", "trainer", "loader", "dataset", "new trainer", "datamodule"
 SIZES = (1, 3, 7, None)
 TOLERANCE = 1e-9
 DAMPING = 0.5
-WAY_OUT = re.compile(r"\b(Pass|Use|Fit|Return|Call|Give|Set|Check|Write|Load|Let|Do not|Make|Take|Score|Try|Build|Allow)\b")
+WAY_OUT = re.compile(
+    r"\b(Pass|Use|Fit|Return|Call|Give|Set|Check|Write|Load|Let|Do not|Make|Take|Score|Try|Build|Allow)\b"
+)
 TELLS = re.compile(
     r"differ|collate|hook|datamodule|DataModule|random|transfer|batch_idx|index|not compared|was not recorded", re.I
 )

@@ -63,9 +63,9 @@ def masked_sum(m, z, f, y):
 
 
 def contrastive(m, z, f, y):
-    unit = F.normalize(f, dim=1)
+    unit = F.normalize(z, dim=1)
     pairs = unit @ unit.roll(1, 1).T / 0.5
-    return F.cross_entropy(pairs, torch.arange(len(f)))
+    return F.cross_entropy(pairs, torch.arange(len(z)))
 
 
 def penalised(m, z, f, y):

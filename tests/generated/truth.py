@@ -72,15 +72,20 @@ class Truth:
         copies, state, facts = 1, self.watch.states[k], self.watch.clocks[k]
         with rng_isolated(), torch.enable_grad():
             try:
-                loss = self.value(batch, state, facts, index).sum()
+                loss, found = self.derived(batch, state, facts, index)
             except (RuntimeError, ValueError, IndexError):
                 two = {key: torch.cat([v, v]) for key, v in batch.items()}
-                loss, copies = self.value(two, state, facts, index).sum(), 2
-            parameters = dict(self.twin.named_parameters())
-            wanted = [parameters[n] for n in self.names]
-            found = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
+                (loss, found), copies = self.derived(two, state, facts, index), 2
         gradients = {n: None if g is None else g.detach().clone() for n, g in zip(self.names, found, strict=True)}
         return float(loss), gradients, copies
+
+    def derived(self, *about):
+        loss = self.value(*about).sum()
+        parameters = dict(self.twin.named_parameters())
+        wanted = [parameters[n] for n in self.names]
+        if not loss.requires_grad:
+            return loss, [None] * len(wanted)
+        return loss, torch.autograd.grad(loss, wanted, allow_unused=True)
 
     @functools.lru_cache(maxsize=None)
     def example(self, i, k, index):
@@ -139,7 +144,9 @@ class Truth:
                 one = {key: value[place : place + 1] for key, value in step.batch.items()}
                 index = self.index_of(step)
                 random_rows = self.config.loader == "random in dataset"
-                loss, _, copies = self.one(one, step.epoch, index) if random_rows else self.example(i, step.epoch, index)
+                loss, _, copies = (
+                    self.one(one, step.epoch, index) if random_rows else self.example(i, step.epoch, index)
+                )
                 weight = share(one["y"], step.batch["y"], copies)
                 total += weight * loss if weight else 0.0
             if joint != joint and total != total:
@@ -231,7 +238,12 @@ class Truth:
                     continue
                 second = torch.autograd.grad(entry, wanted, retain_graph=True, allow_unused=True)
                 lines.append(
-                    torch.cat([(torch.zeros_like(p) if s is None else s).flatten() for s, p in zip(second, wanted, strict=True)])
+                    torch.cat(
+                        [
+                            (torch.zeros_like(p) if s is None else s).flatten()
+                            for s, p in zip(second, wanted, strict=True)
+                        ]
+                    )
                 )
             hessian = hessian + torch.stack(lines).detach() / self.n
         damped = hessian + damping * torch.eye(len(hessian), dtype=torch.float64)
