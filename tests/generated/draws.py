@@ -19,13 +19,8 @@ AXES = {
 QUESTIONS = {"method": METHODS, "where": WHERE, "size": SIZES}
 
 
-def possible(row):
-    """Leaves out what is no program: two hooks for one thing are drawn through one axis only."""
-    return row.get("module") != "embedding" or not row.get("loss") == "contrastive"
-
-
 def covering(axes, rng):
-    """Rows in which every pair of values of two axes occurs, greedily: each row covers as many new pairs as 20 tries."""
+    """Rows in which every pair of values of two axes occurs: each covers most new pairs of 20 tries."""
     names = list(axes)
     missing = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in axes[a] for y in axes[b]}
     rows = []
@@ -92,6 +87,8 @@ def sensible(config, question):
             )
             and config.module not in BY_EPOCH
         )
+    if question.method in ("steps", "hydra"):
+        return config.module not in (*BY_EPOCH, "cnn", "no gradient in eval", "second head in training")
     return True
 
 

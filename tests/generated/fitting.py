@@ -61,6 +61,8 @@ class Step:
     batch: dict
     index: int
     epoch: int
+    state: dict
+    facts: object
     rates: list = field(default_factory=list)
 
     @property
@@ -78,7 +80,9 @@ class Watch(pl.Callback):
         self.start = tensors_of(module)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        self.steps.append(Step(copy.deepcopy(batch), batch_idx, trainer.current_epoch))
+        self.steps.append(
+            Step(copy.deepcopy(batch), batch_idx, trainer.current_epoch, tensors_of(module), facts(trainer))
+        )
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         self.steps[-1].rates = [group["lr"] for group in optimizer.param_groups]

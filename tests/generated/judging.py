@@ -22,13 +22,15 @@ from lightning_influence import (
     Attributor,
     ExactHessian,
     GradientDot,
+    HyDRA,
     InfluenceFunction,
+    TracIn,
     TracInCP,
     Trajectory,
 )
 from lightning_influence.types import MissingEvidence
 
-METHODS = ("dot", "tracin", "self", "files", "influence")
+METHODS = ("dot", "tracin", "self", "files", "influence", "steps", "hydra")
 WHERE = ("callback", "trainer", "loader", "dataset", "new trainer", "datamodule")
 SIZES = (1, 3, 7, None)
 TOLERANCE = 1e-9
@@ -89,6 +91,8 @@ class Asked:
         method = {
             "dot": GradientDot(),
             "influence": InfluenceFunction(ExactHessian(damping=DAMPING)),
+            "steps": TracIn(),
+            "hydra": HyDRA(checks=0),
         }.get(question.method, TracInCP())
         if question.method == "self":
             scores = attributor.self_influence(method)
@@ -111,9 +115,8 @@ class Asked:
             options["trainer"] = self.fit.trainer
         elif question.where == "new trainer":
             options["trainer"] = pl.Trainer(**QUIET)
-        elif question.where == "datamodule" and self.fit.datamodule is not None:
-            if "datamodule" in inspect.signature(Attributor).parameters:
-                options["datamodule"] = self.fit.datamodule
+        elif question.where == "datamodule" and "datamodule" in inspect.signature(Attributor).parameters:
+            options["datamodule"] = self.fit.datamodule
         return Attributor(module, train=train, **options)
 
     # ---- judgement ------------------------------------------------------------------------------------------------
@@ -142,7 +145,7 @@ class Asked:
 
     def refused(self, question, error):
         text = f"{type(error).__name__}: {error}"
-        if "Expected" not in text and not isinstance(error, MissingEvidence) or not WAY_OUT.search(str(error)):
+        if ("Expected" not in text and not isinstance(error, MissingEvidence)) or not WAY_OUT.search(str(error)):
             return Verdict("unhelpful", text)
         return Verdict("false refusal", text) if self.ordinary(question) else Verdict("refused", text)
 
@@ -166,6 +169,10 @@ class Asked:
             return truth.gradient_dot()
         if question.method == "files":
             return truth.tracin(draws=truth.uniform_draws(question.where != "dataset"))
+        if question.method == "steps":
+            return truth.tracin_steps()
+        if question.method == "hydra":
+            return truth.hydra()
         if question.method == "influence":
             return truth.influence(DAMPING)
         return truth.tracin(own=question.method == "self")

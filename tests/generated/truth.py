@@ -1,10 +1,13 @@
-"""What the scores must be: one backward pass per example of the batches that entered the step; nothing of the package."""
+"""What the scores must be: one backward pass per example of the batches in the fit; nothing of the package."""
 
 import copy
 import functools
 
 import torch
 from oracles import rng_isolated
+from torch import nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from generated.data import COLLATES, KINDS, Rows, weights_of
 
@@ -59,23 +62,27 @@ class Truth:
         self.twin.__dict__["_trainer"] = facts
         return self.twin.eval()
 
-    def value(self, batch, state, facts, index):
+    def value(self, batch, state, facts, index, train=False):
         """The loss of a batch, with its graph."""
-        twin = self.put(state, facts)
+        twin = self.put(state, facts).train(train)
         if self.fit.loss.each is not None:
             return self.fit.loss.each(twin, batch)
         loss = twin.training_step(copy.deepcopy(batch), index)
         return loss["loss"] if isinstance(loss, dict) else loss
 
     def one(self, batch, k, index):
-        """(loss, {name: gradient}, whether it is that of two copies) of a batch of one at checkpoint k."""
-        copies, state, facts = 1, self.watch.states[k], self.watch.clocks[k]
+        """(loss, {name: gradient}, copies in the batch) of a batch of one in eval mode at checkpoint k."""
+        return self.at(batch, self.watch.states[k], self.watch.clocks[k], index)
+
+    def at(self, batch, state, facts, index, train=False):
+        """The same at any weights and time, also in train mode."""
+        copies = 1
         with rng_isolated(), torch.enable_grad():
             try:
-                loss, found = self.derived(batch, state, facts, index)
+                loss, found = self.derived(batch, state, facts, index, train)
             except (RuntimeError, ValueError, IndexError):
                 two = {key: torch.cat([v, v]) for key, v in batch.items()}
-                (loss, found), copies = self.derived(two, state, facts, index), 2
+                (loss, found), copies = self.derived(two, state, facts, index, train), 2
         gradients = {n: None if g is None else g.detach().clone() for n, g in zip(self.names, found, strict=True)}
         return float(loss), gradients, copies
 
@@ -87,11 +94,11 @@ class Truth:
             return loss, [None] * len(wanted)
         return loss, torch.autograd.grad(loss, wanted, allow_unused=True)
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def example(self, i, k, index):
         return self.one(self.fit.entered(self.item(i)), k, index)
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def query(self, i, k, index=0):
         return self.one(self.fit.entered(self.fit.queries[i]), k, index)
 
@@ -220,6 +227,63 @@ class Truth:
                     total = total + product * c
         return total
 
+    def tracin_steps(self, own=False):
+        """TracIn at every step: training gradients in train mode as in the fit, the queries' in eval mode."""
+        total = torch.zeros(*([] if own else [len(self.fit.queries)]), self.n, dtype=torch.float64)
+        for step in self.watch.steps:
+            for g in self.groups:
+                if not own:
+                    ones = [self.fit.entered(self.fit.queries[i]) for i in range(len(self.fit.queries))]
+                    left = torch.stack([self.flat(self.at(one, step.state, step.facts, 0), g) for one in ones])
+                for i, one, weight in self.visits(step):
+                    index = self.index_of(step)
+                    right = self.flat(self.at(one, step.state, step.facts, index, train=True), g)
+                    if own:
+                        still = self.flat(self.at(one, step.state, step.facts, index), g)
+                        total[i] += step.rates[g] * weight * (still @ right)
+                    else:
+                        total[:, i] += step.rates[g] * weight * (left @ right)
+        return total
+
+    def visits(self, step):
+        """(example, batch of one, share) of a step."""
+        for place, i in enumerate(self.place[base] for base in step.ids):
+            one = {key: value[place : place + 1] for key, value in step.batch.items()}
+            copies = self.example(i, step.epoch, self.index_of(step))[2]
+            yield i, one, self.share(one["y"], step.batch["y"], copies)
+
+    def hydra(self):
+        """[query, train]: minus the derivatives of the queries' final losses by weights of examples, unrolled."""
+        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+            return self._hydra()
+
+    def _hydra(self):
+        w = torch.ones(self.n, dtype=torch.float64, requires_grad=True)
+        start = self.watch.start
+        params = {n: start[n].clone().requires_grad_(True) for n in self.names}
+        for step in self.watch.steps:
+            total = 0.0
+            for i, one, share in self.visits(step):
+                if share:
+                    total = total + w[i] * share * self.called(params, one, step, train=True)
+            if not torch.is_tensor(total):
+                continue
+            found = torch.autograd.grad(total, list(params.values()), create_graph=True, allow_unused=True)
+            params = {
+                name: p if g is None else p - step.rates[self.group_of(name)] * g
+                for (name, p), g in zip(params.items(), found, strict=True)
+            }
+        end = type(self.watch.steps[0])({}, 0, 1, self.watch.states[-1], self.watch.clocks[-1])
+        values = [self.called(params, self.fit.entered(self.fit.queries[i]), end) for i in range(len(self.fit.queries))]
+        return -torch.stack([torch.autograd.grad(v, w, retain_graph=True)[0] for v in values])
+
+    def called(self, params, one, step, train=False):
+        """A loss as a function of parameters outside of the module; everything else is as it was at the step."""
+        self.put(step.state, step.facts).train(train)
+        stepper, index = Stepper(self), self.index_of(step)
+        named = {f"module.{name}": p for name, p in params.items()}
+        return functional_call(stepper, named, (copy.deepcopy(one), index), tie_weights=True).sum()
+
     def influence(self, damping):
         """[query, train]: Hessian of the mean loss, dense."""
         parameters = dict(self.twin.named_parameters())
@@ -258,3 +322,17 @@ class Truth:
 def needs_datamodule(config):
     """Whether a hook lives where only a DataModule has it."""
     return config.hooks.endswith("in datamodule") and config.hooks.split(" in ")[0] in KINDS
+
+
+class Stepper(nn.Module):
+    """``training_step`` (or ``loss=``) as a forward method."""
+
+    def __init__(self, truth):
+        super().__init__()
+        self.module, self.each = truth.twin, truth.fit.loss.each
+
+    def forward(self, batch, index):
+        if self.each is not None:
+            return self.each(self.module, batch)
+        loss = self.module.training_step(batch, index)
+        return loss["loss"] if isinstance(loss, dict) else loss
