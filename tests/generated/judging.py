@@ -28,6 +28,7 @@ from lightning_influence import (
     TracInCP,
     Trajectory,
 )
+from lightning_influence.replay.replay import DriftError
 from lightning_influence.types import MissingEvidence
 
 METHODS = ("dot", "tracin", "self", "files", "influence", "steps", "hydra")
@@ -50,14 +51,18 @@ class Question(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """``kind``: right, refused, noted, or a fault: "silently wrong", "false refusal", "unhelpful", "changed"."""
+    """What came of a question.
+
+    ``kind``: right, refused, noted, undefined (nothing says what would be right), or a fault: "silently wrong", "false
+    refusal", "unhelpful", "changed".
+    """
 
     kind: str
     text: str = ""
 
     @property
     def fault(self):
-        return self.kind not in ("right", "refused", "noted")
+        return self.kind not in ("right", "refused", "noted", "undefined")
 
 
 class Asked:
@@ -76,7 +81,7 @@ class Asked:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 values, notes = self.ask(question, module)
-        except (ValueError, TypeError, MissingEvidence) as error:
+        except (ValueError, TypeError, MissingEvidence, DriftError) as error:
             found = self.refused(question, error)
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
@@ -140,6 +145,12 @@ class Asked:
             and not (question.where == "datamodule" and needs_datamodule(self.config))
         )
 
+    def undefined(self, question, truth):
+        """Files say nothing of data; expected draws say nothing of labels; an unmixed dataset is the user's choice."""
+        if question.method == "files":
+            return self.lacks(question) or (truth.cause is None and truth.share is not truth.mean)
+        return question.where == "dataset" and self.config.loader == "mixing collate"
+
     def truth_now(self):
         return self.truth or Truth(self.fit)  # a random dataset gave its examples when the question was asked
 
@@ -151,6 +162,8 @@ class Asked:
 
     def compared(self, question, values, notes):
         truth = self.truth_now()
+        if self.undefined(question, truth):
+            return Verdict("undefined")
         tells = [note for note in notes if TELLS.search(note)]
         note_allowed = self.lacks(question) or truth.cause is not None or self.config.module in BY_INDEX
         if truth.cause is not None:

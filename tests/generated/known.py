@@ -28,6 +28,7 @@ KNOWN = {
     "rows without labels": lambda c, q: LOSSES[c.loss].ignores and c.mask in PARTLY_IGNORED,
     "a batch of one is squeezed": lambda c, q: c.module == "squeezes",
     "weights written in the step": lambda c, q: c.module in ("mean teacher", "centre"),
+    "a weighted sampler and files": lambda c, q: q.method == "files" and c.loader == "weighted",
     "not reached in eval mode": lambda c, q: c.module in ("no gradient in eval", "second head in training"),
 }
 

@@ -29,6 +29,7 @@ class Truth:
         self.place = {base: i for i, base in enumerate(bases)}
         self.names = [n for n, p in fit.module.named_parameters() if p.requires_grad]
         self.twin = self._twin()
+        self.mean = lambda one, batch, copies: 1 / len(batch)
         self.share = None
         self.cause = self._cause()
 
@@ -128,7 +129,7 @@ class Truth:
             if self.share is None:
                 return "the loss mixes examples"
         else:
-            self.share = lambda one, batch, copies: 1 / len(batch)
+            self.share = self.mean
         if lost := self.unreached():
             return f"{lost[0]} is trained but not reached in eval mode"
         return None
@@ -136,7 +137,7 @@ class Truth:
     def shares(self):
         if self.fit.loss.share is not None:
             yield lambda one, batch, copies: self.fit.loss.share(one, batch)
-        yield lambda one, batch, copies: 1 / len(batch)
+        yield self.mean
         yield lambda one, batch, copies: 1 / copies
         yield lambda one, batch, copies: self.labels(one) / max(1, self.labels(batch))
 
@@ -246,11 +247,12 @@ class Truth:
         return total
 
     def visits(self, step):
-        """(example, batch of one, share) of a step."""
+        """(example, batch of it alone, share) of a step."""
         for place, i in enumerate(self.place[base] for base in step.ids):
             one = {key: value[place : place + 1] for key, value in step.batch.items()}
             copies = self.example(i, step.epoch, self.index_of(step))[2]
-            yield i, one, self.share(one["y"], step.batch["y"], copies)
+            share = self.share(one["y"], step.batch["y"], copies)
+            yield i, one if copies == 1 else {key: torch.cat([v, v]) for key, v in one.items()}, share
 
     def hydra(self):
         """[query, train]: minus the derivatives of the queries' final losses by weights of examples, unrolled."""
