@@ -4,6 +4,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from generated.losses import LOSSES
+from generated.truth import BY_INDEX
 from lightning_influence.gradients.reduction import Reduction
 
 
@@ -21,7 +25,7 @@ class Revert:
 
 
 def reduction_not_probed(patch):
-    patch.setattr("lightning_influence.setting.session.probe", lambda *args: Reduction.MEAN)
+    patch.setattr("lightning_influence.setting.session.probe_examples", lambda *args: Reduction.MEAN)
 
 
 def hooks_not_called(patch):
@@ -47,6 +51,32 @@ def not_restored(patch):
     patch.setattr("lightning_influence.module.snapshot.ModuleSnapshot.restore", lambda self: None)
 
 
+def data_not_compared(patch):
+    patch.setattr("lightning_influence.setting.session.check_data", lambda *args: [])
+
+
+def index_not_looked_for(patch):
+    patch.setattr("lightning_influence.setting.batch_index.BatchIndex.differing", lambda self, *args: None)
+
+
+def no_guard(patch):
+    patch.setattr("lightning_influence.gradients.guard.Guard.check", lambda self, *args: None)
+
+
+def tokens_count_alike(patch):
+    from lightning_influence.gradients.reduction import Reduction
+    from lightning_influence.setting.session import Session
+
+    original = Session._weights_of
+
+    def ones(self, *args):
+        weights = original(self, *args)
+        return None if weights is None else torch.ones_like(weights)
+
+    patch.setattr(Session, "_weights_of", ones)
+    assert Reduction.TOKENS
+
+
 REVERTS = {
     "the reduction is probed": Revert(reduction_not_probed, lambda c: c.loss in ("contrastive", "ce sum")),
     "the module's hooks are called": Revert(hooks_not_called, lambda c: c.hooks.endswith("in module")),
@@ -54,4 +84,12 @@ REVERTS = {
     "a sum is no mean": Revert(loss_always_a_mean_in_exposure, lambda c: c.loss == "ce sum"),
     "checkpoints are loaded": Revert(weights_not_loaded, lambda c: c.module in ("mlp", "linear")),
     "attributes are restored": Revert(not_restored, lambda c: c.module in ("plain tensors", "centre")),
+    "data are compared with the fit's": Revert(
+        data_not_compared, lambda c: c.loader == "normalising collate" or c.hooks.endswith("in datamodule")
+    ),
+    "the batch's index is looked for": Revert(index_not_looked_for, lambda c: c.module in BY_INDEX),
+    "examples are checked on every path": Revert(
+        no_guard, lambda c: LOSSES[c.loss].ignores and c.mask in ("one odd row", "odd tail")
+    ),
+    "tokens are counted": Revert(tokens_count_alike, lambda c: c.loss == "token mean" and c.mask == "lengths"),
 }
