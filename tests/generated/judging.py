@@ -37,7 +37,7 @@ SIZES = (1, 3, 7, None)
 TOLERANCE = 1e-9
 DAMPING = 0.5
 WAY_OUT = re.compile(
-    r"\b(Pass|Use|Fit|Return|Call|Give|Set|Check|Write|Load|Let|Do not|Make|Take|Score|Try|Build|Allow)\b"
+    r"\b(Pass|Use|Fit|Return|Call|Give|Set|Check|Write|Load|Let|Do not|Make|Take|Score|Try|Build|Allow)\b", re.I
 )
 TELLS = re.compile(
     r"differ|collate|hook|datamodule|DataModule|random|transfer|batch_idx|index|not compared|was not recorded", re.I
