@@ -26,6 +26,7 @@ class Revert:
 
 def reduction_not_probed(patch):
     patch.setattr("lightning_influence.setting.session.probe_examples", lambda *args: Reduction.MEAN)
+    no_guard(patch)  # it finds the same fault a second time
 
 
 def hooks_not_called(patch):
@@ -77,6 +78,18 @@ def tokens_count_alike(patch):
     assert Reduction.TOKENS
 
 
+def reach_not_checked(patch):
+    from lightning_influence.setting.unreached import Unreached
+
+    patch.setattr(Unreached, "of", staticmethod(lambda *args: Unreached()))
+
+
+def trainer_answers_itself(patch):
+    from lightning_influence.module.trainer_answers import TrainerAnswers
+
+    patch.setattr(TrainerAnswers, "needed", property(lambda self: False))
+
+
 REVERTS = {
     "the reduction is probed": Revert(reduction_not_probed, lambda c: c.loss in ("contrastive", "ce sum")),
     "the module's hooks are called": Revert(hooks_not_called, lambda c: c.hooks.endswith("in module")),
@@ -86,6 +99,13 @@ REVERTS = {
     "attributes are restored": Revert(not_restored, lambda c: c.module in ("plain tensors", "centre")),
     "data are compared with the fit's": Revert(
         data_not_compared, lambda c: c.loader == "normalising collate" or c.hooks.endswith("in datamodule")
+    ),
+    "eval mode reaches what was trained": Revert(
+        reach_not_checked, lambda c: c.module == "second head in training" and LOSSES[c.loss].ordinary
+    ),
+    "the fit's Trainer answers": Revert(
+        trainer_answers_itself,
+        lambda c: c.module in ("reads estimated_stepping_batches", "reads max_epochs") and LOSSES[c.loss].ordinary,
     ),
     "the batch's index is looked for": Revert(index_not_looked_for, lambda c: c.module in BY_INDEX),
     "examples are checked on every path": Revert(
