@@ -1,11 +1,9 @@
 """Faults that are known and not mended yet, by axis values; a test fails as soon as one no longer occurs."""
 
 from generated.data import COLLATES
-from generated.losses import LOSSES
 from generated.truth import BY_INDEX, needs_datamodule
 
 IN_PROCESS = ("callback", "trainer")
-PARTLY_IGNORED = ("some ignored", "one odd row", "odd tail", "ignored row")
 
 
 def absent(config, question):
@@ -16,7 +14,6 @@ def absent(config, question):
 KNOWN = {
     "collate or DataModule absent": absent,
     "the batch's index": lambda c, q: c.module in BY_INDEX,
-    "rows without labels": lambda c, q: LOSSES[c.loss].ignores and c.mask in PARTLY_IGNORED,
     "a weighted sampler and files": lambda c, q: q.method == "files" and c.loader == "weighted",
 }
 

@@ -24,11 +24,6 @@ class Revert:
     where: Any
 
 
-def reduction_not_probed(patch):
-    patch.setattr("lightning_influence.setting.session.probe_examples", lambda *args: Reduction.MEAN)
-    no_guard(patch)  # it finds the same fault a second time
-
-
 def hooks_not_called(patch):
     patch.setattr("lightning_influence.module.task.Task.to_device", lambda self, batch: batch)
 
@@ -91,7 +86,6 @@ def trainer_answers_itself(patch):
 
 
 REVERTS = {
-    "the reduction is probed": Revert(reduction_not_probed, lambda c: c.loss in ("contrastive", "ce sum")),
     "the module's hooks are called": Revert(hooks_not_called, lambda c: c.hooks.endswith("in module")),
     "the loader's collate is used": Revert(collate_forgotten, lambda c: c.loader == "normalising collate"),
     "a sum is no mean": Revert(loss_always_a_mean_in_exposure, lambda c: c.loss == "ce sum"),
