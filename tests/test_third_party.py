@@ -424,6 +424,62 @@ def gluonts_series(n, seed):
     return Items([one(i) for i in range(n)])
 
 
+def n_beats():
+    from darts.models.forecasting.nbeats import _NBEATSModule
+
+    blocks = {"num_stacks": 1, "num_blocks": 1, "num_layers": 2, "layer_widths": [6], "expansion_coefficient_dim": 3}
+    return _NBEATSModule(
+        **blocks,
+        input_dim=1,
+        output_dim=1,
+        nr_params=1,
+        generic_architecture=True,
+        trend_polynomial_degree=2,
+        batch_norm=False,
+        dropout=0.0,
+        activation="ReLU",
+        input_chunk_length=8,
+        output_chunk_length=3,
+        train_sample_shape=None,
+        torch_metrics=None,
+        likelihood=None,
+        loss_fn=nn.MSELoss(),
+        optimizer_cls=torch.optim.SGD,
+        optimizer_kwargs={"lr": 0.05},
+    )
+
+
+def chunks(n, seed):
+    from darts.utils.data.torch_datasets.utils import TorchTrainingSample
+
+    g = drawn(seed)
+    past, future = torch.randn(n, 8, 1, generator=g).numpy(), torch.randn(n, 3, 1, generator=g).numpy()
+    return Items([TorchTrainingSample(past_target=p, future_target=f) for p, f in zip(past, future, strict=True)])
+
+
+def chunks_batch(items):
+    from darts.utils.data.torch_datasets.utils import _batch_collate_fn_train
+
+    return _batch_collate_fn_train(items)
+
+
+def windows_of_series():
+    from neuralforecast.models import MLP
+
+    return MLP(h=3, input_size=8, hidden_size=6, num_layers=1, windows_batch_size=4, max_steps=100, alias="a")
+
+
+def whole_series(n, seed):
+    g = drawn(seed)
+    return Items([torch.stack([torch.randn(24, generator=g), torch.ones(24)]) for _ in range(n)])
+
+
+def whole_series_batch(items):
+    import pandas
+
+    return {"temporal": torch.stack(items), "temporal_cols": pandas.Index(["y", "available_mask"]), "y_idx": 0}
+
+
 CASES = {
     "BERT, padded batches": Third(bert, sentences, "transformers", padded),
     "GPT-2, texts of one length": Third(gpt2, texts, "transformers"),
@@ -442,6 +498,10 @@ CASES = {
         temporal_fusion, horizons, "pytorch_forecasting", forecasting_batch, package="lightning.pytorch"
     ),
     "GluonTS DeepAR": Third(deep_ar, gluonts_series, "gluonts", package="lightning.pytorch"),
+    "darts N-BEATS": Third(n_beats, chunks, "darts", chunks_batch),
+    "neuralforecast MLP": Third(  # its step draws windows of the series
+        windows_of_series, whole_series, "neuralforecast", whole_series_batch, says=("random numbers", "loss=")
+    ),
 }
 
 

@@ -1,0 +1,1 @@
+"""Random modules × losses × masks × loaders × hooks, fitted for real and scored, against brute force."""

@@ -1,0 +1,109 @@
+"""How each guard or mend is taken away again, so that the generator can be seen to find the fault."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from generated.losses import LOSSES
+from generated.truth import BY_INDEX
+from lightning_influence.gradients.reduction import Reduction
+
+
+@dataclass(frozen=True)
+class Revert:
+    """A way to take something away.
+
+    Args:
+        off: (monkeypatch) -> None.
+        where: (configuration) -> bool: the fits that may show it, so that few are needed.
+    """
+
+    off: Any
+    where: Any
+
+
+def hooks_not_called(patch):
+    patch.setattr("lightning_influence.module.task.Task.to_device", lambda self, batch: batch)
+
+
+def collate_forgotten(patch):
+    import lightning_influence.data.source as source
+
+    original = source._from_loader
+    patch.setattr(source, "_from_loader", lambda *args: dataclasses.replace(original(*args), collate=None))
+
+
+def loss_always_a_mean_in_exposure(patch):
+    patch.setattr(Reduction, "coefficient", lambda self: "mean")
+
+
+def weights_not_loaded(patch):
+    patch.setattr("lightning_influence.module.task.Task.load", lambda self, *args, **kwargs: None)
+
+
+def not_restored(patch):
+    patch.setattr("lightning_influence.module.snapshot.ModuleSnapshot.restore", lambda self: None)
+
+
+def data_not_compared(patch):
+    patch.setattr("lightning_influence.setting.session.check_data", lambda *args: [])
+
+
+def index_not_looked_for(patch):
+    patch.setattr("lightning_influence.setting.batch_index.BatchIndex.differing", lambda self, *args: None)
+
+
+def no_guard(patch):
+    patch.setattr("lightning_influence.gradients.guard.Guard.check", lambda self, *args: None)
+
+
+def tokens_count_alike(patch):
+    from lightning_influence.gradients.reduction import Reduction
+    from lightning_influence.setting.session import Session
+
+    original = Session._weights_of
+
+    def ones(self, *args):
+        weights = original(self, *args)
+        return None if weights is None else torch.ones_like(weights)
+
+    patch.setattr(Session, "_weights_of", ones)
+    assert Reduction.TOKENS
+
+
+def reach_not_checked(patch):
+    from lightning_influence.setting.unreached import Unreached
+
+    patch.setattr(Unreached, "of", staticmethod(lambda *args: Unreached()))
+
+
+def trainer_answers_itself(patch):
+    from lightning_influence.module.trainer_answers import TrainerAnswers
+
+    patch.setattr(TrainerAnswers, "needed", property(lambda self: False))
+
+
+REVERTS = {
+    "the module's hooks are called": Revert(hooks_not_called, lambda c: c.hooks.endswith("in module")),
+    "the loader's collate is used": Revert(collate_forgotten, lambda c: c.loader == "normalising collate"),
+    "a sum is no mean": Revert(loss_always_a_mean_in_exposure, lambda c: c.loss == "ce sum"),
+    "checkpoints are loaded": Revert(weights_not_loaded, lambda c: c.module in ("mlp", "linear")),
+    "attributes are restored": Revert(not_restored, lambda c: c.module in ("plain tensors", "centre")),
+    "data are compared with the fit's": Revert(
+        data_not_compared, lambda c: c.loader == "normalising collate" or c.hooks.endswith("in datamodule")
+    ),
+    "eval mode reaches what was trained": Revert(
+        reach_not_checked, lambda c: c.module == "second head in training" and LOSSES[c.loss].ordinary
+    ),
+    "the fit's Trainer answers": Revert(
+        trainer_answers_itself,
+        lambda c: c.module in ("reads estimated_stepping_batches", "reads max_epochs") and LOSSES[c.loss].ordinary,
+    ),
+    "the batch's index is looked for": Revert(index_not_looked_for, lambda c: c.module in BY_INDEX),
+    "examples are checked on every path": Revert(
+        no_guard, lambda c: LOSSES[c.loss].ignores and c.mask in ("one odd row", "odd tail")
+    ),
+    "tokens are counted": Revert(tokens_count_alike, lambda c: c.loss == "token mean" and c.mask == "lengths"),
+}
