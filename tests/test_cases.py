@@ -56,6 +56,7 @@ class Asked:
         self.asked = case.make().to(case.dtype) if case.offline else self.module
         if case.later is not None:
             self.module = self.asked = (case.make_later or case.make)().to(case.dtype)
+            assert self.attributor  # a DataModule that splits at random does so here, before anything is compared
 
     @functools.cached_property
     def attributor(self):

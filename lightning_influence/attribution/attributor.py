@@ -288,9 +288,9 @@ class Attributor:
     # ---- preparation ----------------------------------------------------------------------------------------------
 
     def _check(self, method: Method) -> None:
-        check_method(method, self.trajectory, self.refit)
-        if self._stream is not None:
+        if self._stream is not None and isinstance(method, Method):
             check_method_on_stream(method, len(self._train.dataset))
+        check_method(method, self.trajectory, self.refit)
 
     @contextlib.contextmanager
     def _open(

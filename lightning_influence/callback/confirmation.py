@@ -21,6 +21,7 @@ from lightning_influence.module.random_state import seed_for
 from lightning_influence.module.snapshot import restoring
 from lightning_influence.module.task import Task
 from lightning_influence.setting.same_data import CHECKPOINT_BYTES, FEW, first_mismatch, loss_of, random_states, remade
+from lightning_influence.setting.session import fit_values
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.checkpoint import Checkpoint
 from lightning_influence.trajectory.fingerprints import difference
@@ -37,12 +38,13 @@ def confirm_data(recorder: Recorder, trainer: Any, module: Any, run_dir: Path) -
         warnings.simplefilter("ignore")
         source = source_of(recorder.loader, "train")
         # In manual optimization a step has no loss to compare, and would train.
-        with quiet(module, None if module.automatic_optimization else _no_loss, trainer) as task:
+        loss, trajectory = None if module.automatic_optimization else _no_loss, Trajectory.load(run_dir)
+        with quiet(module, loss, trainer, fit=fit_values(trajectory, given=True)) as task:
             kept, what = _made_again(task, source, record)
             losses = None
             if trainer.world_size == 1 and task.loss is None and not _compiled(module):
                 with contextlib.suppress(Exception):
-                    losses = _losses(task, source, recorder.first.some, Trajectory.load(run_dir))
+                    losses = _losses(task, source, recorder.first.some, trajectory)
         record = replace(record, confirmed=True, batches=kept, losses=losses)
     recorder.confirm(record, what)
 

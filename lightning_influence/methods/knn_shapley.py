@@ -143,8 +143,11 @@ def _features_of(setting: Setting, queries: Queries) -> Features:
     task = setting.engine.task
     try:
         name = last_linear(task, task.to_device(setting.examples.one(0)))
-    except Exception:
-        setting.reduction_of(queries)  # it finds out how an example is read where a batch of one fails
+    except Exception as error:
+        try:
+            setting.reduction_of(queries)  # it finds out how an example is read where a batch of one fails
+        except Exception as refusal:
+            raise ValueError(f"{refusal} Or pass `features=`, a callable (module, batch) -> [batch, dim].") from error
         name = last_linear(task, task.to_device(setting.examples.one(0)))
     if name is None:
         raise ValueError(

@@ -84,7 +84,8 @@ class Session:
     def quiet(self) -> Iterator[Task]:
         """The module at its final weights, in eval mode, with logging off."""
         trainer = self.trainer if self.trainer is not None else detached_trainer(self.module)
-        with quiet(self.module, self.loss, trainer, fit=self._fit_values(), datamodule=self.datamodule) as task:
+        fit = fit_values(self.trajectory, self.trainer is not None)
+        with quiet(self.module, self.loss, trainer, fit=fit, datamodule=self.datamodule) as task:
             before = task.version
             task.weights_changed()  # the stages of a question that is open already must not be used in this one
             last = self.own if self.trajectory is None else self.trajectory.checkpoints[-1]
@@ -99,13 +100,6 @@ class Session:
                 yield task
             finally:
                 task.weights_returned(before)
-
-    def _fit_values(self) -> FitValues:
-        trajectory = self.trajectory
-        if trajectory is None:
-            return FitValues(given=self.trainer is not None)
-        exact = frozenset(checkpoint.step for checkpoint in trajectory.checkpoints)
-        return FitValues(trajectory.trainer_values, exact, self.trainer is not None)
 
     @contextlib.contextmanager
     def open(
@@ -275,6 +269,19 @@ def _probed(task: Task, examples: Examples, names: Sequence[str]) -> Reduction:
         with contextlib.suppress(*CANNOT), precise(task, torch.float64) as other:
             return probe_examples(other, examples, names)
         raise
+
+
+def fit_values(trajectory: Trajectory | None, given: bool) -> FitValues:
+    """What a fit recorded of its Trainer.
+
+    Args:
+        trajectory: of the fit, if it is known.
+        given: whether a question has a Trainer of the user's.
+    """
+    if trajectory is None:
+        return FitValues(given=given)
+    exact = frozenset(checkpoint.step for checkpoint in trajectory.checkpoints)
+    return FitValues(trajectory.trainer_values, exact, given)
 
 
 def _check_same_model(task: Task, saved: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:

@@ -444,7 +444,7 @@ def test_failed_models_are_left_out_and_named(tmp_path):
         (lambda a: KNNShapley(k=True), ValueError, "`k` to be a positive integer, got True"),
         (lambda a: KNNShapley(k=2.5), ValueError, "`k` to be a positive integer, got 2.5"),
         (lambda a: a.score(KNNShapley(), TEST, measurement=plain), ValueError, "reads no loss"),
-        (lambda a: Attributor(Bare(), train=TEST).score(KNNShapley(), TEST), ValueError, "Pass `features=`"),
+        (lambda a: Attributor(Bare(), train=TEST).score(KNNShapley(), TEST), ValueError, "pass `features=`"),
         (
             lambda a: Attributor(Ridge(), train=Unlabelled()).score(KNNShapley(features=first), TEST),
             ValueError,
