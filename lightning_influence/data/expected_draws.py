@@ -17,7 +17,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_influence.module.task import isolated_random_state
+from lightning_influence.module.random_state import isolated_random_state
 from lightning_influence.trajectory.exposure import ExpectedDraws
 
 # Epochs to draw from a sampler whose expectation has no formula, and examples in them together.
