@@ -72,9 +72,8 @@ def reach_at(setting: Setting, position: int, reduction: Any = None) -> Tensor |
     trajectory = setting.trajectory
     if trajectory is None or trajectory.checkpoints[position].step == 0:
         return None
-    reduction = reduction or setting.engine.reduction.coefficient()
     until = range(position + 1)
-    exposures = [trajectory.exposure(i, reduction, setting.n_train, setting.batches_per_epoch) for i in until]
+    exposures = [setting.exposure(i, reduction) for i in until]
     return torch.stack([exposure.sum(1) for exposure in exposures]).sum(0)
 
 

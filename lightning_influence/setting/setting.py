@@ -4,17 +4,18 @@ import math
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_influence.data.examples import Examples
 from lightning_influence.gradients import Engine, Gradients, Reduction
-from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
+from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients, own_gradients
 from lightning_influence.module.task import Task
 from lightning_influence.setting.batch_index import BatchIndex
 from lightning_influence.trajectory import Trajectory
+from lightning_influence.trajectory.exposure import ExpectedDraws
 from lightning_influence.types import MissingEvidence
 
 K = TypeVar("K", bound=Hashable)
@@ -75,7 +76,7 @@ class Queries:
 
     def gradients(self) -> QueryGradients:
         """Gradients of the queries at the weights that are loaded now."""
-        blocks = (self.engine.gradients(block) for block in self.examples.blocks(self.ids.start, self.ids.stop))
+        blocks = (own_gradients(self.engine, block) for block in self.examples.blocks(self.ids.start, self.ids.stop))
         if not self.mean:
             return EachQuery(list(blocks))
         total: dict[str, Tensor] = {}
@@ -183,6 +184,8 @@ class Setting:
         ids: ids of the training examples in the current tile.
         trajectory: the checkpoints and batch order of the fit; None: only the module's present weights are known.
         batches_per_epoch: length of the training DataLoader, if known.
+        draws: returns how often the sampler of the training DataLoader is expected to draw each example; None: equally
+            often.
         queries: all queries; None for self-influence.
         models: models retrained on parts of the data (``Attributor(refit=)``), for methods with ``Evidence.REFIT``.
         reduction_of: returns how the loss of a batch follows from the losses of its examples (mean, sum, none), for the
@@ -201,6 +204,7 @@ class Setting:
     ids: range
     trajectory: Trajectory | None
     batches_per_epoch: int | None = None
+    draws: Callable[[], ExpectedDraws | None] = lambda: None
     queries: Queries | None = None
     models: TrainedModels | None = None
     reduction_of: Callable[[Queries | None], Reduction] = lambda queries: Reduction.NONE
@@ -292,16 +296,30 @@ class Setting:
         for index in stage_positions(self.trajectory, checkpoints):
             yield self._stage(index)
 
+    def exposure(self, index: int, reduction: Literal["mean", "sum"] | None = None) -> Tensor:
+        """[group, train]: how strongly each example was trained on before a checkpoint, see ``Trajectory.exposure``.
+
+        Args:
+            index: position of the checkpoint.
+            reduction: of the loss; None: the step's own.
+        """
+        trajectory = _required(self.trajectory)
+        size = self.n_train, self.batches_per_epoch
+        draws = None if trajectory.has_batch_order else self.draws()
+        reduction = reduction or self.engine.reduction.coefficient()
+        return trajectory.exposure(index, reduction, *size, self.engine.weights, draws)
+
     def _stage(self, index: int) -> Stage:
         trajectory = _required(self.trajectory)
         checkpoint = trajectory.checkpoints[index]
         state = checkpoint.load()
         self.task.load(state.parameters, state.buffers, checkpoint.step, checkpoint.epoch)
         by_index = self.depends_on_index(index)
-        averaging = self.engine.reduction.coefficient(), self.n_train, self.batches_per_epoch
-        exposure = trajectory.exposure(index, *averaging)[:, self.ids.start : self.ids.stop]
+        exposure = self.exposure(index)[:, self.ids.start : self.ids.stop]
         if not trajectory.has_batch_order:
             self.note("The batch order is not known: each example is given its expected share of the steps.")
+            if (draws := self.draws()) is not None and draws.note is not None:
+                self.note(draws.note)
         rates = torch.tensor(trajectory.learning_rates(index), dtype=torch.float64)
         return Stage(index, checkpoint.step, exposure, rates, self, self.ids, self.task.version, by_index)
 
