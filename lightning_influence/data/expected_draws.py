@@ -1,8 +1,8 @@
 """How often a DataLoader's sampler is expected to draw each example, where no batch order was captured."""
 
+import contextlib
 import copy
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from lightning_influence.trajectory.exposure import ExpectedDraws
 # Epochs to draw from a sampler whose expectation has no formula, and examples in them together.
 _EPOCHS = 200
 _DRAWN = 2**21
-_FEWEST = 8
+_FEWEST = 4
 
 
 def expected_draws(loader: DataLoader[Any]) -> ExpectedDraws | None:
@@ -36,8 +36,10 @@ def expected_draws(loader: DataLoader[Any]) -> ExpectedDraws | None:
     if type(batches) is not BatchSampler:
         return _by_drawing(batches, n)
     kind = type(sampler)
-    if kind is RandomSampler or (kind is DistributedSampler and sampler.shuffle):  # type: ignore[attr-defined]
-        drawn = _kept(len(sampler), batches) if kind is RandomSampler else n  # type: ignore[arg-type]
+    if kind is DistributedSampler:
+        return None
+    if kind is RandomSampler:
+        drawn = _kept(len(sampler), batches)  # type: ignore[arg-type]
         return None if drawn == n else _draws(torch.ones(n, dtype=torch.float64), drawn)
     if kind is SubsetRandomSampler:
         indices = torch.as_tensor(list(sampler.indices))  # type: ignore[attr-defined]
@@ -63,16 +65,14 @@ def _draws(weights: Tensor, drawn: int, n: int | None = None) -> ExpectedDraws |
 
 
 def _by_drawing(batches: Any, n: int) -> ExpectedDraws | None:
-    name = type(getattr(batches, "sampler", batches)).__name__
-    if type(batches) is not BatchSampler:
-        name = type(batches).__name__
+    sampler = batches.sampler if type(batches) is BatchSampler else batches
+    name = type(sampler).__name__
     unknown = f"`{name}` could not be drawn from: its draws are taken to be uniform, which they may not be"
-    try:
-        with isolated_random_state():
+    epochs: list[list[list[int]]] = []
+    if getattr(sampler, "num_replicas", 1) == 1:  # of several processes, each draws a part
+        with contextlib.suppress(Exception), isolated_random_state():
             torch.manual_seed(0)
             epochs = list(_epochs(batches, n))
-    except Exception:
-        return ExpectedDraws(torch.full((n,), 1 / n, dtype=torch.float64), torch.ones(n, dtype=torch.float64), unknown)
     if not epochs or not any(epochs[0]):
         return ExpectedDraws(torch.full((n,), 1 / n, dtype=torch.float64), torch.ones(n, dtype=torch.float64), unknown)
     if all(epoch == epochs[0] for epoch in epochs):
@@ -98,9 +98,14 @@ def _epochs(batches: Any, n: int) -> Iterator[list[list[int]]]:
         for sampler in (own, getattr(own, "sampler", own)):
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
-        drawn = [[int(i) for i in batch] for batch in islice(own, _DRAWN)]
+        drawn, count = [], 0
+        for batch in own:
+            drawn.append([int(i) for i in batch])
+            count += len(drawn[-1])
+            if count > max(_DRAWN, 4 * n):  # a sampler without an end
+                break
         yield drawn
-        total += sum(map(len, drawn))
+        total += count
         if total > _DRAWN and epoch + 1 >= _FEWEST:
             return
 
