@@ -42,13 +42,13 @@ class GradientProbe:
         self.chosen = self._most_unlike()
         parameters = {n: p for n, p in self.task.named_parameters().items() if p.requires_grad and not p.is_complex()}
         by_size = sorted(parameters, key=lambda name: parameters[name].numel())
-        last = next(reversed(parameters), None)
-        self._names: list[str] = []
+        self._names: list[str] = by_size[:1]
         left = _ENTRIES
-        for name in by_size if last is None else [last, *by_size]:
-            left -= parameters[name].numel()
-            if name not in self._names and (left >= 0 or not self._names):
+        for name in dict.fromkeys([*list(parameters)[-1:], *by_size]):
+            if parameters[name].numel() <= left:
+                left -= parameters[name].numel()
                 self._names.append(name)
+        self._names = list(dict.fromkeys(self._names))
 
     def holds(self, weights: Mapping[int, float], roughly: bool = False) -> bool:
         """Whether the gradient of each batch is the mean of its examples' with these weights.
@@ -57,14 +57,16 @@ class GradientProbe:
             weights: of the examples.
             roughly: only in norm and to a few digits; otherwise in each entry and up to rounding errors.
         """
+        if not self._names:
+            return roughly
         if not self._singles:
             self._singles = {i: self._gradient(self.examples.one(i), i) for i in self.chosen}
             several = {tuple(self.chosen[:n]) for n in (2, 3, 5, len(self.chosen))}
             self._batches = {ids: self._gradient(self.examples.some(ids), ids[0]) for ids in several}
-        largest = max(float(g.abs().max()) for g in self._singles.values())
+        largest = max(float(g.norm() if roughly else g.abs().max()) for g in self._singles.values())
+        if largest == 0:  # they tell nothing
+            return roughly
         double = next(iter(self.task.named_parameters().values())).dtype is torch.float64
-        if roughly:
-            largest = max(float(g.norm()) for g in self._singles.values())
         exact, rough = (1e-8, 1e-5) if double else (2e-4, 1e-2)
         for ids, found in self._batches.items():
             total = sum(weights[i] for i in ids)
