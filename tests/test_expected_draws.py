@@ -104,13 +104,14 @@ def test_random_draws_of_another_number_than_the_dataset_has():
     torch.testing.assert_close(draws.per_epoch, torch.full((N,), 2.0, dtype=torch.float64))
 
 
-def test_in_order_the_last_batch_is_shorter_or_dropped():
+def test_a_loader_that_does_not_shuffle_is_uniform_and_says_so():
     draws = expected_draws(loader())
-    torch.testing.assert_close(draws.share * 3, torch.tensor([1 / 3] * 6 + [1.0], dtype=torch.float64))
-    dropped = expected_draws(loader(drop_last=True))
-    torch.testing.assert_close(dropped.share * 2, torch.tensor([1 / 3] * 6 + [0.0], dtype=torch.float64))
+    torch.testing.assert_close(draws.share, torch.full((N,), 1 / N, dtype=torch.float64))
+    assert "does not shuffle" in draws.note
     ordered = expected_draws(loader(sampler=[2, 0, 2]))
     torch.testing.assert_close(ordered.per_epoch, torch.tensor([1, 0, 2, 0, 0, 0, 0]).double())
+    ragged = expected_draws(loader(sampler=list(range(N))))
+    torch.testing.assert_close(ragged.share * 3, torch.tensor([1 / 3] * 6 + [1.0], dtype=torch.float64))
 
 
 def test_weights_without_replacement_are_estimated_and_say_so():

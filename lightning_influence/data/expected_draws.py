@@ -24,6 +24,11 @@ from lightning_influence.trajectory.exposure import ExpectedDraws
 _EPOCHS = 200
 _DRAWN = 2**21
 _FEWEST = 4
+# Many pass a loader for scoring that does not shuffle, after a fit that did.
+_NOT_SHUFFLED = (
+    "`train` is a loader that does not shuffle, and its last batch is shorter or dropped: its draws are taken to be "
+    "uniform. If the fit did not shuffle either, the examples of the last batch counted more, or not at all"
+)
 
 
 def expected_draws(loader: DataLoader[Any]) -> ExpectedDraws | None:
@@ -47,9 +52,15 @@ def expected_draws(loader: DataLoader[Any]) -> ExpectedDraws | None:
     if kind is WeightedRandomSampler and sampler.replacement:  # type: ignore[attr-defined]
         weights = torch.as_tensor(sampler.weights, dtype=torch.float64).cpu()  # type: ignore[attr-defined]
         return _draws(weights, _kept(len(sampler), batches), n)  # type: ignore[arg-type]
-    if kind is SequentialSampler or isinstance(sampler, (list, tuple, range)):
+    if kind is SequentialSampler:
+        return None if n % batches.batch_size == 0 else _uniform(n, _NOT_SHUFFLED)
+    if isinstance(sampler, (list, tuple, range)):
         return _of_epochs([list(batches)], n)
     return _by_drawing(batches, n)
+
+
+def _uniform(n: int, note: str) -> ExpectedDraws:
+    return ExpectedDraws(torch.full((n,), 1 / n, dtype=torch.float64), torch.ones(n, dtype=torch.float64), note)
 
 
 def _kept(drawn: int, batches: BatchSampler) -> int:
@@ -74,7 +85,7 @@ def _by_drawing(batches: Any, n: int) -> ExpectedDraws | None:
             torch.manual_seed(0)
             epochs = list(_epochs(batches, n))
     if not epochs or not any(epochs[0]):
-        return ExpectedDraws(torch.full((n,), 1 / n, dtype=torch.float64), torch.ones(n, dtype=torch.float64), unknown)
+        return _uniform(n, unknown)
     if all(epoch == epochs[0] for epoch in epochs):
         return _of_epochs(epochs[:1], n)
     counts = [torch.bincount(torch.tensor([i for b in epoch for i in b]), minlength=n) for epoch in epochs]

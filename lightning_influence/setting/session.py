@@ -310,7 +310,7 @@ class Session:
 
 
 def _probe(task: Task, examples: Examples, names: Sequence[str], also: Sequence[int] = ()) -> Probed:
-    """How a batch's loss follows from its examples' losses; in float64 where it does not show in float32, in which losses near 0 have few digits."""
+    """See ``probe_examples``; in float64 where float32 shows nothing, in which losses near 0 have few digits."""
     try:
         return probe_examples(task, examples, names, also)
     except ValueError:
