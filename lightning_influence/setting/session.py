@@ -269,8 +269,10 @@ class Session:
             for source in (self.train, self._asked):
                 if source is None or max(block) >= len(source.dataset):
                     continue
-                probed = _probe(task, self.examples(source), self.names, block)
-                if probed.reduction is Reduction.TOKENS:
+                probed = None
+                with contextlib.suppress(ValueError):  # the error that led here names the example
+                    probed = _probe(task, self.examples(source), self.names, block)
+                if probed is not None and probed.reduction is Reduction.TOKENS:
                     self._probed, self._probed_again = probed, True
                     self._found.clear()
                     self._checked.clear()

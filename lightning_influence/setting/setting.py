@@ -184,8 +184,7 @@ class Setting:
         ids: ids of the training examples in the current tile.
         trajectory: the checkpoints and batch order of the fit; None: only the module's present weights are known.
         batches_per_epoch: length of the training DataLoader, if known.
-        draws: returns how often the sampler of the training DataLoader is expected to draw each example; None: equally
-            often.
+        draws: returns how often the training DataLoader is expected to draw each example; None: equally often.
         queries: all queries; None for self-influence.
         models: models retrained on parts of the data (``Attributor(refit=)``), for methods with ``Evidence.REFIT``.
         reduction_of: returns how the loss of a batch follows from the losses of its examples (mean, sum, none), for the
@@ -303,11 +302,10 @@ class Setting:
             index: position of the checkpoint.
             reduction: of the loss; None: the step's own.
         """
-        trajectory = _required(self.trajectory)
-        size = self.n_train, self.batches_per_epoch
+        trajectory, reduction = _required(self.trajectory), reduction or self.engine.reduction.coefficient()
         draws = None if trajectory.has_batch_order else self.draws()
-        reduction = reduction or self.engine.reduction.coefficient()
-        return trajectory.exposure(index, reduction, *size, self.engine.weights, draws)
+        about = self.n_train, self.batches_per_epoch, self.engine.weights, draws
+        return trajectory.exposure(index, reduction, *about)
 
     def _stage(self, index: int) -> Stage:
         trajectory = _required(self.trajectory)
