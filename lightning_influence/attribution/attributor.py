@@ -58,8 +58,7 @@ class Attributor:
 
     Raises:
         TypeError: data without indexed examples, such as an IterableDataset.
-        ValueError: empty data, a dataset of another length than the one trained on, patterns that match nothing, or
-            checkpoints of another module.
+        ValueError: empty data or of another length than in the fit, no matching names, checkpoints of another module.
         MissingEvidence: the best or averaged weights were not recorded.
 
     Example:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_influence.setting.exposure import exposure_before
 from lightning_influence.setting.setting import Setting, Stage
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.checkpoint import is_decoupled
@@ -73,7 +74,7 @@ def reach_at(setting: Setting, position: int, reduction: Any = None) -> Tensor |
     if trajectory is None or trajectory.checkpoints[position].step == 0:
         return None
     until = range(position + 1)
-    exposures = [setting.exposure(i, reduction) for i in until]
+    exposures = [exposure_before(setting, i, reduction) for i in until]
     return torch.stack([exposure.sum(1) for exposure in exposures]).sum(0)
 
 

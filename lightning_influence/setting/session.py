@@ -13,8 +13,6 @@ from lightning_influence.data.examples import Examples
 from lightning_influence.data.source import Source
 from lightning_influence.gradients import Engine, Plan, Reduction, make_plan, probe_examples
 from lightning_influence.gradients.index_check import gradient_at, joined
-from lightning_influence.gradients.precise import CANNOT, precise
-from lightning_influence.gradients.reduction import Probed
 from lightning_influence.module.quiet import quiet
 from lightning_influence.module.step import set_by_hook
 from lightning_influence.module.task import Loss, Task
@@ -24,6 +22,7 @@ from lightning_influence.module.trainer_state import detached_trainer
 from lightning_influence.setting.batch_index import BatchIndex
 from lightning_influence.setting.same_data import check_data
 from lightning_influence.setting.setting import Queries, Setting
+from lightning_influence.setting.token_weights import TokenWeights, describe, probe
 from lightning_influence.setting.unreached import Unreached, refuse_all_unreached
 from lightning_influence.trajectory import Checkpoint, LightningCheckpoint, Trajectory
 
@@ -68,9 +67,7 @@ class Session:
     _at_index: dict[int | None, tuple[int, int] | None] = field(default_factory=dict)
     _of_clock: dict[tuple[str, int], tuple[int, int] | None] = field(default_factory=dict)
     _large_block: int | None = None
-    _probed: Probed | None = None
-    _probed_again: bool = False
-    _weights: dict[int, Tensor] = field(default_factory=dict)
+    _tokens: TokenWeights = field(default_factory=TokenWeights)
     _asked: Source | None = None
     _share_of_copies: float | None = None
     _unreached: Unreached = field(default_factory=Unreached)
@@ -156,7 +153,7 @@ class Session:
             for note in self._data_notes or ():
                 setting.warn(note)
             if engine.weights is not None:
-                setting.note(_described(engine.weights))
+                setting.note(describe(engine.weights))
             if queries is not None:
                 data = self.examples(queries)
                 query_task = task if measurement is None else task.measuring(measurement)
@@ -185,19 +182,9 @@ class Session:
     def _engine(
         self, task: Task, examples: Examples, reduction: Reduction, plan: Plan, trained: bool = False
     ) -> Engine:
-        weights = self._weights_of(task, examples, reduction)
+        weights = self._tokens.of(task, examples, reduction)
         data = examples if trained else None
         return Engine(task, reduction, self._groups(), plan=plan, examples=data, weights=weights)
-
-    def _weights_of(self, task: Task, examples: Examples, reduction: Reduction) -> Tensor | None:
-        """[example]: the weights of a dataset's examples in a mean over tokens; None for other reductions."""
-        if reduction is not Reduction.TOKENS or self._probed is None or self._probed.counter is None:
-            return None
-        key = id(examples.dataset)
-        if key not in self._weights:
-            self._weights[key] = self._probed.counter.weights(task, examples, 0)
-            self._in_use.append(examples.dataset)
-        return self._weights[key]
 
     def batch_index(self, task: Task, examples: Examples) -> BatchIndex:
         """Which indices batches had in the fit, and how to find whether the loss depends on them."""
@@ -251,11 +238,11 @@ class Session:
         return self._found[key]
 
     def _train_reduction(self, task: Task, examples: Examples, names: Sequence[str] = ()) -> Reduction:
-        if self._probed is None or (names and not self._probed_again):
+        if self._tokens.probed is None or (names and not self._tokens.again):
             examples.check_steady()
-            self._probed = _probe(task, examples, names)
+            self._tokens.probed = probe(task, examples, names)
             self._share_of_copies = examples.share_of_copies
-        return self._probed.reduction
+        return self._tokens.probed.reduction
 
     def probe_again(self, block: Sequence[int]) -> bool:
         """Probe the loss once more with some examples of a batch, one of which does not weigh as it does alone.
@@ -263,17 +250,13 @@ class Session:
         Returns:
             Whether the loss is a mean over tokens, of which the examples probed so far had equally many.
         """
-        if self._probed is None or self._probed.reduction is not Reduction.MEAN:
+        if self._tokens.probed is None or self._tokens.probed.reduction is not Reduction.MEAN:
             return False
         with self.quiet() as task:
             for source in (self.train, self._asked):
                 if source is None or max(block) >= len(source.dataset):
                     continue
-                probed = None
-                with contextlib.suppress(ValueError):  # the error that led here names the example
-                    probed = _probe(task, self.examples(source), self.names, block)
-                if probed is not None and probed.reduction is Reduction.TOKENS:
-                    self._probed, self._probed_again = probed, True
+                if self._tokens.find_again(task, self.examples(source), self.names, block):
                     self._found.clear()
                     self._checked.clear()
                     return True
@@ -311,18 +294,6 @@ class Session:
         return {name: known[name] for name in self.names}
 
 
-def _probe(task: Task, examples: Examples, names: Sequence[str], also: Sequence[int] = ()) -> Probed:
-    """See ``probe_examples``; in float64 where float32 shows nothing, in which losses near 0 have few digits."""
-    try:
-        return probe_examples(task, examples, names, also)
-    except ValueError:
-        if all(p.dtype is torch.float64 for p in task.named_parameters().values()):
-            raise
-        with contextlib.suppress(*CANNOT), precise(task, torch.float64) as other:
-            return probe_examples(other, examples, names, also)
-        raise
-
-
 def _check_same_model(task: Task, saved: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
     """Raises ValueError unless a checkpoint has the module's parameters, in their shapes, and no others."""
     mine = {name: tuple(p.shape) for name, p in task.named_parameters().items()}
@@ -342,18 +313,6 @@ def _check_same_model(task: Task, saved: Mapping[str, Tensor], checkpoint: Check
             f"Expected checkpoints of this {type(task.module).__name__}, got a checkpoint in {str(checkpoint.path)!r} "
             f"with {'; '.join(found)}. Pass the module that was trained, built with the same arguments{loose}."
         )
-
-
-def _described(weights: Tensor) -> str:
-    """What a reader of scores should know of the examples' weights."""
-    text = (
-        "The loss of a batch is a mean over its tokens, pixels, labels or class weights: each example weighs by its "
-        "share of them"
-    )
-    without = (weights == 0).nonzero()[:, 0].tolist()
-    if not without:
-        return text
-    return f"{text}; training examples without any have no influence: {without[:5]}{' and more' * (len(without) > 5)}"
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from lightning_influence.gradients import Engine, Gradients, Reduction
 from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients, own_gradients
 from lightning_influence.module.task import Task
 from lightning_influence.setting.batch_index import BatchIndex
+from lightning_influence.setting.exposure import exposure_before
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.exposure import ExpectedDraws
 from lightning_influence.types import MissingEvidence
@@ -184,7 +185,7 @@ class Setting:
         ids: ids of the training examples in the current tile.
         trajectory: the checkpoints and batch order of the fit; None: only the module's present weights are known.
         batches_per_epoch: length of the training DataLoader, if known.
-        draws: returns how often the training DataLoader is expected to draw each example; None: equally often.
+        draws: returns how often the training loader is expected to draw each example; None: equally often.
         queries: all queries; None for self-influence.
         models: models retrained on parts of the data (``Attributor(refit=)``), for methods with ``Evidence.REFIT``.
         reduction_of: returns how the loss of a batch follows from the losses of its examples (mean, sum, none), for the
@@ -295,29 +296,13 @@ class Setting:
         for index in stage_positions(self.trajectory, checkpoints):
             yield self._stage(index)
 
-    def exposure(self, index: int, reduction: Literal["mean", "sum"] | None = None) -> Tensor:
-        """[group, train]: how strongly each example was trained on before a checkpoint, see ``Trajectory.exposure``.
-
-        Args:
-            index: position of the checkpoint.
-            reduction: of the loss; None: the step's own.
-        """
-        trajectory, reduction = _required(self.trajectory), reduction or self.engine.reduction.coefficient()
-        draws = None if trajectory.has_batch_order else self.draws()
-        about = self.n_train, self.batches_per_epoch, self.engine.weights, draws
-        return trajectory.exposure(index, reduction, *about)
-
     def _stage(self, index: int) -> Stage:
         trajectory = _required(self.trajectory)
         checkpoint = trajectory.checkpoints[index]
         state = checkpoint.load()
         self.task.load(state.parameters, state.buffers, checkpoint.step, checkpoint.epoch)
         by_index = self.depends_on_index(index)
-        exposure = self.exposure(index)[:, self.ids.start : self.ids.stop]
-        if not trajectory.has_batch_order:
-            self.note("The batch order is not known: each example is given its expected share of the steps.")
-            if (draws := self.draws()) is not None and draws.note is not None:
-                self.note(draws.note)
+        exposure = exposure_before(self, index)[:, self.ids.start : self.ids.stop]
         rates = torch.tensor(trajectory.learning_rates(index), dtype=torch.float64)
         return Stage(index, checkpoint.step, exposure, rates, self, self.ids, self.task.version, by_index)
 
