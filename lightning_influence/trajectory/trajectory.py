@@ -22,6 +22,7 @@ from lightning_influence.trajectory.files import STEPS
 from lightning_influence.trajectory.fit_data import FitData
 from lightning_influence.trajectory.lightning_files import read_lightning_files
 from lightning_influence.trajectory.numbering import combines_loaders, of_loader
+from lightning_influence.trajectory.optimizer_steps import expected_from_files
 from lightning_influence.trajectory.run import Run, find_run, read_run
 from lightning_influence.types import MissingEvidence
 
@@ -211,10 +212,7 @@ class Trajectory:
             n_train: Length of the training dataset.
             batches_per_epoch: Required for ``reduction="sum"`` where the batch sizes are unknown.
             weights: [train]: how much each example weighs in the mean over its batch, such as its number of tokens.
-                None: all weigh the same. Where the batch order is unknown, examples get the expectation times their
-                weight relative to the mean of all.
-            draws: How often the sampler is expected to draw each example, where the batch order is unknown. None:
-                equally often.
+            draws: How often the sampler is expected to draw each example, where the batch order is unknown.
 
         Returns:
             [group, train], float64.
@@ -229,7 +227,7 @@ class Trajectory:
         window = self._window(index)
         relative = _exposure.relative_draws(reduction, draws, weights, window)
         if self._stored_rates is not None:
-            return self._expected_from_files(index, reduction, n_train, batches_per_epoch) * relative
+            return expected_from_files(self, index, reduction, n_train, batches_per_epoch) * relative
         if combines_loaders(window):
             raise MissingEvidence(
                 "Expected a fit with one training loader, got batches that combine several, whose indices are of"
@@ -316,22 +314,6 @@ class Trajectory:
         after = self.checkpoints[index - 1].step if index else -1
         after = max([after, *(gone for gone in self.removed if gone < step)])
         return applied.filter((pc.field("step") > after) & (pc.field("step") <= step))
-
-    def _expected_from_files(self, index: int, reduction: str, n_train: int, batches: int | None) -> Tensor:
-        after = self.checkpoints[index - 1].step if index else 0
-        steps = (self.checkpoints[index].step - after) / self.settings[0].get("optimizers", 1)
-        rates = torch.tensor(self.learning_rates(index), dtype=torch.float64)
-        if len(self.checkpoints) == 1 and steps == 0:
-            return torch.full((self.n_groups, n_train), 1.0 / n_train, dtype=torch.float64)
-        if reduction == "sum" and batches is None:
-            raise ValueError(
-                "Expected the number of batches per epoch for a loss that sums over its batch, where no batch order is"
-                " known, got None. Pass the training DataLoader as `Attributor(train=)`, or `batches_per_epoch=` to"
-                " `Trajectory.exposure`."
-            )
-        gains = torch.tensor([_exposure.gain(group) for group in self.settings[0]["groups"]], dtype=torch.float64)
-        visits = steps / (n_train if reduction == "mean" else batches)  # type: ignore[operator]
-        return (rates * gains * visits)[:, None].repeat(1, n_train)
 
 
 class _AlwaysFirst(Mapping[str, int]):

@@ -68,7 +68,8 @@ def fitted(folder, methods=(), empty=(), accumulate=1, epochs=2):
     torch.manual_seed(0)
     module = Language().double()
     train, start = data(N, 1, empty), copy.deepcopy(module)
-    capture = Influence(methods=methods, dirpath=folder, queries=data(3, 2) if methods else None)
+    queries = data(3, 2) if methods else None
+    capture = Influence(methods=methods, dirpath=folder, queries=queries, max_cost=1e6)
     trainer = pl.Trainer(**QUIET, max_epochs=epochs, callbacks=[capture], accumulate_grad_batches=accumulate)
     trainer.fit(module, DataLoader(train, 4, shuffle=True))
     attributor = Attributor(module, DataLoader(train, 4), Trajectory.load(folder))
