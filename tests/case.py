@@ -40,6 +40,8 @@ class Case:
         later: arguments of an ``Attributor`` in a later process, with a module that ``make_later`` (or ``make``) builds
             anew and with the trajectory of a fit on ``fit_with()``, a loader of batches of 3 in order or a DataModule.
         entering: what the fit does to a batch after collating it, for brute force.
+        count: how many tokens (or class weights) an item of the dataset has, where the step returns a mean over those
+            of the batch; None: examples have the same weight.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Case:
     later: Callable[[], dict[str, Any]] | None = None
     make_later: Callable[[], Any] | None = None
     entering: Callable[[Any], Any] | None = None
+    count: Callable[[Any], float] | None = None
 
     @property
     def allowed(self):

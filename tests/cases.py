@@ -10,8 +10,9 @@ from cases_losses import LOSSES
 from cases_modules import MODULES
 from cases_offline import OFFLINE
 from cases_single import SINGLE
+from cases_tokens import TOKENS
 from cases_trainer import TRAINER
 
-GROUPS = (LAYERS, MODULES, LOSSES, BATCHES, SINGLE, CHECKPOINTS, TRAINER, GUARD, INDEX, CAPTURE, OFFLINE)
+GROUPS = (LAYERS, MODULES, LOSSES, BATCHES, SINGLE, CHECKPOINTS, TRAINER, GUARD, INDEX, CAPTURE, OFFLINE, TOKENS)
 
 CASES = {case.name: case for group in GROUPS for case in group}

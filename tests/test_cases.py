@@ -108,6 +108,9 @@ class Asked:
         n = len(self.train)
         sizes = torch.tensor([min(BATCH, n - i // BATCH * BATCH) for i in range(n)], dtype=torch.float64)
         share = torch.ones(n, dtype=torch.float64) if self.case.summed else 1 / sizes
+        if self.case.count is not None:
+            counts = torch.tensor([float(self.case.count(self.train[i])) for i in range(n)], dtype=torch.float64)
+            share = torch.cat([part / part.sum() for part in counts.split(BATCH)])
         rates = torch.tensor([[0.05], [0.2]] if self.inner_module.two_groups else [[0.05]], dtype=torch.float64)
         return [
             ({**state.parameters, **state.buffers}, rates * 0.5**epoch * share) for epoch, state in enumerate(states)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_influence.attribution.accumulators import MatrixAccumulator, TopKAccumulator
 from lightning_influence.attribution.arguments import check_arguments, check_method, queries_of, scored_ids
+from lightning_influence.attribution.asking_again import asking_again
 from lightning_influence.attribution.data_arguments import datamodule_of, named_queries, training_source
 from lightning_influence.attribution.driver import run_group, run_scores, run_self_influence
 from lightning_influence.attribution.final_weights import final_weights
@@ -57,8 +58,7 @@ class Attributor:
 
     Raises:
         TypeError: data without indexed examples, such as an IterableDataset.
-        ValueError: empty data, a dataset of another length than the one trained on, patterns that match nothing, or
-            checkpoints of another module.
+        ValueError: empty data or of another length than in the fit, no matching names, checkpoints of another module.
         MissingEvidence: the best or averaged weights were not recorded.
 
     Example:
@@ -116,6 +116,7 @@ class Attributor:
 
     # ---- questions ------------------------------------------------------------------------------------------------
 
+    @asking_again
     def score(
         self,
         method: Method,
@@ -171,6 +172,7 @@ class Attributor:
             scores.save(path)
         return scores
 
+    @asking_again
     def self_influence(self, method: Method, path: str | PathLike[str] | None = None) -> SelfScores:
         """Score every training example with itself as the query; mislabelled, odd and memorised ones score highest.
 
@@ -193,6 +195,7 @@ class Attributor:
             scores.save(path)
         return scores
 
+    @asking_again
     def group(self, method: Method, ids: Sequence[int], queries: Any) -> Tensor:
         """The joint influence of a group of training examples on each query, [query].
 

@@ -73,6 +73,11 @@ class Arnoldi(Iterative):
         right = products.flat.join(queries.dense(), len(queries), products.like).double()
         added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(right)
         setting.diagnostic("eigenvectors", len(values))
+        if float(values.min()) + float(diagonal.min()) < 0:
+            setting.note(
+                f"The {self.name} is not positive definite with this damping: the weights are not at a minimum of the "
+                "loss. Use `matrix='ggn'` or a larger `damping=`"
+            )
         full = len(values) == len(products.flat)
         if self.complement == "drop" or full:
             solved = self._on_the_span(values, vectors, right, added)

@@ -59,7 +59,7 @@ class ConjugateGradient(Iterative):
             raise ValueError(
                 f"Expected a positive definite curvature, got a {self.name} that is singular or has a negative "
                 f"eigenvalue, with weight decay + damping = {float(diagonal.min()):.3g}. Pass a larger `damping=`, or "
-                "`matrix='ggn'`."
+                + ("`matrix='ggn'`." if self.matrix == "hessian" else "use float64 weights (`model.double()`).")
             )
         worst = float(solution.residuals.max())
         if worst > 10 * self.tolerance:  # rounding errors keep the true residual above the recursive one

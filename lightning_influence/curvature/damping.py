@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_influence.setting.exposure import exposure_before
 from lightning_influence.setting.setting import Setting, Stage
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.checkpoint import is_decoupled
@@ -72,9 +73,8 @@ def reach_at(setting: Setting, position: int, reduction: Any = None) -> Tensor |
     trajectory = setting.trajectory
     if trajectory is None or trajectory.checkpoints[position].step == 0:
         return None
-    reduction = reduction or setting.engine.reduction.coefficient()
     until = range(position + 1)
-    exposures = [trajectory.exposure(i, reduction, setting.n_train, setting.batches_per_epoch) for i in until]
+    exposures = [exposure_before(setting, i, reduction) for i in until]
     return torch.stack([exposure.sum(1) for exposure in exposures]).sum(0)
 
 

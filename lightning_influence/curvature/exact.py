@@ -126,9 +126,12 @@ class Exact(Curvature):
                 f"`{type(self).__name__}(damping={max(0.1 * prepared.diagnostics['mean_eigenvalue'], 1e-12):.1g})`."
             ) from error
         if not found.positive:
+            way_out = "a larger `damping=`"
+            if self.matrix == "hessian":
+                way_out = f"`ExactGGN()`, which has no negative eigenvalues for the usual losses, or {way_out}"
             setting.note(
                 f"The {self.kind} is not positive definite with this damping: the weights are not at a minimum of the "
-                "loss. Use `ExactGGN()`, which has no negative eigenvalues for the usual losses, or a larger `damping=`"
+                f"loss. Use {way_out}"
             )
         return found
 

@@ -21,6 +21,8 @@ _KEPT_BYTES = 2**28
 class FisherSamples:
     """An iterable over blocks of gradients whose outer products, summed and divided by n, are a Fisher matrix.
 
+    Where a batch's loss is a mean over tokens, each example counts with its weight.
+
     Args:
         setting: holds the engine and the training examples.
         labels: ``"empirical"``, ``"sampled"`` or ``"exact"``; see ``EKFAC``.
@@ -39,7 +41,7 @@ class FisherSamples:
         engine = self.setting.engine
         self._loss: SampledLabelLoss | None = None
         if self.labels != "empirical":
-            head = find_head(engine.task, engine.reduction, self.setting.examples, None)
+            head = find_head(engine.task, engine.reduction, self.setting.examples, None, engine.weights)
             self._loss = SampledLabelLoss(head, head.link(self.setting.examples), self.seed, self.setting.n_train)
 
     @property
@@ -64,13 +66,17 @@ class FisherSamples:
         engine, loss = self.setting.engine, self._loss
         for block in self.setting.examples.blocks():
             if loss is None:
-                yield engine.gradients(block)
+                yield self._weighted(engine.gradients(block), block)
                 continue
             task = engine.task.measuring(loss)
             other = Engine(task, Reduction.NONE, engine.groups, engine.seed, engine.plan)
             # For the expectation each class in turn; None: one sampled label per example.
             for label in [None] if self.labels == "sampled" else range(loss.classes):
-                yield other.gradients(loss.for_block(block, label))
+                yield self._weighted(other.gradients(loss.for_block(block, label)), block)
+
+    def _weighted(self, gradients: Gradients, block: Block) -> Gradients:
+        weights = self.setting.engine.weights_of(block.ids)
+        return gradients if weights is None else gradients.scaled(dict.fromkeys(gradients.parts, weights.sqrt()))
 
 
 class SampledLabelLoss:

@@ -1,6 +1,7 @@
 """Inverse curvature by a Neumann series, whose scale is computed by power iteration."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
@@ -9,10 +10,17 @@ from lightning_influence.checks import check_integer, check_positive
 from lightning_influence.curvature.curvature import PreparedCurvature
 from lightning_influence.curvature.iterative import Iterative, smallest_entry
 from lightning_influence.gradients.queries import QueryGradients
-from lightning_influence.numerics.solvers import Product, Solution, accelerated_neumann, largest_eigenvalue
+from lightning_influence.numerics.solvers import (
+    Product,
+    Solution,
+    accelerated_neumann,
+    eigenvalue_bounds,
+    largest_eigenvalue,
+)
 from lightning_influence.setting.setting import Setting
 
-# A safety margin: the power iteration may have stopped at another eigenvalue than the largest.
+# A margin: the power iteration may have stopped at another eigenvalue than the largest. If that is not enough, the
+# series diverges, and is summed once more with a bound by Lanczos.
 _MARGIN = 1.05
 
 
@@ -63,17 +71,29 @@ class LiSSA(Iterative):
         """Sum the series with a separate end for each query; warn if one diverged or did not converge."""
         smallest = smallest_entry(diagonal, self.name, "LiSSA")
         scale = _MARGIN * prepared.diagnostics["largest_eigenvalue"] + float(diagonal.max())
-        setting.diagnostic("solver_scale", scale)
+        bounds = setting.state(self, _Bounds).of
+        position = setting.task.version
+        if position in bounds:
+            scale = max(scale, bounds[position][1] + float(diagonal.max()))
 
         def run(product: Product, right: Tensor) -> Solution:
             return accelerated_neumann(product, right, smallest, scale, self.tolerance, self.depth)
 
         solution, directions = self._solved(queries, setting, diagonal, run)
+        if float(solution.residuals.max()) > self.tolerance and position not in bounds:
+            bounds[position] = eigenvalue_bounds(*self._undamped(setting), self.seed)
+            largest = bounds[position][1] + float(diagonal.max())
+            if scale < largest < math.inf:
+                scale = largest
+                solution, directions = self._solved(queries, setting, diagonal, run)
+        setting.diagnostic("solver_scale", scale)
         worst = float(solution.residuals.max())
         if bool(solution.diverged.any()):
+            least = bounds[position][0] + float(diagonal.min())
             setting.warn(
-                f"The Neumann series diverged and was stopped at a residual of {worst:.2g}: the {self.name} has "
-                f"eigenvalues outside the interval from 0 to {scale:.3g}. Use `matrix='ggn'` or a larger `damping=`."
+                f"The Neumann series diverged and was stopped at a residual of {worst:.2g}: with weight decay and "
+                f"damping, the {self.name} has eigenvalues from about {least:.3g} to {scale:.3g}, of which the "
+                f"smallest has to be at least {smallest:.3g}. {self._way_out(least)}"
             )
         elif worst > self.tolerance:
             setting.warn(
@@ -82,3 +102,17 @@ class LiSSA(Iterative):
                 "or `damping=`, or use `ConjugateGradient()`."
             )
         return directions
+
+    def _way_out(self, least: float) -> str:
+        """What to do about a series that diverges, given the smallest eigenvalue with weight decay and damping."""
+        if self.matrix == "hessian":
+            more = f"`damping=` larger by at least {-least:.2g}" if least < 0 else "a larger `damping=`"
+            return f"Use `matrix='ggn'`, which has no negative eigenvalues for the usual losses, or {more}."
+        return "Use a larger `damping=`, float64 weights (`model.double()`), or `ConjugateGradient()`."
+
+
+@dataclass
+class _Bounds:
+    """Bounds of the eigenvalues by Lanczos, where the series did not converge, by the version of the weights."""
+
+    of: dict[int, tuple[float, float]] = field(default_factory=dict)

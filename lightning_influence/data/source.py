@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset
 
 from lightning_influence.data.examples import Examples
+from lightning_influence.data.expected_draws import expected_draws
 from lightning_influence.data.lists import ReadRows, Rows
+from lightning_influence.trajectory.exposure import ExpectedDraws
 from lightning_influence.types import Batch, bytes_in
 
 # Examples per block, and bytes of input per block, beyond which larger blocks are no faster.
@@ -29,6 +31,7 @@ class Source:
         batch_size: of that loader, if it has one.
         batches: batches per epoch of that loader, if known.
         opened: whether that loader has a ``worker_init_fn``.
+        loader: that loader.
     """
 
     dataset: Any
@@ -37,6 +40,15 @@ class Source:
     batch_size: int | None = None
     batches: int | None = None
     opened: bool = False
+    loader: DataLoader[Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the loader: its generator cannot be sent to another process."""
+        return vars(self) | {"loader": None}
+
+    def draws(self) -> ExpectedDraws | None:
+        """How often its sampler is expected to draw each example; None: equally often, or no loader is known."""
+        return None if self.loader is None else expected_draws(self.loader)
 
     def examples(self, batch_size: int | None) -> Examples:
         """The examples in blocks of ``batch_size``; None: a size chosen from the bytes of one example."""
@@ -126,7 +138,7 @@ def _from_loader(loader: DataLoader[Any], name: str) -> Source:
             "Dataset of single examples, with a loader or trajectory whose ids are theirs."
         )
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-    return Source(loader.dataset, loader.collate_fn, loader.num_workers, size, _length(loader), opened)
+    return Source(loader.dataset, loader.collate_fn, loader.num_workers, size, _length(loader), opened, loader)
 
 
 def _length(loader: Any) -> int | None:

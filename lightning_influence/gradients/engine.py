@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_influence.data.examples import Block, Examples
 from lightning_influence.gradients.block import Gradients, Names
+from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.general import (
     NotVectorisable,
     requiring_gradients,
@@ -118,6 +120,8 @@ class Engine:
         examples: the training dataset, whose batches must have the sum of their examples' gradients, also where no
             block is run as a batch; None: the examples are not trained on, as queries are not.
         guard: checks the gradients.
+        weights: [example] of the dataset, where a batch's loss is a mean over tokens: the tokens of each example,
+            relative to their mean. None: all examples of a batch have the same weight.
     """
 
     task: Task
@@ -127,6 +131,7 @@ class Engine:
     plan: Plan = field(default_factory=lambda: Plan({}))
     examples: Examples | None = None
     guard: Guard = field(default_factory=Guard)
+    weights: Tensor | None = None
     _width: int = 0
     _positions: set[tuple[str, float]] = field(default_factory=set)
 
@@ -169,7 +174,9 @@ class Engine:
             rows |= {row: None for row in watch.rows if row not in rows}
             self.guard.check(self, block, computed, rows, new)
         groups = {names: self.groups.get(names[0], 0) for names in computed.parts}
-        return Gradients(computed.parts, groups, block.size)
+        weights = self.weights_of(block.ids)
+        parts = computed.parts if weights is None else _without_empty(computed.parts, weights != 0)
+        return Gradients(parts, groups, block.size)
 
     def in_block(
         self, block: Block, watch: SuspectRows | None = None, set_random_state: Callable[[], Any] | None = None
@@ -189,7 +196,7 @@ class Engine:
             total = tape.total
             unplanned = {name for name, _ in tape.uses - plan.uses}
             layouts = {n: layout for n, layout in plan.layouts.items() if n not in unplanned}
-            parts, mismatched = self.parts_of(tape.calls, block.size, layouts, plan.separate)
+            parts, mismatched = self.parts_of(tape.calls, block, layouts, plan.separate)
             reached = unplanned.union(*(call.names.values() for call in tape.calls if call.gradient is not None))
             slow += [
                 *mismatched,
@@ -223,11 +230,21 @@ class Engine:
             self._width = first.query_bytes(1) // like.element_size()
         return max(1, self._width)
 
+    def weights_of(self, ids: Sequence[int]) -> Tensor | None:
+        """[example]: the weights of some examples, on the CPU; None where all have the same."""
+        return None if self.weights is None else self.weights[torch.as_tensor(ids)]
+
+    def has_loss(self, block: Block, example: int) -> bool:
+        """Whether the loss of one example alone is a finite number."""
+        batch = self.task.to_device(block.one(example))
+        seed_for(self.seed, example)
+        return bool(self.task(batch).isfinite().all())
+
     def total(self, block: Block) -> Tensor:
-        """The sum of the losses of a block's examples, with its autograd graph."""
+        """The sum of the losses of a block's examples, times their weights, with its autograd graph."""
         batch = self.task.to_device(block.batch)
         seed_for(self.seed, block.start)
-        return self.reduction.total(self.task(batch), block.size)
+        return self.reduction.total(self.task(batch), block.size, self.weights_of(block.ids))
 
     def record(
         self,
@@ -248,15 +265,16 @@ class Engine:
                 set_random_state()
             with tape:
                 loss = self.task(batch)
-            total = self.reduction.total(loss, block.size)
+            total = self.reduction.total(loss, block.size, self.weights_of(block.ids))
             tape.total = total.detach()
             tape.backward(total)
         return tape
 
     def parts_of(
-        self, calls: Sequence[Call], examples: int, layouts: Mapping[str, Layout], separate: frozenset[str]
+        self, calls: Sequence[Call], block: Block, layouts: Mapping[str, Layout], separate: frozenset[str]
     ) -> tuple[dict[Names, Part], list[str]]:
         """The parts made from recorded calls, and the parameters whose activations did not fit their layouts."""
+        weights = self.weights_of(block.ids)
         uses: dict[Names, list[Part]] = {}
         failed: list[str] = []
         for call in calls:
@@ -264,7 +282,7 @@ class Engine:
                 continue
             names = {role: name for role, name in call.names.items() if name in layouts}
             for roles in self._joint_roles(names, layouts, separate):
-                split = Split(examples, layouts[names[roles[0]]])
+                split = Split(block.size, layouts[names[roles[0]]])
                 try:
                     made = call.rule.parts(call.operands, call.gradient, frozenset(roles), split)
                 except LayoutMismatch:
@@ -273,6 +291,9 @@ class Engine:
                 for key, part in made.items():
                     uses.setdefault(tuple(names[role] for role in key), []).append(part)
         kept = {key: _sum(of_key) for key, of_key in uses.items() if not set(key) & set(failed)}
+        if weights is not None:  # the calls have the gradients of weight × loss
+            inverse = torch.where(weights == 0, weights, 1 / weights).to(self.task.device)
+            kept = {key: part.scaled(inverse) for key, part in kept.items()}
         lost = {name for key in uses if key not in kept for name in key} | set(failed)
         return kept, sorted(lost)
 
@@ -293,3 +314,16 @@ def _sum(parts: Sequence[Part]) -> Part:
     half = len(parts) // 2
     left, right = _sum(parts[:half]), _sum(parts[half:])
     return left.merged(right) or SumOfParts((left, right))
+
+
+def _without_empty(parts: Mapping[Names, Part], counts: Tensor) -> Mapping[Names, Part]:
+    """Zero gradients for examples that do not count; their own may be NaN."""
+    if bool(counts.all()):
+        return parts
+    kept = counts.to(next(iter(parts.values())).like.device)
+    return {
+        names: DenseRows(tuple(torch.where(kept.view(-1, *[1] * (r.ndim - 1)), r, 0) for r in part.rows))
+        if isinstance(part, DenseRows)
+        else part
+        for names, part in parts.items()
+    }

@@ -4,7 +4,7 @@ import contextlib
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +60,14 @@ class Head:
         layer: the layer.
         task: the module, silenced and in eval mode, with its loss.
         reduction: how a batch's loss relates to the losses of its examples.
+        weights: [example] of the dataset, in a mean over tokens or class weights.
     """
 
     name: str
     layer: nn.Linear
     task: Task
     reduction: Reduction
+    weights: Tensor | None = None
 
     def read(self, batch: Batch, size: int, weight: Tensor | None = None, noise: float = 0.0) -> HeadRows:
         """Run one batch forward and read the layer's inputs, outputs and output gradients.
@@ -118,7 +120,7 @@ class Head:
         for noise in (0.0, 1.0):
             batch = examples.some(ids)
             seed_for(0, ids[0])
-            probed.append(self.read(batch, len(ids), noise=noise))
+            probed.append(self._unweighted(self.read(batch, len(ids), noise=noise), ids))
             _refuse_non_finite(probed[0], ids)
         tolerance = 1e-6 if probed[0].outputs.dtype == torch.float64 else 1e-2
         (z, gradient), (moved, moved_gradient) = [(s.outputs.cpu(), s.gradients.cpu()) for s in probed]
@@ -131,6 +133,14 @@ class Head:
                 "kinds."
             )
         return found
+
+    def _unweighted(self, rows: HeadRows, ids: Sequence[int]) -> HeadRows:
+        """Output gradients of the examples' own losses, from those of the loss of a batch times its size."""
+        if self.weights is None:
+            return rows
+        own = self.weights[list(ids)]
+        factor = torch.where(own == 0, own, own.mean() / own).to(rows.gradients)
+        return replace(rows, gradients=rows.gradients * factor[:, None])
 
 
 class _HeadHook:
@@ -192,12 +202,20 @@ def _linear_layers(task: Task) -> dict[str, nn.Linear]:
     return {clean(n): m for n, m in task.module.named_modules() if isinstance(m, nn.Linear)}
 
 
-def find_head(task: Task, reduction: Reduction, examples: Examples, name: str | None) -> Head:
+def find_head(
+    task: Task, reduction: Reduction, examples: Examples, name: str | None, weights: Tensor | None = None
+) -> Head:
     """Find a linear layer by name, or else the linear layer that is called last.
 
     Raises:
         ValueError: there is none.
     """
+    if reduction is Reduction.TOKENS and weights is None:
+        raise ValueError(
+            "Expected every example to have the same weight in the loss, got a mean over tokens or class weights, for "
+            "which representer points are not known. Pass `loss=`, a callable (module, batch) -> [batch] "
+            "of per-sample losses, or use `InfluenceFunction(EKFAC())`."
+        )
     layers = _linear_layers(task)
     kind = type(task.module).__name__
     if name is not None:
@@ -207,14 +225,14 @@ def find_head(task: Task, reduction: Reduction, examples: Examples, name: str | 
                 f"Expected `head` to name a linear layer of {kind}, got {name!r}. Choose one of its linear layers: "
                 f"{known}."
             )
-        return Head(name, layers[name], task, reduction)
+        return Head(name, layers[name], task, reduction, weights)
     last = last_linear(task, task.to_device(examples.one(0)))
     if last is None:
         raise ValueError(
             f"Expected a model that ends in a linear layer (`nn.Linear`), got {kind} without one. Representer points "
             "decompose such a layer's output; use `TracInCP()`, which needs none."
         )
-    return Head(last, layers[last], task, reduction)
+    return Head(last, layers[last], task, reduction, weights)
 
 
 def head_rows(head: Head, examples: Examples, path: Path) -> list[HeadRows]:

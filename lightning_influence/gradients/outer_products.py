@@ -64,6 +64,7 @@ class OuterProducts(Part):
 
     def scaled(self, factor: Tensor) -> "OuterProducts":
         """Each example's gradient times its own number."""
+        factor = factor.to(self.outputs)
         return replace(self, factor=factor if self.factor is None else self.factor * factor)
 
     # ---- the gradient itself ------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_influence.data.examples import Block, Examples
+from lightning_influence.data.examples import Block, ChosenBlock, Examples
 from lightning_influence.gradients.engine import Engine
 from lightning_influence.gradients.general import math_attention, requiring_gradients
 from lightning_influence.gradients.hessian import NamedProduct, gradient_of, hessian_of
@@ -55,7 +55,8 @@ class Flat:
 class Products:
     """C v for C the Hessian or the Gauss-Newton matrix (GGN) of the mean training loss, at the module's weights.
 
-    In eval mode and over the whole training set, without sampling: every call gives the same result.
+    In eval mode and over the whole training set, without sampling: every call gives the same result. Where a batch's
+    loss is a mean over tokens, the training loss is the mean over the tokens of all examples.
 
     Args:
         engine: its task and reduction define the per-sample losses.
@@ -82,7 +83,7 @@ class Products:
         Args:
             matrix: which matrix C is.
             vectors: [vector, entries] in the order of ``flat``.
-            ids: use the sum of these examples' losses in place of the mean over all.
+            ids: use the sum of these examples' losses, times their weights, in place of the mean over all.
 
         Returns:
             [vector, entries].
@@ -130,10 +131,10 @@ class Products:
             return
         for start in range(0, len(ids), _BLOCK):
             chosen = list(ids[start : start + _BLOCK])
-            yield Block(chosen[0], len(chosen), self.examples.some(chosen), self.examples.one)
+            yield ChosenBlock(chosen[0], len(chosen), self.examples.some(chosen), self.examples.one, chosen)
 
     def gradient(self, ids: Sequence[int]) -> Tensor:
-        """[1, entries]: the sum of the gradients of these training examples."""
+        """[1, entries]: the sum of the gradients of these training examples, times their weights."""
         total = self.like.detach().new_zeros(1, len(self.flat))
         with requiring_gradients(self.engine.task.module, list(self.parameters)):
             for block in self._blocks(ids):

@@ -1,16 +1,17 @@
-"""How a batch's loss relates to the losses of its examples: mean or sum, found by probing; anything else is refused."""
+"""How a batch's loss relates to its examples': mean, sum or mean over tokens, found by probing; others are refused."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
 from lightning_influence.data.examples import Examples
+from lightning_influence.gradients.token_counts import CountWatch, Key, TokenCounter
+from lightning_influence.gradients.token_probe import GradientProbe
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.module.task import Task
 from lightning_influence.numerics.subsets import evenly_spread
@@ -39,16 +40,25 @@ class Reduction(Enum):
 
     MEAN = "mean"
     SUM = "sum"
+    TOKENS = "token mean"
+    """The mean over all tokens (pixels, labels, class weights) of the batch; its examples have unequally many."""
     NONE = "none"
     """Per-sample losses, given by ``loss=``."""
 
-    def total(self, loss: Tensor, examples: int) -> Tensor:
+    def total(self, loss: Tensor, examples: int, weights: Tensor | None = None) -> Tensor:
         """The sum of the per-sample losses, computed from the loss that the step or ``loss=`` returned.
+
+        Args:
+            loss: what was returned for a batch.
+            examples: the size of the batch.
+            weights: [example], with ``TOKENS``; the losses in the sum are multiplied by them.
 
         Raises:
             ValueError: ``loss=`` did not return one loss per example.
         """
-        if self is Reduction.MEAN:
+        if self is Reduction.TOKENS and weights is not None:
+            return loss * float(weights.nansum())
+        if self in (Reduction.MEAN, Reduction.TOKENS):
             return loss * examples
         if self is Reduction.NONE and loss.numel() != examples:
             got = loss.numel()
@@ -63,34 +73,88 @@ class Reduction(Enum):
         return "sum" if self is Reduction.SUM else "mean"
 
 
-def probe(task: Task, examples: Examples, seed: int) -> Reduction:
+@dataclass(frozen=True)
+class Probed:
+    """What ``probe`` found.
+
+    Args:
+        reduction: how the loss of a batch follows from the losses of its examples.
+        counter: counts the examples' tokens, with ``Reduction.TOKENS``.
+    """
+
+    reduction: Reduction
+    counter: TokenCounter | None = None
+
+
+def probe(task: Task, examples: Examples, seed: int, also: Sequence[int] = (), gradients: bool = True) -> Probed:
     """Find the reduction by comparing losses of batches of 1, 2 and up to 32 examples, evenly spread over the dataset.
 
+    Where the forward pass counts something that examples have unequally many of (tokens that are not masked, class
+    weights), the gradients of a few batches are compared as well.
+
+    Args:
+        task: the module with its loss.
+        examples: the dataset.
+        seed: of the random state.
+        also: examples to compare besides those that are evenly spread.
+        gradients: whether gradients may be compared where the losses alone are those of a mean over examples.
+
     Raises:
-        ValueError: no probed loss is finite; the loss is neither the mean nor the sum over examples; or it is a mean
-            with class weights, which depends on the other examples of a batch (and hides the weight in a batch of one).
+        ValueError: no probed loss is finite; the loss is neither the mean nor the sum over examples, nor the mean over
+            something that was counted.
     """
     if task.loss is not None:
-        return Reduction.NONE
-    probed = evenly_spread(len(examples), _PROBED)
-    watch = _LossWatch()
-    with watch:  # with gradients enabled: a step may differentiate with respect to its inputs
-        losses = {i: _loss(task, examples.one(i), seed, i) for i in probed}
-        ids = [i for i, loss in losses.items() if math.isfinite(loss)]  # the scores report all others
-        if not ids:
-            raise ValueError(
-                f"Expected finite losses, got NaN or infinity for all probed training examples, {probed[:10]} among "
-                "them. Check the data and the weights for NaN."
-            )
-        singles = [losses[i] for i in ids]
-        batches = {size: _loss(task, examples.some(ids[:size]), seed, ids[0]) for size in {min(2, len(ids)), len(ids)}}
-    watch.refuse()
+        return Probed(Reduction.NONE)
+    probed = list(dict.fromkeys([*also, *evenly_spread(len(examples), _PROBED)]))
+    losses, totals, declared = _singles(task, examples, seed, probed)
+    ids = [i for i, loss in losses.items() if math.isfinite(loss)]  # the scores report all others
+    if not ids:
+        raise ValueError(
+            f"Expected finite losses, got NaN or infinity for all probed training examples, {probed[:10]} among "
+            "them. Check the data and the weights for NaN."
+        )
+    singles = [losses[i] for i in ids]
+    batches = {size: _loss(task, examples.some(ids[:size]), seed, ids[0]) for size in {min(2, len(ids)), len(ids)}}
     if len(ids) == 1:
-        return Reduction.MEAN
+        return Probed(Reduction.MEAN)
     found = [r for r in (Reduction.MEAN, Reduction.SUM) if all(_agrees(r, singles[:n], x) for n, x in batches.items())]
-    if not found:
-        raise _refusal(singles, batches)
-    return found[0]
+    if found == [Reduction.SUM] or (found and not (declared or (gradients and _unequal(totals)))):
+        return Probed(found[0])
+    mean_over = GradientProbe(task, examples, seed, ids, totals)
+    if found and not declared and mean_over.holds(dict.fromkeys(ids, 1.0)):
+        return Probed(Reduction.MEAN)
+    counter = mean_over.counter([*declared, *_unequal(totals)])
+    if counter is not None:
+        return Probed(Reduction.TOKENS, counter)
+    if found and mean_over.holds(dict.fromkeys(ids, 1.0), roughly=True):  # such as a metric in float32
+        return Probed(Reduction.MEAN)
+    raise _refusal(singles, batches)
+
+
+_Totals = dict[Key, dict[int, float]]
+
+
+def _singles(
+    task: Task, examples: Examples, seed: int, probed: Sequence[int]
+) -> tuple[dict[int, float], _Totals, list[Key]]:
+    """Losses of single examples, what was counted in each, and which counts are of unequal class weights."""
+    losses, totals, declared = {}, _Totals(), dict[Key, None]()
+    for i in probed:
+        with CountWatch() as watch:  # with gradients enabled: a step may differentiate with respect to its inputs
+            losses[i] = _loss(task, examples.one(i), seed, i)
+        declared |= dict.fromkeys(watch.class_weights)
+        for key, total in watch.totals().items():  # of two copies of an example twice as many: only ratios count
+            totals.setdefault(key, {})[i] = total
+    finite = [i for i, loss in losses.items() if math.isfinite(loss)]
+    return losses, {key: of for key, of in totals.items() if of.keys() >= set(finite)}, list(declared)
+
+
+def _unequal(totals: _Totals) -> list[Key]:
+    """The operations that counted unequally much in the examples; cross-entropy first, then the last in the step."""
+    ranges = {key: (min(of.values()), max(of.values())) for key, of in totals.items()}
+    unequal = [key for key, (least, most) in ranges.items() if least >= 0 and most - least > 1e-9 * most]
+    unequal.reverse()
+    return sorted(unequal, key=lambda key: key[0] != "cross entropy")
 
 
 def _loss(task: Task, batch: Any, seed: int, example: int) -> float:
@@ -128,18 +192,22 @@ def match_loss(losses: Tensor, value: float) -> bool:
     )
 
 
-def refuse_mixing(singles: Sequence[float], batch: float, mean: bool) -> None:
+def refuse_mixing(singles: Sequence[float], batch: float, mean: bool, weights: Tensor | None = None) -> None:
     """Raise if the loss of a batch in training mode is not the mean or sum of the losses of its examples.
 
     Args:
         singles: the loss of each example alone.
         batch: their loss as one batch.
         mean: whether a batch's loss is the mean over its examples; otherwise the sum.
+        weights: [example]: of the examples in the mean; None: all the same.
 
     Raises:
         ValueError: examples of a batch change each other's losses.
     """
     reduction = Reduction.MEAN if mean else Reduction.SUM
+    if weights is not None and bool(weights.any()):
+        share = (weights * len(singles) / weights.sum()).tolist()
+        singles = [loss * w if w else 0.0 for loss, w in zip(singles, share, strict=True)]
     if not _agrees(reduction, singles, batch, 1e-3):
         raise ValueError(
             f"Expected the loss of a batch in training to be the {reduction.value} of the losses of its examples, got "
@@ -176,32 +244,6 @@ def _refusal(singles: Sequence[float], batches: Mapping[int, float]) -> NoRelati
     return NoRelation(
         f"Expected the loss of a batch to be the mean or the sum of the losses of its examples, got {loss:.6g} for "
         f"{size} examples whose own losses have mean {mean:.6g} and sum {total:.6g}.",
-        "A loss that mixes examples (contrastive, batch statistics), averages over the tokens or pixels of the whole "
-        f"batch, or draws random numbers in eval mode cannot be split into losses of its examples. {WAY_OUT}",
+        "A loss that mixes examples (contrastive, batch statistics), adds up means over different counts (tokens and "
+        f"examples), or draws random numbers in eval mode cannot be split into losses of its examples. {WAY_OUT}",
     )
-
-
-class _LossWatch(TorchFunctionMode):
-    """Detects class weights with ``reduction="mean"``, with which the weight of an example depends on its batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._weighted = False
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (F.cross_entropy, F.nll_loss):
-            weight = kwargs.get("weight", args[2] if len(args) > 2 else None)
-            if weight is not None and kwargs.get("reduction", "mean") == "mean":
-                self._weighted |= bool((weight != weight[0]).any())
-        return func(*args, **kwargs)
-
-    def refuse(self) -> None:
-        """Raise ValueError if there were class weights."""
-        if self._weighted:
-            raise ValueError(
-                "Expected every example to have the same weight in the loss, got class weights with reduction='mean', "
-                f"which divides by the weights of all examples in the batch. {WAY_OUT}"
-            )

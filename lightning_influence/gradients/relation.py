@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_influence.data.examples import Block
 from lightning_influence.gradients.general import one_gradient, requiring_gradients
 from lightning_influence.gradients.precise import Tolerance
-from lightning_influence.gradients.spot_checks import is_finite, largest_entry, tolerance_of
+from lightning_influence.gradients.spot_checks import UnequalWeight, is_finite, largest_entry, tolerance_of
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.numerics.subsets import evenly_spread
 
@@ -68,11 +68,21 @@ def losses_add_up(
     if not bool(total.isfinite()):
         return True
     relative = (tolerance or tolerance_of(total))[0]
+    if (weights := engine.weights_of(block.ids)) is not None:
+        alone = torch.where((weights == 0).to(alone.device), 0, alone * weights.to(alone))
     known = alone[alone.isfinite()].double()
     return bool((total.double() - known.sum()).abs() <= relative * (known.abs().sum() + total.abs()))
 
 
-def refusal(engine: "Engine", block: Block, row: int, names: Sequence[str]) -> ValueError:
+def refusal(engine: "Engine", block: Block, row: int, names: Sequence[str]) -> UnequalWeight:
+    """The error for a block in which an example weighs otherwise than alone; see ``_described``."""
+    suspects = {row, *engine.guard.unlike.extremes(block)}
+    error = UnequalWeight(str(_described(engine, block, row, names)), block.ids)
+    error.suspects = [block.ids[r] for r in sorted(suspects)]
+    return error
+
+
+def _described(engine: "Engine", block: Block, row: int, names: Sequence[str]) -> ValueError:
     """The error for a block in which an example weighs otherwise than alone; it names the most unlike example.
 
     Args:
@@ -148,8 +158,13 @@ def _share(joint: Mapping[str, Tensor], one: Mapping[str, Tensor], other: Mappin
 
 
 def _single(engine: "Engine", example: int, names: Sequence[str]) -> dict[str, Tensor]:
+    """The gradient of one example's loss, times its weight."""
     assert engine.examples is not None
-    return one_gradient(engine.task, engine.examples.one(example), names, engine.seed, example)
+    found = one_gradient(engine.task, engine.examples.one(example), names, engine.seed, example)
+    if (weights := engine.weights_of([example])) is None:
+        return found
+    weight = float(weights)
+    return {name: g * weight if weight else torch.zeros_like(g) for name, g in found.items()}
 
 
 def _joint(engine: "Engine", ids: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:

@@ -116,7 +116,7 @@ class _Attempt:
         self.parts: list[dict[Names, Part]] = []
         self.agreeing = set(layouts)
         for calls, block in zip(recorded, blocks, strict=True):
-            parts, failed = engine.parts_of(calls, block.size, layouts, separate)
+            parts, failed = engine.parts_of(calls, block, layouts, separate)
             self.parts.append(parts)
             self.agreeing -= set(failed)
 

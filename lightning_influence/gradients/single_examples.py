@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_influence.data.examples import Examples
 from lightning_influence.gradients.general import one_gradient
-from lightning_influence.gradients.reduction import WAY_OUT, NoRelation, Reduction, probe
+from lightning_influence.gradients.reduction import WAY_OUT, NoRelation, Probed, probe
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.module.snapshot import restoring
 from lightning_influence.module.task import Task
@@ -26,7 +26,7 @@ _STACK = (
 _IN_TRAINING = f"{WAY_OUT} It may switch layers to train mode; their modes are restored after each pass."
 
 
-def probe_examples(task: Task, examples: Examples, names: Sequence[str] = ()) -> Reduction:
+def probe_examples(task: Task, examples: Examples, names: Sequence[str] = (), also: Sequence[int] = ()) -> Probed:
     """Find how a batch's loss follows from its examples' losses, see ``probe``.
 
     Where a batch of one fails, ``examples.share_of_copies`` is set: two copies of an example then stand for it.
@@ -35,6 +35,7 @@ def probe_examples(task: Task, examples: Examples, names: Sequence[str] = ()) ->
         task: the module with its loss.
         examples: the dataset.
         names: parameters whose gradients will be taken.
+        also: examples to compare besides those that are evenly spread.
 
     Raises:
         ValueError: no such relation was found; the message names the likely cause.
@@ -42,24 +43,24 @@ def probe_examples(task: Task, examples: Examples, names: Sequence[str] = ()) ->
     if examples.collate_draws(_some(examples)):
         raise ValueError(f"Expected a `collate_fn` that stacks examples, got one that draws random numbers. {_STACK}")
     try:
-        return _probe(task, examples, names)
+        return _probe(task, examples, names, also)
     except Exception as error:
         for share in (1.0, 0.5):
             examples.share_of_copies = share
             with contextlib.suppress(Exception):
-                return _probe(task, examples, names)
+                return _probe(task, examples, names, also)
         examples.share_of_copies = None
         _refuse(task, examples, error)
         raise
 
 
-def _probe(task: Task, examples: Examples, names: Sequence[str]) -> Reduction:
-    reduction = probe(task, examples, 0)
+def _probe(task: Task, examples: Examples, names: Sequence[str], also: Sequence[int]) -> Probed:
+    found = probe(task, examples, 0, also, gradients=bool(names))
     if names:  # some losses fail on a batch of one in the backward pass only
         one_gradient(task, examples.one(0), names, 0, 0)
     elif task.loss is not None:
         task(task.to_device(examples.one(0)))
-    return reduction
+    return found
 
 
 def _refuse(task: Task, examples: Examples, error: Exception) -> None:

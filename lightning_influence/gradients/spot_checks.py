@@ -28,6 +28,21 @@ _SCALES = frozenset(
 _READS = frozenset({Tensor.item, Tensor.tolist, Tensor.__int__, Tensor.__float__})
 
 
+class UnequalWeight(ValueError):
+    """An example does not weigh in its batch as it does alone.
+
+    Args:
+        message: what was expected.
+        block: the examples of the batch; it may be another of them that weighs more or less than most.
+    """
+
+    def __init__(self, message: str, block: Sequence[int]) -> None:
+        super().__init__(message)
+        self.block = block
+        self.suspects: Sequence[int] = ()
+        """Those of them that were most unlike the others."""
+
+
 class SuspectRows:
     """Watches one forward pass for operations that the few examples of the self-check may not have covered.
 

@@ -29,7 +29,8 @@ class InfluenceFunction(GradientProduct):
     .. math:: s(q, z_i) = \frac{1}{n} \nabla\ell(w, q)^\top (C + \lambda + \delta)^{-1} \nabla\ell(w, z_i)
 
     with C the curvature of the mean training loss, :math:`\lambda` the fit's L2 weight decay and :math:`\delta` the
-    curvature's damping (see ``Curvature``), both per parameter group.
+    curvature's damping (see ``Curvature``), both per parameter group. Where a batch's loss is a mean over tokens (or
+    class weights), the training loss is the mean over the tokens of all examples, and 1/n is the example's share.
 
     Source: Koh, Liang. Understanding Black-box Predictions via Influence Functions. ICML 2017. ``normalize``:
     Barshan, Brunet, Dziugaite. RelatIF. AISTATS 2020. ``correction="newton"``: one Newton step without the example, as
@@ -90,7 +91,12 @@ class InfluenceFunction(GradientProduct):
         product = query.dot(inverse.corrected(block.gradients, block.ids))
         if self.removal == "renormalize":
             product = product + query.times(inverse.decayed())[:, None]
-        return product / inverse.norms(block) if self.normalize else product / stage.setting.n_train
+        return product / inverse.norms(block) if self.normalize else self._share(stage, block.ids, product)
+
+    def _share(self, stage: Stage, ids: Sequence[int], product: Tensor) -> Tensor:
+        """Products times the examples' weights in the training loss: 1 / n, or with a mean over tokens their share."""
+        weights = stage.setting.engine.weights_of(ids)
+        return (product if weights is None else product * weights.to(product)) / stage.setting.n_train
 
     def product_with_itself(self, stage: Stage, block: TrainBlock) -> Tensor:
         """The same with each example as its own query, [example]."""
@@ -216,6 +222,11 @@ class _Inverse:
     def _correction(self) -> NewtonCorrection:
         curvature = self.curvature
         assert isinstance(curvature, Exact)
+        if self.setting.engine.weights is not None and self.method.removal == "renormalize":
+            raise ValueError(
+                "Expected `removal='downweight'` with `correction='newton'` for a mean over tokens or class weights, "
+                "got 'renormalize': each example would change the divisor by another number. Leave one of them out."
+            )
         factor = curvature.factor(self.prepared, self.setting, self.total)
         shift = self.decayed() if self.method.removal == "renormalize" else None
         return NewtonCorrection(self.setting.engine, self.setting.examples, factor, shift)
@@ -233,7 +244,7 @@ class _Inverse:
             own = solved.diagonal(self.corrected(piece, ids))
             if self.method.removal == "renormalize":
                 own = own + solved.times(self.decayed())
-            yield own / (self._norm(solved, piece) if self.method.normalize else self.setting.n_train)
+            yield own / self._norm(solved, piece) if self.method.normalize else self.method._share(self.stage, ids, own)
 
     def _norm(self, solved: QueryGradients, piece: Gradients) -> Tensor:
         squares = solved.norm2() if self.method.normalize == "relatif" else solved.diagonal(piece)

@@ -104,7 +104,8 @@ class SOURCE(GradientProduct):
         """Products with the directions, divided by n and by the number of checkpoints averaged, [query, example]."""
         run = stage.setting.state(self, _SegmentedRun)
         averaged = len(run.segments[run.segment_at(stage)].checkpoints)
-        return query.dot(block.gradients) / (stage.setting.n_train * averaged)
+        product, weights = query.dot(block.gradients), stage.setting.engine.weights_of(block.ids)
+        return (product if weights is None else product * weights.to(product)) / (stage.setting.n_train * averaged)
 
     def _segments(self, setting: Setting) -> list[SourceSegment]:
         """Divides the checkpoints into segments of nearly the same length.

@@ -65,6 +65,8 @@ class TracInCP(TransformedProduct):
 
     def unit(self, setting: Setting) -> str:
         """Loss; arbitrary with ``normalize``, ``units="paper"`` or an adaptive optimizer."""
-        adaptive = setting.trajectory is not None and setting.trajectory.adaptive
-        arbitrary = self.normalize or self.units == "paper" or adaptive
+        unknown = setting.trajectory is not None and (
+            setting.trajectory.adaptive or not setting.trajectory.counts_steps
+        )
+        arbitrary = self.normalize or self.units == "paper" or unknown
         return "arbitrary" if arbitrary else "loss (summed over the steps with the example)"

@@ -145,6 +145,42 @@ def largest_eigenvalue(
     return bound
 
 
+def eigenvalue_bounds(product: Product, like: Tensor, seed: int, steps: int = 60) -> tuple[float, float]:
+    """An estimate of the smallest eigenvalue and an upper bound of all, by the Lanczos method without a stored basis.
+
+    They are the extreme Ritz values, moved outwards by the norms of their residuals (Zhou and Li, 2011), the largest
+    also by a twentieth of their distance. Unlike power iteration, the method does not stop inside of the spectrum.
+
+    Args:
+        product: with a symmetric matrix.
+        like: [entries], for its size, dtype and device.
+        seed: of the first vector.
+        steps: the most products to make.
+    """
+    vector = _normal(like, 1, seed)
+    vector /= torch.linalg.vector_norm(vector)
+    before, length = torch.zeros_like(vector), 0.0
+    diagonal: list[float] = []
+    beside: list[float] = []
+    for _ in range(min(steps, like.numel())):
+        image = product(vector) - length * before
+        diagonal.append(float((vector * image).sum()))
+        image -= diagonal[-1] * vector
+        length = float(torch.linalg.vector_norm(image))
+        largest = max(abs(x) for x in (*diagonal, *beside))
+        if not math.isfinite(length) or length <= 10 * torch.finfo(like.dtype).eps * largest:
+            break
+        beside.append(length)
+        before, vector = vector, image / length
+    edges = torch.tensor(beside[: len(diagonal) - 1], dtype=torch.float64)
+    matrix = torch.tensor(diagonal, dtype=torch.float64).diag() + edges.diag(1) + edges.diag(-1)
+    if not bool(matrix.isfinite().all()):
+        return -math.inf, math.inf
+    values, vectors = torch.linalg.eigh(matrix)
+    least, most = (float(values[k] + sign * length * vectors[-1, k].abs()) for k, sign in ((0, -1), (-1, 1)))
+    return least, most + 0.05 * (most - least)
+
+
 def mean_diagonal(product: Product, like: Tensor, seed: int, probes: int = 32) -> float:
     """The trace over the size of a matrix, by Hutchinson's estimate with seeded random signs."""
     signs = _normal(like, probes, seed).sign()

@@ -10,7 +10,7 @@ from lightning_influence.gradients.queries import DenseQueries
 from lightning_influence.numerics.optimizers import OptimizerState, UpdateInput
 from lightning_influence.replay.hessian_products import StepProducts, Vectors, scaled_products
 from lightning_influence.replay.replay import Replay, ReplayedStep
-from lightning_influence.replay.steps import Step
+from lightning_influence.replay.steps import MicroBatch, Step
 
 
 def adjoint(
@@ -83,15 +83,21 @@ class Walk:
             directions = step.clipping.derivative(moment.gradients, directions)
         for batch in step.batches:
             products, curved = self.second.along(batch, step, directions)
-            _add(self.total, batch.ids, products, self.renormalize)
+            _add(self.total, batch.ids, products, self._share(batch, step))
             for name, change in curved.items():
                 self.by_weight[name] = self.by_weight[name] + change
         for batch in step.left_out:
-            _add(self.total, batch.ids, self.first.along(batch, step, directions)[0], False)
+            _add(self.total, batch.ids, self.first.along(batch, step, directions)[0], None)
+
+    def _share(self, batch: MicroBatch, step: Step) -> float | Tensor | None:
+        return self.first.forward.share(batch, step) if self.renormalize else None
 
 
-def _add(total: Tensor, ids: tuple[int, ...], products: Tensor, renormalize: bool) -> None:
-    if renormalize:
+def _add(total: Tensor, ids: tuple[int, ...], products: Tensor, share: float | Tensor | None) -> None:
+    """Adds the products; those with the renormalised loss where the examples' shares in the batch are given."""
+    if isinstance(share, Tensor):
+        products = products - products.sum(1, keepdim=True) * (share / share.sum()).to(products)
+    elif share is not None:
         products = products - products.mean(1, keepdim=True)
     total.index_add_(1, torch.as_tensor(ids, device=total.device), products.to(total))
 
@@ -120,7 +126,8 @@ def _one_walk_forward(
                 factor = next(factors)
                 for batch in step.batches:
                     products = scaled_products(replay.forward, batch, step, queries, factor)
-                    _add(total, batch.ids, products, renormalize and replay.forward.mean)
+                    renormalized = renormalize and replay.forward.mean
+                    _add(total, batch.ids, products, replay.forward.share(batch, step) if renormalized else None)
                 done(step)
             replay.compare(segment, replay.after)
     return total

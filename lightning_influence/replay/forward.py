@@ -85,9 +85,17 @@ class Forward:
             self.task.remember()
             self.task.on_forward = self._note_buffers
 
-    def share(self, batch: MicroBatch, step: Step) -> float:
-        """The factor of an example's loss in the step's gradient."""
-        return 1.0 / (step.divisor * ((batch.size or len(batch.ids)) if self.mean else 1))
+    def share(self, batch: MicroBatch, step: Step) -> float | Tensor:
+        """The factor of an example's loss in the step's gradient; [example] where a loss is a mean over tokens."""
+        if self.engine.weights is None:
+            return 1.0 / (step.divisor * (len(batch.drawn or batch.ids) if self.mean else 1))
+        own, whole = self.engine.weights[list(batch.ids)], self._tokens(batch.drawn or batch.ids)
+        like = next(iter(self.task.named_parameters().values()))
+        return (own / (step.divisor * whole) if whole else torch.zeros_like(own)).to(like)
+
+    def _tokens(self, ids: Sequence[int]) -> float:
+        assert self.engine.weights is not None
+        return float(self.engine.weights[list(ids)].sum())
 
     def losses(self, batch: MicroBatch, on_device: Any = None) -> Tensor:
         """The losses [example] of ``loss=`` where it is given, else the scalar of ``training_step``.
@@ -111,10 +119,13 @@ class Forward:
 
     def total(self, batch: MicroBatch, step: Step) -> Tensor:
         """The micro-batch's share of the step's loss, which the fit called backward on."""
-        losses = self.losses(batch)
+        losses, share = self.losses(batch), self.share(batch, step)
+        if isinstance(share, Tensor):
+            part = 1.0 if batch.drawn is None else self._tokens(batch.ids) / (self._tokens(batch.drawn) or 1.0)
+            return losses * (part / step.divisor)
         if self.joint:
-            return losses.sum() * self.share(batch, step)
-        return losses * (self.share(batch, step) * (len(batch.ids) if self.mean else 1))
+            return losses.sum() * share
+        return losses * (share * (len(batch.ids) if self.mean else 1))
 
     def gradients(
         self, step: Step, weights: Tensor | None = None, renormalize: bool = False
@@ -199,7 +210,7 @@ class Forward:
 
     def _weighted(self, batch: MicroBatch, step: Step, weights: Tensor, renormalize: bool) -> dict[str, Tensor]:
         own = weights[list(batch.ids)].to(self.task.device)
-        factor = example_factors(own, renormalize and self.mean) * self.share(batch, step)
+        factor = example_factors(own, renormalize and self.mean, self.share(batch, step))
         if not self.joint:
             rows = self.rows(batch)
             scaled = rows.scaled(dict.fromkeys(rows.parts, factor))
@@ -273,12 +284,22 @@ class Forward:
             one = self._one_of(batch)
             with self.task.at(batch.index):
                 singles = [float(self.task(self.task.to_device(one(example)))) for example in batch.ids]
-        refuse_mixing(singles, joint, self.mean)
+        refuse_mixing(singles, joint, self.mean, self.engine.weights_of(batch.ids))
 
 
-def example_factors(weights: Tensor, renormalize: bool) -> Tensor:
-    """[..., example]: the factors of the examples' shares, given the weights of all examples of a micro-batch."""
+def example_factors(weights: Tensor, renormalize: bool, share: float | Tensor) -> Tensor:
+    """[..., example]: the factors of the examples' losses in a step, given the weights of a micro-batch's examples.
+
+    Args:
+        weights: [..., example], 1 as in the fit.
+        renormalize: whether they also count in the divisor.
+        share: the factors in the fit, one for all or [example].
+    """
     if not renormalize:
-        return weights
+        return weights * share
+    if isinstance(share, Tensor):
+        share = share.to(weights)
+        total = (weights * share).sum(-1, keepdim=True)
+        return weights * share * share.sum() / torch.where(total == 0, torch.ones_like(total), total)
     total = weights.sum(-1, keepdim=True)
-    return weights * weights.shape[-1] / torch.where(total == 0, torch.ones_like(total), total)
+    return weights * weights.shape[-1] / torch.where(total == 0, torch.ones_like(total), total) * share

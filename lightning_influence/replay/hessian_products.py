@@ -135,7 +135,8 @@ def scaled_products(
         change: applied to the examples' gradients first, as it was to those of the queries; not with ``loss=``.
     """
     if not forward.joint:
-        scale = factor[:, None].expand(-1, len(batch.ids)) * forward.share(batch, step)
+        share = forward.share(batch, step)
+        scale = factor[:, None].expand(-1, len(batch.ids)) * (share.to(factor) if isinstance(share, Tensor) else share)
         rows = forward.rows(batch)
         return queries.dot(rows if change is None else change(rows), scale)
     groups = forward.engine.groups

@@ -51,4 +51,4 @@ def _step(step: Step, removed: set[int]) -> Step:
 
 
 def _part(batch: MicroBatch, ids: list[int]) -> MicroBatch:
-    return replace(batch, ids=tuple(ids), size=len(batch.ids))
+    return replace(batch, ids=tuple(ids), drawn=batch.ids)

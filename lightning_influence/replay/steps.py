@@ -20,14 +20,14 @@ class MicroBatch:
         ids: the examples in their order.
         random: states before the forward pass of the random generators that it drew from.
         read: states before its examples were read of the random generators that this drew from.
-        size: the divisor of a mean, where some examples are left out; None: the number of ``ids``.
+        drawn: the examples of the whole batch, whose number or tokens divide a mean; None: ``ids``, none is left out.
         index: ``batch_idx``; 0 where the run does not know it.
     """
 
     ids: tuple[int, ...]
     random: Mapping[str, bytes]
     read: Mapping[str, bytes] = field(default_factory=dict)
-    size: int | None = None
+    drawn: tuple[int, ...] | None = None
     index: int = 0
 
 

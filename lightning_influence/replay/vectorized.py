@@ -76,6 +76,8 @@ def _models_at_once(replay: Replay) -> int:
         return 0
     if replay.engine.task.reads_index and not replay.steps_alike:
         return 0
+    if (tokens := replay.engine.weights) is not None and bool((tokens == 0).any()):  # their own losses may be NaN
+        return 0
     largest = max((len(batch.ids) for step in steps for batch in step.batches), default=1)
     like = next(iter(replay.engine.task.named_parameters().values()))
     activations = 4 * largest * replay.engine.width() * like.element_size()
@@ -107,7 +109,7 @@ def _step(replay: Replay, models: TrainingState, step: Step, weights: Tensor, re
     names = [name for name in step.moves.options if name not in replay.engine.plan.unreached]
     forward = replay.forward
     factors = [
-        example_factors(weights[:, list(batch.ids)], renormalize and forward.mean) * forward.share(batch, step)
+        example_factors(weights[:, list(batch.ids)], renormalize and forward.mean, forward.share(batch, step))
         for batch in step.batches
     ]
     losses = [_Losses(replay, batch) for batch in step.batches]

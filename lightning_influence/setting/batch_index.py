@@ -117,7 +117,8 @@ def visit_blocks(stage: "Stage") -> Iterator[tuple[list[int], Tensor, Gradients]
     setting, position = stage.setting, stage.position
     assert setting.trajectory is not None
     assert position is not None
-    visits = setting.trajectory.visits(position, setting.engine.reduction.coefficient(), setting.n_train)
+    about = setting.engine.reduction.coefficient(), setting.n_train, setting.engine.weights
+    visits = setting.trajectory.visits(position, *about)
     used = (visits.ids >= setting.ids.start) & (visits.ids < setting.ids.stop) & visits.weights.any(0)
     indices, counts = visits.indices[used].unique_consecutive(return_counts=True)
     sections = zip(

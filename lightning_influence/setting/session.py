@@ -13,7 +13,6 @@ from lightning_influence.data.examples import Examples
 from lightning_influence.data.source import Source
 from lightning_influence.gradients import Engine, Plan, Reduction, make_plan, probe_examples
 from lightning_influence.gradients.index_check import gradient_at, joined
-from lightning_influence.gradients.precise import CANNOT, precise
 from lightning_influence.module.quiet import quiet
 from lightning_influence.module.step import set_by_hook
 from lightning_influence.module.task import Loss, Task
@@ -23,6 +22,7 @@ from lightning_influence.module.trainer_state import detached_trainer
 from lightning_influence.setting.batch_index import BatchIndex
 from lightning_influence.setting.same_data import check_data
 from lightning_influence.setting.setting import Queries, Setting
+from lightning_influence.setting.token_weights import TokenWeights, describe, probe
 from lightning_influence.setting.unreached import Unreached, refuse_all_unreached
 from lightning_influence.trajectory import Checkpoint, LightningCheckpoint, Trajectory
 
@@ -67,7 +67,8 @@ class Session:
     _at_index: dict[int | None, tuple[int, int] | None] = field(default_factory=dict)
     _of_clock: dict[tuple[str, int], tuple[int, int] | None] = field(default_factory=dict)
     _large_block: int | None = None
-    _reduction: Reduction | None = None
+    _tokens: TokenWeights = field(default_factory=TokenWeights)
+    _asked: Source | None = None
     _share_of_copies: float | None = None
     _unreached: Unreached = field(default_factory=Unreached)
 
@@ -117,19 +118,21 @@ class Session:
         Raises:
             ValueError: a loss that is not made of one loss per example; queries that the module does not accept.
         """
+        self._asked = queries
         with self.quiet() as task, contextlib.ExitStack() as stack:
             examples = self.examples(self.train)
             index = self.batch_index(task, examples)
             stack.enter_context(task.at(index.first))
             engine = Engine(task, Reduction.NONE)
             if gradients:
-                engine = self._engine(task, *self._planned(task, examples, index), examples)
+                engine = self._engine(task, examples, *self._planned(task, examples, index), trained=True)
             setting = Setting(
                 engine,
                 examples,
                 range(len(examples)),
                 self.trajectory,
                 self.train.batches,
+                draws=functools.cache(self.train.draws),
                 reduction_of=functools.partial(self._reduction_of, task, examples),
                 batch_index=index,
                 own_version=task.version,
@@ -143,12 +146,15 @@ class Session:
                 )
             for note in self._data_notes or ():
                 setting.warn(note)
+            if engine.weights is not None:
+                setting.note(describe(engine.weights))
             if queries is not None:
                 data = self.examples(queries)
                 query_task = task if measurement is None else task.measuring(measurement)
                 query_engine = Engine(query_task, Reduction.NONE)
                 if gradients:
-                    query_engine = self._engine(query_task, *self._planned_for(query_task, data, queries, examples))
+                    planned = self._planned_for(query_task, data, queries, examples)
+                    query_engine = self._engine(query_task, data, *planned)
                     refuse_all_unreached(query_engine, measurement is not None, self._unreached.error)
                 setting.queries = Queries(query_engine, data, range(len(data)), mean, measurement is not None)
             if gradients and self.batch_size is None:
@@ -167,8 +173,12 @@ class Session:
         examples.share_of_copies = self._share_of_copies
         return examples
 
-    def _engine(self, task: Task, reduction: Reduction, plan: Plan, trained: Examples | None = None) -> Engine:
-        return Engine(task, reduction, self._groups(), plan=plan, examples=trained)
+    def _engine(
+        self, task: Task, examples: Examples, reduction: Reduction, plan: Plan, trained: bool = False
+    ) -> Engine:
+        weights = self._tokens.of(task, examples, reduction)
+        data = examples if trained else None
+        return Engine(task, reduction, self._groups(), plan=plan, examples=data, weights=weights)
 
     def batch_index(self, task: Task, examples: Examples) -> BatchIndex:
         """Which indices batches had in the fit, and how to find whether the loss depends on them."""
@@ -183,12 +193,13 @@ class Session:
         """Reduction and plan of the training examples' gradients, from the self-check."""
         if () not in self._found:
             reduction = self._train_reduction(task, examples, self.names)
-            plan = make_plan(self._engine(task, reduction, Plan({}), examples), examples, self.names)
+            plan = make_plan(self._engine(task, examples, reduction, Plan({}), trained=True), examples, self.names)
             pair = index.differing(self.last)
             if pair is not None:
                 with task.at(pair[1]):
-                    other = probe_examples(task, examples, self.names)
-                    plan = joined(plan, make_plan(self._engine(task, other, Plan({}), examples), examples, self.names))
+                    other = probe_examples(task, examples, self.names).reduction
+                    engine = self._engine(task, examples, other, Plan({}), trained=True)
+                    plan = joined(plan, make_plan(engine, examples, self.names))
                 if other is not reduction:
                     raise ValueError(
                         f"Expected one reduction of the loss of a batch, got {reduction.value!r} at `batch_idx="
@@ -197,7 +208,7 @@ class Session:
                     )
             self._found[()] = reduction, plan
             version = task.version
-            self._unreached = Unreached.of(self._engine(task, *self._found[()]), examples, self.trajectory)
+            self._unreached = Unreached.of(self._engine(task, examples, reduction, plan), examples, self.trajectory)
             task.weights_returned(version)
         return self._found[()]
 
@@ -216,16 +227,34 @@ class Session:
             data.check_steady()
             reduction = Reduction.NONE if task.loss is not None else reduction
             with _explained(examples, data):
-                self._found[key] = reduction, make_plan(self._engine(task, reduction, Plan({})), data, self.names)
+                self._found[key] = reduction, make_plan(self._engine(task, data, reduction, Plan({})), data, self.names)
             self._in_use.append(queries.dataset)  # as long as it exists, no other object has its id
         return self._found[key]
 
     def _train_reduction(self, task: Task, examples: Examples, names: Sequence[str] = ()) -> Reduction:
-        if self._reduction is None or names:
+        if self._tokens.probed is None or (names and not self._tokens.again):
             examples.check_steady()
-            self._reduction = _probed(task, examples, names)
+            self._tokens.probed = probe(task, examples, names)
             self._share_of_copies = examples.share_of_copies
-        return self._reduction
+        return self._tokens.probed.reduction
+
+    def probe_again(self, block: Sequence[int]) -> bool:
+        """Probe the loss once more with some examples of a batch, one of which does not weigh as it does alone.
+
+        Returns:
+            Whether the loss is a mean over tokens, of which the examples probed so far had equally many.
+        """
+        if self._tokens.probed is None or self._tokens.probed.reduction is not Reduction.MEAN:
+            return False
+        with self.quiet() as task:
+            for source in (self.train, self._asked):
+                if source is None or max(block) >= len(source.dataset):
+                    continue
+                if self._tokens.find_again(task, self.examples(source), self.names, block):
+                    self._found.clear()
+                    self._checked.clear()
+                    return True
+        return False
 
     def _reduction_of(self, task: Task, examples: Examples, queries: Queries | None) -> Reduction:
         """See ``Setting.reduction_of``. The first query is tried once, so that queries that do not fit are refused."""
@@ -257,18 +286,6 @@ class Session:
             return {}
         known = self.trajectory.parameter_groups
         return {name: known[name] for name in self.names}
-
-
-def _probed(task: Task, examples: Examples, names: Sequence[str]) -> Reduction:
-    """The reduction; in float64 where it does not show in float32, in which losses near 0 have few digits."""
-    try:
-        return probe_examples(task, examples, names)
-    except ValueError:
-        if all(p.dtype is torch.float64 for p in task.named_parameters().values()):
-            raise
-        with contextlib.suppress(*CANNOT), precise(task, torch.float64) as other:
-            return probe_examples(other, examples, names)
-        raise
 
 
 def fit_values(trajectory: Trajectory | None, given: bool) -> FitValues:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from lightning_influence.data.examples import Examples
 from lightning_influence.gradients import Engine, Gradients, Reduction
-from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
+from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients, own_gradients
 from lightning_influence.module.task import Task
 from lightning_influence.setting.batch_index import BatchIndex
+from lightning_influence.setting.exposure import exposure_before
 from lightning_influence.trajectory import Trajectory
+from lightning_influence.trajectory.exposure import ExpectedDraws
 from lightning_influence.types import MissingEvidence
 
 K = TypeVar("K", bound=Hashable)
@@ -75,7 +77,7 @@ class Queries:
 
     def gradients(self) -> QueryGradients:
         """Gradients of the queries at the weights that are loaded now."""
-        blocks = (self.engine.gradients(block) for block in self.examples.blocks(self.ids.start, self.ids.stop))
+        blocks = (own_gradients(self.engine, block) for block in self.examples.blocks(self.ids.start, self.ids.stop))
         if not self.mean:
             return EachQuery(list(blocks))
         total: dict[str, Tensor] = {}
@@ -183,6 +185,7 @@ class Setting:
         ids: ids of the training examples in the current tile.
         trajectory: the checkpoints and batch order of the fit; None: only the module's present weights are known.
         batches_per_epoch: length of the training DataLoader, if known.
+        draws: returns how often the training loader is expected to draw each example; None: equally often.
         queries: all queries; None for self-influence.
         models: models retrained on parts of the data (``Attributor(refit=)``), for methods with ``Evidence.REFIT``.
         reduction_of: returns how the loss of a batch follows from the losses of its examples (mean, sum, none), for the
@@ -201,6 +204,7 @@ class Setting:
     ids: range
     trajectory: Trajectory | None
     batches_per_epoch: int | None = None
+    draws: Callable[[], ExpectedDraws | None] = lambda: None
     queries: Queries | None = None
     models: TrainedModels | None = None
     reduction_of: Callable[[Queries | None], Reduction] = lambda queries: Reduction.NONE
@@ -298,10 +302,7 @@ class Setting:
         state = checkpoint.load()
         self.task.load(state.parameters, state.buffers, checkpoint.step, checkpoint.epoch)
         by_index = self.depends_on_index(index)
-        averaging = self.engine.reduction.coefficient(), self.n_train, self.batches_per_epoch
-        exposure = trajectory.exposure(index, *averaging)[:, self.ids.start : self.ids.stop]
-        if not trajectory.has_batch_order:
-            self.note("The batch order is not known: each example is given its expected share of the steps.")
+        exposure = exposure_before(self, index)[:, self.ids.start : self.ids.stop]
         rates = torch.tensor(trajectory.learning_rates(index), dtype=torch.float64)
         return Stage(index, checkpoint.step, exposure, rates, self, self.ids, self.task.version, by_index)
 

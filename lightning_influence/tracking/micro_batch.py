@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_influence.data.examples import Block
+from lightning_influence.data.examples import ChosenBlock
 from lightning_influence.gradients import Engine, Gradients, Reduction
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.dense_rows import DenseRows
@@ -41,7 +41,7 @@ class TrackedMicroBatch:
         engine: with a ``PreparedTask``.
         ids: of the examples.
         data: the batch.
-        share: factor of each example's loss in the loss of the step.
+        share: factor of each example's loss, times its weight, in the loss of the step.
     """
 
     engine: Engine
@@ -55,12 +55,17 @@ class TrackedMicroBatch:
         return self.engine.reduction is Reduction.NONE
 
     def gradients(self) -> Gradients:
-        """Per-sample gradients in one forward pass over the batch; factored unless ``loss=`` is given."""
+        """Per-sample gradients in one forward pass over the batch; factored unless ``loss=`` is given.
+
+        Where a batch's loss is a mean over tokens, they are multiplied by the examples' weights.
+        """
         with isolated_random_state():
             if self.joint:
                 return self._one_by_one(range(len(self.ids)))
-            block = Block(0, len(self.ids), self.data, lambda i: self.data)
-            return self.engine.gradients(block, set_random_state=lambda: None)
+            block = ChosenBlock(self.ids[0], len(self.ids), self.data, lambda i: self.data, self.ids)
+            found = self.engine.gradients(block, set_random_state=lambda: None)
+            weights = self.engine.weights_of(self.ids)
+            return found if weights is None else found.scaled(dict.fromkeys(found.parts, weights))
 
     def rows(self, positions: Sequence[int]) -> dict[str, Tensor]:
         """Per-sample gradients at some positions in the batch (at least one), by parameter name, [position, *shape]."""
@@ -90,7 +95,7 @@ class TrackedMicroBatch:
     def total(self) -> Tensor:
         """The micro-batch's part of the step's loss."""
         loss = self.engine.task(self.data)
-        return self.engine.reduction.total(loss, len(self.ids)) * self.share
+        return self.engine.reduction.total(loss, len(self.ids), self.engine.weights_of(self.ids)) * self.share
 
     def _parameters(self) -> dict[str, Tensor]:
         return dict(self.engine.task.named_parameters(self.engine.plan.names))

@@ -100,7 +100,7 @@ def refuse_mixed(task: Task, ids: Sequence[int], batch: Batch, engine: Engine) -
         if not torch.equal(torch.get_rng_state(), before):  # one example alone would use other random numbers
             return
         singles = [float(task(tree_map_only(Tensor, itemgetter(slice(i, i + 1)), batch))) for i in range(len(ids))]
-    refuse_mixing(singles, joint, engine.reduction is Reduction.MEAN)
+    refuse_mixing(singles, joint, engine.reduction is not Reduction.SUM, engine.weights_of(ids))
 
 
 def verify_step(update: WeightUpdate, parameters: Mapping[str, Tensor]) -> None:

@@ -94,7 +94,7 @@ class TrackerLoop:
         refuse(self._trainer, self._module, setting.engine, self._differentiates)
         self._trained = trained(self._module)
         self._engine, self._queries = setting.engine, setting.queries
-        self._mean = {Reduction.MEAN: True, Reduction.SUM: False}.get(setting.engine.reduction)
+        self._mean = {Reduction.NONE: None, Reduction.SUM: False}.get(setting.engine.reduction, True)
         setting.engine.width(setting.examples)
         fit = self._fit(setting, None if parent is None else parent.parent)
         for each in self.tracked:
@@ -286,7 +286,9 @@ class TrackerLoop:
             else:
                 refuse_mixed(task, ids, batch, engine)
             self._checked = True
-        share = 1.0 / (self._trainer.accumulate_grad_batches * (len(ids) if self._mean else 1))
+        weights = engine.weights_of(ids)
+        whole = (len(ids) if self._mean else 1) if weights is None else float(weights.sum()) or 1.0
+        share = 1.0 / (self._trainer.accumulate_grad_batches * whole)
         return TrackedMicroBatch(engine, ids, batch, share)
 
     def _update(self) -> WeightUpdate:

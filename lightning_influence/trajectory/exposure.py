@@ -18,6 +18,44 @@ Reduction = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True)
+class ExpectedDraws:
+    """How often examples are expected to be drawn, where their order is not known.
+
+    Args:
+        share: [train]: the expected share of an example in the mean over a batch.
+        per_epoch: [train]: how often it is drawn in an epoch.
+        note: what a reader of scores must know about them.
+    """
+
+    share: Tensor
+    per_epoch: Tensor
+    note: str | None = None
+
+
+def relative_draws(
+    reduction: Reduction, draws: ExpectedDraws | None, weights: Tensor | None, rows: pa.Table
+) -> Tensor | float:
+    """The expected exposure relative to that of examples which are drawn uniformly and weigh the same, 1 or [train].
+
+    Args:
+        reduction: of the loss over a batch.
+        draws: of the sampler; None: uniform.
+        weights: [train], of the examples in the mean over a batch; None: all the same.
+        rows: the optimizer steps.
+    """
+    if reduction == "sum":
+        if draws is None:
+            return 1.0
+        sizes = [size for of_step in rows["sizes"].to_pylist() for size in of_step]
+        return draws.per_epoch / draws.per_epoch.mean() if sizes and None not in sizes else draws.per_epoch
+    if draws is None and weights is None:
+        return 1.0
+    share = weights if draws is None else draws.share if weights is None else draws.share * weights
+    assert share is not None
+    return share / share.mean()
+
+
+@dataclass(frozen=True)
 class ParameterGroups:
     """Groups of parameters that every step treated alike, numbered over all optimizers.
 
@@ -92,7 +130,9 @@ def effective_rates(rows: pa.Table, settings: Sequence[dict[str, Any]], groups: 
     return effective
 
 
-def visited(rows: pa.Table, rates: np.ndarray, reduction: Reduction, n_train: int) -> Tensor:
+def visited(
+    rows: pa.Table, rates: np.ndarray, reduction: Reduction, n_train: int, weights: Tensor | None = None
+) -> Tensor:
     """The exposure of each example where the batch order is known.
 
     Args:
@@ -100,6 +140,7 @@ def visited(rows: pa.Table, rates: np.ndarray, reduction: Reduction, n_train: in
         rates: their effective learning rates, [step, group].
         reduction: of the loss over a batch.
         n_train: length of the training dataset.
+        weights: [train], of the examples in the mean over a batch; None: all the same.
 
     Returns:
         [group, train]: the effective rates of the steps in which an example was drawn, times its weight there.
@@ -107,11 +148,11 @@ def visited(rows: pa.Table, rates: np.ndarray, reduction: Reduction, n_train: in
     Raises:
         ValueError: a recorded id is not an index of a dataset of ``n_train`` examples.
     """
-    drawn = _drawn(rows, n_train)
+    drawn = _drawn(rows, n_train, weights)
     share = drawn.share if reduction == "mean" else np.ones(len(drawn.ids))
     groups = range(rates.shape[1])
-    weights = [np.bincount(drawn.ids, weights=rates[drawn.rows, g] * share, minlength=n_train) for g in groups]
-    return torch.from_numpy(np.stack(weights)) if weights else torch.zeros(0, n_train, dtype=torch.float64)
+    found = [np.bincount(drawn.ids, weights=rates[drawn.rows, g] * share, minlength=n_train) for g in groups]
+    return torch.from_numpy(np.stack(found)) if found else torch.zeros(0, n_train, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -129,15 +170,17 @@ class Visits:
     weights: Tensor
 
 
-def visits(rows: pa.Table, rates: np.ndarray, reduction: Reduction, n_train: int) -> Visits:
+def visits(
+    rows: pa.Table, rates: np.ndarray, reduction: Reduction, n_train: int, weights: Tensor | None = None
+) -> Visits:
     """As ``visited``, apart for each index of a batch, which must be known."""
-    drawn = _drawn(rows, n_train)
+    drawn = _drawn(rows, n_train, weights)
     index_of_batch = rows["batch_idx"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     pairs, visit = np.unique(index_of_batch[drawn.batches] * n_train + drawn.ids, return_inverse=True)
     share = drawn.share if reduction == "mean" else np.ones(len(drawn.ids))
     groups = range(rates.shape[1])
-    weights = [np.bincount(visit, weights=rates[drawn.rows, g] * share, minlength=len(pairs)) for g in groups]
-    stacked = torch.from_numpy(np.stack(weights)) if weights else torch.zeros(0, len(pairs), dtype=torch.float64)
+    found = [np.bincount(visit, weights=rates[drawn.rows, g] * share, minlength=len(pairs)) for g in groups]
+    stacked = torch.from_numpy(np.stack(found)) if found else torch.zeros(0, len(pairs), dtype=torch.float64)
     return Visits(torch.from_numpy(pairs // n_train), torch.from_numpy(pairs % n_train), stacked)
 
 
@@ -151,7 +194,7 @@ class _Drawn:
     share: np.ndarray
 
 
-def _drawn(rows: pa.Table, n_train: int) -> _Drawn:
+def _drawn(rows: pa.Table, n_train: int, weights: Tensor | None) -> _Drawn:
     micro_per_row = pc.list_value_length(rows["ids"]).to_numpy()
     micro = rows["ids"].combine_chunks().flatten()
     sizes = pc.list_value_length(micro).to_numpy(zero_copy_only=False)
@@ -163,8 +206,13 @@ def _drawn(rows: pa.Table, n_train: int) -> _Drawn:
             " The dataset's length changed since the fit; pass the dataset that was trained on."
         )
     row_of_id = np.repeat(np.repeat(np.arange(len(rows)), micro_per_row), sizes)
+    batches = np.repeat(np.arange(len(sizes)), sizes)
     share = np.repeat(1.0 / np.maximum(sizes, 1), sizes)
-    return _Drawn(ids, row_of_id, np.repeat(np.arange(len(sizes)), sizes), share)
+    if weights is not None:
+        own = weights.numpy()[ids]
+        whole = np.bincount(batches, weights=own, minlength=len(sizes))[batches]
+        share = np.divide(own, whole, out=np.zeros(len(ids)), where=whole != 0)
+    return _Drawn(ids, row_of_id, batches, share)
 
 
 def expected(rows: pa.Table, rates: np.ndarray, reduction: Reduction, n_train: int, batches: int | None) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_influence.trajectory.averages import Which, average_in, chosen, tensors_of
 from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint, SavedState
+from lightning_influence.trajectory.optimizer_steps import count_optimizers
 from lightning_influence.trajectory.stored_rates import (
     Rates,
     given_rates,
@@ -91,7 +92,8 @@ def read_lightning_files(
     if given is None:
         notes.append(warned_of_stored_rates())
     rates, settings = reconciled([one.rates for one in rated], rated[-1].groups)
-    return [one.checkpoint for one in rated], rates, settings, notes
+    counted, more = count_optimizers([contents[path] for path in kept])
+    return [one.checkpoint for one in rated], rates, settings | counted, [*notes, *more]
 
 
 def read_file(path: Path) -> dict[str, Any]:

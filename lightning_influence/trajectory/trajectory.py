@@ -22,6 +22,7 @@ from lightning_influence.trajectory.files import STEPS
 from lightning_influence.trajectory.fit_data import FitData
 from lightning_influence.trajectory.lightning_files import read_lightning_files
 from lightning_influence.trajectory.numbering import combines_loaders, of_loader
+from lightning_influence.trajectory.optimizer_steps import expected_from_files
 from lightning_influence.trajectory.run import Run, find_run, read_run
 from lightning_influence.types import MissingEvidence
 
@@ -185,8 +186,19 @@ class Trajectory:
         """Whether an optimizer other than SGD updated the weights; the units of TracIn's scores are then arbitrary."""
         return any(not is_plain_sgd(group) for entry in self.settings for group in entry["groups"])
 
+    @property
+    def counts_steps(self) -> bool:
+        """Whether the number of steps of each optimizer is known; if not, TracInCP's units are arbitrary."""
+        return not any(entry.get("uncounted") for entry in self.settings)
+
     def exposure(
-        self, index: int, reduction: _exposure.Reduction, n_train: int, batches_per_epoch: int | None = None
+        self,
+        index: int,
+        reduction: _exposure.Reduction,
+        n_train: int,
+        batches_per_epoch: int | None = None,
+        weights: Tensor | None = None,
+        draws: _exposure.ExpectedDraws | None = None,
     ) -> Tensor:
         """How strongly each example was trained on between the previous checkpoint and this one.
 
@@ -199,6 +211,8 @@ class Trajectory:
             reduction: How ``training_step`` reduces the losses of a batch.
             n_train: Length of the training dataset.
             batches_per_epoch: Required for ``reduction="sum"`` where the batch sizes are unknown.
+            weights: [train]: how much each example weighs in the mean over its batch, such as its number of tokens.
+            draws: How often the sampler is expected to draw each example, where the batch order is unknown.
 
         Returns:
             [group, train], float64.
@@ -210,32 +224,36 @@ class Trajectory:
         if reduction not in ("mean", "sum"):
             raise ValueError(f"Expected `reduction` to be 'mean' or 'sum', got {reduction!r}.")
         index = range(len(self.checkpoints))[index]
-        if self._stored_rates is not None:
-            return self._expected_from_files(index, reduction, n_train, batches_per_epoch)
         window = self._window(index)
+        relative = _exposure.relative_draws(reduction, draws, weights, window)
+        if self._stored_rates is not None:
+            return expected_from_files(self, index, reduction, n_train, batches_per_epoch) * relative
         if combines_loaders(window):
             raise MissingEvidence(
                 "Expected a fit with one training loader, got batches that combine several, whose indices are of"
                 " several datasets. Choose one: `trajectory.of_loader(0)`, with its dataset as `train=` and `loss=`."
             )
         if len(self.checkpoints) == 1 and len(window) == 0:
-            return torch.full((self.n_groups, n_train), 1.0 / n_train, dtype=torch.float64)
+            return torch.full((self.n_groups, n_train), 1.0 / n_train, dtype=torch.float64) * relative
         rates = _exposure.effective_rates(window, self.settings, self._groups)
         if window["ids"].null_count == 0:
-            return _exposure.visited(window, rates, reduction, n_train)
-        return _exposure.expected(window, rates, reduction, n_train, batches_per_epoch)
+            return _exposure.visited(window, rates, reduction, n_train, weights)
+        return _exposure.expected(window, rates, reduction, n_train, batches_per_epoch) * relative
 
-    def visits(self, index: int, reduction: _exposure.Reduction, n_train: int) -> _exposure.Visits:
+    def visits(
+        self, index: int, reduction: _exposure.Reduction, n_train: int, weights: Tensor | None = None
+    ) -> _exposure.Visits:
         """``exposure``, apart for each index (``batch_idx``) of the batches that an example was in.
 
         Args:
             index: Position of the checkpoint.
             reduction: How ``training_step`` reduces the losses of a batch.
             n_train: Length of the training dataset.
+            weights: As for ``exposure``.
         """
         window = self._window(range(len(self.checkpoints))[index])
         rates = _exposure.effective_rates(window, self.settings, self._groups)
-        return _exposure.visits(window, rates, reduction, n_train)
+        return _exposure.visits(window, rates, reduction, n_train, weights)
 
     def shrinkage(self, index: int) -> Tensor:
         """The sum of learning rate × decoupled weight decay between the previous checkpoint and this one.
@@ -296,22 +314,6 @@ class Trajectory:
         after = self.checkpoints[index - 1].step if index else -1
         after = max([after, *(gone for gone in self.removed if gone < step)])
         return applied.filter((pc.field("step") > after) & (pc.field("step") <= step))
-
-    def _expected_from_files(self, index: int, reduction: str, n_train: int, batches: int | None) -> Tensor:
-        after = self.checkpoints[index - 1].step if index else 0
-        steps = self.checkpoints[index].step - after
-        rates = torch.tensor(self.learning_rates(index), dtype=torch.float64)
-        if len(self.checkpoints) == 1 and steps == 0:
-            return torch.full((self.n_groups, n_train), 1.0 / n_train, dtype=torch.float64)
-        if reduction == "sum" and batches is None:
-            raise ValueError(
-                "Expected the number of batches per epoch for a loss that sums over its batch, where no batch order is"
-                " known, got None. Pass the training DataLoader as `Attributor(train=)`, or `batches_per_epoch=` to"
-                " `Trajectory.exposure`."
-            )
-        gains = torch.tensor([_exposure.gain(group) for group in self.settings[0]["groups"]], dtype=torch.float64)
-        visits = steps / (n_train if reduction == "mean" else batches)  # type: ignore[operator]
-        return (rates * gains * visits)[:, None].repeat(1, n_train)
 
 
 class _AlwaysFirst(Mapping[str, int]):

@@ -20,6 +20,7 @@ from lightning_influence import (
     InfluenceFunction,
     LiSSA,
 )
+from lightning_influence.curvature import lissa
 from lightning_influence.curvature.curvature import PreparedCurvature
 from lightning_influence.gradients.queries import DenseQueries
 
@@ -234,6 +235,20 @@ def test_an_indefinite_hessian_is_refused_by_conjugate_gradients_and_noted_by_th
     with pytest.warns(UserWarning, match=r"series diverged and was stopped at a residual .* Use `matrix='ggn'`"):
         diverged = score(LiSSA(1e-3, matrix="hessian"), module)
     assert diverged.values.isfinite().all()
+    note = next(note for note in diverged.notes if "diverged" in note)
+    needed = float(note.split("larger by at least ")[1].rstrip("."))
+    assert -least - 1e-3 <= needed * 1.05 <= -least * 1.1
+    assert any("not positive definite" in note for note in score(Arnoldi(1e-3, matrix="hessian"), module).notes)
+
+
+def test_a_scale_from_power_iteration_that_is_too_small_is_replaced(monkeypatch):
+    module = model()
+    expected = score(LiSSA(0.01, tolerance=1e-9), module)
+    found = lissa.largest_eigenvalue
+    monkeypatch.setattr(lissa, "largest_eigenvalue", lambda *arguments: 0.8 * found(*arguments))
+    again = score(LiSSA(0.01, tolerance=1e-9), module)
+    assert not any("diverged" in note or "converge" in note for note in again.notes)
+    torch.testing.assert_close(again.values, expected.values, rtol=0, atol=1e-6 * float(expected.values.abs().max()))
 
 
 @pytest.mark.parametrize(

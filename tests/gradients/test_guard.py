@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset, default_collate
 
 from lightning_influence import Attributor, GradientDot
 from lightning_influence.gradients.guard import Guard
+from lightning_influence.gradients.token_probe import GradientProbe
 
 torch.set_num_threads(1)
 
@@ -23,10 +24,18 @@ def one_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def nothing_counted(monkeypatch):
+    """Otherwise most of these losses are recognised as means over tokens, and scored."""
+    monkeypatch.setattr(GradientProbe, "holds", lambda *arguments, **options: True)
+    monkeypatch.setattr(GradientProbe, "counter", lambda *arguments: None)
+
+
 @pytest.mark.parametrize("size", [1, 16])
 @pytest.mark.parametrize("odd", [MET, MISSED])
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("nothing_counted")
 def test_the_one_example_unlike_the_others_is_named(kind, path, odd, size):
     step, net, data, _, unusual = KINDS[kind]
     module = step(PATHS[path](net())).double()
@@ -163,6 +172,7 @@ def test_float32_in_the_step_is_float64_while_a_check_is_repeated(monkeypatch):
     assert torch.get_default_dtype() is torch.float32
 
 
+@pytest.mark.usefixtures("nothing_counted")
 def test_items_that_are_lists_are_told_apart_by_their_lengths():
     def collate(items):
         return torch.stack([x for x, _ in items]), [y for _, y in items]

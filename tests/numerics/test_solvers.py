@@ -115,6 +115,38 @@ def test_the_scale_is_a_bound_where_power_iteration_stops_early():
         assert solvers.largest_eigenvalue(times(a), a[0], seed, tolerance=0.2) >= 10.0
 
 
+def clustered():
+    """Many eigenvalues just below the largest, of which a random start has next to nothing."""
+    values = torch.cat([torch.linspace(-0.1, 0.8, 300, dtype=torch.float64), torch.full((300,), 0.81).double()])
+    values = torch.cat([values, torch.tensor([0.894], dtype=torch.float64)])
+    start = solvers._normal(values, 1, 0)[0]
+    start /= start.norm()
+    last = torch.zeros_like(values)
+    last[-1] = 1
+    away = last - (last @ start) * start + 1e-3 * start  # almost at right angles to the first iterate
+    mirror = away / away.norm() - last
+    mirror /= mirror.norm()
+    turn = torch.eye(len(values)).double() - 2 * torch.outer(mirror, mirror)
+    return turn @ torch.diag(values) @ turn
+
+
+def test_lanczos_bounds_the_spectrum_where_power_iteration_stops_inside():
+    a = clustered()
+    assert solvers.largest_eigenvalue(times(a), a[0], seed=0) * 1.05 < 0.894
+    low, high = solvers.eigenvalue_bounds(times(a), a[0], seed=0)
+    assert 0.894 <= high <= 0.96
+    assert -0.3 <= low <= -0.1
+
+
+@pytest.mark.parametrize("values", [SPREAD, -SPREAD, torch.tensor([1.0, 3.0]), torch.zeros(3)])
+def test_lanczos_bounds_are_close_to_the_eigenvalues(values):
+    a = matrix(values)
+    low, high = solvers.eigenvalue_bounds(times(a), a[0], seed=3)
+    scale = 1e-9 + 0.05 * float(values.max() - values.min())
+    assert values.min() - scale <= low <= values.min() + 1e-9
+    assert values.max() - 1e-9 <= high <= values.max() + 1.1 * scale
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_matrix_that_is_not_finite_has_no_scale_and_is_not_asked_again(value):
     asked = []

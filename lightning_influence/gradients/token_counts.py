@@ -1,0 +1,210 @@
+"""The weights of examples in a batch's mean over tokens, pixels or class weights: how many of them each example has."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lightning_influence.data.examples import Examples
+from lightning_influence.gradients.rules.rule import arguments
+from lightning_influence.module.copies import Copies
+from lightning_influence.module.random_state import seed_for
+from lightning_influence.module.task import Task
+
+Key = tuple[str, int]
+"""A kind of operation, and how many of this kind came before it in the forward pass."""
+
+_SUMS = frozenset(
+    getattr(owner, name) for owner in (torch, Tensor) for name in ("sum", "mean", "nansum", "nanmean", "count_nonzero")
+)
+_LOSSES = frozenset(
+    {
+        F.cross_entropy,
+        F.nll_loss,
+        F.mse_loss,
+        F.l1_loss,
+        F.smooth_l1_loss,
+        F.huber_loss,
+        F.binary_cross_entropy,
+        F.binary_cross_entropy_with_logits,
+        F.poisson_nll_loss,
+    }
+)
+_DIVISIONS = frozenset(
+    getattr(owner, name) for owner in (torch, Tensor) for name in ("div", "divide", "true_divide")
+) | {
+    Tensor.__truediv__,
+    Tensor.div_,
+}
+_SELECTS = frozenset({torch.masked_select, Tensor.masked_select})
+_FINDS = frozenset({torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere, torch.where})
+
+
+class CountWatch(TorchFunctionMode):
+    """Records, during a forward pass, the numbers that the denominator of a mean may be the sum of.
+
+    ``found`` has them by operation: the class weights of the targets that a cross-entropy does not ignore, the number
+    of elements of a mean, masks that select elements, divisors, and what is summed over the batch without a gradient.
+
+    Args:
+        only: the operation to record; None: all.
+    """
+
+    def __init__(self, only: Key | None = None) -> None:
+        super().__init__()
+        self._only = only
+        self._met: dict[str, int] = {}
+        self.found: dict[Key, Tensor] = {}
+        self.class_weights: set[Key] = set()
+        """The cross-entropies with unequal class weights."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Record what ``func`` may count, and run it."""
+        kwargs = kwargs or {}
+        for name, values, weighted in _counted(func, args, kwargs):
+            key = name, self._met.get(name, 0)
+            self._met[name] = key[1] + 1
+            if self._only in (None, key):
+                self.found[key] = values()
+                self.class_weights |= {key} if weighted else set()
+        return func(*args, **kwargs)
+
+    def totals(self) -> dict[Key, float]:
+        """The sums over the whole batch."""
+        return {key: float(values.sum()) for key, values in self.found.items()}
+
+
+_Counted = tuple[str, Callable[[], Tensor], bool]
+
+
+def _counted(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[_Counted]:
+    """What a call may count: the kind of operation, a function that computes it, whether there are class weights."""
+    first = args[0] if args else kwargs.get("input")
+    if func in _SUMS and isinstance(first, Tensor):
+        yield from _summed(func, first, *args[1:], **kwargs)
+    elif func in _LOSSES and isinstance(first, Tensor):
+        yield from _averaged(func, first, args, kwargs)
+    elif func in _DIVISIONS and isinstance(first, Tensor) and first.requires_grad:
+        by = args[1] if len(args) > 1 else kwargs.get("other")
+        if isinstance(by, (int, float)) or (isinstance(by, Tensor) and by.numel() == 1 and not by.requires_grad):
+            yield "divisor", torch.as_tensor(by).detach().double, False
+    elif func is Tensor.tolist and isinstance(first, Tensor) and not first.is_complex():
+        yield "list", first.detach().double, False
+    for mask in _masks(func, first, args, kwargs):
+        yield "mask", mask.double, False
+
+
+def _summed(func: Callable[..., Any], values: Tensor, *args: Any, **kwargs: Any) -> Iterator[_Counted]:
+    """Sums without a gradient over the whole batch, or over all but one dimension; or the elements of a mean."""
+    if values.is_complex():
+        return
+    name, over = func.__name__, _dimensions(values, *args, **kwargs)
+    if name == "nanmean" and over == values.ndim:
+        yield name, values.detach().isnan().logical_not().double, False
+    elif name == "mean" and values.requires_grad and over == values.ndim:
+        yield "elements", torch.tensor(values.numel()).double, False
+    elif not values.requires_grad and over in (values.ndim, values.ndim - 1):
+        found = {"count_nonzero": lambda: values != 0, "nansum": lambda: values.nan_to_num(0.0)}
+        yield "sum" if over == values.ndim else "sums", lambda: found.get(name, lambda: values)().double(), False
+
+
+def _averaged(
+    func: Callable[..., Any], prediction: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[_Counted]:
+    """Over what a loss function averages."""
+    bound = arguments(func, args, kwargs)
+    if bound["reduction"] != "mean":
+        return
+    target, weight = bound["target"], bound.get("weight")
+    if func not in (F.cross_entropy, F.nll_loss) or target.is_floating_point():
+        yield "elements", torch.tensor(prediction.numel()).double, False
+        return
+    unequal = weight is not None and bool((weight != weight[0]).any())
+    yield "cross entropy", lambda: _class_weights(target, weight, bound["ignore_index"]), unequal
+
+
+def _masks(func: Callable[..., Any], first: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The masks by which a call selects elements."""
+    if func is Tensor.__getitem__:
+        for index in args[1] if isinstance(args[1], tuple) else (args[1],):
+            if isinstance(index, Tensor) and index.dtype is torch.bool and index.ndim:
+                yield index
+    elif func in _SELECTS:
+        yield args[1] if len(args) > 1 else kwargs["mask"]
+    elif func in _FINDS and len(args) + len(kwargs) == 1 and isinstance(first, Tensor):
+        yield first != 0
+
+
+def _class_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    valid = target != ignore_index
+    if weight is None:
+        return valid.double()
+    return torch.where(valid, weight.detach().double()[torch.where(valid, target, 0)], 0.0)
+
+
+def _dimensions(input: Tensor, dim: Any = None, *_: Any, **options: Any) -> int:
+    """How many dimensions a sum is over."""
+    dim = options.get("dim", dim)
+    over = [] if dim is None else dim if isinstance(dim, (list, tuple)) else [dim]
+    return len(over) or input.ndim
+
+
+def per_example(values: Tensor, examples: int, layout: int) -> Tensor | None:
+    """[example]: sums of what was counted in a batch; None if it cannot have this layout.
+
+    Args:
+        values: what was counted.
+        examples: the size of the batch.
+        layout: the dimension of the examples after which all others follow, or -1 for the last.
+    """
+    if values.numel() % examples:
+        return None
+    if layout == 1:
+        return values.transpose(0, 1).reshape(examples, -1).sum(1) if values.shape[1:2] == (examples,) else None
+    return values.reshape(examples, -1).sum(1) if layout == 0 else values.reshape(-1, examples).sum(0)
+
+
+@dataclass(frozen=True)
+class TokenCounter:
+    """Counts what the examples have of that over which a batch's loss is a mean; made by ``probe``.
+
+    Args:
+        key: the operation that counts.
+        layout: where the examples are in what it counts, see ``per_example``; None: each is counted as a batch of one.
+    """
+
+    key: Key
+    layout: int | None
+
+    def weights(self, task: Task, examples: Examples, seed: int) -> Tensor:
+        """[example] float64: the counts relative to their mean, by one forward pass over the dataset.
+
+        Zero where an example has none, so that it does not count in its batch.
+        """
+        found = []
+        for block in examples.blocks():
+            counted = None if self.layout is None else self._of(task, block.batch, seed, block.start, block.size)
+            if counted is None:
+                each = [self._of(task, block.one(i), seed, i, 1) for i in block.ids]
+                counted = torch.cat([torch.zeros(1, dtype=torch.float64) if one is None else one for one in each])
+            found.append(counted)
+        counts = torch.cat(found)
+        return counts / counts.mean() if bool(counts.any()) else torch.ones_like(counts)
+
+    def _of(self, task: Task, batch: Any, seed: int, example: int, size: int) -> Tensor | None:
+        batch = task.to_device(batch)
+        seed_for(seed, example)
+        with CountWatch(self.key) as watch:
+            task(batch)
+        if self.key not in watch.found:
+            return None
+        counted = per_example(watch.found[self.key], size, self.layout or 0)
+        if counted is not None and isinstance(batch, Copies) and self.layout is not None:
+            counted = counted / 2
+        return None if counted is None else counted.cpu()

@@ -1,0 +1,115 @@
+"""Finds over what a batch's loss is a mean: compares the gradients of a few batches with those of their examples."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.data.examples import Examples
+from lightning_influence.gradients.general import one_gradient
+from lightning_influence.gradients.token_counts import CountWatch, Key, TokenCounter, per_example
+from lightning_influence.module.random_state import seed_for
+from lightning_influence.module.task import Task
+
+# Gradients of this many examples, and of so many entries, are compared.
+_COMPARED = 8
+_ENTRIES = 2**20
+
+
+@dataclass
+class GradientProbe:
+    """Compares the gradients of a few batches with weighted means of the gradients of their examples.
+
+    Args:
+        task: the module with its loss.
+        examples: the dataset.
+        seed: of the random state.
+        ids: examples with finite losses.
+        totals: what was counted in each of them, by operation.
+    """
+
+    task: Task
+    examples: Examples
+    seed: int
+    ids: Sequence[int]
+    totals: Mapping[Key, Mapping[int, float]]
+    _singles: dict[int, Tensor] = field(default_factory=dict)
+    _batches: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.chosen = self._most_unlike()
+        parameters = {n: p for n, p in self.task.named_parameters().items() if p.requires_grad and not p.is_complex()}
+        by_size = sorted(parameters, key=lambda name: parameters[name].numel())
+        self._names: list[str] = by_size[:1]
+        left = _ENTRIES
+        for name in dict.fromkeys([*list(parameters)[-1:], *by_size]):
+            if parameters[name].numel() <= left:
+                left -= parameters[name].numel()
+                self._names.append(name)
+        self._names = list(dict.fromkeys(self._names))
+
+    def holds(self, weights: Mapping[int, float], roughly: bool = False) -> bool:
+        """Whether the gradient of each batch is the mean of its examples' with these weights.
+
+        Args:
+            weights: of the examples.
+            roughly: only in norm and to a few digits; otherwise in each entry and up to rounding errors.
+        """
+        if not self._names:
+            return roughly
+        if not self._singles:
+            self._singles = {i: self._gradient(self.examples.one(i), i) for i in self.chosen}
+            several = {tuple(self.chosen[:n]) for n in (2, 3, 5, len(self.chosen))}
+            self._batches = {ids: self._gradient(self.examples.some(ids), ids[0]) for ids in several}
+        largest = max(float(g.norm() if roughly else g.abs().max()) for g in self._singles.values())
+        if largest == 0:  # they tell nothing
+            return roughly
+        double = next(iter(self.task.named_parameters().values())).dtype is torch.float64
+        exact, rough = (1e-8, 1e-5) if double else (2e-4, 1e-2)
+        for ids, found in self._batches.items():
+            total = sum(weights[i] for i in ids)
+            if not total > 0:
+                return False
+            mean = torch.stack([self._singles[i] * (weights[i] / total) for i in ids]).sum(0)
+            difference = float((mean - found).norm() if roughly else (mean - found).abs().max())
+            if not difference <= (rough if roughly else exact) * largest:
+                return False
+        return True
+
+    def counter(self, keys: Sequence[Key]) -> TokenCounter | None:
+        """The first operation whose counts are the weights of the examples; None if there is none."""
+        for key in dict.fromkeys(keys):
+            if key in self.totals and self.holds(self.totals[key]):
+                layouts = [layout for layout in (0, 1, -1) if self._has_layout(key, layout)]
+                return TokenCounter(key, layouts[0] if layouts else None)
+        return None
+
+    def _has_layout(self, key: Key, layout: int) -> bool:
+        """Whether the counts of a batch, split by the layout, are those of its examples alone."""
+        for size in (2, 3, len(self.chosen)):
+            ids = self.chosen[:size]
+            batch = self.task.to_device(self.examples.some(ids))
+            seed_for(self.seed, ids[0])
+            with CountWatch(key) as watch:
+                self.task(batch)
+            found = per_example(watch.found[key], len(ids), layout) if key in watch.found else None
+            expected = torch.tensor([self.totals[key][i] for i in ids], dtype=torch.float64)
+            if found is None or not torch.allclose(found.cpu(), expected, rtol=1e-6, atol=0.0):
+                return False
+        return True
+
+    def _most_unlike(self) -> list[int]:
+        """Some of the examples, first those with the smallest and the largest counts."""
+        extremes: dict[int, None] = {}
+        for of in self.totals.values():
+            known = sorted(self.ids, key=lambda i, of=of: of[i])  # type: ignore[misc]
+            if of[known[0]] < of[known[-1]]:
+                extremes |= dict.fromkeys((known[0], known[-1]))
+        step = max(1, len(self.ids) // _COMPARED)
+        return list(dict.fromkeys([*list(extremes)[: _COMPARED - 2], *self.ids[::step], *self.ids]))[:_COMPARED]
+
+    def _gradient(self, batch: Any, example: int) -> Tensor:
+        found = one_gradient(self.task, batch, self._names, self.seed, example)
+        return torch.cat([found[name].flatten().double() for name in self._names])
