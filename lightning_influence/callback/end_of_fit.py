@@ -104,10 +104,14 @@ class EndOfFit:
             for name, method in self.plan.methods.items():
                 if name not in lost and self.plan.queries is not None:
                     self._guarded(name, method, self.scores, self._score)
-                elif name not in lost and not self.plan.self_influence:
+                elif name not in lost:
                     self.scores.reasons[name] = "no `queries` were given. Call `influence.attributor.score`."
                 if self.plan.self_influence:
                     self._guarded(name, method, self.self_scores, self._score_itself)
+                else:
+                    self.self_scores.reasons[name] = (
+                        "`self_influence=True` was not given. Call `influence.attributor.self_influence`."
+                    )
         except KeyboardInterrupt:
             rank_zero_warn(f"Scoring was interrupted; the fit itself is complete. To continue:\n{self._lines()}")
 
