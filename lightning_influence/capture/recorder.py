@@ -77,6 +77,8 @@ class Recorder:
                 "Gradients were clipped by value or by the module's own `configure_gradient_clipping`, which no single"
                 " coefficient describes; exposure treats them as not clipped."
             )
+        if self.made and self._store.manifest["parent"] is None:
+            self._store.manifest["notes"].append(without_earlier_steps(self.made))
         names = {id(part): clean(name) for name, part in self._module.named_modules()}
         self._store.manifest["eval_modules"] = [names[id(m)] for m in self._module.modules() if not m.training]
         # the first forward pass gives parameters of `LazyLinear` and its like their shapes and values
@@ -301,14 +303,20 @@ class Recorder:
 
 def resume_point(state: dict[str, Any], trainer: Any) -> tuple[ParentLink | None, int]:
     """Return the run that this fit resumes, if any, and the weight updates made so far."""
-    if state:
+    if state and trainer.global_step > 0:
         return ParentLink(**{name: state[name] for name in ("run", "path", "id", "step")}), int(state["step"])
     if trainer.global_step > 0:
-        rank_zero_warn(
-            f"This fit resumes at step {trainer.global_step} from a checkpoint without the state of this `Influence`"
-            " (the callback was missing, or had other arguments). Its run begins there, without earlier steps."
-        )
+        rank_zero_warn(without_earlier_steps(trainer.global_step))
     return None, int(trainer.global_step)
+
+
+def without_earlier_steps(first: int) -> str:
+    """Says that a run begins in the middle of training."""
+    return (
+        f"This fit begins at step {first}, and the steps before it are not in its run: it resumes a checkpoint"
+        " without the state of this `Influence` (which was missing, or had other arguments), or its Trainer was fitted"
+        " before. Scores count the steps from there on."
+    )
 
 
 def _is_ending(trainer: Any) -> bool:

@@ -330,8 +330,8 @@ def _explained(examples: Examples, queries: Examples) -> Iterator[None]:
     except (RuntimeError, TypeError, IndexError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(
             "Expected queries that the module's loss accepts (a training example as a batch of one: "
-            f"{_shown(examples.one(0))}), got {_shown(queries.one(0))}: {type(error).__name__}: {error}. Pass `queries` "
-            "that are built like the training data."
+            f"{_shown(examples.one(0))}), got {_shown(queries.one(0))}: {type(error).__name__}: {error}. Pass "
+            "`queries` that are built like the training data."
         ) from error
 
 
