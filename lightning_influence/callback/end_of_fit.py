@@ -56,12 +56,10 @@ def check_queries(queries: Any) -> None:
         source_of(queries, "queries")
 
 
-def did_not_finish(error: BaseException, run_dir: Path) -> str:
+def did_not_finish(error: BaseException, run_dir: Path, plan: ScoringPlan, trainer: Any) -> str:
     """Why there are no scores of a fit that an exception ended, and how to score what it recorded."""
-    return (
-        f"the fit was ended by {type(error).__name__}: {str(error)[:200] or 'no message'}. To score what was recorded "
-        f"until then:\n{offline_lines(run_dir)}"
-    )
+    how = f" To score what was recorded until then:\n{offline_lines(run_dir, plan, trainer)}" if plan.methods else ""
+    return f"the fit was ended by {type(error).__name__}: {str(error)[:200] or 'no message'}.{how}"
 
 
 def score_at_end(
@@ -84,7 +82,7 @@ def score_at_end(
     except Exception as error:
         rank_zero_warn(
             f"Scores were not computed, the fit is complete: {type(error).__name__}: {error}\nTo continue:\n"
-            f"{offline_lines(run_dir)}"
+            f"{offline_lines(run_dir, plan, trainer)}"
         )
         for results in (scores, self_scores):
             results.reasons |= {name: str(error) for name in plan.methods}

@@ -258,7 +258,7 @@ class Influence(Guest):
             self._recorder.interrupted()
             self._link = self.state_dict()
             for results in (self.scores, self.self_scores):
-                results.why = did_not_finish(exception, self.run_dir)
+                results.why = did_not_finish(exception, self.run_dir, self._plan, trainer)
         self._unwire()
 
     @guarded
