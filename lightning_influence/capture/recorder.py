@@ -16,6 +16,7 @@ from lightning_influence.capture.store import ParentLink, RunWriter
 from lightning_influence.capture.trainer_reads import TrainerReads
 from lightning_influence.capture.windows import RecordedBatch
 from lightning_influence.compat import rank_zero_warn
+from lightning_influence.module.numbers import NumberRecord
 from lightning_influence.trajectory.fit_data import FitData
 from lightning_influence.types import clean
 
@@ -58,6 +59,7 @@ class Recorder:
         self._dataset: Any = None
         self._lazy = False  # the initial checkpoint waits for the first forward pass
         self.reads = TrainerReads(trainer, module)
+        self._numbers = NumberRecord(module, store.manifest["parent"] is not None)
 
     @property
     def made(self) -> int:
@@ -129,6 +131,7 @@ class Recorder:
         self.steps.batch_ended()
         trainer, every = self._trainer, self._schedule.every_n_epochs
         self._fingerprint = fingerprint(self._module)
+        self._numbers.note(self.made)
         if every and (trainer.current_epoch + 1) % every == 0:
             self._checkpoint("scheduled")
         elif trainer.is_global_zero and self._written != self.made and _is_ending(trainer):
@@ -211,6 +214,8 @@ class Recorder:
             self._write_steps()
 
         self._written = step
+        if kind != "initial":
+            self._numbers.note(step)
         self._guarded(write)
 
     def _final_weights(self) -> None:
@@ -227,6 +232,7 @@ class Recorder:
     def _write_steps(self) -> None:
         manifest = self._store.manifest
         manifest["settings"] = self.steps.settings
+        manifest["numbers"] = self._numbers.changed
         if manifest["dataset_size"] is None:
             manifest["dataset_size"] = length_of(self._tap.dataset())
         manifest["data"] = self.first.encoded(self._tap.loader())
@@ -270,7 +276,8 @@ class Recorder:
             reason = self._tap.unknown() or "it delivered a batch that its sampler did not draw"
             self._note(
                 f"`Influence` does not know which examples are in a batch of the training loader: {reason}."
-                " Pass `sample_id=`, a key of the batch or a function of it that gives unique integers."
+                " Pass `sample_id=`, a key of the batch or a function of it that gives unique integers. Examples are"
+                " read from the loader's dataset: what its own iteration changes in them is not repeated."
             )
         elif len(ids) > 1:
             self._store.manifest["notes"] = self._store.manifest["notes"] or [

@@ -88,6 +88,7 @@ class Session:
         fit = fit_values(self.trajectory, self.trainer is not None)
         with quiet(self.module, self.loss, trainer, fit=fit, datamodule=self.datamodule) as task:
             before = task.version
+            task.numbers = {} if self.trajectory is None else self.trajectory.numbers
             task.weights_changed()  # the stages of a question that is open already must not be used in this one
             last = self.own if self.trajectory is None else self.trajectory.checkpoints[-1]
             if last is not None:

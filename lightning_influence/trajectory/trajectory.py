@@ -44,6 +44,7 @@ class Trajectory:
         averaged: The averaged weights at the end of the fit, where Lightning's EMA or SWA made some.
         best: The file that ``ModelCheckpoint`` found best.
         trainer_values: (step, values by path): what ``training_step`` read of its Trainer, each time that it changed.
+        numbers: Plain attributes of the module that the fit changed: (step, value) by path.
         removed: Steps of the checkpoints that `Influence(keep_last=)` removed.
         fit_data: By what the training data are recognised in a later process; None where nothing was recorded.
 
@@ -65,6 +66,7 @@ class Trajectory:
     averaged: Checkpoint | None = field(default=None, repr=False)
     best: BestFile | None = field(default=None, repr=False)
     trainer_values: tuple[tuple[int, Mapping[str, Any]], ...] = ()
+    numbers: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict, repr=False)
     removed: tuple[int, ...] = ()
     fit_data: FitData | None = field(default=None, repr=False)
     _stored_rates: Sequence[Sequence[float]] | None = field(default=None, repr=False)
