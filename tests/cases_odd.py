@@ -353,6 +353,14 @@ ODD = [
         way_out=per_sample(lambda out, y: (out[:, 0] - y).square()),
         **both(5, target="number"),
     ),
+    refused(
+        "a batch size in a view",
+        step_with(lambda out, y: F.cross_entropy(out.view(8, 3), y)),
+        "Expected `training_step` to run in eval mode on a batch of one",
+        "shape '[8, 3]' is invalid",
+        *WAY_OUT,
+        way_out=CROSS_ENTROPY,
+    ),
     Case(
         "a dataset of whole batches",
         lambda: Step(mlp()),

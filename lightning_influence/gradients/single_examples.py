@@ -91,7 +91,8 @@ def _refuse(task: Task, examples: Examples, error: Exception) -> None:
 def _is_of_this_package(error: Exception) -> bool:
     """Whether an error was raised here, with a cause and a way out; torch's own may begin with "Expected", too."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and _PACKAGE in Path(frames[-1].filename).parents
+    # a mode that watches torch's functions calls them in the place of the user's code
+    return bool(frames) and _PACKAGE in Path(frames[-1].filename).parents and frames[-1].name != "__torch_function__"
 
 
 def _returns_loss_in_training(task: Task, examples: Examples) -> bool:
