@@ -44,7 +44,6 @@ class Trajectory:
         averaged: The averaged weights at the end of the fit, where Lightning's EMA or SWA made some.
         best: The file that ``ModelCheckpoint`` found best.
         trainer_values: (step, values by path): what ``training_step`` read of its Trainer, each time that it changed.
-        numbers: Plain attributes of the module that the fit changed: (step, value) by path.
         removed: Steps of the checkpoints that `Influence(keep_last=)` removed.
         fit_data: By what the training data are recognised in a later process; None where nothing was recorded.
 
