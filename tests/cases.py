@@ -8,11 +8,12 @@ from cases_index import INDEX
 from cases_layers import LAYERS
 from cases_losses import LOSSES
 from cases_modules import MODULES
+from cases_odd import ODD
 from cases_offline import OFFLINE
 from cases_single import SINGLE
 from cases_tokens import TOKENS
 from cases_trainer import TRAINER
 
-GROUPS = (LAYERS, MODULES, LOSSES, BATCHES, SINGLE, CHECKPOINTS, TRAINER, GUARD, INDEX, CAPTURE, OFFLINE, TOKENS)
+GROUPS = (LAYERS, MODULES, LOSSES, BATCHES, SINGLE, ODD, CHECKPOINTS, TRAINER, GUARD, INDEX, CAPTURE, OFFLINE, TOKENS)
 
 CASES = {case.name: case for group in GROUPS for case in group}

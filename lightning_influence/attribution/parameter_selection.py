@@ -1,7 +1,7 @@
 """Which of a module's parameters an attributor uses."""
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_influence.trajectory import Trajectory
@@ -22,10 +22,7 @@ def selected_parameters(module: Any, trajectory: Trajectory | None, patterns: Se
         if (captured or p.requires_grad) and (trained is None or clean(n) in trained)
     ]
     if not names:
-        raise ValueError(
-            "Expected parameters that train, got none: all are frozen, or the trajectory is of another module. "
-            "Call `requires_grad_(True)` on the parameters that were trained."
-        )
+        raise ValueError(f"Expected parameters that train, got none{_why_none(module, trained)}")
     for pattern in patterns or ():
         if not fnmatch.filter(names, pattern):
             raise ValueError(
@@ -40,3 +37,19 @@ def selected_parameters(module: Any, trajectory: Trajectory | None, patterns: Se
             "out with `parameters=`, or store them as real numbers and call `torch.view_as_complex` in the module."
         )
     return names
+
+
+def _why_none(module: Any, trained: Mapping[str, int] | None) -> str:
+    """Why no parameter is used, and the way out."""
+    if trained is not None and not trained:
+        return (
+            ": the run has no optimizer step. It ended before its first one, or `configure_optimizers` returned none. "
+            "Train at least one step; or score without `trajectory=` what the module's weights are now."
+        )
+    if trained and not {clean(name) for name, _ in module.named_parameters()} & set(trained):
+        shown = ", ".join(f"`{name}`" for name in list(trained)[:3]) + (" ..." if len(trained) > 3 else "")
+        return (
+            f" of those that the run trained ({shown}). Pass the module that was trained. If its layers are made in "
+            '`setup`, call `module.setup("fit")` first.'
+        )
+    return ": all are frozen. Call `requires_grad_(True)` on the parameters that were trained."

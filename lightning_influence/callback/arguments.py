@@ -28,9 +28,8 @@ def named_methods(methods: Any) -> dict[str, Any]:
                 )
             named[name] = method
     else:
-        raise TypeError(
-            f"Expected `methods` to be a list or a dict of methods, got {methods!r}. Write `[{methods!r}]`."
-        )
+        shown = f"{methods}()" if isinstance(methods, str) else repr(methods)
+        raise TypeError(f"Expected `methods` to be a list or a dict of methods, got {methods!r}. Write `[{shown}]`.")
     for name, method in named.items():
         if not isinstance(method, Method):
             hint = f"Make one: `{method.__name__}()`." if isinstance(method, type) else "Subclass `Method`."

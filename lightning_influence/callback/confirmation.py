@@ -83,6 +83,7 @@ def _losses(task: Task, source: Source, ids: list[int], trajectory: Trajectory) 
     """Losses of a few examples at the last checkpoint and, where files are small, the first and a middle one."""
     values = []
     found = remade(task, source, ids, range(len(ids)))
+    task.numbers = trajectory.numbers
     for checkpoint in _chosen(trajectory):
         state = checkpoint.load()
         task.load(state.parameters, state.buffers, checkpoint.step, checkpoint.epoch)

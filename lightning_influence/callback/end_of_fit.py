@@ -22,6 +22,13 @@ from lightning_influence.scores import Scores, SelfScores
 _Work = Callable[[str, Method], Scores | SelfScores]
 
 
+class NoScores(KeyError):
+    """There are no scores of this name. Unlike that of other KeyErrors, the message is shown as it is."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class Results(dict[str, Any]):
     """Scores by method name. A missing key raises with the names that exist and why the method did not run."""
 
@@ -34,7 +41,7 @@ class Results(dict[str, Any]):
         names = ", ".join(map(repr, self)) or "none yet"
         reason = self.reasons.get(key, self.why)
         why = "" if reason is None else f" {key!r} did not run: {reason}"
-        raise KeyError(f"Expected the name of existing scores ({names}), got {key!r}.{why}")
+        raise NoScores(f"Expected the name of existing scores ({names}), got {key!r}.{why}")
 
     def clear(self) -> None:
         """Remove scores and reasons."""
@@ -47,6 +54,12 @@ def check_queries(queries: Any) -> None:
     """Raise before the fit, rather than after it, for data that cannot be scored."""
     if queries is not None and not isinstance(queries, str):
         source_of(queries, "queries")
+
+
+def did_not_finish(error: BaseException, run_dir: Path, plan: ScoringPlan, trainer: Any) -> str:
+    """Why there are no scores of a fit that an exception ended, and how to score what it recorded."""
+    how = f" To score what was recorded until then:\n{offline_lines(run_dir, plan, trainer)}" if plan.methods else ""
+    return f"the fit was ended by {type(error).__name__}: {str(error)[:200] or 'no message'}.{how}"
 
 
 def score_at_end(
@@ -67,8 +80,12 @@ def score_at_end(
     try:
         attributor = open_attributor()
     except Exception as error:
-        rank_zero_warn(f"Scores were not computed, the fit is complete: {type(error).__name__}: {error}")
-        scores.reasons |= {name: str(error) for name in plan.methods}
+        rank_zero_warn(
+            f"Scores were not computed, the fit is complete: {type(error).__name__}: {error}\nTo continue:\n"
+            f"{offline_lines(run_dir, plan, trainer)}"
+        )
+        for results in (scores, self_scores):
+            results.reasons |= {name: str(error) for name in plan.methods}
         return
     seconds = getattr(attributor.trajectory, "fit_seconds", None) or 0.0
     EndOfFit(plan, trainer, attributor, run_dir, seconds, scores, self_scores).run()
@@ -104,10 +121,14 @@ class EndOfFit:
             for name, method in self.plan.methods.items():
                 if name not in lost and self.plan.queries is not None:
                     self._guarded(name, method, self.scores, self._score)
-                elif name not in lost and not self.plan.self_influence:
+                elif name not in lost:
                     self.scores.reasons[name] = "no `queries` were given. Call `influence.attributor.score`."
                 if self.plan.self_influence:
                     self._guarded(name, method, self.self_scores, self._score_itself)
+                else:
+                    self.self_scores.reasons[name] = (
+                        "`self_influence=True` was not given. Call `influence.attributor.self_influence`."
+                    )
         except KeyboardInterrupt:
             rank_zero_warn(f"Scoring was interrupted; the fit itself is complete. To continue:\n{self._lines()}")
 

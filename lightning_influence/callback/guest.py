@@ -98,6 +98,7 @@ class Guest(CallbackBase):
         self._tap: LoaderTap | None = None
         self._recorder: Recorder | None = None
         self._during: DuringFit | None = None
+        self._link: dict[str, Any] = {}  # where a later fit finds the run, once this one has ended
 
     def records_another(self, trainer: Any) -> bool:
         """Whether another Trainer's fit is being recorded, to which this one's hooks must add nothing."""
@@ -137,6 +138,7 @@ class Guest(CallbackBase):
         self.scores.clear()
         self.self_scores.clear()
         self.run_dir = self._trainer = self._module = None
+        self._link = {}
 
     def _stop(self) -> None:
         for part in (self._during, self._recorder):

@@ -10,7 +10,7 @@ from lightning_influence.attribution.attributor import Attributor
 from lightning_influence.callback.arguments import checked_queries, methods_of_a_fit, patterns_of, schedule_of
 from lightning_influence.callback.confirmation import confirm_data
 from lightning_influence.callback.during_fit import DuringFit
-from lightning_influence.callback.end_of_fit import check_queries, score_at_end
+from lightning_influence.callback.end_of_fit import check_queries, did_not_finish, score_at_end
 from lightning_influence.callback.guest import Guest, guarded
 from lightning_influence.callback.plan import ScoringPlan
 from lightning_influence.capture.identity import LoaderTap
@@ -246,6 +246,7 @@ class Influence(Guest):
         confirm_data(self._recorder, trainer, pl_module, self.run_dir)
         self._during.save(self._recorder.made)
         self.scores.reasons |= self._during.lost
+        self._link = self.state_dict()
         self._stop()
         if self.methods and self.run_dir is not None:
             score_at_end(self._plan, trainer, self.run_dir, lambda: self.attributor, self.scores, self.self_scores)
@@ -253,8 +254,11 @@ class Influence(Guest):
     @guarded
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Write what was recorded and remove all hooks; Lightning calls no `teardown` after an error."""
-        if self._recorder is not None:
+        if self._recorder is not None and self.run_dir is not None:
             self._recorder.interrupted()
+            self._link = self.state_dict()
+            for results in (self.scores, self.self_scores):
+                results.why = did_not_finish(exception, self.run_dir, self._plan, trainer)
         self._unwire()
 
     @guarded
@@ -281,7 +285,7 @@ class Influence(Guest):
     def state_dict(self) -> dict[str, Any]:
         """Where a resumed fit finds this run: builtins only, so that checkpoints load with `weights_only=True`."""
         if self._recorder is None or self.run_dir is None:
-            return {}
+            return dict(self._link)  # of a fit that has ended: `trainer.save_checkpoint` may come after it
         try:
             self._recorder.flush()  # a fit that resumes from this checkpoint needs every step before it
             if self._during is not None:

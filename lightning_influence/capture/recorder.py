@@ -16,6 +16,7 @@ from lightning_influence.capture.store import ParentLink, RunWriter
 from lightning_influence.capture.trainer_reads import TrainerReads
 from lightning_influence.capture.windows import RecordedBatch
 from lightning_influence.compat import rank_zero_warn
+from lightning_influence.module.numbers import NumberRecord
 from lightning_influence.trajectory.fit_data import FitData
 from lightning_influence.types import clean
 
@@ -58,6 +59,7 @@ class Recorder:
         self._dataset: Any = None
         self._lazy = False  # the initial checkpoint waits for the first forward pass
         self.reads = TrainerReads(trainer, module)
+        self._numbers = NumberRecord(module, store.manifest["parent"] is not None)
 
     @property
     def made(self) -> int:
@@ -77,6 +79,8 @@ class Recorder:
                 "Gradients were clipped by value or by the module's own `configure_gradient_clipping`, which no single"
                 " coefficient describes; exposure treats them as not clipped."
             )
+        if self.made and self._store.manifest["parent"] is None:
+            self._store.manifest["notes"].append(without_earlier_steps(self.made))
         names = {id(part): clean(name) for name, part in self._module.named_modules()}
         self._store.manifest["eval_modules"] = [names[id(m)] for m in self._module.modules() if not m.training]
         # the first forward pass gives parameters of `LazyLinear` and its like their shapes and values
@@ -127,6 +131,7 @@ class Recorder:
         self.steps.batch_ended()
         trainer, every = self._trainer, self._schedule.every_n_epochs
         self._fingerprint = fingerprint(self._module)
+        self._numbers.note(self.made)
         if every and (trainer.current_epoch + 1) % every == 0:
             self._checkpoint("scheduled")
         elif trainer.is_global_zero and self._written != self.made and _is_ending(trainer):
@@ -209,6 +214,8 @@ class Recorder:
             self._write_steps()
 
         self._written = step
+        if kind != "initial":
+            self._numbers.note(step)
         self._guarded(write)
 
     def _final_weights(self) -> None:
@@ -225,6 +232,7 @@ class Recorder:
     def _write_steps(self) -> None:
         manifest = self._store.manifest
         manifest["settings"] = self.steps.settings
+        manifest["numbers"] = self._numbers.changed
         if manifest["dataset_size"] is None:
             manifest["dataset_size"] = length_of(self._tap.dataset())
         manifest["data"] = self.first.encoded(self._tap.loader())
@@ -268,7 +276,8 @@ class Recorder:
             reason = self._tap.unknown() or "it delivered a batch that its sampler did not draw"
             self._note(
                 f"`Influence` does not know which examples are in a batch of the training loader: {reason}."
-                " Pass `sample_id=`, a key of the batch or a function of it that gives unique integers."
+                " Pass `sample_id=`, a key of the batch or a function of it that gives unique integers. Examples are"
+                " read from the loader's dataset: what its own iteration changes in them is not repeated."
             )
         elif len(ids) > 1:
             self._store.manifest["notes"] = self._store.manifest["notes"] or [
@@ -301,14 +310,20 @@ class Recorder:
 
 def resume_point(state: dict[str, Any], trainer: Any) -> tuple[ParentLink | None, int]:
     """Return the run that this fit resumes, if any, and the weight updates made so far."""
-    if state:
+    if state and trainer.global_step > 0:
         return ParentLink(**{name: state[name] for name in ("run", "path", "id", "step")}), int(state["step"])
     if trainer.global_step > 0:
-        rank_zero_warn(
-            f"This fit resumes at step {trainer.global_step} from a checkpoint without the state of this `Influence`"
-            " (the callback was missing, or had other arguments). Its run begins there, without earlier steps."
-        )
+        rank_zero_warn(without_earlier_steps(trainer.global_step))
     return None, int(trainer.global_step)
+
+
+def without_earlier_steps(first: int) -> str:
+    """Says that a run begins in the middle of training."""
+    return (
+        f"This fit begins at step {first}, and the steps before it are not in its run: it resumes a checkpoint"
+        " without the state of this `Influence` (which was missing, or had other arguments), or its Trainer was fitted"
+        " before. Scores count the steps from there on."
+    )
 
 
 def _is_ending(trainer: Any) -> bool:

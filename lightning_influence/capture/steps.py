@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from lightning_influence.capture.places import CannotRecord
 from lightning_influence.capture.randomness import moved_since, read_generators
 from lightning_influence.capture.windows import AccumulationWindows, RecordedBatch, Window
 from lightning_influence.trajectory.files import GENERATORS
@@ -66,6 +67,11 @@ class StepRecorder:
 
     def _record(self, window: Window, skipped: bool) -> None:
         batches = window.with_loss
+        if any("lr" not in group for group in window.optimizer.param_groups):
+            raise CannotRecord(
+                f"Expected every parameter group of {type(window.optimizer).__name__} to have its learning rate under "
+                "'lr', got one without. Let the optimizer keep it in `param_groups[i]['lr']`, as those of torch do."
+            )
         if not skipped:
             self.made += 1
         row = {

@@ -68,6 +68,7 @@ class RunWriter:
             "steps": [],
             "notes": [],
             "trainer": [],
+            "numbers": {},
             "finished": False,
             "fit_seconds": 0.0,
         }

@@ -158,7 +158,7 @@ class Examples:
             ValueError: one differs under the same random state.
         """
         for i in evenly_spread(len(self), _READ_TWICE):
-            if not _alike(self.one(i), self.one(i)):
+            if not alike(self.one(i), self.one(i)):
                 raise ValueError(
                     f"Expected {type(self.dataset).__name__} to give the same example under the same random state, got "
                     f"different ones for index {i}: it draws from a generator of its own, or counts its calls. Pass "
@@ -172,7 +172,7 @@ class Examples:
             items = [self._reader.seeded(i) for i in ids]
             seed_for(seed, ids[0])
             batches.append(self._collate(items))
-        return not _alike(*batches)
+        return not alike(*batches)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
         """The blocks from id ``start`` up to ``stop``; ``start`` is a multiple of ``block_size``."""
@@ -219,7 +219,7 @@ class Examples:
         self._cache.clear()
 
 
-def _alike(one: Batch, other: Batch) -> bool:
+def alike(one: Batch, other: Batch) -> bool:
     """Whether the tensors, numbers and strings of two batches agree; other objects are not compared."""
     leaves = tree_leaves(one), tree_leaves(other)
     if len(leaves[0]) != len(leaves[1]):

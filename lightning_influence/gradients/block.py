@@ -53,7 +53,7 @@ class Gradients:
             if group not in by_group:
                 by_group[group] = self._zeros(len(self), len(other))
             if names in other.parts:  # a parameter on which no loss of a block depends has no part in it
-                part.accumulate_dot(other.parts[names], by_group[group])
+                _accumulate(part, other.parts[names], by_group[group])
         for group, product in by_group.items():
             if scale is not None:
                 product.mul_((scale if shared else scale[group]).to(product))
@@ -152,9 +152,22 @@ class Gradients:
         return rows
 
     def _zeros(self, *shape: int) -> Tensor:
+        """Zeros of the widest type among the parts: a module may have weights of several."""
+        found: Tensor | None = None
         for part in self.parts.values():
-            return part.like.new_zeros(shape)
-        return torch.zeros(shape)
+            if found is None or found.dtype != torch.promote_types(found.dtype, part.like.dtype):
+                found = part.like
+        return torch.zeros(shape) if found is None else found.new_zeros(shape)
+
+
+def _accumulate(part: Part, other: Part, out: Tensor) -> None:
+    """``out += `` the inner products of two parts, computed in their own type."""
+    if part.like.dtype == out.dtype:
+        part.accumulate_dot(other, out)
+    else:
+        own = out.new_zeros(out.shape, dtype=part.like.dtype)
+        part.accumulate_dot(other, own)
+        out.add_(own)
 
 
 def layer_of(names: Names) -> str:

@@ -1,7 +1,10 @@
 """The loss of an example alone: two copies of it where a batch of one fails, and the likely cause where none works."""
 
 import contextlib
+import math
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_influence.data.examples import Examples
+from lightning_influence.data.examples import Examples, alike
 from lightning_influence.gradients.general import one_gradient
 from lightning_influence.gradients.reduction import WAY_OUT, NoRelation, Probed, probe
 from lightning_influence.module.random_state import seed_for
@@ -19,6 +22,7 @@ from lightning_influence.numerics.subsets import evenly_spread
 
 # Examples of the batches in which the cause of a refusal is sought.
 _TRIED = 5
+_PACKAGE = Path(__file__).parents[1]
 _STACK = (
     "MixUp and masking cannot be divided among the examples: pass `train=` as a DataLoader whose `collate_fn` only "
     "stacks; the scores are then about the examples as they are."
@@ -71,7 +75,7 @@ def _refuse(task: Task, examples: Examples, error: Exception) -> None:
         cause = _mixing(task, examples)
         if cause is not None:
             raise NoRelation(f"{error.found} {cause}") from error
-    elif task.loss is None and (ours or not str(error).startswith("Expected")):
+    elif task.loss is None and (ours or not _is_of_this_package(error)):
         if _returns_loss_in_training(task, examples):
             raise TypeError(
                 f"Expected `training_step` to return its loss in eval mode, in which scores are computed, got a loss "
@@ -82,6 +86,13 @@ def _refuse(task: Task, examples: Examples, error: Exception) -> None:
                 f"Expected `training_step` to run in eval mode on a batch of one example (or of two copies of it), got "
                 f"{found}. {WAY_OUT}"
             ) from error
+
+
+def _is_of_this_package(error: Exception) -> bool:
+    """Whether an error was raised here, with a cause and a way out; torch's own may begin with "Expected", too."""
+    frames = traceback.extract_tb(error.__traceback__)
+    # a mode that watches torch's functions calls them in the place of the user's code
+    return bool(frames) and _PACKAGE in Path(frames[-1].filename).parents and frames[-1].name != "__torch_function__"
 
 
 def _returns_loss_in_training(task: Task, examples: Examples) -> bool:
@@ -107,6 +118,11 @@ def _mixing(task: Task, examples: Examples) -> str | None:
             "The `collate_fn` changes an example by the others in its batch (CutMix, normalisation over the batch). "
             f"{_STACK}"
         )
+    if not alike(*(_moved(task, examples, ids, seed) for seed in (0, 1))):
+        return (
+            "The hooks of the batch transfer draw random numbers. Let them draw only where `self.training` (of the "
+            "LightningModule) is True: it is False while scores are computed, unlike `self.trainer.training`."
+        )
     with _BroadcastWatch(len(ids)) as watch:
         losses = [_loss(task, examples, ids, seed) for seed in (0, 1)]
     if watch.found is not None:
@@ -117,7 +133,32 @@ def _mixing(task: Task, examples: Examples) -> str | None:
             "instance with `squeeze(1)` or `unsqueeze(1)`, and train again."
         )
     if losses[0] != losses[1]:
-        return f"It draws random numbers in eval mode, such as a functional dropout without `training=`. {WAY_OUT}"
+        return (
+            "It draws random numbers in eval mode, such as a functional dropout without `training=`, the sample of a "
+            f"VAE or MixUp in the step. Draw them only `if self.training`, which leaves the fit as it is; or: {WAY_OUT}"
+        )
+    return _form_of(task, examples, ids)
+
+
+def _form_of(task: Task, examples: Examples, ids: Sequence[int]) -> str | None:
+    """What a loss without random numbers computes of its batch, where that is one of two common forms."""
+    singles = [_loss(task, examples, [i], 0) for i in ids]
+    sizes = range(2, len(ids) + 1)
+    joint = [_loss(task, examples, ids[:n], 0) for n in sizes]
+    scale = max(map(abs, singles))
+    # of a term that each batch of one has as well, a sum of n losses has n - 1 too many
+    terms = [(sum(singles[:n]) - loss) / (n - 1) for n, loss in zip(sizes, joint, strict=True)]
+    if max(terms) - min(terms) <= 1e-4 * scale and len(terms) > 1:
+        return (
+            f"It is a sum over the examples plus a term that counts once a batch, whatever its size ({terms[-1]:.6g}), "
+            f"such as a penalty on the weights, which no single example has. {WAY_OUT} Leave that term out of it."
+        )
+    roots = [math.sqrt(sum(s * s for s in singles[:n]) / n) for n in sizes]
+    if all(abs(root - loss) <= 1e-4 * scale for root, loss in zip(roots, joint, strict=True)):
+        return (
+            "It is the root of a mean of squares over the batch (RMSE), in which an example weighs by the others' "
+            f"errors. {WAY_OUT} Squared errors are."
+        )
     return None
 
 
@@ -135,8 +176,15 @@ def _collate_mixes(examples: Examples, ids: Sequence[int]) -> bool:
     return False
 
 
+def _moved(task: Task, examples: Examples, ids: Sequence[int], seed: int) -> Any:
+    """The batch as the step gets it, under a random state of its own."""
+    batch = examples.some(ids)
+    seed_for(seed, ids[0])
+    return task.to_device(batch)
+
+
 def _loss(task: Task, examples: Examples, ids: Sequence[int], seed: int) -> float:
-    batch = task.to_device(examples.some(ids))
+    batch = _moved(task, examples, ids, 0)
     seed_for(seed, ids[0])
     return float(task(batch).detach().double().sum())
 

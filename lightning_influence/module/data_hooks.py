@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from lightning_influence.module.random_state import isolated_random_state
 from lightning_influence.module.snapshot import restoring
 from lightning_influence.types import Batch
 
@@ -39,14 +40,14 @@ class SetUpDataModule:
             return _flat(loader)  # set up by that Trainer: to do it again may split the data in another way
         if fitted is None and self._trainer is not None:
             self.datamodule.trainer = self._trainer
-        if not self._stages and fitted is None:
-            self.datamodule.prepare_data()
-        stage = _SETUP_STAGES[kind]
-        if stage not in self._stages and not (stage == "fit" and fitted is not None and _is_set_up(fitted)):
-            self.datamodule.setup(stage)
-        self._stages.add(stage)
-        make = f"{kind}_dataloader"
-        found = _flat(getattr(self.datamodule, make)()) if overrides(self.datamodule, make) else []
+        stage, make = _SETUP_STAGES[kind], f"{kind}_dataloader"
+        with isolated_random_state():  # it may split its data at random
+            if not self._stages and fitted is None:
+                self.datamodule.prepare_data()
+            if stage not in self._stages and not (stage == "fit" and fitted is not None and _is_set_up(fitted)):
+                self.datamodule.setup(stage)
+            self._stages.add(stage)
+            found = _flat(getattr(self.datamodule, make)()) if overrides(self.datamodule, make) else []
         if not found:
             raise ValueError(
                 f"Expected `{type(self.datamodule).__name__}` to have a `{make}`, got none. Pass a Dataset or a "

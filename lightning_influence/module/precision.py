@@ -26,6 +26,31 @@ def full_precision() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def no_autocast() -> Iterator[None]:
+    """Keep ``torch.autocast`` off, also where the module enters it: scores are computed in the weights' own type."""
+    cls = torch.amp.autocast_mode.autocast
+    enter = cls.__enter__
+
+    def off(self: Any) -> Any:
+        enabled, self._enabled = self._enabled, False
+        try:
+            return enter(self)
+        finally:
+            self._enabled = enabled
+
+    devices = [device for device in ("cpu", "cuda", "mps", "xpu") if torch.is_autocast_enabled(device)]
+    setattr(cls, "__enter__", off)  # noqa: B010
+    for device in devices:  # of the caller's own
+        torch.set_autocast_enabled(device, False)
+    try:
+        yield
+    finally:
+        setattr(cls, "__enter__", enter)  # noqa: B010
+        for device in devices:
+            torch.set_autocast_enabled(device, True)
+
+
+@contextlib.contextmanager
 def plain_checkpointing() -> Iterator[None]:
     """Make activation checkpointing keep its activations: recomputed layers would not be recorded."""
     from torch.utils import checkpoint

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_influence.module.data_hooks import attached
-from lightning_influence.module.precision import full_precision, plain_checkpointing
+from lightning_influence.module.precision import full_precision, no_autocast, plain_checkpointing
 from lightning_influence.module.random_state import isolated_random_state
 from lightning_influence.module.snapshot import ModuleSnapshot, restoring
 from lightning_influence.module.task import Loss, Task, is_half, settle, unwrapped
@@ -36,7 +36,7 @@ def quiet(
         module: a LightningModule, compiled or not.
         loss: gives per-sample losses; None for the loss of ``training_step``.
         trainer: its device, precision plugin and batch transfer are used; None for the module's own device and hooks.
-        evaluate: switch to eval mode. False keeps the modes that the submodules are in.
+        evaluate: switch to eval mode, without autocast. False keeps the modes that the submodules are in.
         fit: what the fit recorded of its Trainer, with which reads of the Trainer are answered; None: it answers them.
         datamodule: a LightningDataModule, whose batch-transfer hooks are used; None: the Trainer's, if it has one.
     """
@@ -57,6 +57,7 @@ def quiet(
         stack.enter_context(clock_restored(module))
         _silence(module)
         if evaluate:
+            stack.enter_context(no_autocast())
             module.eval()
         else:  # normalisation layers update their statistics without a change of the tensors' version counters
             for buffer in module.buffers():

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.data_hooks import transferred
+from lightning_influence.module.numbers import History, put_back
 from lightning_influence.module.snapshot import ModuleSnapshot
 from lightning_influence.module.step import reads_index, step_of, takes_index
 from lightning_influence.module.trainer_state import batch_counter_at, set_clock, training_stage
@@ -70,6 +71,8 @@ class Task:
         ]
         settle(module)
         self._snapshot = [self._taken()]  # shared by the tasks of one module
+        self.numbers: History = {}
+        """Plain attributes that the fit changed; ``load`` gives them the values that they had at its step."""
         self.on_forward: Callable[[], Any] | None = None
         """Called after each forward pass, before the module's attributes and buffers are restored."""
 
@@ -81,13 +84,13 @@ class Task:
     def measuring(self, loss: Loss) -> "Task":
         """The same module with another loss; both tasks share their weights, also after a later ``load``."""
         other = Task(self.module, loss, self.device, self.trainer, self.datamodule)
-        other._snapshot = self._snapshot
+        other._snapshot, other.numbers = self._snapshot, self.numbers
         return other
 
     def of_step(self) -> "Task":
         """The same module with the loss of ``training_step``, at the same index of the batch."""
         other = type(self)(self.module, None, self.device, self.trainer)
-        other.batch_idx = self.batch_idx
+        other.batch_idx, other.numbers = self.batch_idx, self.numbers
         return other
 
     @contextlib.contextmanager
@@ -132,6 +135,8 @@ class Task:
         """
         settle(self.module)
         set_clock(self.module, step, epoch)
+        if step >= 0:
+            put_back(self.module, self.numbers, step)
         for name, parameter in self.named_parameters().items():
             if name in parameters:
                 parameter.data = parameters[name].to(device=self.device, dtype=parameter.dtype)

@@ -88,6 +88,7 @@ class Session:
         fit = fit_values(self.trajectory, self.trainer is not None)
         with quiet(self.module, self.loss, trainer, fit=fit, datamodule=self.datamodule) as task:
             before = task.version
+            task.numbers = {} if self.trajectory is None else self.trajectory.numbers
             task.weights_changed()  # the stages of a question that is open already must not be used in this one
             last = self.own if self.trajectory is None else self.trajectory.checkpoints[-1]
             if last is not None:
@@ -325,15 +326,22 @@ def _check_same_model(task: Task, saved: Mapping[str, Tensor], checkpoint: Check
 @contextlib.contextmanager
 def _explained(examples: Examples, queries: Examples) -> Iterator[None]:
     """Turns any error inside into a ValueError that compares the queries' shapes with a training example's."""
-
-    def shapes(data: Examples) -> str:
-        leaves = torch.utils._pytree.tree_leaves(data.one(0))
-        return ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in leaves)
-
     try:
         yield
     except (RuntimeError, TypeError, IndexError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(
             "Expected queries that the module's loss accepts (a training example as a batch of one: "
-            f"{shapes(examples)}), got {shapes(queries)}: {error}"
+            f"{_shown(examples.one(0))}), got {_shown(queries.one(0))}: {type(error).__name__}: {error}. Pass "
+            "`queries` that are built like the training data."
         ) from error
+
+
+def _shown(batch: Any) -> str:
+    """The structure and shapes of a batch."""
+    if isinstance(batch, Tensor):
+        return f"{tuple(batch.shape)}" + (f" {str(batch.dtype)[6:]}" if batch.dtype != torch.float32 else "")
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_shown(value)}" for key, value in batch.items()) + "}"
+    if isinstance(batch, (list, tuple)):
+        return f"[{', '.join(map(_shown, batch))}]"
+    return type(batch).__name__

@@ -28,6 +28,8 @@ class Run:
     fit_seconds: float
     eval_modules: tuple[str, ...] = ()
     trainer_values: tuple[tuple[int, Mapping[str, Any]], ...] = ()
+    # plain attributes of the module that the fit changed: (step, value) by path
+    numbers: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     removed: tuple[int, ...] = ()
     notes: list[str] = field(default_factory=list)
     averaged: Checkpoint | None = None
@@ -73,6 +75,7 @@ def read_run(folder: Path, until: int | None = None) -> Run:
         fit_seconds=manifest["fit_seconds"],
         eval_modules=tuple(manifest.get("eval_modules", ())),
         trainer_values=tuple((step, values) for step, values in manifest.get("trainer", ())),
+        numbers={path: [(at, value) for at, value in values] for path, values in manifest.get("numbers", {}).items()},
         removed=tuple(manifest.get("removed", ())),
         notes=list(manifest["notes"]),
         averaged=_checkpoint(folder, manifest["averaged"]) if manifest.get("averaged") else None,
@@ -84,6 +87,8 @@ def read_run(folder: Path, until: int | None = None) -> Run:
     if until is not None:
         run.checkpoints = tuple(c for c in run.checkpoints if c.step <= until)
         run.trainer_values = tuple(at for at in run.trainer_values if at[0] <= until)
+        before = {path: [at for at in values if at[0] <= until] for path, values in run.numbers.items()}
+        run.numbers = {path: values for path, values in before.items() if values}
         run.removed = tuple(step for step in run.removed if step <= until)
         run.steps = run.steps.filter(pc.field("step") <= until)
     return run
@@ -118,6 +123,8 @@ def _join(run: Run, link: dict[str, Any], first_is_resumed: list[dict[str, Any]]
     run.steps = pa.concat_tables([older.steps, shifted])
     run.settings = older.settings + run.settings
     run.trainer_values = older.trainer_values + run.trainer_values
+    for path, values in older.numbers.items():
+        run.numbers[path] = values + run.numbers.get(path, [])
     run.fit_data = run.fit_data or older.fit_data
     run.fit_seconds += older.fit_seconds
     run.notes = [*older.notes, *run.notes]
