@@ -156,7 +156,7 @@ def visited(
 
 
 @dataclass(frozen=True)
-class Visits:
+class MetIndices:
     """The exposure of the training examples, apart for each index of a batch (``batch_idx``) that they were in.
 
     Args:
@@ -172,7 +172,7 @@ class Visits:
 
 def visits(
     rows: pa.Table, rates: np.ndarray, reduction: Reduction, n_train: int, weights: Tensor | None = None
-) -> Visits:
+) -> MetIndices:
     """As ``visited``, apart for each index of a batch, which must be known."""
     drawn = _drawn(rows, n_train, weights)
     index_of_batch = rows["batch_idx"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
@@ -181,7 +181,7 @@ def visits(
     groups = range(rates.shape[1])
     found = [np.bincount(visit, weights=rates[drawn.rows, g] * share, minlength=len(pairs)) for g in groups]
     stacked = torch.from_numpy(np.stack(found)) if found else torch.zeros(0, len(pairs), dtype=torch.float64)
-    return Visits(torch.from_numpy(pairs // n_train), torch.from_numpy(pairs % n_train), stacked)
+    return MetIndices(torch.from_numpy(pairs // n_train), torch.from_numpy(pairs % n_train), stacked)
 
 
 @dataclass(frozen=True)

@@ -243,7 +243,7 @@ class Trajectory:
 
     def visits(
         self, index: int, reduction: _exposure.Reduction, n_train: int, weights: Tensor | None = None
-    ) -> _exposure.Visits:
+    ) -> _exposure.MetIndices:
         """``exposure``, apart for each index (``batch_idx``) of the batches that an example was in.
 
         Args:
