@@ -99,7 +99,7 @@ def mixed_up(items):
 
 
 def weights_of(n):
-    return torch.linspace(0.2, 3.0, n)
+    return torch.linspace(0.2, 3.0, n, dtype=torch.float64)
 
 
 def plain(data, **options):
