@@ -3,7 +3,7 @@
 import pytest
 import torch
 from case import Items, Step, inputs, mlp
-from cases_guard import KINDS, MISSED
+from cases_guard import MISSED, classes
 from fits import fit as run_fit
 from torch.utils.data import DataLoader
 
@@ -156,12 +156,17 @@ def test_examples_with_finite_gradients_are_kept(own):
     torch.testing.assert_close(error.scores.values, expected, rtol=1e-12, atol=1e-12)
 
 
+class Distance(Step):
+    """A mean over the labels beside one over the examples."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + 0.3 * self.net(batch[0]).square().mean()
+
+
 def test_nothing_is_kept_where_the_weights_of_all_examples_are_in_doubt(monkeypatch):
-    step, net, data, *_ = KINDS["ignore_index"]
-    module = step(net()).double()
     small_tiles(monkeypatch)
-    attributor = Attributor(module, data((MISSED,))(), batch_size=8)
-    error = caught(lambda: attributor.score(GradientDot(), data((), 4, 2)()), ValueError)
+    attributor = Attributor(Distance(mlp()).double(), classes((MISSED,), -100)(), batch_size=BLOCK)
+    error = caught(lambda: attributor.score(GradientDot(), QUERIES), ValueError)
     assert str(error).startswith(f"Expected example {MISSED} to weigh")
     assert not hasattr(error, "scores")
 

@@ -224,7 +224,7 @@ def test_one_example_without_a_label_is_met_in_blocks_of_any_size(size, at, time
 def test_one_example_of_another_weight_is_met_beside_numbers_that_grow(size):
     class First(ByImportance):
         def training_step(self, batch, batch_idx):
-            return super().training_step(batch[:3], batch_idx)
+            return super().training_step(batch[:3], batch_idx) + 0.3 * self.net(batch[0]).square().mean()
 
     items = [
         (x, y, w, i, t)
