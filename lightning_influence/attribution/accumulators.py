@@ -61,9 +61,9 @@ class TopKAccumulator:
             )
         self._best.update(tile, ids, first_query)
 
-    def result(self) -> tuple[None, tuple[TopK, TopK]]:
-        """No matrix, and the strongest proponents and opponents."""
-        high, high_ids, low, low_ids = self._best.result()
+    def result(self, queries: int | None = None) -> tuple[None, tuple[TopK, TopK]]:
+        """No matrix, and the strongest proponents and opponents; with ``queries``, of as many first ones."""
+        high, high_ids, low, low_ids = self._best.result(queries)
         return None, (TopK(high, high_ids), TopK(low, low_ids))
 
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from lightning_influence.attribution.accumulators import MatrixAccumulator, TopKAccumulator
+from lightning_influence.attribution.answers import Answers
 from lightning_influence.attribution.arguments import check_arguments, check_method, queries_of, scored_ids
 from lightning_influence.attribution.asking_again import asking_again
 from lightning_influence.attribution.data_arguments import datamodule_of, named_queries, training_source
 from lightning_influence.attribution.driver import run_group, run_scores, run_self_influence
 from lightning_influence.attribution.final_weights import final_weights
+from lightning_influence.attribution.finished import Finished, kept
 from lightning_influence.attribution.parameter_selection import selected_parameters
 from lightning_influence.attribution.streams import check_method_on_stream, check_stream
 from lightning_influence.checks import check_callable, check_flag, check_integer
@@ -25,7 +27,7 @@ from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.methods.retraining import Estimate, Retraining
 from lightning_influence.module.layers import make_layers
-from lightning_influence.module.task import Loss, is_half, unwrapped
+from lightning_influence.module.task import Loss, unwrapped
 from lightning_influence.refit import Refit
 from lightning_influence.scores import Scores, SelfScores
 from lightning_influence.scores.id_checks import whole_numbers
@@ -144,7 +146,8 @@ class Attributor:
 
         Raises:
             MissingEvidence: the method needs what was not captured.
-            ValueError: bad arguments, queries that the module does not accept, gradients that are not finite.
+            ValueError: bad arguments, queries that the module does not accept, gradients that are not finite. Scores
+                that were finished before an error are its attribute ``scores``.
         """
         self._check(method)
         check_arguments(top_k, aggregate, measurement, higher_is_better)
@@ -152,22 +155,17 @@ class Attributor:
         with self._open(method, source, measurement, aggregate) as setting:
             all_queries = queries_of(setting)
             dtype = setting.zeros().dtype
-            ids = scored_ids(method, setting.n_train)
+            ids, rows = scored_ids(method, setting.n_train), torch.arange(len(all_queries))
+            finished = Finished(sign=-1.0 if higher_is_better else 1.0)
+            answers = self._answers(method, setting, source if aggregate is None else None)
             accumulator: MatrixAccumulator | TopKAccumulator
             if top_k is None:
                 accumulator = MatrixAccumulator(len(all_queries), len(ids), dtype)
             else:
                 accumulator = TopKAccumulator(len(all_queries), top_k, dtype, ids)
-            run_scores(method, setting, all_queries, accumulator, -1.0 if higher_is_better else 1.0, self.trainer)
-        base = self._train.base_ids()
-        record = self._record(method, setting) | {
-            "train_ids": self._named(ids),
-            "query_ids": self._named(torch.arange(len(all_queries)), source if aggregate is None else None),
-            "base": (None if base is None else base[ids], None if aggregate else source.base_ids()),
-            "allow_nan": isinstance(method, Retraining),
-        }
-        scores = Scores(*accumulator.result(), **record)
-        scores.at_hand = (self._shown(self._train), None if aggregate else self._shown(source))
+            with kept(lambda said: answers.finished_scores(accumulator, finished, ids, said)):
+                run_scores(method, setting, all_queries, accumulator, self.trainer, finished)
+        scores = answers.scores(accumulator.result(), ids, rows)
         if path is not None:
             scores.save(path)
         return scores
@@ -183,14 +181,15 @@ class Attributor:
         Raises:
             MissingEvidence: the method needs what was not captured.
             NotImplementedError: the method has no self-influence.
-            ValueError: self-influence that is the same for all examples; gradients that are not finite.
+            ValueError: self-influence that is the same for all examples; gradients that are not finite. Values that
+                were finished before an error are its attribute ``scores``.
         """
         self._check(method)
         with self._open(method) as setting:
-            values = run_self_influence(method, setting, self.trainer)
-        record = self._record(method, setting) | {"base": self._train.base_ids()}
-        scores = SelfScores(self._named(torch.arange(len(values))), values, **record)
-        scores.at_hand = (self._shown(self._train), None)
+            answers, finished = self._answers(method, setting), Finished()
+            with kept(lambda said: answers.finished_self_scores(finished, said)):
+                values = run_self_influence(method, setting, self.trainer, finished)
+        scores = answers.self_scores(values, torch.arange(len(values)))
         if path is not None:
             scores.save(path)
         return scores
@@ -277,17 +276,6 @@ class Attributor:
             found = method.estimate(setting, queries_of(setting))
         return replace(found, values=-found.values) if higher_is_better else found
 
-    # ---- streams ----
-
-    def _named(self, positions: Tensor, source: Source | None = None) -> Tensor:
-        """Ids of training examples by their positions; of queries that are other data, the positions."""
-        if self._stream is None or (source is not None and source is not self._train):
-            return positions
-        return self._stream.ids[positions]
-
-    def _shown(self, source: Source) -> Any:
-        return source.dataset if self._stream is None or source is not self._train else self._stream.by_id
-
     # ---- preparation ----------------------------------------------------------------------------------------------
 
     def _check(self, method: Method) -> None:
@@ -320,31 +308,11 @@ class Attributor:
         setting.batch_index = replace(setting.batch_index, method=refused, needs_record=record)
         setting.depends_on_index(None if setting.trajectory is None else len(setting.trajectory.checkpoints) - 1)
 
+    def _answers(self, method: Method, setting: Setting, queries: Source | None = None) -> Answers:
+        return Answers(method, setting, self._final, self._train, self._stream, queries)
+
     def _queries(self, queries: Any) -> Source:
         if queries == "train" and isinstance(queries, str):
             return self._train
         found = named_queries(queries, self._datamodule) if isinstance(queries, str) else queries
         return source_of(found, "queries", like=self._train)
-
-    def _record(self, method: Method, setting: Setting) -> dict[str, Any]:
-        checkpoints: list[int] = []
-        notes = list(setting.notes)
-        if not isinstance(method, ForwardOnly):
-            notes.append(setting.engine.plan.summary(setting.engine.task.named_parameters()))
-        engines = [setting.engine, *([] if setting.queries is None else [setting.queries.engine])]
-        notes += [note for engine in engines if (note := engine.guard.note()) is not None]
-        if any(is_half(p) for p in self.module.parameters()):
-            notes.append("Weights of 16 bits were scored in float32.")
-        notes += self._final.notes_for(method)
-        trajectory = setting.trajectory
-        if trajectory is not None:
-            checkpoints = [trajectory.checkpoints[i].step for i in method.positions(trajectory)]
-            notes += trajectory.notes
-        return {
-            "method": method.name,
-            "settings": method.hyperparameters(),
-            "units": method.unit(setting),
-            "notes": notes,
-            "checkpoints": checkpoints,
-            "diagnostics": setting.diagnostics,
-        }

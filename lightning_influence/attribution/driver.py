@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.attribution.accumulators import Accumulator, GroupAccumulator, NonFinite
+from lightning_influence.attribution.accumulators import Accumulator, GroupAccumulator, MatrixAccumulator, NonFinite
+from lightning_influence.attribution.finished import Finished
+from lightning_influence.methods.kinds import StageSums
 from lightning_influence.methods.method import Method
 from lightning_influence.methods.retraining import Retraining
 from lightning_influence.progress import progress
@@ -14,7 +16,12 @@ from lightning_influence.setting.setting import Queries, Setting
 
 
 def run_scores(
-    method: Method, setting: Setting, queries: Queries, accumulator: Accumulator, sign: float, trainer: Any
+    method: Method,
+    setting: Setting,
+    queries: Queries,
+    accumulator: Accumulator,
+    trainer: Any,
+    finished: Finished,
 ) -> None:
     """Score every training example for every query, tile by tile, into an accumulator.
 
@@ -23,8 +30,9 @@ def run_scores(
         setting: the question.
         queries: all queries.
         accumulator: receives the scores.
-        sign: a negative one flips the scores, for a measurement that is better when higher.
         trainer: shows the progress, or None.
+        finished: follows what is final; a negative ``sign`` flips the scores, for a measurement that is better when
+            higher.
 
     Raises:
         ValueError: scores of another shape than [query, train]; gradients that are not finite.
@@ -33,10 +41,12 @@ def run_scores(
     n_train, n_queries = setting.n_train, len(queries)
     visits = n_train * _visited(method, setting) * -(-n_queries // block)
     bad = NonFinite()
+    finished.sums = setting.state("sums", StageSums)
     with progress(trainer, visits, method.name) as done:
         setting.on_block = done
         for first in range(0, n_queries, block):
             some = queries[first : first + block]
+            finished.held, finished.train = len(some), 0
             for start in range(0, n_train, columns):
                 setting.ids = range(start, min(start + columns, n_train))
                 tile = method.score(setting, some)
@@ -45,9 +55,13 @@ def run_scores(
                     raise ValueError(
                         f"Expected `{method.name}.score` to return [query, train] = {expected}, got {list(tile.shape)}."
                     )
-                if isinstance(method, Retraining) or bad.clean(tile, first, start):  # their NaN is an unknown score
-                    tile, column = _scored(tile, start, method.scored(n_train))
-                    accumulator.add(tile if sign > 0 else -tile, first, column)
+                clean = isinstance(method, Retraining) or bad.clean(tile, first, start)  # their NaN is an unknown score
+                tile, column = _scored(tile, start, method.scored(n_train))
+                if clean or isinstance(accumulator, MatrixAccumulator):
+                    accumulator.add(tile if finished.sign > 0 else -tile, first, column)
+                finished.gaps |= not clean
+                finished.train = column + tile.shape[1]
+            finished.queries = first + len(some)
     bad.refuse()
 
 
@@ -65,7 +79,7 @@ def run_group(method: Method, setting: Setting, queries: Queries, ids: Sequence[
             scored = method.scored(setting.n_train)
             columns = ids if scored is None else torch.searchsorted(torch.as_tensor(scored), torch.as_tensor(ids))
             accumulator = GroupAccumulator(len(queries), torch.as_tensor(columns).tolist())
-            run_scores(method, setting, queries, accumulator, 1.0, trainer)
+            run_scores(method, setting, queries, accumulator, trainer, Finished())
             return accumulator.total
         found.append(values)
     total = torch.cat(found)
@@ -73,16 +87,24 @@ def run_group(method: Method, setting: Setting, queries: Queries, ids: Sequence[
     return total
 
 
-def run_self_influence(method: Method, setting: Setting, trainer: Any) -> Tensor:
+def run_self_influence(method: Method, setting: Setting, trainer: Any, finished: Finished) -> Tensor:
     """The self-influence of every training example, [train].
+
+    Args:
+        method: computes it.
+        setting: the question.
+        trainer: shows the progress, or None.
+        finished: follows what is final.
 
     Raises:
         ValueError: gradients that are not finite.
     """
+    finished.sums = setting.state("sums", StageSums)
     with progress(trainer, setting.n_train * _visited(method, setting), "self-influence") as done:
         setting.on_block = done
         values = method.self_influence(setting).cpu()
     if not isinstance(method, Retraining):
+        finished.sums = StageSums(None, values)
         NonFinite(train=(~values.isfinite()).nonzero()[:, 0].tolist()).refuse()
     return values
 

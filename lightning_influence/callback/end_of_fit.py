@@ -30,10 +30,14 @@ class NoScores(KeyError):
 
 
 class Results(dict[str, Any]):
-    """Scores by method name. A missing key raises with the names that exist and why the method did not run."""
+    """Scores by method name. A missing key raises with the names that exist and why the method did not run.
+
+    ``partial`` has, by method name, the scores that were finished when an error ended a method.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.partial: dict[str, Any] = {}
         self.reasons: dict[str, str] = {}
         self.why: str | None = None  # there are no scores at all, as the fit was not recorded
 
@@ -41,11 +45,13 @@ class Results(dict[str, Any]):
         names = ", ".join(map(repr, self)) or "none yet"
         reason = self.reasons.get(key, self.why)
         why = "" if reason is None else f" {key!r} did not run: {reason}"
+        why += f" What was finished is in `.partial[{key!r}]`." if key in self.partial else ""
         raise NoScores(f"Expected the name of existing scores ({names}), got {key!r}.{why}")
 
     def clear(self) -> None:
         """Remove scores and reasons."""
         super().clear()
+        self.partial.clear()
         self.reasons.clear()
         self.why = None
 
@@ -138,13 +144,36 @@ class EndOfFit:
         except _TooExpensiveError as refusal:
             results.reasons[name] = str(refusal)
             rank_zero_warn(f"`{name}` was not started. {refusal}")
+        except KeyboardInterrupt as error:
+            results.reasons[name] = "it was interrupted."
+            if kept := self._keep(name, results, error):
+                rank_zero_warn(f"`{name}` was interrupted.{kept}")
+            raise
         except Exception as error:
             results.reasons[name] = f"{type(error).__name__}: {error}"
             where = traceback.extract_tb(error.__traceback__)[-1]
             rank_zero_warn(
-                f"`{name}` failed with {type(error).__name__} ({Path(where.filename).name}:{where.lineno}): {error}\n"
+                f"`{name}` failed with {type(error).__name__} ({Path(where.filename).name}:{where.lineno}): {error}"
+                f"{self._keep(name, results, error)}\n"
                 f"The fit is complete and recorded. To continue:\n{self._lines(method)}"
             )
+
+    def _keep(self, name: str, results: Results, error: BaseException) -> str:
+        """Keep and save the scores that were finished before an error, and say where they are."""
+        scores: Scores | SelfScores | None = getattr(error, "scores", None)
+        if scores is None:
+            return ""
+        results.partial[name] = scores
+        own, text = (
+            isinstance(scores, SelfScores),
+            f"{'self_' * isinstance(scores, SelfScores)}scores.partial[{name!r}]",
+        )
+        path = self._place(f"{name}{'.self' * own}.partial")
+        try:
+            scores.save(path, overwrite=True)
+        except Exception as failed:
+            return f" What was finished is kept as `{text}`, but not saved: {type(failed).__name__}: {failed}"
+        return f" What was finished is kept as `{text}`, and saved in {str(path)!r}."
 
     def _score(self, name: str, method: Method) -> Scores:
         queries = resolve_queries(self.plan.queries, self.trainer)

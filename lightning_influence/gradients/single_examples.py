@@ -135,7 +135,8 @@ def _mixing(task: Task, examples: Examples) -> str | None:
     if losses[0] != losses[1]:
         return (
             "It draws random numbers in eval mode, such as a functional dropout without `training=`, the sample of a "
-            f"VAE or MixUp in the step. Draw them only `if self.training`, which leaves the fit as it is; or: {WAY_OUT}"
+            "VAE (`randn_like`, `rsample`) or MixUp in the step. Draw them only `if self.training`, which "
+            f"leaves the fit as it is; or: {WAY_OUT}"
         )
     return _form_of(task, examples, ids)
 

@@ -22,6 +22,7 @@ _LARGE = 64
 _CLASSES = 1024
 _DEPTH = 4
 _NUMBER = "number"
+_LABELLED = "labelled"
 
 Feature = tuple[str, str, int]
 """Where in the batch, what is counted there, and out of how many."""
@@ -49,7 +50,7 @@ class UnlikeRows:
     _ranges: dict[Feature, _Range] = field(default_factory=dict)
     _numbers: dict[str, dict[float, int]] = field(default_factory=dict)
     _seen: bytearray = field(default_factory=bytearray)
-    _spent: int = 0
+    _spent: dict[str, int] = field(default_factory=dict)
     _followed: int = 0
 
     def new(self, block: Block) -> dict[int, int] | None:
@@ -102,6 +103,8 @@ class UnlikeRows:
         """What is unusual about an example, such as "`batch[1]` has 2 of 10 labels"; empty if nothing is."""
         best, text = 0.0, ""
         for (where, kind, out_of), values in _features(block.batch, block.size):
+            if kind == _LABELLED:  # the number says more
+                continue
             own = _Range(float(values.min()), float(values.max()), 0, 0, float(values.sum()), block.size)
             known = self._ranges.get((where, kind, out_of), own)
             value, low, high = float(values[row]), min(own.low, known.low), max(own.high, known.high)
@@ -142,19 +145,19 @@ class UnlikeRows:
                 continue
             row = int((values == number).nonzero()[0, 0])
             rare = count <= block.size // _LARGE and (len(numbers) <= block.size // 8 or number in ends)
-            if (rare or not first) and known and self._affordable() and len(found) < _RARE:
+            if (rare or not first) and known and self._affordable(where) and len(found) < _RARE:
                 found[row] = next(iter(known.values()))
             known[number] = block.ids[row]
         return found
 
     def _counts(self, feature: Feature, early: bool) -> bool:
         """Whether an extreme of a feature is looked at; in a large first block, the rare numbers are instead."""
-        return feature[1] != _NUMBER or (not early and self._affordable())
+        return feature[1] != _NUMBER or (not early and self._affordable(feature[0]))
 
-    def _affordable(self) -> bool:
+    def _affordable(self, where: str) -> bool:
         """Whether another example may be looked at for a number alone, of which ids or times bring many."""
-        self._spent += 1
-        return self._spent <= 16 + len(self._seen) // 64
+        self._spent[where] = self._spent.get(where, 0) + 1
+        return self._spent[where] <= 16 + len(self._seen) // 64
 
 
 _NOUNS = {
@@ -251,6 +254,7 @@ def _of_rows(leaf: Tensor, size: int) -> Iterator[tuple[str, int, Tensor]]:
     elif not leaf.is_floating_point():
         if n == 1:
             yield _NUMBER, 1, rows[:, 0]
+            yield _LABELLED, 1, rows[:, 0] >= 0
             return
         yield "labels", n, (rows >= 0).sum(1)
         yield "nonzero", n, rows.count_nonzero(1)

@@ -41,6 +41,19 @@ class VisitBlock(TrainBlock):
     ids: Sequence[int]  # type: ignore[assignment]
 
 
+@dataclass
+class StageSums:
+    """The sums over the first checkpoints, which remain right where a later checkpoint fails.
+
+    Args:
+        steps: of these checkpoints; None: of all.
+        values: [query, train] or [train]; None: there are none.
+    """
+
+    steps: list[int] | None = None
+    values: Tensor | None = None
+
+
 class GradientProduct(Method):
     r"""Inner products of the gradients of queries and training examples, summed over checkpoints.
 
@@ -88,6 +101,7 @@ class GradientProduct(Method):
             query = self.query_side(stage, queries)
             for columns, block in self._train(stage, total):
                 total[:, columns] += self._shaped(self.product(stage, query, block), "product", total[:, columns].shape)
+            self._summed(stage, total)
         return total
 
     def self_influence(self, setting: Setting) -> Tensor:
@@ -97,6 +111,7 @@ class GradientProduct(Method):
             for columns, block in self._train(stage, total):
                 values = self.product_with_itself(stage, block)
                 total[columns] += self._shaped(values, "product_with_itself", total[columns].shape)
+            self._summed(stage, total)
         return total
 
     def stages(self, setting: Setting) -> Iterator[Stage]:
@@ -122,6 +137,9 @@ class GradientProduct(Method):
         for columns, gradients in stage.train(None if weight is None else weight.any(0)):
             ids = range(first + columns.start, first + columns.stop)
             yield columns, TrainBlock(gradients, ids, None if weight is None else weight[:, columns])
+
+    def _summed(self, stage: Stage, total: Tensor) -> None:
+        """Called with the sum up to a stage."""
 
     def _shaped(self, value: Tensor, what: str, shape: torch.Size) -> Tensor:
         """The value. Raises ValueError for another shape, which torch might broadcast to scores that are wrong."""
@@ -164,6 +182,15 @@ class TransformedProduct(GradientProduct):
         """
         refuse_constant(self.normalize)
         return super().self_influence(setting)
+
+    def _summed(self, stage: Stage, total: Tensor) -> None:
+        """Keeps the sum, should a later stage fail, unless a subclass makes something else of it."""
+        positions, kind = self.positions(stage.setting.trajectory), type(self)
+        own = kind.score is GradientProduct.score and kind.self_influence is TransformedProduct.self_influence
+        if own and self.scored(0) is None and stage.position in positions[:-1]:
+            sums = stage.setting.state("sums", StageSums)
+            steps = [] if stage.position == positions[0] else sums.steps or []
+            sums.steps, sums.values = [*steps, stage.step], total.clone()
 
     def _transforms(self, stage: Stage) -> Transforms:
         return stage.setting.state(self, Transforms, self.normalize, self.projection)

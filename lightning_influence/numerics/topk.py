@@ -84,8 +84,11 @@ class StreamingTopK:
             self._ids[largest][rows] = joint_ids[:, : self.k]
         self._seen[rows] += tile.shape[1]
 
-    def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def result(self, queries: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The scores and ids kept so far; `update` may be called again afterwards.
+
+        Args:
+            queries: only those of as many first queries; None: all.
 
         Returns:
             Scores of the top in descending order, their ids, scores of the bottom in ascending order, their ids: each
@@ -94,7 +97,8 @@ class StreamingTopK:
         Raises:
             ValueError: not all queries were given the same number of columns, or none was given any.
         """
-        least, most = int(self._seen.min()), int(self._seen.max())
+        seen = self._seen[:queries]
+        least, most = int(seen.min()), int(seen.max())
         if least != most or most == 0:
             raise ValueError(
                 f"Expected scores of the same training examples for every query, got between {least} and {most} "
@@ -102,7 +106,7 @@ class StreamingTopK:
             )
         kept = min(self.k, most)
         ends = (self._scores[True], self._ids[True], self._scores[False], self._ids[False])
-        top, top_ids, bottom, bottom_ids = (end[:, :kept].clone() for end in ends)
+        top, top_ids, bottom, bottom_ids = (end[:queries, :kept].clone() for end in ends)
         return top, top_ids, bottom, bottom_ids
 
 

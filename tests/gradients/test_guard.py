@@ -6,13 +6,14 @@ import oracles
 import pytest
 import torch
 from case import Items, Step, drawn, mlp
-from cases_guard import KINDS, MET, MISSED, PATHS, MeanWithin, token_labels
+from cases_guard import KINDS, MET, MISSED, PATHS, ByImportance, MeanWithin, classes, importances, token_labels
 from test_cases import untouched
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset, default_collate
 
 from lightning_influence import Attributor, GradientDot
+from lightning_influence.data.examples import Examples
 from lightning_influence.gradients.guard import Guard
 from lightning_influence.gradients.token_probe import GradientProbe
 
@@ -133,18 +134,19 @@ def test_losses_of_few_digits_are_probed_in_float64():
         Attributor(module, at_kink([]), batch_size=8).self_influence(GradientDot())
 
 
-def test_what_float64_confirms_is_refused():
+@pytest.mark.parametrize(("path", "mixed"), [("factored", 1e-3), ("one by one", 0.3)])
+def test_what_float64_confirms_is_refused(path, mixed):
     class Mixed(Step):
         def training_step(self, batch, batch_idx):
             out = self.net(batch[0])
             odd = (batch[0][:, 0] > 100).float()
-            return F.cross_entropy(out + 1e-3 * odd.sum() * out.roll(1, 0), batch[1])
+            return F.cross_entropy(out + mixed * odd.sum() * out.roll(1, 0), batch[1])
 
-    data = at_kink([])
-    data.tensors[0][37, 0] = 200.0
-    module = Mixed(mlp())
+    data = at_kink([], 80)
+    data.tensors[0][MISSED, 0] = 200.0
+    module = Mixed(PATHS[path](mlp()))
     with untouched(module), pytest.raises(ValueError, match="to weigh in its batch as it does alone"):
-        Attributor(module, data, batch_size=64).self_influence(GradientDot())
+        Attributor(module, data, batch_size=80).self_influence(GradientDot())
 
 
 class Casts(Step):
@@ -191,3 +193,51 @@ def test_items_that_are_lists_are_told_apart_by_their_lengths():
     with pytest.raises(ValueError, match=f"example {MISSED} to weigh") as caught:
         Attributor(Boxes(mlp()).double(), DataLoader(data, 8, collate_fn=collate)).self_influence(GradientDot())
     assert "`batch[1]` has 3 entries" in str(caught.value)
+
+
+class Distance(Step):
+    """A distance of every example, which makes its loss finite without a label, beside a mean over the labels."""
+
+    def training_step(self, batch, batch_idx):
+        out = self.net(batch[0])
+        return F.cross_entropy(out, batch[1]) + 0.3 * out.square().mean()
+
+
+def with_times(items, n):
+    """Numbers that grow and ids, which bring a new extreme with every example."""
+    return [(x, y, torch.tensor(float(i)), torch.tensor(n + i)) for i, (x, y, *_) in enumerate(items)]
+
+
+@pytest.mark.parametrize("size", [1, 7, None])
+@pytest.mark.parametrize("at", [3, 130])
+@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_one_example_without_a_label_is_met_in_blocks_of_any_size(size, at, timed, own):
+    items = classes((at,), -100, 150)().items
+    data, module = Items(with_times(items, 500) if timed else items), Distance(mlp()).double()
+    attributor = Attributor(module, data, batch_size=size)
+    with untouched(module), pytest.raises(ValueError, match=rf"example {at} to weigh .*`batch\[1\]` is -100"):
+        attributor.self_influence(GradientDot()) if own else attributor.score(GradientDot(), Items(items[:2]))
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_one_example_of_another_weight_is_met_beside_numbers_that_grow(size):
+    class First(ByImportance):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch[:3], batch_idx) + 0.3 * self.net(batch[0]).square().mean()
+
+    items = [
+        (x, y, w, i, t)
+        for (x, y, w), (_, _, t, i) in zip(
+            importances((MISSED,))().items, with_times(importances(())().items, 500), strict=True
+        )
+    ]
+    with pytest.raises(ValueError, match=rf"example {MISSED} to weigh .*`batch\[2\]` is 3"):
+        Attributor(First(mlp()).double(), Items(items), batch_size=size).self_influence(GradientDot())
+
+
+def test_examples_are_checked_that_are_like_the_others():
+    guard, data = Guard(), Examples(TensorDataset(torch.ones(2048, 2)), None, 64)
+    rows = [len(guard.choose(block)[0]) for _ in range(2) for block in data.blocks()]
+    assert sum(rows[:32]) == 16  # one in 128 on the first pass
+    assert sum(rows[32:]) == 1  # block 64

@@ -233,9 +233,15 @@ def test_a_mixing_collate_function_is_refused_though_the_losses_hardly_tell():
         Attributor(module, loader, None).score(GradientDot(), pairs(4, 2))
 
 
-def test_random_numbers_in_eval_mode_are_named():
-    module = Step(mlp(classes=2), lambda out, y: F.cross_entropy(F.dropout(out, 0.5), y)).double()
-    with pytest.raises(ValueError, match="draws random numbers in eval mode, such as a functional dropout"):
+def sampled(out, y):
+    return F.cross_entropy(torch.distributions.Normal(out, 1.0).rsample(), y)
+
+
+@pytest.mark.parametrize("loss", [lambda out, y: F.cross_entropy(F.dropout(out, 0.5), y), sampled])
+def test_random_numbers_in_eval_mode_are_named(loss):
+    module = Step(mlp(classes=2), loss).double()
+    cause = r"random numbers in eval mode, such as a functional .* sample of a VAE \(`randn_like`, `rsample`\)"
+    with pytest.raises(ValueError, match=cause):
         Attributor(module, pairs(12, target="class"), None).score(GradientDot(), pairs(4, 2, "class"))
 
 
