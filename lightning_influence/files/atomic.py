@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -18,9 +19,9 @@ def whole(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
         durable: wait until the content is on the disk, so that it outlives a power failure; a killed process leaves
             whole files either way. False saves several milliseconds: call ``sync`` later.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with partial.open("wb") as file:
+        with partial.open("x+b") as file:
             yield file
             file.flush()
             if durable:

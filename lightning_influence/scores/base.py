@@ -16,6 +16,9 @@ from lightning_influence.scores.id_checks import ascending, base_of
 Data: TypeAlias = tuple[Any, Any]
 """The training dataset and the queries'; None where there is none."""
 
+MATRIX = "scores"
+"""The column of `Scores` files that may be larger than the memory."""
+
 _SIGN = "Positive is a proponent (having the example in the training set makes the query better), negative an opponent."
 
 
@@ -135,17 +138,21 @@ def file_head(answer: Answer) -> dict[str, Any]:
     return head if answer.album is None else head | {"album": answer.album.to_json()}
 
 
-def read_file(path: arrow.FilePath, kinds: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any], Album | None]:
-    """The columns of a file, its head with the diagnostics under their own name, and the album.
+def read_file(path: arrow.FilePath, kinds: Sequence[str]) -> tuple[arrow.ArrowFile, dict[str, Any], Album | None]:
+    """A mapped file, its head with the diagnostics under their own name, and the album.
+
+    All columns are verified, except the scores of a matrix.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is damaged, or of another kind.
     """
-    _, columns, head = arrow.read_file(path, kinds)
+    found = arrow.map_batches(path, kinds)
+    found.check(*(t for batch in found.batches for name, t in batch.items() if name != MATRIX))
+    head = dict(found.metadata)
     album = head.pop("album", None)
     head["diagnostics"] = head.pop("figures", None)
-    return columns, head, None if album is None else Album.from_json(album)
+    return found, head, None if album is None else Album.from_json(album)
 
 
 def _evidence(answer: Answer) -> list[str]:
