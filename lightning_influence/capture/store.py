@@ -10,9 +10,10 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from lightning_influence.files import checked_json
 from lightning_influence.files.atomic import sync
 from lightning_influence.trajectory.columns import encode_rows
-from lightning_influence.trajectory.files import FORMAT, MANIFEST, STEPS, encode_manifest, runs_in, write_atomically
+from lightning_influence.trajectory.files import FORMAT, MANIFEST, STEPS, runs_in, write_atomically
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class RunWriter:
             for path in self._unsynced:
                 sync(path)
             self._unsynced.clear()
-        write_atomically(self.folder / MANIFEST, encode_manifest(self.manifest), durable=due)
+        write_atomically(self.folder / MANIFEST, checked_json.encode(self.manifest), durable=due)
         if due:
             self._synced = time.monotonic()
         while self._surplus:  # now that the manifest does not list them

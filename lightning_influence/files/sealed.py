@@ -101,8 +101,19 @@ class SealedFile:
         Raises:
             DamagedFileError: its values have changed since they were written.
         """
-        start = tensor.data_ptr() - self._address
-        self.check(start, start + tensor.numel() * tensor.element_size())
+        self._check_memory(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+
+    def check_buffer(self, buffer: Any) -> None:
+        """The same for a buffer of Arrow's.
+
+        Raises:
+            DamagedFileError: its bytes have changed since they were written.
+        """
+        self._check_memory(buffer.address, buffer.size)
+
+    def _check_memory(self, address: int, size: int) -> None:
+        if size:
+            self.check(address - self._address, address - self._address + size)
 
     def _read_table(self) -> dict[str, Any] | None:
         size = len(self.pages)

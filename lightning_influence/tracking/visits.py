@@ -133,8 +133,7 @@ class Visits(Tracker):
     def _flush(self) -> None:
         """Write a segment, and note its path relative to the folder of all runs."""
         if self._pending:
-            path = self._folder / f"visits-{len(self._segments):08d}.pt"
-            save(path, self._pending)
+            path = save(self._folder / f"visits-{len(self._segments):08d}.pt", self._pending)
             self._segments.append(path.relative_to(self._folder.parents[2]).as_posix())
             self._pending, self._bytes = [], 0
 

@@ -1,6 +1,5 @@
 """The format of a run on disk: file names, the Arrow schema, atomic writes and verified reads."""
 
-import json
 import re
 import zlib
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from lightning_influence.files import checked_json
 from lightning_influence.files.atomic import whole
 from lightning_influence.types import MissingEvidence
 
@@ -68,12 +68,6 @@ def read_verified(path: Path, size: int, crc32: int) -> bytes:
     return content
 
 
-def encode_manifest(manifest: dict[str, Any]) -> bytes:
-    """A manifest as JSON with its checksum."""
-    body = json.dumps(manifest, sort_keys=True)  # without `indent`, which is ten times slower
-    return f'{{"crc32": {zlib.crc32(body.encode())}, "manifest": {body}}}'.encode()
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """A run's manifest.
 
@@ -82,16 +76,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        outer = json.loads(path.read_bytes())
-        manifest = outer["manifest"]
-        whole = zlib.crc32(json.dumps(manifest, sort_keys=True).encode()) == outer["crc32"]
+        manifest = checked_json.decode(path.read_bytes())
     except OSError as error:
         raise MissingEvidence(
             f"Expected a run's manifest at `{path}`, got {error.strerror!r}. Pass the folder that `Influence` wrote."
         ) from error
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
+    if manifest is None:
         raise MissingEvidence(f"Expected a whole manifest at `{path}`, got a damaged file. Load another run of it.")
     if manifest["format"] > FORMAT:
         raise MissingEvidence(
