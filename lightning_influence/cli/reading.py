@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lightning_influence import Scores, SelfScores
-from lightning_influence.files.arrow import map_batches
+from lightning_influence.files.arrow import map_batches, read_batches
 from lightning_influence.trajectory.files import MANIFEST, runs_in
 
 
@@ -24,6 +24,16 @@ def load(path: Path) -> Scores | SelfScores:
         path = found[0]
     kind = map_batches(path, ("scores", "top_k_scores", "self_scores")).kind
     return SelfScores.load(path) if kind == "self_scores" else Scores.load(path)
+
+
+def read_scores(path: Path) -> None:
+    """Read a file of scores with all its checksums.
+
+    Raises:
+        ValueError: the file is damaged or holds no scores.
+    """
+    read_batches(path, ("scores", "top_k_scores", "self_scores"))
+    load(path)
 
 
 def score_files(folder: Path) -> list[Path]:

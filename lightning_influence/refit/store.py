@@ -222,6 +222,16 @@ def open_models(path: Path) -> tuple[SealedFile, pa.RecordBatch]:
     return file, models
 
 
+def check_models(path: Path) -> None:
+    """Compare all checksums of a file of models.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged.
+    """
+    open_models(path)[0].check()
+
+
 def read_bank(path: Path) -> dict[str, Any]:
     """The description of a bank of models.
 

@@ -45,6 +45,8 @@ def load(path: Path) -> Any:
         MissingEvidence: the file is missing or damaged.
     """
     try:
+        if not path.is_file():  # it may be endless
+            raise FileNotFoundError("no such file")
         check(path)
         return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:

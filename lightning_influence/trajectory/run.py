@@ -62,9 +62,20 @@ def find_run(dirpath: Path) -> tuple[Path, list[str]]:
     )
 
 
-def read_run(folder: Path, until: int | None = None) -> Run:
-    """Read a run up to step ``until`` (None: all of it), joined with the runs it was resumed from."""
+def read_run(folder: Path, until: int | None = None, resumed: frozenset[str] = frozenset()) -> Run:
+    """Read a run, joined with the runs it was resumed from.
+
+    Args:
+        folder: of the run.
+        until: the last step to read; None: all of it.
+        resumed: ids of the runs that follow, none of which can be among its own parents.
+
+    Raises:
+        MissingEvidence: a file is missing or damaged.
+    """
     manifest = read_manifest(folder)
+    if manifest["id"] in resumed:
+        raise MissingEvidence(f"Expected runs that resume earlier ones, got `{folder}`, which resumes itself.")
     run = Run(
         path=folder,
         checkpoints=tuple(_checkpoint(folder, entry) for entry in manifest["checkpoints"]),
@@ -83,7 +94,7 @@ def read_run(folder: Path, until: int | None = None) -> Run:
         fit_data=decode_fit_data(manifest.get("data")),
     )
     if manifest["parent"] is not None:
-        _join(run, manifest["parent"], first_is_resumed=manifest["checkpoints"][:1])
+        _join(run, manifest, resumed | {manifest["id"]})
     if until is not None:
         run.checkpoints = tuple(c for c in run.checkpoints if c.step <= until)
         run.trainer_values = tuple(at for at in run.trainer_values if at[0] <= until)
@@ -98,7 +109,8 @@ def _checkpoint(folder: Path, entry: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(entry["step"], entry["epoch"], folder / entry["file"], entry["size"], entry["crc32"])
 
 
-def _join(run: Run, link: dict[str, Any], first_is_resumed: list[dict[str, Any]]) -> None:
+def _join(run: Run, manifest: dict[str, Any], resumed: frozenset[str]) -> None:
+    link = manifest["parent"]
     parent = parent_run(run.path, link)
     if parent is None:
         run.notes.append(
@@ -106,7 +118,7 @@ def _join(run: Run, link: dict[str, Any], first_is_resumed: list[dict[str, Any]]
             f" the steps before it are unknown."
         )
         return
-    older = read_run(parent, until=link["step"])
+    older = read_run(parent, until=link["step"], resumed=resumed)
     known = max((c.step for c in older.checkpoints), default=-1)
     known = max(known, pc.max(older.steps["step"]).as_py() or 0) if len(older.steps) else known
     if known < link["step"]:
@@ -114,7 +126,8 @@ def _join(run: Run, link: dict[str, Any], first_is_resumed: list[dict[str, Any]]
     if older.dataset_size != run.dataset_size:
         run.notes.append(f"The dataset had {older.dataset_size} examples in {link['run']}, {run.dataset_size} after.")
     # the state that a resumed fit starts from is not on the checkpoint schedule: an uninterrupted fit would not have it
-    own = run.checkpoints[1:] if first_is_resumed and first_is_resumed[0]["kind"] == "initial" else run.checkpoints
+    starts_anew = [entry["kind"] for entry in manifest["checkpoints"][:1]] == ["initial"]
+    own = run.checkpoints[1:] if starts_anew else run.checkpoints
     run.checkpoints = older.checkpoints + own
     run.removed = older.removed + run.removed
     shift = pa.scalar(len(older.settings), pa.int32())
