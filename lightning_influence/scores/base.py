@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_influence.checks import optional
 from lightning_influence.files import arrow
+from lightning_influence.plotting.example_view import printable
 from lightning_influence.report import Album
 from lightning_influence.scores.id_checks import ascending, base_of
 
@@ -57,9 +58,8 @@ class Answer:
             raise TypeError(
                 f"Expected `settings` to hold what JSON can (numbers, strings, lists, dicts), got {settings!r}."
             ) from error
-        self.method = method
-        self.units = units
-        self.notes = tuple(notes)
+        self.method, self.units = printable(method), printable(units)  # they may come from somebody's file
+        self.notes = tuple(printable(note) for note in notes)
         self.checkpoints = tuple(int(step) for step in checkpoints)
         self.train_ids = ascending("train_ids", train_ids)
         self._train_base = base_of("train_ids", train_base, self.train_ids)
@@ -117,7 +117,7 @@ def paragraph(answer: Answer, size: str, findings: Sequence[str]) -> str:
 
 def facts(answer: Answer) -> list[str]:
     """What a reader of the page must know, one or two sentences each."""
-    settings = ", ".join(f"{name} = {value}" for name, value in answer.settings.items())
+    settings = printable(", ".join(f"{name} = {value}" for name, value in answer.settings.items()))
     return [
         f"Method: {answer.method}. Units of the scores: {answer.units}.",
         _SIGN,
