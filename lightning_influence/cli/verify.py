@@ -31,8 +31,8 @@ def run(options: argparse.Namespace) -> int:
     """Check every file of every run; returns 1 if one is damaged."""
     path = existing(options.path)
     runs = runs_of(path) if path.is_dir() else []
-    files = [path] if path.is_file() else score_files(path) if not runs else []
     banks = sorted(found.parent for found in path.rglob(BANK)) if path.is_dir() else []
+    files = [path] if path.is_file() else score_files(path) if not runs and path not in banks else []
     if not runs and not files and not banks:
         raise MissingEvidence(
             f"Expected runs of `Influence`, banks of `Refit` or files of scores in {str(path)!r}, found none of them."
