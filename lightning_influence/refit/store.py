@@ -148,7 +148,10 @@ class ModelStore:
             _, offsets, values = models["weights"].buffers()
             start, stop = np.frombuffer(offsets, np.int32, 2, row * 4)
             content = values.slice(start, stop - start)  # a scalar's `as_buffer` is a copy
-            file.check_buffer(content)
+            try:
+                file.check_buffer(content)
+            except ValueError as error:
+                raise ValueError(f"{error} If you remove it, its models are trained again.") from error
             yield self._tensors(content)
 
     def _refresh(self) -> None:
@@ -213,12 +216,18 @@ def open_models(path: Path) -> tuple[SealedFile, pa.RecordBatch]:
         OSError: it cannot be read.
         ValueError: it is damaged.
     """
-    file = SealedFile(path)
-    reader = pa.ipc.open_file(pa.py_buffer(file.pages))
-    if not file.sealed and _SEALED in (reader.schema.metadata or {}):
-        raise ValueError(f"Expected {str(path)!r} as it was written, got a file without its checksums.")
-    models = reader.get_batch(0)
-    models.validate(full=not file.sealed)
+    try:
+        file = SealedFile(path)
+        reader = pa.ipc.open_file(pa.py_buffer(file.pages))
+        if not file.sealed and _SEALED in (reader.schema.metadata or {}):
+            raise ValueError("its checksums are missing")
+        models = reader.get_batch(0)
+        models.validate(full=not file.sealed)
+    except (pa.ArrowException, ValueError) as error:
+        raise ValueError(
+            f"Expected a file of retrained models in {str(path)!r}, got a damaged one ({error}). Remove it: its models "
+            "are trained again."
+        ) from error
     return file, models
 
 
