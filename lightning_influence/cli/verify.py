@@ -77,6 +77,7 @@ def _of_run(folder: Path) -> Iterator[str | None]:
         if part == folder:
             ranks = [folder / f"steps-rank{rank}" for rank in range(1, manifest["world_size"])]
         averaged = [manifest["averaged"]] if manifest.get("averaged") else []
+        averaged = [manifest["averaged"]] if manifest.get("averaged") else []
         for entry in [*manifest["checkpoints"], *averaged, *manifest["steps"]]:
             yield _problem(read_verified, part / entry["file"], entry["size"], entry["crc32"])
 

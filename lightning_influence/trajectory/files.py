@@ -30,6 +30,14 @@ _FIELDS = {
     "finished": (bool,),
     "fit_seconds": (float, int),
 }
+_OPTIONAL = {
+    "eval_modules": (list,),
+    "trainer": (list,),
+    "removed": (list,),
+    "averaged": (dict, type(None)),
+    "best": (dict, type(None)),
+    "data": (str, type(None)),
+}
 _CHECKPOINT = {"file": str, "step": int, "epoch": int, "kind": str, "size": int, "crc32": int}
 _SEGMENT = {"file": str, "size": int, "crc32": int}
 _PARENT = {"run": str, "path": str, "id": str, "step": int}
@@ -125,10 +133,19 @@ def _problems(manifest: Mapping[str, Any]) -> Iterator[str]:
         if not isinstance(manifest.get(name), kinds):
             yield f"`{name}` to be {' or '.join(kind.__name__ for kind in kinds)}, got {manifest.get(name)!r:.80}"
             return
+    for name, kinds in _OPTIONAL.items():
+        if name in manifest and not isinstance(manifest[name], kinds):
+            yield f"`{name}` to be {' or '.join(kind.__name__ for kind in kinds)}, got {manifest[name]!r:.80}"
+            return
     if not 1 <= manifest["world_size"] <= _MOST_PROCESSES:
         yield f"`world_size` from 1 to {_MOST_PROCESSES}, got {manifest['world_size']!r}"
-    for name, fields in (("checkpoints", _CHECKPOINT), ("steps", _SEGMENT)):
-        for entry in manifest[name]:
+    averaged = [manifest["averaged"]] if manifest.get("averaged") else []
+    for name, entries, fields in (
+        ("checkpoints", manifest["checkpoints"], _CHECKPOINT),
+        ("averaged", averaged, {name: kind for name, kind in _CHECKPOINT.items() if name != "kind"}),
+        ("steps", manifest["steps"], _SEGMENT),
+    ):
+        for entry in entries:
             if not isinstance(entry, dict) or not all(isinstance(entry.get(n), kind) for n, kind in fields.items()):
                 yield f"entries of `{name}` with {', '.join(fields)}, got {entry!r:.80}"
             elif PurePosixPath(entry["file"]).is_absolute() or ".." in PurePosixPath(entry["file"]).parts:
