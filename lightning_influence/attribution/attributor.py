@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.attribution.accumulators import MatrixAccumulator, TopKAccumulator
-from lightning_influence.attribution.arguments import check_arguments, check_method, queries_of, scored_ids
+from lightning_influence.attribution.arguments import check_arguments, check_method, check_path, queries_of, scored_ids
 from lightning_influence.attribution.asking_again import asking_again
 from lightning_influence.attribution.data_arguments import datamodule_of, named_queries, training_source
 from lightning_influence.attribution.driver import run_group, run_scores, run_self_influence
@@ -148,6 +148,7 @@ class Attributor:
         """
         self._check(method)
         check_arguments(top_k, aggregate, measurement, higher_is_better)
+        check_path(path)
         source = self._queries(queries)
         with self._open(method, source, measurement, aggregate) as setting:
             all_queries = queries_of(setting)
@@ -186,6 +187,7 @@ class Attributor:
             ValueError: self-influence that is the same for all examples; gradients that are not finite.
         """
         self._check(method)
+        check_path(path)
         with self._open(method) as setting:
             values = run_self_influence(method, setting, self.trainer)
         record = self._record(method, setting) | {"base": self._train.base_ids()}

@@ -150,7 +150,7 @@ class EndOfFit:
         queries = resolve_queries(self.plan.queries, self.trainer)
         self._afford(name, method, self.attributor.cost(method, queries))
         scores = self.attributor.score(method, queries, top_k=self.plan.top_k)
-        scores.save(self._place(name), overwrite=True)
+        self._save(name, scores)
         if self.plan.log_scores:
             train = getattr(self.trainer.train_dataloader, "dataset", None)
             dataset = queries.dataset if isinstance(queries, DataLoader) else queries
@@ -160,10 +160,19 @@ class EndOfFit:
     def _score_itself(self, name: str, method: Method) -> SelfScores:
         self._afford(f"{name} self-influence", method, self.attributor.cost(method))
         scores = self.attributor.self_influence(method)
-        scores.save(self._place(f"{name}.self"), overwrite=True)
+        self._save(f"{name}.self", scores)
         if self.plan.log_scores:
             self._log(scores, name)
         return scores
+
+    def _save(self, name: str, scores: Scores | SelfScores) -> None:
+        try:
+            scores.save(self._place(name), overwrite=True)
+        except OSError as error:
+            rank_zero_warn(
+                f"`{name}` was scored, but could not be saved ({error}): the scores are in memory only. Save them "
+                "elsewhere: `influence.scores[name].save(path)`."
+            )
 
     def _log(self, scores: Scores | SelfScores, name: str, **drawing: Any) -> None:
         try:

@@ -99,6 +99,7 @@ class Guest(CallbackBase):
         self._recorder: Recorder | None = None
         self._during: DuringFit | None = None
         self._link: dict[str, Any] = {}  # where a later fit finds the run, once this one has ended
+        self._broken: str | None = None  # the record lacks the end of the fit, since
 
     def records_another(self, trainer: Any) -> bool:
         """Whether another Trainer's fit is being recorded, to which this one's hooks must add nothing."""
@@ -137,7 +138,7 @@ class Guest(CallbackBase):
         """Remove what an earlier fit left in this callback."""
         self.scores.clear()
         self.self_scores.clear()
-        self.run_dir = self._trainer = self._module = None
+        self.run_dir = self._trainer = self._module = self._broken = None
         self._link = {}
 
     def _stop(self) -> None:

@@ -15,6 +15,7 @@ from lightning_influence.callback.guest import Guest, guarded
 from lightning_influence.callback.plan import ScoringPlan
 from lightning_influence.capture.identity import LoaderTap
 from lightning_influence.capture.places import (
+    CannotRecord,
     check_dirpath,
     check_strategy,
     check_training_step,
@@ -130,11 +131,13 @@ class Influence(Guest):
 
     @property
     def attributor(self) -> Attributor:
-        """Computes further scores from the newest fit.
+        """Computes further scores from the newest fit; from the module's weights alone where the disk was full.
 
         Raises:
             MissingEvidence: no fit has been recorded yet.
         """
+        if self._broken is not None:
+            return self._plan.present_weights(self._module, self._trainer, self._broken)
         return self._plan.attributor(self._module, self._trainer, self.trajectory)
 
     @property
@@ -243,8 +246,12 @@ class Influence(Guest):
         if self._recorder is None or self._during is None or self.run_dir is None:
             return
         self._recorder.ended()
-        confirm_data(self._recorder, trainer, pl_module, self.run_dir)
-        self._during.save(self._recorder.made)
+        self._broken = self._recorder.broken_off
+        if self._broken is None:
+            confirm_data(self._recorder, trainer, pl_module, self.run_dir)
+            self._during.save(self._recorder.made)
+        elif self._recorder.weights_changed:
+            raise CannotRecord(f"{self._broken} Then another callback changed the weights: the last are not known.")
         self.scores.reasons |= self._during.lost
         self._link = self.state_dict()
         self._stop()

@@ -17,6 +17,7 @@ from lightning_influence.capture.trainer_reads import TrainerReads
 from lightning_influence.capture.windows import RecordedBatch
 from lightning_influence.compat import rank_zero_warn
 from lightning_influence.module.numbers import NumberRecord
+from lightning_influence.trajectory.files import BROKE_OFF
 from lightning_influence.trajectory.fit_data import FitData
 from lightning_influence.types import clean
 
@@ -50,6 +51,7 @@ class Recorder:
         self.steps = StepRecorder(trainer, module, made)
         self.first = FirstBatches(trainer, module)
         self.failed = False
+        self.broken_off: str | None = None  # why the rest of the fit is missing in the record
         self._written = -1  # step of the newest checkpoint
         self._made_at_start = made
         # step, epoch and state at the end of the last epoch: other callbacks may average the weights in `on_train_end`
@@ -140,10 +142,13 @@ class Recorder:
     def ended(self) -> None:
         """Save the final checkpoint: the weights after the last step, before other callbacks averaged them."""
         self.steps.batch_ended()
+        if self.failed:
+            self._store.tell_broken()
+            return
         if self._written != self.made and self._trainer.is_global_zero:
             if self._held is not None and self._held[0] == self.made:
                 self._checkpoint("final", self._held[2])
-            elif self._fingerprint not in (None, fingerprint(self._module)):
+            elif self.weights_changed:
                 self._note(
                     "Another callback changed the weights in `on_train_end` before `Influence` could save them, so the"
                     " final checkpoint is missing. List `Influence` before it in `callbacks`."
@@ -152,8 +157,14 @@ class Recorder:
                 self._checkpoint("final")
         if self._trainer.is_global_zero:
             self._guarded(self._final_weights)
-        self._store.manifest["finished"] = True
-        self.flush()
+        if not self.failed:
+            self._store.manifest["finished"] = True
+            self.flush()
+
+    @property
+    def weights_changed(self) -> bool:
+        """Whether another callback changed the weights since the last epoch ended."""
+        return self._fingerprint not in (None, fingerprint(self._module))
 
     @property
     def loader(self) -> Any:
@@ -179,8 +190,11 @@ class Recorder:
 
     def broken(self, why: str) -> None:
         """Write what was recorded before an error, and that the record ends there while the fit went on."""
-        if self._store.manifest["checkpoints"] or not self._trainer.is_global_zero:
-            self._store.manifest["notes"].append(f"The record ends at step {self.made}, the fit went on: {why}")
+        manifest = self._store.manifest
+        if not manifest["finished"] and (manifest["checkpoints"] or not self._trainer.is_global_zero):
+            text = f"{BROKE_OFF} {self.made}, the fit went on: {why}"
+            manifest["notes"].append(text)
+            manifest["broken"] = text
             self.flush()
 
     def flush(self) -> None:
@@ -249,10 +263,13 @@ class Recorder:
             write()
         except OSError as error:
             self.failed = True
+            why = f"`Influence` could not write {error.filename or str(self._store.folder)!r}"
+            why += f" ({error.strerror or error})."
+            if self._store.break_off(why):
+                self.broken_off = why
+                why += " The fit goes on without being recorded."
             warnings.warn(
-                f"`Influence` could not write {error.filename or str(self._store.folder)!r}"
-                f" ({error.strerror or error}). The fit goes on without being recorded; what was written before can"
-                f" be loaded from {str(self._store.folder)!r}.",
+                f"{why} What was written before can be loaded from {str(self._store.folder)!r}.",
                 UserWarning,
                 stacklevel=2,
             )

@@ -1,5 +1,6 @@
 """Writes one run of one process to disk. Every file that the manifest lists is complete at all times."""
 
+import contextlib
 import os
 import re
 import time
@@ -13,7 +14,15 @@ import torch
 from lightning_influence.files import checked_json
 from lightning_influence.files.atomic import sync
 from lightning_influence.trajectory.columns import encode_rows
-from lightning_influence.trajectory.files import FORMAT, MANIFEST, STEPS, runs_in, write_atomically
+from lightning_influence.trajectory.files import (
+    BROKE_OFF,
+    BROKEN,
+    FORMAT,
+    MANIFEST,
+    STEPS,
+    runs_in,
+    write_atomically,
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class RunWriter:
         self._unsynced: list[Path] = []
         self._keep_last = keep_last
         self._surplus: list[Path] = []  # files that no manifest will list any more
+        self._readable: bytes | None = None  # the manifest that readers see
         self.manifest: dict[str, Any] = {
             "format": FORMAT,
             "id": os.urandom(16).hex(),  # not from Python's or torch's generator, whose states belong to training
@@ -115,11 +125,39 @@ class RunWriter:
             for path in self._unsynced:
                 sync(path)
             self._unsynced.clear()
-        write_atomically(self.folder / MANIFEST, checked_json.encode(self.manifest), durable=due)
+        content = checked_json.encode(self.manifest)
+        write_atomically(self.folder / MANIFEST, content, durable=due)
+        self._readable = content
         if due:
             self._synced = time.monotonic()
         while self._surplus:  # now that the manifest does not list them
             self._surplus.pop().unlink(missing_ok=True)
+
+    def break_off(self, why: str) -> bool:
+        """After a failed write: go back to what readers see, and tell them that the fit went on without being recorded.
+
+        Returns:
+            Whether anything of the fit is missing: the record of one that has ended is complete.
+        """
+        seen = None if self._readable is None else checked_json.decode(self._readable)
+        if seen is None:
+            return True
+        self.manifest = seen
+        if not seen["finished"]:
+            last = max((entry["step"] for entry in seen["checkpoints"]), default=0)
+            seen["broken"] = f"{BROKE_OFF} {last}, the fit went on: {why}"
+            seen["notes"].append(seen["broken"])
+            with contextlib.suppress(OSError):  # takes no space, where there is none for a manifest
+                (self.folder / BROKEN).touch()
+            self.tell_broken()
+        return "broken" in seen
+
+    def tell_broken(self) -> None:
+        """Write why the record is broken, where there is space again."""
+        with contextlib.suppress(OSError):
+            if "broken" in self.manifest:
+                self.write_manifest()
+                (self.folder / BROKEN).unlink(missing_ok=True)
 
     def _write(self, file: str, content: bytes | memoryview) -> dict[str, int]:
         path = self.folder / file

@@ -77,7 +77,6 @@ def _of_run(folder: Path) -> Iterator[str | None]:
         if part == folder:
             ranks = [folder / f"steps-rank{rank}" for rank in range(1, manifest["world_size"])]
         averaged = [manifest["averaged"]] if manifest.get("averaged") else []
-        averaged = [manifest["averaged"]] if manifest.get("averaged") else []
         for entry in [*manifest["checkpoints"], *averaged, *manifest["steps"]]:
             yield _problem(read_verified, part / entry["file"], entry["size"], entry["crc32"])
 
@@ -127,13 +126,16 @@ def _computable(found: Trajectory) -> None:
     """Print the notes of a run, and for each method whether its evidence is there."""
     for note in found.notes:
         print(f"  Note: {note}")
+    broken = None if found.broken is None else "the record broke off"
     missing = {
-        Evidence.FINAL_WEIGHTS: None if found.checkpoints else "no checkpoint",
+        Evidence.FINAL_WEIGHTS: broken or (None if found.checkpoints else "no checkpoint"),
         Evidence.CHECKPOINTS: None if found.checkpoints and len(found.steps) else "no checkpoint with learning rates",
         Evidence.BATCH_ORDER: None if found.has_batch_order else "the batch order is not known",
         Evidence.TRACKER: "runs during a fit: `Influence(methods=[...])`",
         Evidence.REFIT: "retrains models: `Attributor(..., refit=Refit(...))`",
     }
+    if found.broken is not None:  # whatever follows the fit
+        missing |= dict.fromkeys((Evidence.CHECKPOINTS, Evidence.BATCH_ORDER), broken)
     print("  methods that can be computed:")
     lines = []
     for name, needs in _methods():

@@ -70,12 +70,7 @@ def write_batches(
         IsADirectoryError: `path` is a folder.
     """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"Expected `path` to name a file, got the folder {str(path)!r}. Add a file name to it.")
-    if path.exists() and not overwrite:
-        raise FileExistsError(
-            f"Expected no file at {str(path)!r}, found one. Pass `overwrite=True` or choose another path."
-        )
+    check_absent(path, overwrite)
     head = json.dumps({"format": FORMAT, "kind": kind, **metadata})
     records = (pa.record_batch({name: _to_arrow(tensor) for name, tensor in batch.items()}) for batch in batches)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,6 +82,21 @@ def write_batches(
                 writer.write_batch(record)
         seal(file, starts)
     return path
+
+
+def check_absent(path: Path, overwrite: bool = False) -> None:
+    """Check that a file may be written at a path.
+
+    Raises:
+        FileExistsError: There is one, and ``overwrite`` is False.
+        IsADirectoryError: It is a folder.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"Expected `path` to name a file, got the folder {str(path)!r}. Add a file name to it.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f"Expected no file at {str(path)!r}, found one. Pass `overwrite=True` or choose another path."
+        )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -14,7 +14,7 @@ _PARTIAL = ".*.tmp"
 
 
 @contextlib.contextmanager
-def whole(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
+def whole(path: Path, durable: bool = True, named: Callable[[IO[bytes]], Path] | None = None) -> Iterator[IO[bytes]]:
     """Yields an open file that replaces ``path`` when the context ends; where it fails, ``path`` is left as it was.
 
     Threads and processes may write the same path at the same time: the last one to finish wins.
@@ -23,6 +23,7 @@ def whole(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
         path: of the file.
         durable: wait until the content is on the disk, so that it outlives a power failure; a killed process leaves
             whole files either way. False saves several milliseconds: call ``sync`` later.
+        named: gives another path, from the complete file.
 
     Raises:
         OSError: it could not be written; ``filename`` is the path.
@@ -35,14 +36,14 @@ def whole(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
             file.flush()
             if durable:
                 os.fsync(file.fileno())
+            if named is not None:
+                path = named(file)
         os.replace(partial, path)
-    except OSError as error:
+    except BaseException as error:
         _remove(partial)
-        if error.errno is not None and error.filename in (None, str(partial)):
-            raise type(error)(error.errno, error.strerror, str(path)) from error
-        raise
-    except BaseException:
-        _remove(partial)
+        cause = _of_the_system(error)
+        if cause is not None and cause.errno is not None and cause.filename in (None, str(partial)):
+            raise type(cause)(cause.errno, cause.strerror, str(path)) from error
         raise
 
 
@@ -72,6 +73,12 @@ def _is_held(path: Path) -> bool:
     except OSError:
         return True
     return False
+
+
+def _of_the_system(error: BaseException) -> OSError | None:
+    """The error itself, or the one behind it: torch hides a full disk in an error of its own."""
+    behind = error.__context__ if isinstance(error, RuntimeError) else error
+    return behind if isinstance(behind, OSError) else None
 
 
 def _remove(path: Path) -> None:

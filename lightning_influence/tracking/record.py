@@ -7,7 +7,7 @@ import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -32,10 +32,16 @@ def save(path: Path, content: Any) -> Path:
         The path, with the checksum of the file in its name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as file:
+    found: list[Path] = []
+
+    def named(file: IO[bytes]) -> Path:
+        file.seek(0)
+        found.append(path.with_name(f"{path.stem}.crc{_checksum(file):08x}{path.suffix}"))
+        return found[0]
+
+    with whole(path, named=named) as file:
         torch.save(content, file)
-    named = path.with_name(f"{path.stem}.crc{_checksum(path):08x}{path.suffix}")
-    return path.replace(named)
+    return found[0]
 
 
 def load(path: Path) -> Any:
@@ -63,8 +69,11 @@ def check(path: Path) -> None:
         ValueError: they differ.
     """
     named = _NAMED.fullmatch(path.name)
-    if named is not None and _checksum(path) != int(named[1], 16):
-        raise ValueError("the file has changed since it was written")
+    if named is None:
+        return
+    with path.open("rb") as file:
+        if _checksum(file) != int(named[1], 16):
+            raise ValueError("the file has changed since it was written")
 
 
 def save_state(folder: Path, step: int, state: TrackerState) -> None:
@@ -87,11 +96,10 @@ def _states(folder: Path, step: int) -> list[Path]:
     return sorted((path for name in names for path in folder.glob(name)), key=lambda path: path.stat().st_mtime_ns)
 
 
-def _checksum(path: Path) -> int:
+def _checksum(file: IO[bytes]) -> int:
     checksum = 0
-    with path.open("rb") as file:
-        while part := file.read(2**20):
-            checksum = zlib.crc32(part, checksum)
+    while part := file.read(2**20):
+        checksum = zlib.crc32(part, checksum)
     return checksum
 
 

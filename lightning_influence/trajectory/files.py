@@ -15,6 +15,9 @@ from lightning_influence.types import MissingEvidence
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+BROKEN = "broken"
+"""An empty file beside a manifest that could not be written again when the disk was full."""
+BROKE_OFF = "The record ends at step"
 
 # What a manifest must hold; further keys are optional.
 _FIELDS = {
@@ -37,6 +40,7 @@ _OPTIONAL = {
     "averaged": (dict, type(None)),
     "best": (dict, type(None)),
     "data": (str, type(None)),
+    "broken": (str,),
 }
 _CHECKPOINT = {"file": str, "step": int, "epoch": int, "kind": str, "size": int, "crc32": int}
 _SEGMENT = {"file": str, "size": int, "crc32": int}

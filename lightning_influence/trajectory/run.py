@@ -1,6 +1,6 @@
 """Reads a run from its folder, joined with the runs it was resumed from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,15 @@ import pyarrow.compute as pc
 
 from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint
 from lightning_influence.trajectory.columns import encode_rows
-from lightning_influence.trajectory.files import MANIFEST, STEPS, read_manifest, read_steps, runs_in
+from lightning_influence.trajectory.files import (
+    BROKE_OFF,
+    BROKEN,
+    MANIFEST,
+    STEPS,
+    read_manifest,
+    read_steps,
+    runs_in,
+)
 from lightning_influence.trajectory.fit_data import FitData, decode_fit_data
 from lightning_influence.types import MissingEvidence
 
@@ -35,6 +43,7 @@ class Run:
     averaged: Checkpoint | None = None
     best: BestFile | None = None
     fit_data: FitData | None = None
+    broken: str | None = None
 
 
 def find_run(dirpath: Path) -> tuple[Path, list[str]]:
@@ -76,10 +85,11 @@ def read_run(folder: Path, until: int | None = None, resumed: frozenset[str] = f
     manifest = read_manifest(folder)
     if manifest["id"] in resumed:
         raise MissingEvidence(f"Expected runs that resume earlier ones, got `{folder}`, which resumes itself.")
+    parts = [(folder, manifest), *_other_ranks(folder, manifest["world_size"])]
     run = Run(
         path=folder,
         checkpoints=tuple(_checkpoint(folder, entry) for entry in manifest["checkpoints"]),
-        steps=_union_of_ranks(folder, manifest),
+        steps=_union_of_ranks(parts),
         settings=tuple(manifest["settings"]),
         dataset_size=manifest["dataset_size"],
         finished=manifest["finished"],
@@ -93,6 +103,9 @@ def read_run(folder: Path, until: int | None = None, resumed: frozenset[str] = f
         best=BestFile(**manifest["best"]) if manifest.get("best") else None,
         fit_data=decode_fit_data(manifest.get("data")),
     )
+    run.broken = next((why for part in parts if (why := _broken(*part)) is not None), None)
+    if run.broken is not None and run.broken not in run.notes:
+        run.notes.append(run.broken)
     if manifest["parent"] is not None:
         _join(run, manifest, resumed | {manifest["id"]})
     if until is not None:
@@ -154,15 +167,26 @@ def parent_run(folder: Path, link: Mapping[str, Any]) -> Path | None:
     return None
 
 
-def _union_of_ranks(folder: Path, manifest: dict[str, Any]) -> pa.Table:
+def _other_ranks(folder: Path, world_size: int) -> list[tuple[Path, dict[str, Any] | None]]:
+    """Folder and manifest of the other processes; None of one that was killed before it wrote any."""
+    folders = [folder / f"steps-rank{rank}" for rank in range(1, world_size)]
+    return [(each, read_manifest(each) if (each / MANIFEST).exists() else None) for each in folders]
+
+
+def _broken(folder: Path, manifest: Mapping[str, Any] | None) -> str | None:
+    """Why the record ends before the fit did; None where it does not."""
+    if manifest is None:
+        return None
+    notes = [note for note in manifest["notes"] if note.startswith(BROKE_OFF)]  # all that earlier versions wrote
+    if (folder / BROKEN).exists():
+        last = max((entry["step"] for entry in manifest["checkpoints"]), default=0)
+        notes.append(f"{BROKE_OFF} {last}, the fit went on: `Influence` could not write to `{folder}` any more.")
+    return manifest.get("broken") or next(iter(notes), None)
+
+
+def _union_of_ranks(parts: Sequence[tuple[Path, Mapping[str, Any] | None]]) -> pa.Table:
     """One row per step with the micro-batches of all ranks; gradients are means over ranks, hence the divisor."""
-    tables = [read_steps(folder, manifest["steps"])]
-    for rank in range(1, manifest["world_size"]):
-        try:
-            other = read_manifest(folder / f"steps-rank{rank}")
-            tables.append(read_steps(folder / f"steps-rank{rank}", other["steps"]))
-        except MissingEvidence:
-            tables.append(tables[0].slice(0, 0))
+    tables = [read_steps(folder, [] if manifest is None else manifest["steps"]) for folder, manifest in parts]
     if len(tables) == 1:
         return tables[0]
     length = min(len(table) for table in tables)  # a rank that was killed may have written less

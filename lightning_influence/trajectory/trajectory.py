@@ -46,6 +46,7 @@ class Trajectory:
         trainer_values: (step, values by path): what ``training_step`` read of its Trainer, each time that it changed.
         removed: Steps of the checkpoints that `Influence(keep_last=)` removed.
         fit_data: By what the training data are recognised in a later process; None where nothing was recorded.
+        broken: Why the record ends while the fit went on, as on a full disk; None where it does not.
 
     Example:
         >>> trajectory = Trajectory.load("influence")  # doctest: +SKIP
@@ -68,6 +69,7 @@ class Trajectory:
     numbers: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict, repr=False)
     removed: tuple[int, ...] = ()
     fit_data: FitData | None = field(default=None, repr=False)
+    broken: str | None = None
     _stored_rates: Sequence[Sequence[float]] | None = field(default=None, repr=False)
 
     @classmethod
@@ -345,6 +347,6 @@ def _notes_on_the_end(run: Run) -> list[str]:
             f"{len(run.removed)} checkpoints up to step {max(run.removed)} were removed (`keep_last=`): sums over"
             f" checkpoints count steps {max(run.removed) + 1} to {kept[-1]} only."
         )
-    if not run.finished:
+    if not run.finished and run.broken is None:
         notes.append("The fit did not finish: this is what it had written by then.")
     return notes
