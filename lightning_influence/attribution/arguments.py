@@ -16,7 +16,6 @@ from lightning_influence.tracking.record import load_record
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.types import MissingEvidence
 
-
 AGAIN = (
     "Fit again with space on the disk, or score by final weights: `Attributor(weights='last.ckpt')`, a file of "
     "`ModelCheckpoint`, or `trajectory=None` with a module that has them."
