@@ -74,7 +74,7 @@ def final_weights(weights: str | os.PathLike[str], fit: Session) -> FinalWeights
         MissingEvidence: they were not recorded, or are no longer where they were.
     """
     trajectory = fit.trajectory
-    if weights == "last" and trajectory is not None and trajectory.broken is not None:
+    if weights == "last" and trajectory is not None and trajectory.broken is not None and trajectory.path is not None:
         raise MissingEvidence(
             f"Expected the last weights of the fit, got a record without. {trajectory.broken} {AGAIN}"
         )

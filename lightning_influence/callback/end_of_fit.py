@@ -143,7 +143,7 @@ class EndOfFit:
             where = traceback.extract_tb(error.__traceback__)[-1]
             rank_zero_warn(
                 f"`{name}` failed with {type(error).__name__} ({Path(where.filename).name}:{where.lineno}): {error}\n"
-                f"The fit is complete and recorded. To continue:\n{self._lines(method)}"
+                f"{self._how_to_continue(method)}"
             )
 
     def _score(self, name: str, method: Method) -> Scores:
@@ -180,6 +180,11 @@ class EndOfFit:
                 scores.log(self.trainer.loggers, step=self.trainer.global_step, name=name, **drawing)
         except Exception as error:
             rank_zero_warn(f"`{name}` was scored and saved, but not logged: {type(error).__name__}: {error}")
+
+    def _how_to_continue(self, method: Method) -> str:
+        if getattr(self.attributor.trajectory, "broken", None) is not None:
+            return "The fit is complete, but its record is not."
+        return f"The fit is complete and recorded. To continue:\n{self._lines(method)}"
 
     def _lines(self, method: Method | None = None) -> str:
         return offline_lines(self.run_dir, self.plan, self.trainer, method)

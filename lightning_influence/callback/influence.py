@@ -15,7 +15,6 @@ from lightning_influence.callback.guest import Guest, guarded
 from lightning_influence.callback.plan import ScoringPlan
 from lightning_influence.capture.identity import LoaderTap
 from lightning_influence.capture.places import (
-    CannotRecord,
     check_dirpath,
     check_strategy,
     check_training_step,
@@ -131,14 +130,13 @@ class Influence(Guest):
 
     @property
     def attributor(self) -> Attributor:
-        """Computes further scores from the newest fit; from the module's weights alone where the disk was full.
+        """Computes further scores from the newest fit; from its last weights alone where the disk was full.
 
         Raises:
             MissingEvidence: no fit has been recorded yet.
         """
-        if self._broken is not None:
-            return self._plan.present_weights(self._module, self._trainer, self._broken)
-        return self._plan.attributor(self._module, self._trainer, self.trajectory)
+        found = self.trajectory if self._last is None else self._last
+        return self._plan.attributor(self._module, self._trainer, found)
 
     @property
     def _plan(self) -> ScoringPlan:
@@ -246,12 +244,11 @@ class Influence(Guest):
         if self._recorder is None or self._during is None or self.run_dir is None:
             return
         self._recorder.ended()
-        self._broken = self._recorder.broken_off
-        if self._broken is None:
+        if self._recorder.broken_off is None:
             confirm_data(self._recorder, trainer, pl_module, self.run_dir)
             self._during.save(self._recorder.made)
-        elif self._recorder.weights_changed:
-            raise CannotRecord(f"{self._broken} Then another callback changed the weights: the last are not known.")
+        else:
+            self._last = self._recorder.in_memory()
         self.scores.reasons |= self._during.lost
         self._link = self.state_dict()
         self._stop()

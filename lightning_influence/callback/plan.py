@@ -1,7 +1,7 @@
 """The arguments of `Influence` that its parts need, without the callback itself."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_influence.attribution.attributor import Attributor
@@ -31,13 +31,3 @@ class ScoringPlan:
         """Return what scores the examples of the training loader."""
         loader, loss, parameters, lookup = trainer.train_dataloader, self.loss, self.parameters, self.lookup
         return Attributor(module, loader, trajectory, trainer, loss=loss, parameters=parameters, lookup=lookup)
-
-    def present_weights(self, module: Any, trainer: Any, why: str) -> Attributor:
-        """Return what scores by the weights in memory alone: the record of the fit broke off, for the reason given."""
-        found = self.attributor(module, trainer)
-        note = (
-            f"The record of this fit broke off: {why} Scores are of the weights that the module has now; checkpoints, "
-            "batch order and learning rates are missing."
-        )
-        found._final = replace(found._final, note=note)
-        return found

@@ -9,7 +9,9 @@ from typing import Any
 from lightning_influence.capture.final_weights import averaged_state, best_file
 from lightning_influence.capture.first_batches import FirstBatches
 from lightning_influence.capture.identity import LoaderTap, length_of, reloaded
+from lightning_influence.capture.in_memory import last_weights
 from lightning_influence.capture.loaders import as_indices
+from lightning_influence.capture.places import CannotRecord
 from lightning_influence.capture.states import encode_state, fingerprint, gather_state, has_lazy
 from lightning_influence.capture.steps import StepRecorder, batch_size
 from lightning_influence.capture.store import ParentLink, RunWriter
@@ -17,6 +19,7 @@ from lightning_influence.capture.trainer_reads import TrainerReads
 from lightning_influence.capture.windows import RecordedBatch
 from lightning_influence.compat import rank_zero_warn
 from lightning_influence.module.numbers import NumberRecord
+from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.files import BROKE_OFF
 from lightning_influence.trajectory.fit_data import FitData
 from lightning_influence.types import clean
@@ -136,7 +139,7 @@ class Recorder:
         self._numbers.note(self.made)
         if every and (trainer.current_epoch + 1) % every == 0:
             self._checkpoint("scheduled")
-        elif trainer.is_global_zero and self._written != self.made and _is_ending(trainer):
+        if trainer.is_global_zero and (self.failed or self._written != self.made) and _is_ending(trainer):
             self._held = (self.made, trainer.current_epoch, gather_state(trainer, self._module))
 
     def ended(self) -> None:
@@ -170,6 +173,20 @@ class Recorder:
     def loader(self) -> Any:
         """The training loader; None if there are several."""
         return self._tap.loader()
+
+    def in_memory(self) -> Trajectory:
+        """The last weights of a fit whose record broke off.
+
+        Raises:
+            CannotRecord: another callback has changed them.
+        """
+        why, held = str(self.broken_off), self._held
+        if held is None or held[0] != self.made:
+            if self.weights_changed:
+                raise CannotRecord(f"{why} Then another callback changed the weights: the last are not known.")
+            held = self.made, self._trainer.current_epoch, gather_state(self._trainer, self._module)
+        manifest = self._store.manifest | {"settings": self.steps.settings, "fit_seconds": self._store.seconds}
+        return last_weights(*held, manifest, why)
 
     def confirm(self, data: FitData, differs: str | None) -> None:
         """Write what remains of the fingerprints, and what differed although nothing random went into it."""
@@ -268,11 +285,9 @@ class Recorder:
             if self._store.break_off(why):
                 self.broken_off = why
                 why += " The fit goes on without being recorded."
-            warnings.warn(
-                f"{why} What was written before can be loaded from {str(self._store.folder)!r}.",
-                UserWarning,
-                stacklevel=2,
-            )
+            if self._store.manifest["checkpoints"]:
+                why += f" What was written before can be loaded from {str(self._store.folder)!r}."
+            warnings.warn(why, UserWarning, stacklevel=2)
 
     def _notice(self, dataset: Any) -> None:
         """Note a changed dataset: ids are indices into the current one."""

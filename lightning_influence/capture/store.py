@@ -116,11 +116,15 @@ class RunWriter:
         entry = self._write(file, memoryview(sink.getvalue()))
         self.manifest["steps"].append({"file": file, "rows": len(rows)} | entry)
 
+    @property
+    def seconds(self) -> float:
+        """Since the start of the fit."""
+        return time.monotonic() - self._started
+
     def write_manifest(self) -> None:
         """Make everything added so far visible to readers."""
-        now = time.monotonic()
-        self.manifest["fit_seconds"] = now - self._started
-        due = self.manifest["finished"] or now - self._synced > _SYNC_SECONDS
+        self.manifest["fit_seconds"] = self.seconds
+        due = self.manifest["finished"] or time.monotonic() - self._synced > _SYNC_SECONDS
         if due:
             for path in self._unsynced:
                 sync(path)

@@ -53,7 +53,7 @@ def _read_or_prepare(curvature: Curvature, setting: Setting, stage: Stage, folde
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, about, prepared)
     except OSError as error:
-        setting.note(f"The curvature could not be stored on disk ({error.strerror}): later scores compute it again.")
+        setting.note(f"The curvature could not be stored on disk ({error}): later scores compute it again.")
     return prepared
 
 
@@ -89,7 +89,9 @@ def read_any(path: Path, device: torch.device | None = None) -> tuple[dict[str, 
     Raises:
         ValueError: the file is damaged.
     """
-    content = path.read_bytes()
+    with path.open("rb") as file:
+        content = file.read(len(_MAGIC))
+        content += file.read() if content == _MAGIC else b""  # it may be anything
     start = len(_MAGIC) + 4
     checksum = int.from_bytes(content[len(_MAGIC) : start], "big")
     if not content.startswith(_MAGIC) or zlib.crc32(content[start:]) != checksum:

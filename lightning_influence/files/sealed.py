@@ -10,6 +10,8 @@ from typing import IO, Any
 import numpy as np
 from torch import Tensor
 
+from lightning_influence.files.regular import check_regular
+
 # Bytes per checksum: reading one row of a mapped file verifies at least this many.
 CHUNK = 2**20
 # A record batch's own description, before its columns, is far shorter.
@@ -62,6 +64,7 @@ class SealedFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        check_regular(path)
         with path.open("rb") as file:  # a private mapping counts as writable: torch warns about read-only memory
             self.pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self._address = np.frombuffer(self.pages, np.uint8).ctypes.data

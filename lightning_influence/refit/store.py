@@ -19,10 +19,12 @@ from torch import Tensor
 
 from lightning_influence.files import checked_json
 from lightning_influence.files.atomic import whole
+from lightning_influence.files.regular import read_regular
 from lightning_influence.files.sealed import SealedFile, seal
 
 FORMAT = 1
 MANIFEST = "bank.json"
+_LARGEST = 2**26  # bytes of it
 _SEALED = b"sealed"
 
 _ROWS = pa.schema(
@@ -156,8 +158,8 @@ class ModelStore:
 
     def _refresh(self) -> None:
         for path in sorted(self.folder.glob("models-*.arrow")):
-            number = int(re.sub(r"\D", "", path.stem))
-            if number >= self._next:
+            found = re.fullmatch(r"models-(\d+)", path.stem)
+            if found is not None and (number := int(found[1])) >= self._next:
                 self._next = number + 1
                 self._index(path)
 
@@ -247,7 +249,10 @@ def read_bank(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is damaged.
     """
-    found = checked_json.decode(path.read_bytes(), plain=True)
+    try:
+        found = checked_json.decode(read_regular(path, _LARGEST), plain=True)
+    except ValueError:
+        found = None
     if found is None:
         raise ValueError(
             f"Expected the description of a bank of models in {str(path)!r}, got a damaged file. Restore it from a "

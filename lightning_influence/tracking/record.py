@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 import re
+import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import IO, Any
 import torch
 
 from lightning_influence.files.atomic import whole
+from lightning_influence.files.regular import check_regular
 from lightning_influence.tracking.tracker import TrackerState
 from lightning_influence.types import MissingEvidence
 
@@ -51,8 +53,9 @@ def load(path: Path) -> Any:
         MissingEvidence: the file is missing or damaged.
     """
     try:
-        if not path.is_file():  # it may be endless
-            raise FileNotFoundError("no such file")
+        check_regular(path)
+        if not zipfile.is_zipfile(path):  # by its end: it may be very large
+            raise ValueError("the file is cut short or of another kind")
         check(path)
         return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:

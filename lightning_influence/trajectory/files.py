@@ -1,51 +1,24 @@
 """The format of a run on disk: file names, the Arrow schema, atomic writes and verified reads."""
 
 import re
-import stat
 import zlib
-from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from lightning_influence.files import checked_json
 from lightning_influence.files.atomic import whole
+from lightning_influence.files.regular import read_regular
+from lightning_influence.trajectory.manifest_checks import problems
 from lightning_influence.types import MissingEvidence
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 BROKEN = "broken"
 """An empty file beside a manifest that could not be written again when the disk was full."""
+_LARGEST = 2**26  # bytes of a manifest
 BROKE_OFF = "The record ends at step"
-
-# What a manifest must hold; further keys are optional.
-_FIELDS = {
-    "format": (int,),
-    "id": (str,),
-    "parent": (dict, type(None)),
-    "world_size": (int,),
-    "dataset_size": (int, type(None)),
-    "settings": (list,),
-    "checkpoints": (list,),
-    "steps": (list,),
-    "notes": (list,),
-    "finished": (bool,),
-    "fit_seconds": (float, int),
-}
-_OPTIONAL = {
-    "eval_modules": (list,),
-    "trainer": (list,),
-    "removed": (list,),
-    "averaged": (dict, type(None)),
-    "best": (dict, type(None)),
-    "data": (str, type(None)),
-    "broken": (str,),
-}
-_CHECKPOINT = {"file": str, "step": int, "epoch": int, "kind": str, "size": int, "crc32": int}
-_SEGMENT = {"file": str, "size": int, "crc32": int}
-_PARENT = {"run": str, "path": str, "id": str, "step": int}
-_MOST_PROCESSES = 2**16
 
 GENERATORS = ("torch", "cuda", "python", "numpy")
 
@@ -91,16 +64,10 @@ def read_verified(path: Path, size: int, crc32: int) -> bytes:
     """
     way_out = "Load another run of this folder, or fit again."
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise MissingEvidence(f"Expected a file at `{path}`, got something else that has that name. {way_out}")
-        if found.st_size != size:  # before it is read: it may be endless
-            raise MissingEvidence(
-                f"Expected {size} bytes in `{path}`, got {found.st_size}: the file is damaged. {way_out}"
-            )
-        content = path.read_bytes()
-    except OSError as error:
-        raise MissingEvidence(f"Expected a file at `{path}`, got {error.strerror!r}. {way_out}") from error
+        content = read_regular(path, size, exactly=True)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise MissingEvidence(f"Expected {size} bytes in the file `{path}`, got {why!r}. {way_out}") from error
     if (checksum := zlib.crc32(content)) != crc32:
         raise MissingEvidence(f"Expected checksum {crc32} of `{path}`, got {checksum}: the file is damaged. {way_out}")
     return content
@@ -114,7 +81,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = checked_json.decode(path.read_bytes())
+        manifest = checked_json.decode(read_regular(path, _LARGEST))
     except OSError as error:
         raise MissingEvidence(
             f"Expected a run's manifest at `{path}`, got {error.strerror!r}. Pass the folder that `Influence` wrote."
@@ -126,40 +93,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"Expected a run of format {FORMAT} or older in `{folder}`, got {manifest['format']!r}."
             " Upgrade `lightning_influence`."
         )
-    for problem in _problems(manifest):
+    for problem in problems(manifest):
         raise MissingEvidence(f"Expected {problem} in the manifest `{path}`. Load another run, or fit again.")
     return manifest
-
-
-def _problems(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """What a manifest lacks, and what in it no fit writes, such as a file outside the run's folder."""
-    for name, kinds in _FIELDS.items():
-        if not isinstance(manifest.get(name), kinds):
-            yield f"`{name}` to be {' or '.join(kind.__name__ for kind in kinds)}, got {manifest.get(name)!r:.80}"
-            return
-    for name, kinds in _OPTIONAL.items():
-        if name in manifest and not isinstance(manifest[name], kinds):
-            yield f"`{name}` to be {' or '.join(kind.__name__ for kind in kinds)}, got {manifest[name]!r:.80}"
-            return
-    if not 1 <= manifest["world_size"] <= _MOST_PROCESSES:
-        yield f"`world_size` from 1 to {_MOST_PROCESSES}, got {manifest['world_size']!r}"
-    averaged = [manifest["averaged"]] if manifest.get("averaged") else []
-    for name, entries, fields in (
-        ("checkpoints", manifest["checkpoints"], _CHECKPOINT),
-        ("averaged", averaged, {name: kind for name, kind in _CHECKPOINT.items() if name != "kind"}),
-        ("steps", manifest["steps"], _SEGMENT),
-    ):
-        for entry in entries:
-            if not isinstance(entry, dict) or not all(isinstance(entry.get(n), kind) for n, kind in fields.items()):
-                yield f"entries of `{name}` with {', '.join(fields)}, got {entry!r:.80}"
-            elif PurePosixPath(entry["file"]).is_absolute() or ".." in PurePosixPath(entry["file"]).parts:
-                yield f"files inside the run's folder, got {entry['file']!r:.80}"
-    parent = manifest["parent"]
-    if parent is not None and not (
-        all(isinstance(parent.get(name), kind) for name, kind in _PARENT.items())
-        and re.fullmatch(r"run-\d+", parent["run"])
-    ):
-        yield f"`parent` to name a run, got {parent!r:.80}"
 
 
 def runs_in(dirpath: Path) -> list[Path]:

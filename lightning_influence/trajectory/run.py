@@ -101,8 +101,14 @@ def read_run(folder: Path, until: int | None = None, resumed: frozenset[str] = f
         notes=list(manifest["notes"]),
         averaged=_checkpoint(folder, manifest["averaged"]) if manifest.get("averaged") else None,
         best=BestFile(**manifest["best"]) if manifest.get("best") else None,
-        fit_data=decode_fit_data(manifest.get("data")),
+        fit_data=_fit_data(folder, manifest),
     )
+    entries = max((len(run.settings) - 1, *(() if not len(run.steps) else (pc.max(run.steps["settings"]).as_py(),))))
+    if entries >= len(run.settings) and len(run.steps):
+        raise MissingEvidence(
+            f"Expected the options of every step in `settings` of the manifest `{folder / MANIFEST}`, got "
+            f"{len(run.settings)} entries. Load another run, or fit again."
+        )
     run.broken = next((why for part in parts if (why := _broken(*part)) is not None), None)
     if run.broken is not None and run.broken not in run.notes:
         run.notes.append(run.broken)
@@ -116,6 +122,16 @@ def read_run(folder: Path, until: int | None = None, resumed: frozenset[str] = f
         run.removed = tuple(step for step in run.removed if step <= until)
         run.steps = run.steps.filter(pc.field("step") <= until)
     return run
+
+
+def _fit_data(folder: Path, manifest: Mapping[str, Any]) -> FitData | None:
+    try:
+        return decode_fit_data(manifest.get("data"))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise MissingEvidence(
+            f"Expected `data` in the manifest `{folder / MANIFEST}` as a fit writes it, got {type(error).__name__}: "
+            f"{error}. Load another run, or fit again."
+        ) from error
 
 
 def _checkpoint(folder: Path, entry: Mapping[str, Any]) -> Checkpoint:
@@ -159,6 +175,8 @@ def _join(run: Run, manifest: dict[str, Any], resumed: frozenset[str]) -> None:
 def parent_run(folder: Path, link: Mapping[str, Any]) -> Path | None:
     """The run that a link refers to. A sibling is tried first: the whole folder may have been moved."""
     for candidate in (folder.parent / link["run"], Path(link["path"])):
+        if ".." in candidate.parts:  # it was written without
+            continue
         try:
             if read_manifest(candidate)["id"] == link["id"]:
                 return candidate
