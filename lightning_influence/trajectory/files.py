@@ -82,9 +82,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = checked_json.decode(read_regular(path, _LARGEST))
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
         raise MissingEvidence(
-            f"Expected a run's manifest at `{path}`, got {error.strerror!r}. Pass the folder that `Influence` wrote."
+            f"Expected a run's manifest at `{path}`, got {why!r}. Pass the folder that `Influence` wrote."
         ) from error
     if manifest is None:
         raise MissingEvidence(f"Expected a whole manifest at `{path}`, got a damaged file. Load another run of it.")

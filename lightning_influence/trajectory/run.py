@@ -1,5 +1,6 @@
 """Reads a run from its folder, joined with the runs it was resumed from."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,11 +53,11 @@ def find_run(dirpath: Path) -> tuple[Path, list[str]]:
     Raises:
         MissingEvidence: there is none.
     """
-    if (dirpath / MANIFEST).is_file():
+    if os.path.lexists(dirpath / MANIFEST):  # `read_manifest` says if it is no file
         return dirpath, []
     notes: list[str] = []
     for run in reversed(runs_in(dirpath)):
-        if (run / MANIFEST).is_file():
+        if os.path.lexists(run / MANIFEST):
             return run, notes
         notes.append(
             f"{run.name} has no manifest (its fit stopped before the first checkpoint); an older run was read."
@@ -71,20 +72,38 @@ def find_run(dirpath: Path) -> tuple[Path, list[str]]:
     )
 
 
-def read_run(folder: Path, until: int | None = None, resumed: frozenset[str] = frozenset()) -> Run:
+def read_run(folder: Path) -> Run:
     """Read a run, joined with the runs it was resumed from.
-
-    Args:
-        folder: of the run.
-        until: the last step to read; None: all of it.
-        resumed: ids of the runs that follow, none of which can be among its own parents.
 
     Raises:
         MissingEvidence: a file is missing or damaged.
     """
-    manifest = read_manifest(folder)
-    if manifest["id"] in resumed:
-        raise MissingEvidence(f"Expected runs that resume earlier ones, got `{folder}`, which resumes itself.")
+    manifest, until = read_manifest(folder), None
+    newer: list[tuple[Run, dict[str, Any]]] = []
+    known: set[str] = set()
+    while True:
+        if manifest["id"] in known:
+            raise MissingEvidence(f"Expected runs that resume earlier ones, got `{folder}`, which resumes itself.")
+        known.add(manifest["id"])
+        run, link = _up_to(_alone(folder, manifest), until), manifest["parent"]
+        parent = None if link is None else parent_run(folder, link)
+        if parent is None:
+            break
+        newer.append((run, manifest))
+        folder, manifest, until = parent, read_manifest(parent), link["step"]
+    if link is not None:
+        run.notes.append(
+            f"{run.path.name} resumed {link['run']} at step {link['step']}, which is no longer in {link['path']!r}:"
+            f" the steps before it are unknown."
+        )
+    for later, about in reversed(newer):
+        _join(later, about, run)
+        run = later
+    return run
+
+
+def _alone(folder: Path, manifest: Mapping[str, Any]) -> Run:
+    """A run without those that it was resumed from."""
     parts = [(folder, manifest), *_other_ranks(folder, manifest["world_size"])]
     run = Run(
         path=folder,
@@ -103,8 +122,7 @@ def read_run(folder: Path, until: int | None = None, resumed: frozenset[str] = f
         best=BestFile(**manifest["best"]) if manifest.get("best") else None,
         fit_data=_fit_data(folder, manifest),
     )
-    entries = max((len(run.settings) - 1, *(() if not len(run.steps) else (pc.max(run.steps["settings"]).as_py(),))))
-    if entries >= len(run.settings) and len(run.steps):
+    if len(run.steps) and (pc.max(run.steps["settings"]).as_py() or 0) >= len(run.settings):
         raise MissingEvidence(
             f"Expected the options of every step in `settings` of the manifest `{folder / MANIFEST}`, got "
             f"{len(run.settings)} entries. Load another run, or fit again."
@@ -112,8 +130,11 @@ def read_run(folder: Path, until: int | None = None, resumed: frozenset[str] = f
     run.broken = next((why for part in parts if (why := _broken(*part)) is not None), None)
     if run.broken is not None and run.broken not in run.notes:
         run.notes.append(run.broken)
-    if manifest["parent"] is not None:
-        _join(run, manifest, resumed | {manifest["id"]})
+    return run
+
+
+def _up_to(run: Run, until: int | None) -> Run:
+    """What a run recorded up to a step; None: all of it."""
     if until is not None:
         run.checkpoints = tuple(c for c in run.checkpoints if c.step <= until)
         run.trainer_values = tuple(at for at in run.trainer_values if at[0] <= until)
@@ -138,16 +159,9 @@ def _checkpoint(folder: Path, entry: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(entry["step"], entry["epoch"], folder / entry["file"], entry["size"], entry["crc32"])
 
 
-def _join(run: Run, manifest: dict[str, Any], resumed: frozenset[str]) -> None:
+def _join(run: Run, manifest: Mapping[str, Any], older: Run) -> None:
+    """Put a run behind the one that it resumed."""
     link = manifest["parent"]
-    parent = parent_run(run.path, link)
-    if parent is None:
-        run.notes.append(
-            f"{run.path.name} resumed {link['run']} at step {link['step']}, which is no longer in {link['path']!r}:"
-            f" the steps before it are unknown."
-        )
-        return
-    older = read_run(parent, until=link["step"], resumed=resumed)
     known = max((c.step for c in older.checkpoints), default=-1)
     known = max(known, pc.max(older.steps["step"]).as_py() or 0) if len(older.steps) else known
     if known < link["step"]:
