@@ -219,9 +219,9 @@ def read_only():
 
     attributor._open = never
     for path in (FOLDER / "new" / "x", FOLDER / "x"):
-        for ask in (lambda **o: attributor.score(GradientDot(), Indexed(3), **o), attributor.self_influence):
-            arguments = () if ask is not attributor.self_influence else (GradientDot(),)
-            error = refused(lambda ask=ask, path=path, a=arguments: ask(*a, path=path), OSError, str(path))
+        for arguments in ((GradientDot(), Indexed(3)), (GradientDot(),)):
+            ask = attributor.score if len(arguments) == 2 else attributor.self_influence
+            error = refused(lambda ask=ask, a=arguments, path=path: ask(*a, path=path), OSError, str(path))
             assert error.errno == errno.EROFS
 
 

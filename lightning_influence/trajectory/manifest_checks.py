@@ -14,7 +14,7 @@ _Check = Callable[[Any], bool]
 def problems(manifest: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with a manifest, as the end of a sentence that begins with "Expected"."""
     for name, (what, check) in _FIELDS.items():
-        if not check(manifest.get(name)):
+        if name not in manifest or not check(manifest[name]):
             yield f"`{name}` to be {what}, got {manifest.get(name)!r:.80}"
             return
     for name, (what, check) in _OPTIONAL.items():
@@ -42,6 +42,11 @@ def _integer(least: int = 0, most: int = 2**63 - 1) -> _Check:
 
 def _number(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 2**63 and math.isfinite(x)
+
+
+def _real(x: Any) -> bool:
+    """A number that may be infinite or NaN, as limits and losses are."""
+    return isinstance(x, float) or _number(x)
 
 
 def _text(x: Any) -> bool:
@@ -72,7 +77,7 @@ def _option(x: Any) -> bool:
     """An optimizer's option: a number, a flag, a name, or several."""
     if isinstance(x, list):
         return all(map(_option, x))
-    return x is None or isinstance(x, (bool, str)) or _number(x)
+    return x is None or isinstance(x, (bool, str)) or _real(x)
 
 
 def _group(x: Any) -> bool:
@@ -81,8 +86,8 @@ def _group(x: Any) -> bool:
         isinstance(x, dict)
         and _list(_text)(x.get("parameters"))
         and all(map(_option, x.values()))
-        and all(_optional(_number)(x.get(name)) for name in numbers)
-        and _optional(_list(_number))(x.get("betas"))
+        and all(_optional(_real)(x.get(name)) for name in numbers)
+        and _optional(_list(_real))(x.get("betas"))
     )
 
 
@@ -106,7 +111,7 @@ _SETTINGS = _entry(
     kind=_text,
     groups=_list(_group),
     frozen=_optional(_list(_text)),
-    clipping=_optional(lambda x: isinstance(x, (str, dict, list)) or _number(x)),
+    clipping=_optional(_entry(algorithm=_text, limit=_optional(_real))),
 )
 
 # What a manifest must hold, in words and as a check.
@@ -133,3 +138,62 @@ _OPTIONAL: dict[str, tuple[str, _Check]] = {
     "data": ("a text, or None", _optional(_text)),
     "broken": ("a text", _text),
 }
+
+_SUMMARY = _list(_real)
+_FINGERPRINT = _list(
+    _only(
+        ("path", "dtype", "shape", "whole", "rows"),
+        lambda x: (
+            _entry(path=_text, dtype=_text, shape=_list(_integer()), whole=_SUMMARY, rows=_optional(_list(_SUMMARY)))(x)
+            and len(
+                {len(row) for row in (x["whole"], *(x["rows"] or ()))}
+                | {1 if x["dtype"] == "text" else len(x["whole"])}
+            )
+            == 1
+            and len(x["whole"]) in (1, 3)
+        ),
+    )
+)
+_FIRST_BATCH = _only(
+    ("ids", "positions", "loaded", "entered"),
+    lambda x: (
+        _entry(
+            ids=_list(_integer(-(2**63))),
+            positions=_list(_integer()),
+            loaded=_optional(_FINGERPRINT),
+            entered=_FINGERPRINT,
+        )(x)
+        and all(position < len(x["ids"]) for position in x["positions"])
+        and all(
+            leaf["rows"] is None or len(leaf["rows"]) == len(x["positions"])
+            for leaf in (*(x["loaded"] or ()), *x["entered"])
+        )
+    ),
+)
+_VALUE = lambda x: isinstance(x, list) and len(x) == 3 and _integer()(x[0]) and _integer()(x[1]) and _real(x[2])  # noqa: E731
+_FIRST_LOSSES = _only(
+    ("ids", "entered", "values", "dtype", "drew"),
+    _entry(
+        ids=_list(_integer(-(2**63))),
+        entered=_FINGERPRINT,
+        values=_list(_VALUE),
+        dtype=_text,
+        drew=lambda x: isinstance(x, bool),
+    ),
+)
+_FIT_DATA = {
+    "dataset": _text,
+    "collate": _text,
+    "datamodule": _optional(_text),
+    "hooks": lambda x: isinstance(x, dict) and all(map(_text, x.values())),
+    "device": _text,
+    "watched": lambda x: isinstance(x, bool),
+    "confirmed": lambda x: isinstance(x, bool),
+    "batches": _list(_FIRST_BATCH),
+    "losses": _optional(_FIRST_LOSSES),
+}
+
+
+def is_fit_data(entry: Any) -> bool:
+    """Whether this is what a fit writes of its training data."""
+    return _only(list(_FIT_DATA), _entry(**_FIT_DATA))(entry)
