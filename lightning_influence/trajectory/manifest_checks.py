@@ -106,6 +106,19 @@ _BEST = {
     "global_step": _optional(_integer()),
     "averaged": lambda x: x is None or isinstance(x, bool),
 }
+_NEEDED = {
+    "SGD": {"momentum", "dampening", "weight_decay", "nesterov", "maximize"},
+    "Adam": {"betas", "eps", "weight_decay", "amsgrad", "maximize"},
+    "AdamW": {"betas", "eps", "weight_decay", "amsgrad", "maximize"},
+}
+
+
+def _whole_options(x: Any) -> bool:
+    """Whether torch's own optimizers have all their options, and no parameter is in two groups."""
+    names = [name for group in x["groups"] for name in group["parameters"]]
+    return len(names) == len(set(names)) and all(_NEEDED.get(x["kind"], set()) <= group.keys() for group in x["groups"])
+
+
 _SETTINGS = _entry(
     optimizer=_integer(),
     kind=_text,
@@ -121,7 +134,7 @@ _FIELDS: dict[str, tuple[str, _Check]] = {
     "parent": ("the link to a run, or None", _optional(_entry(**_LINK))),
     "world_size": (f"from 1 to {_MOST_PROCESSES}", _integer(1, _MOST_PROCESSES)),
     "dataset_size": ("a number of examples, or None", _optional(_integer())),
-    "settings": ("a list of optimizers' options", _list(_SETTINGS)),
+    "settings": ("a list of optimizers' options", _list(lambda x: _SETTINGS(x) and _whole_options(x))),
     "checkpoints": (f"a list with {', '.join(_STATE)} and kind", _list(_entry(**_STATE, kind=_text))),
     "steps": (f"a list with {', '.join(_WRITTEN)}", _list(_entry(**_WRITTEN))),
     "notes": ("a list of texts", _list(_text)),
@@ -145,11 +158,7 @@ _FINGERPRINT = _list(
         ("path", "dtype", "shape", "whole", "rows"),
         lambda x: (
             _entry(path=_text, dtype=_text, shape=_list(_integer()), whole=_SUMMARY, rows=_optional(_list(_SUMMARY)))(x)
-            and len(
-                {len(row) for row in (x["whole"], *(x["rows"] or ()))}
-                | {1 if x["dtype"] == "text" else len(x["whole"])}
-            )
-            == 1
+            and len({len(row) for row in (x["whole"], *(x["rows"] or ()))} | {1 if x["dtype"] == "text" else 3}) == 1
             and len(x["whole"]) in (1, 3)
         ),
     )
