@@ -344,3 +344,21 @@ def test_sizes_are_compared_before_the_file_is_read(tmp_path):
         file.truncate(10**12)
     with pytest.raises(MissingEvidence, match="x"):
         read_verified(tmp_path / "x", 10, 0)
+
+
+def test_opening_large_scores_reads_little(tmp_path, monkeypatch):
+    """1,000,000 x 100 in proportion: what is checked when a file is opened does not grow with it."""
+    from lightning_influence.files import sealed
+
+    checked = []
+    original = sealed._checksum
+    monkeypatch.setattr(sealed, "_checksum", lambda part: (checked.append(len(part)), original(part))[1])
+    for count in (100_000, 1_000_000):
+        about = {"settings": {}, "units": "loss", "notes": [], "checkpoints": (1,), "method": "TracInCP"}
+        ids = {"train_ids": torch.arange(count), "query_ids": torch.arange(10)}
+        path = Scores(torch.zeros(10, count), None, **ids, **about).save(tmp_path / str(count))
+        checked.clear()
+        scores = Scores.load(path)
+        assert sum(checked) <= 2 * sealed.CHUNK
+        assert scores.values.shape == (10, count)
+        assert sum(checked) >= 40 * count
