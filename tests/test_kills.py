@@ -131,9 +131,11 @@ def forked(work):
         os._exit(3)
 
 
-def ended(pid, seconds=20):
-    """Wait for a process; one that an interrupt did not end, as in a fit, is killed."""
-    for _ in range(int(seconds / 0.02)):
+def ended(pid, how, seconds=20):
+    """Wait for a process; a first interrupt ends the scoring of a fit only, or is lost in a finaliser."""
+    for k in range(int(seconds / 0.02)):
+        if k % 25 == 24:
+            os.kill(pid, how)
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
             assert status in (0, signal.SIGKILL, signal.SIGINT), "the work failed"
@@ -153,7 +155,7 @@ def interrupted(name, how, times, tmp_path):
         pid = forked(lambda folder=folder: work(folder))
         time.sleep(chance.uniform(0, longest))
         os.kill(pid, how)
-        ended(pid)
+        ended(pid, how)
         found = left_over(folder)
         left += len(found)
         with warnings.catch_warnings():

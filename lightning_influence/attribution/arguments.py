@@ -49,7 +49,12 @@ def check_path(path: str | os.PathLike[str] | None) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def check_method(method: Method, trajectory: Trajectory | None, refit: Refit | None) -> None:
+def check_method(
+    method: Method,
+    trajectory: Trajectory | None,
+    refit: Refit | None,
+    path: str | os.PathLike[str] | None = None,
+) -> None:
     """Check, before any work begins, that there is what a method needs.
 
     Raises:
@@ -58,6 +63,7 @@ def check_method(method: Method, trajectory: Trajectory | None, refit: Refit | N
     """
     if not isinstance(method, Method):
         raise TypeError(f"Expected `method` to be a Method such as `TracInCP()`, got {method!r}.")
+    check_path(path)
     name = method.name
     if trajectory is not None and trajectory.broken is not None and follows_the_fit(method):
         raise MissingEvidence(

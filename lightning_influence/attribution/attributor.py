@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.attribution.accumulators import MatrixAccumulator, TopKAccumulator
-from lightning_influence.attribution.arguments import check_arguments, check_method, check_path, queries_of, scored_ids
+from lightning_influence.attribution.arguments import check_arguments, check_method, queries_of, scored_ids
 from lightning_influence.attribution.asking_again import asking_again
 from lightning_influence.attribution.data_arguments import datamodule_of, named_queries, training_source
 from lightning_influence.attribution.driver import run_group, run_scores, run_self_influence
@@ -146,9 +146,8 @@ class Attributor:
             MissingEvidence: the method needs what was not captured.
             ValueError: bad arguments, queries that the module does not accept, gradients that are not finite.
         """
-        self._check(method)
+        self._check(method, path)
         check_arguments(top_k, aggregate, measurement, higher_is_better)
-        check_path(path)
         source = self._queries(queries)
         with self._open(method, source, measurement, aggregate) as setting:
             all_queries = queries_of(setting)
@@ -186,8 +185,7 @@ class Attributor:
             NotImplementedError: the method has no self-influence.
             ValueError: self-influence that is the same for all examples; gradients that are not finite.
         """
-        self._check(method)
-        check_path(path)
+        self._check(method, path)
         with self._open(method) as setting:
             values = run_self_influence(method, setting, self.trainer)
         record = self._record(method, setting) | {"base": self._train.base_ids()}
@@ -292,10 +290,10 @@ class Attributor:
 
     # ---- preparation ----------------------------------------------------------------------------------------------
 
-    def _check(self, method: Method) -> None:
+    def _check(self, method: Method, path: str | PathLike[str] | None = None) -> None:
         if self._stream is not None and isinstance(method, Method):
             check_method_on_stream(method, len(self._train.dataset))
-        check_method(method, self.trajectory, self.refit)
+        check_method(method, self.trajectory, self.refit, path)
 
     @contextlib.contextmanager
     def _open(

@@ -21,8 +21,8 @@ from lightning_influence.capture.places import (
     on_rank_zero,
     writable_dirpath,
 )
-from lightning_influence.capture.recorder import Recorder, resume_point
-from lightning_influence.capture.store import RunWriter, claim_run
+from lightning_influence.capture.recorder import Recorder
+from lightning_influence.capture.store import RunWriter, claim_run, resume_point
 from lightning_influence.checks import check_callable, check_flag, check_integer, check_positive
 from lightning_influence.methods.method import Method
 from lightning_influence.trajectory import Trajectory

@@ -14,7 +14,7 @@ from lightning_influence.capture.loaders import as_indices
 from lightning_influence.capture.places import CannotRecord
 from lightning_influence.capture.states import encode_state, fingerprint, gather_state, has_lazy
 from lightning_influence.capture.steps import StepRecorder, batch_size
-from lightning_influence.capture.store import ParentLink, RunWriter
+from lightning_influence.capture.store import RunWriter, without_earlier_steps
 from lightning_influence.capture.trainer_reads import TrainerReads
 from lightning_influence.capture.windows import RecordedBatch
 from lightning_influence.compat import rank_zero_warn
@@ -338,24 +338,6 @@ class Recorder:
             self._warned.add(text)
             self._store.manifest["notes"].append(text)
             rank_zero_warn(text)
-
-
-def resume_point(state: dict[str, Any], trainer: Any) -> tuple[ParentLink | None, int]:
-    """Return the run that this fit resumes, if any, and the weight updates made so far."""
-    if state and trainer.global_step > 0:
-        return ParentLink(**{name: state[name] for name in ("run", "path", "id", "step")}), int(state["step"])
-    if trainer.global_step > 0:
-        rank_zero_warn(without_earlier_steps(trainer.global_step))
-    return None, int(trainer.global_step)
-
-
-def without_earlier_steps(first: int) -> str:
-    """Says that a run begins in the middle of training."""
-    return (
-        f"This fit begins at step {first}, and the steps before it are not in its run: it resumes a checkpoint"
-        " without the state of this `Influence` (which was missing, or had other arguments), or its Trainer was fitted"
-        " before. Scores count the steps from there on."
-    )
 
 
 def _is_ending(trainer: Any) -> bool:

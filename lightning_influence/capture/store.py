@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from lightning_influence.compat import rank_zero_warn
 from lightning_influence.files import checked_json
 from lightning_influence.files.atomic import sync
 from lightning_influence.trajectory.columns import encode_rows
@@ -36,6 +37,24 @@ class ParentLink:
     path: str
     id: str
     step: int
+
+
+def resume_point(state: dict[str, Any], trainer: Any) -> tuple[ParentLink | None, int]:
+    """Return the run that this fit resumes, if any, and the weight updates made so far."""
+    if state and trainer.global_step > 0:
+        return ParentLink(**{name: state[name] for name in ("run", "path", "id", "step")}), int(state["step"])
+    if trainer.global_step > 0:
+        rank_zero_warn(without_earlier_steps(trainer.global_step))
+    return None, int(trainer.global_step)
+
+
+def without_earlier_steps(first: int) -> str:
+    """Says that a run begins in the middle of training."""
+    return (
+        f"This fit begins at step {first}, and the steps before it are not in its run: it resumes a checkpoint"
+        " without the state of this `Influence` (which was missing, or had other arguments), or its Trainer was fitted"
+        " before. Scores count the steps from there on."
+    )
 
 
 def claim_run(dirpath: Path) -> Path:

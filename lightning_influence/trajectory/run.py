@@ -229,3 +229,21 @@ def _union_of_ranks(parts: Sequence[tuple[Path, Mapping[str, Any] | None]]) -> p
             row[name] = None if any(part is None for part in parts) else [x for part in parts for x in part]
         row["divisor"] *= len(tables)
     return pa.Table.from_batches([encode_rows(rows[0], STEPS)])
+
+
+def notes_on_the_end(run: Run) -> list[str]:
+    """What a reader must know about where a record ends."""
+    notes = []
+    last = run.checkpoints[-1].step if run.checkpoints else 0
+    behind = pc.sum(pc.and_(pc.greater(run.steps["step"], last), pc.invert(run.steps["skipped"]))).as_py() or 0
+    if behind and len(run.checkpoints) != 1:
+        notes.append(f"{behind} steps after the last checkpoint (step {last}) are not counted.")
+    kept = [c.step for c in run.checkpoints if c.step > max(run.removed)] if run.removed else []
+    if run.removed and kept:
+        notes.append(
+            f"{len(run.removed)} checkpoints up to step {max(run.removed)} were removed (`keep_last=`): sums over"
+            f" checkpoints count steps {max(run.removed) + 1} to {kept[-1]} only."
+        )
+    if not run.finished and run.broken is None:
+        notes.append("The fit did not finish: this is what it had written by then.")
+    return notes
