@@ -73,10 +73,10 @@ def _only(names: Sequence[str], check: _Check) -> _Check:
     return lambda x: check(x) and not set(x) - set(names)
 
 
-def _option(x: Any) -> bool:
-    """An optimizer's option: a number, a flag, a name, or several."""
+def _option(x: Any, depth: int = 3) -> bool:
+    """An optimizer's option: a number, a flag, a name, or a few levels of lists of them."""
     if isinstance(x, list):
-        return all(map(_option, x))
+        return depth > 0 and all(_option(item, depth - 1) for item in x)
     return x is None or isinstance(x, (bool, str)) or _real(x)
 
 
