@@ -207,9 +207,10 @@ def test_a_run_that_never_began_is_passed_over(run):
 
 
 def test_a_newer_format_is_refused(run):
-    from lightning_influence.trajectory.files import encode_manifest, read_manifest
+    from lightning_influence.files import checked_json
+    from lightning_influence.trajectory.files import read_manifest
 
-    (run / "manifest.json").write_bytes(encode_manifest(read_manifest(run) | {"format": 99}))
+    (run / "manifest.json").write_bytes(checked_json.encode(read_manifest(run) | {"format": 99}))
     with pytest.raises(MissingEvidence, match=r"format 1 or older.*got 99"):
         Trajectory.load(run)
 

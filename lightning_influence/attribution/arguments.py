@@ -1,15 +1,25 @@
 """Checks of what is asked of an `Attributor`, and which examples a method scores."""
 
+import os
+import tempfile
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from lightning_influence.checks import check_integer
+from lightning_influence.files.arrow import check_absent
 from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.refit import Refit
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.tracking.record import load_record
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.types import MissingEvidence
+
+AGAIN = (
+    "Fit again with space on the disk, or score by final weights: `Attributor(weights='last.ckpt')`, a file of "
+    "`ModelCheckpoint`, or `trajectory=None` with a module that has them."
+)
 
 
 def check_arguments(top_k: object, aggregate: object, measurement: object, higher_is_better: bool) -> None:
@@ -21,7 +31,30 @@ def check_arguments(top_k: object, aggregate: object, measurement: object, highe
         raise ValueError("Expected `measurement=` with `higher_is_better=True`, got None: lower is better for a loss.")
 
 
-def check_method(method: Method, trajectory: Trajectory | None, refit: Refit | None) -> None:
+def check_path(path: str | os.PathLike[str] | None) -> None:
+    """Check before any work begins that scores can be saved there.
+
+    Raises:
+        FileExistsError: there is a file.
+        OSError: the folder cannot be written to; ``filename`` is the path.
+    """
+    if path is None:
+        return
+    path = Path(path)
+    check_absent(path)
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def check_method(
+    method: Method,
+    trajectory: Trajectory | None,
+    refit: Refit | None,
+    path: str | os.PathLike[str] | None = None,
+) -> None:
     """Check, before any work begins, that there is what a method needs.
 
     Raises:
@@ -30,7 +63,12 @@ def check_method(method: Method, trajectory: Trajectory | None, refit: Refit | N
     """
     if not isinstance(method, Method):
         raise TypeError(f"Expected `method` to be a Method such as `TracInCP()`, got {method!r}.")
+    check_path(path)
     name = method.name
+    if trajectory is not None and trajectory.broken is not None and follows_the_fit(method):
+        raise MissingEvidence(
+            f"`{name}` needs the record of the whole fit, got a broken one. {trajectory.broken} {AGAIN}"
+        )
     if method.needs & Evidence.CHECKPOINTS and trajectory is None:
         raise MissingEvidence(
             f"`{name}` needs checkpoints with learning rates, got `trajectory=None`. Fit with "
@@ -42,6 +80,12 @@ def check_method(method: Method, trajectory: Trajectory | None, refit: Refit | N
         load_record(run, method.record, last)
     if method.needs & Evidence.REFIT and refit is None:
         raise MissingEvidence(f"`{name}` retrains models, got `refit=None`. Pass `Attributor(..., refit=Refit(...))`.")
+
+
+def follows_the_fit(method: Method) -> bool:
+    """Whether a method uses more of the record of a fit than its final weights."""
+    more = Evidence.CHECKPOINTS | Evidence.BATCH_ORDER | Evidence.TRACKER
+    return bool(method.needs & more) or getattr(method, "checkpoints", None) is not None
 
 
 def queries_of(setting: Setting) -> Queries:

@@ -149,7 +149,7 @@ class Attributor:
             ValueError: bad arguments, queries that the module does not accept, gradients that are not finite. Scores
                 that were finished before an error are its attribute ``scores``.
         """
-        self._check(method)
+        self._check(method, path)
         check_arguments(top_k, aggregate, measurement, higher_is_better)
         source = self._queries(queries)
         with self._open(method, source, measurement, aggregate) as setting:
@@ -184,7 +184,7 @@ class Attributor:
             ValueError: self-influence that is the same for all examples; gradients that are not finite. Values that
                 were finished before an error are its attribute ``scores``.
         """
-        self._check(method)
+        self._check(method, path)
         with self._open(method) as setting:
             answers, finished = self._answers(method, setting), Finished()
             with kept(lambda said: answers.finished_self_scores(finished, said)):
@@ -278,10 +278,10 @@ class Attributor:
 
     # ---- preparation ----------------------------------------------------------------------------------------------
 
-    def _check(self, method: Method) -> None:
+    def _check(self, method: Method, path: str | PathLike[str] | None = None) -> None:
         if self._stream is not None and isinstance(method, Method):
             check_method_on_stream(method, len(self._train.dataset))
-        check_method(method, self.trajectory, self.refit)
+        check_method(method, self.trajectory, self.refit, path)
 
     @contextlib.contextmanager
     def _open(

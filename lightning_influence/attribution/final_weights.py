@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 
+from lightning_influence.attribution.arguments import AGAIN, follows_the_fit
 from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.setting.session import Session
 from lightning_influence.trajectory import (
@@ -62,8 +63,7 @@ class FinalWeights:
 
 def _follows_the_fit(method: Method) -> bool:
     """Whether a method uses more of the fit than its final weights."""
-    more = Evidence.CHECKPOINTS | Evidence.BATCH_ORDER | Evidence.TRACKER | Evidence.REFIT
-    return bool(method.needs & more) or getattr(method, "checkpoints", None) is not None
+    return follows_the_fit(method) or bool(method.needs & Evidence.REFIT)
 
 
 def final_weights(weights: str | os.PathLike[str], fit: Session) -> FinalWeights:
@@ -74,6 +74,10 @@ def final_weights(weights: str | os.PathLike[str], fit: Session) -> FinalWeights
         MissingEvidence: they were not recorded, or are no longer where they were.
     """
     trajectory = fit.trajectory
+    if weights == "last" and trajectory is not None and trajectory.broken is not None and trajectory.path is not None:
+        raise MissingEvidence(
+            f"Expected the last weights of the fit, got a record without. {trajectory.broken} {AGAIN}"
+        )
     if weights == "last":
         averaged = trajectory is not None and trajectory.averaged is not None
         return FinalWeights("last", fit, fit, _NOT_AVERAGED if averaged else None)

@@ -155,7 +155,7 @@ class EndOfFit:
             rank_zero_warn(
                 f"`{name}` failed with {type(error).__name__} ({Path(where.filename).name}:{where.lineno}): {error}"
                 f"{self._keep(name, results, error)}\n"
-                f"The fit is complete and recorded. To continue:\n{self._lines(method)}"
+                f"{self._how_to_continue(method)}"
             )
 
     def _keep(self, name: str, results: Results, error: BaseException) -> str:
@@ -164,10 +164,8 @@ class EndOfFit:
         if scores is None:
             return ""
         results.partial[name] = scores
-        own, text = (
-            isinstance(scores, SelfScores),
-            f"{'self_' * isinstance(scores, SelfScores)}scores.partial[{name!r}]",
-        )
+        own = isinstance(scores, SelfScores)
+        text = f"{'self_' * own}scores.partial[{name!r}]"
         path = self._place(f"{name}{'.self' * own}.partial")
         try:
             scores.save(path, overwrite=True)
@@ -179,7 +177,7 @@ class EndOfFit:
         queries = resolve_queries(self.plan.queries, self.trainer)
         self._afford(name, method, self.attributor.cost(method, queries))
         scores = self.attributor.score(method, queries, top_k=self.plan.top_k)
-        scores.save(self._place(name), overwrite=True)
+        self._save(name, scores)
         if self.plan.log_scores:
             train = getattr(self.trainer.train_dataloader, "dataset", None)
             dataset = queries.dataset if isinstance(queries, DataLoader) else queries
@@ -189,10 +187,19 @@ class EndOfFit:
     def _score_itself(self, name: str, method: Method) -> SelfScores:
         self._afford(f"{name} self-influence", method, self.attributor.cost(method))
         scores = self.attributor.self_influence(method)
-        scores.save(self._place(f"{name}.self"), overwrite=True)
+        self._save(f"{name}.self", scores)
         if self.plan.log_scores:
             self._log(scores, name)
         return scores
+
+    def _save(self, name: str, scores: Scores | SelfScores) -> None:
+        try:
+            scores.save(self._place(name), overwrite=True)
+        except OSError as error:
+            rank_zero_warn(
+                f"`{name}` was scored, but could not be saved ({error}): the scores are in memory only. Save them "
+                "elsewhere: `influence.scores[name].save(path)`."
+            )
 
     def _log(self, scores: Scores | SelfScores, name: str, **drawing: Any) -> None:
         try:
@@ -200,6 +207,11 @@ class EndOfFit:
                 scores.log(self.trainer.loggers, step=self.trainer.global_step, name=name, **drawing)
         except Exception as error:
             rank_zero_warn(f"`{name}` was scored and saved, but not logged: {type(error).__name__}: {error}")
+
+    def _how_to_continue(self, method: Method) -> str:
+        if getattr(self.attributor.trajectory, "broken", None) is not None:
+            return "The fit is complete, but its record is not."
+        return f"The fit is complete and recorded. To continue:\n{self._lines(method)}"
 
     def _lines(self, method: Method | None = None) -> str:
         return offline_lines(self.run_dir, self.plan, self.trainer, method)

@@ -16,9 +16,10 @@ from lightning_influence.capture.places import CannotRecord
 from lightning_influence.capture.recorder import Recorder
 from lightning_influence.compat import CallbackBase, MisconfigurationException, rank_zero_warn
 from lightning_influence.methods.method import Method
+from lightning_influence.trajectory import Trajectory
 
 # attributes that hold the model or open files
-_NOT_PICKLED = ("log", "log_dict", "_trainer", "_module", "_recorder", "_tap", "_during")
+_NOT_PICKLED = ("log", "log_dict", "_trainer", "_module", "_recorder", "_tap", "_during", "_last")
 _PACKAGE = Path(__file__).parents[1]
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
@@ -99,6 +100,8 @@ class Guest(CallbackBase):
         self._recorder: Recorder | None = None
         self._during: DuringFit | None = None
         self._link: dict[str, Any] = {}  # where a later fit finds the run, once this one has ended
+        self._broken: str | None = None  # the record lacks the end of the fit, since
+        self._last: Trajectory | None = None  # the last weights in memory, where the record of the fit broke off
 
     def records_another(self, trainer: Any) -> bool:
         """Whether another Trainer's fit is being recorded, to which this one's hooks must add nothing."""
@@ -137,7 +140,7 @@ class Guest(CallbackBase):
         """Remove what an earlier fit left in this callback."""
         self.scores.clear()
         self.self_scores.clear()
-        self.run_dir = self._trainer = self._module = None
+        self.run_dir = self._trainer = self._module = self._last = None
         self._link = {}
 
     def _stop(self) -> None:

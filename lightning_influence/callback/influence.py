@@ -21,8 +21,8 @@ from lightning_influence.capture.places import (
     on_rank_zero,
     writable_dirpath,
 )
-from lightning_influence.capture.recorder import Recorder, resume_point
-from lightning_influence.capture.store import RunWriter, claim_run
+from lightning_influence.capture.recorder import Recorder
+from lightning_influence.capture.store import RunWriter, claim_run, resume_point
 from lightning_influence.checks import check_callable, check_flag, check_integer, check_positive
 from lightning_influence.methods.method import Method
 from lightning_influence.trajectory import Trajectory
@@ -130,12 +130,13 @@ class Influence(Guest):
 
     @property
     def attributor(self) -> Attributor:
-        """Computes further scores from the newest fit.
+        """Computes further scores from the newest fit; from its last weights alone where the disk was full.
 
         Raises:
             MissingEvidence: no fit has been recorded yet.
         """
-        return self._plan.attributor(self._module, self._trainer, self.trajectory)
+        found = self.trajectory if self._last is None else self._last
+        return self._plan.attributor(self._module, self._trainer, found)
 
     @property
     def _plan(self) -> ScoringPlan:
@@ -243,8 +244,11 @@ class Influence(Guest):
         if self._recorder is None or self._during is None or self.run_dir is None:
             return
         self._recorder.ended()
-        confirm_data(self._recorder, trainer, pl_module, self.run_dir)
-        self._during.save(self._recorder.made)
+        if self._recorder.broken_off is None:
+            confirm_data(self._recorder, trainer, pl_module, self.run_dir)
+            self._during.save(self._recorder.made)
+        else:
+            self._last = self._recorder.in_memory()
         self.scores.reasons |= self._during.lost
         self._link = self.state_dict()
         self._stop()

@@ -9,14 +9,18 @@ from typing import Any
 from lightning_influence.capture.final_weights import averaged_state, best_file
 from lightning_influence.capture.first_batches import FirstBatches
 from lightning_influence.capture.identity import LoaderTap, length_of, reloaded
+from lightning_influence.capture.in_memory import last_weights
 from lightning_influence.capture.loaders import as_indices
+from lightning_influence.capture.places import CannotRecord
 from lightning_influence.capture.states import encode_state, fingerprint, gather_state, has_lazy
 from lightning_influence.capture.steps import StepRecorder, batch_size
-from lightning_influence.capture.store import ParentLink, RunWriter
+from lightning_influence.capture.store import RunWriter, without_earlier_steps
 from lightning_influence.capture.trainer_reads import TrainerReads
 from lightning_influence.capture.windows import RecordedBatch
 from lightning_influence.compat import rank_zero_warn
 from lightning_influence.module.numbers import NumberRecord
+from lightning_influence.trajectory import Trajectory
+from lightning_influence.trajectory.files import BROKE_OFF
 from lightning_influence.trajectory.fit_data import FitData
 from lightning_influence.types import clean
 
@@ -50,6 +54,7 @@ class Recorder:
         self.steps = StepRecorder(trainer, module, made)
         self.first = FirstBatches(trainer, module)
         self.failed = False
+        self.broken_off: str | None = None  # why the rest of the fit is missing in the record
         self._written = -1  # step of the newest checkpoint
         self._made_at_start = made
         # step, epoch and state at the end of the last epoch: other callbacks may average the weights in `on_train_end`
@@ -134,16 +139,19 @@ class Recorder:
         self._numbers.note(self.made)
         if every and (trainer.current_epoch + 1) % every == 0:
             self._checkpoint("scheduled")
-        elif trainer.is_global_zero and self._written != self.made and _is_ending(trainer):
+        if trainer.is_global_zero and (self.failed or self._written != self.made) and _is_ending(trainer):
             self._held = (self.made, trainer.current_epoch, gather_state(trainer, self._module))
 
     def ended(self) -> None:
         """Save the final checkpoint: the weights after the last step, before other callbacks averaged them."""
         self.steps.batch_ended()
+        if self.failed:
+            self._store.tell_broken()
+            return
         if self._written != self.made and self._trainer.is_global_zero:
             if self._held is not None and self._held[0] == self.made:
                 self._checkpoint("final", self._held[2])
-            elif self._fingerprint not in (None, fingerprint(self._module)):
+            elif self.weights_changed:
                 self._note(
                     "Another callback changed the weights in `on_train_end` before `Influence` could save them, so the"
                     " final checkpoint is missing. List `Influence` before it in `callbacks`."
@@ -152,13 +160,33 @@ class Recorder:
                 self._checkpoint("final")
         if self._trainer.is_global_zero:
             self._guarded(self._final_weights)
-        self._store.manifest["finished"] = True
-        self.flush()
+        if not self.failed:
+            self._store.manifest["finished"] = True
+            self.flush()
+
+    @property
+    def weights_changed(self) -> bool:
+        """Whether another callback changed the weights since the last epoch ended."""
+        return self._fingerprint not in (None, fingerprint(self._module))
 
     @property
     def loader(self) -> Any:
         """The training loader; None if there are several."""
         return self._tap.loader()
+
+    def in_memory(self) -> Trajectory:
+        """The last weights of a fit whose record broke off.
+
+        Raises:
+            CannotRecord: another callback has changed them.
+        """
+        why, held = str(self.broken_off), self._held
+        if held is None or held[0] != self.made:
+            if self.weights_changed:
+                raise CannotRecord(f"{why} Then another callback changed the weights: the last are not known.")
+            held = self.made, self._trainer.current_epoch, gather_state(self._trainer, self._module)
+        manifest = self._store.manifest | {"settings": self.steps.settings, "fit_seconds": self._store.seconds}
+        return last_weights(*held, manifest, why)
 
     def confirm(self, data: FitData, differs: str | None) -> None:
         """Write what remains of the fingerprints, and what differed although nothing random went into it."""
@@ -179,8 +207,11 @@ class Recorder:
 
     def broken(self, why: str) -> None:
         """Write what was recorded before an error, and that the record ends there while the fit went on."""
-        if self._store.manifest["checkpoints"] or not self._trainer.is_global_zero:
-            self._store.manifest["notes"].append(f"The record ends at step {self.made}, the fit went on: {why}")
+        manifest = self._store.manifest
+        if not manifest["finished"] and (manifest["checkpoints"] or not self._trainer.is_global_zero):
+            text = f"{BROKE_OFF} {self.made}, the fit went on: {why}"
+            manifest["notes"].append(text)
+            manifest["broken"] = text
             self.flush()
 
     def flush(self) -> None:
@@ -249,13 +280,14 @@ class Recorder:
             write()
         except OSError as error:
             self.failed = True
-            warnings.warn(
-                f"`Influence` could not write {error.filename or str(self._store.folder)!r}"
-                f" ({error.strerror or error}). The fit goes on without being recorded; what was written before can"
-                f" be loaded from {str(self._store.folder)!r}.",
-                UserWarning,
-                stacklevel=2,
-            )
+            why = f"`Influence` could not write {error.filename or str(self._store.folder)!r}"
+            why += f" ({error.strerror or error})."
+            if self._store.break_off(why):
+                self.broken_off = why
+                why += " The fit goes on without being recorded."
+            if self._store.manifest["checkpoints"]:
+                why += f" What was written before can be loaded from {str(self._store.folder)!r}."
+            warnings.warn(why, UserWarning, stacklevel=2)
 
     def _notice(self, dataset: Any) -> None:
         """Note a changed dataset: ids are indices into the current one."""
@@ -306,24 +338,6 @@ class Recorder:
             self._warned.add(text)
             self._store.manifest["notes"].append(text)
             rank_zero_warn(text)
-
-
-def resume_point(state: dict[str, Any], trainer: Any) -> tuple[ParentLink | None, int]:
-    """Return the run that this fit resumes, if any, and the weight updates made so far."""
-    if state and trainer.global_step > 0:
-        return ParentLink(**{name: state[name] for name in ("run", "path", "id", "step")}), int(state["step"])
-    if trainer.global_step > 0:
-        rank_zero_warn(without_earlier_steps(trainer.global_step))
-    return None, int(trainer.global_step)
-
-
-def without_earlier_steps(first: int) -> str:
-    """Says that a run begins in the middle of training."""
-    return (
-        f"This fit begins at step {first}, and the steps before it are not in its run: it resumes a checkpoint"
-        " without the state of this `Influence` (which was missing, or had other arguments), or its Trainer was fitted"
-        " before. Scores count the steps from there on."
-    )
 
 
 def _is_ending(trainer: Any) -> bool:

@@ -1,5 +1,6 @@
 """Writes one run of one process to disk. Every file that the manifest lists is complete at all times."""
 
+import contextlib
 import os
 import re
 import time
@@ -10,9 +11,19 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from lightning_influence.compat import rank_zero_warn
+from lightning_influence.files import checked_json
 from lightning_influence.files.atomic import sync
 from lightning_influence.trajectory.columns import encode_rows
-from lightning_influence.trajectory.files import FORMAT, MANIFEST, STEPS, encode_manifest, runs_in, write_atomically
+from lightning_influence.trajectory.files import (
+    BROKE_OFF,
+    BROKEN,
+    FORMAT,
+    MANIFEST,
+    STEPS,
+    runs_in,
+    write_atomically,
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,24 @@ class ParentLink:
     path: str
     id: str
     step: int
+
+
+def resume_point(state: dict[str, Any], trainer: Any) -> tuple[ParentLink | None, int]:
+    """Return the run that this fit resumes, if any, and the weight updates made so far."""
+    if state and trainer.global_step > 0:
+        return ParentLink(**{name: state[name] for name in ("run", "path", "id", "step")}), int(state["step"])
+    if trainer.global_step > 0:
+        rank_zero_warn(without_earlier_steps(trainer.global_step))
+    return None, int(trainer.global_step)
+
+
+def without_earlier_steps(first: int) -> str:
+    """Says that a run begins in the middle of training."""
+    return (
+        f"This fit begins at step {first}, and the steps before it are not in its run: it resumes a checkpoint"
+        " without the state of this `Influence` (which was missing, or had other arguments), or its Trainer was fitted"
+        " before. Scores count the steps from there on."
+    )
 
 
 def claim_run(dirpath: Path) -> Path:
@@ -56,6 +85,7 @@ class RunWriter:
         self._unsynced: list[Path] = []
         self._keep_last = keep_last
         self._surplus: list[Path] = []  # files that no manifest will list any more
+        self._readable: bytes | None = None  # the manifest that readers see
         self.manifest: dict[str, Any] = {
             "format": FORMAT,
             "id": os.urandom(16).hex(),  # not from Python's or torch's generator, whose states belong to training
@@ -105,20 +135,52 @@ class RunWriter:
         entry = self._write(file, memoryview(sink.getvalue()))
         self.manifest["steps"].append({"file": file, "rows": len(rows)} | entry)
 
+    @property
+    def seconds(self) -> float:
+        """Since the start of the fit."""
+        return time.monotonic() - self._started
+
     def write_manifest(self) -> None:
         """Make everything added so far visible to readers."""
-        now = time.monotonic()
-        self.manifest["fit_seconds"] = now - self._started
-        due = self.manifest["finished"] or now - self._synced > _SYNC_SECONDS
+        self.manifest["fit_seconds"] = self.seconds
+        due = self.manifest["finished"] or time.monotonic() - self._synced > _SYNC_SECONDS
         if due:
             for path in self._unsynced:
                 sync(path)
             self._unsynced.clear()
-        write_atomically(self.folder / MANIFEST, encode_manifest(self.manifest), durable=due)
+        content = checked_json.encode(self.manifest)
+        write_atomically(self.folder / MANIFEST, content, durable=due)
+        self._readable = content
         if due:
             self._synced = time.monotonic()
         while self._surplus:  # now that the manifest does not list them
             self._surplus.pop().unlink(missing_ok=True)
+
+    def break_off(self, why: str) -> bool:
+        """After a failed write: go back to what readers see, and tell them that the fit went on without being recorded.
+
+        Returns:
+            Whether anything of the fit is missing: the record of one that has ended is complete.
+        """
+        seen = None if self._readable is None else checked_json.decode(self._readable)
+        if seen is None:
+            return True
+        self.manifest = seen
+        if not seen["finished"]:
+            last = max((entry["step"] for entry in seen["checkpoints"]), default=0)
+            seen["broken"] = f"{BROKE_OFF} {last}, the fit went on: {why}"
+            seen["notes"].append(seen["broken"])
+            with contextlib.suppress(OSError):  # takes no space, where there is none for a manifest
+                (self.folder / BROKEN).touch()
+            self.tell_broken()
+        return "broken" in seen
+
+    def tell_broken(self) -> None:
+        """Write why the record is broken, where there is space again."""
+        with contextlib.suppress(OSError):
+            if "broken" in self.manifest:
+                self.write_manifest()
+                (self.folder / BROKEN).unlink(missing_ok=True)
 
     def _write(self, file: str, content: bytes | memoryview) -> dict[str, int]:
         path = self.folder / file

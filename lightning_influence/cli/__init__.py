@@ -1,6 +1,7 @@
 """The command `lightning-influence`, which inspects captured fits and scores on disk; one file per subcommand."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -33,14 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser(arguments).parse_args(arguments)
     try:
-        code = int(options.run(options))
+        with contextlib.redirect_stdout(import_module(".text", __name__).Printable(sys.stdout)):
+            code = int(options.run(options))
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader closed the pipe, as `head` does; Python's own flush at exit must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (lightning_influence.MissingEvidence, ValueError, OSError, ImportError) as error:
-        print(f"lightning-influence {options.command}: {error}", file=sys.stderr)
+        text = import_module(".text", __name__).printable(str(error))
+        print(f"lightning-influence {options.command}: {text}", file=sys.stderr)
         return 1
 
 

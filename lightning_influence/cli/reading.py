@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lightning_influence import Scores, SelfScores
-from lightning_influence.files.arrow import read_file
+from lightning_influence.files.arrow import map_batches, read_batches
 from lightning_influence.trajectory.files import MANIFEST, runs_in
 
 
@@ -22,8 +22,18 @@ def load(path: Path) -> Scores | SelfScores:
                 f"Expected one file of scores, got the folder {str(path)!r} with {names}. Pass one of the files."
             )
         path = found[0]
-    kind = read_file(path, ("scores", "top_k_scores", "self_scores"))[0]
+    kind = map_batches(path, ("scores", "top_k_scores", "self_scores")).kind
     return SelfScores.load(path) if kind == "self_scores" else Scores.load(path)
+
+
+def read_scores(path: Path) -> None:
+    """Read a file of scores with all its checksums.
+
+    Raises:
+        ValueError: the file is damaged or holds no scores.
+    """
+    read_batches(path, ("scores", "top_k_scores", "self_scores"))
+    load(path)
 
 
 def score_files(folder: Path) -> list[Path]:

@@ -1,7 +1,10 @@
 """Plain-text tables and file sizes."""
 
+import io
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
+
+from lightning_influence.plotting.example_view import printable
 
 
 def table(names: Sequence[str], rows: Sequence[Sequence[Any]], indent: str = "  ") -> str:
@@ -16,6 +19,25 @@ def table(names: Sequence[str], rows: Sequence[Sequence[Any]], indent: str = "  
         for line in [list(names), *cells]
     ]
     return "\n".join(indent + line for line in lines)
+
+
+class Printable(io.TextIOBase):
+    """A stream that passes text on without control characters: files may hold escapes for the terminal.
+
+    Args:
+        stream: where the text goes.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write the text."""
+        return self._stream.write(printable(text))
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        self._stream.flush()
 
 
 def megabytes(size: int) -> str:

@@ -11,6 +11,7 @@ from lightning_influence.setting.exposure import exposure_before
 from lightning_influence.setting.setting import Setting, Stage
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.checkpoint import is_decoupled
+from lightning_influence.types import MissingEvidence
 
 _SHARE = 0.1
 
@@ -71,7 +72,7 @@ def reach_at(setting: Setting, position: int, reduction: Any = None) -> Tensor |
     Scaled to steps along the mean gradient of their examples; None if there was no step before the checkpoint.
     """
     trajectory = setting.trajectory
-    if trajectory is None or trajectory.checkpoints[position].step == 0:
+    if trajectory is None or trajectory.checkpoints[position].step == 0 or trajectory.broken is not None:
         return None
     until = range(position + 1)
     exposures = [exposure_before(setting, i, reduction) for i in until]
@@ -90,6 +91,11 @@ def _decay(setting: Setting, trajectory: Trajectory, position: int) -> Tensor:
         first += max(len(e["groups"]) for e in trajectory.settings if e["optimizer"] == optimizer)
     if setting.engine.reduction.coefficient() == "sum" and bool(decay.any()):
         summed, mean = (reach_at(setting, position, reduction) for reduction in ("sum", "mean"))
+        if trajectory.broken is not None:
+            raise MissingEvidence(
+                "Expected the batch sizes of the fit for the weight decay beside a loss that sums over its batch, got "
+                f"none. {trajectory.broken} Fit again, or average the loss."
+            )
         if summed is not None and mean is not None:
             decay *= torch.where(summed != 0, mean / summed, torch.ones_like(mean))
     return decay

@@ -53,7 +53,7 @@ def _read_or_prepare(curvature: Curvature, setting: Setting, stage: Stage, folde
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, about, prepared)
     except OSError as error:
-        setting.note(f"The curvature could not be stored on disk ({error.strerror}): later scores compute it again.")
+        setting.note(f"The curvature could not be stored on disk ({error}): later scores compute it again.")
     return prepared
 
 
@@ -73,20 +73,32 @@ def read(path: Path, about: dict[str, Any], device: torch.device) -> PreparedCur
     Raises:
         ValueError: the file is damaged, has another format, or is of other weights, data or fields of the curvature.
     """
-    content = path.read_bytes()
-    start = len(_MAGIC) + 4
-    checksum = int.from_bytes(content[len(_MAGIC) : start], "big")
-    if not content.startswith(_MAGIC) or zlib.crc32(content[start:]) != checksum:
-        raise ValueError(f"Expected a complete curvature in `{path.name}`, got a damaged file.")
-    stored = torch.load(io.BytesIO(content[start:]), map_location=device, weights_only=True)
-    head = json.loads(stored["head"])
+    head, tensors = read_any(path, device)
     if head["format"] != _FORMAT or head["about"] != json.loads(json.dumps(about)):
         other = sorted(k for k in about if head["about"].get(k) != json.loads(json.dumps(about[k])))
         raise ValueError(
             f"Expected the curvature for these scores in `{path.name}`, got one with different "
             f"{', '.join(other) or 'format'}."
         )
-    return PreparedCurvature(stored["tensors"], head["figures"], tuple(head["notes"]))
+    return PreparedCurvature(tensors, head["figures"], tuple(head["notes"]))
+
+
+def read_any(path: Path, device: torch.device | None = None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The description and the tensors in a file of ``write``, of whatever curvature.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    with path.open("rb") as file:
+        content = file.read(len(_MAGIC))
+        content += file.read() if content == _MAGIC else b""  # it may be anything
+    start = len(_MAGIC) + 4
+    checksum = int.from_bytes(content[len(_MAGIC) : start], "big")
+    if not content.startswith(_MAGIC) or zlib.crc32(content[start:]) != checksum:
+        raise ValueError(f"Expected a complete curvature in `{path}`, got a damaged file.")
+    # To the CPU first: a file may name a device that is not there.
+    stored = torch.load(io.BytesIO(content[start:]), map_location="cpu", weights_only=True)
+    return json.loads(stored["head"]), {name: tensor.to(device) for name, tensor in stored["tensors"].items()}
 
 
 def _description(curvature: Curvature, setting: Setting, stage: Stage) -> dict[str, Any]:

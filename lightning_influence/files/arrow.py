@@ -5,6 +5,7 @@ import json
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 
 from lightning_influence.files.atomic import whole
+from lightning_influence.files.sealed import DamagedFileError, SealedFile, seal
 
 FilePath: TypeAlias = str | os.PathLike[str]
 Columns: TypeAlias = Mapping[str, Tensor]
 """Name to [row] or [row, width] tensors, all with the same number of rows."""
 
-FORMAT = 1
+FORMAT = 2
+"""1: without checksums."""
 _KEY = b"lightning_influence"
 _DTYPES = {pa.float32(): torch.float32, pa.float64(): torch.float64, pa.int64(): torch.int64}
 
@@ -67,54 +70,95 @@ def write_batches(
         IsADirectoryError: `path` is a folder.
     """
     path = Path(path)
+    check_absent(path, overwrite)
+    head = json.dumps({"format": FORMAT, "kind": kind, **metadata})
+    records = (pa.record_batch({name: _to_arrow(tensor) for name, tensor in batch.items()}) for batch in batches)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as file:
+        first, starts = next(records), []
+        with pa.ipc.new_file(file, first.schema.with_metadata({_KEY: head.encode()})) as writer:
+            for record in itertools.chain((first,), records):
+                starts.append(file.tell())
+                writer.write_batch(record)
+        seal(file, starts)
+    return path
+
+
+def check_absent(path: Path, overwrite: bool = False) -> None:
+    """Check that a file may be written at a path.
+
+    Raises:
+        FileExistsError: There is one, and ``overwrite`` is False.
+        IsADirectoryError: It is a folder.
+    """
     if path.is_dir():
         raise IsADirectoryError(f"Expected `path` to name a file, got the folder {str(path)!r}. Add a file name to it.")
     if path.exists() and not overwrite:
         raise FileExistsError(
             f"Expected no file at {str(path)!r}, found one. Pass `overwrite=True` or choose another path."
         )
-    head = json.dumps({"format": FORMAT, "kind": kind, **metadata})
-    records = (pa.record_batch({name: _to_arrow(tensor) for name, tensor in batch.items()}) for batch in batches)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as file:
-        first = next(records)
-        with pa.ipc.new_file(file, first.schema.with_metadata({_KEY: head.encode()})) as writer:
-            for record in itertools.chain((first,), records):
-                writer.write_batch(record)
-    return path
 
 
-def read_file(path: FilePath, kinds: Sequence[str]) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
-    """Memory-map a file written by `write_file`.
+@dataclass(frozen=True)
+class ArrowFile:
+    """A file written by `write_batches`, mapped into memory: pages are read on access.
 
     The tensors are views of the file's pages, private to this process: writing to them does not change the file.
 
     Args:
+        kind: What it holds.
+        batches: The columns of every batch. Their values are verified by `check` only.
+        metadata: As passed to `write_batches`.
+        file: The mapped pages and their checksums.
+    """
+
+    kind: str
+    batches: list[dict[str, Tensor]]
+    metadata: dict[str, Any]
+    file: SealedFile
+
+    def columns(self) -> dict[str, Tensor]:
+        """The columns of all batches together; those of several batches are copied."""
+        if len(self.batches) == 1:
+            return self.batches[0]
+        return {name: torch.cat([batch[name] for batch in self.batches]) for name in self.batches[0]}
+
+    def check(self, *tensors: Tensor) -> None:
+        """Compare the checksums of some of the mapped tensors, or without any, of the whole file.
+
+        Raises:
+            ValueError: The values are not those that were written; the message names the file.
+        """
+        if not tensors:
+            self.file.check()
+        for tensor in tensors:
+            self.file.check_tensor(tensor)
+
+
+def read_file(path: FilePath, kinds: Sequence[str]) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """The kind, the columns and the metadata of a file, as passed to `write_file`; see `read_batches`."""
+    found = read_batches(path, kinds)
+    return found.kind, found.columns(), found.metadata
+
+
+def read_batches(path: FilePath, kinds: Sequence[str]) -> ArrowFile:
+    """Read a file written by `write_batches`, with all its checksums.
+
+    Args:
         path: The file.
         kinds: The kinds that the caller can read.
-
-    Returns:
-        The kind, the columns and the metadata, as passed to `write_file`.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged, not written by this package, of another kind or of a later format.
     """
-    kind, batches, metadata = read_batches(path, kinds)
-    if len(batches) == 1:
-        return kind, batches[0], metadata
-    return kind, {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}, metadata
+    found = map_batches(path, kinds)
+    found.check()
+    return found
 
 
-def read_batches(path: FilePath, kinds: Sequence[str]) -> tuple[str, list[dict[str, Tensor]], dict[str, Any]]:
-    """Memory-map a file written by `write_batches`, batch by batch: pages are read on access.
-
-    Args:
-        path: The file.
-        kinds: The kinds that the caller can read.
-
-    Returns:
-        The kind, the columns of every batch, and the metadata.
+def map_batches(path: FilePath, kinds: Sequence[str]) -> ArrowFile:
+    """Like `read_batches`, but the caller calls `ArrowFile.check` before it uses values.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -124,26 +168,31 @@ def read_batches(path: FilePath, kinds: Sequence[str]) -> tuple[str, list[dict[s
     if not path.is_file():
         raise FileNotFoundError(f"Expected a file of scores at {str(path)!r}, found none. `save` writes one.")
     try:
-        # torch warns about tensors over read-only memory; a private mapping counts as writable.
-        with open(path, "rb") as file:
-            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        whole = pa.py_buffer(pages)
+        file = SealedFile(path)
+        whole = pa.py_buffer(file.pages)
         reader = pa.ipc.open_file(whole)
         head = json.loads((reader.schema.metadata or {})[_KEY])
         _refuse_other(path, head, kinds)
+        if head["format"] > 1 and not file.sealed:
+            raise ValueError("its table of checksums is missing")
         records = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        for record in records:
+            record.validate(full=True)
         batches = [
-            {name: _to_tensor(record[name], pages, whole.address) for name in reader.schema.names} for record in records
+            {name: _to_tensor(record[name], file.pages, whole.address) for name in reader.schema.names}
+            for record in records
         ]
     except _WrongFileError as error:
         raise ValueError(str(error)) from None
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+    except DamagedFileError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"Expected {str(path)!r} to be a file written by `save`, but it is damaged, cut short or of another origin "
             f"({type(error).__name__}: {error}). Write it again."
         ) from error
     kind = head.pop("kind")
-    return kind, batches, {name: value for name, value in head.items() if name != "format"}
+    return ArrowFile(kind, batches, {name: value for name, value in head.items() if name != "format"}, file)
 
 
 def pack_ids(ids: Tensor | None) -> Any:

@@ -279,7 +279,7 @@ def writable(folder: Path | None, owner: object) -> Path:
 
 def _read(path: Path) -> list[HeadRows] | None:
     try:
-        _, batches, _ = read_batches(path, ["features"])
+        batches = read_batches(path, ["features"]).batches
         return [HeadRows(b["features"], b["outputs"], b["gradients"]) for b in batches]
     except (ValueError, KeyError):
         return None

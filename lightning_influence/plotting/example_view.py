@@ -1,5 +1,6 @@
 """What to show of an example: an image, a text, a row of numbers or a curve, and its class."""
 
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -16,6 +17,7 @@ Normalization: TypeAlias = tuple[Any, Any]
 
 _Options = TypeVar("_Options", bound="ViewOptions")
 _ROW = 40  # the most numbers that are shown one by one; more are a curve
+_NAME = 200  # characters of the name of a class
 _TEXTS = ("text", "sentence", "content", "document", "question", "premise", "review")
 
 
@@ -78,15 +80,17 @@ def look_at(example: Any, columns: Sequence[str] | None = None, normalization: N
         return Look("nothing", None)
     content, label = _parts(example)
     if isinstance(content, str):
-        return Look("text", content, label)
+        return Look("text", printable(content), label)
     if isinstance(content, _Cells):
-        return Look("row", list(content), label)
+        return Look("row", [(printable(name), printable(text)) for name, text in content], label)
     tensor = _tensor(content)
     if tensor is not None and tensor.ndim == 1 and tensor.numel():
         if columns is None and tensor.numel() > _ROW:
             return Look("curve", tensor.double(), label)
         names = list([""] * tensor.numel() if columns is None else columns)
-        return Look("row", [(str(n), _number(v)) for n, v in zip(names, tensor.tolist(), strict=False)], label)
+        return Look(
+            "row", [(printable(str(n)), _number(v)) for n, v in zip(names, tensor.tolist(), strict=False)], label
+        )
     image = None if tensor is None else _image(tensor, normalization)
     if image is None:
         raise ValueError(
@@ -103,12 +107,26 @@ class _Cells(list):
 def class_name(label: Any, labels: Classes | None = None) -> str:
     """The name of a class where there is one, otherwise its number."""
     if isinstance(label, str):
-        return label
+        return printable(label, _NAME)
     if labels is not None and float(label).is_integer():
         number = int(label)
         if number in (labels if isinstance(labels, Mapping) else range(len(labels))):
-            return str(labels[number])
+            return printable(str(labels[number]), _NAME)
     return f"label {_number(label)}"
+
+
+def printable(text: str, most: int | None = None) -> str:
+    """The text without control characters and lone surrogates, which no file, figure or terminal takes.
+
+    Args:
+        text: anything.
+        most: characters, beyond which it is cut.
+    """
+    if most is not None and len(text) > most:
+        text = text[: most - 1] + "…"
+    if text.isprintable():
+        return text
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "�" for c in text)
 
 
 def normalization_of(dataset: Any) -> Normalization | None:

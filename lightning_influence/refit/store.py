@@ -17,10 +17,15 @@ import torch
 from filelock import FileLock, Timeout  # a dependency of torch
 from torch import Tensor
 
+from lightning_influence.files import checked_json
 from lightning_influence.files.atomic import whole
+from lightning_influence.files.regular import read_regular
+from lightning_influence.files.sealed import SealedFile, seal
 
 FORMAT = 1
 MANIFEST = "bank.json"
+_LARGEST = 2**26  # bytes of it
+_SEALED = b"sealed"
 
 _ROWS = pa.schema(
     [
@@ -125,33 +130,49 @@ class ModelStore:
             pa.array([self._bytes(m.weights) for m in new], pa.binary()),
         ]
         path = self.folder / f"models-{self._next:06d}.arrow"
-        with whole(path) as file, pa.ipc.new_file(file, _ROWS) as writer:
-            writer.write_batch(pa.record_batch(arrays, schema=_ROWS))
+        with whole(path) as file:
+            with pa.ipc.new_file(file, _ROWS.with_metadata({_SEALED: b"1"})) as writer:
+                start = file.tell()
+                writer.write_batch(pa.record_batch(arrays, schema=_ROWS))
+            seal(file, [start])
         self._next += 1
         self._places |= {model.key: (path, row) for row, model in enumerate(new)}
         self.seconds += [model.seconds for model in new]
 
     def weights(self, keys: Iterable[str]) -> Iterator[dict[str, Tensor]]:
         """The tensors of the given models, one model in memory at a time."""
-        opened: tuple[Path | None, Any] = (None, None)
+        opened: tuple[Path | None, Any, Any] = (None, None, None)
         for key in keys:
             path, row = self._places[key]
             if opened[0] != path:
-                opened = path, pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)["weights"]
-            yield self._tensors(opened[1][row].as_buffer())
+                opened = path, *open_models(path)
+            file, models = opened[1:]
+            _, offsets, values = models["weights"].buffers()
+            start, stop = np.frombuffer(offsets, np.int32, 2, row * 4)
+            content = values.slice(start, stop - start)  # a scalar's `as_buffer` is a copy
+            try:
+                file.check_buffer(content)
+            except ValueError as error:
+                raise ValueError(f"{error} If you remove it, its models are trained again.") from error
+            yield self._tensors(content)
 
     def _refresh(self) -> None:
         for path in sorted(self.folder.glob("models-*.arrow")):
-            number = int(re.sub(r"\D", "", path.stem))
-            if number >= self._next:
+            found = re.fullmatch(r"models-(\d+)", path.stem)
+            if found is not None and (number := int(found[1])) >= self._next:
                 self._next = number + 1
                 self._index(path)
 
     def _index(self, path: Path) -> None:
         try:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+            file, table = open_models(path)
             size = sum(_size(*entry) for entry in self.layout.values())
-            intact = all(value.as_buffer().size == size for value in table["weights"])
+            used = [*table["key"].buffers(), *table["seconds"].buffers(), table["weights"].buffers()[1]]
+            for buffer in filter(None, used):
+                file.check_buffer(buffer)
+            intact = bool(
+                (np.diff(np.frombuffer(table["weights"].buffers()[1], np.int32, len(table) + 1)) == size).all()
+            )
             keys, seconds = table["key"].to_pylist(), table["seconds"].to_pylist()
         except (pa.ArrowException, OSError, KeyError, ValueError):
             intact = False
@@ -165,9 +186,9 @@ class ModelStore:
         path = self.folder / MANIFEST
         if not path.is_file():
             with whole(path) as file:
-                file.write(json.dumps(wanted, indent=1).encode())
+                file.write(checked_json.encode(wanted))
             return
-        found = json.loads(path.read_bytes())
+        found = read_bank(path)
         for name, value in wanted.items():
             if found.get(name) != value:
                 raise ValueError(
@@ -188,6 +209,56 @@ class ModelStore:
                 found[name].view(-1).view(torch.uint8).copy_(torch.from_numpy(every[start:stop].copy()))
             start = stop
         return found
+
+
+def open_models(path: Path) -> tuple[SealedFile, pa.RecordBatch]:
+    """A file of models, mapped; the values of its columns are verified by the caller.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged.
+    """
+    try:
+        file = SealedFile(path)
+        reader = pa.ipc.open_file(pa.py_buffer(file.pages))
+        if not file.sealed and _SEALED in (reader.schema.metadata or {}):
+            raise ValueError("its checksums are missing")
+        models = reader.get_batch(0)
+        models.validate(full=not file.sealed)
+    except (pa.ArrowException, ValueError) as error:
+        raise ValueError(
+            f"Expected a file of retrained models in {str(path)!r}, got a damaged one ({error}). Remove it: its models "
+            "are trained again."
+        ) from error
+    return file, models
+
+
+def check_models(path: Path) -> None:
+    """Compare all checksums of a file of models.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged.
+    """
+    open_models(path)[0].check()
+
+
+def read_bank(path: Path) -> dict[str, Any]:
+    """The description of a bank of models.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        found = checked_json.decode(read_regular(path, _LARGEST), plain=True)
+    except ValueError:
+        found = None
+    if found is None:
+        raise ValueError(
+            f"Expected the description of a bank of models in {str(path)!r}, got a damaged file. Restore it from a "
+            "copy, or choose another `dirpath`: without it, nobody knows what its models were trained on."
+        )
+    return found
 
 
 def layout_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[str, list[int]]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_influence.checks import one_of
 
 DECISIONS = ("wrong label", "fine", "unsure")
+_LINE = 200  # characters of a row that are shown
 _COLUMNS = ["train_id", "train_base_id", "decision"]
 
 
@@ -43,29 +44,45 @@ def read_decisions(path: str | os.PathLike[str], decision: str = "wrong label") 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"Expected a file of decisions at {str(path)!r}, found none. Save one from the page.")
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        head = file.readline()
+    # Spreadsheet programs write other encodings, which agree on what the page wrote.
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        head = file.readline(_LINE)
         file.seek(0)
         # In some countries, spreadsheet programs write semicolons.
-        rows = [row for row in csv.reader(file, delimiter=";" if ";" in head else ",") if any(row)]
+        try:
+            rows = [row for row in csv.reader(file, delimiter=";" if ";" in head else ",") if any(row)]
+        except csv.Error as error:
+            raise ValueError(
+                f"Expected {str(path)!r} to be the table that the page downloaded, got another file ({error}). "
+                "Download the decisions from the page again."
+            ) from error
     if not rows or [cell.strip() for cell in rows[0]] != _COLUMNS:
         raise ValueError(
-            f"Expected {str(path)!r} to begin with the columns {', '.join(_COLUMNS)}, got {rows[0] if rows else []!r}. "
-            "Download the decisions from the page again."
+            f"Expected {str(path)!r} to begin with the columns {', '.join(_COLUMNS)}, got "
+            f"{_shown(rows[0] if rows else [])}. Download the decisions from the page again."
         )
     found: dict[int, tuple[int, str]] = {}
     for line, row in enumerate(rows[1:], start=2):
         try:
             train_id, base_id, word = int(row[0]), int(row[1]), row[2].strip()
         except (ValueError, IndexError):
-            raise ValueError(f"Expected two ids and a decision in row {line} of {str(path)!r}, got {row!r}.") from None
+            raise ValueError(
+                f"Expected two ids and a decision in row {line} of {str(path)!r}, got {_shown(row)}."
+            ) from None
+        if not (0 <= train_id < 2**63 and 0 <= base_id < 2**63):
+            raise ValueError(f"Expected ids from 0 on in row {line} of {str(path)!r}, got {_shown(row)}.")
         if word not in DECISIONS:
             raise ValueError(
                 f"Expected a decision among {', '.join(map(repr, DECISIONS))} in row {line} of {str(path)!r}, "
-                f"got {word!r}."
+                f"got {_shown(word)}."
             )
         if found.setdefault(train_id, (base_id, word)) != (base_id, word):
             raise ValueError(f"Expected one decision per training example in {str(path)!r}, got two for {train_id}.")
     chosen = sorted((train_id, base_id) for train_id, (base_id, word) in found.items() if word == decision)
     ids = torch.tensor(chosen, dtype=torch.int64).reshape(-1, 2)
     return Decisions(ids[:, 0].clone(), ids[:, 1].clone())
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _LINE else f"{text[:_LINE]}…"

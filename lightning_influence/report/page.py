@@ -86,6 +86,7 @@ def _html(page: Page) -> str:
     template, style, script = ((files(__package__) / f"page.{end}").read_text("utf-8") for end in ("html", "css", "js"))
     data = page.data()
     encoded = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    encoded = encoded.encode(errors="replace").decode()  # an album that was read may hold lone surrogates
     # Only these can end a script element or start a comment in it. A JSON parser reads their escapes back.
     for sign in "<>&\u2028\u2029":
         encoded = encoded.replace(sign, f"\\u{ord(sign):04x}")

@@ -10,11 +10,15 @@ from torch import Tensor
 
 from lightning_influence.checks import optional
 from lightning_influence.files import arrow
+from lightning_influence.plotting.example_view import printable
 from lightning_influence.report import Album
 from lightning_influence.scores.id_checks import ascending, base_of
 
 Data: TypeAlias = tuple[Any, Any]
 """The training dataset and the queries'; None where there is none."""
+
+MATRIX = "scores"
+"""The column of `Scores` files that may be larger than the memory."""
 
 _SIGN = "Positive is a proponent (having the example in the training set makes the query better), negative an opponent."
 
@@ -54,9 +58,8 @@ class Answer:
             raise TypeError(
                 f"Expected `settings` to hold what JSON can (numbers, strings, lists, dicts), got {settings!r}."
             ) from error
-        self.method = method
-        self.units = units
-        self.notes = tuple(notes)
+        self.method, self.units = printable(method), printable(units)  # they may come from somebody's file
+        self.notes = tuple(printable(note) for note in notes)
         self.checkpoints = tuple(int(step) for step in checkpoints)
         self.train_ids = ascending("train_ids", train_ids)
         self._train_base = base_of("train_ids", train_base, self.train_ids)
@@ -114,7 +117,7 @@ def paragraph(answer: Answer, size: str, findings: Sequence[str]) -> str:
 
 def facts(answer: Answer) -> list[str]:
     """What a reader of the page must know, one or two sentences each."""
-    settings = ", ".join(f"{name} = {value}" for name, value in answer.settings.items())
+    settings = printable(", ".join(f"{name} = {value}" for name, value in answer.settings.items()))
     return [
         f"Method: {answer.method}. Units of the scores: {answer.units}.",
         _SIGN,
@@ -135,17 +138,21 @@ def file_head(answer: Answer) -> dict[str, Any]:
     return head if answer.album is None else head | {"album": answer.album.to_json()}
 
 
-def read_file(path: arrow.FilePath, kinds: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any], Album | None]:
-    """The columns of a file, its head with the diagnostics under their own name, and the album.
+def read_file(path: arrow.FilePath, kinds: Sequence[str]) -> tuple[arrow.ArrowFile, dict[str, Any], Album | None]:
+    """A mapped file, its head with the diagnostics under their own name, and the album.
+
+    All columns are verified, except the scores of a matrix.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is damaged, or of another kind.
     """
-    _, columns, head = arrow.read_file(path, kinds)
+    found = arrow.map_batches(path, kinds)
+    found.check(*(t for batch in found.batches for name, t in batch.items() if name != MATRIX))
+    head = dict(found.metadata)
     album = head.pop("album", None)
     head["diagnostics"] = head.pop("figures", None)
-    return columns, head, None if album is None else Album.from_json(album)
+    return found, head, None if album is None else Album.from_json(album)
 
 
 def _evidence(answer: Answer) -> list[str]:

@@ -81,7 +81,7 @@ def _total(ranking: Ranking) -> Tensor:
     """[train] sums over all queries of the scores that were kept."""
     total = torch.zeros(ranking.train_ids.numel(), dtype=torch.float64)
     if ranking.values is not None:
-        return sum((block.double().nansum(dim=0) for block in row_blocks(ranking.values, total.numel())), total)
+        return sum((block.double().nansum(dim=0) for block in row_blocks(ranking.matrix, total.numel())), total)
     places, scores = _pairs(ranking, ranking.depth)
     kept = places >= 0
     return total.index_add_(0, places[kept], scores[kept].double().nan_to_num(0.0))

@@ -1,6 +1,6 @@
 """Scores with their ids, all of them or the strongest per query, and the order in which they rank."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -33,6 +33,7 @@ class Ranking:
         train_base: [train] ids in the dataset under a `Subset`, where they differ.
         query_base: [query] ids in the dataset under a `Subset`, where they differ.
         allow_nan: A NaN is an unknown score, which no ranking includes.
+        check: Called with rows of `values` before they are used, where they lie in a file.
     """
 
     values: Tensor | None
@@ -42,6 +43,7 @@ class Ranking:
     train_base: Tensor | None
     query_base: Tensor | None
     allow_nan: bool
+    check: Callable[[Tensor], None] = lambda rows: None
 
     @property
     def matrix(self) -> Tensor:
@@ -55,7 +57,13 @@ class Ranking:
                 f"The full matrix was not kept, only the {self.depth} strongest proponents and opponents of each query "
                 f"(`top_k={self.depth}`). Read `proponents` and `opponents`, or score again with `top_k=None`."
             )
+        self.check(self.values)
         return self.values
+
+    @property
+    def matrix_if_kept(self) -> Tensor | None:
+        """[query, train] scores, or None where only the strongest were kept."""
+        return None if self.values is None else self.matrix
 
     @property
     def depth(self) -> int:
@@ -74,7 +82,9 @@ class Ranking:
         if self.top is not None:
             scores, ids = self.top[0 if largest else 1]
             return TopK(scores[rows, :k], ids[rows, :k])
-        values = self.matrix[rows]
+        assert self.values is not None
+        values = self.values[rows]
+        self.check(values)
         if not self.allow_nan:
             return TopK(*top_k(values, self.train_ids, k, largest))
         known = values.masked_fill(values.isnan(), -torch.inf if largest else torch.inf)

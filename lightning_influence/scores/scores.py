@@ -179,19 +179,20 @@ class Scores(Answer):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Scores":
-        """Map a saved file into memory: `values` are the file's pages, read when they are used, and never copied.
+        """Map a saved file into memory: `values` are the file's pages, read and verified when they are used.
 
         Raises:
             FileNotFoundError: There is no such file.
             ValueError: It is damaged, or of another kind.
         """
-        columns, head, album = read_file(path, ("scores", "top_k_scores"))
+        found, head, album = read_file(path, ("scores", "top_k_scores"))
+        columns = found.columns()
         base = (arrow.unpack_ids(head.pop("train_base_ids")), columns.get("query_base_id"))
         train_ids, allow_nan = arrow.unpack_ids(head.pop("train_ids")), head.pop("allow_nan")
         given = (columns.get("scores"), tables.top_of(columns), train_ids, columns["query_id"])
         # The values were checked before they were saved. Reading all of them again could exceed the memory.
         made = cls(*given, **head, base=base, allow_nan=True)
-        made._ranking = replace(made._ranking, allow_nan=allow_nan)
+        made._ranking = replace(made._ranking, allow_nan=allow_nan, check=found.check)
         made.album = album
         return made
 
@@ -329,7 +330,7 @@ class Scores(Answer):
         if not trackers.listening(loggers):
             return
         k = min(k, self._ranking.depth)
-        scalars, histograms = trackers.of_scores(self.proponents(1).scores[:, 0], self._ranking.values)
+        scalars, histograms = trackers.of_scores(self.proponents(1).scores[:, 0], self._ranking.matrix_if_kept)
         table = {"scores": arrow.as_rows(self.to_arrow(k), side=lambda row: side(row["score"]))}
         drawn = trackers.drawn(explanation=lambda: self.plot(k=k, **drawing)[0])
         about = {"about": repr(self)}

@@ -123,7 +123,8 @@ class SelfScores(Answer):
             FileNotFoundError: There is no such file.
             ValueError: It is damaged, or of another kind.
         """
-        columns, head, album = read_file(path, ("self_scores",))
+        found, head, album = read_file(path, ("self_scores",))
+        columns = found.columns()
         made = cls(columns["train_id"], columns["score"], **head, base=columns.get("train_base_id"))
         made.album = album
         return made

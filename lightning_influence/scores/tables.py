@@ -29,7 +29,7 @@ def long_table(ranking: Ranking, k: int | None) -> pa.RecordBatchReader:
 
 def file_columns(ranking: Ranking) -> dict[str, Tensor]:
     """The columns of a file, with one row per query."""
-    columns = {"query_id": ranking.query_ids, "query_base_id": ranking.query_base, "scores": ranking.values}
+    columns = {"query_id": ranking.query_ids, "query_base_id": ranking.query_base, "scores": ranking.matrix_if_kept}
     for name, end in zip(("proponent", "opponent"), ranking.top or (), strict=False):
         columns |= {f"{name}_scores": end.scores, f"{name}_ids": end.train_ids}
     return {name: column for name, column in columns.items() if column is not None}
@@ -51,7 +51,7 @@ def _rows_of_query(ranking: Ranking, row: int, ends: tuple[TopK, TopK] | None) -
         rank = torch.arange(1, count + 1)
     else:
         if ranking.allow_nan and ranking.values is not None:
-            count -= int(ranking.values[row].isnan().sum())
+            count -= int(ranking.matrix[row].isnan().sum())
         scores, ids, rank = both_ends(count, *(part[row] for end in ends for part in end))
     made = {"query_id": ranking.query_ids[row].expand(ids.numel()), "train_id": ids, "score": scores, "rank": rank}
     if ranking.query_base is not None:

@@ -196,9 +196,14 @@ class Hypergradients(Tracker):
 
 def _mapped(folder: Path, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Zeros in a file that is unlinked at once where the system permits, so that a crash leaves no file."""
-    handle, path = tempfile.mkstemp(prefix=".work-", dir=folder)
-    os.close(handle)
-    tensor = torch.from_file(path, shared=True, size=math.prod(shape), dtype=like.dtype).view(shape)
-    with contextlib.suppress(OSError):
-        os.unlink(path)
-    return tensor
+    handle, path = tempfile.mkstemp(prefix=".work-", suffix=".tmp", dir=folder)
+    try:
+        if hasattr(os, "posix_fallocate"):  # a full disk would end the process when the memory is written
+            os.posix_fallocate(handle, 0, max(1, math.prod(shape) * like.element_size()))
+        return torch.from_file(path, shared=True, size=math.prod(shape), dtype=like.dtype).view(shape)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            os.unlink(path)

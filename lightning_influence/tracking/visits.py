@@ -1,5 +1,6 @@
 """Hypergradients without vectors: the factored gradients of each visit, and one coefficient per visit."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,10 @@ from lightning_influence.tracking.micro_batch import TrackedMicroBatch
 from lightning_influence.tracking.record import load, save
 from lightning_influence.tracking.serialization import decode, encode
 from lightning_influence.tracking.tracker import TrackedFit, TrackedStep, Tracker, TrackerState, TrackingPlan
-from lightning_influence.types import bytes_in
+from lightning_influence.types import MissingEvidence, bytes_in
 
 _WEIGHT, _GRADIENT = "weight", "gradient"
+_SEGMENT = re.compile(r"(.*[/\\])?run-\d+[/\\]trackers[/\\][^/\\]+[/\\]visits-\d+(\.crc[0-9a-f]{8})?\.pt")
 
 
 class Visits(Tracker):
@@ -133,8 +135,7 @@ class Visits(Tracker):
     def _flush(self) -> None:
         """Write a segment, and note its path relative to the folder of all runs."""
         if self._pending:
-            path = self._folder / f"visits-{len(self._segments):08d}.pt"
-            save(path, self._pending)
+            path = save(self._folder / f"visits-{len(self._segments):08d}.pt", self._pending)
             self._segments.append(path.relative_to(self._folder.parents[2]).as_posix())
             self._pending, self._bytes = [], 0
 
@@ -197,7 +198,7 @@ def add_products(total: Tensor, first: int, query: QueryGradients, state: Tracke
     groups, by_step = _by_step(state)
     window: list[tuple[dict[str, Any], list[Tensor]]] = []
     for segment in state.facts["segments"]:
-        for visit in load(runs / segment):
+        for visit in load(_inside(runs, segment)):
             if window and window[-1][0]["step"] != visit["step"]:
                 _add_step(total, first, window, by_step)
                 window = []
@@ -205,6 +206,17 @@ def add_products(total: Tensor, first: int, query: QueryGradients, state: Tracke
             window.append((visit, [query.dot(_only(gradients, names)).to(total) for names in groups]))
     if window:
         _add_step(total, first, window, by_step)
+
+
+def _inside(runs: Path, segment: str) -> Path:
+    """The path of a segment, which is a tracker's own, of this run or of one that it resumed.
+
+    Raises:
+        MissingEvidence: it is another file.
+    """
+    if _SEGMENT.fullmatch(segment) is None or ".." in Path(segment).parts:
+        raise MissingEvidence(f"Expected a tracker's file beside `{runs}`, got {segment!r:.200}. Fit again.")
+    return runs / segment
 
 
 def _add_step(

@@ -1,6 +1,5 @@
 """The format of a run on disk: file names, the Arrow schema, atomic writes and verified reads."""
 
-import json
 import re
 import zlib
 from pathlib import Path
@@ -8,11 +7,18 @@ from typing import Any
 
 import pyarrow as pa
 
+from lightning_influence.files import checked_json
 from lightning_influence.files.atomic import whole
+from lightning_influence.files.regular import read_regular
+from lightning_influence.trajectory.manifest_checks import problems
 from lightning_influence.types import MissingEvidence
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+BROKEN = "broken"
+"""An empty file beside a manifest that could not be written again when the disk was full."""
+_LARGEST = 2**26  # bytes of a manifest
+BROKE_OFF = "The record ends at step"
 
 GENERATORS = ("torch", "cuda", "python", "numpy")
 
@@ -58,20 +64,13 @@ def read_verified(path: Path, size: int, crc32: int) -> bytes:
     """
     way_out = "Load another run of this folder, or fit again."
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise MissingEvidence(f"Expected a file at `{path}`, got {error.strerror!r}. {way_out}") from error
-    if len(content) != size:
-        raise MissingEvidence(f"Expected {size} bytes in `{path}`, got {len(content)}: the file is damaged. {way_out}")
-    if (found := zlib.crc32(content)) != crc32:
-        raise MissingEvidence(f"Expected checksum {crc32} of `{path}`, got {found}: the file is damaged. {way_out}")
+        content = read_regular(path, size, exactly=True)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise MissingEvidence(f"Expected {size} bytes in the file `{path}`, got {why!r}. {way_out}") from error
+    if (checksum := zlib.crc32(content)) != crc32:
+        raise MissingEvidence(f"Expected checksum {crc32} of `{path}`, got {checksum}: the file is damaged. {way_out}")
     return content
-
-
-def encode_manifest(manifest: dict[str, Any]) -> bytes:
-    """A manifest as JSON with its checksum."""
-    body = json.dumps(manifest, sort_keys=True)  # without `indent`, which is ten times slower
-    return f'{{"crc32": {zlib.crc32(body.encode())}, "manifest": {body}}}'.encode()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -82,22 +81,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        outer = json.loads(path.read_bytes())
-        manifest = outer["manifest"]
-        whole = zlib.crc32(json.dumps(manifest, sort_keys=True).encode()) == outer["crc32"]
-    except OSError as error:
+        manifest = checked_json.decode(read_regular(path, _LARGEST))
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
         raise MissingEvidence(
-            f"Expected a run's manifest at `{path}`, got {error.strerror!r}. Pass the folder that `Influence` wrote."
+            f"Expected a run's manifest at `{path}`, got {why!r}. Pass the folder that `Influence` wrote."
         ) from error
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
+    if manifest is None:
         raise MissingEvidence(f"Expected a whole manifest at `{path}`, got a damaged file. Load another run of it.")
-    if manifest["format"] > FORMAT:
+    if isinstance(manifest.get("format"), int) and manifest["format"] > FORMAT:
         raise MissingEvidence(
             f"Expected a run of format {FORMAT} or older in `{folder}`, got {manifest['format']!r}."
             " Upgrade `lightning_influence`."
         )
+    for problem in problems(manifest):
+        raise MissingEvidence(f"Expected {problem} in the manifest `{path}`. Load another run, or fit again.")
     return manifest
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.trajectory.fingerprints import Fingerprint, from_json, to_json, with_rows
+from lightning_influence.trajectory.manifest_checks import is_fit_data
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def decode_fit_data(text: str | None) -> FitData | None:
     if text is None:
         return None
     entry = json.loads(text)
+    if not is_fit_data(entry):
+        raise ValueError("an entry that no fit writes")
     losses = entry["losses"]
     if losses is not None:
         values = [(step, checksum, value) for step, checksum, value in losses["values"]]

@@ -1,6 +1,7 @@
 """Reads a run from its folder, joined with the runs it was resumed from."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,15 @@ import pyarrow.compute as pc
 
 from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint
 from lightning_influence.trajectory.columns import encode_rows
-from lightning_influence.trajectory.files import MANIFEST, STEPS, read_manifest, read_steps, runs_in
+from lightning_influence.trajectory.files import (
+    BROKE_OFF,
+    BROKEN,
+    MANIFEST,
+    STEPS,
+    read_manifest,
+    read_steps,
+    runs_in,
+)
 from lightning_influence.trajectory.fit_data import FitData, decode_fit_data
 from lightning_influence.types import MissingEvidence
 
@@ -35,6 +44,7 @@ class Run:
     averaged: Checkpoint | None = None
     best: BestFile | None = None
     fit_data: FitData | None = None
+    broken: str | None = None
 
 
 def find_run(dirpath: Path) -> tuple[Path, list[str]]:
@@ -43,11 +53,11 @@ def find_run(dirpath: Path) -> tuple[Path, list[str]]:
     Raises:
         MissingEvidence: there is none.
     """
-    if (dirpath / MANIFEST).is_file():
+    if os.path.lexists(dirpath / MANIFEST):  # `read_manifest` says if it is no file
         return dirpath, []
     notes: list[str] = []
     for run in reversed(runs_in(dirpath)):
-        if (run / MANIFEST).is_file():
+        if os.path.lexists(run / MANIFEST):
             return run, notes
         notes.append(
             f"{run.name} has no manifest (its fit stopped before the first checkpoint); an older run was read."
@@ -62,13 +72,43 @@ def find_run(dirpath: Path) -> tuple[Path, list[str]]:
     )
 
 
-def read_run(folder: Path, until: int | None = None) -> Run:
-    """Read a run up to step ``until`` (None: all of it), joined with the runs it was resumed from."""
-    manifest = read_manifest(folder)
+def read_run(folder: Path) -> Run:
+    """Read a run, joined with the runs it was resumed from.
+
+    Raises:
+        MissingEvidence: a file is missing or damaged.
+    """
+    manifest, until = read_manifest(folder), None
+    newer: list[tuple[Run, dict[str, Any]]] = []
+    known: set[str] = set()
+    while True:
+        if manifest["id"] in known:
+            raise MissingEvidence(f"Expected runs that resume earlier ones, got `{folder}`, which resumes itself.")
+        known.add(manifest["id"])
+        run, link = _up_to(_alone(folder, manifest), until), manifest["parent"]
+        parent = None if link is None else parent_run(folder, link)
+        if parent is None:
+            break
+        newer.append((run, manifest))
+        folder, manifest, until = parent, read_manifest(parent), link["step"]
+    if link is not None:
+        run.notes.append(
+            f"{run.path.name} resumed {link['run']} at step {link['step']}, which is no longer in {link['path']!r}:"
+            f" the steps before it are unknown."
+        )
+    for later, about in reversed(newer):
+        _join(later, about, run)
+        run = later
+    return run
+
+
+def _alone(folder: Path, manifest: Mapping[str, Any]) -> Run:
+    """A run without those that it was resumed from."""
+    parts = [(folder, manifest), *_other_ranks(folder, manifest["world_size"])]
     run = Run(
         path=folder,
         checkpoints=tuple(_checkpoint(folder, entry) for entry in manifest["checkpoints"]),
-        steps=_union_of_ranks(folder, manifest),
+        steps=_union_of_ranks(parts),
         settings=tuple(manifest["settings"]),
         dataset_size=manifest["dataset_size"],
         finished=manifest["finished"],
@@ -80,10 +120,21 @@ def read_run(folder: Path, until: int | None = None) -> Run:
         notes=list(manifest["notes"]),
         averaged=_checkpoint(folder, manifest["averaged"]) if manifest.get("averaged") else None,
         best=BestFile(**manifest["best"]) if manifest.get("best") else None,
-        fit_data=decode_fit_data(manifest.get("data")),
+        fit_data=_fit_data(folder, manifest),
     )
-    if manifest["parent"] is not None:
-        _join(run, manifest["parent"], first_is_resumed=manifest["checkpoints"][:1])
+    if len(run.steps) and (pc.max(run.steps["settings"]).as_py() or 0) >= len(run.settings):
+        raise MissingEvidence(
+            f"Expected the options of every step in `settings` of the manifest `{folder / MANIFEST}`, got "
+            f"{len(run.settings)} entries. Load another run, or fit again."
+        )
+    run.broken = next((why for part in parts if (why := _broken(*part)) is not None), None)
+    if run.broken is not None and run.broken not in run.notes:
+        run.notes.append(run.broken)
+    return run
+
+
+def _up_to(run: Run, until: int | None) -> Run:
+    """What a run recorded up to a step; None: all of it."""
     if until is not None:
         run.checkpoints = tuple(c for c in run.checkpoints if c.step <= until)
         run.trainer_values = tuple(at for at in run.trainer_values if at[0] <= until)
@@ -94,19 +145,23 @@ def read_run(folder: Path, until: int | None = None) -> Run:
     return run
 
 
+def _fit_data(folder: Path, manifest: Mapping[str, Any]) -> FitData | None:
+    try:
+        return decode_fit_data(manifest.get("data"))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise MissingEvidence(
+            f"Expected `data` in the manifest `{folder / MANIFEST}` as a fit writes it, got {type(error).__name__}: "
+            f"{error}. Load another run, or fit again."
+        ) from error
+
+
 def _checkpoint(folder: Path, entry: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(entry["step"], entry["epoch"], folder / entry["file"], entry["size"], entry["crc32"])
 
 
-def _join(run: Run, link: dict[str, Any], first_is_resumed: list[dict[str, Any]]) -> None:
-    parent = parent_run(run.path, link)
-    if parent is None:
-        run.notes.append(
-            f"{run.path.name} resumed {link['run']} at step {link['step']}, which is no longer in {link['path']!r}:"
-            f" the steps before it are unknown."
-        )
-        return
-    older = read_run(parent, until=link["step"])
+def _join(run: Run, manifest: Mapping[str, Any], older: Run) -> None:
+    """Put a run behind the one that it resumed."""
+    link = manifest["parent"]
     known = max((c.step for c in older.checkpoints), default=-1)
     known = max(known, pc.max(older.steps["step"]).as_py() or 0) if len(older.steps) else known
     if known < link["step"]:
@@ -114,7 +169,8 @@ def _join(run: Run, link: dict[str, Any], first_is_resumed: list[dict[str, Any]]
     if older.dataset_size != run.dataset_size:
         run.notes.append(f"The dataset had {older.dataset_size} examples in {link['run']}, {run.dataset_size} after.")
     # the state that a resumed fit starts from is not on the checkpoint schedule: an uninterrupted fit would not have it
-    own = run.checkpoints[1:] if first_is_resumed and first_is_resumed[0]["kind"] == "initial" else run.checkpoints
+    starts_anew = [entry["kind"] for entry in manifest["checkpoints"][:1]] == ["initial"]
+    own = run.checkpoints[1:] if starts_anew else run.checkpoints
     run.checkpoints = older.checkpoints + own
     run.removed = older.removed + run.removed
     shift = pa.scalar(len(older.settings), pa.int32())
@@ -133,6 +189,8 @@ def _join(run: Run, link: dict[str, Any], first_is_resumed: list[dict[str, Any]]
 def parent_run(folder: Path, link: Mapping[str, Any]) -> Path | None:
     """The run that a link refers to. A sibling is tried first: the whole folder may have been moved."""
     for candidate in (folder.parent / link["run"], Path(link["path"])):
+        if ".." in candidate.parts:  # it was written without
+            continue
         try:
             if read_manifest(candidate)["id"] == link["id"]:
                 return candidate
@@ -141,15 +199,26 @@ def parent_run(folder: Path, link: Mapping[str, Any]) -> Path | None:
     return None
 
 
-def _union_of_ranks(folder: Path, manifest: dict[str, Any]) -> pa.Table:
+def _other_ranks(folder: Path, world_size: int) -> list[tuple[Path, dict[str, Any] | None]]:
+    """Folder and manifest of the other processes; None of one that was killed before it wrote any."""
+    folders = [folder / f"steps-rank{rank}" for rank in range(1, world_size)]
+    return [(each, read_manifest(each) if (each / MANIFEST).exists() else None) for each in folders]
+
+
+def _broken(folder: Path, manifest: Mapping[str, Any] | None) -> str | None:
+    """Why the record ends before the fit did; None where it does not."""
+    if manifest is None:
+        return None
+    notes = [note for note in manifest["notes"] if note.startswith(BROKE_OFF)]  # all that earlier versions wrote
+    if (folder / BROKEN).exists():
+        last = max((entry["step"] for entry in manifest["checkpoints"]), default=0)
+        notes.append(f"{BROKE_OFF} {last}, the fit went on: `Influence` could not write to `{folder}` any more.")
+    return manifest.get("broken") or next(iter(notes), None)
+
+
+def _union_of_ranks(parts: Sequence[tuple[Path, Mapping[str, Any] | None]]) -> pa.Table:
     """One row per step with the micro-batches of all ranks; gradients are means over ranks, hence the divisor."""
-    tables = [read_steps(folder, manifest["steps"])]
-    for rank in range(1, manifest["world_size"]):
-        try:
-            other = read_manifest(folder / f"steps-rank{rank}")
-            tables.append(read_steps(folder / f"steps-rank{rank}", other["steps"]))
-        except MissingEvidence:
-            tables.append(tables[0].slice(0, 0))
+    tables = [read_steps(folder, [] if manifest is None else manifest["steps"]) for folder, manifest in parts]
     if len(tables) == 1:
         return tables[0]
     length = min(len(table) for table in tables)  # a rank that was killed may have written less
@@ -160,3 +229,21 @@ def _union_of_ranks(folder: Path, manifest: dict[str, Any]) -> pa.Table:
             row[name] = None if any(part is None for part in parts) else [x for part in parts for x in part]
         row["divisor"] *= len(tables)
     return pa.Table.from_batches([encode_rows(rows[0], STEPS)])
+
+
+def notes_on_the_end(run: Run) -> list[str]:
+    """What a reader must know about where a record ends."""
+    notes = []
+    last = run.checkpoints[-1].step if run.checkpoints else 0
+    behind = pc.sum(pc.and_(pc.greater(run.steps["step"], last), pc.invert(run.steps["skipped"]))).as_py() or 0
+    if behind and len(run.checkpoints) != 1:
+        notes.append(f"{behind} steps after the last checkpoint (step {last}) are not counted.")
+    kept = [c.step for c in run.checkpoints if c.step > max(run.removed)] if run.removed else []
+    if run.removed and kept:
+        notes.append(
+            f"{len(run.removed)} checkpoints up to step {max(run.removed)} were removed (`keep_last=`): sums over"
+            f" checkpoints count steps {max(run.removed) + 1} to {kept[-1]} only."
+        )
+    if not run.finished and run.broken is None:
+        notes.append("The fit did not finish: this is what it had written by then.")
+    return notes

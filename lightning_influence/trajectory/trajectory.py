@@ -23,7 +23,7 @@ from lightning_influence.trajectory.fit_data import FitData
 from lightning_influence.trajectory.lightning_files import read_lightning_files
 from lightning_influence.trajectory.numbering import combines_loaders, of_loader
 from lightning_influence.trajectory.optimizer_steps import expected_from_files
-from lightning_influence.trajectory.run import Run, find_run, read_run
+from lightning_influence.trajectory.run import find_run, notes_on_the_end, read_run
 from lightning_influence.types import MissingEvidence
 
 
@@ -46,6 +46,7 @@ class Trajectory:
         trainer_values: (step, values by path): what ``training_step`` read of its Trainer, each time that it changed.
         removed: Steps of the checkpoints that `Influence(keep_last=)` removed.
         fit_data: By what the training data are recognised in a later process; None where nothing was recorded.
+        broken: Why the record ends while the fit went on, as on a full disk; None where it does not.
 
     Example:
         >>> trajectory = Trajectory.load("influence")  # doctest: +SKIP
@@ -68,6 +69,7 @@ class Trajectory:
     numbers: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict, repr=False)
     removed: tuple[int, ...] = ()
     fit_data: FitData | None = field(default=None, repr=False)
+    broken: str | None = None
     _stored_rates: Sequence[Sequence[float]] | None = field(default=None, repr=False)
 
     @classmethod
@@ -82,7 +84,7 @@ class Trajectory:
         """
         folder, notes = find_run(Path(dirpath))
         run = read_run(folder)
-        return cls(**vars(run) | {"notes": (*notes, *run.notes, *_notes_on_the_end(run))})
+        return cls(**vars(run) | {"notes": (*notes, *run.notes, *notes_on_the_end(run))})
 
     @classmethod
     def from_checkpoints(
@@ -331,20 +333,3 @@ class _AlwaysFirst(Mapping[str, int]):
 
     def __contains__(self, name: object) -> bool:
         return True
-
-
-def _notes_on_the_end(run: Run) -> list[str]:
-    notes = []
-    last = run.checkpoints[-1].step if run.checkpoints else 0
-    behind = pc.sum(pc.and_(pc.greater(run.steps["step"], last), pc.invert(run.steps["skipped"]))).as_py() or 0
-    if behind and len(run.checkpoints) != 1:
-        notes.append(f"{behind} steps after the last checkpoint (step {last}) are not counted.")
-    kept = [c.step for c in run.checkpoints if c.step > max(run.removed)] if run.removed else []
-    if run.removed and kept:
-        notes.append(
-            f"{len(run.removed)} checkpoints up to step {max(run.removed)} were removed (`keep_last=`): sums over"
-            f" checkpoints count steps {max(run.removed) + 1} to {kept[-1]} only."
-        )
-    if not run.finished:
-        notes.append("The fit did not finish: this is what it had written by then.")
-    return notes
