@@ -96,6 +96,9 @@ def _is_of_this_package(error: Exception) -> bool:
 
 
 def _returns_loss_in_training(task: Task, examples: Examples) -> bool:
+    with contextlib.suppress(Exception):  # the error is about one example or its reading, not about the mode
+        task(task.to_device(examples.some(_some(examples))))
+        return False
     buffers = list(task.module.buffers())
     with restoring(task.module.modules(), "training"), restoring(buffers, "data"):
         for buffer in buffers:  # normalisation layers update theirs without a change of the version counters

@@ -6,7 +6,7 @@ import torch
 from case import Items, Step, drawn, mlp
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_influence import (
     EKFAC,
@@ -174,6 +174,23 @@ def test_a_step_for_train_mode_only_is_refused_with_its_way_out():
         return F.cross_entropy(module.net(x), y, reduction="none")
 
     assert Attributor(module, data, None, loss=loss).score(GradientDot(), data).values.abs().max() > 0
+
+
+class OneRowFails(Detector):
+    """Fails in eval mode on one example only, which the few that are tried in train mode are not."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        if not self.training and bool((y == 7).any()):
+            raise OSError("cannot read file 7")
+        return F.mse_loss(self.net(x)[:, 0], y)
+
+
+def test_an_error_of_one_example_is_not_taken_for_a_step_that_works_in_train_mode_only():
+    x = torch.arange(24 * 5, dtype=torch.float64).reshape(24, 5) % 7
+    data = TensorDataset(x, torch.arange(24, dtype=torch.float64))
+    with pytest.raises(ValueError, match="got OSError: cannot read file 7"):
+        Attributor(OneRowFails().double(), data, None).score(GradientDot(), data)
 
 
 @pytest.mark.parametrize(
