@@ -164,6 +164,11 @@ class Task:
         settle(self.module)
         self._snapshot[0] = self._taken()
 
+    def restore(self) -> None:
+        """Put back attributes and tensors as they were remembered, to be called by whoever changed them for a pass."""
+        settle(self.module)
+        self._snapshot[0].restore()
+
     def moved(self) -> None:
         """To be called by whoever gave parameters or buffers other memory, after ``settle``."""
         self._snapshot[0].moved()
