@@ -151,7 +151,8 @@ def _owners(module: nn.Module) -> Iterator[tuple[str, MutableMapping[Any, Any], 
         if type(part).__module__.partition(".")[0] in LIBRARIES:
             continue
         own, prefix = _Attributes(vars(part)), clean(name)
-        names = [key for key in own if key not in _library_attributes(type(part))]
+        kind: Any = type(part)
+        names = [key for key in own if key not in _library_attributes(kind)]
         yield prefix, own, names
         held = [(key, own[key]) for key in names]
         if isinstance(own.get("_hparams"), dict):
@@ -200,7 +201,7 @@ class _Attributes(MutableMapping[Any, Any]):
 
 
 @lru_cache(1024)
-def _library_attributes(kind: type) -> frozenset[str]:
+def _library_attributes(kind: Any) -> frozenset[str]:
     """Names of the attributes that a module has from PyTorch or Lightning, such as ``training``."""
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] in (*LIBRARIES, "torch") and issubclass(base, nn.Module):

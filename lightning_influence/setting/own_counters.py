@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_influence.data.examples import Examples
 from lightning_influence.gradients.index_check import gradient_at
@@ -69,6 +69,7 @@ def check_own_counters(task: Task, examples: Examples, names: Sequence[str], bac
     Raises:
         ValueError: a counter or switch does.
     """
+    task.settle()
     states = _states(task, examples, calls=1)
     changed = [path for path in states[0] if not same(states[0][path], states[-1].get(path))]
     if not changed:
@@ -79,8 +80,8 @@ def check_own_counters(task: Task, examples: Examples, names: Sequence[str], bac
     counters = {path: step for path in exact if (step := _stride(states, path))}
     start = states[0]
 
-    def counted(call: Any) -> dict[str, Any]:
-        return {path: start[path] + step * call for path, step in counters.items()}
+    def counted(number: Any) -> dict[str, Any]:
+        return {path: start[path] + step * number for path, step in counters.items()}
 
     pair = _differing(task, examples, names, counted, _calls(counters, start, back)) if counters else None
     which = list(counters)
@@ -101,9 +102,7 @@ def check_own_counters(task: Task, examples: Examples, names: Sequence[str], bac
     return None
 
 
-def _states(
-    task: Task, examples: Examples, calls: int, start: Mapping[str, Any] | None = None
-) -> list[dict[str, Any]]:
+def _states(task: Task, examples: Examples, calls: int, start: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """The values before and after each of some calls of the step, of which each continues the one before."""
     ids = evenly_spread(len(examples), 5)
     found = [] if start is not None else [_values(task.module)]
@@ -163,7 +162,7 @@ def _differing(
     calls: Sequence[int],
 ) -> tuple[int, int] | None:
     """Two calls at whose values the gradient of a few examples differs, or the loss where no parameter is named."""
-    return differing_indices(gradient_at(task, examples, names, lambda call: _at(task, values(call))), calls)
+    return differing_indices(gradient_at(task, examples, names, lambda number: _at(task, values(number))), calls)
 
 
 def _is_exact(value: Any) -> bool:
