@@ -239,16 +239,16 @@ class Task:
             if isinstance(output, Mapping):
                 output = output.get("loss")
         finally:
-            frozen = self._switched(parameters, trained)
+            switched = self._switched(parameters, trained)
             self._snapshot[0].restore_attributes()
             _UNSETTLED[self.module] = self._snapshot[0]
             if not isinstance(output, Tensor) or not output.requires_grad:
                 settle(self.module)
-        if frozen:
+        if switched:
             raise ValueError(
-                "Expected `training_step` to leave `requires_grad` as it is, got a step that switches it off for "
-                f"`{frozen[0]}` ({len(frozen)} parameters). Use `detach()` in the step, freeze in a hook or before the "
-                "module is passed, or pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
+                "Expected `training_step` to leave `requires_grad` as it is, got a step that switches it for "
+                f"`{switched[0]}` ({len(switched)} parameters). Use `detach()` in the step, freeze in a hook or before "
+                "the module is passed, or pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
             )
         if not isinstance(output, Tensor):
             source = "`loss=`" if self.loss is not None else "`training_step`"
@@ -269,12 +269,12 @@ class Task:
         return output
 
     def _switched(self, parameters: list[nn.Parameter], trained: list[bool]) -> list[str]:
-        """Names of the parameters that the step has frozen; all are put back."""
+        """Names of the parameters that the step has frozen or unfrozen; all are put back."""
         if list(map(_requires_grad, parameters)) == trained:
             return []
         found = []
         for (name, parameter), before in zip(self._parameters.items(), trained, strict=True):
-            if before and not parameter.requires_grad:
+            if before != parameter.requires_grad:
                 found.append(name)
             if parameter.is_leaf:
                 parameter.requires_grad_(before)
