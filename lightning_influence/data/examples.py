@@ -109,9 +109,17 @@ class Examples:
         return Copies(self._collate([item, item]), self.share_of_copies)
 
     def _item(self, example: int) -> Any:
-        """An example; where only workers can read it, the error says so."""
+        """An example; where only workers can read it, or it has another key, the error says so."""
         try:
             return self.dataset[example]
+        except KeyError as error:
+            if error.args != (example,):
+                raise
+            raise ValueError(
+                f"Expected {type(self.dataset).__name__} to have the indices 0, 1, 2 ..., got KeyError: {error} for "
+                f"{example}: its keys are others, such as strings that a sampler gives. Wrap it in a Dataset whose "
+                "`__getitem__` takes positions, in a list of the keys, and pass that as `train=` (or `queries`)."
+            ) from error
         except Exception as error:
             if not self._opened:
                 raise

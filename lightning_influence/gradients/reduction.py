@@ -109,6 +109,12 @@ def probe(task: Task, examples: Examples, seed: int, also: Sequence[int] = (), g
     losses, totals, declared = _singles(task, examples, seed, probed)
     ids = [i for i, loss in losses.items() if math.isfinite(loss)]  # the scores report all others
     if not ids:
+        if len(probed) > 1 and math.isfinite(_loss(task, examples.some(probed), seed, probed[0])):
+            raise NoRelation(
+                "Expected the loss of a batch to be the mean or the sum of the losses of its examples, got a finite "
+                "loss for a batch, and NaN or infinity for each of its examples alone.",
+                f"It compares examples with each other (pairs, halves of the batch, a variance). {WAY_OUT}",
+            )
         raise ValueError(
             f"Expected finite losses, got NaN or infinity for all probed training examples, {probed[:10]} among "
             "them. Check the data and the weights for NaN."

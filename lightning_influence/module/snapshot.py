@@ -79,7 +79,7 @@ class ModuleSnapshot:
                     if not isinstance(value, tuple):
                         self._containers.append((value, value.copy()))
                     yield from self._tensors_in(value.values() if isinstance(value, dict) else value, visited, depth)
-            elif depth < _DEPTH and _is_plain_object(value) and id(value) not in visited:
+            elif depth < _DEPTH and is_plain_object(value) and id(value) not in visited:
                 visited.add(id(value))
                 self._attributes.append((value.__dict__, dict(value.__dict__)))
                 yield from self._tensors_in(value.__dict__.values(), visited, depth + 1)
@@ -194,7 +194,7 @@ def _has_memory(tensor: Tensor) -> bool:
     return not (tensor.is_inference() or is_lazy(tensor) or tensor.layout is not torch.strided)
 
 
-def _is_plain_object(value: Any) -> bool:
+def is_plain_object(value: Any) -> bool:
     """Whether this is an object of a user's own class, other than data, functions and what Lightning made."""
     kind = type(value)
     if not hasattr(value, "__dict__") or isinstance(value, (type, ModuleType, FunctionType, Dataset)):

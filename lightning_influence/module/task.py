@@ -5,6 +5,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,6 +31,7 @@ _COUNTER = itertools.count(1)
 _UNSETTLED: WeakKeyDictionary[nn.Module, ModuleSnapshot] = WeakKeyDictionary()
 _TAKEN: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
+_requires_grad = attrgetter("requires_grad")
 _LOW_PRECISIONS = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
 
@@ -164,6 +166,11 @@ class Task:
         settle(self.module)
         self._snapshot[0] = self._taken()
 
+    def restore(self) -> None:
+        """Put back attributes and tensors as they were remembered, to be called by whoever changed them for a pass."""
+        settle(self.module)
+        self._snapshot[0].restore()
+
     def moved(self) -> None:
         """To be called by whoever gave parameters or buffers other memory, after ``settle``."""
         self._snapshot[0].moved()
@@ -222,6 +229,8 @@ class Task:
             return batch.of_one(self(batch.batch))
         settle(self.module)
         output = None
+        parameters = list(self._parameters.values())
+        trained = list(map(_requires_grad, parameters))
         try:
             with self._precision(), training_stage(self.module):
                 output = self._loss_of(batch, self.batch_idx) if self.takes_index else self._loss_of(batch)
@@ -230,10 +239,17 @@ class Task:
             if isinstance(output, Mapping):
                 output = output.get("loss")
         finally:
+            switched = self._switched(parameters, trained)
             self._snapshot[0].restore_attributes()
             _UNSETTLED[self.module] = self._snapshot[0]
             if not isinstance(output, Tensor) or not output.requires_grad:
                 settle(self.module)
+        if switched:
+            raise ValueError(
+                "Expected `training_step` to leave `requires_grad` as it is, got a step that switches it for "
+                f"`{switched[0]}` ({len(switched)} parameters). Use `detach()` in the step, freeze in a hook or before "
+                "the module is passed, or pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
+            )
         if not isinstance(output, Tensor):
             source = "`loss=`" if self.loss is not None else "`training_step`"
             raise (NoLoss if output is None else TypeError)(
@@ -251,6 +267,18 @@ class Task:
                 "over the batch inside it."
             )
         return output
+
+    def _switched(self, parameters: list[nn.Parameter], trained: list[bool]) -> list[str]:
+        """Names of the parameters that the step has frozen or unfrozen; all are put back."""
+        if list(map(_requires_grad, parameters)) == trained:
+            return []
+        found = []
+        for (name, parameter), before in zip(self._parameters.items(), trained, strict=True):
+            if before != parameter.requires_grad:
+                found.append(name)
+            if parameter.is_leaf:
+                parameter.requires_grad_(before)
+        return found
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self.trainer is None or _is_low_precision(self.trainer):

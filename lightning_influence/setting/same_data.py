@@ -21,6 +21,7 @@ from lightning_influence.module.task import Task
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.fingerprints import Fingerprint, difference, fingerprint, same_rows, splits
 from lightning_influence.trajectory.fit_data import FirstBatch, FitData, name_of
+from lightning_influence.trajectory.numbering import combines_loaders
 from lightning_influence.types import Batch
 
 # Whole batches that are made again where a batch of a few of their examples differs: padding follows the batch.
@@ -169,6 +170,8 @@ def check_data(task: Task, source: Source, trajectory: Trajectory) -> list[str]:
     Raises:
         ValueError: they are others.
     """
+    if task.loss is None and combines_loaders(trajectory.steps):
+        _check_step(task, source)
     record = trajectory.fit_data
     if record is None:
         return []
@@ -189,6 +192,19 @@ def check_data(task: Task, source: Source, trajectory: Trajectory) -> list[str]:
     if losses is not None:  # they also tell whether strings that differ matter, which may be names of files
         _check_losses(task, source, trajectory, record, "" if found is None else f" ({found.what})")
     return []
+
+
+def _check_step(task: Task, source: Source) -> None:
+    """Raises ValueError if ``training_step`` fails on one of the datasets whose batches the fit combined."""
+    try:
+        loss_of(task, remade(task, source, [0], [0]).batch, [0])
+    except Exception as error:
+        raise ValueError(
+            "Expected `train` to give batches as in the fit, which combined those of several loaders, got those of one "
+            f"dataset, on which `training_step` fails ({type(error).__name__}: {error}). Choose one of the loaders by "
+            "`Attributor(trajectory=trajectory.of_loader(0))`, with its dataset as `train=`, and pass `loss=`, a "
+            "callable (module, batch) -> [batch] of per-sample losses."
+        ) from error
 
 
 def _check_losses(task: Task, source: Source, trajectory: Trajectory, record: FitData, what: str) -> None:

@@ -14,12 +14,12 @@ from lightning_influence.data.source import Source
 from lightning_influence.gradients import Engine, Plan, Reduction, make_plan, probe_examples
 from lightning_influence.gradients.index_check import gradient_at, joined
 from lightning_influence.module.quiet import quiet
-from lightning_influence.module.step import set_by_hook
 from lightning_influence.module.task import Loss, Task
 from lightning_influence.module.trainer_answers import notes_of
 from lightning_influence.module.trainer_reads import FitValues
 from lightning_influence.module.trainer_state import detached_trainer
 from lightning_influence.setting.batch_index import BatchIndex
+from lightning_influence.setting.own_counters import note_changing
 from lightning_influence.setting.same_data import check_data
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.setting.token_weights import TokenWeights, describe, probe
@@ -66,6 +66,7 @@ class Session:
     _in_use: list[Any] = field(default_factory=list)
     _at_index: dict[int | None, tuple[int, int] | None] = field(default_factory=dict)
     _of_clock: dict[tuple[str, int], tuple[int, int] | None] = field(default_factory=dict)
+    _counted: list[str] = field(default_factory=list)
     _large_block: int | None = None
     _tokens: TokenWeights = field(default_factory=TokenWeights)
     _asked: Source | None = None
@@ -140,11 +141,8 @@ class Session:
                 refused=self._unreached.error,
                 notes=[] if self._unreached.note is None else [self._unreached.note],
             )
-            if task.loss is None and (names := set_by_hook(self.module)):
-                setting.note(
-                    f"`on_train_batch_start` sets `{names[0]}`, and is not called here: the loss is that with its "
-                    "present value. If the loss depends on it, set it in `training_step`, or pass `loss=`."
-                )
+            for note in note_changing(task, examples, self.names, self.trajectory, self._counted):
+                setting.note(note)
             for note in self._data_notes or ():
                 setting.warn(note)
             if engine.weights is not None:

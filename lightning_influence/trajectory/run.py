@@ -38,7 +38,7 @@ class Run:
     eval_modules: tuple[str, ...] = ()
     trainer_values: tuple[tuple[int, Mapping[str, Any]], ...] = ()
     # plain attributes of the module that the fit changed: (step, value) by path
-    numbers: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    numbers: dict[str, list[tuple[int, Any]]] = field(default_factory=dict)
     removed: tuple[int, ...] = ()
     notes: list[str] = field(default_factory=list)
     averaged: Checkpoint | None = None

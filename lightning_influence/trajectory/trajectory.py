@@ -66,7 +66,7 @@ class Trajectory:
     averaged: Checkpoint | None = field(default=None, repr=False)
     best: BestFile | None = field(default=None, repr=False)
     trainer_values: tuple[tuple[int, Mapping[str, Any]], ...] = ()
-    numbers: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict, repr=False)
+    numbers: Mapping[str, Sequence[tuple[int, Any]]] = field(default_factory=dict, repr=False)
     removed: tuple[int, ...] = ()
     fit_data: FitData | None = field(default=None, repr=False)
     broken: str | None = None

@@ -1,6 +1,8 @@
 """Numbers that hooks change during a fit, such as the growing weight of a loss: each checkpoint has its own."""
 
+import numpy as np
 import oracles
+import pytest
 import pytorch_lightning as pl
 import torch
 from case import Step, both, mlp
@@ -117,7 +119,90 @@ def test_numbers_are_put_back_by_step():
     for step, expected in ((0, 0.5), (2, 0.5), (5, 0.5), (10, 2.0), (11, 2.0)):
         put_back(module, record.changed, step)
         assert module.beta == expected
-    module.beta = "none"
+    module.beta = len
     put_back(module, {**record.changed, "net.gone": [(1, 1)], "elsewhere.n": [(1, 1)]}, 2)
-    assert module.beta == "none"
+    assert module.beta is len
     assert "net.gone" not in numbers_of(module)
+
+
+class Schedule:
+    def __init__(self):
+        self.value = 0.0
+
+
+class Holding(Growing):
+    """The weight of the second loss, kept where `place` says."""
+
+    def __init__(self, place):
+        super(Growing, self).__init__(mlp())
+        self.calls = 0
+        self.place, self.step_weights, self.inside = place, {}, {"loss": {"kl": 0.0}}
+        self.listed, self.paired, self.tensor = [0.0], (0.0, 1.0), torch.zeros(1, dtype=torch.float64)
+        self.array, self.scalar, self.schedule, self._private = np.zeros(1), np.float64(0), Schedule(), 0.0
+        self.stage = None
+        self.save_hyperparameters({"beta": 0.0})
+
+    def on_train_epoch_start(self):
+        self.set(0.5 * (1 + self.current_epoch))
+
+    def on_train_epoch_end(self):
+        self.set(100.0)
+
+    def set(self, beta):
+        self.step_weights["kl"] = self.inside["loss"]["kl"] = self.hparams.beta = beta
+        self.hparams["beta"], self.listed[0], self.paired = beta, beta, (beta, 1.0)
+        self.tensor, self.array[0], self.scalar = torch.tensor([beta]).double(), beta, np.float64(beta)
+        self.schedule.value = self._private = beta
+        self.stage = f"{beta}"
+
+    @property
+    def beta(self):
+        return {
+            "hparams": lambda: self.hparams.beta,
+            "a dict": lambda: self.step_weights["kl"],
+            "a dict in a dict": lambda: self.inside["loss"]["kl"],
+            "a list": lambda: self.listed[0],
+            "a tuple": lambda: self.paired[0],
+            "a tensor": lambda: self.tensor,
+            "an array": lambda: torch.from_numpy(self.array.copy()),
+            "a number of NumPy": lambda: float(self.scalar),
+            "an object": lambda: self.schedule.value,
+            "a private attribute": lambda: self._private,
+            "a word": lambda: float(self.stage),
+        }[self.place]()
+
+    @beta.setter
+    def beta(self, value):
+        self.set(value)
+
+
+PLACES = ["hparams", "a dict", "a dict in a dict", "a list", "a tuple", "a tensor", "an array", "a number of NumPy"]
+
+
+@pytest.mark.parametrize("place", [*PLACES, "an object", "a private attribute", "a word"])
+def test_values_that_are_kept_elsewhere_are_given_back_too(place, tmp_path):
+    def fresh():
+        torch.manual_seed(0)
+        return Holding(place).double()
+
+    data, module, influence = both(5, n=8), fresh(), Influence(dirpath=tmp_path)
+    trainer = pl.Trainer(**QUIET, max_epochs=2, callbacks=[influence])
+    trainer.fit(module, DataLoader(data["train"](), BATCH))
+    expected = brute_force(fresh(), influence.trajectory, data, epochs=2)
+    now = influence.attributor.score(TracInCP(), data["queries"]())
+    assert float(module.beta) == 100.0
+    oracles.assert_scores(now.values, expected, 1e-10)
+    later = Attributor(fresh(), DataLoader(data["train"](), BATCH), Trajectory.load(tmp_path))
+    oracles.assert_scores(later.score(TracInCP(), data["queries"]()).values, expected, 1e-10)
+    assert later.module.step_weights == {}
+    assert later.module.hparams == {"beta": 0.0}
+
+
+def test_what_becomes_large_is_not_recorded():
+    module = fresh()
+    module.listed, module.growing = [0], []
+    record = NumberRecord(module, resumed=False)
+    for step in (1, 2):
+        module.listed, module.growing = [step], [0.0] * (60 * step)
+        record.note(step)
+    assert set(record.changed) == {"listed"}
