@@ -467,3 +467,9 @@ def test_what_is_no_method_is_refused_by_the_callback():
 
     with pytest.raises(TypeError, match=r"Expected `methods` to hold methods such as `TracInCP\(\)`, got .*Subclass"):
         Influence([Duck()])
+
+
+def test_gradients_that_are_only_measured_are_not_checked(attributor):
+    with attributor._session.open(attributor._queries(QUERIES)) as setting:
+        setting.queries.at_once()
+        assert setting.queries.engine.guard.made == setting.engine.guard.made == 0
