@@ -1,13 +1,15 @@
 """What recording costs a fit: fits with and without `Influence()` by turns, in CPU time and by the clock.
 
 A callback marks the time at each step, so that what is paid once (start, first step, end), once a checkpoint (every
-epoch) and at each step is seen apart. Every figure is a difference of medians over fits.
+epoch) and at each step is seen apart. Every figure is a difference of medians over fits. Long steps differ by more from
+one fit to the next than by what recording adds, which a clock inside the hooks and the watched loader shows too.
 
 python tests/benchmarks/capture.py
 python tests/benchmarks/capture.py --only mlp --repeats 9
 """
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
@@ -16,8 +18,10 @@ import pytorch_lightning as pl
 import torch
 from subjects import QUIET, Classifier, Encoder, cnn, images, mlp, texts
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from lightning_influence import Influence
+from lightning_influence.capture.loaders import Deliveries
 
 CEILING_MS = 0.3
 CEILING = 0.03  # where a step takes 10 ms or more
@@ -49,6 +53,39 @@ class Marks(pl.Callback):
 
     def on_train_batch_start(self, *_):
         self.at.append([clock() for clock in CLOCKS.values()])
+
+
+STEP_HOOKS = [
+    *((Influence, f"on_train_batch_{when}", 1) for when in ("start", "end")),
+    *((Influence, f"on_before_{what}", 1) for what in ("zero_grad", "backward", "optimizer_step")),
+    *((Deliveries, "__next__", 1), (_BaseDataLoaderIter, "__next__", -1)),
+]
+
+
+class Inside:
+    """CPU seconds inside the hooks of each step; the functions are put back at the end."""
+
+    def __enter__(self):
+        self.seconds = 0.0
+        self._before = [(owner, name, vars(owner)[name]) for owner, name, _ in STEP_HOOKS]
+        for owner, name, sign in STEP_HOOKS:
+            setattr(owner, name, self._timed(vars(owner)[name], sign))
+        return self
+
+    def __exit__(self, *_):
+        for owner, name, function in self._before:
+            setattr(owner, name, function)
+
+    def _timed(self, function, sign):
+        @functools.wraps(function)
+        def timed(*args, **kwargs):
+            start = time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += sign * (time.thread_time() - start)
+
+        return timed
 
 
 def parts_of(marks, begin, end, steps):
@@ -88,8 +125,11 @@ def measure(name, epochs, repeats):
         if turn:
             without.append(bare)
             with_it.append(watched)
+    with tempfile.TemporaryDirectory() as folder, Inside() as inside:
+        fit(make, loader, epochs, steps, Influence(dirpath=folder))
     size = sum(p.numel() for p in make().parameters())
     print(f"\n{name}: {size:,} parameters, batch {batch}, {steps} steps an epoch, {epochs} epochs, {repeats} fits")
+    print(f"  inside the hooks of a step {inside.seconds / (epochs * steps) * 1e3:.3f} ms of CPU time")
     for clock in CLOCKS:
         figures = {}
         for part in (*PARTS, "all"):
