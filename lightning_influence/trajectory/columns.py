@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 
 def encode_rows(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
@@ -37,6 +38,12 @@ def encode(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
 def number(value: int, kind: pa.DataType | None = None) -> pa.Scalar:
     """An integer to compare a column with; int64 unless another type is given."""
     return encode([value], kind or pa.int64())[0]
+
+
+def steps_between(table: pa.Table, after: int, until: int) -> pa.Table:
+    """The rows of later steps than one, up to another."""
+    steps = table["step"]
+    return table.filter(pc.and_(pc.greater(steps, number(after)), pc.less_equal(steps, number(until))))
 
 
 def to_numpy(numbers: pa.Array | pa.ChunkedArray) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_influence.trajectory import exposure as _exposure
 from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint, is_decoupled, is_plain_sgd
-from lightning_influence.trajectory.columns import number
+from lightning_influence.trajectory.columns import number, steps_between
 from lightning_influence.trajectory.file_list import Paths, files_of
 from lightning_influence.trajectory.files import STEPS
 from lightning_influence.trajectory.fit_data import FitData
@@ -315,10 +315,10 @@ class Trajectory:
         if len(self.checkpoints) == 1:
             return applied
         step = self.checkpoints[index].step
-        after = self.checkpoints[index - 1].step if index else -1
-        after = max([after, *(gone for gone in self.removed if gone < step)])
-        steps = applied["step"]
-        return applied.filter(pc.and_(pc.greater(steps, number(after)), pc.less_equal(steps, number(step))))
+        after = max(
+            [self.checkpoints[index - 1].step if index else -1, *(gone for gone in self.removed if gone < step)]
+        )
+        return steps_between(applied, after, step)
 
 
 class _AlwaysFirst(Mapping[str, int]):
