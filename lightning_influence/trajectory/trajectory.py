@@ -315,10 +315,8 @@ class Trajectory:
         if len(self.checkpoints) == 1:
             return applied
         step = self.checkpoints[index].step
-        after = max(
-            [self.checkpoints[index - 1].step if index else -1, *(gone for gone in self.removed if gone < step)]
-        )
-        return steps_between(applied, after, step)
+        earlier = [self.checkpoints[index - 1].step] if index else [-1]
+        return steps_between(applied, max(earlier + [gone for gone in self.removed if gone < step]), step)
 
 
 class _AlwaysFirst(Mapping[str, int]):
