@@ -159,6 +159,8 @@ def main():
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
+    if arguments.epochs < 2:
+        parser.error("Expected `--epochs` to be at least 2.")
     for name in subjects():
         if arguments.only in (None, name):
             measure(name, arguments.epochs, arguments.repeats)
