@@ -33,6 +33,7 @@ from lightning_influence import (
     TracInIdeal,
 )
 from lightning_influence.curvature.store import prepared_at
+from lightning_influence.gradients import reduction
 from lightning_influence.methods import kinds, method
 from lightning_influence.methods.hydra import HyDRADuringFit
 from lightning_influence.methods.method import Cost, Tile
@@ -467,3 +468,25 @@ def test_what_is_no_method_is_refused_by_the_callback():
 
     with pytest.raises(TypeError, match=r"Expected `methods` to hold methods such as `TracInCP\(\)`, got .*Subclass"):
         Influence([Duck()])
+
+
+def test_gradients_that_are_only_measured_are_not_checked(attributor):
+    with attributor._session.open(attributor._queries(QUERIES)) as setting:
+        setting.queries.at_once()
+        assert setting.queries.engine.guard.made == setting.engine.guard.made == 0
+
+
+def test_a_plain_mean_takes_no_gradients_to_be_recognised(attributor, monkeypatch):
+    """Neither the data's own sums nor ours of the loss are what the step counts."""
+
+    class Summing(torch.utils.data.Dataset):
+        def __len__(self):
+            return N
+
+        def __getitem__(self, i):
+            x, y = TRAIN[i]
+            return x / x.abs().sum() * float(x.abs().sum()), y
+
+    monkeypatch.setattr(reduction, "GradientProbe", None)
+    other = Attributor(attributor.module, Summing(), attributor.trajectory, check_data=False)
+    assert other.score(GradientDot(), QUERIES).values.shape == (len(QUERIES), N)

@@ -20,6 +20,7 @@ from lightning_influence.trajectory import (
     deployed,
     fitted_checkpoint,
 )
+from lightning_influence.trajectory.columns import number
 from lightning_influence.types import MissingEvidence
 
 _NOT_AVERAGED = (
@@ -176,11 +177,11 @@ def _ended_with(trajectory: Trajectory, checkpoint: Checkpoint) -> Trajectory:
     if not known:
         checkpoint = replace(checkpoint, step=last, epoch=trajectory.checkpoints[-1].epoch)
     earlier = tuple(c for c in trajectory.checkpoints if c.step < checkpoint.step)
-    rates = trajectory._stored_rates
+    rates, steps = trajectory._stored_rates, trajectory.steps
     return replace(
         trajectory,
         path=None,
         checkpoints=(*earlier, checkpoint),
-        steps=trajectory.steps.filter(pc.field("step") <= checkpoint.step) if known else trajectory.steps,
+        steps=steps.filter(pc.less_equal(steps["step"], number(checkpoint.step))) if known else steps,
         _stored_rates=None if rates is None else rates[: len(earlier) + 1],
     )

@@ -141,13 +141,16 @@ class Engine:
         parameters = self.task.named_parameters()
         return sum(parameters[name].numel() * parameters[name].element_size() for name in self.plan.names)
 
-    def gradients(self, block: Block, set_random_state: Callable[[], Any] | None = None) -> Gradients:
+    def gradients(
+        self, block: Block, set_random_state: Callable[[], Any] | None = None, checked: bool = True
+    ) -> Gradients:
         """Per-sample gradients of the plan's parameters, each in the cheapest form that its operations allow.
 
         Args:
             block: the examples.
             set_random_state: called before the batch's forward pass. The examples then have gradients that depend on
                 the batch's random numbers, which a pass of a single example cannot reproduce: there are no spot checks.
+            checked: whether there are spot checks; not for gradients that are only measured.
 
         Raises:
             ValueError: a spot check found an example whose gradient in its batch differs from its gradient alone; or,
@@ -155,7 +158,7 @@ class Engine:
         """
         plan, watch, new = self.plan, None, False
         rows: dict[int, int | None] = {}
-        if set_random_state is None:
+        if checked and set_random_state is None:
             watch = SuspectRows(block.size)
             rows, new = self.guard.choose(block)  # before the transfer, so that a device is not made to wait
         computed = self.in_block(block, watch, set_random_state)
@@ -226,7 +229,7 @@ class Engine:
         """Roughly how many activations one example has in the network; measured once, when ``examples`` are given."""
         if not self._width and examples is not None:
             like = next(iter(self.task.named_parameters().values()))
-            first = self.gradients(next(iter(examples.blocks(0, 1))))
+            first = self.gradients(next(iter(examples.blocks(0, 1))), checked=False)
             self._width = first.query_bytes(1) // like.element_size()
         return max(1, self._width)
 

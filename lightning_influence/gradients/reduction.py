@@ -1,5 +1,6 @@
 """How a batch's loss relates to its examples': mean, sum or mean over tokens, found by probing; others are refused."""
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -146,8 +147,8 @@ def _singles(
     """Losses of single examples, what was counted in each, and which counts are of unequal class weights."""
     losses, totals, declared = {}, _Totals(), dict[Key, None]()
     for i in probed:
-        with CountWatch() as watch:  # with gradients enabled: a step may differentiate with respect to its inputs
-            losses[i] = _loss(task, examples.one(i), seed, i)
+        watch = CountWatch()
+        losses[i] = _loss(task, examples.one(i), seed, i, watch)
         declared |= dict.fromkeys(watch.class_weights)
         for key, total in watch.totals().items():  # of two copies of an example twice as many: only ratios count
             totals.setdefault(key, {})[i] = total
@@ -163,11 +164,13 @@ def _unequal(totals: _Totals) -> list[Key]:
     return sorted(unequal, key=lambda key: key[0] != "cross entropy")
 
 
-def _loss(task: Task, batch: Any, seed: int, example: int) -> float:
+def _loss(task: Task, batch: Any, seed: int, example: int, watch: CountWatch | None = None) -> float:
     batch = task.to_device(batch)
     seed_for(seed, example)
     try:
-        return float(task(batch).detach().double().sum())
+        with watch or contextlib.nullcontext():  # neither how the batch is made nor the sum below is the step's
+            loss = task(batch)  # with gradients enabled: a step may differentiate with respect to its inputs
+        return float(loss.detach().double().sum())
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

@@ -154,7 +154,7 @@ def differing(row: Mapping[str, Tensor], truth: Mapping[str, Tensor], tolerance:
         truth: the gradient alone.
         tolerance: relative to the parameter's and to the largest entry; None: that of the dtype.
     """
-    if not is_finite(truth):  # the attributor reports it, unless it is finite in the block
-        return next((n for n, g in row.items() if n in truth and bool(g.any())), None) if is_finite(row) else None
     largest = largest_entry(truth.values())
+    if not largest.isfinite():  # the attributor reports it, unless it is finite in the block
+        return next((n for n, g in row.items() if n in truth and bool(g.any())), None) if is_finite(row) else None
     return next((n for n, true in truth.items() if not agrees(row.get(n), true, largest, tolerance)), None)

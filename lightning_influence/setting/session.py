@@ -276,7 +276,7 @@ class Session:
         """Larger blocks if the factors of an example's gradient are small: fewer, larger matrix products."""
         if self._large_block is None:
             some = next(examples.blocks(0, min(4, len(examples))))
-            each = engine.gradients(some).query_bytes(1)
+            each = engine.gradients(some, checked=False).query_bytes(1)
             self._large_block = max(examples.block_size, min(_BLOCK, _BLOCK_BYTES // max(1, each)))
         return self._large_block
 

@@ -95,7 +95,7 @@ class Queries:
         held, size = 1, self.examples.block_size
         if len(self) > 1:
             some = next(self.examples.blocks(0, min(4, len(self.examples))))
-            each = self.engine.gradients(some).query_bytes(len(self))
+            each = self.engine.gradients(some, checked=False).query_bytes(len(self))
             held = _whole_blocks(max(1, _QUERY_BYTES // max(1, each)), size)
         return held if most is None else min(held, _whole_blocks(max(1, most), size))
 

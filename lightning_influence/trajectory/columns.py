@@ -1,10 +1,14 @@
-"""Python values as Arrow arrays without `pa.array`, which imports pandas if it is installed: 0.4 s of a fit."""
+"""Values to Arrow and back without `pa.array`, `pa.scalar` and `to_numpy`.
+
+Those import pandas if it is installed: 0.4 s of a fit, or of its first question.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 
 def encode_rows(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
@@ -29,6 +33,29 @@ def encode(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
         plain = np.array([0 if value is None else value for value in values], dtype)
         buffers.append(_bits(plain) if pa.types.is_boolean(kind) else pa.py_buffer(plain))
     return pa.Array.from_buffers(kind, len(values), buffers, children=children)
+
+
+def number(value: int, kind: pa.DataType | None = None) -> pa.Scalar:
+    """An integer to compare a column with; int64 unless another type is given."""
+    return encode([value], kind or pa.int64())[0]
+
+
+def steps_between(table: pa.Table, after: int, until: int) -> pa.Table:
+    """The rows of later steps than one, up to another."""
+    steps = table["step"]
+    return table.filter(pc.and_(pc.greater(steps, number(after)), pc.less_equal(steps, number(until))))
+
+
+def to_numpy(numbers: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """An array of numbers, read-only as far as it is not copied; where some are missing, of floats with NaN."""
+    if isinstance(numbers, pa.ChunkedArray):
+        numbers = numbers.combine_chunks()
+    if numbers.null_count:
+        return numbers.to_numpy(zero_copy_only=False)
+    dtype = np.dtype(numbers.type.to_pandas_dtype())
+    if not len(numbers):
+        return np.empty(0, dtype)
+    return np.frombuffer(numbers.buffers()[1], dtype, len(numbers), numbers.offset * dtype.itemsize)
 
 
 def _bits(flags: np.ndarray) -> pa.Buffer:

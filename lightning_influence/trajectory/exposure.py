@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.trajectory.checkpoint import is_plain_sgd
+from lightning_influence.trajectory.columns import to_numpy
 from lightning_influence.types import MissingEvidence
 
 Reduction = Literal["mean", "sum"]
@@ -175,7 +176,7 @@ def visits(
 ) -> MetIndices:
     """As ``visited``, apart for each index of a batch, which must be known."""
     drawn = _drawn(rows, n_train, weights)
-    index_of_batch = rows["batch_idx"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    index_of_batch = to_numpy(rows["batch_idx"].combine_chunks().flatten())
     pairs, visit = np.unique(index_of_batch[drawn.batches] * n_train + drawn.ids, return_inverse=True)
     share = drawn.share if reduction == "mean" else np.ones(len(drawn.ids))
     groups = range(rates.shape[1])
@@ -195,10 +196,10 @@ class _Drawn:
 
 
 def _drawn(rows: pa.Table, n_train: int, weights: Tensor | None) -> _Drawn:
-    micro_per_row = pc.list_value_length(rows["ids"]).to_numpy()
+    micro_per_row = to_numpy(pc.list_value_length(rows["ids"]))
     micro = rows["ids"].combine_chunks().flatten()
-    sizes = pc.list_value_length(micro).to_numpy(zero_copy_only=False)
-    ids = micro.flatten().to_numpy(zero_copy_only=False)
+    sizes = to_numpy(pc.list_value_length(micro))
+    ids = to_numpy(micro.flatten())
     if len(ids) and (ids.min() < 0 or ids.max() >= n_train):
         worst = ids.max() if ids.max() >= n_train else ids.min()
         raise ValueError(

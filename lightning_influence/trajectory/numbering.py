@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from lightning_influence.trajectory.columns import encode
+from lightning_influence.trajectory.columns import encode, to_numpy
 from lightning_influence.trajectory.files import STEPS
 from lightning_influence.types import MissingEvidence
 
@@ -54,7 +54,7 @@ def recorded_ids(trajectory: "Trajectory") -> Tensor:
             " to use `lookup=`."
         )
     flat = trajectory.steps["ids"].combine_chunks().flatten().flatten()
-    return torch.from_numpy(np.unique(flat.to_numpy(zero_copy_only=False)).astype(np.int64))
+    return torch.from_numpy(np.unique(to_numpy(flat)).astype(np.int64))
 
 
 def renumbered(trajectory: "Trajectory", ids: Tensor) -> "Trajectory":

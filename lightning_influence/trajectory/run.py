@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint
-from lightning_influence.trajectory.columns import encode_rows
+from lightning_influence.trajectory.columns import encode_rows, number
 from lightning_influence.trajectory.files import (
     BROKE_OFF,
     BROKEN,
@@ -141,7 +141,7 @@ def _up_to(run: Run, until: int | None) -> Run:
         before = {path: [at for at in values if at[0] <= until] for path, values in run.numbers.items()}
         run.numbers = {path: values for path, values in before.items() if values}
         run.removed = tuple(step for step in run.removed if step <= until)
-        run.steps = run.steps.filter(pc.field("step") <= until)
+        run.steps = run.steps.filter(pc.less_equal(run.steps["step"], number(until)))
     return run
 
 
@@ -173,7 +173,7 @@ def _join(run: Run, manifest: Mapping[str, Any], older: Run) -> None:
     own = run.checkpoints[1:] if starts_anew else run.checkpoints
     run.checkpoints = older.checkpoints + own
     run.removed = older.removed + run.removed
-    shift = pa.scalar(len(older.settings), pa.int32())
+    shift = number(len(older.settings), pa.int32())
     column = run.steps.schema.get_field_index("settings")
     shifted = run.steps.set_column(column, "settings", pc.add(run.steps["settings"], shift))
     run.steps = pa.concat_tables([older.steps, shifted])
@@ -235,7 +235,7 @@ def notes_on_the_end(run: Run) -> list[str]:
     """What a reader must know about where a record ends."""
     notes = []
     last = run.checkpoints[-1].step if run.checkpoints else 0
-    behind = pc.sum(pc.and_(pc.greater(run.steps["step"], last), pc.invert(run.steps["skipped"]))).as_py() or 0
+    behind = pc.sum(pc.and_(pc.greater(run.steps["step"], number(last)), pc.invert(run.steps["skipped"]))).as_py() or 0
     if behind and len(run.checkpoints) != 1:
         notes.append(f"{behind} steps after the last checkpoint (step {last}) are not counted.")
     kept = [c.step for c in run.checkpoints if c.step > max(run.removed)] if run.removed else []

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_influence.trajectory import exposure as _exposure
 from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint, is_decoupled, is_plain_sgd
+from lightning_influence.trajectory.columns import number, steps_between
 from lightning_influence.trajectory.file_list import Paths, files_of
 from lightning_influence.trajectory.files import STEPS
 from lightning_influence.trajectory.fit_data import FitData
@@ -314,9 +315,8 @@ class Trajectory:
         if len(self.checkpoints) == 1:
             return applied
         step = self.checkpoints[index].step
-        after = self.checkpoints[index - 1].step if index else -1
-        after = max([after, *(gone for gone in self.removed if gone < step)])
-        return applied.filter((pc.field("step") > after) & (pc.field("step") <= step))
+        earlier = [self.checkpoints[index - 1].step] if index else [-1]
+        return steps_between(applied, max(earlier + [gone for gone in self.removed if gone < step]), step)
 
 
 class _AlwaysFirst(Mapping[str, int]):

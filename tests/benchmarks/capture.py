@@ -1,10 +1,11 @@
-"""What recording costs a fit: CNN or MLP with one checkpoint an epoch, by the clock inside the callback and end to end.
+"""What recording costs a fit: fits with and without `Influence()` by turns, in CPU time and by the clock.
 
-The share of a fit that passes inside the callback's own code is repeatable. Whole fits with and without it, in turn,
-include what the clock inside does not see, and differ among themselves by more than what is measured.
+A callback marks the time at each step, so that what is paid once (start, first step, end), once a checkpoint (every
+epoch) and at each step is seen apart. Every figure is a difference of medians over fits. Long steps differ by more from
+one fit to the next than by what recording adds, which a clock inside the hooks and the watched loader shows too.
 
-python tests/benchmarks/capture.py --mnist mnist.npz
-python tests/benchmarks/capture.py --model mlp --batch 20
+python tests/benchmarks/capture.py
+python tests/benchmarks/capture.py --only mlp --repeats 9
 """
 
 import argparse
@@ -15,95 +16,154 @@ import time
 
 import pytorch_lightning as pl
 import torch
-from subjects import QUIET, Classifier, cnn, images, mlp
+from subjects import QUIET, Classifier, Encoder, cnn, images, mlp, texts
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from lightning_influence import Influence
 from lightning_influence.capture.loaders import Deliveries
 
-CEILING = 0.03
 CEILING_MS = 0.3
-MODELS = {"cnn": cnn, "mlp": mlp}
+CEILING = 0.03  # where a step takes 10 ms or more
+STEPS = 1_000
+CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
+PARTS = ("start", "first step", "step", "checkpoint", "end")
 
 
-class Clock:
-    """Seconds inside of some functions, which are put back at the end."""
+class Adam(Classifier):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
-    def __init__(self, **functions):
-        self.seconds = dict.fromkeys(functions, 0.0)
-        self._functions = functions
+
+def subjects():
+    """Module, batch size, steps per epoch, and data by their number."""
+    return {
+        "mlp": (lambda: Classifier(mlp(128)), 20, 300, lambda n: images(None, n, 1)[0]),
+        "wide": (lambda: Classifier(mlp(1536)), 128, 200, lambda n: images(None, n, 1)[0]),
+        "cnn": (lambda: Classifier(cnn()), 32, 200, lambda n: images(None, n, 1)[0]),
+        "transformer": (lambda: Adam(Encoder(10_000, 128, layers=4)), 32, 200, lambda n: texts(None, n, 1)[0]),
+    }
+
+
+class Marks(pl.Callback):
+    """The time at the start of each step."""
+
+    def __init__(self):
+        self.at = []
+
+    def on_train_batch_start(self, *_):
+        self.at.append([clock() for clock in CLOCKS.values()])
+
+
+STEP_HOOKS = [
+    *((Influence, f"on_train_batch_{when}", 1) for when in ("start", "end")),
+    *((Influence, f"on_before_{what}", 1) for what in ("zero_grad", "backward", "optimizer_step")),
+    *((Deliveries, "__next__", 1), (_BaseDataLoaderIter, "__next__", -1)),
+]
+
+
+class Inside:
+    """CPU seconds inside the hooks of each step; the functions are put back at the end."""
 
     def __enter__(self):
-        self._before = [(owner, name, vars(owner)[name]) for f in self._functions.values() for owner, name in f]
-        for kind, functions in self._functions.items():
-            for owner, name in functions:
-                setattr(owner, name, self._timed(kind, vars(owner)[name]))
+        self.seconds = 0.0
+        self._before = [(owner, name, vars(owner)[name]) for owner, name, _ in STEP_HOOKS]
+        for owner, name, sign in STEP_HOOKS:
+            setattr(owner, name, self._timed(vars(owner)[name], sign))
         return self
 
     def __exit__(self, *_):
         for owner, name, function in self._before:
             setattr(owner, name, function)
 
-    def _timed(self, kind, function):
+    def _timed(self, function, sign):
         @functools.wraps(function)
         def timed(*args, **kwargs):
-            start = time.perf_counter()
+            start = time.thread_time()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds[kind] += time.perf_counter() - start
+                self.seconds += sign * (time.thread_time() - start)
 
         return timed
 
 
-HOOKS = [(Influence, name) for name in vars(Influence) if name.startswith("on_") or name in ("setup", "teardown")]
+def parts_of(marks, begin, end, steps):
+    """Milliseconds of each part, by clock."""
+    found = {}
+    for i, name in enumerate(CLOCKS):
+        at = [begin[i], *(mark[i] for mark in marks), end[i]]
+        took = [(later - at[k]) * 1e3 for k, later in enumerate(at[1:])]
+        start, inner, last = took[0], took[1:-1], took[-1]
+        between = [t for k, t in enumerate(inner, 1) if k % steps == 0]  # with the end of an epoch
+        within = [t for k, t in enumerate(inner, 1) if k % steps and k > 1]
+        step = statistics.median(within)
+        values = start, inner[0] - step, step, statistics.median(between) - step, last - step
+        found[name] = dict(zip(PARTS, values, strict=True)) | {"all": (end[i] - begin[i]) * 1e3}
+    return found
 
 
-def fit(arguments, data, epochs, *callbacks):
-    """Seconds."""
+def fit(make, loader, epochs, steps, *callbacks):
     torch.manual_seed(0)
-    module = Classifier(MODELS[arguments.model]())
-    trainer = pl.Trainer(max_epochs=epochs, callbacks=list(callbacks), **QUIET)
-    loader = DataLoader(data, arguments.batch, shuffle=True)
-    start = time.perf_counter()
+    module, marks = make(), Marks()
+    trainer = pl.Trainer(max_epochs=epochs, callbacks=[marks, *callbacks], **QUIET)
+    begin = [clock() for clock in CLOCKS.values()]
     trainer.fit(module, loader)
-    return time.perf_counter() - start
+    return parts_of(marks.at, begin, [clock() for clock in CLOCKS.values()], steps), module.state_dict()
+
+
+def measure(name, epochs, repeats):
+    """One model's figures."""
+    make, batch, steps, data = subjects()[name]
+    loader = DataLoader(data(batch * steps), batch, shuffle=True)
+    without, with_it = [], []
+    for turn in range(repeats + 1):
+        bare, weights = fit(make, loader, epochs, steps)
+        with tempfile.TemporaryDirectory() as folder:
+            watched, other = fit(make, loader, epochs, steps, Influence(dirpath=folder))
+        assert all(torch.equal(weights[key], other[key]) for key in weights), "the weights are not those without it"
+        if turn:
+            without.append(bare)
+            with_it.append(watched)
+    with tempfile.TemporaryDirectory() as folder, Inside() as inside:
+        fit(make, loader, epochs, steps, Influence(dirpath=folder))
+    size = sum(p.numel() for p in make().parameters())
+    print(f"\n{name}: {size:,} parameters, batch {batch}, {steps} steps an epoch, {epochs} epochs, {repeats} fits")
+    print(f"  inside the hooks of a step {inside.seconds / (epochs * steps) * 1e3:.3f} ms of CPU time")
+    for clock in CLOCKS:
+        figures = {}
+        for part in (*PARTS, "all"):
+            pair = [[each[clock][part] for each in fits] for fits in (without, with_it)]
+            figures[part] = [statistics.median(x) for x in pair], [min(x) for x in pair]
+        show(clock, figures, steps)
+
+
+def show(clock, figures, steps):
+    cost = {part: figures[part][0][1] - figures[part][0][0] for part in PARTS}
+    least = figures["step"][1][1] - figures["step"][1][0]
+    bare = figures["step"][0][0]
+    once = cost["start"] + cost["first step"] + cost["end"]
+    each = cost["step"] + (once + cost["checkpoint"] * STEPS / steps) / STEPS
+    limit = f"at most {CEILING:.0%}" if bare >= 10 else f"at most {CEILING_MS} ms"
+    print(f"  {clock:5} a step {bare:.2f} ms and {cost['step']:.3f} more (of the fastest fits {least:.3f});", end=" ")
+    print(f"a checkpoint {cost['checkpoint']:.1f} ms")
+    print(f"        start {cost['start']:.1f}, first step {cost['first step']:.1f}, end {cost['end']:.1f} ms;", end=" ")
+    print(f"over {STEPS:,} steps {each:.3f} ms a step, {each / bare:.1%} ({limit})", end="; ")
+    before, after = figures["all"][0]
+    print(f"whole fits {before / 1e3:.2f} and {after / 1e3:.2f} s", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mnist", help="an npz with x_train, y_train, x_test, y_test; random images without it")
-    parser.add_argument("--model", choices=MODELS, default="cnn")
-    parser.add_argument("--train", type=int, default=5_000)
+    parser.add_argument("--only", choices=list(subjects()))
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    data, _ = images(arguments.mnist, arguments.train, 1)
-    bare, watched, shares = [], [], []
-    fit(arguments, data, 1)
-    for _ in range(arguments.repeats):
-        bare.append(fit(arguments, data, arguments.epochs))
-        with tempfile.TemporaryDirectory() as folder:
-            watched.append(fit(arguments, data, arguments.epochs, Influence(dirpath=folder)))
-        with tempfile.TemporaryDirectory() as folder:
-            loader = {"ours": [(Deliveries, "__next__")], "torch": [(_BaseDataLoaderIter, "__next__")]}
-            with Clock(hooks=HOOKS, **loader) as clock:
-                whole = fit(arguments, data, arguments.epochs, Influence(dirpath=folder))
-            inside = clock.seconds["hooks"] + clock.seconds["ours"] - clock.seconds["torch"]
-            shares.append(inside / (whole - inside))
-    steps = arguments.epochs * -(-arguments.train // arguments.batch)
-    without, with_it = statistics.median(bare), statistics.median(watched)
-    share = statistics.median(shares)
-    print(
-        f"inside the callback: {share:+.1%} of the fit (at most {CEILING:+.0%}), {min(shares):.1%} to {max(shares):.1%}"
-    )
-    print(
-        f"end to end, {steps} steps: {without:.3f} s without, {with_it:.3f} s with it ({with_it / without - 1:+.1%});"
-    )
-    print(f"{(with_it - without) / steps * 1e3:.2f} ms a step (at most {CEILING_MS} ms)")
-    print(f"fits without it range from {min(bare):.3f} to {max(bare):.3f} s")
+    if arguments.epochs < 2:
+        parser.error("Expected `--epochs` to be at least 2.")
+    for name in subjects():
+        if arguments.only in (None, name):
+            measure(name, arguments.epochs, arguments.repeats)
 
 
 if __name__ == "__main__":
