@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_influence.trajectory import exposure as _exposure
 from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint, is_decoupled, is_plain_sgd
-from lightning_influence.trajectory.columns import number, steps_between
+from lightning_influence.trajectory.columns import steps_between
 from lightning_influence.trajectory.file_list import Paths, files_of
 from lightning_influence.trajectory.files import STEPS
 from lightning_influence.trajectory.fit_data import FitData
