@@ -338,22 +338,32 @@ class Loops(nn.Module):
         return self.b(x)
 
 
-class Counting(nn.Module):
-    """Buffers and attributes that every forward pass changes, and that change what it returns."""
+class Averaging(nn.Module):
+    """Buffers that every forward pass changes, and that change what it returns."""
 
     def __init__(self):
         super().__init__()
         self.head = nn.Linear(5, 3)
         self.register_buffer("calls", torch.zeros(()))
         self.register_buffer("mean", torch.zeros(5), persistent=False)
+
+    def forward(self, x):
+        x = x - self.mean + self.calls / 10
+        self.calls += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return self.head(x)
+
+
+class Counting(Averaging):
+    """A number that every forward pass changes, and that changes what it returns."""
+
+    def __init__(self):
+        super().__init__()
         self.count = 0
 
     def forward(self, x):
-        x = x - self.mean + self.calls / 10 + self.count / 10
-        self.calls += 1
-        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
         self.count += 1
-        return self.head(x)
+        return super().forward(x + self.count / 10)
 
 
 class Penalised(Step):
@@ -476,7 +486,15 @@ MODULES = [
     layer("early exit", EarlyExit, 5),
     layer("examples sorted inside", Shuffled, 5),
     layer("a data-dependent number of calls", Loops, 5),
-    layer("buffers updated in forward", Counting, 5, fit=True),
+    layer("buffers updated in forward", Averaging, 5, fit=True),
+    Case(
+        "a number counted in forward",
+        lambda: Step(Counting()),
+        **both(5),
+        fit=True,
+        expected="refused",
+        says=("`net.count`", "`self.global_step`", "pass `loss=`"),
+    ),
     Case("gradient penalty in the step", lambda: Penalised(mlp()), **both(5)),
     layer(
         "AlphaDropout and activations with memory",

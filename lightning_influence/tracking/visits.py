@@ -119,7 +119,8 @@ class Visits(Tracker):
         """Names of the segments, and the kind of each step."""
         self._flush()
         facts = {"kind": "visits", "names": self._names, "kinds": self._kinds, "segments": list(self._segments)}
-        return TrackerState({"path": torch.tensor(self._path, dtype=torch.int32).view(-1, len(self._names))}, facts)
+        path = torch.tensor(self._path, dtype=torch.int32).view(len(self._path), len(self._names))
+        return TrackerState({"path": path}, facts)
 
     def _restore(self, state: TrackerState, runs: Path | None) -> None:
         if state.facts["kind"] != "visits" or state.facts["names"] != self._names:

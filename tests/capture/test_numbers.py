@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_influence import Attributor, GradientDot, Influence, TracInCP, Trajectory
+from lightning_influence.files.checked_json import encode
 from lightning_influence.module.numbers import NumberRecord, numbers_of, put_back
-from lightning_influence.trajectory.files import MANIFEST, encode_manifest, read_manifest
+from lightning_influence.trajectory.files import MANIFEST, read_manifest
 
 BATCH = 4
 
@@ -99,7 +100,7 @@ def test_runs_without_numbers_are_read(tmp_path):
     _, influence, _, data = fitted(tmp_path)
     content = read_manifest(influence.run_dir)
     del content["numbers"], content["data"]
-    (influence.run_dir / MANIFEST).write_bytes(encode_manifest(content))
+    (influence.run_dir / MANIFEST).write_bytes(encode(content))
     trajectory = Trajectory.load(tmp_path)
     assert trajectory.numbers == {}
     scores = Attributor(fresh(), data["train"](), trajectory).score(GradientDot(), data["queries"]())
