@@ -1,0 +1,124 @@
+"""Failures that must help: errors of data, wrong arguments and interruptions name the cause, the value, the way out."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from fits import QUIET
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+
+from lightning_influence import Attributor, GradientDot, Influence
+
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(4, 3)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def data(n, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(n, 4, generator=draw), torch.arange(n) % 3)
+
+
+TRAIN, QUERIES = data(24), data(7, seed=1)
+
+
+def fit(influence, loader=None, net=None):
+    net = net or Net()
+    trainer = pl.Trainer(**QUIET, max_epochs=1, callbacks=[influence])
+    trainer.fit(net, loader or DataLoader(TRAIN, 6))
+    return net, trainer
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    torch.manual_seed(0)
+    influence = Influence(dirpath=tmp_path_factory.mktemp("run"))
+    return fit(influence)[0], influence
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+def dropping(*bad, none=False):
+    """A collate function that leaves out some examples of TRAIN."""
+
+    def collate(items):
+        items = [(x, y) for x, y in items if not any(torch.equal(x, TRAIN[i][0]) for i in bad)]
+        return None if none and not items else default_collate(items)
+
+    return collate
+
+
+@pytest.mark.parametrize("none", [False, True], ids=["an error without examples", "None without examples"])
+@pytest.mark.parametrize("bad", [(0,), (23,), (5, 6, 7)], ids=str)
+def test_examples_that_the_collate_function_drops_are_named(bad, none):
+    loader = DataLoader(TRAIN, 6, collate_fn=dropping(*bad, none=none))
+    named = rf"`collate_fn` of `train` .* drops examples? {', '.join(map(str, bad))}\. Leave them out .*`Subset\("
+    with pytest.raises(ValueError, match=named):
+        Attributor(Net(), train=loader).score(GradientDot(), queries=QUERIES)
+    named = named.replace("train", "queries").replace("Leave them out .*", "Pass ")
+    with pytest.raises(ValueError, match=named):
+        Attributor(Net(), train=TRAIN).score(GradientDot(), queries=loader)
+
+
+def test_an_example_that_is_dropped_among_many_is_found_where_its_block_is_read():
+    everything = data(700)
+    loader = DataLoader(
+        everything,
+        6,
+        num_workers=1,
+        collate_fn=lambda items: default_collate([i for i in items if not torch.equal(i[0], everything[637][0])]),
+    )
+    with pytest.raises(ValueError, match=r"^Expected the `collate_fn` of `train` .* drops example 637\."):
+        Attributor(Net(), train=loader, batch_size=50).score(GradientDot(), queries=QUERIES)
+
+
+def test_a_collate_function_that_fails_for_another_reason_is_not_said_to_drop_examples():
+    def wrong(items):
+        raise KeyError("colour")
+
+    with pytest.raises(KeyError, match="colour"):
+        Attributor(Net(), train=DataLoader(TRAIN, 6, collate_fn=wrong)).score(GradientDot(), queries=QUERIES)
+
+
+class Unreadable(Dataset):
+    def __init__(self, examples, wrong):
+        self.examples, self.wrong = examples, wrong
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, i):
+        if i == self.wrong:
+            raise OSError("cannot read file")
+        return self.examples[i]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("wrong", [0, 7, 23])
+def test_an_error_of_the_dataset_names_the_example(wrong, workers):
+    broken = DataLoader(Unreadable(TRAIN, wrong), 6, num_workers=workers)
+    said = rf"^Expected `train\[{wrong}\]` .* got OSError from Unreadable: cannot read file\. Make it readable"
+    with pytest.raises(ValueError, match=said):
+        Attributor(Net(), train=broken, batch_size=5).score(GradientDot(), queries=QUERIES)
+    with pytest.raises(ValueError, match=said.replace("train", "queries")):
+        Attributor(Net(), train=TRAIN, batch_size=5).score(GradientDot(), queries=broken)
+
+
+def test_a_query_of_another_dtype_is_shown_with_it():
+    queries = TensorDataset(QUERIES.tensors[0], QUERIES.tensors[1])
+    with pytest.raises(
+        ValueError, match=r"as a batch of one: \[\(1, 4\) float64, .* got \[\(1, 4\) float32, \(1,\) int64"
+    ):
+        Attributor(Net().double(), train=TensorDataset(TRAIN.tensors[0].double(), TRAIN.tensors[1])).score(
+            GradientDot(), queries=queries
+        )
