@@ -1,5 +1,7 @@
 """Failures that must help: errors of data, wrong arguments and interruptions name the cause, the value, the way out."""
 
+from pathlib import Path
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -7,7 +9,7 @@ from fits import QUIET
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-from lightning_influence import Attributor, GradientDot, Influence
+from lightning_influence import Attributor, GradientDot, Influence, Refit, TracInCP, Trajectory
 
 
 class Net(pl.LightningModule):
@@ -29,6 +31,14 @@ def data(n, seed=0):
 
 
 TRAIN, QUERIES = data(24), data(7, seed=1)
+
+
+class Data(pl.LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(TRAIN, 6)
+
+    def val_dataloader(self):
+        return DataLoader(QUERIES, 4)
 
 
 def fit(influence, loader=None, net=None):
@@ -122,3 +132,73 @@ def test_a_query_of_another_dtype_is_shown_with_it():
         Attributor(Net().double(), train=TensorDataset(TRAIN.tensors[0].double(), TRAIN.tensors[1])).score(
             GradientDot(), queries=queries
         )
+
+
+# ---- wrong arguments ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"module": None}, "Expected `module` .* got None. Pass an instance"),
+        ({"module": Net}, "Expected `module` .* got <class .*Net'>. Pass an instance"),
+        ({"trajectory": "runs"}, r"Expected `trajectory` .* got 'runs'. Pass `Trajectory.load\('runs'\)`"),
+        ({"trajectory": Path("runs")}, r"got PosixPath.* Pass `Trajectory.load\('runs'\)`"),
+        ({"trajectory": 5}, r"Expected `trajectory` .* got 5. Pass `Trajectory.load\(influence.run_dir\)`"),
+        ({"trainer": 5}, "Expected `trainer` to be a Trainer or None, got 5"),
+        ({"trainer": pl.Trainer}, "Expected `trainer` to be a Trainer or None, got <class"),
+        ({"refit": 5}, r"Expected `refit` to be a Refit or None, got 5. Pass `Refit\(\)`"),
+        ({"refit": Refit}, r"Expected `refit` to be a Refit or None, got <class"),
+        ({"loss": "x"}, "Expected `loss` to be a function or None, got 'x'"),
+        ({"train": "x"}, "Expected `train` to be a Dataset or a DataLoader, got 'x'"),
+        ({"train": TensorDataset}, "Expected `train` to be a Dataset or a DataLoader, got the class `TensorDataset`"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else str(value),
+)
+def test_an_attributor_names_a_wrong_argument(fitted, wrong, said):
+    given = {"module": Net(), "train": TRAIN, "trajectory": fitted[1].trajectory} | wrong
+    with pytest.raises(TypeError, match=said):
+        Attributor(**given)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "said"),
+    [
+        ({"queries": None}, TypeError, "Expected `queries` .* got None. Pass an object with examples"),
+        ({"queries": "foo"}, ValueError, "Expected `queries` .* got 'foo'. Pass data, or one of these names"),
+        ({"queries": "val:x"}, ValueError, "Expected `queries` .* got 'val:x'. Pass data, or one of these names"),
+        ({"measurement": 3}, TypeError, "Expected `measurement` to be a function or None, got 3"),
+        ({"path": 5}, TypeError, "Expected `path` to be a path, got 5. Pass the file"),
+        ({"path": ""}, ValueError, "Expected `path` to be a path, got ''. Pass the file"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("by", ["train", "datamodule"])
+def test_a_question_names_a_wrong_argument(wrong, error, said, by):
+    given = {"train": TRAIN} if by == "train" else {"datamodule": Data()}
+    with pytest.raises(error, match=said):
+        Attributor(Net(), **given).score(GradientDot(), **{"queries": QUERIES} | wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "said"),
+    [
+        ({"dirpath": 3}, TypeError, "Expected `dirpath` to be a path, got 3. Pass a folder"),
+        ({"dirpath": ""}, ValueError, "Expected `dirpath` to be a path, got ''. Pass a folder"),
+        ({"queries": TensorDataset}, TypeError, "Expected `queries` .* got the class `TensorDataset`. Pass an object"),
+        ({"methods": None}, TypeError, r"got None. Write `\[TracInCP\(\)\]` or, to only record, `\[\]`"),
+        ({"methods": TracInCP}, TypeError, r"Write `\[TracInCP\(\)\]`\.$"),
+        ({"methods": "TracInCP"}, TypeError, r"Write `\[TracInCP\(\)\]`\.$"),
+        ({"methods": GradientDot()}, TypeError, r"Write `\[GradientDot\(.*\)\]`\.$"),
+    ],
+    ids=str,
+)
+def test_the_callback_names_a_wrong_argument(wrong, error, said):
+    with pytest.raises(error, match=said):
+        Influence(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, ["runs"]], ids=str)
+def test_loading_a_run_from_no_path_is_refused(wrong):
+    with pytest.raises(TypeError, match=r"Expected `dirpath` to be a path, got .* Pass `influence.run_dir`"):
+        Trajectory.load(wrong)

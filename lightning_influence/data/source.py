@@ -87,6 +87,9 @@ def source_of(data: Any, name: str, like: Source | None = None) -> Source:
         TypeError: it has no length and integer indices.
         ValueError: it is empty.
     """
+    if data is None or isinstance(data, (type, str, bytes)):
+        got = f"the class `{data.__name__}`" if isinstance(data, type) else repr(data)
+        raise TypeError(f"Expected `{name}` to be a Dataset or a DataLoader, got {got}. Pass an object with examples.")
     if isinstance(data, Source):
         source = data
     elif isinstance(data, DataLoader):
