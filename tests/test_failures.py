@@ -1,5 +1,7 @@
 """Failures that must help: errors of data, wrong arguments and interruptions name the cause, the value, the way out."""
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from fits import QUIET
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-from lightning_influence import Attributor, GradientDot, Influence, Refit, TracInCP, Trajectory
+from lightning_influence import Attributor, GradientDot, Influence, MissingEvidence, Refit, TracInCP, Trajectory
 
 
 class Net(pl.LightningModule):
@@ -202,3 +204,16 @@ def test_the_callback_names_a_wrong_argument(wrong, error, said):
 def test_loading_a_run_from_no_path_is_refused(wrong):
     with pytest.raises(TypeError, match=r"Expected `dirpath` to be a path, got .* Pass `influence.run_dir`"):
         Trajectory.load(wrong)
+
+
+# ---- the callback after its fit -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda trainer: pickle.loads(pickle.dumps(trainer))])
+def test_a_copy_of_the_callback_says_how_to_ask_further(fitted, again):
+    copied = again(fitted[1])
+    with pytest.raises(
+        MissingEvidence, match=r"got a copy of it.*`Attributor\(model, train=.*influence\.trajectory\)`"
+    ):
+        _ = copied.attributor
+    assert Attributor(Net(), train=DataLoader(TRAIN, 6), trajectory=copied.trajectory) is not None

@@ -135,9 +135,14 @@ class Influence(Guest):
         """Computes further scores from the newest fit; from its last weights alone where the disk was full.
 
         Raises:
-            MissingEvidence: no fit has been recorded yet.
+            MissingEvidence: no fit has been recorded yet, or this is a copy of the callback that recorded it.
         """
         found = self.trajectory if self._last is None else self._last
+        if self._trainer is None or self._module is None:
+            raise MissingEvidence(
+                "Expected the callback that the fit was run with, got a copy of it, which holds neither the module nor "
+                "the Trainer. Make one: `Attributor(model, train=train_dataloader, trajectory=influence.trajectory)`."
+            )
         return self._plan.attributor(self._module, self._trainer, found)
 
     @property
