@@ -217,3 +217,19 @@ def test_a_copy_of_the_callback_says_how_to_ask_further(fitted, again):
     ):
         _ = copied.attributor
     assert Attributor(Net(), train=DataLoader(TRAIN, 6), trajectory=copied.trajectory) is not None
+
+
+def test_questions_leave_the_trainer_of_a_datamodule_as_it_was():
+    seen = []
+
+    class Watching(Data):
+        def setup(self, stage):
+            seen.append(self.trainer)
+
+    datamodule = Watching()
+    attributor = Attributor(Net(), datamodule=datamodule)
+    for _ in range(2):
+        attributor.score(GradientDot(), queries="val")
+        assert datamodule.trainer is None
+    assert len(seen) == 1
+    assert seen[0] is not None
