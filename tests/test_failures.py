@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from lightning_influence import Attributor, GradientDot, Influence, MissingEvidence, Refit, TracInCP, Trajectory
+from lightning_influence.data.examples import Examples
 
 
 class Net(pl.LightningModule):
@@ -100,6 +101,18 @@ def test_a_collate_function_that_fails_for_another_reason_is_not_said_to_drop_ex
 
     with pytest.raises(KeyError, match="colour"):
         Attributor(Net(), train=DataLoader(TRAIN, 6, collate_fn=wrong)).score(GradientDot(), queries=QUERIES)
+
+
+def test_batches_of_another_layout_are_collated_once():
+    calls = []
+
+    def time_first(items):
+        calls.append(len(items))
+        return torch.stack([x for x, _ in items], 1)
+
+    examples = Examples(TRAIN, time_first, 8)
+    assert [block.batch.shape for block in examples.blocks()] == [(4, 8)] * 3
+    assert calls == [8, 1] * 3  # and once with one example, since 4 rows may be 4 examples
 
 
 class Unreadable(Dataset):

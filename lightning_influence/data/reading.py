@@ -107,6 +107,8 @@ def _refuse_dropped(
     if isinstance(collate, ReadRows):
         return
     with isolated_random_state():
+        if error is None and not _counts_examples(collate, items[0]):
+            return
         nothing = _nothing(collate, [])
         made = [_nothing(collate, [item]) for item in items] if nothing is not None else []
         if nothing not in made or nothing is None:
@@ -124,6 +126,15 @@ def _refuse_dropped(
     raise CannotRead(
         f"Expected the `collate_fn` of `{name}` to keep every example, got one that drops {shown}. {way}"
     ) from error
+
+
+def _counts_examples(collate: Callable[[list[Any]], Batch], item: Any) -> bool:
+    """Whether the common length of a batch's tensors may be its number of examples, rather than of time steps."""
+    try:
+        batch = collate([item])
+    except Exception:
+        return True
+    return batch is None or _rows(batch) <= 1
 
 
 def _nothing(collate: Callable[[list[Any]], Batch], items: list[Any]) -> tuple[str, str] | None:
