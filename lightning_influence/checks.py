@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -56,6 +57,20 @@ def check_callable(name: str, value: Any) -> None:
     """Raises TypeError where ``value`` is neither a function nor None."""
     if value is not None and not callable(value):
         raise TypeError(f"Expected `{name}` to be a function or None, got {value!r}.")
+
+
+def check_instance(name: str, value: Any, attribute: str, what: str, hint: str) -> None:
+    """Raises TypeError where ``value`` is a class, or is without what ``what`` has; the message ends with ``hint``."""
+    if isinstance(value, type) or not hasattr(value, attribute):
+        raise TypeError(f"Expected `{name}` to be {what}, got {value!r}. {hint}")
+
+
+def check_path_like(name: str, value: Any, hint: str) -> None:
+    """Raises TypeError where ``value`` is no path, ValueError where it is empty; the message ends with ``hint``."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"Expected `{name}` to be a path, got {value!r}. {hint}")
+    if not os.fspath(value):
+        raise ValueError(f"Expected `{name}` to be a path, got ''. {hint}")
 
 
 @contextlib.contextmanager

@@ -294,7 +294,7 @@ def test_bad_arguments_are_refused(arguments, error, text):
         ({"higher_is_better": True}, ValueError, r"Expected `measurement=` with `higher_is_better=True`"),
         ({"queries": "val"}, ValueError, r"Expected `queries` to be a Dataset, a DataLoader or 'train', got 'val'"),
         ({"queries": Subset(TRAIN, [])}, ValueError, r"Expected `queries` to hold at least one example"),
-        ({"queries": None}, TypeError, r"Expected `queries` to be a map-style Dataset .* got NoneType"),
+        ({"queries": None}, TypeError, r"Expected `queries` to be a Dataset or a DataLoader, got None"),
         ({"method": TracInCP()}, MissingEvidence, r"`TracInCP` needs checkpoints .* got `trajectory=None`"),
         (
             {"method": Watches()},

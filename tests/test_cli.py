@@ -73,6 +73,16 @@ def test_show_lists_runs_checkpoints_and_scores(written, capsys):
     assert cells(out, "TracInCP.self.arrow")[1:5] == ["TracInCP", "-", "16", "self-influence"]
 
 
+def test_partial_scores_are_not_taken_for_complete_ones(copy, capsys):
+    folder = copy / "run-1" / "scores"
+    shutil.copy(folder / "TracInCP.arrow", folder / "SOURCE.partial.arrow")
+    out = said(capsys, "show", copy)[1]
+    assert cells(out, "run-1")[6] == "2"
+    assert cells(out, "SOURCE.partial.arrow")[4:6] == ["all,", "partial"]
+    (folder / "TracInCP.self.arrow").unlink()
+    assert said(capsys, "top", folder, "--query", 0)[0] == 0
+
+
 def test_show_of_one_run_of_a_folder_of_scores_and_of_a_file(written, capsys):
     assert "run-0: a fit of 4 steps" in said(capsys, "show", written / "run-0")[1]
     assert "2 files of scores" in said(capsys, "show", written / "run-1" / "scores")[1]

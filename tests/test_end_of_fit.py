@@ -203,6 +203,24 @@ def test_ctrl_c_stops_the_scoring_only(tmp_path):
     assert trainer.state.finished
     assert "log" not in net.__dict__
     assert dict(influence.scores) == {}
+    for name in ("Interrupts", "GradientDot"):
+        with pytest.raises(KeyError, match=r"interrupted(.|\n)* the fit|The fit is complete(.|\n)*Trajectory\.load"):
+            influence.scores[name]
+
+
+@pytest.mark.usefixtures("listening")
+@pytest.mark.parametrize("itself", [False, True])
+def test_ctrl_c_before_the_first_method_is_the_reason_too(tmp_path, monkeypatch, itself):
+    influence = Influence([GradientDot()], queries="val", self_influence=itself)
+    monkeypatch.setattr(
+        "lightning_influence.callback.plan.ScoringPlan.attributor", lambda *_: signal.raise_signal(signal.SIGINT)
+    )
+    with pytest.warns(UserWarning, match=r"Scoring was interrupted; the fit itself is complete"):
+        trainer, _ = fit(influence, tmp_path)
+    assert trainer.state.finished
+    for results in [influence.scores] + [influence.self_scores] * itself:
+        with pytest.raises(KeyError, match=r"Scoring was interrupted(.|\n)*Trajectory\.load"):
+            results["GradientDot"]
 
 
 class Stream(IterableDataset):

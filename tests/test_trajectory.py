@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import pytorch_lightning as pl
@@ -281,6 +282,15 @@ def test_weights_only_files_need_learning_rates(tmp_path):
     assert Trajectory.from_checkpoints([tmp_path / "w.ckpt"], 0.1).checkpoints[0].step == 12
 
 
+def test_constant_learning_rates_need_no_warning(tmp_path):
+    keep = pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", save_top_k=-1)
+    fit(seeded(Net), loader(), keep, max_epochs=2, enable_checkpointing=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trajectory = Trajectory.from_checkpoints(tmp_path / "ckpt")
+    assert not any("step after" in note for note in trajectory.notes)
+
+
 def test_groups_with_different_rates_need_to_be_told(tmp_path):
     class TwoRates(Net):
         def configure_optimizers(self):
@@ -289,10 +299,7 @@ def test_groups_with_different_rates_need_to_be_told(tmp_path):
 
     trainer = fit(seeded(TwoRates), loader())
     trainer.save_checkpoint(tmp_path / "w.ckpt")
-    with (
-        pytest.warns(UserWarning, match="step after"),
-        pytest.raises(MissingEvidence, match="which parameter was in which group"),
-    ):
+    with pytest.raises(MissingEvidence, match="which parameter was in which group"):
         Trajectory.from_checkpoints([tmp_path / "w.ckpt"])
     assert Trajectory.from_checkpoints([tmp_path / "w.ckpt"], 0.1).adaptive
 

@@ -3,11 +3,12 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_influence.checks import check_integer
+from lightning_influence.checks import check_callable, check_instance, check_integer, check_path_like
 from lightning_influence.files.arrow import check_absent
 from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.refit import Refit
@@ -22,9 +23,27 @@ AGAIN = (
 )
 
 
+def check_parts(module: Any, trajectory: object, trainer: object, refit: object, loss: object, lookup: object) -> None:
+    """Raises TypeError for an attributor's arguments of another kind, such as a class in the place of an object."""
+    check_instance("module", module, "named_parameters", "the LightningModule that was trained", "Pass an instance.")
+    if trajectory is not None and not isinstance(trajectory, Trajectory):
+        path = f"{str(trajectory)!r}" if isinstance(trajectory, (str, os.PathLike)) else "influence.run_dir"
+        raise TypeError(
+            f"Expected `trajectory` to be a Trajectory or None, got {trajectory!r}. Pass `Trajectory.load({path})`, or "
+            "`Trajectory.from_checkpoints(...)` for files of Lightning's own."
+        )
+    if trainer is not None:
+        check_instance("trainer", trainer, "strategy", "a Trainer or None", "Pass the Trainer of the fit, or leave it.")
+    if refit is not None and not isinstance(refit, Refit):
+        raise TypeError(f"Expected `refit` to be a Refit or None, got {refit!r}. Pass `Refit()`.")
+    check_callable("loss", loss)
+    check_callable("lookup", lookup)
+
+
 def check_arguments(top_k: object, aggregate: object, measurement: object, higher_is_better: bool) -> None:
     """Raises ValueError for other values than `score` takes."""
     check_integer("top_k", top_k, optional=True)
+    check_callable("measurement", measurement)
     if aggregate not in (None, "mean"):
         raise ValueError(f"Expected `aggregate` to be None or 'mean', got {aggregate!r}.")
     if higher_is_better and measurement is None:
@@ -35,11 +54,13 @@ def check_path(path: str | os.PathLike[str] | None) -> None:
     """Check before any work begins that scores can be saved there.
 
     Raises:
+        TypeError: it is no path.
         FileExistsError: there is a file.
         OSError: the folder cannot be written to; ``filename`` is the path.
     """
     if path is None:
         return
+    check_path_like("path", path, "Pass the file to save the scores in, such as 'scores.arrow', or None.")
     path = Path(path)
     check_absent(path)
     existing = next(parent for parent in path.absolute().parents if parent.exists())

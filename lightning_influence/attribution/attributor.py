@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_influence.attribution.accumulators import MatrixAccumulator, TopKAccumulator
 from lightning_influence.attribution.answers import Answers
-from lightning_influence.attribution.arguments import check_arguments, check_method, queries_of, scored_ids
+from lightning_influence.attribution.arguments import check_arguments, check_method, check_parts, queries_of, scored_ids
 from lightning_influence.attribution.asking_again import asking_again
 from lightning_influence.attribution.data_arguments import datamodule_of, named_queries, training_source
 from lightning_influence.attribution.driver import run_group, run_scores, run_self_influence
@@ -20,7 +20,7 @@ from lightning_influence.attribution.final_weights import final_weights
 from lightning_influence.attribution.finished import Finished, kept
 from lightning_influence.attribution.parameter_selection import selected_parameters
 from lightning_influence.attribution.streams import check_method_on_stream, check_stream
-from lightning_influence.checks import check_callable, check_flag, check_integer
+from lightning_influence.checks import check_flag, check_integer
 from lightning_influence.data.lookup import stream_of
 from lightning_influence.data.source import Source, source_of
 from lightning_influence.methods.kinds import ForwardOnly
@@ -84,7 +84,7 @@ class Attributor:
         datamodule: Any = None,
         check_data: bool = True,
     ) -> None:
-        check_callable("lookup", lookup)
+        check_parts(module, trajectory, trainer, refit, loss, lookup)
         self._stream = None if lookup is None else stream_of(train, lookup, trajectory)
         if self._stream is not None:
             check_stream(refit)

@@ -66,7 +66,12 @@ def named_queries(name: str, datamodule: SetUpDataModule | None) -> Any:
         ValueError: there is no such loader.
     """
     kind, _, number = name.partition(":")
-    if datamodule is None or kind not in ("val", "test", "train"):
+    if kind not in ("val", "test", "train") or (":" in name and not number.isdigit()):
+        raise ValueError(
+            "Expected `queries` to be a Dataset, a DataLoader, 'train', 'val', 'test' or such as 'val:1', got "
+            f"{name!r}. Pass data, or one of these names."
+        )
+    if datamodule is None:
         raise ValueError(
             f"Expected `queries` to be a Dataset, a DataLoader or 'train', got {name!r}. Names of other loaders "
             "work with `Attributor(datamodule=)`, and in `Influence(queries=)`."

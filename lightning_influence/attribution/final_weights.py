@@ -126,8 +126,9 @@ def _best(trajectory: Trajectory | None, trainer: Any) -> tuple[Checkpoint, str]
             "Expected a file of `ModelCheckpoint` with `weights='best'`, got a fit that kept none (or was recorded by "
             f"an earlier version). {_BY_PATH}"
         )
-    monitored = f"best by {best.monitor!r}" if best.monitor else "newest (it monitors nothing)"
-    note = f"Scores are about the weights that `ModelCheckpoint` found {monitored}"
+    note = f"Scores are about the weights that `ModelCheckpoint` found best by {best.monitor!r}"
+    if not best.monitor:
+        note = "Scores are about the newest weights of `ModelCheckpoint`, which has no `monitor=` to tell the best by"
     path, own = Path(best.path), _own_checkpoint(trajectory, best)
     if path.is_file():
         found = deployed(path)

@@ -28,8 +28,10 @@ def named_methods(methods: Any) -> dict[str, Any]:
                 )
             named[name] = method
     else:
-        shown = f"{methods}()" if isinstance(methods, str) else repr(methods)
-        raise TypeError(f"Expected `methods` to be a list or a dict of methods, got {methods!r}. Write `[{shown}]`.")
+        one = isinstance(methods, type) and issubclass(methods, Method)
+        shown = f"[{methods.__name__ if one else methods}()]" if one or isinstance(methods, str) else f"[{methods!r}]"
+        shown = shown if one or isinstance(methods, (str, Method)) else "[TracInCP()]` or, to only record, `[]"
+        raise TypeError(f"Expected `methods` to be a list or a dict of methods, got {methods!r}. Write `{shown}`.")
     for name, method in named.items():
         if not isinstance(method, Method):
             hint = f"Make one: `{method.__name__}()`." if isinstance(method, type) else "Subclass `Method`."
@@ -68,6 +70,11 @@ def checked_queries(queries: Any) -> Any:
         loader, _, number = queries.partition(":")
         if loader not in ("train", "val", "test") or (":" in queries and not number.isdigit()):
             raise ValueError(f"Expected `queries` to be 'train', 'val', 'test' or such as 'val:1', got {queries!r}.")
+    elif isinstance(queries, type):
+        raise TypeError(
+            f"Expected `queries` to be a Dataset, a DataLoader, 'train', 'val' or 'test', got the class "
+            f"`{queries.__name__}`. Pass an object of it."
+        )
     elif queries is not None and not (hasattr(queries, "__getitem__") or hasattr(queries, "__iter__")):
         raise TypeError(f"Expected `queries` to be a Dataset, a DataLoader, 'train', 'val' or 'test', got {queries!r}.")
     return queries

@@ -85,6 +85,9 @@ def score_at_end(
         return
     try:
         attributor = open_attributor()
+    except KeyboardInterrupt:
+        _interrupted(plan, scores, self_scores, offline_lines(run_dir, plan, trainer))
+        return
     except Exception as error:
         rank_zero_warn(
             f"Scores were not computed, the fit is complete: {type(error).__name__}: {error}\nTo continue:\n"
@@ -95,6 +98,16 @@ def score_at_end(
         return
     seconds = getattr(attributor.trajectory, "fit_seconds", None) or 0.0
     EndOfFit(plan, trainer, attributor, run_dir, seconds, scores, self_scores).run()
+
+
+def _interrupted(plan: ScoringPlan, scores: Results, self_scores: Results, lines: str) -> None:
+    """Warn that Ctrl-C ended the scoring, and keep that as the reason of all results that there are not."""
+    why = f"Scoring was interrupted; the fit itself is complete. To continue:\n{lines}"
+    wanted = [scores] * (plan.queries is not None) + [self_scores] * plan.self_influence
+    for results in wanted:
+        for name in plan.methods.keys() - results.keys():
+            results.reasons.setdefault(name, why)
+    rank_zero_warn(why)
 
 
 @dataclass(frozen=True)
@@ -136,7 +149,7 @@ class EndOfFit:
                         "`self_influence=True` was not given. Call `influence.attributor.self_influence`."
                     )
         except KeyboardInterrupt:
-            rank_zero_warn(f"Scoring was interrupted; the fit itself is complete. To continue:\n{self._lines()}")
+            _interrupted(self.plan, self.scores, self.self_scores, self._lines())
 
     def _guarded(self, name: str, method: Method, results: Results, work: _Work) -> None:
         try:
@@ -145,7 +158,7 @@ class EndOfFit:
             results.reasons[name] = str(refusal)
             rank_zero_warn(f"`{name}` was not started. {refusal}")
         except KeyboardInterrupt as error:
-            results.reasons[name] = "it was interrupted."
+            results.reasons[name] = f"it was interrupted. The fit is complete. To continue:\n{self._lines(method)}"
             if kept := self._keep(name, results, error):
                 rank_zero_warn(f"`{name}` was interrupted.{kept}")
             raise

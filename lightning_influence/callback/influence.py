@@ -23,7 +23,7 @@ from lightning_influence.capture.places import (
 )
 from lightning_influence.capture.recorder import Recorder
 from lightning_influence.capture.store import RunWriter, claim_run, resume_point
-from lightning_influence.checks import check_callable, check_flag, check_integer, check_positive
+from lightning_influence.checks import check_callable, check_flag, check_integer, check_path_like, check_positive
 from lightning_influence.methods.method import Method
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.run import parent_run
@@ -98,6 +98,8 @@ class Influence(Guest):
         check_positive("max_cost", max_cost)
         check_flag("log_scores", log_scores)
         self.queries = checked_queries(queries)
+        if dirpath is not None:
+            check_path_like("dirpath", dirpath, "Pass a folder to write to, or None: next to the logger's run.")
         self.dirpath = None if dirpath is None else fspath(dirpath)
         self._schedule = schedule_of(every_n_epochs, every_n_train_steps)
         self.top_k, self.self_influence = top_k, self_influence
@@ -133,9 +135,14 @@ class Influence(Guest):
         """Computes further scores from the newest fit; from its last weights alone where the disk was full.
 
         Raises:
-            MissingEvidence: no fit has been recorded yet.
+            MissingEvidence: no fit has been recorded yet, or this is a copy of the callback that recorded it.
         """
         found = self.trajectory if self._last is None else self._last
+        if self._trainer is None or self._module is None:
+            raise MissingEvidence(
+                "Expected the callback that the fit was run with, got a copy of it, which holds neither the module nor "
+                "the Trainer. Make one: `Attributor(model, train=train_dataloader, trajectory=influence.trajectory)`."
+            )
         return self._plan.attributor(self._module, self._trainer, found)
 
     @property

@@ -15,7 +15,7 @@ def load(path: Path) -> Scores | SelfScores:
         ValueError: the file is damaged or holds no scores, or the folder does not hold exactly one file of them.
     """
     if path.is_dir():
-        found = score_files(path)
+        found = [file for file in score_files(path) if not is_partial(file)]
         if len(found) != 1:
             names = ", ".join(str(file) for file in found) or "none"
             raise ValueError(
@@ -39,6 +39,11 @@ def read_scores(path: Path) -> None:
 def score_files(folder: Path) -> list[Path]:
     """The score files in a run's folder, or in a folder of scores."""
     return sorted([*folder.glob("scores/*.arrow"), *folder.glob("*.arrow")])
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a file holds the scores that were finished when an error or Ctrl-C ended a method."""
+    return path.name.endswith(".partial.arrow")
 
 
 def runs_of(path: Path) -> list[Path]:

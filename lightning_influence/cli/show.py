@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_influence import MissingEvidence, Trajectory
-from lightning_influence.cli.reading import existing, load, runs_of, score_files
+from lightning_influence.cli.reading import existing, is_partial, load, runs_of, score_files
 from lightning_influence.cli.text import megabytes, table
 
 _ROWS = 12  # of a list of checkpoints that are printed
@@ -53,7 +53,8 @@ def _lines(runs: Sequence[Path]) -> list[list[Any]]:
             lines.append([folder.name, "unreadable: see `verify`", None, None, None, None, None])
             continue
         numbers = len(found.steps), len(found.checkpoints), found.dataset_size, found.fit_seconds
-        lines.append([folder.name, "yes" if found.finished else "no", *numbers, len(score_files(folder))])
+        complete = [file for file in score_files(folder) if not is_partial(file)]
+        lines.append([folder.name, "yes" if found.finished else "no", *numbers, len(complete)])
     return lines
 
 
@@ -84,5 +85,6 @@ def _scores(path: Path) -> list[Any]:
     top = getattr(scores, "top_k", None)
     itself = not hasattr(scores, "query_ids")
     kept = "self-influence" if itself else "all" if top is None else f"top {top}"
+    kept += ", partial" * is_partial(path)
     queries = None if itself else len(scores)
     return [path.name, scores.method, queries, scores.train_ids.numel(), kept, scores.units, len(scores.notes)]

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_influence.data.random_state import random_state, same_state
+from lightning_influence.data.reading import collated, read_item
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.numerics.subsets import evenly_spread
@@ -64,6 +65,7 @@ class Examples:
         block_size: examples per block.
         workers: worker processes of the loader.
         opened: whether the loader has a `worker_init_fn`, which may open what the examples are read from.
+        name: of the argument that the data were passed as, for error messages.
         seed: together with an example's id, seeds the random state under which it is read.
         cache_bytes: blocks are kept for the next pass (the next checkpoint) up to this total size.
     """
@@ -77,18 +79,19 @@ class Examples:
         seed: int = 0,
         cache_bytes: int = 2**28,
         opened: bool = False,
+        name: str = "data",
     ) -> None:
         self.dataset = dataset
         self.block_size = block_size
         self.share_of_copies: float | None = None
         """If set, a batch of one holds two copies of its example, and this is the ``share`` of ``Copies``."""
         self._collate = collate or default_collate
-        self._reader = _Reader(dataset, self._collate, seed)
+        self._reader = _Reader(dataset, self._collate, seed, name)
         # Slicing tensors gives what torch's own collate makes of their rows, a hundred times faster.
         self._sliced = type(dataset) is TensorDataset and self._collate is default_collate
         self._workers = 0 if self._sliced else workers
         self._seed = seed
-        self._opened = opened
+        self._opened, self._name = opened, name
         self._cache: dict[range, tuple[Batch, list[int]]] = {}
         self._cache_left = cache_bytes
 
@@ -105,30 +108,14 @@ class Examples:
         seed_for(self._seed, example)
         item = self._item(example)
         if self.share_of_copies is None:
-            return self._collate([item])
-        return Copies(self._collate([item, item]), self.share_of_copies)
+            return self._collated([item], [example])
+        return Copies(self._collated([item, item], [example]), self.share_of_copies)
 
     def _item(self, example: int) -> Any:
-        """An example; where only workers can read it, or it has another key, the error says so."""
-        try:
-            return self.dataset[example]
-        except KeyError as error:
-            if error.args != (example,):
-                raise
-            raise ValueError(
-                f"Expected {type(self.dataset).__name__} to have the indices 0, 1, 2 ..., got KeyError: {error} for "
-                f"{example}: its keys are others, such as strings that a sampler gives. Wrap it in a Dataset whose "
-                "`__getitem__` takes positions, in a list of the keys, and pass that as `train=` (or `queries`)."
-            ) from error
-        except Exception as error:
-            if not self._opened:
-                raise
-            raise ValueError(
-                f"Expected {type(self.dataset).__name__} to give example {example} in this process, got"
-                f" {type(error).__name__}: {error}. The loader has a `worker_init_fn`: what it opens exists in its"
-                " workers only. Open it in `__getitem__` when it is first needed, or pass `Attributor(train=)` a"
-                " dataset that is open here."
-            ) from error
+        return read_item(self.dataset, example, self._name, self._opened)
+
+    def _collated(self, items: list[Any], ids: Sequence[int]) -> Batch:
+        return collated(self._collate, items, ids, self.dataset, self._name)
 
     def some(self, ids: Sequence[int]) -> Batch:
         """A batch of the given examples."""
@@ -153,11 +140,11 @@ class Examples:
         """
         before = None if self.draws else random_state()
         many = getattr(self.dataset, "__getitems__", None)
-        items = many(list(ids)) if many else [self.dataset[i] for i in ids]
+        items = many(list(ids)) if many else [self._item(i) for i in ids]
         self._reader.draws = before is None or not same_state(before, random_state())
         if only is not None and self.share_of_copies is not None:
-            return Copies(self._collate([items[only]] * 2), self.share_of_copies)
-        return self._collate(items if only is None else [items[only]])
+            return Copies(self._collated([items[only]] * 2, [ids[only]]), self.share_of_copies)
+        return self._collated(*((items, ids) if only is None else ([items[only]], [ids[only]])))
 
     def check_steady(self) -> None:
         """Reads a few examples twice and compares them.
@@ -179,7 +166,7 @@ class Examples:
         for seed in (0, 1):
             items = [self._reader.seeded(i) for i in ids]
             seed_for(seed, ids[0])
-            batches.append(self._collate(items))
+            batches.append(self._collated(items, ids))
         return not alike(*batches)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
@@ -205,7 +192,7 @@ class Examples:
             loader: DataLoader[Any] = DataLoader(
                 self._reader,  # type: ignore[arg-type]
                 batch_sampler=[list(ids) for ids in blocks],
-                collate_fn=_collated,
+                collate_fn=_as_it_is,
                 num_workers=self._workers,
             )
             yield from loader
@@ -254,27 +241,27 @@ def versions_of(batch: Batch) -> list[int]:
 class _Reader:
     """Reads and collates examples. Once the dataset draws random numbers, each is seeded, otherwise only the first."""
 
-    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Batch], seed: int) -> None:
-        self.dataset, self.collate, self.seed = dataset, collate, seed
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Batch], seed: int, name: str) -> None:
+        self.dataset, self.collate, self.seed, self.name = dataset, collate, seed, name
         self.draws = False
 
     def __getitems__(self, ids: list[int]) -> Batch:
         if not self.draws:
             seed_for(self.seed, ids[0])
             before = random_state()
-            items = [self.dataset[i] for i in ids]
+            items = [read_item(self.dataset, i, self.name) for i in ids]
             self.draws = not same_state(before, random_state())
         if self.draws:
             items = [self.seeded(i) for i in ids]
         seed_for(self.seed, ids[0])
-        return self.collate(items)
+        return collated(self.collate, items, ids, self.dataset, self.name)
 
     def seeded(self, example: int) -> Any:
         """The example under its own random state."""
         seed_for(self.seed, example)
-        return self.dataset[example]
+        return read_item(self.dataset, example, self.name)
 
 
-def _collated(batch: Batch) -> Batch:
+def _as_it_is(batch: Batch) -> Batch:
     """The collate function of a loader whose dataset returns batches."""
     return batch

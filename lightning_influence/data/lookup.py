@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_influence.data.reading import CannotRead
 from lightning_influence.data.source import Source, source_of
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.numbering import recorded_ids, renumbered
@@ -23,7 +24,7 @@ class ById:
         try:
             return self._lookup(int(example))
         except Exception as error:
-            raise ValueError(
+            raise CannotRead(
                 f"Expected `lookup` to return the training example of id {int(example)}, got {type(error).__name__}:"
                 f" {error}. It is called with each integer that `sample_id` gave during the fit, and returns the"
                 " example as the loader collates it."
@@ -93,5 +94,5 @@ def stream_of(train: Any, lookup: Callable[[int], Any], trajectory: Trajectory |
     if isinstance(train, DataLoader):
         size, workers = train.batch_size, train.num_workers
         collate = None if train.batch_size is None else train.collate_fn  # else it is given whole batches
-    source = source_of(Source(LookedUp(ids, lookup), collate, workers, size), "train")
+    source = source_of(Source(LookedUp(ids, lookup), collate, workers, size, name="train"), "train")
     return Stream(source, renumbered(trajectory, ids), ids, ById(lookup))

@@ -1,7 +1,7 @@
 """Turns the user's Dataset or DataLoader into a dataset with a collate function."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -32,6 +32,7 @@ class Source:
         batches: batches per epoch of that loader, if known.
         opened: whether that loader has a ``worker_init_fn``.
         loader: that loader.
+        name: of the argument that the data were passed as, for error messages.
     """
 
     dataset: Any
@@ -41,6 +42,7 @@ class Source:
     batches: int | None = None
     opened: bool = False
     loader: DataLoader[Any] | None = None
+    name: str = "data"
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the loader: its generator cannot be sent to another process."""
@@ -55,7 +57,7 @@ class Source:
         return self._examples(batch_size or self._block_size())
 
     def _examples(self, block_size: int) -> Examples:
-        return Examples(self.dataset, self.collate, block_size, self.workers, opened=self.opened)
+        return Examples(self.dataset, self.collate, block_size, self.workers, opened=self.opened, name=self.name)
 
     def _block_size(self) -> int:
         """At least the training batch size, which is known to fit; small examples get larger blocks."""
@@ -85,6 +87,9 @@ def source_of(data: Any, name: str, like: Source | None = None) -> Source:
         TypeError: it has no length and integer indices.
         ValueError: it is empty.
     """
+    if data is None or isinstance(data, (type, str, bytes)):
+        got = f"the class `{data.__name__}`" if isinstance(data, type) else repr(data)
+        raise TypeError(f"Expected `{name}` to be a Dataset or a DataLoader, got {got}. Pass an object with examples.")
     if isinstance(data, Source):
         source = data
     elif isinstance(data, DataLoader):
@@ -108,7 +113,7 @@ def source_of(data: Any, name: str, like: Source | None = None) -> Source:
         raise ValueError(
             f"Expected `{name}` to hold at least one example, got an empty {type(source.dataset).__name__}."
         )
-    return source
+    return source if isinstance(data, Source) else replace(source, name=name)
 
 
 def _like_rows(data: Any, read: ReadRows, workers: int) -> Source:

@@ -22,7 +22,7 @@ class SetUpDataModule:
 
     Args:
         datamodule: the LightningDataModule.
-        trainer: attached to it where it has none.
+        trainer: attached to it where it has none, while it is prepared.
     """
 
     def __init__(self, datamodule: Any, trainer: Any) -> None:
@@ -35,6 +35,10 @@ class SetUpDataModule:
         Raises:
             ValueError: it has none of that kind.
         """
+        with restoring([self.datamodule] if hasattr(self.datamodule, "trainer") else [], "trainer"):
+            return self._loaders(kind)
+
+    def _loaders(self, kind: str) -> list[Any]:
         fitted = getattr(self.datamodule, "trainer", None)
         if kind == "train" and (loader := getattr(fitted, "train_dataloader", None)) is not None:
             return _flat(loader)  # set up by that Trainer: to do it again may split the data in another way

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_influence.data.examples import Examples
+from lightning_influence.data.reading import CannotRead
 from lightning_influence.data.source import Source
 from lightning_influence.gradients import Engine, Plan, Reduction, make_plan, probe_examples
 from lightning_influence.gradients.index_check import gradient_at, joined
@@ -326,6 +326,8 @@ def _explained(examples: Examples, queries: Examples) -> Iterator[None]:
     """Turns any error inside into a ValueError that compares the queries' shapes with a training example's."""
     try:
         yield
+    except CannotRead:
+        raise
     except (RuntimeError, TypeError, IndexError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(
             "Expected queries that the module's loss accepts (a training example as a batch of one: "
@@ -335,9 +337,9 @@ def _explained(examples: Examples, queries: Examples) -> Iterator[None]:
 
 
 def _shown(batch: Any) -> str:
-    """The structure and shapes of a batch."""
+    """The structure, shapes and types of a batch."""
     if isinstance(batch, Tensor):
-        return f"{tuple(batch.shape)}" + (f" {str(batch.dtype)[6:]}" if batch.dtype != torch.float32 else "")
+        return f"{tuple(batch.shape)} {str(batch.dtype)[6:]}"
     if isinstance(batch, Mapping):
         return "{" + ", ".join(f"{key!r}: {_shown(value)}" for key, value in batch.items()) + "}"
     if isinstance(batch, (list, tuple)):

@@ -18,6 +18,7 @@ from lightning_influence.trajectory.stored_rates import (
     Rates,
     given_rates,
     groups_of,
+    may_differ,
     reconciled,
     stored_rates,
     warned_of_stored_rates,
@@ -89,7 +90,7 @@ def read_lightning_files(
         rated.append(_Rated(checkpoint, stored_rates(groups, path) if given is None else given[path], groups))
         if not chosen(content, path, which)[0]:
             raise MissingEvidence(f"Expected weights in `{path}`, got an empty `state_dict`. {_SAVED_BY}")
-    if given is None:
+    if given is None and may_differ([contents[path] for path in kept], [one.rates for one in rated]):
         notes.append(warned_of_stored_rates())
     rates, settings = reconciled([one.rates for one in rated], rated[-1].groups)
     counted, more = count_optimizers([contents[path] for path in kept])

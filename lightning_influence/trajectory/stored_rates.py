@@ -38,6 +38,11 @@ def warned_of_stored_rates() -> str:
     return warning
 
 
+def may_differ(contents: Sequence[Mapping[str, Any]], rates: Sequence[Sequence[float]]) -> bool:
+    """Whether the learning rates stored in files may be others than those that were applied: there is a schedule."""
+    return any(content.get("lr_schedulers") for content in contents) or any(list(r) != list(rates[0]) for r in rates)
+
+
 def groups_of(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The parameter groups of all optimizers in a file."""
     states = content.get("optimizer_states") or ()

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from lightning_influence.checks import check_path_like
 from lightning_influence.trajectory import exposure as _exposure
 from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint, is_decoupled, is_plain_sgd
 from lightning_influence.trajectory.columns import steps_between
@@ -81,8 +82,10 @@ class Trajectory:
             dirpath: A run's own folder (``run-N``), or the folder that holds the runs: then the newest of them.
 
         Raises:
+            TypeError: something else than a path.
             MissingEvidence: there is no run, or one of its files is missing or damaged.
         """
+        check_path_like("dirpath", dirpath, "Pass `influence.run_dir`, or the folder that holds the runs.")
         folder, notes = find_run(Path(dirpath))
         run = read_run(folder)
         return cls(**vars(run) | {"notes": (*notes, *run.notes, *notes_on_the_end(run))})
