@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_influence.data.examples import Examples
@@ -20,6 +19,7 @@ from lightning_influence.module.trainer_answers import notes_of
 from lightning_influence.module.trainer_reads import FitValues
 from lightning_influence.module.trainer_state import detached_trainer
 from lightning_influence.setting.batch_index import BatchIndex
+from lightning_influence.setting.explained import explained
 from lightning_influence.setting.same_data import check_data
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.setting.token_weights import TokenWeights, describe, probe
@@ -47,7 +47,7 @@ class Session:
         batch_size: examples per block; None: chosen by the size of their gradients.
         own: without a trajectory, loaded in place of the module's own weights; None: they are used.
         datamodule: its batch-transfer hooks are used, or None.
-        checks_data: compare data and module with those of the fit, before the first question.
+        checks_data: compare data and module with those of the fit, before each question.
     """
 
     module: Any
@@ -82,8 +82,12 @@ class Session:
         return replace(self, own=own, trajectory=trajectory, **fresh)
 
     @contextlib.contextmanager
-    def quiet(self) -> Iterator[Task]:
-        """The module at its final weights, in eval mode, with logging off."""
+    def quiet(self, asked: bool = False) -> Iterator[Task]:
+        """The module at its final weights, in eval mode, with logging off.
+
+        Args:
+            asked: a question begins, before which data and module are compared with those of the fit.
+        """
         trainer = self.trainer if self.trainer is not None else detached_trainer(self.module)
         fit = fit_values(self.trajectory, self.trainer is not None)
         with quiet(self.module, self.loss, trainer, fit=fit, datamodule=self.datamodule) as task:
@@ -94,9 +98,11 @@ class Session:
             if last is not None:
                 state = last.load()
                 _check_same_model(task, state.parameters, last)
-                if self._data_notes is None and self.trajectory is not None:
+                if (asked or self._data_notes is None) and self.checks_data and self.trajectory is not None:
                     task.load(state.parameters, state.buffers, last.step, last.epoch)
-                    self._data_notes = check_data(task, self.train, self.trajectory) if self.checks_data else []
+                    again = self._data_notes is not None  # somebody may have changed either since
+                    notes = check_data(task, self.train, self.trajectory, again)
+                    self._data_notes = list(dict.fromkeys([*(self._data_notes or ()), *notes]))
                 task.load(state.parameters, state.buffers, last.step, last.epoch)
             try:
                 yield task
@@ -120,7 +126,7 @@ class Session:
             ValueError: a loss that is not made of one loss per example; queries that the module does not accept.
         """
         self._asked = queries
-        with self.quiet() as task, contextlib.ExitStack() as stack:
+        with self.quiet(asked=True) as task, contextlib.ExitStack() as stack:
             examples = self.examples(self.train)
             index = self.batch_index(task, examples)
             stack.enter_context(task.at(index.first))
@@ -227,7 +233,7 @@ class Session:
         if key not in self._found:
             data.check_steady()
             reduction = Reduction.NONE if task.loss is not None else reduction
-            with _explained(examples, data):
+            with explained(examples, data):
                 self._found[key] = reduction, make_plan(self._engine(task, data, reduction, Plan({})), data, self.names)
             self._in_use.append(queries.dataset)  # as long as it exists, no other object has its id
         return self._found[key]
@@ -268,7 +274,7 @@ class Session:
         if key not in self._checked:
             data.check_steady()
             reduction = Reduction.NONE if task.loss is not None else reduction
-            with _explained(examples, data):
+            with explained(examples, data):
                 reduction.total(task(task.to_device(data.one(0))), 1)
             self._checked[key] = reduction
             self._in_use.append(data.dataset)
@@ -321,27 +327,3 @@ def _check_same_model(task: Task, saved: Mapping[str, Tensor], checkpoint: Check
             f"Expected checkpoints of this {type(task.module).__name__}, got a checkpoint in {str(checkpoint.path)!r} "
             f"with {'; '.join(found)}. Pass the module that was trained, built with the same arguments{loose}."
         )
-
-
-@contextlib.contextmanager
-def _explained(examples: Examples, queries: Examples) -> Iterator[None]:
-    """Turns any error inside into a ValueError that compares the queries' shapes with a training example's."""
-    try:
-        yield
-    except (RuntimeError, TypeError, IndexError, KeyError, ValueError, AttributeError) as error:
-        raise ValueError(
-            "Expected queries that the module's loss accepts (a training example as a batch of one: "
-            f"{_shown(examples.one(0))}), got {_shown(queries.one(0))}: {type(error).__name__}: {error}. Pass "
-            "`queries` that are built like the training data."
-        ) from error
-
-
-def _shown(batch: Any) -> str:
-    """The structure and shapes of a batch."""
-    if isinstance(batch, Tensor):
-        return f"{tuple(batch.shape)}" + (f" {str(batch.dtype)[6:]}" if batch.dtype != torch.float32 else "")
-    if isinstance(batch, Mapping):
-        return "{" + ", ".join(f"{key!r}: {_shown(value)}" for key, value in batch.items()) + "}"
-    if isinstance(batch, (list, tuple)):
-        return f"[{', '.join(map(_shown, batch))}]"
-    return type(batch).__name__
