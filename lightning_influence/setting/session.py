@@ -23,6 +23,7 @@ from lightning_influence.setting.explained import explained
 from lightning_influence.setting.same_data import check_data
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.setting.token_weights import TokenWeights, describe, probe
+from lightning_influence.setting.training_mode import note_on_training
 from lightning_influence.setting.unreached import Unreached, refuse_all_unreached
 from lightning_influence.trajectory import Checkpoint, LightningCheckpoint, Trajectory
 
@@ -215,7 +216,11 @@ class Session:
                     )
             self._found[()] = reduction, plan
             version = task.version
-            self._unreached = Unreached.of(self._engine(task, examples, reduction, plan), examples, self.trajectory)
+            engine = self._engine(task, examples, reduction, plan)
+            self._unreached = Unreached.of(engine, examples, self.trajectory)
+            if self._unreached == Unreached():
+                frozen = () if self.trajectory is None else self.trajectory.eval_modules
+                self._unreached = Unreached(note=note_on_training(engine, examples, frozen))
             task.weights_returned(version)
         return self._found[()]
 
