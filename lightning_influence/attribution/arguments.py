@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_influence.checks import check_integer
+from lightning_influence.checks import check_integer, check_not_empty
 from lightning_influence.files.arrow import check_absent
 from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.refit import Refit
@@ -59,10 +59,12 @@ def check_method(
 
     Raises:
         TypeError: it is no method.
+        ValueError: it visits no checkpoint.
         MissingEvidence: it needs a trajectory, a record of the fit or retrained models that are not there.
     """
     if not isinstance(method, Method):
         raise TypeError(f"Expected `method` to be a Method such as `TracInCP()`, got {method!r}.")
+    check_not_empty("checkpoints", getattr(method, "checkpoints", None))
     check_path(path)
     name = method.name
     if trajectory is not None and trajectory.broken is not None and follows_the_fit(method):
