@@ -73,6 +73,12 @@ def check_path_like(name: str, value: Any, hint: str) -> None:
         raise ValueError(f"Expected `{name}` to be a path, got ''. {hint}")
 
 
+def check_not_empty(name: str, value: Any) -> None:
+    """Raises ValueError where ``value`` is a collection without any item; None stands for a default."""
+    if hasattr(value, "__len__") and len(value) == 0:
+        raise ValueError(f"Expected `{name}` to have an item at least, or to be None, got {value!r}. Leave it out.")
+
+
 @contextlib.contextmanager
 def optional(package: str, extra: str, purpose: str, instead: str) -> Iterator[None]:
     """Raises ImportError, naming the extra to install and the way out without it, where an import inside fails."""

@@ -212,3 +212,48 @@ def test_an_error_in_configure_model_is_explained(tmp_path):
     fit(trained, tmp_path)
     with pytest.raises(ValueError, match=r"`configure_model` raised RuntimeError: no file. Call it before"):
         Attributor(Broken(None), made()[0], Trajectory.load(tmp_path))
+
+
+class Weight(pl.Callback):
+    """Holds a weight of the loss, which grows."""
+
+    weight = 1.0
+
+    def on_train_epoch_start(self, trainer, module):
+        self.weight = 1.0 + 3 * trainer.current_epoch
+
+
+def of_callback(module):
+    return next(c.weight for c in module.trainer.callbacks if type(c) is Weight)
+
+
+def of_later_epochs(module):
+    return 1.0 if module.current_epoch == 0 else module.trainer.datamodule.num_classes
+
+
+def of_a_recorded_object(module):
+    known = module.trainer.datamodule.num_classes
+    return known if module.current_epoch == 0 else known * float(module.trainer.datamodule.shift[0])
+
+
+def arguments(module):
+    return 1.0 if module.current_epoch == 0 else float(module.trainer.max_epochs + module.trainer.training)
+
+
+@pytest.mark.parametrize(
+    ("read", "path"),
+    [
+        (of_callback, "callbacks"),
+        (of_later_epochs, "datamodule"),
+        (of_a_recorded_object, "datamodule.shift"),
+        (arguments, None),
+        (rate, None),
+    ],
+)
+def test_a_fitted_trainer_answers_what_was_not_recorded_with_a_note(read, path, tmp_path):
+    module, (train, queries) = new(read), made()
+    trainer = fit(module, tmp_path, callbacks=[Weight()])
+    attributor = Attributor(module, DataLoader(train, 3), Trajectory.load(tmp_path), trainer, check_data=False)
+    notes = [note for note in attributor.score(TracInCP(), queries).notes if "present value" in note]
+    assert len(notes) == (path is not None)
+    assert path is None or f"`trainer.{path}` was not recorded" in notes[0]

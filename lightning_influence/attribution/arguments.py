@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.checks import check_callable, check_instance, check_integer, check_path_like
+from lightning_influence.checks import check_callable, check_instance, check_integer, check_not_empty, check_path_like
 from lightning_influence.files.arrow import check_absent
 from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.refit import Refit
@@ -80,10 +80,12 @@ def check_method(
 
     Raises:
         TypeError: it is no method.
+        ValueError: it visits no checkpoint.
         MissingEvidence: it needs a trajectory, a record of the fit or retrained models that are not there.
     """
     if not isinstance(method, Method):
         raise TypeError(f"Expected `method` to be a Method such as `TracInCP()`, got {method!r}.")
+    check_not_empty("checkpoints", getattr(method, "checkpoints", None))
     check_path(path)
     name = method.name
     if trajectory is not None and trajectory.broken is not None and follows_the_fit(method):

@@ -56,7 +56,7 @@ class Attributor:
         lookup: ``id -> example``, for a fit on a stream (``IterableDataset``) with ``Influence(sample_id=)``: the
             training examples are those whose ids it recorded, read by this function, and scores have these ids.
         datamodule: a LightningDataModule, whose training loader and batch-transfer hooks are used; None: the trainer's.
-        check_data: compare a few batches and losses with those of the fit before the first question, and refuse others.
+        check_data: compare a few batches and losses with those of the fit before each question, and refuse others.
 
     Raises:
         TypeError: data without indexed examples, such as an IterableDataset.

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_influence.capture.final_weights import averaged_state, best_file
 from lightning_influence.capture.first_batches import FirstBatches
+from lightning_influence.capture.gradient_changes import CLIPPED_OTHERWISE, GradientChanges
 from lightning_influence.capture.identity import LoaderTap, length_of, reloaded
 from lightning_influence.capture.in_memory import last_weights
 from lightning_influence.capture.loaders import as_indices
@@ -62,6 +63,7 @@ class Recorder:
         self._fingerprint: list[tuple[int, int]] | None = None
         self._warned: set[str] = set()
         self._dataset: Any = None
+        self._changes = GradientChanges(trainer, module)
         self._lazy = False  # the initial checkpoint waits for the first forward pass
         self.reads = TrainerReads(trainer, module)
         self._numbers = NumberRecord(module, store.manifest["parent"] is not None)
@@ -80,10 +82,8 @@ class Recorder:
         """Save the initial checkpoint."""
         self._tap.epoch_starts(self._trainer)
         if self.steps.clips_otherwise:
-            self._store.manifest["notes"].append(
-                "Gradients were clipped by value or by the module's own `configure_gradient_clipping`, which no single"
-                " coefficient describes; exposure treats them as not clipped."
-            )
+            self._store.manifest["notes"].append(CLIPPED_OTHERWISE)
+        self._changes.note(self._store.manifest["notes"])
         if self.made and self._store.manifest["parent"] is None:
             self._store.manifest["notes"].append(without_earlier_steps(self.made))
         names = {id(part): clean(name) for name, part in self._module.named_modules()}
@@ -145,6 +145,7 @@ class Recorder:
     def ended(self) -> None:
         """Save the final checkpoint: the weights after the last step, before other callbacks averaged them."""
         self.steps.batch_ended()
+        self._changes.note(self._store.manifest["notes"])  # hooks that were added during the fit
         if self.failed:
             self._store.tell_broken()
             return
@@ -312,10 +313,12 @@ class Recorder:
                 " read from the loader's dataset: what its own iteration changes in them is not repeated."
             )
         elif len(ids) > 1:
-            self._store.manifest["notes"] = self._store.manifest["notes"] or [
+            text = (
                 f"Each batch combines {len(ids)} loaders; `steps['loader_ids']` holds the examples of each, and"
                 f" `trajectory.of_loader(0)` is the fit with those of the first."
-            ]
+            )
+            if text not in self._store.manifest["notes"]:
+                self._store.manifest["notes"].append(text)
         return ids
 
     def _ids_of(self, batch: Any) -> list[int] | None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from lightning_influence.capture.gradient_changes import has_own_step, is_own
 from lightning_influence.capture.places import CannotRecord
 from lightning_influence.capture.randomness import moved_since, read_generators
 from lightning_influence.capture.windows import AccumulationWindows, RecordedBatch, Window
@@ -29,7 +30,7 @@ class StepRecorder:
         self._device = trainer.strategy.root_device
         self._settings_of: dict[int, tuple[Any, int]] = {}
         self._names = {p: clean(name) for name, p in module.named_parameters()}
-        self._clips_itself = _is_own(type(module), "configure_gradient_clipping")
+        self._clips_itself = is_own(module, "configure_gradient_clipping")
         self.windows = AccumulationWindows(trainer, module, self._record)
 
     def batch_starts(
@@ -106,7 +107,8 @@ class StepRecorder:
         ]
         frozen = [self._name_of(p) for group in groups for p in group["params"] if not p.requires_grad]
         entry = {"optimizer": i, "kind": type(optimizer).__name__, "groups": described, "frozen": frozen}
-        self.settings.append(entry | {"clipping": clipping})
+        own = {"own_step": True} if has_own_step(optimizer) else {}
+        self.settings.append(entry | {"clipping": clipping} | own)
         self._settings_of[i] = current, len(self.settings) - 1
         return len(self.settings) - 1
 
@@ -141,11 +143,6 @@ class StepRecorder:
         """Whether gradients are clipped other than by one coefficient for all, which alone is recorded."""
         by_value = self._trainer.gradient_clip_val and self._trainer.gradient_clip_algorithm not in (None, "norm")
         return bool(by_value or self._clips_itself)
-
-
-def _is_own(cls: type, hook: str) -> bool:
-    definer = next((c for c in cls.__mro__ if hook in vars(c)), None)
-    return definer is not None and not definer.__module__.startswith(("pytorch_lightning.", "lightning.pytorch."))
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_influence.checks import one_of
+from lightning_influence.checks import check_not_empty, one_of
 from lightning_influence.curvature.curvature import Curvature
 from lightning_influence.curvature.damping import Diagonal, diagonal_at, of_group
 from lightning_influence.curvature.exact import Exact
@@ -67,6 +67,7 @@ class InfluenceFunction(GradientProduct):
             raise TypeError(f"Expected `curvature` to be a Curvature such as `EKFAC()`, got {self.curvature!r}.")
         one_of("removal", self.removal, ("downweight", "renormalize"))
         one_of("correction", self.correction, (None, "newton"))
+        check_not_empty("checkpoints", self.checkpoints)
         one_of("normalize", self.normalize, (None, "relatif", "relatif-loss"))
         if self.correction and not isinstance(self.curvature, Exact):
             raise ValueError(

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from lightning_influence.checks import one_of
+from lightning_influence.checks import check_not_empty, one_of
 from lightning_influence.methods.kinds import TransformedProduct
 from lightning_influence.methods.method import Evidence
 from lightning_influence.numerics.projections import RandomProjection
@@ -52,6 +52,7 @@ class TracInCP(TransformedProduct):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("units", self.units, ("loss", "paper"))
+        check_not_empty("checkpoints", self.checkpoints)
 
     def weight(self, stage: Stage) -> Tensor:
         """The exposure, or the learning rate at the checkpoint for all examples, [group, train]."""

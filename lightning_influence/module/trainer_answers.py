@@ -22,6 +22,8 @@ from lightning_influence.module.trainer_reads import (
 
 _AT_CHECKPOINTS = "Use a method that needs checkpoints only, such as `TracInCP()`"
 _MISSING = object()
+# Arguments of the Trainer, which no fit changes.
+_ARGUMENTS = {"max_epochs", "max_steps", "min_epochs", "min_steps", "log_every_n_steps", "default_root_dir"}
 
 
 # Paths of the index of the present batch.
@@ -53,7 +55,7 @@ class TrainerAnswers:
     @property
     def needed(self) -> bool:
         """Whether the Trainer would not answer by itself."""
-        return bool(self._paths) or not self._fitted
+        return bool(self._record) or not self._fitted
 
     def attribute(self, owner: Any, name: str) -> Any:
         """The value of the Trainer's attribute."""
@@ -66,14 +68,26 @@ class TrainerAnswers:
         found = self.recorded(name, own if is_here else None)
         if found is not _MISSING:
             return found
-        if is_here or is_of_the_process(self._kind, name):
+        if is_of_the_process(self._kind, name):
             return own()
+        if is_here:
+            return self.present(name, own())
         if self._given:
             with contextlib.suppress(Exception):
                 value = own()
                 if not _is_empty(value):
                     return value
         raise self._refusal(name)
+
+    def present(self, path: str, value: Any) -> Any:
+        """A present value, in place of one that the fit's first batch did not read; noted where a record is known."""
+        is_function = callable(value) and hasattr(value, "__name__")
+        if self._record and not is_function and path not in _ARGUMENTS:
+            self.notes.add(
+                f"`trainer.{path}` was not recorded, as the fit's first batch did not read it or it is an object: its "
+                "present value is used, which may differ from those in the fit."
+            )
+        return value
 
     def _is_method(self, name: str) -> bool:
         return callable(getattr(self._kind, name, None)) and not isinstance(getattr(self._kind, name), property)
@@ -165,7 +179,7 @@ class _Recorded:
         if any(p.startswith(f"{path}.{name}(") for p in answers._paths):
             return functools.partial(_call, answers, f"{path}.{name}")
         if below is not None:
-            return below()
+            return answers.present(f"{path}.{name}", below())
         return answers.refuse(f"{path}.{name}")
 
     def __len__(self) -> int:
@@ -185,7 +199,10 @@ class _Recorded:
     def __getitem__(self, key: Any) -> Any:
         answers, path, _, own = self.__dict__["_of"]
         found = answers.recorded(f"{path}[{key!r}]")
-        return found if found is not _MISSING else own()[key] if own is not None else answers.refuse(f"{path}[{key!r}]")
+        if found is not _MISSING:
+            return found
+        item = f"{path}[{key!r}]"
+        return answers.refuse(item) if own is None else answers.present(item, own()[key])
 
     def __setattr__(self, name: str, value: Any) -> None:
         answers, path, _, _ = self.__dict__["_of"]

@@ -18,7 +18,7 @@ from lightning_influence.data.source import Source
 from lightning_influence.module.data_hooks import hooks_of
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.module.task import Task
-from lightning_influence.trajectory import Trajectory
+from lightning_influence.trajectory import Checkpoint, Trajectory
 from lightning_influence.trajectory.fingerprints import Fingerprint, difference, fingerprint, same_rows, splits
 from lightning_influence.trajectory.fit_data import FirstBatch, FitData, name_of
 from lightning_influence.trajectory.numbering import combines_loaders
@@ -117,7 +117,9 @@ def mismatch(task: Task, source: Source, batch: FirstBatch, whole: bool, least: 
     return None if what is None else Mismatch(batch, found, what, whole)
 
 
-def first_mismatch(task: Task, source: Source, record: FitData, seconds: float = math.inf) -> Mismatch | None:
+def first_mismatch(
+    task: Task, source: Source, record: FitData, seconds: float = math.inf, again: bool = False
+) -> Mismatch | None:
     """The first batch of the fit that is another one now.
 
     Args:
@@ -125,17 +127,19 @@ def first_mismatch(task: Task, source: Source, record: FitData, seconds: float =
         source: the data.
         record: of the fit.
         seconds: after this time, only a few examples of each batch are compared.
+        again: after this time nothing more is compared; for repetitions.
     """
-    until, whole, devices = math.inf, 0, {record.device, task.device.type}
+    started, whole, devices = time.monotonic(), 0, {record.device, task.device.type}
+    until = started + seconds if again else math.inf
     least = _ACCELERATED if record.hooks and devices != {"cpu"} else 0.0
     indices = range(len(source.dataset))  # `sample_id=` may give other numbers, which are refused where they are used
     batches = [batch for batch in record.batches if max(batch.ids) in indices and min(batch.ids) in indices]
     few = [batch.few(FEW[min(number, 1)]) for number, batch in enumerate(batches)]
     more = [b for b, known in zip(batches, few, strict=True) if b.positions != known.positions and splits(b.entered)]
     for number, batch in enumerate([*few, *more]):
-        if number == len(few):
+        if number == len(few) and not again:
             until = time.monotonic() + seconds
-        if time.monotonic() > until:
+        if number and time.monotonic() > until:
             break
         if splits(batch.entered) and mismatch(task, source, batch, False, least) is None:
             continue  # one of a few examples is tried before the whole batch
@@ -156,13 +160,14 @@ def loss_of(task: Task, batch: Batch, ids: Sequence[int]) -> Tensor:
     return task(batch).detach().double().sum().cpu()
 
 
-def check_data(task: Task, source: Source, trajectory: Trajectory) -> list[str]:
+def check_data(task: Task, source: Source, trajectory: Trajectory, again: bool = False) -> list[str]:
     """Compare data and module with those of the fit; the last weights are loaded, and others may be afterwards.
 
     Args:
         task: the module.
         source: its training data, as a question reads them.
         trajectory: of the fit.
+        again: compare in a few hundredths of a second, at the last weights only, what was compared before.
 
     Returns:
         Notes where it is uncertain whether they differ.
@@ -175,7 +180,7 @@ def check_data(task: Task, source: Source, trajectory: Trajectory) -> list[str]:
     record = trajectory.fit_data
     if record is None:
         return []
-    found = first_mismatch(task, source, record, _SECONDS_FOR_OTHERS)
+    found = first_mismatch(task, source, record, _SECONDS_FOR_OTHERS, again)
     losses = record.losses if task.loss is None else None
     if found is not None and not (found.in_text and losses is not None):
         cause = _cause(found, task, source, record)
@@ -190,7 +195,8 @@ def check_data(task: Task, source: Source, trajectory: Trajectory) -> list[str]:
             f"not known of this fit, the scores are wrong. {cause}"
         ]
     if losses is not None:  # they also tell whether strings that differ matter, which may be names of files
-        _check_losses(task, source, trajectory, record, "" if found is None else f" ({found.what})")
+        what = "" if found is None else f" ({found.what})"
+        _check_losses(task, source, trajectory.checkpoints[-1 if again else 0 :], record, what)
     return []
 
 
@@ -207,7 +213,7 @@ def _check_step(task: Task, source: Source) -> None:
         ) from error
 
 
-def _check_losses(task: Task, source: Source, trajectory: Trajectory, record: FitData, what: str) -> None:
+def _check_losses(task: Task, source: Source, checkpoints: Sequence[Checkpoint], record: FitData, what: str) -> None:
     """Raises ValueError if the module gives other losses than in the fit for the same batch and weights."""
     losses = record.losses
     if losses is None or max(losses.ids) >= len(source.dataset):
@@ -227,7 +233,7 @@ def _check_losses(task: Task, source: Source, trajectory: Trajectory, record: Fi
     scale = 0.1 * max(known if len(known) > 1 else [*known, 1.0])
     for step, checksum, then in losses.values:
         # not with other weights in the place of a checkpoint, such as averaged ones
-        checkpoint = next((c for c in trajectory.checkpoints if (c.step, c.crc32) == (step, checksum)), None)
+        checkpoint = next((c for c in checkpoints if (c.step, c.crc32) == (step, checksum)), None)
         if checkpoint is None:
             continue
         state = checkpoint.load()

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from lightning_influence.data.examples import Examples
-from lightning_influence.data.reading import CannotRead
 from lightning_influence.data.source import Source
 from lightning_influence.gradients import Engine, Plan, Reduction, make_plan, probe_examples
 from lightning_influence.gradients.index_check import gradient_at, joined
@@ -19,10 +18,12 @@ from lightning_influence.module.trainer_answers import notes_of
 from lightning_influence.module.trainer_reads import FitValues
 from lightning_influence.module.trainer_state import detached_trainer
 from lightning_influence.setting.batch_index import BatchIndex
+from lightning_influence.setting.explained import explained
 from lightning_influence.setting.own_counters import note_changing
 from lightning_influence.setting.same_data import check_data
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.setting.token_weights import TokenWeights, describe, probe
+from lightning_influence.setting.training_mode import note_on_training
 from lightning_influence.setting.unreached import Unreached, refuse_all_unreached
 from lightning_influence.trajectory import Checkpoint, LightningCheckpoint, Trajectory
 
@@ -47,7 +48,7 @@ class Session:
         batch_size: examples per block; None: chosen by the size of their gradients.
         own: without a trajectory, loaded in place of the module's own weights; None: they are used.
         datamodule: its batch-transfer hooks are used, or None.
-        checks_data: compare data and module with those of the fit, before the first question.
+        checks_data: compare data and module with those of the fit, before each question.
     """
 
     module: Any
@@ -83,8 +84,12 @@ class Session:
         return replace(self, own=own, trajectory=trajectory, **fresh)
 
     @contextlib.contextmanager
-    def quiet(self) -> Iterator[Task]:
-        """The module at its final weights, in eval mode, with logging off."""
+    def quiet(self, asked: bool = False) -> Iterator[Task]:
+        """The module at its final weights, in eval mode, with logging off.
+
+        Args:
+            asked: a question begins, before which data and module are compared with those of the fit.
+        """
         trainer = self.trainer if self.trainer is not None else detached_trainer(self.module)
         fit = fit_values(self.trajectory, self.trainer is not None)
         with quiet(self.module, self.loss, trainer, fit=fit, datamodule=self.datamodule) as task:
@@ -95,9 +100,11 @@ class Session:
             if last is not None:
                 state = last.load()
                 _check_same_model(task, state.parameters, last)
-                if self._data_notes is None and self.trajectory is not None:
+                if (asked or self._data_notes is None) and self.checks_data and self.trajectory is not None:
                     task.load(state.parameters, state.buffers, last.step, last.epoch)
-                    self._data_notes = check_data(task, self.train, self.trajectory) if self.checks_data else []
+                    again = self._data_notes is not None  # somebody may have changed either since
+                    notes = check_data(task, self.train, self.trajectory, again)
+                    self._data_notes = list(dict.fromkeys([*(self._data_notes or ()), *notes]))
                 task.load(state.parameters, state.buffers, last.step, last.epoch)
             try:
                 yield task
@@ -121,7 +128,7 @@ class Session:
             ValueError: a loss that is not made of one loss per example; queries that the module does not accept.
         """
         self._asked = queries
-        with self.quiet() as task, contextlib.ExitStack() as stack:
+        with self.quiet(asked=True) as task, contextlib.ExitStack() as stack:
             examples = self.examples(self.train)
             index = self.batch_index(task, examples)
             stack.enter_context(task.at(index.first))
@@ -207,7 +214,11 @@ class Session:
                     )
             self._found[()] = reduction, plan
             version = task.version
-            self._unreached = Unreached.of(self._engine(task, examples, reduction, plan), examples, self.trajectory)
+            engine = self._engine(task, examples, reduction, plan)
+            self._unreached = Unreached.of(engine, examples, self.trajectory)
+            if self._unreached == Unreached():
+                frozen = () if self.trajectory is None else self.trajectory.eval_modules
+                self._unreached = Unreached(note=note_on_training(engine, examples, frozen))
             task.weights_returned(version)
         return self._found[()]
 
@@ -225,7 +236,7 @@ class Session:
         if key not in self._found:
             data.check_steady()
             reduction = Reduction.NONE if task.loss is not None else reduction
-            with _explained(examples, data):
+            with explained(examples, data):
                 self._found[key] = reduction, make_plan(self._engine(task, data, reduction, Plan({})), data, self.names)
             self._in_use.append(queries.dataset)  # as long as it exists, no other object has its id
         return self._found[key]
@@ -266,7 +277,7 @@ class Session:
         if key not in self._checked:
             data.check_steady()
             reduction = Reduction.NONE if task.loss is not None else reduction
-            with _explained(examples, data):
+            with explained(examples, data):
                 reduction.total(task(task.to_device(data.one(0))), 1)
             self._checked[key] = reduction
             self._in_use.append(data.dataset)
@@ -319,29 +330,3 @@ def _check_same_model(task: Task, saved: Mapping[str, Tensor], checkpoint: Check
             f"Expected checkpoints of this {type(task.module).__name__}, got a checkpoint in {str(checkpoint.path)!r} "
             f"with {'; '.join(found)}. Pass the module that was trained, built with the same arguments{loose}."
         )
-
-
-@contextlib.contextmanager
-def _explained(examples: Examples, queries: Examples) -> Iterator[None]:
-    """Turns any error inside into a ValueError that compares the queries' shapes with a training example's."""
-    try:
-        yield
-    except CannotRead:
-        raise
-    except (RuntimeError, TypeError, IndexError, KeyError, ValueError, AttributeError) as error:
-        raise ValueError(
-            "Expected queries that the module's loss accepts (a training example as a batch of one: "
-            f"{_shown(examples.one(0))}), got {_shown(queries.one(0))}: {type(error).__name__}: {error}. Pass "
-            "`queries` that are built like the training data."
-        ) from error
-
-
-def _shown(batch: Any) -> str:
-    """The structure, shapes and types of a batch."""
-    if isinstance(batch, Tensor):
-        return f"{tuple(batch.shape)} {str(batch.dtype)[6:]}"
-    if isinstance(batch, Mapping):
-        return "{" + ", ".join(f"{key!r}: {_shown(value)}" for key, value in batch.items()) + "}"
-    if isinstance(batch, (list, tuple)):
-        return f"[{', '.join(map(_shown, batch))}]"
-    return type(batch).__name__

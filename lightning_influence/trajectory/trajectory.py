@@ -190,8 +190,12 @@ class Trajectory:
 
     @property
     def adaptive(self) -> bool:
-        """Whether an optimizer other than SGD updated the weights; the units of TracIn's scores are then arbitrary."""
-        return any(not is_plain_sgd(group) for entry in self.settings for group in entry["groups"])
+        """Whether an optimizer other than SGD updated the weights; the units of TracIn's scores are then arbitrary.
+
+        A subclass of SGD with a ``step`` of its own is another one.
+        """
+        groups = [group for entry in self.settings for group in entry["groups"]]
+        return any(entry.get("own_step") for entry in self.settings) or not all(map(is_plain_sgd, groups))
 
     @property
     def counts_steps(self) -> bool:

@@ -1,0 +1,36 @@
+"""Errors on queries that are not built like the training data, with the shapes of both."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_influence.data.examples import Examples
+from lightning_influence.data.reading import CannotRead
+
+
+@contextlib.contextmanager
+def explained(examples: Examples, queries: Examples) -> Iterator[None]:
+    """Turns any error inside into a ValueError that compares the queries' shapes with a training example's."""
+    try:
+        yield
+    except CannotRead:
+        raise
+    except (RuntimeError, TypeError, IndexError, KeyError, ValueError, AttributeError) as error:
+        raise ValueError(
+            "Expected queries that the module's loss accepts (a training example as a batch of one: "
+            f"{_shown(examples.one(0))}), got {_shown(queries.one(0))}: {type(error).__name__}: {error}. Pass "
+            "`queries` that are built like the training data."
+        ) from error
+
+
+def _shown(batch: Any) -> str:
+    """The structure, shapes and types of a batch."""
+    if isinstance(batch, Tensor):
+        return f"{tuple(batch.shape)} {str(batch.dtype)[6:]}"
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_shown(value)}" for key, value in batch.items()) + "}"
+    if isinstance(batch, (list, tuple)):
+        return f"[{', '.join(map(_shown, batch))}]"
+    return type(batch).__name__

@@ -1,0 +1,83 @@
+"""Whether the loss in training mode is another one than in eval mode, in which examples are scored."""
+
+import contextlib
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from lightning_influence.data.examples import Examples
+from lightning_influence.gradients import Engine
+from lightning_influence.gradients.general import requiring_gradients
+from lightning_influence.gradients.precise import precise
+from lightning_influence.module.random_state import seed_for
+from lightning_influence.module.snapshot import restoring
+from lightning_influence.numerics.subsets import evenly_spread
+from lightning_influence.setting.same_data import random_states
+from lightning_influence.types import clean
+
+_SAMPLED = 8
+_TOLERANCE = {torch.float64: 1e-8}
+_SINGLE = 1e-4
+
+
+def note_on_training(engine: Engine, examples: Examples, frozen: Collection[str] = ()) -> str | None:
+    """Compare gradients of a few examples in both modes, by one pass each; layers of torch stay in eval mode.
+
+    Args:
+        engine: at the last checkpoint's weights, which are in place again afterwards.
+        examples: the training dataset.
+        frozen: names of submodules that were in eval mode during the fit.
+
+    Returns:
+        A note if they differ, and neither drew random numbers.
+    """
+    if engine.task.loss is not None:
+        return None
+    with contextlib.suppress(Exception), precise(engine.task, None) as task:  # or it does not run in training mode
+        other = replace(engine, task=task)
+        scored = _gradient(other, examples)
+        with _in_training(task.module, frozen):
+            trained = _gradient(other, examples)
+        if scored is None or trained is None:
+            return None
+        tolerance, scale = _TOLERANCE.get(scored.dtype, _SINGLE), float(max(scored.norm(), trained.norm()))
+        distance = float((scored - trained).norm())
+        if distance > tolerance * scale:
+            return (
+                "The loss in training mode differs from that in eval mode, in which examples are scored, although no "
+                f"random number is drawn (`self.training`): gradients of {min(_SAMPLED, len(examples))} examples by "
+                f"{distance / scale:.0%}. Scores are about the latter. For those of the former, pass it as `loss=`, a "
+                "callable (module, batch) -> [batch] of per-sample losses."
+            )
+    return None
+
+
+def _gradient(engine: Engine, examples: Examples) -> Tensor | None:
+    """The gradient of the summed loss of a few examples; None if random numbers were drawn."""
+    block = examples.chosen(evenly_spread(len(examples), _SAMPLED))
+    names = [name for name in engine.plan.names if name not in engine.plan.unreached]
+    parameters = list(engine.task.named_parameters(names).values())
+    seed_for(engine.seed, block.start)
+    before = random_states()
+    with requiring_gradients(engine.task.module, names):
+        loss = engine.task(engine.task.to_device(block.batch))
+        total = engine.reduction.total(loss, block.size, engine.weights_of(block.ids))
+        found = torch.autograd.grad(total, parameters, allow_unused=True)
+    if before != random_states():
+        return None
+    pairs = zip(found, parameters, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g.to_dense()).flatten() for g, p in pairs])
+
+
+@contextlib.contextmanager
+def _in_training(module: nn.Module, frozen: Collection[str]) -> Iterator[None]:
+    """Training mode for what a user wrote: layers of torch, dropout and normalisation differ in known ways."""
+    with restoring(module.modules(), "training"):
+        for name, part in module.named_modules():
+            of_torch = type(part).__module__.partition(".")[0] == "torch" or isinstance(part, (_NormBase, _DropoutNd))
+            part.training = not of_torch and clean(name) not in frozen
+        yield
