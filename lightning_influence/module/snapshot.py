@@ -167,8 +167,8 @@ class ModuleSnapshot:
         for saved in self._saved:
             if not saved.tensor.is_set_to(saved.memory):
                 saved.memory, saved.version = saved.tensor.detach(), saved.tensor._version
-                if id(saved.tensor) in self._names:
-                    saved.content = _copy(saved.tensor, False) if self._first else None
+                copied = self._first or id(saved.tensor) not in self._names
+                saved.content = _copy(saved.tensor, False) if copied else None
 
 
 @contextlib.contextmanager

@@ -95,6 +95,10 @@ class Replay:
         """The captured state at the start of a segment."""
         return self._state(self.segments[segment].start)
 
+    def end(self) -> TrainingState:
+        """The captured state at the end of the fit."""
+        return self._state(self.segments[-1].end)
+
     def run(self, weights: Tensor | None = None, renormalize: bool = False) -> TrainingState:
         """Replays the whole fit from its first checkpoint, with weights of its examples.
 
