@@ -74,9 +74,22 @@ def carrying(
             with _nudged(moved, _BUFFERS_BY):
                 evaluated_nudged, _ = _passed(task, loss, ())
         if _differ(nudged, value) or _differ(evaluated_nudged, evaluated):
-            return found, _first_read(task, sorted(carried), loss, value, evaluated)
+            return found, next((name for name in sorted(carried) if read_by(task, name, loss)), sorted(carried)[0])
         carried |= {name for name in found if _differ(other[name], written[name])}
     return found, None
+
+
+def read_by(task: Task, name: str, loss: Callable[[], Tensor]) -> bool:
+    """Whether a loss depends on a buffer, in the modes that the module is in or in eval mode."""
+    buffer = task.named_buffers()[name]
+    for mode in (contextlib.nullcontext, evaluating):
+        with mode(task):
+            value, _ = _passed(task, loss, ())
+            with _nudged([buffer], _BUFFERS_BY):
+                nudged, _ = _passed(task, loss, ())
+        if _differ(nudged, value):
+            return True
+    return False
 
 
 def refusal(name: str) -> str:
@@ -102,19 +115,6 @@ def evaluating(task: Task) -> Iterator[None]:
         for part, mode in modes:
             part.training = mode
         task.remember()
-
-
-def _first_read(task: Task, names: list[str], loss: Callable[[], Tensor], value: Tensor, evaluated: Tensor) -> str:
-    """The first of the buffers that a loss reads by itself."""
-    buffers = task.named_buffers()
-    for name in names[:-1]:
-        with _nudged([buffers[name]], _BUFFERS_BY):
-            if _differ(_passed(task, loss, ())[0], value):
-                return name
-        with evaluating(task), _nudged([buffers[name]], _BUFFERS_BY):
-            if _differ(_passed(task, loss, ())[0], evaluated):
-                return name
-    return names[-1]
 
 
 def _passed(task: Task, loss: Callable[[], Tensor], names: Collection[str]) -> tuple[Tensor, Mapping[str, Tensor]]:

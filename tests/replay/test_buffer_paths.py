@@ -37,7 +37,7 @@ class Centred(pl.LightningModule):
 
     def features(self, x):
         h = self.body(x)
-        if self.kind in ("weights", "data", "constant", "silently") or self.kind == "eval" and not self.training:
+        if self.kind in ("weights", "data", "constant", "silently") or (self.kind == "eval" and not self.training):
             return h - self.centre
         if self.kind == "two links":
             return h - self.before
