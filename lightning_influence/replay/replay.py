@@ -205,8 +205,8 @@ class Replay:
         if self.beyond_rounding() and (name := self._still(found, here)) is not None:
             raise DriftError(
                 f"Expected the loss to move the buffers that it reads as the fit did, got `{name}`, which only the fit "
-                f"moved (the replay strayed by {drift:.2g}). Move it in `training_step` before the loss is returned, and "
-                "leave `loss=` out or move it there too; or use `TracInCP()`, which repeats no step."
+                f"moved (the replay strayed by {drift:.2g}). Move it in `training_step`, and leave `loss=` out or move "
+                "it there too; or use `TracInCP()`, which repeats no step."
             )
 
     def beyond_rounding(self) -> bool:
