@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import HyDRA, Influence, MissingEvidence, TracIn, TracInCP
+from lightning_influence.replay.replay import DriftError
 
 N, SIZE, EPOCHS, RATE, MOVE = 12, 4, 3, 0.1, 1e-5
 g = torch.Generator().manual_seed(0)
@@ -75,7 +76,7 @@ def fitted(kind, folder, **options):
     torch.manual_seed(1)
     module = Centred(kind)
     start = copy.deepcopy(module)
-    influence = Influence(dirpath=folder, loss=each if kind == "batch norm" else None, **options)
+    influence = Influence(dirpath=folder, **({"loss": each if kind == "batch norm" else None} | options))
     trainer = pl.Trainer(**QUIET, max_epochs=EPOCHS, callbacks=[influence])
     trainer.fit(module, DataLoader(TensorDataset(X, Y), SIZE))
     return start, influence
@@ -144,3 +145,39 @@ def test_the_fit_is_the_same_with_tracking(tmp_path):
         _, influence = fitted("data", tmp_path / str(k), methods=methods, queries=QUERIES, max_cost=1e9)
         after.append(influence.attributor.module.state_dict())
     assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
+
+
+@pytest.mark.parametrize("method", [HyDRA(checks=0), TracIn()])
+def test_a_buffer_that_only_the_fit_moves_is_named(method, tmp_path):
+    _, influence = fitted("batch norm", tmp_path)  # its `loss=` moves nothing
+    assert influence.attributor.score(method, QUERIES).values.isfinite().all()  # and does not read the centre either
+    _, influence = fitted("weights", tmp_path, loss=each)
+    with pytest.raises(DriftError, match=r"got `centre`, which only the fit moved.*leave `loss=` out"):
+        influence.attributor.score(method, QUERIES)
+
+
+def silent_teacher(folder, methods):
+    """The weights after a fit whose step moves a frozen layer by its `data`."""
+
+    class Teacher(Centred):
+        def __init__(self):
+            super().__init__("data")
+            self.teacher = nn.Linear(3, 4).double().requires_grad_(False)
+
+        def training_step(self, batch, batch_idx):
+            loss = (
+                super().training_step(batch, batch_idx) + (self.teacher(batch[0]) - self.body(batch[0])).pow(2).mean()
+            )
+            self.teacher.weight.data.mul_(0.9)
+            return loss
+
+    torch.manual_seed(1)
+    module = Teacher()
+    trainer = pl.Trainer(**QUIET, max_epochs=EPOCHS, callbacks=[Influence(methods, queries=QUERIES, dirpath=folder)])
+    trainer.fit(module, DataLoader(TensorDataset(X, Y), SIZE))
+    return module.state_dict()
+
+
+def test_tracking_leaves_silent_writes_of_parameters_to_the_fit(tmp_path):
+    plain, tracked = silent_teacher(tmp_path / "0", []), silent_teacher(tmp_path / "1", [HyDRA.during_fit()])
+    assert all(torch.equal(plain[name], tracked[name]) for name in plain)
