@@ -17,6 +17,7 @@ from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.methods.kinds import WholeRun
 from lightning_influence.methods.method import Evidence
 from lightning_influence.replay.adjoint import Walk, adjoint
+from lightning_influence.replay.buffer_paths import note_statistics
 from lightning_influence.replay.leave_out import without
 from lightning_influence.replay.progress import ReplayProgress, note_drift
 from lightning_influence.replay.refit_agreement import Refits, removals
@@ -79,7 +80,8 @@ class HyDRA(WholeRun):
 
     Raises:
         ValueError: other values; an optimizer that cannot be replayed; a loss that mixes examples in training (batch
-            normalisation) without ``loss=``.
+            normalisation) without ``loss=``; with ``hessian``, a buffer that ``training_step`` writes with what depends
+            on the weights and that the loss reads (a running centre).
         MissingEvidence: a fit that was not captured step by step.
         DriftError: replayed weights that differ from the captured ones by more than ``max_drift``.
     """
@@ -162,6 +164,8 @@ class HyDRA(WholeRun):
             )
         progress.finish()
         note_drift(setting, replay)
+        if self.hessian:
+            note_statistics(setting)
         if self.checks:
             self._note_agreement(setting, replay, scores, queries)
         return scores.to(setting.zeros().dtype)
@@ -296,6 +300,8 @@ class HyDRADuringFit(WholeRun):
         else:
             _add_hypergradients(total, query, record)
         setting.on_block(len(setting.ids))
+        if self.hessian:
+            note_statistics(setting)
         return -total
 
     def seconds(self, setting: Setting, queries: Queries | None) -> float:

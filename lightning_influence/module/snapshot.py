@@ -8,6 +8,7 @@ from functools import cache
 from operator import attrgetter, is_
 from types import FunctionType, ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ _LARGE = 2**26
 # How deep objects that are no modules are looked into, such as an average of the weights, and how long their lists are.
 _DEPTH, _LONG = 2, 10_000
 _LIBRARIES = ("torch", "pytorch_lightning", "lightning", "lightning_fabric", "torchmetrics", "lightning_influence")
+
+# Ids of each module's tensors that passes wrote into, and of those among them that kept their version and memory.
+_WRITTEN: WeakKeyDictionary[nn.Module, tuple[set[int], set[int]]] = WeakKeyDictionary()
 
 _version_of = attrgetter("_version")
 
@@ -48,7 +52,8 @@ class ModuleSnapshot:
 
     Args:
         module: the module.
-        thorough: copy parameters, and compare all contents after the first pass. Otherwise a write into one raises.
+        thorough: copy parameters, and compare all contents after the first pass. Otherwise only those are copied, or
+            taken to be written, that earlier passes wrote into; a write into another raises.
         parameters: whether parameters are watched at all.
     """
 
@@ -59,11 +64,19 @@ class ModuleSnapshot:
         found = {id(tensor): tensor for tensor in self._tensors_in([module], set(), 0)}
         tensors = [t for t in found.values() if _has_memory(t) and (parameters or id(t) not in self._names)]
         lazily = sum(t.numel() for t in tensors) > _LARGE
+        self._written, self._silent = _WRITTEN.setdefault(module, (set(), set()))
+        self._first = thorough
         self._saved = [
-            _Saved(t, t.detach(), t._version, _copy(t, lazily) if thorough or id(t) not in self._names else None)
+            _Saved(
+                t,
+                t.detach(),
+                t._version,
+                _copy(t, lazily) if self._is_copied(t) else None,
+                not thorough and id(t) in self._silent,
+            )
             for t in tensors
         ]
-        self._first, self._any_silent = thorough, False
+        self._any_silent = any(saved.silent for saved in self._saved)
         self._compared: Any = None
 
     def _tensors_in(self, values: Iterable[Any], visited: set[int], depth: int) -> Iterator[Tensor]:
@@ -122,7 +135,12 @@ class ModuleSnapshot:
             found = [saved for saved in self._saved if saved.is_written(first)]
             self._any_silent = any(saved.silent for saved in self._saved)
             self._compared = None
+            self._written.update(id(saved.tensor) for saved in found)
+            self._silent.update(id(saved.tensor) for saved in found if saved.silent)
             return found
+
+    def _is_copied(self, tensor: Tensor) -> bool:
+        return self._first or id(tensor) not in self._names or id(tensor) in self._written
 
     def _is_unchanged(self) -> bool:
         """Whether all tensors have their version and memory still; runs after every pass, hence the loops in C."""
@@ -167,8 +185,7 @@ class ModuleSnapshot:
         for saved in self._saved:
             if not saved.tensor.is_set_to(saved.memory):
                 saved.memory, saved.version = saved.tensor.detach(), saved.tensor._version
-                if id(saved.tensor) in self._names:
-                    saved.content = _copy(saved.tensor, False) if self._first else None
+                saved.content = _copy(saved.tensor, False) if self._is_copied(saved.tensor) else None
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_influence.gradients.queries import DenseQueries
 from lightning_influence.numerics.optimizers import OptimizerState, UpdateInput
+from lightning_influence.replay.buffer_paths import BufferPaths
 from lightning_influence.replay.hessian_products import StepProducts, Vectors, scaled_products
 from lightning_influence.replay.replay import Replay, ReplayedStep
 from lightning_influence.replay.steps import MicroBatch, Step
@@ -37,17 +38,20 @@ def adjoint(
 
     Raises:
         DriftError: the replay does not reproduce the fit.
-        ValueError: the examples of a batch change one another's loss.
+        ValueError: the examples of a batch change one another's loss; a buffer carries weights to later losses.
     """
     if not hessian and replay.whole:
         found = _one_walk_forward(replay, final, renormalize, done)
         if found is not None:
             return found
     walk = Walk(replay, final, hessian, renormalize)
+    paths = BufferPaths(replay) if hessian else None
     with replay.training():
         for moment in replay.backwards():
             if replay.forward.check(moment.step, separate=True):
                 replay.load(moment.before, moment.step)
+            if paths is not None:
+                paths.check(moment)
             walk.back(moment)
             done(moment.step)
     return walk.total

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_influence.data.examples import Examples
 from lightning_influence.gradients import Engine
+from lightning_influence.module.buffer_paths import candidates, read_by
 from lightning_influence.module.trainer_state import set_clock
 from lightning_influence.replay.forward import Forward
 from lightning_influence.replay.steps import Segment, Step, segments_of
@@ -94,6 +95,10 @@ class Replay:
     def start(self, segment: int = 0) -> TrainingState:
         """The captured state at the start of a segment."""
         return self._state(self.segments[segment].start)
+
+    def end(self) -> TrainingState:
+        """The captured state at the end of the fit."""
+        return self._state(self.segments[-1].end)
 
     def run(self, weights: Tensor | None = None, renormalize: bool = False) -> TrainingState:
         """Replays the whole fit from its first checkpoint, with weights of its examples.
@@ -197,6 +202,12 @@ class Replay:
                 "cannot be repeated, or raise `max_drift`. `TracInCP()` repeats no step, but it is right only if data "
                 "and loss are those of the fit."
             )
+        if self.beyond_rounding() and (name := self._still(found, here)) is not None:
+            raise DriftError(
+                f"Expected the loss to move the buffers that it reads as the fit did, got `{name}`, which only the fit "
+                f"moved (the replay strayed by {drift:.2g}). Move it in `training_step`, and leave `loss=` out or move "
+                "it there too; or use `TracInCP()`, which repeats no step."
+            )
 
     def beyond_rounding(self) -> bool:
         """Whether the drift is more than rounding."""
@@ -232,6 +243,22 @@ class Replay:
                 f"gradients of one step differ by {self.forward.attention:.1e} of their length; {others}"
             )
         return f"Likely causes: {others}"
+
+    def _still(self, segment: Segment, here: TrainingState) -> str | None:
+        """A buffer that the loss reads and that the fit moved in a segment, but its replay did not; None: none is."""
+        start, end = self._state(segment.start).buffers, self._state(segment.end).buffers
+        names = [
+            name
+            for name in candidates(self.engine.task)
+            if name in start
+            and torch.equal(here.buffers[name], start[name])
+            and not torch.equal(end[name], start[name])
+        ]
+        batch = segment.steps[-1].batches[0] if segment.steps else None
+        if batch is None or not names:
+            return None
+        data = self.forward.read(batch)
+        return next((n for n in names if read_by(self.engine.task, n, lambda: self.forward.losses(batch, data))), None)
 
     def _state(self, checkpoint: Checkpoint) -> TrainingState:
         """The captured state at a checkpoint; the last two are kept, since a segment starts where another ends."""

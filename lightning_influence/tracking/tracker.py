@@ -142,6 +142,8 @@ class Tracker(ABC):
     """Whether ``stepped`` is given the queries at the new weights."""
     differentiates: ClassVar[bool] = True
     """Whether it differentiates the steps, which must then follow the optimizer's update rule."""
+    hessian: bool = False
+    """Whether it includes how a change of the weights changes later gradients."""
 
     def chosen(self, fit: TrackedFit) -> "Tracker":
         """The tracker to use for this fit, which may depend on its optimizer."""

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from lightning_influence.data.examples import Block
 from lightning_influence.gradients import Reduction
+from lightning_influence.module.buffer_paths import refusal
 from lightning_influence.module.quiet import quiet
-from lightning_influence.module.task import Loss, NoLoss
+from lightning_influence.module.task import Loss, NoLoss, Task
 from lightning_influence.numerics.clipping import ByValue
 from lightning_influence.numerics.optimizers import UpdateInput, rule_for
 from lightning_influence.setting.setting import Queries, Setting
+from lightning_influence.tracking.buffer_paths import BufferWatch
 from lightning_influence.tracking.errors import PlanError, Untrackable
 from lightning_influence.tracking.estimates import plain_seconds, states_of
 from lightning_influence.tracking.micro_batch import PreparedTask, TrackedMicroBatch
@@ -75,6 +77,7 @@ class TrackerLoop:
         # entries disappear with the micro-batch, once no accumulation window holds it
         self._pending: WeakKeyDictionary[object, _PendingBatch] = WeakKeyDictionary()
         self._before: dict[str, tuple[Tensor, Tensor, dict[str, Tensor]]] = {}
+        self._buffers = BufferWatch()
         self._steps = 0
         self._checked = self._verifies = False
 
@@ -167,6 +170,7 @@ class TrackerLoop:
             quiet(self._module, self._loss, self._trainer, evaluate=False) as task,
         ):
             task.batch_idx = batch_idx
+            self._look_for_paths(task, data)
             present = self._micro_batch(PreparedTask.of(task), tuple(ids), data)
             payloads = {each.name: each.tracker.batch(present) for each in self._active()}
             self._pending[batch] = _PendingBatch(present.ids, payloads, present.whole() if self._is_due() else None)
@@ -277,6 +281,14 @@ class TrackerLoop:
         task = stack.enter_context(quiet(self._module, self._loss, self._trainer))
         stack.enter_context(task.at(0))
         return replace(self._queries, engine=replace(self._queries.engine, task=task))[:]
+
+    def _look_for_paths(self, task: Task, data: Any) -> None:
+        """Ends the trackers whose derivatives would lack what the weights change through a buffer."""
+        if any(each.tracker.hessian for each in self._active()):
+            name = self._buffers.carrier(PreparedTask.of(task), self._trained, data)
+            for each in self._active():
+                if name is not None and each.tracker.hessian:
+                    each.lost = refusal(name)
 
     def _micro_batch(self, task: PreparedTask, ids: tuple[int, ...], batch: Any) -> TrackedMicroBatch:
         engine = replace(self._engine, task=task)

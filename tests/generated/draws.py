@@ -7,10 +7,10 @@ from generated.data import HOOKS, LOADERS, MASKS
 from generated.fitting import Config
 from generated.judging import METHODS, SIZES, WHERE, Question
 from generated.losses import LOSSES
-from generated.modules import MODULES
+from generated.modules import MODULES, NOT_DRAWN
 
 AXES = {
-    "module": tuple(MODULES),
+    "module": tuple(name for name in MODULES if name not in NOT_DRAWN),
     "loss": tuple(LOSSES),
     "mask": MASKS,
     "loader": tuple(LOADERS),

@@ -41,6 +41,7 @@ def facts(trainer):
         datamodule=trainer.datamodule,
         optimizers=[SimpleNamespace(param_groups=[{"lr": trainer.optimizers[0].param_groups[0]["lr"]}])],
         training=True,
+        numbers={name: value for name, value in vars(trainer.lightning_module).items() if type(value) is float},
     )
 
 

@@ -17,7 +17,7 @@ from fits import QUIET
 
 from generated.data import COLLATES
 from generated.fitting import Fit, tensors_of
-from generated.truth import BY_INDEX, Truth, needs_datamodule
+from generated.truth import BY_INDEX, CARRIES, Truth, needs_datamodule
 from lightning_influence import (
     Attributor,
     ExactHessian,
@@ -168,6 +168,9 @@ class Asked:
         note_allowed = self.lacks(question) or truth.cause is not None or self.config.module in BY_INDEX
         if truth.cause is not None:
             return Verdict("noted") if tells else Verdict("silently wrong", f"{truth.cause}, and scores came out")
+        if question.method == "hydra" and self.config.module in CARRIES:
+            strays = any("strayed from the captured weights" in note for note in notes)
+            return Verdict("noted") if strays else Verdict("silently wrong", "the path through a buffer is missing")
         expected = self.expected(question, truth)
         size = expected.abs().amax(-1, keepdim=True).clamp(min=1e-30)
         error = float(((values.double() - expected) / size).abs().nan_to_num(torch.inf).max())

@@ -295,6 +295,20 @@ class ReadsStage(Made):
         return loss if self.trainer.training else loss * 7
 
 
+class Anneals(Made):
+    """The weight of its loss is a plain number, which each epoch lowers."""
+
+    def __init__(self, body, loss):
+        super().__init__(body, loss)
+        self.weight = 1.0
+
+    def on_train_epoch_start(self):
+        self.weight = 1 / (1 + self.current_epoch)
+
+    def changed(self, loss, batch, batch_idx):
+        return loss * self.weight
+
+
 # name -> (class, body, whether to refuse it is a fault too)
 MODULES = {body: (Made, body, True) for body in BODIES} | {
     "two groups": (TwoGroups, "mlp", True),
@@ -318,7 +332,9 @@ MODULES = {body: (Made, body, True) for body in BODIES} | {
     "no gradient in eval": (NoGradInEval, "mlp", False),
     "second head in training": (AuxiliaryWhenTraining, "mlp", False),
     "returns a dict": (ReturnsDict, "mlp", True),
+    "anneals": (Anneals, "mlp", True),
 }
+NOT_DRAWN = ("anneals",)
 
 
 def build(name, loss, seed):

@@ -12,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from generated.data import COLLATES, KINDS, Rows, weights_of
 
 BY_INDEX = ("parity of the index", "every third batch")
+# Modules whose step carries the weights to later losses through a buffer, which no derivative of steps follows.
+CARRIES = ("centre",)
 CLOSE = 1e-9
 
 
@@ -61,6 +63,7 @@ class Truth:
                     self.twin.__dict__[name] = value.clone()
         self.twin.kept = []
         self.twin.__dict__["_trainer"] = facts
+        self.twin.__dict__.update(getattr(facts, "numbers", {}))
         return self.twin.eval()
 
     def value(self, batch, state, facts, index, train=False):
@@ -276,7 +279,12 @@ class Truth:
                 for (name, p), g in zip(params.items(), found, strict=True)
             }
         end = type(self.watch.steps[0])({}, 0, 1, self.watch.states[-1], self.watch.clocks[-1])
-        values = [self.called(params, self.fit.entered(self.fit.queries[i]), end) for i in range(len(self.fit.queries))]
+        values = []
+        for i in range(len(self.fit.queries)):
+            one = self.fit.entered(self.fit.queries[i])
+            copies = self.query(i, len(self.watch.states) - 1)[2]
+            given = one if copies == 1 else {key: torch.cat([v, v]) for key, v in one.items()}
+            values.append(self.called(params, given, end) * self.share(one["y"], one["y"], copies))
         return -torch.stack([torch.autograd.grad(v, w, retain_graph=True)[0] for v in values])
 
     def called(self, params, one, step, train=False):
