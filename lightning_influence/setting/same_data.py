@@ -127,7 +127,7 @@ def first_mismatch(
         source: the data.
         record: of the fit.
         seconds: after this time, only a few examples of each batch are compared.
-        again: after this time nothing more is compared; for repetitions.
+        again: compare no others, and nothing more after this time; for repetitions.
     """
     started, whole, devices = time.monotonic(), 0, {record.device, task.device.type}
     until = started + seconds if again else math.inf
@@ -136,7 +136,7 @@ def first_mismatch(
     batches = [batch for batch in record.batches if max(batch.ids) in indices and min(batch.ids) in indices]
     few = [batch.few(FEW[min(number, 1)]) for number, batch in enumerate(batches)]
     more = [b for b, known in zip(batches, few, strict=True) if b.positions != known.positions and splits(b.entered)]
-    for number, batch in enumerate([*few, *more]):
+    for number, batch in enumerate([*few, *(() if again else more)]):
         if number == len(few) and not again:
             until = time.monotonic() + seconds
         if number and time.monotonic() > until:
