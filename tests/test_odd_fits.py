@@ -108,8 +108,8 @@ def test_a_second_fit_of_a_trainer_says_where_its_scores_begin(tmp_path):
     ("queries", "shown"),
     {
         "dicts": (lambda: Items([{"x": x, "y": y} for x, y in DATA["queries"]()]), "{'x': (1, 5) float64, 'y'"),
-        "inputs without targets": (lambda: TensorDataset(torch.randn(3, 5)), "[(1, 5)]: ValueError"),
-        "a tensor": (lambda: torch.randn(3, 5), "(1, 5): "),
+        "inputs without targets": (lambda: TensorDataset(torch.randn(3, 5)), "[(1, 5) float32]: ValueError"),
+        "a tensor": (lambda: torch.randn(3, 5), "(1, 5) float32: "),
     }.values(),
 )
 def test_queries_of_another_kind_are_shown_beside_training_data(queries, shown):

@@ -128,10 +128,10 @@ def _refuse_dropped(
     ) from error
 
 
-def _counts_examples(collate: Callable[[list[Any]], Batch], item: Any) -> bool:
+def _counts_examples(collate: Callable[[list[Any]], Batch], single: Any) -> bool:
     """Whether the common length of a batch's tensors may be its number of examples, rather than of time steps."""
     try:
-        batch = collate([item])
+        batch = collate([single])
     except Exception:
         return True
     return batch is None or _rows(batch) <= 1
