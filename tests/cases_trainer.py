@@ -89,7 +89,7 @@ class Average:
     def update(self, net):
         self.updates += 1
         for name, p in net.named_parameters():
-            self.shadow[name].mul_(0.9).add_(p.detach(), alpha=0.1).add_(0.05 * self.updates)
+            self.shadow[name].mul_(0.9).add_(p.detach(), alpha=0.1)
 
 
 class WithAverage(Step):

@@ -1,6 +1,7 @@
 """Values that ``training_step`` changes itself, such as a counter of its calls: whether its loss depends on them."""
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from lightning_influence.trajectory import Trajectory
 # Calls that are tried of a step with values that do not just count; calls back to which a counter is followed.
 _CALLS, _BACK = 3, 1000
 _ENTRIES = 64
+# A counter that changes gradients by less than this share, such as that of an average's warm-up, is noted.
+_SLOW = 0.1
 _WAY_OUT = (
     "Compute it from `batch_idx`, `self.global_step` or `self.current_epoch` instead, which are followed, or pass "
     "`loss=`, a callable (module, batch) -> [batch] of per-sample losses."
@@ -64,7 +67,7 @@ def check_own_counters(task: Task, examples: Examples, names: Sequence[str], bac
         back: steps since the checkpoint before the last one; None: unknown.
 
     Returns:
-        A note where averages do, which change slowly.
+        A note where averages do, or counters, with which the loss changes slowly.
 
     Raises:
         ValueError: a counter or switch does.
@@ -85,16 +88,20 @@ def check_own_counters(task: Task, examples: Examples, names: Sequence[str], bac
 
     pair = _differing(task, examples, names, counted, _calls(counters, start, back)) if counters else None
     which = list(counters)
+    tried: Callable[[Any], Mapping[str, Any]] = counted
     if pair is None and (which := [path for path in exact if path not in counters]):
-        pair = _differing(task, examples, names, lambda k: {p: states[k][p] for p in which}, range(len(states)))
-    if pair is not None:
+        tried = functools.partial(_some, states, which)
+        pair = _differing(task, examples, names, tried, range(len(states)))
+    slow = pair is not None and _gap(task, examples, names, tried, pair) <= _SLOW
+    if pair is not None and not slow:
         raise ValueError(
             f"Expected a loss that does not depend on what `training_step` counts itself, got other gradients at other "
             f"values of {_named(which)}, which each call of the step changes: one call and those around it have "
             f"different losses of the same example. {_WAY_OUT}"
         )
-    rest = [path for path in changed if path not in exact]
-    if rest and _differing(task, examples, names, lambda k: {p: states[k][p] for p in rest}, range(len(states))):
+    rest = which if slow else [path for path in changed if path not in exact]
+    averaged = functools.partial(_some, states, rest)
+    if slow or (rest and _differing(task, examples, names, averaged, range(len(states)))):
         return (
             f"The loss depends on {_named(rest)}, which each call of `training_step` changes: gradients are taken at "
             "the values of the checkpoints, where they are recorded. Scores are wrong if these vary from step to step."
@@ -163,6 +170,27 @@ def _differing(
 ) -> tuple[int, int] | None:
     """Two calls at whose values the gradient of a few examples differs, or the loss where no parameter is named."""
     return differing_indices(gradient_at(task, examples, names, lambda number: _at(task, values(number))), calls)
+
+
+def _some(states: Sequence[Mapping[str, Any]], paths: Sequence[str], call: int) -> dict[str, Any]:
+    return {path: states[call][path] for path in paths}
+
+
+def _gap(
+    task: Task,
+    examples: Examples,
+    names: Sequence[str],
+    values: Callable[[Any], Mapping[str, Any]],
+    pair: tuple[int, int],
+) -> float:
+    """How far the gradients at the values of two calls are apart, as a share of the larger one's length."""
+    run = gradient_at(task, examples, names, lambda number: _at(task, values(number)))
+    one, other = run(pair[0]), run(pair[1])
+    if one is None or other is None or one.keys() != other.keys():
+        return 1.0
+    apart = sum(float((one[name] - other[name]).double().square().sum()) for name in one)
+    length = max(sum(float(g.double().square().sum()) for g in found.values()) for found in (one, other))
+    return float((apart / length) ** 0.5) if length else 0.0
 
 
 def _is_exact(value: Any) -> bool:
