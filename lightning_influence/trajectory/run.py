@@ -96,7 +96,8 @@ def read_run(folder: Path) -> Run:
             f"{run.path.name} resumed {link['run']} at step {link['step']}, which is no longer in {link['path']!r}:"
             f" the steps before it are unknown."
         )
-    for later, about in reversed(newer):
+    while newer:  # each of them holds all steps before it: only one is kept
+        later, about = newer.pop()
         _join(later, about, run)
         run = later
     return run

@@ -311,7 +311,7 @@ def test_a_datamodule_gives_training_data_and_queries(tmp_path):
     assert data.calls == ["prepare_data", "fit", "test"]
     expected = Attributor(Net(), loader(collate_fn=scaled), trajectory).score(GradientDot(), QUERIES)
     torch.testing.assert_close(attributor.score(GradientDot(), QUERIES).values, expected.values)
-    for name, message in (("val:2", "one of 2 loaders"), ("predict", "or 'train', got 'predict'")):
+    for name, message in (("val:2", "one of 2 loaders"), ("predict", "or such as 'val:1', got 'predict'")):
         with pytest.raises(ValueError, match=message):
             attributor.score(GradientDot(), name)
 
