@@ -248,7 +248,7 @@ def test_features_are_taken_once_and_kept_with_the_trajectory(captured):
     again.score(RepresenterPoints(of=1), queries)  # with another attributor's probes
     WENT_FORWARD.clear()
     second = again.score(RepresenterPoints(), queries)
-    # the comparison with the fit, the head, its loss (twice) and the stored rows: a few of 60 examples; then the queries
+    # the comparison with the fit, the head, its loss (twice) and the stored rows: a few examples; then the queries
     assert WENT_FORWARD == [4, 1, 32, 32, 8, 4]
     torch.testing.assert_close(second.values, first)
     assert "solved in" in second.notes[0]
