@@ -40,7 +40,9 @@ WAY_OUT = re.compile(
     r"\b(Pass|Use|Fit|Return|Call|Give|Set|Check|Write|Load|Let|Do not|Make|Take|Score|Try|Build|Allow)\b", re.I
 )
 TELLS = re.compile(
-    r"differ|collate|hook|datamodule|DataModule|random|transfer|batch_idx|index|not compared|was not recorded", re.I
+    r"differ|collate|hook|datamodule|DataModule|random|transfer|batch_idx|index|not compared|was not recorded|"
+    r"depends neither in eval nor in training mode",
+    re.I,
 )
 
 

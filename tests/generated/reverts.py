@@ -96,6 +96,7 @@ def no_copies(patch):
 
 
 def parameters_not_put_back(patch):
+    no_guard_at_all(patch)  # finds it too
     original = ModuleSnapshot._put_back
 
     def only_others(self, saved):
@@ -132,6 +133,7 @@ def reach_not_checked(patch):
     from lightning_influence.setting.unreached import Unreached
 
     patch.setattr(Unreached, "of", staticmethod(lambda *args: Unreached()))
+    patch.setattr("lightning_influence.setting.session.note_on_training", lambda *args: None)  # finds it too
 
 
 def trainer_answers_itself(patch):
