@@ -483,7 +483,6 @@ def whole_series_batch(items):
 CASES = {
     "BERT, padded batches": Third(bert, sentences, "transformers", padded),
     "GPT-2, texts of one length": Third(gpt2, texts, "transformers"),
-    "GPT-2, padded texts": Third(gpt2, sentences, "transformers", language, says=("tokens", "loss=")),
     "GPT-2, padded texts, loss=": Third(gpt2, sentences, "transformers", language, token_mean),
     "Llama": Third(llama, texts, "transformers"),
     "T5": Third(t5, pairs, "transformers"),
