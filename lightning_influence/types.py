@@ -13,6 +13,20 @@ LABELS = ("label", "labels", "y", "target", "targets", "class")
 """Names under which the dicts of a dataset usually hold the label."""
 
 
+LIBRARIES = frozenset(
+    {
+        "pytorch_lightning",
+        "lightning",
+        "lightning_fabric",
+        "lightning_influence",
+        "lightning_utilities",
+        "torch",
+        "torchmetrics",
+    }
+)
+"""Top-level packages whose code is not the user's."""
+
+
 class MissingEvidence(RuntimeError):
     """A method needs something that this fit did not capture; the message says what is missing and how to get it."""
 

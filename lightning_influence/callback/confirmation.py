@@ -17,10 +17,10 @@ from torch import nn
 from lightning_influence.capture.recorder import Recorder
 from lightning_influence.data.source import Source, source_of
 from lightning_influence.module.quiet import quiet
-from lightning_influence.module.random_state import seed_for
+from lightning_influence.module.random_state import random_states, seed_for
 from lightning_influence.module.snapshot import restoring
 from lightning_influence.module.task import Task
-from lightning_influence.setting.same_data import CHECKPOINT_BYTES, FEW, first_mismatch, loss_of, random_states, remade
+from lightning_influence.setting.same_data import CHECKPOINT_BYTES, FEW, first_mismatch, loss_of, remade
 from lightning_influence.setting.session import fit_values
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.checkpoint import Checkpoint

@@ -5,8 +5,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_influence.module.trainer_reads import LIBRARIES
-from lightning_influence.types import clean
+from lightning_influence.types import LIBRARIES, clean
 
 # `configure_gradient_clipping` has a note of its own.
 _OF_MODULE = (

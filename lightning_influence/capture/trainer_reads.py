@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from lightning_influence.module.trainer_reads import (
-    LIBRARIES,
     NotPlain,
     as_json,
     is_of_the_process,
@@ -15,6 +14,7 @@ from lightning_influence.module.trainer_reads import (
     set_class,
     watched_class,
 )
+from lightning_influence.types import LIBRARIES
 
 # The module's and the Trainer's counters are set for each checkpoint; what these hold belongs to the process.
 _NOT_RECORDED = frozenset({"global_step", "current_epoch", "logger", "loggers", "state", "profiler", "callbacks"})

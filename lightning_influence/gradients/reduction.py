@@ -18,7 +18,8 @@ from lightning_influence.module.task import Task
 from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.types import clean
 
-WAY_OUT = "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
+PASS_LOSS = "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses"
+WAY_OUT = f"{PASS_LOSS}."
 _WAY_OUT_IN_TRAINING = "Pass `loss=`, a callable (module, batch) -> [batch] that gives the losses of the joint batch."
 _PROBED = 32
 

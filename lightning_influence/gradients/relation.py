@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_influence.data.examples import Block
 from lightning_influence.gradients.general import one_gradient, requiring_gradients
 from lightning_influence.gradients.precise import Tolerance
+from lightning_influence.gradients.reduction import PASS_LOSS
 from lightning_influence.gradients.spot_checks import UnequalWeight, is_finite, largest_entry, tolerance_of
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.numerics.subsets import evenly_spread
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 # Examples of a block among which the odd one is looked for before a refusal names it.
 _SUSPECTS = 48
-_WAY_OUT = "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses"
 _WAY_OUT_OF_LOSS = "Let `loss=` return what each example would have alone: per-sample losses"
 
 
@@ -96,7 +96,7 @@ def _described(engine: "Engine", block: Block, row: int, names: Sequence[str]) -
         odd, factor = _odd_one(engine, block, row, names)
     example, unusual = block.ids[odd], engine.guard.unlike.describe(block, odd)
     has = f" ({unusual})" if unusual else ""
-    way_out = _WAY_OUT if engine.task.loss is None else _WAY_OUT_OF_LOSS
+    way_out = PASS_LOSS if engine.task.loss is None else _WAY_OUT_OF_LOSS
     expected = f"Expected example {example} to weigh in its batch as it does alone, got"
     if not math.isfinite(float(_loss(engine, block, example))):
         return ValueError(

@@ -61,7 +61,7 @@ class SetUpDataModule:
 
 
 def transferred(batch: Batch, module: Any, datamodule: Any, device: torch.device) -> Batch:
-    """The batch after the three batch-transfer hooks, each the DataModule's where it has one, else the module's."""
+    """The batch after the three batch-transfer hooks, each that of a DataModule which has one, else the module's."""
 
     def owner(hook: str) -> Any:
         return datamodule if overrides(datamodule, hook) else module

@@ -8,9 +8,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from lightning_influence.module.random_state import isolated_random_state
-from lightning_influence.module.trainer_reads import LIBRARIES
 from lightning_influence.module.trainer_state import detached_trainer
-from lightning_influence.types import clean
+from lightning_influence.types import LIBRARIES, clean
 
 # What lazy layers of torch take from their first input, and the dimension of their weight that has it.
 _SIZES = {"in_features": 1, "in_channels": 1, "num_features": 0}

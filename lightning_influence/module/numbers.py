@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.module.snapshot import is_plain_object
-from lightning_influence.module.trainer_reads import LIBRARIES
-from lightning_influence.types import clean
+from lightning_influence.types import LIBRARIES, clean
 
 History = Mapping[str, Sequence[tuple[int, Any]]]
 """(optimizer steps so far, value) by path: at the first checkpoint after the initial one, then each change.

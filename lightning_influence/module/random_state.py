@@ -4,6 +4,7 @@ import contextlib
 import random
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -23,6 +24,19 @@ def isolated_random_state() -> Iterator[None]:
             numpy.random.set_state(states[2])
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
+
+
+def random_states() -> tuple[Any, ...]:
+    """The states of all random generators, to be compared."""
+    numpy = sys.modules.get("numpy")
+    state = None if numpy is None else numpy.random.get_state()
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return (
+        torch.get_rng_state().numpy().tobytes(),
+        random.getstate(),
+        (state[1].tobytes(), *state[2:]) if isinstance(state, tuple) else repr(state),
+        [s.numpy().tobytes() for s in torch.cuda.get_rng_state_all()] if cuda else None,
+    )
 
 
 def seed_for(seed: int, example: int) -> None:

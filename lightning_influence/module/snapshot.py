@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset
 
+from lightning_influence.types import LIBRARIES
+
 # Beyond so many elements in all, tensors are copied only once something writes into them.
 _LARGE = 2**26
 # How deep objects that are no modules are looked into, such as an average of the weights, and how long their lists are.
 _DEPTH, _LONG = 2, 10_000
-_LIBRARIES = ("torch", "pytorch_lightning", "lightning", "lightning_fabric", "torchmetrics", "lightning_influence")
 
 # Ids of each module's tensors that passes wrote into, and of those among them that kept their version and memory.
 _WRITTEN: WeakKeyDictionary[nn.Module, tuple[set[int], set[int]]] = WeakKeyDictionary()
@@ -217,7 +218,7 @@ def is_plain_object(value: Any) -> bool:
     if not hasattr(value, "__dict__") or isinstance(value, (type, ModuleType, FunctionType, Dataset)):
         return False
     is_heap_type = bool(kind.__flags__ & 1 << 9)
-    return is_heap_type and not any(base.__module__.partition(".")[0] in _LIBRARIES for base in kind.__mro__)
+    return is_heap_type and not any(base.__module__.partition(".")[0] in LIBRARIES for base in kind.__mro__)
 
 
 @cache

@@ -205,12 +205,10 @@ class Task:
             return batch
         owner = module._trainer
         with training_stage(module):
-            if self.datamodule is not None:
+            # A Trainer that has never run does not know whose hooks to call.
+            new = owner is not None and getattr(owner._data_connector, "_datahook_selector", True) is None
+            if new or self.datamodule is not None:
                 return transferred(batch, module, self.datamodule, self.device)
-            if owner is not None and getattr(owner._data_connector, "_datahook_selector", True) is None:
-                # A Trainer that has never run does not know whose hooks to call: call the module's own.
-                batch = module.on_before_batch_transfer(batch, 0)
-                return module.on_after_batch_transfer(module.transfer_batch_to_device(batch, self.device, 0), 0)
             batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
             return module._apply_batch_transfer_handler(batch, device=self.device, dataloader_idx=0)
 

@@ -12,17 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LIBRARIES = frozenset(
-    {
-        "pytorch_lightning",
-        "lightning",
-        "lightning_fabric",
-        "lightning_influence",
-        "lightning_utilities",
-        "torch",
-        "torchmetrics",
-    }
-)
+from lightning_influence.types import LIBRARIES
+
 _NOT_USERS = LIBRARIES | (sys.stdlib_module_names - {"__main__"})
 # The most numbers that a recorded value may have.
 _MOST = 4096

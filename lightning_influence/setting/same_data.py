@@ -1,12 +1,9 @@
 """Whether the data of a question are those of the fit: a few of its batches are made again and compared."""
 
 import math
-import random
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +13,7 @@ from torch.utils.data import Subset, default_collate
 from lightning_influence.data.examples import Examples
 from lightning_influence.data.source import Source
 from lightning_influence.module.data_hooks import hooks_of
-from lightning_influence.module.random_state import seed_for
+from lightning_influence.module.random_state import random_states, seed_for
 from lightning_influence.module.task import Task
 from lightning_influence.trajectory import Checkpoint, Trajectory
 from lightning_influence.trajectory.fingerprints import Fingerprint, difference, fingerprint, same_rows, splits
@@ -307,17 +304,4 @@ def _where(batch: FirstBatch, source: Source) -> str:
                 )
     return (
         f"Not all of them are among the first {looked_at} examples here: the rows are others, or were edited ({kind})."
-    )
-
-
-def random_states() -> tuple[Any, ...]:
-    """The states of all random generators, to be compared."""
-    numpy = sys.modules.get("numpy")
-    state = None if numpy is None else numpy.random.get_state()
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return (
-        torch.get_rng_state().numpy().tobytes(),
-        random.getstate(),
-        (state[1].tobytes(), *state[2:]) if isinstance(state, tuple) else repr(state),
-        [s.numpy().tobytes() for s in torch.cuda.get_rng_state_all()] if cuda else None,
     )

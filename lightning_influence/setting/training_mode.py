@@ -13,10 +13,9 @@ from lightning_influence.data.examples import Examples
 from lightning_influence.gradients import Engine
 from lightning_influence.gradients.general import requiring_gradients
 from lightning_influence.gradients.precise import precise
-from lightning_influence.module.random_state import seed_for
+from lightning_influence.module.random_state import random_states, seed_for
 from lightning_influence.module.snapshot import restoring
 from lightning_influence.numerics.subsets import evenly_spread
-from lightning_influence.setting.same_data import random_states
 from lightning_influence.types import clean
 
 _SAMPLED = 8

@@ -13,12 +13,12 @@ from lightning_influence.data.examples import Block, Examples
 from lightning_influence.gradients import Engine
 from lightning_influence.gradients.general import requiring_gradients
 from lightning_influence.gradients.precise import precise
+from lightning_influence.gradients.reduction import PASS_LOSS
 from lightning_influence.module.snapshot import restoring
 from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.trajectory import Trajectory
 
 _SAMPLED = 8
-_WAY_OUT = "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses"
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _error(names: Sequence[str], found: Sequence[str], cause: str) -> str:
     leave = "" if len(found) == len(names) else ", or leave these parameters out by `parameters=`"
     return (
         f"Expected the loss in eval mode, in which examples are scored, to depend on all parameters that trained, got "
-        f"no gradient for {shown}, {cause}. {_WAY_OUT}, which runs the same code in eval mode{leave}."
+        f"no gradient for {shown}, {cause}. {PASS_LOSS}, which runs the same code in eval mode{leave}."
     )
 
 
