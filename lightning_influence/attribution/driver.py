@@ -6,9 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.attribution.accumulators import Accumulator, GroupAccumulator, MatrixAccumulator, NonFinite
+from lightning_influence.attribution.accumulators import (
+    Accumulator,
+    GroupAccumulator,
+    MatrixAccumulator,
+    NonFinite,
+    Share,
+)
 from lightning_influence.attribution.finished import Finished
-from lightning_influence.methods.kinds import StageSums
+from lightning_influence.methods.kinds import ForwardOnly, GradientProduct, StageSums, WholeRun
 from lightning_influence.methods.method import Method
 from lightning_influence.methods.retraining import Retraining
 from lightning_influence.progress import progress
@@ -38,17 +44,17 @@ def run_scores(
         ValueError: scores of another shape than [query, train]; gradients that are not finite.
     """
     block, columns = method.tile(setting, queries)
-    n_train, n_queries = setting.n_train, len(queries)
-    visits = n_train * _visited(method, setting) * -(-n_queries // block)
+    n_train, share = setting.n_train, share_of(method, setting, len(queries))
+    visits = len(share.train) * _visited(method, setting) * -(-len(share.queries) // block)
     bad = NonFinite()
     finished.sums = setting.state("sums", StageSums)
     with progress(trainer, visits, method.name) as done:
         setting.on_block = done
-        for first in range(0, n_queries, block):
-            some = queries[first : first + block]
+        for first in range(share.queries.start, share.queries.stop, block):
+            some = queries[first : min(first + block, share.queries.stop)]
             finished.held, finished.train = len(some), 0
-            for start in range(0, n_train, columns):
-                setting.ids = range(start, min(start + columns, n_train))
+            for start in range(share.train.start, share.train.stop, columns):
+                setting.ids = range(start, min(start + columns, share.train.stop))
                 tile = method.score(setting, some)
                 expected = [len(some), len(setting.ids)]
                 if list(tile.shape) != expected:
@@ -62,7 +68,9 @@ def run_scores(
                 finished.gaps |= not clean
                 finished.train = column + tile.shape[1]
             finished.queries = first + len(some)
-    bad.refuse()
+    bad.refuse(setting.processes)
+    accumulator.merge(share, setting.processes)
+    _join_notes(setting)
 
 
 def run_group(method: Method, setting: Setting, queries: Queries, ids: Sequence[int], trainer: Any) -> Tensor:
@@ -83,7 +91,7 @@ def run_group(method: Method, setting: Setting, queries: Queries, ids: Sequence[
             return accumulator.total
         found.append(values)
     total = torch.cat(found)
-    NonFinite(queries=(~total.isfinite()).nonzero()[:, 0].tolist()).refuse()
+    NonFinite(queries=(~total.isfinite()).nonzero()[:, 0].tolist()).refuse(setting.processes)
     return total
 
 
@@ -100,13 +108,40 @@ def run_self_influence(method: Method, setting: Setting, trainer: Any, finished:
         ValueError: gradients that are not finite.
     """
     finished.sums = setting.state("sums", StageSums)
-    with progress(trainer, setting.n_train * _visited(method, setting), "self-influence") as done:
+    if isinstance(method, GradientProduct):
+        setting.ids = setting.processes.share(setting.n_train)
+    with progress(trainer, len(setting.ids) * _visited(method, setting), "self-influence") as done:
         setting.on_block = done
         values = method.self_influence(setting).cpu()
+    if isinstance(method, GradientProduct):
+        values = setting.processes.joined(values, setting.n_train)
+    _join_notes(setting)
     if not isinstance(method, Retraining):
         finished.sums = StageSums(None, values)
-        NonFinite(train=(~values.isfinite()).nonzero()[:, 0].tolist()).refuse()
+        NonFinite(train=(~values.isfinite()).nonzero()[:, 0].tolist()).refuse(setting.processes)
     return values
+
+
+def share_of(method: Method, setting: Setting, n_queries: int) -> Share:
+    """What this process computes: some training examples, or some queries where a method needs the whole training set.
+
+    Everything where models are retrained, which only some examples get a score from.
+    """
+    train, queries = range(setting.n_train), range(n_queries)
+    if isinstance(method, (WholeRun, ForwardOnly)):
+        queries = setting.processes.share(n_queries)
+    elif not isinstance(method, Retraining) and method.scored(setting.n_train) is None:
+        train = setting.processes.share(setting.n_train)
+    return Share(queries, train, (n_queries, setting.n_train))
+
+
+def _join_notes(setting: Setting) -> None:
+    """Notes and diagnostics of all processes, which have seen different examples."""
+    for notes, diagnostics in setting.processes.gathered((setting.notes, setting.diagnostics)):
+        for note in notes:
+            setting.note(note)
+        for name, value in diagnostics.items():
+            setting.diagnostic(name, value)
 
 
 def _visited(method: Method, setting: Setting) -> int:

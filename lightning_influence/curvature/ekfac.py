@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -21,6 +21,7 @@ from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
+from lightning_influence.processes import Processes
 from lightning_influence.setting.setting import Setting
 from lightning_influence.timing import timed
 
@@ -93,22 +94,19 @@ class EKFAC(Curvature):
     def prepare(self, setting: Setting) -> PreparedCurvature:
         """The bases and eigenvalues, or the diagonals, of every layer."""
         samples, why = self._fisher_samples(setting)
-        factors: dict[Names, LayerFactors] = {}
         shapes = {name: tuple(p.shape) for name, p in setting.engine.task.named_parameters().items()}
-        covered: set[str] = set()
-        for gradients in samples:
-            for names, part in gradients.parts.items():
-                if not covered & set(names):
-                    factors[names] = LayerFactors(part, self.corrected)
-                    covered |= set(names)
-            for layer, part in _with_parts(factors, gradients, shapes):
-                layer.add(part)
+        factors = self._added(samples, shapes)
+        processes = setting.processes if setting.processes.shares(setting.n_train) else Processes()
+        if len({tuple(layers) for layers in processes.gathered(list(factors))}) > 1:
+            return self.prepare(replace(setting, processes=Processes()))  # the processes' examples reach other layers
         for layer in factors.values():
-            layer.decompose()
+            layer.decompose(processes)
         if self.corrected:
             for gradients in samples:
                 for layer, part in _with_parts(factors, gradients, shapes):
                     layer.measure(part)
+        for layer in factors.values():
+            layer.join_measured(processes)
         total = 0.0
         tensors: dict[str, Tensor] = {}
         for names, layer in factors.items():
@@ -120,6 +118,19 @@ class EKFAC(Curvature):
         size = sum(math.prod(shapes[name]) for name in setting.engine.plan.names)
         notes = (self._note(factors, samples.labels, why),)
         return PreparedCurvature(tensors, {"mean_eigenvalue": total / size}, notes)
+
+    def _added(self, samples: FisherSamples, shapes: Mapping[str, tuple[int, ...]]) -> dict[Names, LayerFactors]:
+        """The layers after the first pass over the gradients."""
+        factors: dict[Names, LayerFactors] = {}
+        covered: set[str] = set()
+        for gradients in samples:
+            for names, part in gradients.parts.items():
+                if not covered & set(names):
+                    factors[names] = LayerFactors(part, self.corrected)
+                    covered |= set(names)
+            for layer, part in _with_parts(factors, gradients, shapes):
+                layer.add(part)
+        return factors
 
     def _fisher_samples(self, setting: Setting) -> tuple[FisherSamples, str]:
         """Gradients with the labels of the field ``labels``, and why the labels of the data if they are a fallback."""
