@@ -1,5 +1,6 @@
 """Loops over blocks of queries and tiles of training examples, in which a method computes the scores."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning_influence.attribution.accumulators import (
     Share,
 )
 from lightning_influence.attribution.finished import Finished
+from lightning_influence.attribution.out_of_memory import in_memory
 from lightning_influence.methods.kinds import ForwardOnly, GradientProduct, StageSums, WholeRun
 from lightning_influence.methods.method import Method
 from lightning_influence.methods.retraining import Retraining
@@ -55,7 +57,7 @@ def run_scores(
             finished.held, finished.train = len(some), 0
             for start in range(share.train.start, share.train.stop, columns):
                 setting.ids = range(start, min(start + columns, share.train.stop))
-                tile = method.score(setting, some)
+                tile = in_memory(functools.partial(method.score, setting, some), setting)
                 expected = [len(some), len(setting.ids)]
                 if list(tile.shape) != expected:
                     raise ValueError(
@@ -112,7 +114,7 @@ def run_self_influence(method: Method, setting: Setting, trainer: Any, finished:
         setting.ids = setting.processes.share(setting.n_train)
     with progress(trainer, len(setting.ids) * _visited(method, setting), "self-influence") as done:
         setting.on_block = done
-        values = method.self_influence(setting).cpu()
+        values = in_memory(lambda: method.self_influence(setting).cpu(), setting)
     if isinstance(method, GradientProduct):
         values = setting.processes.joined(values, setting.n_train)
     _join_notes(setting)
