@@ -51,7 +51,7 @@ def run_scores(
     bad = NonFinite()
     finished.sums = setting.state("sums", StageSums)
     with progress(trainer, visits, method.name) as done:
-        setting.on_block = done
+        setting.on_block, setting.progress = done, functools.partial(progress, trainer)
         for first in range(share.queries.start, share.queries.stop, block):
             some = queries[first : min(first + block, share.queries.stop)]
             finished.held, finished.train = len(some), 0
@@ -113,7 +113,7 @@ def run_self_influence(method: Method, setting: Setting, trainer: Any, finished:
     if isinstance(method, GradientProduct):
         setting.ids = setting.processes.share(setting.n_train)
     with progress(trainer, len(setting.ids) * _visited(method, setting), "self-influence") as done:
-        setting.on_block = done
+        setting.on_block, setting.progress = done, functools.partial(progress, trainer)
         values = in_memory(lambda: method.self_influence(setting).cpu(), setting)
     if isinstance(method, GradientProduct):
         values = setting.processes.joined(values, setting.n_train)

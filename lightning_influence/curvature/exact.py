@@ -1,13 +1,13 @@
 """The dense curvature of a small model, factorised once."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.cost import seconds_of_products
+from lightning_influence.curvature.cost import ProductTimes
 from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
 from lightning_influence.curvature.damping import of_group
 from lightning_influence.curvature.descent import Descent, mean_exponential
@@ -19,8 +19,8 @@ from lightning_influence.timing import timed
 
 # Columns of the matrix that are computed at once.
 _COLUMNS = 256
-# Rows of the matrix whose factorisation is timed for an estimate.
-_TIMED_FACTOR = 512
+# Rows of the matrix whose factorisation is timed for an estimate, and vectors that it is multiplied by.
+_TIMED_SIDE, _TIMED = 1024, 32
 
 
 @dataclass
@@ -65,10 +65,12 @@ class Exact(Curvature):
                 "(`parameters=`), or raise `max_parameters=`."
             )
         matrix = torch.empty(size, size, dtype=torch.float64, device=products.like.device)
-        for start in range(0, size, _COLUMNS):
-            unit = torch.zeros(min(_COLUMNS, size - start), size).to(products.like)
-            unit[torch.arange(len(unit)), torch.arange(start, start + len(unit))] = 1.0
-            matrix[start : start + len(unit)] = products.times(self.matrix, unit).double()
+        with setting.progress(size, f"{type(self).__name__}'s columns", "column") as done:
+            for start in range(0, size, _COLUMNS):
+                unit = torch.zeros(min(_COLUMNS, size - start), size).to(products.like)
+                unit[torch.arange(len(unit)), torch.arange(start, start + len(unit))] = 1.0
+                matrix[start : start + len(unit)] = products.times(self.matrix, unit).double()
+                done(len(unit))
         matrix = (matrix + matrix.T) / 2
         mean = float(matrix.diagonal().mean()) if size else 0.0
         return PreparedCurvature({"matrix": matrix}, {"mean_eigenvalue": mean})
@@ -136,10 +138,23 @@ class Exact(Curvature):
         return found
 
     def seconds(self, setting: Setting, vectors: int) -> float:
-        """One product per parameter, and a Cholesky factorisation."""
+        """One product per parameter, a Cholesky factorisation, and two multiplications by its factor a vector."""
         size = len(Products(setting.engine, setting.examples).flat)
         if size > self.max_parameters:  # `prepare` raises at once
             return 0.0
-        some = torch.eye(_TIMED_FACTOR, dtype=torch.float64)
-        factor = timed(lambda: torch.linalg.cholesky(some)) * (size / len(some)) ** 3
-        return seconds_of_products(setting, self.matrix, size) + factor
+        solved = _scaled(lambda matrix: matrix @ matrix[:, :_TIMED], size, 2) * 2 * vectors / _TIMED
+        at_once = min(size, _COLUMNS)
+        products = ProductTimes(setting, self.matrix).of(at_once) * size / at_once
+        return products + _scaled(torch.linalg.cholesky, size, 3) + solved
+
+    def seconds_of_descent(self, setting: Setting, vectors: Mapping[str, Tensor], descent: Descent) -> float:
+        """An eigendecomposition, and four multiplications by matrices."""
+        size, count = len(Products(setting.engine, setting.examples).flat), len(next(iter(vectors.values())))
+        moved = _scaled(lambda matrix: matrix @ matrix[:, :_TIMED], size, 2) * 4 * count / _TIMED
+        return _scaled(torch.linalg.eigh, size, 3) + moved
+
+
+def _scaled(work: Callable[[Tensor], Any], size: int, power: int) -> float:
+    """Seconds of work on a matrix of that size, by those on a smaller one."""
+    some = torch.eye(min(size, _TIMED_SIDE), dtype=torch.float64)
+    return timed(lambda: work(some)) * (size / len(some)) ** power

@@ -1,34 +1,36 @@
 """HyDRA: derivatives of a query's final loss with respect to training examples' weights (Chen et al., 2021)."""
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from lightning_influence.checks import check_integer, check_positive, one_of
-from lightning_influence.gradients import Gradients
-from lightning_influence.gradients.block import Names
-from lightning_influence.gradients.dense_rows import DenseRows
-from lightning_influence.gradients.part import Part
-from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.methods.kinds import WholeRun
 from lightning_influence.methods.method import Evidence
-from lightning_influence.replay.adjoint import Walk, adjoint
+from lightning_influence.replay.adjoint import adjoint
 from lightning_influence.replay.buffer_paths import note_statistics
 from lightning_influence.replay.leave_out import without
 from lightning_influence.replay.progress import ReplayProgress, note_drift
 from lightning_influence.replay.refit_agreement import Refits, removals
 from lightning_influence.replay.replay import MAX_DRIFT, Replay
+from lightning_influence.replay.samples import seconds_of_walk
 from lightning_influence.replay.steps import examples_of
+from lightning_influence.replay.vectorized import run_many
+from lightning_influence.setting.samples import Samples
 from lightning_influence.setting.setting import Queries, Setting
-from lightning_influence.timing import timed
-from lightning_influence.tracking.hypergradients import Hypergradients
+from lightning_influence.timing import seconds_of, timed
+from lightning_influence.tracking.hypergradients import (
+    Hypergradients,
+    add_stored_products,
+    seconds_of_stored_products,
+)
 from lightning_influence.tracking.record import load_record, record_name
-from lightning_influence.tracking.tracker import Tracker, TrackerState
-from lightning_influence.tracking.visits import Visits, add_products
+from lightning_influence.tracking.tracker import Tracker
+from lightning_influence.tracking.visits import Visits, add_products, seconds_of_products
+from lightning_influence.types import MissingEvidence
 
 # Below this correlation with refits, a note warns. It is 0.9 and more where losses are smooth in the weights of the
 # examples, and about 0.5 where they are not.
@@ -37,8 +39,6 @@ _AGREEING = 0.8
 # and those inside a product.
 _VECTORS = 8
 _QUERY_BYTES = 2**29
-# Entries of stored hypergradients that are loaded at once.
-_NUMBERS = 2**24
 
 
 @dataclass(frozen=True)
@@ -175,25 +175,22 @@ class HyDRA(WholeRun):
         return max(1, _QUERY_BYTES // max(1, _VECTORS * setting.engine.vector_bytes))
 
     def seconds(self, setting: Setting, queries: Queries | None) -> float:
-        """Time a few steps of the replay and the derivative of one."""
+        """Time the derivatives of a few steps, and refits of them."""
         if queries is None:
             return 0.0  # self-influence is refused at once
-        replay = self._replay(setting)
-        walk = Walk(replay, setting.final().gradients(queries).dense(), self.hessian, False)
-        segment = next(s for s in reversed(range(len(replay.segments))) if replay.segments[s].steps)
-        with replay.training():
-            start = replay.start(segment)
-            steps = replay.segments[segment].steps[:3]
-            list(replay.walk(start, steps[:1], separate=True))
-            started = time.perf_counter()
-            replayed = list(replay.walk(start, steps))[-1]
-            forward = (time.perf_counter() - started) / len(steps)
-            replay.load(replayed.before, replayed.step)
-            started = time.perf_counter()
-            walk.back(replayed)
-            backward = time.perf_counter() - started
-        replays = 1 if self.runs == 1 else 2 * self.runs
-        return len(replay.steps) * (forward * (replays + self.checks) + backward * self.runs)
+        total = seconds_of(lambda: self._replay(setting))
+        replay, final = self._replay(setting), setting.final().gradients(queries).dense()
+        total += seconds_of(setting.final) * (len(replay.segments) + 1)
+        renormalize = self.removal == "renormalize"
+        walked = seconds_of_walk(replay, lambda few: adjoint(few, final, self.hessian, renormalize))
+        if self.runs > 1:
+            walked = (walked + seconds_of_walk(replay, lambda few: few.run())) * self.runs
+        total += walked
+        if not self.checks:
+            return total
+        weights = removals(len(replay.examples), self.checks).to(next(iter(final.values())))
+        total += seconds_of_walk(replay, lambda few: run_many(few, weights, renormalize))
+        return total + Samples.of(setting).forward * self.checks * len(queries)
 
     def _mean(self, setting: Setting, replay: Replay, queries: Queries, progress: ReplayProgress) -> Tensor:
         """The mean of the derivatives at ``runs`` fits, each without some of the examples, [query, train]."""
@@ -298,21 +295,25 @@ class HyDRADuringFit(WholeRun):
         if record.facts["kind"] == "visits":
             add_products(total, setting.ids.start, query, record, setting.trajectory.path.parent)
         else:
-            _add_hypergradients(total, query, record)
+            add_stored_products(total, query, record)
         setting.on_block(len(setting.ids))
         if self.hessian:
             note_statistics(setting)
         return -total
 
     def seconds(self, setting: Setting, queries: Queries | None) -> float:
-        """Time products with gradients of training examples, which take as long."""
+        """Time a few products of the queries with what was recorded."""
         if queries is None:
             return 0.0  # self-influence is refused at once
-        examples = setting.examples
-        block = next(examples.blocks(0, min(len(examples), examples.block_size)))
-        query = queries.gradients()
-        product = timed(lambda: query.dot(setting.engine.gradients(block)))
-        return timed(queries.gradients) + product * len(examples) / block.size
+        path, scores, query = getattr(setting.trajectory, "path", None), setting.zeros(queries), queries.gradients()
+        asked = timed(queries.gradients)
+        try:
+            record = load_record(path, self.record, setting.final().step)
+        except MissingEvidence:  # raised again at once when scores are computed
+            return asked
+        if record.facts["kind"] == "visits":
+            return asked + seconds_of_products(scores, query, record, Path(path or "").parent)
+        return asked + seconds_of_stored_products(scores, query, record)
 
 
 def _check_only_replay(mode: str, removal: str, runs: int) -> None:
@@ -329,13 +330,3 @@ def _ids(examples: Sequence[int] | None) -> tuple[int, ...] | None:
     if examples is not None and not isinstance(examples, Iterable):
         raise TypeError(f"Expected `examples` to be ids of training examples or None, got {examples!r}.")
     return None if examples is None else tuple(sorted({int(i) for i in examples}))
-
-
-def _add_hypergradients(total: Tensor, query: QueryGradients, record: TrackerState) -> None:
-    """Adds the queries' products with stored hypergradients to ``total``, [query, train]."""
-    ids = record.tensors["ids"]
-    vectors = {n.partition("|")[2]: v for n, v in record.tensors.items() if n.startswith("weight|")}
-    width = sum(v[0].numel() for v in vectors.values())
-    for slots in torch.arange(len(ids)).split(max(1, _NUMBERS // width)):
-        rows: dict[Names, Part] = {(name,): DenseRows((v[slots].to(total),)) for name, v in vectors.items()}
-        total[:, ids[slots].to(total.device)] += query.dot(Gradients(rows, {}, len(slots)))

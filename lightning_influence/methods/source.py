@@ -15,7 +15,9 @@ from lightning_influence.curvature.store import prepared_at
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.methods.kinds import GradientProduct, TrainBlock
 from lightning_influence.methods.method import Evidence
+from lightning_influence.setting.samples import first_queries
 from lightning_influence.setting.setting import Queries, Setting, Stage
+from lightning_influence.timing import Work
 from lightning_influence.types import MissingEvidence
 
 
@@ -163,9 +165,25 @@ class SOURCE(GradientProduct):
         most = self.curvature.at_once(setting)
         return None if most is None else max(1, most // (self.segments + 1))
 
-    def preparation_seconds(self, setting: Setting, vectors: int) -> float:
-        """The curvatures of all segments, divided by the number of checkpoints."""
-        return self.curvature.seconds(setting, vectors) * self.segments / len(self.positions(setting.trajectory))
+    def work(self, setting: Setting, queries: Queries | None) -> list[Work]:
+        """The curvatures of all segments, the queries carried through them, and products at all checkpoints."""
+        run = setting.state(self, _SegmentedRun)
+        run.segments = self._segments(setting)
+        if queries is None:
+            return super().work(setting, queries)
+        groups, last = setting.engine.groups, run.segments[-1]
+        some = first_queries(queries)[: queries.at_once(self.queries_at_once(setting))]
+        (stage,) = setting.stages([last.middle])
+        vectors = some.gradients().dense()
+        descent = descent_at(setting, stage, self.curvature.damping or 0.0, last.reach, last.shrunk)
+        carried = self.curvature.seconds_of_descent(setting, vectors, descent) / len(some)
+        prepared = self.curvature.seconds(setting, 0)
+        run.directions = [DenseQueries(vectors, groups)] * len(run.segments)  # as costly in products as the true ones
+        return [
+            Work(f"preparing {type(self.curvature).__name__}", len(run.segments), prepared),
+            Work("carrying queries back", len(run.segments) * len(queries), carried),
+            *super().work(setting, queries),
+        ]
 
     def unit(self, setting: Setting) -> str:
         """Loss, since the scores are predicted differences of losses."""

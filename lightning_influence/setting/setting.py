@@ -1,10 +1,12 @@
 """What a method works with: the training examples of one tile, the queries, and the module at its checkpoints."""
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,9 @@ from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.exposure import ExpectedDraws
 from lightning_influence.types import MissingEvidence
 
+if TYPE_CHECKING:
+    from lightning_influence.setting.trained_models import TrainedModels
+
 K = TypeVar("K", bound=Hashable)
 S = TypeVar("S")
 
@@ -27,26 +32,8 @@ S = TypeVar("S")
 _QUERY_BYTES = 2**29
 
 
-class TrainedModels(Protocol):
-    """Models retrained on parts of the data. ``refit.Models`` implements this."""
-
-    @property
-    def seeded(self) -> bool:
-        """Whether models trained on the same subset differ by their seed."""
-
-    def train(self, membership: Tensor, seeds: Sequence[int]) -> list[str]:
-        """Train the models that do not exist yet; notes about those that could not be trained.
-
-        Args:
-            membership: [model, train] bool, the subset that each model is trained on.
-            seeds: of each model.
-        """
-
-    def losses(self, membership: Tensor, seeds: Sequence[int], queries: "Queries") -> Tensor:
-        """Losses, [model, query] float64; NaN for a model that could not be trained."""
-
-    def untrained(self, seeds: Sequence[int], queries: "Queries") -> Tensor:
-        """Losses before any training, [seed, query] float64."""
+Progress = Callable[[int, str, str], AbstractContextManager[Callable[[int], Any]]]
+"""Called with the total, the name of the work and its unit; gives a function to call with what was just done."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +178,8 @@ class Setting:
             queries, or with None for training examples. ``engine.reduction`` has it too, unless the method takes no
             gradients.
         on_block: called after each block with the number of training examples in it.
+        progress: a context manager that shows how far a longer piece of work is; see ``progress.progress``.
+        deadline: when solvers stop with what they have found, by ``timing.clock``; None: when they are done.
         notes: sentences that are saved with the scores; see ``note``.
         diagnostics: numbers that are saved with the scores; see ``diagnostic``.
         refused: why gradients of training examples in eval mode are no answer; None if they are.
@@ -206,15 +195,17 @@ class Setting:
     draws: Callable[[], ExpectedDraws | None] = lambda: None
     processes: Processes = field(default_factory=Processes)
     queries: Queries | None = None
-    models: TrainedModels | None = None
+    models: "TrainedModels | None" = None
     reduction_of: Callable[[Queries | None], Reduction] = lambda queries: Reduction.NONE
     on_block: Callable[[int], Any] = lambda count: None
+    progress: Progress = lambda total, label, unit: contextlib.nullcontext(lambda done: None)
     notes: list[str] = field(default_factory=list)
     diagnostics: dict[str, float] = field(default_factory=dict)
     _states: dict[tuple[Callable[..., Any], Hashable], Any] = field(default_factory=dict)
     refused: str | None = None
     batch_index: BatchIndex = field(default_factory=BatchIndex)
     own_version: int = 0
+    deadline: float | None = None
 
     @property
     def task(self) -> Task:

@@ -1,5 +1,6 @@
 """Hypergradients without vectors: the factored gradients of each visit, and one coefficient per visit."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +24,8 @@ from lightning_influence.tracking.serialization import decode, encode
 from lightning_influence.tracking.tracker import TrackedFit, TrackedStep, Tracker, TrackerState, TrackingPlan
 from lightning_influence.types import MissingEvidence, bytes_in
 
+# Visits that are timed for an estimate.
+_FEW = 10
 _WEIGHT, _GRADIENT = "weight", "gradient"
 _SEGMENT = re.compile(r"(.*[/\\])?run-\d+[/\\]trackers[/\\][^/\\]+[/\\]visits-\d+(\.crc[0-9a-f]{8})?\.pt")
 
@@ -186,7 +189,9 @@ def _backwards(path: Sequence[int], kinds: Sequence[Mapping[str, Mapping[str, fl
     return counts
 
 
-def add_products(total: Tensor, first: int, query: QueryGradients, state: TrackerState, runs: Path) -> None:
+def add_products(
+    total: Tensor, first: int, query: QueryGradients, state: TrackerState, runs: Path, most: int | None = None
+) -> None:
     """Add the products of query gradients with hypergradients to ``total``.
 
     Args:
@@ -195,18 +200,28 @@ def add_products(total: Tensor, first: int, query: QueryGradients, state: Tracke
         query: gradients at the final weights.
         state: of ``Visits`` at the end of the fit.
         runs: folder of all runs.
+        most: no more than this many visits, for an estimate; None: all.
     """
     groups, by_step = _by_step(state)
     window: list[tuple[dict[str, Any], list[Tensor]]] = []
-    for segment in state.facts["segments"]:
-        for visit in load(_inside(runs, segment)):
-            if window and window[-1][0]["step"] != visit["step"]:
-                _add_step(total, first, window, by_step)
-                window = []
-            gradients = decode(visit["parts"], len(visit["ids"]), total.device)
-            window.append((visit, [query.dot(_only(gradients, names)).to(total) for names in groups]))
+    visits = (visit for segment in state.facts["segments"] for visit in load(_inside(runs, segment)))
+    for visit in itertools.islice(visits, most):
+        if window and window[-1][0]["step"] != visit["step"]:
+            _add_step(total, first, window, by_step)
+            window = []
+        gradients = decode(visit["parts"], len(visit["ids"]), total.device)
+        window.append((visit, [query.dot(_only(gradients, names)).to(total) for names in groups]))
     if window:
         _add_step(total, first, window, by_step)
+
+
+def seconds_of_products(total: Tensor, query: QueryGradients, state: TrackerState, runs: Path) -> float:
+    """Estimate the seconds of ``add_products``, by those of a few visits."""
+    segments = state.facts["segments"]
+    count = len(load(_inside(runs, segments[0]))) * len(segments) if segments else 0
+    one = timed(lambda: add_products(total, 0, query, state, runs, 1))
+    few = timed(lambda: add_products(total, 0, query, state, runs, 1 + _FEW))
+    return one + max(0.0, few - one) * max(0, count - 1) / _FEW
 
 
 def _inside(runs: Path, segment: str) -> Path:
