@@ -1,6 +1,6 @@
 """What `Attributor.cost` estimates against what scoring then takes, for every method on every subject.
 
-python tests/benchmarks/costs.py --mnist mnist.npz --ag-news FOLDER [--subject mlp] [--method SOURCE] [--small] [--parts]
+python tests/benchmarks/costs.py --mnist mnist.npz --ag-news FOLDER [--subject mlp] [--method SOURCE] [--small]
 
 Scores and self-influence, in CPU seconds of one thread unless ``--wall``. A row that takes long has few queries.
 """
@@ -37,13 +37,14 @@ from lightning_influence import (
     KNNShapley,
     LeaveOneOut,
     LiSSA,
+    RandomProjection,
     Refit,
     RepresenterPoints,
     TracIn,
     TracInCP,
     TracInIdeal,
+    timing,
 )
-from lightning_influence import RandomProjection, timing
 
 # Estimated over taken, either way. What takes less than the least matters to nobody.
 WITHIN, LEAST = 2.0, 0.05

@@ -95,7 +95,7 @@ def ticking(monkeypatch):
     monkeypatch.setattr(timing, "clock", lambda: ticks[0])
 
 
-SOLVERS = [ConjugateGradient(1e-3, tolerance=1e-12), LiSSA(1e-2, tolerance=1e-12)]
+SOLVERS = [ConjugateGradient(1e-2, tolerance=1e-6), LiSSA(0.1, tolerance=1e-6)]
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
@@ -110,10 +110,10 @@ def test_a_solver_stops_at_the_limit_with_what_it_found(ticking, solver):
         part = attributor.score(InfluenceFunction(solver), queries)
     assert len(said) == 1
     assert part.diagnostics["solver_iterations"] < whole.diagnostics["solver_iterations"]
-    assert 1e-12 < part.diagnostics["solver_residual"] < 0.5
+    assert 1e-6 < part.diagnostics["solver_residual"] < 0.5
     assert any("stopped at the limit" in note for note in part.notes)
     error = (part.values - whole.values).norm() / whole.values.norm()
-    assert 1e-12 < error < 0.5
+    assert 1e-9 < error < 0.5
     attributor.limit_seconds = None
     assert torch.equal(attributor.score(InfluenceFunction(solver), queries).values, whole.values)
 
