@@ -112,6 +112,22 @@ def test_models_that_exist_already_cost_nothing(run, tmp_path):
     assert new["after"] == 0
 
 
+def test_pieces_end_when_the_accelerator_has_finished(monkeypatch):
+    now, waiting = [0.0], [0.0]
+
+    def finish():
+        now[0] += waiting[0]
+        waiting[0] = 0.0
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "synchronize", finish)
+    monkeypatch.setattr(timing, "clock", lambda: now[0])
+    waiting[0] = 7.0  # of something before
+    work = iter([0.05, 0.03, 0.02])
+    assert timing.timed(lambda: waiting.__setitem__(0, next(work))) == pytest.approx(0.03)
+    assert next(work) == 0.02
+
+
 def test_influence_limits_the_time_of_its_methods(tmp_path, monkeypatch):
     limits, score = [], Attributor.score
 

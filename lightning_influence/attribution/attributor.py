@@ -245,8 +245,8 @@ class Attributor:
     def cost(self, method: Method, queries: Any = None, aggregate: str | None = None) -> float:
         """Estimate the seconds that ``score`` takes, or, without queries, ``self_influence``.
 
-        Pieces of the work are timed and multiplied by how often they are done. That takes about ten passes of a block
-        of training examples, and with solvers some products; it changes nothing.
+        Pieces of the work are timed and counted, which takes ten passes of a block of training examples and of queries;
+        60 products of 64 examples with solvers, and seven steps of a replayed fit. Nothing is changed by it.
         """
         return self._cost(method, queries, aggregate).seconds
 

@@ -65,7 +65,7 @@ class FactorSamples:
         passes = 2 if self.corrected and size > KEPT_BYTES * self.share else 1
         layers: dict[Names, LayerFactors] = {}
         added = seconds_of(lambda: self._add(layers))
-        each = timed(lambda: torch.linalg.eigh(torch.eye(_SIDE, dtype=torch.float64).to(self._like))) / _SIDE**3
+        each = timed(lambda: torch.linalg.eigh(torch.eye(_SIDE).to(self._like))) / _SIDE**3
         decomposed = sum(each * side**3 for layer in layers.values() for side in self._sides(layer))
         measured = 0.0
         if self.corrected:

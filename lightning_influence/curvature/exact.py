@@ -139,22 +139,28 @@ class Exact(Curvature):
 
     def seconds(self, setting: Setting, vectors: int) -> float:
         """One product per parameter, a Cholesky factorisation, and two multiplications by its factor a vector."""
-        size = len(Products(setting.engine, setting.examples).flat)
+        products = Products(setting.engine, setting.examples)
+        size, device = len(products.flat), products.like.device
         if size > self.max_parameters:  # `prepare` raises at once
             return 0.0
-        solved = _scaled(lambda matrix: matrix @ matrix[:, :_TIMED], size, 2) * 2 * vectors / _TIMED
         at_once = min(size, _COLUMNS)
-        products = ProductTimes(setting, self.matrix).of(at_once) * size / at_once
-        return products + _scaled(torch.linalg.cholesky, size, 3) + solved
+        multiplied = ProductTimes(setting, self.matrix).of(at_once) * size / at_once
+        factored = _scaled(torch.linalg.cholesky, size, 3, device)
+        return multiplied + factored + 2 * vectors * _scaled_product(size, device)
 
     def seconds_of_descent(self, setting: Setting, vectors: Mapping[str, Tensor], descent: Descent) -> float:
-        """An eigendecomposition, and four multiplications by matrices."""
-        size, count = len(Products(setting.engine, setting.examples).flat), len(next(iter(vectors.values())))
-        moved = _scaled(lambda matrix: matrix @ matrix[:, :_TIMED], size, 2) * 4 * count / _TIMED
-        return _scaled(torch.linalg.eigh, size, 3) + moved
+        """An eigendecomposition, and four multiplications by matrices a vector."""
+        products = Products(setting.engine, setting.examples)
+        size, device, count = len(products.flat), products.like.device, len(next(iter(vectors.values())))
+        return _scaled(torch.linalg.eigh, size, 3, device) + 4 * count * _scaled_product(size, device)
 
 
-def _scaled(work: Callable[[Tensor], Any], size: int, power: int) -> float:
+def _scaled_product(size: int, device: torch.device) -> float:
+    """Seconds of a matrix of that size times one of many vectors."""
+    return _scaled(lambda matrix: matrix @ matrix[:, :_TIMED], size, 2, device) / min(size, _TIMED)
+
+
+def _scaled(work: Callable[[Tensor], Any], size: int, power: int, device: torch.device) -> float:
     """Seconds of work on a matrix of that size, by those on a smaller one."""
-    some = torch.eye(min(size, _TIMED_SIDE), dtype=torch.float64)
+    some = torch.eye(min(size, _TIMED_SIDE), dtype=torch.float64, device=device)
     return timed(lambda: work(some)) * (size / len(some)) ** power

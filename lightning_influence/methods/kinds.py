@@ -277,4 +277,6 @@ class ForwardOnly(Method):
         """One forward pass per training example and query."""
         samples = Samples.of(setting)
         asked = setting.n_train if queries is None else len(queries.ids)
-        return [samples.reading(), Work("forward passes", setting.n_train + asked, samples.forward)]
+        prepared = self.preparation_seconds(setting, asked)
+        forward = Work("forward passes", setting.n_train + asked, samples.forward)
+        return [Work("preparation", 1, prepared), samples.reading(), forward]
