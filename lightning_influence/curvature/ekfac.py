@@ -159,7 +159,8 @@ class EKFAC(Curvature):
         """Prepared on a few examples, in the sizes of that of all."""
         parts = Samples.of(setting).gradients().parts.values()
         positions = max((part.outputs.shape[1] for part in parts if isinstance(part, OuterProducts)), default=1)
-        return stand_in(self.prepare, setting, positions)
+        exact = self._fisher_samples(setting)[0].labels == "exact"
+        return stand_in((replace(self, labels="sampled") if exact else self).prepare, setting, positions)
 
     def like_solved(
         self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor

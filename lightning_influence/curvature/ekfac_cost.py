@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -19,21 +20,10 @@ from lightning_influence.timing import seconds_of, timed
 
 # The most training examples that a block is computed of, and the most rows of a factor, for an estimate.
 _EXAMPLES, _ROWS = 256, 512
+# Gradients of each of them, with an expectation over labels.
+_LABELS = 2
 # Rows of the matrix whose eigendecomposition is timed.
 _SIDE = 512
-
-
-@dataclass
-class LayerSample:
-    """A layer's factors, of a block of examples.
-
-    Args:
-        factors: they are not decomposed.
-        positions: rows that an example adds to each side.
-    """
-
-    factors: LayerFactors
-    positions: int
 
 
 @dataclass
@@ -52,11 +42,13 @@ class FactorSamples:
     blocks: list[Gradients] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        few = first_examples(self.setting, min(_EXAMPLES, self.setting.examples.block_size))
+        few = first_examples(self.setting, self.setting.examples.block_size)  # in larger blocks they take less time
         made: list[FisherSamples] = []
         self.opening = seconds_of(lambda: made.append(self.samples_of(few)))
-        self.share = len(few.examples) / self.setting.n_train
-        self.computing = seconds_of(lambda: self.blocks.extend(made[0].computed()))
+        draws = made[0].classes if made[0].labels == "exact" else 1
+        taken = min(draws, _LABELS)
+        self.share = len(few.examples) * taken / (self.setting.n_train * draws)
+        self.computing = seconds_of(lambda: self.blocks.extend(islice(made[0].computed(), taken)))
         self.shapes = {name: tuple(p.shape) for name, p in self.setting.task.named_parameters().items()}
 
     def seconds(self) -> float:
