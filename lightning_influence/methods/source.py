@@ -17,7 +17,7 @@ from lightning_influence.methods.kinds import GradientProduct, TrainBlock
 from lightning_influence.methods.method import Evidence
 from lightning_influence.setting.samples import first_queries
 from lightning_influence.setting.setting import Queries, Setting, Stage
-from lightning_influence.timing import Work
+from lightning_influence.timing import Work, seconds_of
 from lightning_influence.types import MissingEvidence
 
 
@@ -168,7 +168,7 @@ class SOURCE(GradientProduct):
     def work(self, setting: Setting, queries: Queries | None) -> list[Work]:
         """The curvatures of all segments, the queries carried through them, and products at all checkpoints."""
         run = setting.state(self, _SegmentedRun)
-        run.segments = self._segments(setting)
+        divided = seconds_of(lambda: setattr(run, "segments", self._segments(setting)))
         if queries is None:
             return super().work(setting, queries)
         groups, last = setting.engine.groups, run.segments[-1]
@@ -180,6 +180,7 @@ class SOURCE(GradientProduct):
         prepared = self.curvature.seconds(setting, 0)
         run.directions = [DenseQueries(vectors, groups)] * len(run.segments)  # as costly in products as the true ones
         return [
+            Work("segments", 1, divided),
             Work(f"preparing {type(self.curvature).__name__}", len(run.segments), prepared),
             Work("carrying queries back", len(run.segments) * len(queries), carried),
             *super().work(setting, queries),
