@@ -1,7 +1,7 @@
 """EK-FAC: each layer's Fisher matrix in a Kronecker-factored eigenbasis, with eigenvalues measured in that basis."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -17,6 +17,7 @@ from lightning_influence.curvature.kronecker_descent import descend_layer
 from lightning_influence.curvature.kronecker_part import KroneckerPart
 from lightning_influence.curvature.kronecker_queries import KroneckerQueries, lower_ranks
 from lightning_influence.curvature.layer_inverses import LayerInverses, by_layer
+from lightning_influence.curvature.own_products import own_products
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.part import Part
@@ -30,6 +31,14 @@ _FEW_CLASSES = 10
 _SAMPLED = 64
 # Rows of the matrix whose eigendecomposition is timed for an estimate.
 _TIMED_SIDE = 256
+
+
+@dataclass
+class _LastLayers:
+    """The latest inverses of all layers, and the prepared curvature they belong to."""
+
+    prepared: PreparedCurvature | None = None
+    layers: LayerInverses | None = None
 
 
 @dataclass(frozen=True)
@@ -179,6 +188,20 @@ class EKFAC(Curvature):
         blocks = [Gradients(parts, groups, len(b)) for parts, b in zip(others, queries.blocks, strict=True)]
         at_low_rank = (lambda parts: self._at_low_rank(prepared, parts, setting)) if self.tolerance else None
         return KroneckerQueries(Gradients(joint, groups, size), blocks, at_low_rank)
+
+    def own_products(
+        self,
+        prepared: PreparedCurvature,
+        gradients: Gradients,
+        setting: Setting,
+        diagonal: Tensor,
+        powers: Sequence[int] = (1,),
+    ) -> Tensor:
+        """The same in each layer's eigenbasis, where only squared entries are needed; always exact."""
+        kept = setting.state((self, tuple(diagonal.tolist())), _LastLayers)
+        if kept.layers is None or kept.prepared is not prepared:  # of one checkpoint at a time
+            kept.prepared, kept.layers = prepared, LayerInverses(prepared, setting, diagonal)
+        return own_products(kept.layers, gradients, powers)
 
     def descend(
         self, prepared: PreparedCurvature, vectors: Mapping[str, Tensor], setting: Setting, descent: Descent

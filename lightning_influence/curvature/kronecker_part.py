@@ -106,13 +106,6 @@ class KroneckerPart(Part):
         for left, right in zip(*self.low_rank, strict=True):
             out.addcmul_((self.outputs * left) @ outputs.T, (self.inputs * right) @ inputs.T)
 
-    def rowwise_dot(self, other: Part) -> Tensor:
-        """[query]: the inner product of each direction with the gradient of the same index, never at low rank."""
-        if not isinstance(other, OuterProducts) or other.outputs.shape[1] != 1:
-            return rowwise_dot(self, other)
-        inputs, outputs = self.inverse.rotated(other)
-        return ((self.outputs * outputs) @ self.inverse.table * (self.inputs * inputs)).sum(1)
-
     def norm2(self) -> Tensor:
         """[query]: squared length of each direction."""
         inverse, outputs, inputs = self.inverse, self.outputs.square(), self.inputs.square()
@@ -152,13 +145,3 @@ class KroneckerPart(Part):
     def finite(self) -> Tensor:
         """[query]: whether every number is finite."""
         return self.gradients.finite()
-
-
-def rowwise_dot(directions: Part, gradients: Part) -> Tensor:
-    """[example]: the inner product of each direction with the gradient of the same index, built densely in slices."""
-    found = directions.like.new_zeros(len(directions))
-    for start in range(0, len(directions), 64):
-        rows = slice(start, start + 64)
-        for left, right in zip(directions.slice(rows).dense(), gradients.slice(rows).dense(), strict=True):
-            found[rows] += (left.flatten(1) * right.flatten(1)).sum(1) if left.ndim > 1 else left * right
-    return found

@@ -45,7 +45,14 @@ class QueryGradients(ABC):
 
     def diagonal(self, block: Gradients) -> Tensor:
         """[example]: the inner product of each query with the example of the same index; there are as many of both."""
-        return self.dot(block).diagonal()
+        vectors = self.dense()
+        if any(name not in vectors for names in block.parts for name in names):
+            block = block.per_parameter()
+        total = block._zeros(len(block))
+        for names, part in block.parts.items():
+            if names[0] in vectors:  # otherwise no query's loss depends on it
+                total += part.times_own(tuple(vectors[name] for name in names))
+        return total
 
 
 @dataclass(frozen=True, eq=False)
