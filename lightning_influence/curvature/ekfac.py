@@ -200,7 +200,7 @@ class EKFAC(Curvature):
         """The same in each layer's eigenbasis, where only squared entries are needed; always exact."""
         kept = setting.state((self, tuple(diagonal.tolist())), _LastLayers)
         if kept.layers is None or kept.prepared is not prepared:  # of one checkpoint at a time
-            kept.prepared, kept.layers = prepared, LayerInverses(prepared, setting, diagonal)
+            kept.prepared, kept.layers = prepared, LayerInverses(prepared, setting, diagonal).completed()
         return own_products(kept.layers, gradients, powers)
 
     def descend(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from lightning_influence.curvature.factors import as_matrices, from_matrices, rotated, rotated_inputs
@@ -36,6 +37,13 @@ class KroneckerInverse:
     def complete(self) -> bool:
         """Whether the bases span the whole space."""
         return all(b.shape[0] == b.shape[1] for b in (self.basis_out, self.basis_in))
+
+    def completed(self) -> "KroneckerInverse":
+        """The same with the missing directions in its bases, where they are fewer than those that are there."""
+        found = replace(self, basis_out=_completed(self.basis_out), basis_in=_completed(self.basis_in))
+        table = self.table.new_full((found.basis_out.shape[1], found.basis_in.shape[1]), self.outside)
+        table[: self.table.shape[0], : self.table.shape[1]] = self.table
+        return replace(found, table=table)
 
     def rotated(self, part: OuterProducts) -> tuple[Tensor, Tensor]:
         """Inputs and output gradients of a single position in the bases, [example, l] and [example, k]."""
@@ -145,3 +153,12 @@ class KroneckerPart(Part):
     def finite(self) -> Tensor:
         """[query]: whether every number is finite."""
         return self.gradients.finite()
+
+
+def _completed(basis: Tensor) -> Tensor:
+    """A basis [width, direction] with further directions that make it complete; as it is if these would be many."""
+    width, known = basis.shape
+    if not width < 2 * known or width == known:
+        return basis
+    rest = torch.linalg.qr(basis.cpu().double(), "complete").Q[:, known:]
+    return torch.cat([basis, rest.to(basis)], 1)

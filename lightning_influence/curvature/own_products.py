@@ -26,13 +26,19 @@ def own_products(layers: LayerInverses, gradients: Gradients, powers: Sequence[i
     """
     total = gradients._zeros(len(powers), len(gradients))
     for names in layers:
+        inverse = layers.inverses.get(names)
+        tables = layers.diagonals[names] if inverse is None else (inverse.table,)
+        weights = tuple(torch.stack([table**power for power in powers]) for table in tables)
         for rows, part in _slices(gradients, names, layers.shapes):
-            if names in layers.diagonals:
-                tables = tuple(_powers(table, powers) for table in layers.diagonals[names])
-                total[:, rows] += part.weighted_norm2(tables)
+            if inverse is None:
+                total[:, rows] += part.weighted_norm2(weights)
                 continue
             for few, piece in part.in_cache():
-                total[:, rows][:, few] += _of_layer(layers.inverses[names], piece, powers)
+                inside, *outside = _rotated(inverse, piece)
+                total[:, rows][:, few] += inside.weighted_norm2(weights)
+                for rest in outside:
+                    norms = rest.norm2()
+                    total[:, rows][:, few] += torch.stack([norms * inverse.outside**power for power in powers])
     return total
 
 
@@ -44,15 +50,6 @@ def _slices(gradients: Gradients, names: Names, shapes: Mapping[str, tuple[int, 
         part = part_of(gradients.slice(rows), names, shapes)
         if part is not None:
             yield rows, part
-
-
-def _of_layer(inverse: KroneckerInverse, part: Part, powers: Sequence[int]) -> Tensor:
-    inside, *outside = _rotated(inverse, part)
-    found = inside.weighted_norm2((_powers(inverse.table, powers),))
-    if outside:
-        norms = torch.stack([rest.norm2() for rest in outside]).sum(0)
-        found += torch.stack([norms * inverse.outside**power for power in powers])
-    return found
 
 
 def _rotated(inverse: KroneckerInverse, part: Part) -> list[Part]:
@@ -93,7 +90,3 @@ def _rotated_positions(inverse: KroneckerInverse, part: OuterProducts) -> list[P
         rest = outputs - left @ basis_out.T
         found.append(OuterProducts(right, rest, (rest.shape[2], right.shape[2])))
     return found
-
-
-def _powers(table: Tensor, powers: Sequence[int]) -> Tensor:
-    return torch.stack([table**power for power in powers])
