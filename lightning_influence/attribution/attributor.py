@@ -187,9 +187,10 @@ class Attributor:
         self._check(method, path)
         with self._open(method) as setting:
             answers, finished = self._answers(method, setting), Finished()
-            with kept(lambda said: answers.finished_self_scores(finished, said)):
+            ids = scored_ids(method, setting.n_train)
+            with kept(lambda said: answers.finished_self_scores(finished, ids, said)):
                 values = run_self_influence(method, setting, self.trainer, finished)
-        scores = answers.self_scores(values, torch.arange(len(values)))
+        scores = answers.self_scores(values, ids)
         if path is not None:
             scores.save(path)
         return scores

@@ -88,7 +88,7 @@ def run_group(method: Method, setting: Setting, queries: Queries, ids: Sequence[
 
 
 def run_self_influence(method: Method, setting: Setting, trainer: Any, finished: Finished) -> Tensor:
-    """The self-influence of every training example, [train].
+    """The self-influence of every training example that the method scores, [scored].
 
     Args:
         method: computes it.
@@ -103,9 +103,12 @@ def run_self_influence(method: Method, setting: Setting, trainer: Any, finished:
     with progress(trainer, setting.n_train * _visited(method, setting), "self-influence") as done:
         setting.on_block = done
         values = method.self_influence(setting).cpu()
+    scored = method.scored(setting.n_train)
+    ids = torch.arange(len(values)) if scored is None else torch.as_tensor(scored)
+    values = values[ids]
     if not isinstance(method, Retraining):
         finished.sums = StageSums(None, values)
-        NonFinite(train=(~values.isfinite()).nonzero()[:, 0].tolist()).refuse()
+        NonFinite(train=ids[~values.isfinite()].tolist()).refuse()
     return values
 
 

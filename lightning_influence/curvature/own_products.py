@@ -33,8 +33,8 @@ def own_products(layers: LayerInverses, gradients: Gradients, powers: Sequence[i
             if inverse is None:
                 total[:, rows] += part.weighted_norm2(weights)
                 continue
-            for few, piece in part.in_cache():
-                inside, *outside = _rotated(inverse, piece)
+            for few in part.in_cache():
+                inside, *outside = _rotated(inverse, part.slice(few))
                 total[:, rows][:, few] += inside.weighted_norm2(weights)
                 for rest in outside:
                     norms = rest.norm2()

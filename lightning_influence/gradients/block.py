@@ -62,6 +62,22 @@ class Gradients:
             products[0].add_(product)
         return products[0]
 
+    def own_dot(self, other: "Gradients", entries: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Inner products of each gradient of this block with the one of the same index of another, [example].
+
+        Args:
+            other: gradients of the same parameters, of as many examples.
+            entries: a factor for every entry of a parameter, [*shape] by name; None: 1.
+        """
+        if not self._aligned(other):
+            return self.per_parameter().own_dot(other.per_parameter(), entries)
+        total = self._zeros(len(self))
+        for names, part in self.parts.items():
+            if names in other.parts:
+                factors = None if entries is None else tuple(entries[name] for name in names)
+                total += part.own_dot(other.parts[names], factors)
+        return total
+
     def total(self) -> dict[str, Tensor]:
         """The sum of the gradients over the examples, [*shape] by parameter name."""
         return {

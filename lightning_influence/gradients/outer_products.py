@@ -216,7 +216,8 @@ class OuterProducts(Part):
     def times_own(self, vectors: tuple[Tensor, ...]) -> Tensor:
         """[example]: the inner product of each example's gradient with its own vector, without building the former."""
         found = self.like.new_zeros(len(self))
-        for rows, part in self.in_cache():
+        for rows in self.in_cache():
+            part = self.slice(rows)
             left, right = (part.inputs, part.outputs) if self.transposed else (part.outputs, part.inputs)
             matrices = vectors[0][rows].to(left).reshape(len(part), left.shape[2], -1)
             found[rows] = (torch.bmm(left, matrices) * right).sum((1, 2))

@@ -61,16 +61,31 @@ class Part(ABC):
     def times_own(self, vectors: tuple[Tensor, ...]) -> Tensor:
         """[example]: the inner product of each example's gradient with its own vector, [example, *shape] each."""
         found = self.like.new_zeros(len(self))
-        for rows, part in self.in_cache():
-            for mine, theirs in zip(part.dense(), vectors, strict=True):
+        for rows in self.in_cache():
+            for mine, theirs in zip(self.slice(rows).dense(), vectors, strict=True):
                 found[rows] += torch.linalg.vecdot(flat(mine), flat(theirs[rows].to(mine)))
+        return found
+
+    def own_dot(self, other: "Part", entries: tuple[Tensor, ...] | None = None) -> Tensor:
+        """[example]: the inner product of each example's gradient with that of the same index in another part.
+
+        Args:
+            other: gradients of as many examples.
+            entries: a factor for every entry, [*shape] for each parameter; None: 1.
+        """
+        found = self.like.new_zeros(len(self))
+        for rows in self.in_cache():
+            mine = self.slice(rows).dense()
+            if entries is not None:
+                mine = tuple(m * e.to(m) for m, e in zip(mine, entries, strict=True))
+            found[rows] += other.slice(rows).times_own(mine).to(found)
         return found
 
     def weighted_norm2(self, weights: tuple[Tensor, ...]) -> Tensor:
         """[weighting, example]: sums of squared entries times weights, [weighting, *shape] for each parameter."""
         found = self.like.new_zeros(len(weights[0]), len(self))
-        for rows, part in self.in_cache():
-            for mine, weight in zip(part.dense(), weights, strict=True):
+        for rows in self.in_cache():
+            for mine, weight in zip(self.slice(rows).dense(), weights, strict=True):
                 found[:, rows] += flat(weight) @ flat(mine).square().T
         return found
 
@@ -79,12 +94,11 @@ class Part(ABC):
         """The elements of the largest tensor that is made of one example for its dense gradient."""
         return sum(math.prod(shape) for shape in self.shapes())
 
-    def in_cache(self) -> "Iterator[tuple[builtins.slice, Part]]":
-        """Slices of the examples whose dense gradients fit in a CPU cache, and the part of each."""
+    def in_cache(self) -> Iterator[builtins.slice]:
+        """Slices of the examples whose dense gradients fit in a CPU cache."""
         step = max(1, WORKSPACE // max(1, self.elements))
         for start in range(0, len(self), step):
-            rows = builtins.slice(start, min(start + step, len(self)))
-            yield rows, self.slice(rows)
+            yield builtins.slice(start, min(start + step, len(self)))
 
     def squares(self) -> tuple[Tensor, ...]:
         """The sum over the examples of squared entries, parameter-shaped."""
