@@ -1,5 +1,6 @@
 """SOURCE: influence through segments of training, each with its own curvature (Bae et al., 2024)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from lightning_influence.curvature.damping import reach_at
 from lightning_influence.curvature.ekfac import EKFAC
 from lightning_influence.curvature.preconditioner import check_optimizers, descent_at
 from lightning_influence.curvature.store import prepared_at
-from lightning_influence.gradients.queries import DenseQueries, QueryGradients
+from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
 from lightning_influence.methods.kinds import GradientProduct, TrainBlock
 from lightning_influence.methods.method import Evidence
 from lightning_influence.setting.setting import Queries, Setting, Stage
@@ -89,11 +90,31 @@ class SOURCE(GradientProduct):
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """Sum ``product`` over all checkpoints, [query, train]."""
         run = setting.state(self, _SegmentedRun)
-        if not run.segments:
-            run.segments = self._segments(setting)
         if run.queries is not queries:  # before the loop over stages, because it loads other checkpoints
-            run.queries, run.directions = queries, self._directions(setting, queries, run.segments)
+            run.queries, run.directions = queries, self._directions(setting, setting.final().gradients(queries))
         return super().score(setting, queries)
+
+    def self_influence(self, setting: Setting) -> Tensor:
+        """The same with each example as its own query, [train].
+
+        The directions of a block of examples are carried through the segments, then multiplied with the gradients of
+        the same examples at every checkpoint.
+        """
+        if setting.refused is not None:
+            raise ValueError(setting.refused)
+        total, run, engine = setting.zeros(), setting.state(self, _SegmentedRun), setting.engine
+        size = setting.examples.block_size
+        step = min(size, self.queries_at_once(setting) or size)
+        for start in range(0, setting.n_train, step):
+            block = setting.examples.chosen(range(start, min(start + step, setting.n_train)))
+            setting.final()
+            directions = self._directions(setting, EachQuery([engine.gradients(block)]))
+            for stage in setting.stages(self.positions(setting.trajectory)):
+                segment = run.segment_at(stage)
+                products = directions[segment].diagonal(engine.gradients(block))
+                total[start : start + step] += self._share(stage, block.ids, products, segment)
+                setting.on_block(block.size)
+        return total
 
     def query_side(self, stage: Stage, queries: Queries) -> QueryGradients:
         """The directions of the queries in the stage's segment."""
@@ -102,9 +123,13 @@ class SOURCE(GradientProduct):
 
     def product(self, stage: Stage, query: QueryGradients, block: TrainBlock) -> Tensor:
         """Products with the directions, divided by n and by the number of checkpoints averaged, [query, example]."""
-        run = stage.setting.state(self, _SegmentedRun)
-        averaged = len(run.segments[run.segment_at(stage)].checkpoints)
-        product, weights = query.dot(block.gradients), stage.setting.engine.weights_of(block.ids)
+        segment = stage.setting.state(self, _SegmentedRun).segment_at(stage)
+        return self._share(stage, block.ids, query.dot(block.gradients), segment)
+
+    def _share(self, stage: Stage, ids: Sequence[int], product: Tensor, segment: int) -> Tensor:
+        """Products times the examples' weights in the training loss, over the number of checkpoints averaged."""
+        averaged = len(stage.setting.state(self, _SegmentedRun).segments[segment].checkpoints)
+        weights = stage.setting.engine.weights_of(ids)
         return (product if weights is None else product * weights.to(product)) / (stage.setting.n_train * averaged)
 
     def _segments(self, setting: Setting) -> list[SourceSegment]:
@@ -144,11 +169,12 @@ class SOURCE(GradientProduct):
             setting.note("Adam's preconditioner is frozen in each segment, at that of its middle checkpoint")
         return found
 
-    def _directions(self, setting: Setting, queries: Queries, segments: list[SourceSegment]) -> list[DenseQueries]:
-        """For each segment the queries' gradients, carried back through the segments after it."""
-        carried = setting.final().gradients(queries).dense()
+    def _directions(self, setting: Setting, final: QueryGradients) -> list[DenseQueries]:
+        """For each segment the final gradients of queries, carried back through the segments after it."""
+        run, carried = setting.state(self, _SegmentedRun), final.dense()
+        run.segments = run.segments or self._segments(setting)
         directions: list[DenseQueries] = []
-        for segment in reversed(segments):
+        for segment in reversed(run.segments):
             (stage,) = setting.stages([segment.middle])
             prepared = prepared_at(self.curvature, setting, stage)
             descent = descent_at(setting, stage, self.curvature.damping or 0.0, segment.reach, segment.shrunk)

@@ -1,14 +1,13 @@
 """Self-influence of HyDRA, by replay and as followed during the fit, against autograd through the fit written out."""
 
 import pytest
-import torch
 from oracles import assert_scores
 from oracles_during import fast_influence
 from oracles_dynamic import call, influence
-from replay.runs import N, fitted, joint
 from torch.nn import functional as F
 
 from lightning_influence import HyDRA
+from replay.runs import N, fitted, joint
 
 CASES = {
     "momentum, two groups": {
