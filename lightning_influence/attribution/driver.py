@@ -1,6 +1,7 @@
 """Loops over blocks of queries and tiles of training examples, in which a method computes the scores."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ def run_scores(
     visits = n_train * _visited(method, setting) * -(-n_queries // block)
     bad = NonFinite()
     finished.sums = setting.state("sums", StageSums)
+    setting.progress = partial(progress, trainer)
     with progress(trainer, visits, method.name) as done:
         setting.on_block = done
         for first in range(0, n_queries, block):
@@ -71,7 +73,7 @@ def run_group(method: Method, setting: Setting, queries: Queries, ids: Sequence[
     Raises:
         ValueError: gradients that are not finite.
     """
-    block = method.tile(setting, queries).queries
+    block, setting.progress = method.tile(setting, queries).queries, partial(progress, trainer)
     found = []
     for first in range(0, len(queries), block):
         values = method.group(setting, queries[first : first + block], ids)
@@ -100,7 +102,8 @@ def run_self_influence(method: Method, setting: Setting, trainer: Any, finished:
         ValueError: gradients that are not finite.
     """
     finished.sums = setting.state("sums", StageSums)
-    with progress(trainer, setting.n_train * _visited(method, setting), "self-influence") as done:
+    setting.progress = partial(progress, trainer)
+    with progress(trainer, setting.n_train * _visited(method, setting), f"{method.name}: self-influence") as done:
         setting.on_block = done
         values = method.self_influence(setting).cpu()
     scored = method.scored(setting.n_train)

@@ -1,9 +1,9 @@
 """EK-FAC: each layer's Fisher matrix in a Kronecker-factored eigenbasis, with eigenvalues measured in that basis."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -102,22 +102,10 @@ class EKFAC(Curvature):
     def prepare(self, setting: Setting) -> PreparedCurvature:
         """The bases and eigenvalues, or the diagonals, of every layer."""
         samples, why = self._fisher_samples(setting)
-        factors: dict[Names, LayerFactors] = {}
         shapes = {name: tuple(p.shape) for name, p in setting.engine.task.named_parameters().items()}
-        covered: set[str] = set()
-        for gradients in samples:
-            for names, part in gradients.parts.items():
-                if not covered & set(names):
-                    factors[names] = LayerFactors(part, self.corrected)
-                    covered |= set(names)
-            for layer, part in _with_parts(factors, gradients, shapes):
-                layer.add(part)
-        for layer in factors.values():
-            layer.decompose()
-        if self.corrected:
-            for gradients in samples:
-                for layer, part in _with_parts(factors, gradients, shapes):
-                    layer.measure(part)
+        passes = samples.draws * (2 if self.corrected else 1)
+        with setting.progress(passes * setting.n_train, f"{type(self).__name__}: factors") as done:
+            factors = self._factors(samples, shapes, done)
         total = 0.0
         tensors: dict[str, Tensor] = {}
         for names, layer in factors.items():
@@ -129,6 +117,29 @@ class EKFAC(Curvature):
         size = sum(math.prod(shapes[name]) for name in setting.engine.plan.names)
         notes = (self._note(factors, samples.labels, why),)
         return PreparedCurvature(tensors, {"mean_eigenvalue": total / size}, notes)
+
+    def _factors(
+        self, samples: FisherSamples, shapes: Mapping[str, tuple[int, ...]], done: Callable[[int], Any]
+    ) -> dict[Names, LayerFactors]:
+        """The decomposed factors of all layers, in two passes; ``done`` is called after each block."""
+        factors: dict[Names, LayerFactors] = {}
+        covered: set[str] = set()
+        for gradients in samples:
+            for names, part in gradients.parts.items():
+                if not covered & set(names):
+                    factors[names] = LayerFactors(part, self.corrected)
+                    covered |= set(names)
+            for layer, part in _with_parts(factors, gradients, shapes):
+                layer.add(part)
+            done(len(gradients))
+        for layer in factors.values():
+            layer.decompose()
+        if self.corrected:
+            for gradients in samples:
+                for layer, part in _with_parts(factors, gradients, shapes):
+                    layer.measure(part)
+                done(len(gradients))
+        return factors
 
     def _fisher_samples(self, setting: Setting) -> tuple[FisherSamples, str]:
         """Gradients with the labels of the field ``labels``, and why the labels of the data if they are a fallback."""
@@ -154,7 +165,7 @@ class EKFAC(Curvature):
         """Two passes over the gradients for each label, and the eigendecomposition of every factor."""
         samples, _ = self._fisher_samples(setting)
         some = next(setting.examples.blocks(0, min(setting.n_train, setting.examples.block_size)))
-        passes = 2 * (samples.classes if samples.labels == "exact" else 1)
+        passes = 2 * samples.draws
         shapes = [setting.engine.task.named_parameters()[name].shape for name in setting.engine.plan.layouts]
         sides = [side for shape in shapes if len(shape) > 1 for side in (shape[0], min(shape[1:].numel(), WIDEST))]
         small = torch.eye(_TIMED_SIDE, dtype=torch.float64)

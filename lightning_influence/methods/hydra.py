@@ -243,7 +243,8 @@ class HyDRA(WholeRun):
     def _note_agreement(self, setting: Setting, replay: Replay, scores: Tensor, queries: Queries) -> None:
         """Adds the correlation of the scores with refits to the diagnostics, and a note if it is low."""
         weights = removals(len(replay.examples), self.checks)
-        refits = setting.state(self, Refits, replay, weights, self.removal == "renormalize")
+        with setting.progress(len(weights), "HyDRA: refits", "fit") as done:
+            refits = setting.state(self, Refits, replay, weights, self.removal == "renormalize", done)
         value = refits.agreement(scores, queries)
         setting.diagnostic("agreement", value, min)
         if not value >= _AGREEING:
