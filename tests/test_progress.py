@@ -74,7 +74,7 @@ def test_self_influence_and_what_it_prepares_are_counted_to_the_end(name, tmp_pa
 def test_followed_hypergradients_are_counted_to_the_end(tmp_path, shown):
     for hessian in (True, False):
         method = HyDRA.during_fit(hessian)
-        fit = fitted(tmp_path / str(hessian), methods=[method])
+        fit = fitted(tmp_path / str(hessian), methods=[method], max_cost=1e9)
         fit.attributor(batch_size=4).self_influence(method)
         total, done = shown["HyDRA: self-influence"]
         assert done == total > 0

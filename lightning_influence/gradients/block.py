@@ -1,6 +1,6 @@
 """A block of per-sample gradients, which methods use instead of a matrix of examples × parameters."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -132,6 +132,13 @@ class Gradients:
         """Multiply the gradients of each part by one factor per example, ``factors`` [example] by part."""
         parts = {names: part.scaled(factors[names]) for names, part in self.parts.items()}
         return Gradients(parts, self.groups, self.size)
+
+    def only(self, names: Collection[str]) -> "Gradients":
+        """The gradients of some parameters."""
+        wanted, found = set(names), self
+        if any(0 < len(wanted & set(key)) < len(key) for key in self.parts):
+            found = self.per_parameter()
+        return Gradients({k: p for k, p in found.parts.items() if set(k) <= wanted}, found.groups, self.size)
 
     def per_parameter(self) -> "Gradients":
         """The same gradients with one part per parameter."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from lightning_influence.checks import check_integer, check_positive, one_of
+from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.methods.hydra_during_fit import HyDRADuringFit, tracked_ids
 from lightning_influence.methods.kinds import WholeRun
@@ -16,6 +17,7 @@ from lightning_influence.methods.own_queries import EntryQueries, ExampleQueries
 from lightning_influence.replay.adjoint import Walk, adjoint
 from lightning_influence.replay.buffer_paths import note_statistics
 from lightning_influence.replay.leave_out import without
+from lightning_influence.replay.own_products import own_products
 from lightning_influence.replay.progress import ReplayProgress, note_drift
 from lightning_influence.replay.refit_agreement import Refits, removals
 from lightning_influence.replay.replay import MAX_DRIFT, Replay
@@ -153,10 +155,14 @@ class HyDRA(WholeRun):
     def self_influence(self, setting: Setting) -> Tensor:
         """Minus the derivative of each example's own final loss by its weight, [train]; without ``checks``.
 
-        The examples are queries, as many at once as there is memory for. A model with fewer parameters than there are
-        examples takes one query per parameter.
+        Without the Hessian, one walk backwards gives it for all examples. Otherwise they are queries, as many at once
+        as there is memory for; a model with fewer parameters than there are examples takes one query per parameter.
         """
         replay, total = self._replay(setting), setting.zeros()
+        if not self.hessian and self.runs == 1:
+            found = self._in_one_walk(setting, replay)
+            if found is not None:
+                return total - found.to(total)
         blocks = self._own_blocks(setting)
         progress = ReplayProgress(setting, len(blocks) * self.runs * examples_of(replay.steps))
         for block in blocks:
@@ -165,6 +171,22 @@ class HyDRA(WholeRun):
         progress.finish()
         self._note(setting, replay)
         return total
+
+    def _in_one_walk(self, setting: Setting, replay: Replay) -> Tensor | None:
+        assert setting.trajectory is not None
+        last = setting.trajectory.checkpoints[-1]
+        state = last.load()
+
+        def final(ids: Sequence[int]) -> Gradients:
+            setting.task.load(state.parameters, state.buffers, last.step, last.epoch)
+            return setting.engine.gradients(setting.examples.chosen(ids))
+
+        progress = ReplayProgress(setting, examples_of(replay.steps))
+        found = own_products(replay, final, self.removal == "renormalize", progress)
+        if found is not None:
+            progress.finish()
+            self._note(setting, replay)
+        return found
 
     def _own_blocks(self, setting: Setting) -> list[ExampleQueries] | list[EntryQueries]:
         """The quantities that are derived for self-influence, in blocks of as many as fit."""

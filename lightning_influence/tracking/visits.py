@@ -205,7 +205,7 @@ def add_products(total: Tensor, first: int, query: QueryGradients, state: Tracke
                 _add_step(total, first, window, by_step)
                 window = []
             gradients = decode(visit["parts"], len(visit["ids"]), total.device)
-            window.append((visit, [query.dot(_only(gradients, names)).to(total) for names in groups]))
+            window.append((visit, [query.dot(gradients.only(names)).to(total) for names in groups]))
     if window:
         _add_step(total, first, window, by_step)
 
@@ -226,7 +226,7 @@ def add_own_products(total: Tensor, setting: Setting, state: TrackerState, runs:
         window = [(visit, decode(visit["parts"], len(visit["ids"]), total.device)) for visit in of_step]
         for names, counts in zip(groups, by_step, strict=True):
             if number := float(counts[step]):
-                _add_own_step(total, setting, [(visit, _only(found, names)) for visit, found in window], number)
+                _add_own_step(total, setting, [(visit, found.only(names)) for visit, found in window], number)
         now = setting.n_train * (step + 1) // steps
         setting.on_block(now - shown)
         shown = now
@@ -244,7 +244,7 @@ def _add_own_step(
         final = setting.engine.gradients(setting.examples.chosen(visit["ids"]))
         part = final.own_dot(found) * (visit["share"] * visit["factor"])
         if visit["pulled"] is not None:
-            along = _only(final, list(whole)).times(whole)
+            along = final.only(whole).times(whole)
             part = part - along * (visit["share"] * visit["along"] * visit["pulled"].to(part))
         total.index_add_(0, torch.tensor(visit["ids"]).to(total.device), (number * part).to(total))
 
@@ -291,12 +291,3 @@ def _whole(raw: Mapping[str, Tensor], gradients: Gradients) -> dict[str, Tensor]
     names = [(n, shape) for names, p in gradients.parts.items() for n, shape in zip(names, p.shapes(), strict=True)]
     like = next(iter(raw.values()))
     return {name: raw[name] if name in raw else like.new_zeros(shape) for name, shape in names}
-
-
-def _only(gradients: Gradients, names: Sequence[str]) -> Gradients:
-    """The gradients of some parameters."""
-    wanted = set(names)
-    if any(0 < len(wanted & set(key)) < len(key) for key in gradients.parts):
-        gradients = gradients.per_parameter()
-    parts = {key: part for key, part in gradients.parts.items() if set(key) <= wanted}
-    return Gradients(parts, {}, gradients.size)

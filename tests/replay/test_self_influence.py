@@ -1,12 +1,14 @@
 """Self-influence of HyDRA, by replay and as followed during the fit, against autograd through the fit written out."""
 
 import pytest
+import torch
 from oracles import assert_scores
 from oracles_during import fast_influence
 from oracles_dynamic import call, influence
 from torch.nn import functional as F
 
 from lightning_influence import HyDRA
+from lightning_influence.numerics.optimizers import UpdateRule, add_rule
 from replay.runs import N, fitted, joint
 
 CASES = {
@@ -98,3 +100,37 @@ def test_the_estimate_counts_every_block_of_examples(tmp_path, monkeypatch):
     with fit.attributor().session() as setting:
         seen = HyDRA()._own_blocks(setting)
     assert [len(block.ids) for block in seen] == [3, 3, 3, N - 9]
+
+
+def test_without_the_hessian_all_examples_take_one_walk(tmp_path, monkeypatch):
+    fit = fitted(tmp_path, kind="AdamW", lr=0.01)
+    expected_values = fit.attributor(joint).self_influence(HyDRA(hessian=False)).values  # joint: as queries
+    monkeypatch.setattr("lightning_influence.methods.hydra.adjoint", None)
+    assert_scores(fit.attributor().self_influence(HyDRA(hessian=False)).values, expected_values, 1e-9)
+
+
+class MixingRule(UpdateRule):
+    """SGD along the gradient and its mean."""
+
+    def step(self, at):
+        return at.weight - at.options["lr"] * (at.gradient + 0.3 * at.gradient.mean()), {}
+
+
+class Mixing(torch.optim.SGD):
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * (p.grad + 0.3 * p.grad.mean()))
+        return loss
+
+
+def test_an_optimizer_that_mixes_entries_takes_the_examples_as_queries(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.optim, "Mixing", Mixing, raising=False)
+    monkeypatch.setattr("lightning_influence.numerics.optimizers.groups._RULES", {})
+    add_rule("Mixing", MixingRule())
+    fit = fitted(tmp_path, kind="Mixing")
+    method = HyDRA(hessian=False, checks=0)
+    pairs = fit.attributor().score(method, "train").values
+    assert_scores(fit.attributor().self_influence(method).values, pairs.diagonal(), 1e-9)
