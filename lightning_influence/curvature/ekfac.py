@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_influence.checks import check_at_least_0, one_of
 from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
@@ -178,7 +179,7 @@ class EKFAC(Curvature):
         self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor
     ) -> QueryGradients:
         """The inverse Fisher times each query's gradient, kept in factors where the gradients are."""
-        layers = LayerInverses(prepared, setting, diagonal)
+        layers = self._layers(prepared, setting, diagonal)
         if not isinstance(queries, EachQuery):
             vectors = queries.dense()
             return DenseQueries(layers.solve(vectors) or vectors, setting.engine.groups)
@@ -209,10 +210,14 @@ class EKFAC(Curvature):
         powers: Sequence[int] = (1,),
     ) -> Tensor:
         """The same in each layer's eigenbasis, where only squared entries are needed; always exact."""
+        return own_products(self._layers(prepared, setting, diagonal), gradients, powers)
+
+    def _layers(self, prepared: PreparedCurvature, setting: Setting, diagonal: Tensor) -> LayerInverses:
+        """The inverses of all layers, made once."""
         kept = setting.state((self, tuple(diagonal.tolist())), _LastLayers)
         if kept.layers is None or kept.prepared is not prepared:  # of one checkpoint at a time
             kept.prepared, kept.layers = prepared, LayerInverses(prepared, setting, diagonal).completed()
-        return own_products(kept.layers, gradients, powers)
+        return kept.layers
 
     def descend(
         self, prepared: PreparedCurvature, vectors: Mapping[str, Tensor], setting: Setting, descent: Descent
@@ -240,7 +245,11 @@ class EKFAC(Curvature):
         if not parts:
             return {}
         tensors = by_layer(prepared)
-        weights = {names: (tensors[names]["values_out"], tensors[names]["values_in"]) for names in parts}
+        weights = {}
+        for names, part in parts.items():
+            sides = (tensors[names][f"values_{side}"] for side in ("out", "in"))
+            left, right = (_filled(v, size) for v, size in zip(sides, part.inverse.table.shape, strict=True))
+            weights[names] = left, right
         found, error = lower_ranks(parts, weights, _sample(setting), self.tolerance)
         setting.diagnostic("score_error", error)
         if error:
@@ -249,6 +258,11 @@ class EKFAC(Curvature):
                 f"{error:.2g}, in root mean square over sampled pairs (`tolerance={self.tolerance:g}`; 0 is exact)"
             )
         return found
+
+
+def _filled(values: Tensor, size: int) -> Tensor:
+    """Eigenvalues in descending order, with the least repeated for the directions that a basis was completed by."""
+    return F.pad(values, (0, size - len(values)), value=float(values[-1]))
 
 
 def _sample(setting: Setting) -> Gradients:

@@ -12,6 +12,9 @@ from lightning_influence.gradients.outer_products import OuterProducts
 from lightning_influence.gradients.part import Part
 from lightning_influence.numerics.projections import Sketch
 
+# A basis is completed where it has at least this many times the directions that it lacks.
+_FEW = 4
+
 
 @dataclass(frozen=True, eq=False)
 class KroneckerInverse:
@@ -21,7 +24,8 @@ class KroneckerInverse:
         basis_out: eigenvectors of the output side, [out, k].
         basis_in: eigenvectors of the input side, [in, l].
         table: 1 / (eigenvalue + diagonal), [k, l].
-        outside: 1 / diagonal, for the directions outside the bases, in which no training gradient has a component.
+        outside: 1 / diagonal, for the directions outside the bases, in which no gradient that was factored had a
+            component. Gradients with the labels of the data may have one where others were sampled.
         transposed: whether the weight is stored as [in, out].
         shapes: the shape of the weight, or those of the weight and its bias.
     """
@@ -39,7 +43,7 @@ class KroneckerInverse:
         return all(b.shape[0] == b.shape[1] for b in (self.basis_out, self.basis_in))
 
     def completed(self) -> "KroneckerInverse":
-        """The same with the missing directions in its bases, where they are fewer than those that are there."""
+        """The same with the missing directions in its bases, where they are few."""
         found = replace(self, basis_out=_completed(self.basis_out), basis_in=_completed(self.basis_in))
         table = self.table.new_full((found.basis_out.shape[1], found.basis_in.shape[1]), self.outside)
         table[: self.table.shape[0], : self.table.shape[1]] = self.table
@@ -158,7 +162,10 @@ class KroneckerPart(Part):
 def _completed(basis: Tensor) -> Tensor:
     """A basis [width, direction] with further directions that make it complete; as it is if these would be many."""
     width, known = basis.shape
-    if not width < 2 * known or width == known:
+    missing = width - known
+    if missing == 0 or _FEW * missing > known:
         return basis
-    rest = torch.linalg.qr(basis.cpu().double(), "complete").Q[:, known:]
-    return torch.cat([basis, rest.to(basis)], 1)
+    rest = torch.randn(width, missing, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(basis)
+    for _ in range(2):  # once leaves rounding errors of the basis
+        rest = torch.linalg.qr((rest - basis @ (basis.T @ rest)).cpu()).Q.to(basis)
+    return torch.cat([basis, rest], 1)

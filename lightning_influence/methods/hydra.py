@@ -23,6 +23,7 @@ from lightning_influence.replay.refit_agreement import Refits, removals
 from lightning_influence.replay.replay import MAX_DRIFT, Replay
 from lightning_influence.replay.steps import examples_of
 from lightning_influence.setting.setting import Queries, Setting
+from lightning_influence.timing import timed
 
 # Below this correlation with refits, a note warns. It is 0.9 and more where losses are smooth in the weights of the
 # examples, and about 0.5 where they are not.
@@ -49,8 +50,9 @@ class HyDRA(WholeRun):
     Needs: the batch order, learning rates and checkpoints of a fit by an optimizer that can be replayed.
     Units: query loss.
     Cost: one replay of the fit, then per query and step about the time of two steps (one without the Hessian), and
-    ``checks`` more replays. Memory: weights and optimizer state of the steps between two checkpoints, and per query
-    a few vectors of the model's size.
+    ``checks`` more replays. Self-influence: as with one query per example (or per parameter, where these are fewer);
+    without the Hessian, two passes per example and step in all. Memory: weights and optimizer state of the steps
+    between two checkpoints, and per query a few vectors of the model's size.
     Departs from the paper: no term of the Hessian is dropped; an example counts at the steps with it (the printed
     algorithm counts it at the others).
 
@@ -224,9 +226,14 @@ class HyDRA(WholeRun):
 
     def seconds(self, setting: Setting, queries: Queries | None) -> float:
         """Time a few steps of the replay and the derivative of one."""
-        replay, blocks = self._replay(setting), 1 if queries is not None else len(self._own_blocks(setting))
+        replay, blocks = self._replay(setting), self._own_blocks(setting)
+        count = 1 if queries is not None else len(blocks)
+        if queries is None and not self.hessian and self.runs == 1 and not replay.forward.joint:  # one walk for all
+            block = next(setting.examples.blocks(0, min(setting.n_train, setting.examples.block_size)))
+            each = timed(lambda: setting.engine.gradients(block).norm2()) / block.size
+            return 5 * each * examples_of(replay.steps)  # replayed twice, and both gradients with their products
         setting.final()
-        final = self._own_blocks(setting)[0].gradients() if queries is None else queries.gradients()
+        final = blocks[0].gradients() if queries is None else queries.gradients()
         walk = Walk(replay, final.dense(), self.hessian, False)
         segment = next(s for s in reversed(range(len(replay.segments))) if replay.segments[s].steps)
         with replay.training():
@@ -242,7 +249,7 @@ class HyDRA(WholeRun):
             backward = time.perf_counter() - started
         replays = 1 if self.runs == 1 else 2 * self.runs
         checks = 0 if queries is None else self.checks
-        return blocks * len(replay.steps) * (forward * (replays + checks) + backward * self.runs)
+        return count * len(replay.steps) * (forward * (replays + checks) + backward * self.runs)
 
     def _mean(
         self, setting: Setting, replay: Replay, gradients: Callable[[], QueryGradients], progress: ReplayProgress

@@ -38,7 +38,8 @@ class InfluenceFunction(GradientProduct):
     Second-Order Group Influence Functions. ICML 2020.
     Needs: the final weights. Learning rates and weight decay are read from the trajectory if there is one.
     Units: query loss; arbitrary with ``normalize``.
-    Cost: preparing the curvature once, one solve per query, and one backward pass per example.
+    Cost: preparing the curvature once, one solve per query, and one backward pass per example. Self-influence: one
+    solve per example; with ``EKFAC`` about as much as a second backward pass.
 
     Args:
         curvature: how the inverse is computed, such as ``EKFAC()``.

@@ -62,7 +62,8 @@ class SOURCE(GradientProduct):
     Needs: checkpoints with learning rates, and with Adam's state where it was used, as `Influence` writes them.
     Units: query loss.
     Cost: preparing one curvature per segment (kept with the run), and one backward pass per example and checkpoint.
-    Memory: one vector of the model's size per query and segment.
+    Self-influence: also three changes of basis per example, segment and layer. Memory: one vector of the model's size
+    per query and segment.
     Departs from the paper: a segment's curvature and preconditioner are those at its middle checkpoint, not averages
     over its checkpoints. ``EKFAC`` uses the diagonal of P in each layer's Kronecker eigenbasis; ``ExactGGN`` uses P.
 
@@ -106,15 +107,21 @@ class SOURCE(GradientProduct):
         size = setting.examples.block_size
         step = min(size, self.queries_at_once(setting) or size)
         for start in range(0, setting.n_train, step):
-            block = setting.examples.chosen(range(start, min(start + step, setting.n_train)))
+            ids = range(start, min(start + step, setting.n_train))
+            block = setting.examples.chosen(ids)
             setting.final()
-            directions = self._directions(setting, EachQuery([engine.gradients(block)]))
+            run.queries, run.directions = None, self._directions(setting, EachQuery([engine.gradients(block)]))
             for stage in setting.stages(self.positions(setting.trajectory)):
-                segment = run.segment_at(stage)
-                products = directions[segment].diagonal(engine.gradients(block))
-                total[start : start + step] += self._share(stage, block.ids, products, segment)
-                setting.on_block(block.size)
+                own = TrainBlock(engine.gradients(block), ids, None)
+                total[ids.start : ids.stop] += self.product_with_itself(stage, own)
+                setting.on_block(len(ids))
         return total
+
+    def product_with_itself(self, stage: Stage, block: TrainBlock) -> Tensor:
+        """Products with the examples' own directions, which are those kept last, [example]."""
+        run = stage.setting.state(self, _SegmentedRun)
+        segment = run.segment_at(stage)
+        return self._share(stage, block.ids, run.directions[segment].diagonal(block.gradients), segment)
 
     def query_side(self, stage: Stage, queries: Queries) -> QueryGradients:
         """The directions of the queries in the stage's segment."""
@@ -204,7 +211,7 @@ class _SegmentedRun:
 
     Args:
         segments: of the run.
-        queries: the block of queries that ``directions`` belongs to.
+        queries: the block of queries that ``directions`` belongs to; None: training examples as their own queries.
         directions: of these queries, one entry per segment.
     """
 

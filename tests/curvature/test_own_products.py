@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader
 from curvature.test_ekfac import DAMPING, NETS, OTHERS, other, problem, seen
 from lightning_influence import EKFAC, Arnoldi, Attributor, ConjugateGradient, ExactGGN, InfluenceFunction
 from lightning_influence.curvature import factors
+from lightning_influence.curvature.kronecker_part import KroneckerInverse, KroneckerPart
+from lightning_influence.gradients.outer_products import OuterProducts
 
 torch.set_num_threads(1)
 
@@ -75,6 +77,22 @@ def test_the_part_outside_the_bases_counts_with_the_damping_alone(t):
         solved = torch.linalg.solve(fisher + DAMPING * torch.eye(len(fisher), dtype=torch.float64), rows.T).T
         expected += torch.stack([(solved * rows).sum(1), solved.square().sum(1)])
     oracles.assert_scores(found, expected, 1e-9)
+
+
+@pytest.mark.parametrize("lacking", ["out", "in"])
+def test_a_basis_that_lacks_few_directions_is_completed(lacking):
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    basis_out, basis_in = torch.linalg.qr(normal(6, 6)).Q, torch.linalg.qr(normal(5, 5)).Q
+    basis_out, basis_in = (basis_out[:, :5], basis_in) if lacking == "out" else (basis_out, basis_in[:, :4])
+    table = normal(basis_out.shape[1], basis_in.shape[1]).square() + 0.1
+    inverse = KroneckerInverse(basis_out, basis_in, table, 7.0, False, ((6, 5),)).completed()
+    basis = torch.kron(basis_out, basis_in)
+    dense = basis @ table.flatten().diag() @ basis.T + 7.0 * (torch.eye(30).double() - basis @ basis.T)
+    gradients = OuterProducts(normal(3, 1, 5), normal(3, 1, 6), (6, 5))
+    rows, found = gradients.dense()[0].flatten(1), torch.zeros(3, 3, dtype=torch.float64)
+    KroneckerPart(inverse, gradients, *inverse.rotated(gradients)).accumulate_dot(gradients, found)
+    torch.testing.assert_close(found, rows @ dense @ rows.T)
 
 
 @pytest.mark.parametrize("name", ["tables and norms", "tied", "one number"])
