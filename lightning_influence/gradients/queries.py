@@ -148,6 +148,10 @@ class DenseQueries(QueryGradients):
         vectors = {name: rows * one_row_per_example(factors[name], rows) for name, rows in self.vectors.items()}
         return DenseQueries(vectors, self.groups)
 
+    def slice(self, rows: slice) -> "DenseQueries":
+        """Some of the vectors."""
+        return DenseQueries({name: vectors[rows] for name, vectors in self.vectors.items()}, self.groups)
+
     def project(self, sketch_of: SketchOf) -> "DenseQueries":
         """Project each vector."""
         sketched = {n: sketch_of(n, rows.shape[1:], rows).rows(rows) for n, rows in self.vectors.items()}

@@ -13,9 +13,10 @@ from lightning_influence.curvature.damping import reach_at
 from lightning_influence.curvature.ekfac import EKFAC
 from lightning_influence.curvature.preconditioner import check_optimizers, descent_at
 from lightning_influence.curvature.store import prepared_at
-from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
+from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.methods.kinds import GradientProduct, TrainBlock
 from lightning_influence.methods.method import Evidence
+from lightning_influence.methods.own_queries import ExampleQueries, gradients_of
 from lightning_influence.setting.setting import Queries, Setting, Stage
 from lightning_influence.types import MissingEvidence
 
@@ -103,25 +104,25 @@ class SOURCE(GradientProduct):
         """
         if setting.refused is not None:
             raise ValueError(setting.refused)
-        total, run, engine = setting.zeros(), setting.state(self, _SegmentedRun), setting.engine
-        size = setting.examples.block_size
-        step = min(size, self.queries_at_once(setting) or size)
+        total, run = setting.zeros(), setting.state(self, _SegmentedRun)
+        step = self.queries_at_once(setting) or setting.examples.block_size
         for start in range(0, setting.n_train, step):
-            ids = range(start, min(start + step, setting.n_train))
-            block = setting.examples.chosen(ids)
+            run.own, run.queries = range(start, min(start + step, setting.n_train)), None
             setting.final()
-            run.queries, run.directions = None, self._directions(setting, EachQuery([engine.gradients(block)]))
+            run.directions = self._directions(setting, ExampleQueries(setting, run.own).gradients())
             for stage in setting.stages(self.positions(setting.trajectory)):
-                own = TrainBlock(engine.gradients(block), ids, None)
-                total[ids.start : ids.stop] += self.product_with_itself(stage, own)
-                setting.on_block(len(ids))
+                for ids, gradients in gradients_of(setting, run.own):
+                    block = TrainBlock(gradients, range(ids[0], ids[-1] + 1), None)
+                    total[ids[0] : ids[-1] + 1] += self.product_with_itself(stage, block)
+                    setting.on_block(len(ids))
         return total
 
     def product_with_itself(self, stage: Stage, block: TrainBlock) -> Tensor:
-        """Products with the examples' own directions, which are those kept last, [example]."""
+        """Products with the examples' own directions, which were kept, [example]."""
         run = stage.setting.state(self, _SegmentedRun)
-        segment = run.segment_at(stage)
-        return self._share(stage, block.ids, run.directions[segment].diagonal(block.gradients), segment)
+        segment, first = run.segment_at(stage), block.ids.start - run.own.start
+        directions = run.directions[segment].slice(slice(first, first + len(block.ids)))
+        return self._share(stage, block.ids, directions.diagonal(block.gradients), segment)
 
     def query_side(self, stage: Stage, queries: Queries) -> QueryGradients:
         """The directions of the queries in the stage's segment."""
@@ -211,12 +212,14 @@ class _SegmentedRun:
 
     Args:
         segments: of the run.
-        queries: the block of queries that ``directions`` belongs to; None: training examples as their own queries.
-        directions: of these queries, one entry per segment.
+        queries: the block of queries that ``directions`` belongs to.
+        own: without queries, the training examples that it belongs to.
+        directions: of these, one entry per segment.
     """
 
     segments: list[SourceSegment] = field(default_factory=list)
     queries: Queries | None = None
+    own: range = range(0)
     directions: list[DenseQueries] = field(default_factory=list)
 
     def segment_at(self, stage: Stage) -> int:
