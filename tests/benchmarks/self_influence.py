@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_influence import EKFAC, GradientDot, InfluenceFunction
+from lightning_influence import EKFAC, SOURCE, GradientDot, HyDRA, InfluenceFunction
 
 from measure import Plain  # isort: skip
 from subjects import Encoder, fitted, texts  # isort: skip
@@ -61,6 +61,7 @@ def compare(name, subject, methods, repeats):
     plain.subject = type("Last", (), {"checkpoints": last, "at": staticmethod(subject.at)})
     attributor = subject.attributor
     size = sum(p.numel() for p in subject.module.parameters())
+    estimates = {label: attributor.cost(method) for label, method in methods.items()}
     print(f"\n{name}: {len(subject.train):,} examples, {size:,} weights")
     first = {label: cpu_seconds(lambda m=m: attributor.self_influence(m)) for label, m in methods.items()}
     taken = {label: [] for label in ("plain pass", *methods)}
@@ -71,7 +72,11 @@ def compare(name, subject, methods, repeats):
     pass_took = statistics.median(taken["plain pass"])
     for label, seconds in taken.items():
         took = statistics.median(seconds)
-        beside = f"   first question, with what is prepared once: {first[label]:.2f} s" if label in first else ""
+        beside = (
+            f"   first question, with what is prepared once: {first[label]:.2f} s, estimated {estimates[label]:.2f} s"
+            if label in first
+            else ""
+        )
         print(f"  {label:24s} {took:8.2f} s   {took / pass_took:5.1f} x plain{beside}", flush=True)
         if label.startswith("EK-FAC") and took > CEILING * pass_took:
             print(f"  {label} is above {CEILING:g} x the plain pass")
@@ -84,10 +89,13 @@ def main():
     parser.add_argument("--examples", type=int, default=5_000)
     parser.add_argument("--only", choices=["cnn", "transformer"])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--all", action="store_true", help="also SOURCE, and HyDRA without the Hessian")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     methods = {"GradientDot": GradientDot(), "EK-FAC": InfluenceFunction(EKFAC())}
+    if arguments.all:
+        methods |= {"SOURCE": SOURCE(2), "HyDRA, no Hessian": HyDRA(hessian=False)}
     with tempfile.TemporaryDirectory() as folder:
         for name, net in (("cnn", cnn), ("transformer", Encoder)):
             if arguments.only not in (None, name):
