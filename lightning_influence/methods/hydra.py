@@ -13,7 +13,6 @@ from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.methods.hydra_during_fit import HyDRADuringFit, tracked_ids
 from lightning_influence.methods.kinds import WholeRun
 from lightning_influence.methods.method import Evidence
-from lightning_influence.methods.own_queries import EntryQueries, ExampleQueries
 from lightning_influence.replay.adjoint import Walk, adjoint
 from lightning_influence.replay.buffer_paths import note_statistics
 from lightning_influence.replay.leave_out import without
@@ -22,6 +21,7 @@ from lightning_influence.replay.progress import ReplayProgress, note_drift
 from lightning_influence.replay.refit_agreement import Refits, removals
 from lightning_influence.replay.replay import MAX_DRIFT, Replay
 from lightning_influence.replay.steps import examples_of
+from lightning_influence.setting.own_queries import EntryQueries, ExampleQueries
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.timing import timed
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from lightning_influence.checks import check_integer, one_of
 from lightning_influence.methods.kinds import WholeRun
 from lightning_influence.methods.method import Evidence
-from lightning_influence.methods.own_queries import gradients_of
 from lightning_influence.replay.buffer_paths import note_statistics
 from lightning_influence.replay.replay import MAX_DRIFT
+from lightning_influence.setting.own_queries import gradients_of
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.timing import timed
 from lightning_influence.tracking.hypergradients import Hypergradients, vectors_of

@@ -16,7 +16,7 @@ from lightning_influence.curvature.store import prepared_at
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.methods.kinds import GradientProduct, TrainBlock
 from lightning_influence.methods.method import Evidence
-from lightning_influence.methods.own_queries import ExampleQueries, gradients_of
+from lightning_influence.setting.own_queries import ExampleQueries, gradients_of
 from lightning_influence.setting.setting import Queries, Setting, Stage
 from lightning_influence.types import MissingEvidence
 
