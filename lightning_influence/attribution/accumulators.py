@@ -8,7 +8,36 @@ import torch
 from torch import Tensor
 
 from lightning_influence.numerics.topk import StreamingTopK
+from lightning_influence.processes import Processes
 from lightning_influence.scores import TopK
+
+# Scores that the processes exchange at once.
+_SENT = 2**24
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a score matrix that one of several processes computes: rows, columns, or all of it.
+
+    Args:
+        queries: positions of the rows.
+        train: positions of the columns.
+        of: the sizes of the whole, [query, train].
+    """
+
+    queries: range
+    train: range
+    of: tuple[int, int]
+
+    @property
+    def divided(self) -> int | None:
+        """The dimension that is divided among the processes; None: each computes everything."""
+        return 0 if len(self.queries) < self.of[0] else 1 if len(self.train) < self.of[1] else None
+
+    @property
+    def fraction(self) -> float:
+        """The part of all scores."""
+        return len(self.queries) * len(self.train) / (self.of[0] * self.of[1])
 
 
 class Accumulator(Protocol):
@@ -23,6 +52,9 @@ class Accumulator(Protocol):
             first_id: position of the first training example among those with scores.
         """
 
+    def merge(self, share: Share, processes: Processes) -> None:
+        """Add what the other processes collected, of other queries or other training examples."""
+
 
 class MatrixAccumulator:
     """Keeps the full matrix."""
@@ -33,6 +65,15 @@ class MatrixAccumulator:
     def add(self, tile: Tensor, first_query: int, first_id: int) -> None:
         """Write the tile to its place in the matrix."""
         self.values[first_query : first_query + len(tile), first_id : first_id + tile.shape[1]] = tile
+
+    def merge(self, share: Share, processes: Processes) -> None:
+        """Fill in the others' rows or columns, some rows at a time."""
+        if share.divided == 0:
+            self.values = torch.cat(processes.gathered(self.values[share.queries.start : share.queries.stop].clone()))
+        elif share.divided == 1:
+            columns = slice(share.train.start, share.train.stop)
+            for rows in self.values.split(max(1, _SENT // max(1, self.values.shape[1]))):
+                rows.copy_(torch.cat(processes.gathered(rows[:, columns].clone()), 1))
 
     def result(self) -> tuple[Tensor, None]:
         """The matrix, [query, train], and no strongest few."""
@@ -61,6 +102,13 @@ class TopKAccumulator:
             )
         self._best.update(tile, ids, first_query)
 
+    def merge(self, share: Share, processes: Processes) -> None:
+        """Keep the strongest of what all processes kept."""
+        if share.divided is not None:
+            for rank, other in enumerate(processes.gathered(self._best)):
+                if rank != processes.rank:
+                    self._best.merge(other)
+
     def result(self, queries: int | None = None) -> tuple[None, tuple[TopK, TopK]]:
         """No matrix, and the strongest proponents and opponents; with ``queries``, of as many first ones."""
         high, high_ids, low, low_ids = self._best.result(queries)
@@ -78,6 +126,11 @@ class GroupAccumulator:
         """Add the scores of the group's members in this tile."""
         here = self._ids[(self._ids >= first_id) & (self._ids < first_id + tile.shape[1])] - first_id
         self.total[first_query : first_query + len(tile)] += tile[:, here.to(tile.device)].double().sum(1).cpu()
+
+    def merge(self, share: Share, processes: Processes) -> None:
+        """Add the others' sums."""
+        if share.divided is not None:
+            self.total = torch.stack(processes.gathered(self.total)).sum(0)
 
 
 @dataclass
@@ -98,8 +151,10 @@ class NonFinite:
         self.train += [first_id + i for i in columns.nonzero()[:, 0].tolist()]
         return False
 
-    def refuse(self) -> None:
-        """Raise ValueError if there were any."""
+    def refuse(self, processes: Processes) -> None:
+        """Raise ValueError if there were any, in any process."""
+        self.train = [i for ids in processes.gathered(self.train) for i in ids]
+        self.queries = [i for ids in processes.gathered(self.queries) for i in ids]
         found = [
             f"{kind} {sorted(set(ids))[:10]}{' and more' if len(set(ids)) > 10 else ''}"
             for kind, ids in (("training examples", self.train), ("queries", self.queries))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from lightning_influence.gradients.spot_checks import UnequalWeight
+from lightning_influence.processes import Processes
 from lightning_influence.setting.session import Session
 
 P = ParamSpec("P")
@@ -14,6 +15,7 @@ R = TypeVar("R")
 class HasSession(Protocol):
     """An object that asks questions of one module and its training data."""
 
+    processes: Processes
     _session: Session
 
 
@@ -29,10 +31,12 @@ def asking_again(ask: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S,
     @functools.wraps(ask)
     def asked(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return ask(self, *args, **kwargs)
+            with self.processes.together():
+                return ask(self, *args, **kwargs)
         except UnequalWeight as error:
             if not any(self._session.probe_again(ids) for ids in (error.suspects, error.block) if ids):
                 raise
-        return ask(self, *args, **kwargs)
+        with self.processes.together():
+            return ask(self, *args, **kwargs)
 
     return asked

@@ -15,7 +15,7 @@ from lightning_influence.attribution.answers import Answers
 from lightning_influence.attribution.arguments import check_arguments, check_method, check_parts, queries_of, scored_ids
 from lightning_influence.attribution.asking_again import asking_again
 from lightning_influence.attribution.data_arguments import datamodule_of, named_queries, training_source
-from lightning_influence.attribution.driver import run_group, run_scores, run_self_influence
+from lightning_influence.attribution.driver import run_group, run_scores, run_self_influence, share_of
 from lightning_influence.attribution.final_weights import final_weights
 from lightning_influence.attribution.finished import Finished, kept
 from lightning_influence.attribution.parameter_selection import selected_parameters
@@ -28,6 +28,7 @@ from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.methods.retraining import Estimate, Retraining
 from lightning_influence.module.layers import make_layers
 from lightning_influence.module.task import Loss, unwrapped
+from lightning_influence.processes import processes_of
 from lightning_influence.progress import progress
 from lightning_influence.refit import Refit
 from lightning_influence.scores import Scores, SelfScores
@@ -47,6 +48,7 @@ class Attributor:
             DataModule.
         trajectory: checkpoints and batch order of the fit; None: only the module's present weights are known.
         trainer: its accelerator, precision and data hooks are used; None: the module's own Trainer, if it has one.
+            With one that has several processes, all of them ask each question and share its work.
         batch_size: examples per block; None: the loader's batch size, or more if their gradients are small.
         refit: a ``Refit``, which says how to retrain models, for methods that need it.
         loss: ``(module, batch) -> [batch]`` per-sample losses; None: ``training_step``.
@@ -94,6 +96,7 @@ class Attributor:
         trajectory = trajectory if trajectory is None else fitted_trajectory(trajectory, self.module)
         self.trajectory = trajectory
         self.trainer = trainer if trainer is not None else getattr(self.module, "_trainer", None)
+        self.processes = processes_of(trainer)
         self.refit = refit
         self.loss = loss
         check_integer("batch_size", batch_size, optional=True)
@@ -164,7 +167,7 @@ class Attributor:
                 accumulator = MatrixAccumulator(len(all_queries), len(ids), dtype)
             else:
                 accumulator = TopKAccumulator(len(all_queries), top_k, dtype, ids)
-            with kept(lambda said: answers.finished_scores(accumulator, finished, ids, said)):
+            with kept(lambda said: answers.finished_scores(accumulator, finished, ids, said), self.processes):
                 run_scores(method, setting, all_queries, accumulator, self.trainer, finished)
         scores = answers.scores(accumulator.result(), ids, rows)
         if path is not None:
@@ -189,7 +192,7 @@ class Attributor:
         with self._open(method) as setting:
             answers, finished = self._answers(method, setting), Finished()
             ids = scored_ids(method, setting.n_train)
-            with kept(lambda said: answers.finished_self_scores(finished, ids, said)):
+            with kept(lambda said: answers.finished_self_scores(finished, ids, said), self.processes):
                 values = run_self_influence(method, setting, self.trainer, finished)
         scores = answers.self_scores(values, ids)
         if path is not None:
@@ -244,7 +247,8 @@ class Attributor:
         self._check(method)
         source = None if queries is None else self._queries(queries)
         with self._open(method, source, aggregate=aggregate) as setting:
-            return method.cost(setting, setting.queries).seconds
+            n = 1 if setting.queries is None else len(setting.queries)
+            return method.cost(setting, setting.queries).seconds * share_of(method, setting, n).fraction
 
     def session(self, queries: Any = None) -> AbstractContextManager[Setting]:
         """A context manager that gives what a method works with, for your own computations with gradients.
@@ -303,6 +307,7 @@ class Attributor:
                 setting.models = self.refit.models
             if self.refit is not None and queries is not None:
                 self.refit.asked = queries
+            setting.processes = self.processes
             self._follow_batch_index(method, setting)
             yield setting
 

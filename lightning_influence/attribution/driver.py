@@ -1,15 +1,22 @@
 """Loops over blocks of queries and tiles of training examples, in which a method computes the scores."""
 
+import functools
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_influence.attribution.accumulators import Accumulator, GroupAccumulator, MatrixAccumulator, NonFinite
+from lightning_influence.attribution.accumulators import (
+    Accumulator,
+    GroupAccumulator,
+    MatrixAccumulator,
+    NonFinite,
+    Share,
+)
 from lightning_influence.attribution.finished import Finished
-from lightning_influence.methods.kinds import StageSums
+from lightning_influence.attribution.out_of_memory import in_memory
+from lightning_influence.methods.kinds import ForwardOnly, GradientProduct, StageSums, WholeRun
 from lightning_influence.methods.method import Method
 from lightning_influence.methods.retraining import Retraining
 from lightning_influence.progress import progress
@@ -39,19 +46,19 @@ def run_scores(
         ValueError: scores of another shape than [query, train]; gradients that are not finite.
     """
     block, columns = method.tile(setting, queries)
-    n_train, n_queries = setting.n_train, len(queries)
-    visits = n_train * _visited(method, setting) * -(-n_queries // block)
+    n_train, share = setting.n_train, share_of(method, setting, len(queries))
+    visits = len(share.train) * _visited(method, setting) * -(-len(share.queries) // block)
     bad = NonFinite()
     finished.sums = setting.state("sums", StageSums)
-    setting.progress = partial(progress, trainer)
+    setting.progress = functools.partial(progress, trainer)
     with progress(trainer, visits, method.name) as done:
         setting.on_block = done
-        for first in range(0, n_queries, block):
-            some = queries[first : first + block]
+        for first in range(share.queries.start, share.queries.stop, block):
+            some = queries[first : min(first + block, share.queries.stop)]
             finished.held, finished.train = len(some), 0
-            for start in range(0, n_train, columns):
-                setting.ids = range(start, min(start + columns, n_train))
-                tile = method.score(setting, some)
+            for start in range(share.train.start, share.train.stop, columns):
+                setting.ids = range(start, min(start + columns, share.train.stop))
+                tile = in_memory(functools.partial(method.score, setting, some), setting)
                 expected = [len(some), len(setting.ids)]
                 if list(tile.shape) != expected:
                     raise ValueError(
@@ -64,7 +71,9 @@ def run_scores(
                 finished.gaps |= not clean
                 finished.train = column + tile.shape[1]
             finished.queries = first + len(some)
-    bad.refuse()
+    bad.refuse(setting.processes)
+    accumulator.merge(share, setting.processes)
+    _join_notes(setting)
 
 
 def run_group(method: Method, setting: Setting, queries: Queries, ids: Sequence[int], trainer: Any) -> Tensor:
@@ -73,7 +82,7 @@ def run_group(method: Method, setting: Setting, queries: Queries, ids: Sequence[
     Raises:
         ValueError: gradients that are not finite.
     """
-    block, setting.progress = method.tile(setting, queries).queries, partial(progress, trainer)
+    block, setting.progress = method.tile(setting, queries).queries, functools.partial(progress, trainer)
     found = []
     for first in range(0, len(queries), block):
         values = method.group(setting, queries[first : first + block], ids)
@@ -85,7 +94,7 @@ def run_group(method: Method, setting: Setting, queries: Queries, ids: Sequence[
             return accumulator.total
         found.append(values)
     total = torch.cat(found)
-    NonFinite(queries=(~total.isfinite()).nonzero()[:, 0].tolist()).refuse()
+    NonFinite(queries=(~total.isfinite()).nonzero()[:, 0].tolist()).refuse(setting.processes)
     return total
 
 
@@ -102,17 +111,45 @@ def run_self_influence(method: Method, setting: Setting, trainer: Any, finished:
         ValueError: gradients that are not finite.
     """
     finished.sums = setting.state("sums", StageSums)
-    setting.progress = partial(progress, trainer)
-    with progress(trainer, setting.n_train * _visited(method, setting), f"{method.name}: self-influence") as done:
+    setting.progress = functools.partial(progress, trainer)
+    if isinstance(method, GradientProduct):
+        setting.ids = setting.processes.share(setting.n_train)
+    label = f"{method.name}: self-influence"
+    with progress(trainer, len(setting.ids) * _visited(method, setting), label) as done:
         setting.on_block = done
-        values = method.self_influence(setting).cpu()
+        values = in_memory(lambda: method.self_influence(setting).cpu(), setting)
+    if isinstance(method, GradientProduct):
+        values = setting.processes.joined(values, setting.n_train)
+    _join_notes(setting)
     scored = method.scored(setting.n_train)
     ids = torch.arange(len(values)) if scored is None else torch.as_tensor(scored)
     values = values[ids]
     if not isinstance(method, Retraining):
         finished.sums = StageSums(None, values)
-        NonFinite(train=ids[~values.isfinite()].tolist()).refuse()
+        NonFinite(train=ids[~values.isfinite()].tolist()).refuse(setting.processes)
     return values
+
+
+def share_of(method: Method, setting: Setting, n_queries: int) -> Share:
+    """What this process computes: some training examples, or some queries where a method needs the whole training set.
+
+    Everything where models are retrained, which only some examples get a score from.
+    """
+    train, queries = range(setting.n_train), range(n_queries)
+    if isinstance(method, (WholeRun, ForwardOnly)):
+        queries = setting.processes.share(n_queries)
+    elif not isinstance(method, Retraining) and method.scored(setting.n_train) is None:
+        train = setting.processes.share(setting.n_train)
+    return Share(queries, train, (n_queries, setting.n_train))
+
+
+def _join_notes(setting: Setting) -> None:
+    """Notes and diagnostics of all processes, which have seen different examples."""
+    for notes, diagnostics in setting.processes.gathered((setting.notes, setting.diagnostics)):
+        for note in notes:
+            setting.note(note)
+        for name, value in diagnostics.items():
+            setting.diagnostic(name, value)
 
 
 def _visited(method: Method, setting: Setting) -> int:

@@ -12,6 +12,7 @@ from lightning_influence.attribution.accumulators import NonFinite
 from lightning_influence.gradients.reduction import NoRelation
 from lightning_influence.gradients.spot_checks import UnequalWeight
 from lightning_influence.methods.kinds import StageSums
+from lightning_influence.processes import Processes
 from lightning_influence.scores import Scores, SelfScores
 
 Kept: TypeAlias = tuple[Scores | SelfScores, str]
@@ -95,19 +96,23 @@ class Finished:
 
 
 @contextlib.contextmanager
-def kept(scores: Callable[[str], Kept | None]) -> Iterator[None]:
+def kept(scores: Callable[[str], Kept | None], processes: Processes) -> Iterator[None]:
     """Attach to any error inside the scores that were finished before it, and say so in its message.
 
-    Not where examples weigh otherwise in a batch than alone: then the scores before may be wrong as well.
+    Not where examples weigh otherwise in a batch than alone: then the scores before may be wrong as well. Nor in one
+    of several processes, which has parts of the scores only.
 
     Args:
         scores: makes them, with the given words in a note; None if there are none.
+        processes: that share the work.
     """
     try:
         yield
     except (NoRelation, UnequalWeight):
         raise
     except BaseException as error:
+        if processes.count > 1:
+            raise
         with contextlib.suppress(Exception):  # the error itself matters more
             found = scores(f"Unfinished: {type(error).__name__} ended the computation")
             if found is not None:

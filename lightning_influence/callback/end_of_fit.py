@@ -17,6 +17,7 @@ from lightning_influence.callback.plan import ScoringPlan
 from lightning_influence.compat import rank_zero_info, rank_zero_warn
 from lightning_influence.data.source import source_of
 from lightning_influence.methods.method import Method
+from lightning_influence.processes import processes_of
 from lightning_influence.scores import Scores, SelfScores
 
 _Work = Callable[[str, Method], Scores | SelfScores]
@@ -76,15 +77,10 @@ def score_at_end(
     scores: Results,
     self_scores: Results,
 ) -> None:
-    """Run the methods on what was recorded in `run_dir`, in a single process; see `EndOfFit`."""
-    if trainer.world_size > 1:
-        rank_zero_warn(
-            f"Expected one process to run `methods` in, got {trainer.world_size}. The fit is recorded. "
-            f"Compute scores afterwards in a single process:\n{offline_lines(run_dir, plan, trainer)}"
-        )
-        return
+    """Run the methods on what was recorded in `run_dir`, in all processes of the Trainer together; see `EndOfFit`."""
     try:
-        attributor = open_attributor()
+        with processes_of(trainer).together():
+            attributor = open_attributor()
     except KeyboardInterrupt:
         _interrupted(plan, scores, self_scores, offline_lines(run_dir, plan, trainer))
         return
@@ -153,7 +149,8 @@ class EndOfFit:
 
     def _guarded(self, name: str, method: Method, results: Results, work: _Work) -> None:
         try:
-            results[name] = work(name, method)
+            with self.attributor.processes.together():
+                results[name] = work(name, method)
         except _TooExpensiveError as refusal:
             results.reasons[name] = str(refusal)
             rank_zero_warn(f"`{name}` was not started. {refusal}")
@@ -206,6 +203,8 @@ class EndOfFit:
         return scores
 
     def _save(self, name: str, scores: Scores | SelfScores) -> None:
+        if not self.trainer.is_global_zero:
+            return
         try:
             scores.save(self._place(name), overwrite=True)
         except OSError as error:
@@ -215,6 +214,8 @@ class EndOfFit:
             )
 
     def _log(self, scores: Scores | SelfScores, name: str, **drawing: Any) -> None:
+        if not self.trainer.is_global_zero:
+            return
         try:
             with warnings.catch_warnings():
                 scores.log(self.trainer.loggers, step=self.trainer.global_step, name=name, **drawing)
@@ -236,9 +237,10 @@ class EndOfFit:
 
     def _afford(self, name: str, method: Method, seconds: float) -> None:
         """Report the estimated time, and raise where it exceeds `max_cost` times the duration of the fit."""
+        seconds = max(self.attributor.processes.gathered(seconds))
         share = seconds / max(self.fit_seconds, 1e-9)
         rank_zero_info(f"{name}: about {seconds:.1f} s ({share:.2g} times the fit's {self.fit_seconds:.1f} s).")
-        if seconds > self.plan.max_cost * self.fit_seconds:
+        if any(self.attributor.processes.gathered(seconds > self.plan.max_cost * self.fit_seconds)):
             raise _TooExpensiveError(
                 f"It would take about {seconds:.1f} s, more than `max_cost={self.plan.max_cost:g}` times the "
                 f"fit's {self.fit_seconds:.1f} s. Pass fewer queries or fewer checkpoints (`checkpoints=(-1,)`), raise "

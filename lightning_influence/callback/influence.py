@@ -25,6 +25,7 @@ from lightning_influence.capture.recorder import Recorder
 from lightning_influence.capture.store import RunWriter, claim_run, resume_point
 from lightning_influence.checks import check_callable, check_flag, check_integer, check_path_like, check_positive
 from lightning_influence.methods.method import Method
+from lightning_influence.processes import Processes, processes_of
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.run import parent_run
 from lightning_influence.types import MissingEvidence
@@ -246,10 +247,21 @@ class Influence(Guest):
 
     @guarded
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Save the final checkpoint, then run the methods."""
+        """Save the final checkpoint, then run the methods in all processes."""
         self._check_present()
+        processes = processes_of(trainer) if self.methods else Processes()
+        with processes.together():
+            recorded = self._end_record(trainer, pl_module)
+            everywhere = all(processes.gathered(recorded and self._last is None))
+        if processes.count > 1 and not everywhere:
+            self.scores.why = self.self_scores.why = "the fit was not recorded in every process"
+        elif recorded and self.methods and self.run_dir is not None:
+            score_at_end(self._plan, trainer, self.run_dir, lambda: self.attributor, self.scores, self.self_scores)
+
+    def _end_record(self, trainer: Any, pl_module: Any) -> bool:
+        """Complete the record; whether there is one in this process."""
         if self._recorder is None or self._during is None or self.run_dir is None:
-            return
+            return False
         self._recorder.ended()
         if self._recorder.broken_off is None:
             confirm_data(self._recorder, trainer, pl_module, self.run_dir)
@@ -259,8 +271,7 @@ class Influence(Guest):
         self.scores.reasons |= self._during.lost
         self._link = self.state_dict()
         self._stop()
-        if self.methods and self.run_dir is not None:
-            score_at_end(self._plan, trainer, self.run_dir, lambda: self.attributor, self.scores, self.self_scores)
+        return True
 
     @guarded
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,6 +23,7 @@ from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
+from lightning_influence.processes import Processes
 from lightning_influence.setting.setting import Setting
 from lightning_influence.timing import timed
 
@@ -105,8 +106,21 @@ class EKFAC(Curvature):
         samples, why = self._fisher_samples(setting)
         shapes = {name: tuple(p.shape) for name, p in setting.engine.task.named_parameters().items()}
         passes = samples.draws * (2 if self.corrected else 1)
-        with setting.progress(passes * setting.n_train, f"{type(self).__name__}: factors") as done:
-            factors = self._factors(samples, shapes, done)
+        processes = setting.processes if setting.processes.shares(setting.n_train) else Processes()
+        own = len(processes.share(setting.n_train))
+        with setting.progress(passes * own, f"{type(self).__name__}: factors") as done:
+            factors = self._added(samples, shapes, done)
+            if len({tuple(layers) for layers in processes.gathered(list(factors))}) > 1:
+                return self.prepare(replace(setting, processes=Processes()))  # the examples reach other layers
+            for layer in factors.values():
+                layer.decompose(processes)
+            if self.corrected:
+                for gradients in samples:
+                    for layer, part in _with_parts(factors, gradients, shapes):
+                        layer.measure(part)
+                    done(len(gradients))
+            for layer in factors.values():
+                layer.join_measured(processes)
         total = 0.0
         tensors: dict[str, Tensor] = {}
         for names, layer in factors.items():
@@ -119,10 +133,10 @@ class EKFAC(Curvature):
         notes = (self._note(factors, samples.labels, why),)
         return PreparedCurvature(tensors, {"mean_eigenvalue": total / size}, notes)
 
-    def _factors(
+    def _added(
         self, samples: FisherSamples, shapes: Mapping[str, tuple[int, ...]], done: Callable[[int], Any]
     ) -> dict[Names, LayerFactors]:
-        """The decomposed factors of all layers, in two passes; ``done`` is called after each block."""
+        """The layers after the first pass over the gradients; ``done`` is called after each block."""
         factors: dict[Names, LayerFactors] = {}
         covered: set[str] = set()
         for gradients in samples:
@@ -133,13 +147,6 @@ class EKFAC(Curvature):
             for layer, part in _with_parts(factors, gradients, shapes):
                 layer.add(part)
             done(len(gradients))
-        for layer in factors.values():
-            layer.decompose()
-        if self.corrected:
-            for gradients in samples:
-                for layer, part in _with_parts(factors, gradients, shapes):
-                    layer.measure(part)
-                done(len(gradients))
         return factors
 
     def _fisher_samples(self, setting: Setting) -> tuple[FisherSamples, str]:

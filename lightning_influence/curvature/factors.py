@@ -11,6 +11,7 @@ from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.outer_products import OuterProducts
 from lightning_influence.gradients.part import WORKSPACE, Part
 from lightning_influence.numerics.kronecker import SecondMoment
+from lightning_influence.processes import Processes
 
 # A wider factor is not decomposed: its layer keeps a diagonal Fisher.
 WIDEST = 2**13
@@ -58,12 +59,26 @@ class LayerFactors:
                 self.output_moment.add(matrices.transpose(1, 2).flatten(0, 1))
                 self.trace += float(matrices.square().sum())
 
-    def decompose(self) -> None:
-        """Compute the eigenbases of both sides, between the passes."""
-        if self.sides is not None:
-            self.values_out, self.basis_out, _ = self.output_moment.basis()
-            self.values_in, self.basis_in, self._stored_inputs = self.input_moment.basis()
-            self._n_measured = 0
+    def decompose(self, processes: Processes) -> None:
+        """Compute the eigenbases of both sides, between the passes, from the sums of all processes."""
+        self.diagonal = [processes.summed(table) for table in self.diagonal]
+        self.trace = sum(processes.gathered(self.trace))
+        if self.sides is None:
+            return
+        if processes.count > 1:
+            for moment in (self.output_moment, self.input_moment):
+                moment.replace_sum(processes.summed)
+        self.values_out, self.basis_out, _ = self.output_moment.basis()
+        self.values_in, self.basis_in, self._stored_inputs = self.input_moment.basis()
+        self._n_measured = 0
+        if processes.count > 1:  # one basis for all, since it may round differently in each
+            for name in ("values_out", "basis_out", "values_in", "basis_in"):
+                setattr(self, name, processes.from_first(getattr(self, name)))
+
+    def join_measured(self, processes: Processes) -> None:
+        """After the second pass: add the squares of the other processes' examples."""
+        if self.squares is not None:
+            self.squares = processes.summed(self.squares)
 
     def measure(self, part: Part) -> None:
         """Second pass: add the squares of a block's gradients in the eigenbases."""

@@ -21,6 +21,8 @@ _KEPT_BYTES = 2**28
 class FisherSamples:
     """An iterable over blocks of gradients whose outer products, summed and divided by n, are a Fisher matrix.
 
+    Each of several processes sees its share of the training examples: what it sums must be summed over all of them.
+
     Where a batch's loss is a mean over tokens, each example counts with its weight.
 
     Args:
@@ -68,8 +70,8 @@ class FisherSamples:
         self._kept = kept
 
     def _computed(self) -> Iterator[Gradients]:
-        engine, loss = self.setting.engine, self._loss
-        for block in self.setting.examples.blocks():
+        engine, loss, share = self.setting.engine, self._loss, self.setting.processes.share(self.setting.n_train)
+        for block in self.setting.examples.blocks(share.start, share.stop):
             if loss is None:
                 yield self._weighted(engine.gradients(block), block)
                 continue

@@ -40,15 +40,22 @@ def _read_or_prepare(curvature: Curvature, setting: Setting, stage: Stage, folde
     stage.check_loaded()
     if folder is None:
         return curvature.prepare(setting)
-    about = _description(curvature, setting, stage)
+    processes = setting.processes
+    about = processes.gathered(_description(curvature, setting, stage))[0]
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     path = folder / "curvature" / f"{type(curvature).__name__}-{name}"
+    stored = None
     if path.is_file():
         try:
-            return read(path, about, setting.zeros().device)
+            stored = read(path, about, setting.zeros().device)
         except (ValueError, OSError) as error:
             setting.note(f"A stored curvature was computed again: {error}")
+    everywhere = all(processes.gathered(stored is not None))
+    if stored is not None and everywhere:
+        return stored
     prepared = curvature.prepare(setting)
+    if processes.rank > 0:
+        return prepared
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, about, prepared)

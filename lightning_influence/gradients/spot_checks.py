@@ -36,7 +36,7 @@ class UnequalWeight(ValueError):
         block: the examples of the batch; it may be another of them that weighs more or less than most.
     """
 
-    def __init__(self, message: str, block: Sequence[int]) -> None:
+    def __init__(self, message: str, block: Sequence[int] = ()) -> None:
         super().__init__(message)
         self.block = block
         self.suspects: Sequence[int] = ()

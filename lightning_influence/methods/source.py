@@ -106,14 +106,15 @@ class SOURCE(GradientProduct):
             raise ValueError(setting.refused)
         total, run = setting.zeros(), setting.state(self, _SegmentedRun)
         step = self.queries_at_once(setting) or setting.examples.block_size
-        for start in range(0, setting.n_train, step):
-            run.own, run.queries = range(start, min(start + step, setting.n_train)), None
+        for start in range(setting.ids.start, setting.ids.stop, step):
+            run.own, run.queries = range(start, min(start + step, setting.ids.stop)), None
             setting.final()
             run.directions = self._directions(setting, ExampleQueries(setting, run.own).gradients())
             for stage in setting.stages(self.positions(setting.trajectory)):
                 for ids, gradients in gradients_of(setting, run.own):
                     block = TrainBlock(gradients, range(ids[0], ids[-1] + 1), None)
-                    total[ids[0] : ids[-1] + 1] += self.product_with_itself(stage, block)
+                    first = ids[0] - setting.ids.start
+                    total[first : first + len(ids)] += self.product_with_itself(stage, block)
                     setting.on_block(len(ids))
         return total
 

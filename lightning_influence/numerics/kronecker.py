@@ -29,19 +29,29 @@ class SecondMoment:
         if self._sum is None and self.count <= 0.75 * self.width:
             self._rows.append(F.pad(rows, (0, 1), value=1.0) if bias else rows)
             return
+        outer = self._outer(rows)
+        if not bias:
+            outer.addmm_(rows.T, rows)
+            return
+        outer[:-1, :-1].addmm_(rows.T, rows)
+        total = rows.sum(0)
+        outer[-1, :-1] += total
+        outer[:-1, -1] += total
+        outer[-1, -1] += len(rows)
+
+    def replace_sum(self, summed: Callable[[Tensor], Tensor]) -> None:
+        """Replace the sum and the number of rows by what a function makes of them, such as sums over processes."""
+        self._sum = summed(self._outer(self._rows[0] if self._rows else torch.empty(0)))
+        self.count = int(summed(torch.tensor(self.count, device=self._sum.device)))
+
+    def _outer(self, like: Tensor) -> Tensor:
+        """The sum [width, width], of which the rows become a part."""
         if self._sum is None:
-            self._sum = rows.new_zeros(self.width, self.width)
+            self._sum = like.new_zeros(self.width, self.width)
             for kept in self._rows:
                 self._sum.addmm_(kept.T, kept)
             self._rows.clear()
-        if not bias:
-            self._sum.addmm_(rows.T, rows)
-            return
-        self._sum[:-1, :-1].addmm_(rows.T, rows)
-        total = rows.sum(0)
-        self._sum[-1, :-1] += total
-        self._sum[:-1, -1] += total
-        self._sum[-1, -1] += len(rows)
+        return self._sum
 
     def basis(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """The eigenbasis of the row space; directions orthogonal to all rows are left out.

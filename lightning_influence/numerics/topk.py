@@ -84,6 +84,15 @@ class StreamingTopK:
             self._ids[largest][rows] = joint_ids[:, : self.k]
         self._seen[rows] += tile.shape[1]
 
+    def merge(self, other: StreamingTopK) -> None:
+        """Add what another one kept of the same queries, from other training examples or for other rows."""
+        for largest in (True, False):
+            scores = torch.cat([self._scores[largest], other._scores[largest]], dim=1)
+            ids = torch.cat([self._ids[largest], other._ids[largest]], dim=1)
+            scores, ids = _in_order(scores, ids, largest)
+            self._scores[largest], self._ids[largest] = scores[:, : self.k], ids[:, : self.k]
+        self._seen += other._seen
+
     def result(self, queries: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The scores and ids kept so far; `update` may be called again afterwards.
 

@@ -13,6 +13,7 @@ from lightning_influence.data.examples import Examples
 from lightning_influence.gradients import Engine, Gradients, Reduction
 from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients, own_gradients
 from lightning_influence.module.task import Task
+from lightning_influence.processes import Processes
 from lightning_influence.progress import Progress, no_progress
 from lightning_influence.setting.batch_index import BatchIndex
 from lightning_influence.setting.exposure import exposure_before
@@ -35,14 +36,11 @@ class TrainedModels(Protocol):
         """Whether models trained on the same subset differ by their seed."""
 
     def train(self, membership: Tensor, seeds: Sequence[int]) -> list[str]:
-        """Train the models that do not exist yet.
+        """Train the models that do not exist yet; notes about those that could not be trained.
 
         Args:
             membership: [model, train] bool, the subset that each model is trained on.
             seeds: of each model.
-
-        Returns:
-            Notes about the models that could not be trained.
         """
 
     def losses(self, membership: Tensor, seeds: Sequence[int], queries: "Queries") -> Tensor:
@@ -187,6 +185,7 @@ class Setting:
         trajectory: the checkpoints and batch order of the fit; None: only the module's present weights are known.
         batches_per_epoch: length of the training DataLoader, if known.
         draws: returns how often the training loader is expected to draw each example; None: equally often.
+        processes: that answer the question together, each with a part of the training examples or queries.
         queries: all queries; None for self-influence.
         models: models retrained on parts of the data (``Attributor(refit=)``), for methods with ``Evidence.REFIT``.
         reduction_of: returns how the loss of a batch follows from the losses of its examples (mean, sum, none), for the
@@ -207,6 +206,7 @@ class Setting:
     trajectory: Trajectory | None
     batches_per_epoch: int | None = None
     draws: Callable[[], ExpectedDraws | None] = lambda: None
+    processes: Processes = field(default_factory=Processes)
     queries: Queries | None = None
     models: TrainedModels | None = None
     reduction_of: Callable[[Queries | None], Reduction] = lambda queries: Reduction.NONE
