@@ -38,7 +38,7 @@ def own_products(
     """
     if replay.forward.joint:
         return None
-    walk = _Factors(replay)
+    walk, first = _Factors(replay), True
     total = walk.like.new_zeros(len(replay.examples))
     with replay.training():
         for moment in replay.backwards():
@@ -47,8 +47,9 @@ def own_products(
                     return None
                 replay.load(moment.before, moment.step)
             factors = walk.back(moment)
-            if walk.mixes:
+            if first and walk.mixes:  # a device is not made to wait at every step
                 return None
+            first = False
             if factors:
                 batches = moment.step.batches
                 rows = [replay.forward.rows(batch) for batch in batches]
@@ -60,7 +61,7 @@ def own_products(
                         0, torch.as_tensor(batch.ids).to(total.device), step.of(batch, own, each).to(total)
                     )
             done(moment.step)
-    return total
+    return None if walk.mixes else total
 
 
 class _Factors:
@@ -76,7 +77,12 @@ class _Factors:
         self._by_weight = {name: torch.stack([torch.ones_like(p), self._signs[name]]) for name, p in parameters.items()}
         self._by_state: dict[str, OptimizerState] = {}
         self.like = next(iter(parameters.values())).detach()
-        self.mixes = False
+        self._mixed = torch.zeros((), dtype=torch.bool, device=self.like.device)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a step so far mixed the entries of a parameter."""
+        return bool(self._mixed)
 
     def back(self, moment: ReplayedStep) -> dict[str, Tensor]:
         """The factors at one step, [*shape] by the names of the parameters that it moves; see ``mixes``."""
@@ -90,7 +96,7 @@ class _Factors:
             found[name] = both[0]
             if not step.moves.rule.uniform:
                 gap = (both[1] * self._signs[name] - both[0]).abs().max()
-                self.mixes |= not bool(gap <= _ROUNDING * torch.finfo(gap.dtype).eps * both.abs().max())
+                self._mixed |= ~(gap <= _ROUNDING * torch.finfo(gap.dtype).eps * both.abs().max())
         return found
 
 

@@ -59,7 +59,7 @@ def test_as_followed_during_the_fit_it_is_the_same(case, hessian, tmp_path):
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
 def test_only_the_examples_that_are_asked_for_have_it(kind, hessian, tmp_path):
     during = HyDRA.during_fit(hessian, examples=(7, 2, 5))
-    fit = fitted(tmp_path, methods=[during], kind=kind, lr=0.01)
+    fit = fitted(tmp_path, methods=[during], max_cost=1e9, kind=kind, lr=0.01)
     right = expected(fit, influence if hessian else fast_influence)[[2, 5, 7]]
     for method in (HyDRA(hessian=hessian, examples=(7, 2, 5)), during):
         found = fit.attributor().self_influence(method)
