@@ -29,6 +29,7 @@ from lightning_influence.methods.retraining import Estimate, Retraining
 from lightning_influence.module.layers import make_layers
 from lightning_influence.module.task import Loss, unwrapped
 from lightning_influence.processes import processes_of
+from lightning_influence.progress import progress
 from lightning_influence.refit import Refit
 from lightning_influence.scores import Scores, SelfScores
 from lightning_influence.scores.id_checks import whole_numbers
@@ -190,9 +191,10 @@ class Attributor:
         self._check(method, path)
         with self._open(method) as setting:
             answers, finished = self._answers(method, setting), Finished()
-            with kept(lambda said: answers.finished_self_scores(finished, said), self.processes):
+            ids = scored_ids(method, setting.n_train)
+            with kept(lambda said: answers.finished_self_scores(finished, ids, said), self.processes):
                 values = run_self_influence(method, setting, self.trainer, finished)
-        scores = answers.self_scores(values, torch.arange(len(values)))
+        scores = answers.self_scores(values, ids)
         if path is not None:
             scores.save(path)
         return scores
@@ -230,8 +232,11 @@ class Attributor:
             setting.reduction_of(None)  # it finds out how an example is read alone
             examples, task = self._final.end.examples(source), setting.task
             warn_of_losses(setting, examples)
-            with torch.no_grad():
-                values = [float(task(task.to_device(examples.one(i))).sum()) for i in range(len(examples))]
+            values = []
+            with torch.no_grad(), progress(self.trainer, len(examples), "losses") as done:
+                for i in range(len(examples)):
+                    values.append(float(task(task.to_device(examples.one(i))).sum()))
+                    done(1)
         return torch.tensor(values, dtype=torch.float64)
 
     def cost(self, method: Method, queries: Any = None, aggregate: str | None = None) -> float:

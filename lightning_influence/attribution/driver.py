@@ -50,6 +50,7 @@ def run_scores(
     visits = len(share.train) * _visited(method, setting) * -(-len(share.queries) // block)
     bad = NonFinite()
     finished.sums = setting.state("sums", StageSums)
+    setting.progress = functools.partial(progress, trainer)
     with progress(trainer, visits, method.name) as done:
         setting.on_block = done
         for first in range(share.queries.start, share.queries.stop, block):
@@ -81,7 +82,7 @@ def run_group(method: Method, setting: Setting, queries: Queries, ids: Sequence[
     Raises:
         ValueError: gradients that are not finite.
     """
-    block = method.tile(setting, queries).queries
+    block, setting.progress = method.tile(setting, queries).queries, functools.partial(progress, trainer)
     found = []
     for first in range(0, len(queries), block):
         values = method.group(setting, queries[first : first + block], ids)
@@ -98,7 +99,7 @@ def run_group(method: Method, setting: Setting, queries: Queries, ids: Sequence[
 
 
 def run_self_influence(method: Method, setting: Setting, trainer: Any, finished: Finished) -> Tensor:
-    """The self-influence of every training example, [train].
+    """The self-influence of every training example that the method scores, [scored].
 
     Args:
         method: computes it.
@@ -110,17 +111,22 @@ def run_self_influence(method: Method, setting: Setting, trainer: Any, finished:
         ValueError: gradients that are not finite.
     """
     finished.sums = setting.state("sums", StageSums)
+    setting.progress = functools.partial(progress, trainer)
     if isinstance(method, GradientProduct):
         setting.ids = setting.processes.share(setting.n_train)
-    with progress(trainer, len(setting.ids) * _visited(method, setting), "self-influence") as done:
+    label = f"{method.name}: self-influence"
+    with progress(trainer, len(setting.ids) * _visited(method, setting), label) as done:
         setting.on_block = done
         values = in_memory(lambda: method.self_influence(setting).cpu(), setting)
     if isinstance(method, GradientProduct):
         values = setting.processes.joined(values, setting.n_train)
     _join_notes(setting)
+    scored = method.scored(setting.n_train)
+    ids = torch.arange(len(values)) if scored is None else torch.as_tensor(scored)
+    values = values[ids]
     if not isinstance(method, Retraining):
         finished.sums = StageSums(None, values)
-        NonFinite(train=(~values.isfinite()).nonzero()[:, 0].tolist()).refuse(setting.processes)
+        NonFinite(train=ids[~values.isfinite()].tolist()).refuse(setting.processes)
     return values
 
 

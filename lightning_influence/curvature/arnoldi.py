@@ -57,7 +57,14 @@ class Arnoldi(Iterative):
 
     def prepare(self, setting: Setting) -> PreparedCurvature:
         """Tensors ``values`` [k] and ``vectors`` [k, parameter]."""
-        values, vectors = lanczos(*self._undamped(setting), self.steps, self.seed)
+        product, like = self._undamped(setting)
+        with setting.progress(self.steps, "Arnoldi: eigenvectors", "step") as done:
+
+            def counted(vectors: Tensor) -> Tensor:
+                done(1)
+                return product(vectors)
+
+            values, vectors = lanczos(counted, like, self.steps, self.seed)
         return PreparedCurvature({"values": values, "vectors": vectors}, super().prepare(setting).diagnostics)
 
     def multiplied(self, vectors: int) -> int:

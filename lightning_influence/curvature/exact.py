@@ -65,10 +65,12 @@ class Exact(Curvature):
                 "(`parameters=`), or raise `max_parameters=`."
             )
         matrix = torch.empty(size, size, dtype=torch.float64, device=products.like.device)
-        for start in range(0, size, _COLUMNS):
-            unit = torch.zeros(min(_COLUMNS, size - start), size).to(products.like)
-            unit[torch.arange(len(unit)), torch.arange(start, start + len(unit))] = 1.0
-            matrix[start : start + len(unit)] = products.times(self.matrix, unit).double()
+        with setting.progress(size, f"{type(self).__name__}: matrix", "column") as done:
+            for start in range(0, size, _COLUMNS):
+                unit = torch.zeros(min(_COLUMNS, size - start), size).to(products.like)
+                unit[torch.arange(len(unit)), torch.arange(start, start + len(unit))] = 1.0
+                matrix[start : start + len(unit)] = products.times(self.matrix, unit).double()
+                done(len(unit))
         matrix = (matrix + matrix.T) / 2
         mean = float(matrix.diagonal().mean()) if size else 0.0
         return PreparedCurvature({"matrix": matrix}, {"mean_eigenvalue": mean})

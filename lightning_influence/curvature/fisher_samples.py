@@ -51,6 +51,11 @@ class FisherSamples:
         """The number of outputs that labels are sampled from; 0 with the labels of the data."""
         return 0 if self._loss is None else self._loss.classes
 
+    @property
+    def draws(self) -> int:
+        """How many gradients there are of each example."""
+        return self.classes if self.labels == "exact" else 1
+
     def __iter__(self) -> Iterator[Gradients]:
         if self._kept is not None:
             yield from self._kept

@@ -1,6 +1,6 @@
 """A block of per-sample gradients, which methods use instead of a matrix of examples × parameters."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,22 @@ class Gradients:
             products[0].add_(product)
         return products[0]
 
+    def own_dot(self, other: "Gradients", entries: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Inner products of each gradient of this block with the one of the same index of another, [example].
+
+        Args:
+            other: gradients of the same parameters, of as many examples.
+            entries: a factor for every entry of a parameter, [*shape] by name; None: 1.
+        """
+        if not self._aligned(other):
+            return self.per_parameter().own_dot(other.per_parameter(), entries)
+        total = self._zeros(len(self))
+        for names, part in self.parts.items():
+            if names in other.parts:
+                factors = None if entries is None else tuple(entries[name] for name in names)
+                total += part.own_dot(other.parts[names], factors)
+        return total
+
     def total(self) -> dict[str, Tensor]:
         """The sum of the gradients over the examples, [*shape] by parameter name."""
         return {
@@ -116,6 +132,13 @@ class Gradients:
         """Multiply the gradients of each part by one factor per example, ``factors`` [example] by part."""
         parts = {names: part.scaled(factors[names]) for names, part in self.parts.items()}
         return Gradients(parts, self.groups, self.size)
+
+    def only(self, names: Collection[str]) -> "Gradients":
+        """The gradients of some parameters."""
+        wanted, found = set(names), self
+        if any(0 < len(wanted & set(key)) < len(key) for key in self.parts):
+            found = self.per_parameter()
+        return Gradients({k: p for k, p in found.parts.items() if set(k) <= wanted}, found.groups, self.size)
 
     def per_parameter(self) -> "Gradients":
         """The same gradients with one part per parameter."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_influence.gradients.dense_rows import DenseRows
-from lightning_influence.gradients.outer_products import WORKSPACE, OuterProducts
-from lightning_influence.gradients.part import Part, one_row_per_example
+from lightning_influence.gradients.outer_products import OuterProducts
+from lightning_influence.gradients.part import WORKSPACE, Part, one_row_per_example
 from lightning_influence.numerics.projections import KroneckerSketch, Sketch
 
 
@@ -115,6 +115,18 @@ class Lookup(Part):
         """[example]: inner product of each example's gradient with one table-shaped vector."""
         looked_up = vectors[0][self.ids.clamp_min(0)] * (self.ids >= 0)[..., None]
         return (looked_up * self.outputs).sum((1, 2))
+
+    def times_own(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[example]: the inner product of each example's gradient with its own table."""
+        ids, examples, summed = self._merged
+        products = torch.linalg.vecdot(vectors[0][examples, ids].to(summed), summed)
+        return self.outputs.new_zeros(len(self)).index_add_(0, examples, products)
+
+    def weighted_norm2(self, weights: tuple[Tensor, ...]) -> Tensor:
+        """[weighting, example]: sums of squared entries times weights, of the rows that were looked up."""
+        ids, examples, summed = self._merged
+        products = (weights[0][:, ids] * summed.square()).sum(2)
+        return self.outputs.new_zeros(len(products), len(self)).index_add_(1, examples, products)
 
     def total(self) -> tuple[Tensor, ...]:
         """The sum over the examples, table-shaped."""

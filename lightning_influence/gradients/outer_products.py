@@ -10,12 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_influence.gradients.dense_rows import DenseRows
-from lightning_influence.gradients.part import Part, one_row_per_example
+from lightning_influence.gradients.part import WORKSPACE, Part, one_row_per_example
 from lightning_influence.numerics.projections import KroneckerSketch, Sketch
 
-# The most elements of one intermediate tensor: small enough to stay in the last-level cache of a CPU and below the size
-# from which malloc maps fresh pages for every allocation (32 MiB), large enough for a full-speed matrix product.
-WORKSPACE = 2**21
 # An element-wise pass over a tensor costs about this many multiply-adds of a matrix product per element.
 TRAFFIC = 12
 
@@ -51,6 +48,12 @@ class OuterProducts(Part):
     def _sizes(self) -> tuple[int, int, int]:
         width_out = self.outputs.shape[2]
         return self.outputs.shape[1], math.prod(self.shape) // width_out, width_out
+
+    @property
+    def elements(self) -> int:
+        """The elements of the largest tensor that is made of one example for its dense gradient."""
+        t, width_in, width_out = self._sizes
+        return max(super().elements * (t > 1), t * (width_in + width_out))
 
     @property
     def like(self) -> Tensor:
@@ -209,6 +212,28 @@ class OuterProducts(Part):
         carried = (self.inputs.flatten(0, 1) @ matrices.T).view(-1, n_vectors, width_out)
         product = torch.bmm(carried, self.outputs.flatten(0, 1)[:, :, None])
         return product.view(len(self), t, n_vectors).sum(1).T
+
+    def times_own(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[example]: the inner product of each example's gradient with its own vector, without building the former."""
+        found = self.like.new_zeros(len(self))
+        for rows in self.in_cache():
+            part = self.slice(rows)
+            left, right = (part.inputs, part.outputs) if self.transposed else (part.outputs, part.inputs)
+            matrices = vectors[0][rows].to(left).reshape(len(part), left.shape[2], -1)
+            found[rows] = (torch.bmm(left, matrices) * right).sum((1, 2))
+        if self.bias:
+            found += torch.linalg.vecdot(self.outputs.sum(1), vectors[1].to(found))
+        return found if self.factor is None else found * self.factor
+
+    def weighted_norm2(self, weights: tuple[Tensor, ...]) -> Tensor:
+        """[weighting, example]: sums of squared entries times weights; of one position, without building them."""
+        if self.outputs.shape[1] > 1:
+            return super().weighted_norm2(weights)
+        left, right = self.scaled_outputs()[:, 0].square(), self.inputs[:, 0].square()
+        tables = weights[0].reshape(len(weights[0]), self.shape[0], -1)
+        tables = tables.transpose(1, 2) if self.transposed else tables
+        found = torch.stack([((left @ table) * right).sum(1) for table in tables])
+        return found + weights[1] @ left.T if self.bias else found
 
     def total(self) -> tuple[Tensor, ...]:
         """The sum over the examples, [*shape] for each parameter: one matrix product over all positions."""

@@ -56,6 +56,10 @@ class SumOfParts(Part):
         """[example]: inner product of each example's gradient with one parameter-shaped vector."""
         return torch.stack([term.times(vectors) for term in self.terms]).sum(0)
 
+    def times_own(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[example]: the inner product of each example's gradient with its own vector."""
+        return torch.stack([term.times_own(vectors) for term in self.terms]).sum(0)
+
     def total(self) -> tuple[Tensor, ...]:
         """The sum over the examples, parameter-shaped."""
         return (torch.stack([term.total()[0] for term in self.terms]).sum(0),)

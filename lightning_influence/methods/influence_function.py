@@ -1,6 +1,6 @@
 """Influence functions: the effect of leaving an example out, by the inverse curvature (Koh and Liang, 2017)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -38,7 +38,8 @@ class InfluenceFunction(GradientProduct):
     Second-Order Group Influence Functions. ICML 2020.
     Needs: the final weights. Learning rates and weight decay are read from the trajectory if there is one.
     Units: query loss; arbitrary with ``normalize``.
-    Cost: preparing the curvature once, one solve per query, and one backward pass per example.
+    Cost: preparing the curvature once, one solve per query, and one backward pass per example. Self-influence: one
+    solve per example; with ``EKFAC`` about as much as a second backward pass.
 
     Args:
         curvature: how the inverse is computed, such as ``EKFAC()``.
@@ -101,7 +102,7 @@ class InfluenceFunction(GradientProduct):
 
     def product_with_itself(self, stage: Stage, block: TrainBlock) -> Tensor:
         """The same with each example as its own query, [example]."""
-        return torch.cat(list(_Inverse(self, stage).on_itself(block)))
+        return _Inverse(self, stage).on_itself(block)
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """The mean over the checkpoints, [query, train]."""
@@ -234,29 +235,39 @@ class _Inverse:
 
     def norms(self, block: TrainBlock) -> Tensor:
         """What RelatIF divides by, [example]; computed once for all queries."""
-        key, pieces = (self.stage.position, block.ids), self._own_directions(block)
+        power = 2 if self.method.normalize == "relatif" else 1
         return cached(
-            self.kept.norms, key, lambda: torch.cat([self._norm(solved, piece) for solved, piece, _ in pieces])
+            self.kept.norms,
+            (self.stage.position, block.ids),
+            lambda: _length(self._own_products(block.gradients, (power,))[0]),
         )
 
-    def on_itself(self, block: TrainBlock) -> Iterator[Tensor]:
-        """Self-influence of a block's examples, in the pieces that are solved for at once."""
-        for solved, piece, ids in self._own_directions(block):
-            own = solved.diagonal(self.corrected(piece, ids))
-            if self.method.removal == "renormalize":
-                own = own + solved.times(self.decayed())
-            yield own / self._norm(solved, piece) if self.method.normalize else self.method._share(self.stage, ids, own)
+    def on_itself(self, block: TrainBlock) -> Tensor:
+        """Self-influence of a block's examples, [example]."""
+        if self.method.normalize:
+            own = self._own_products(block.gradients, (1, 2) if self.method.normalize == "relatif" else (1,))
+            return own[0] / _length(own[-1])
+        own = self._corrected_products(block) if self.method.correction else self._own_products(block.gradients)[0]
+        if self.method.removal == "renormalize":
+            own = own + block.gradients.times(self._decay_direction())
+        return self.method._share(self.stage, block.ids, own)
 
-    def _norm(self, solved: QueryGradients, piece: Gradients) -> Tensor:
-        squares = solved.norm2() if self.method.normalize == "relatif" else solved.diagonal(piece)
-        return torch.where(squares > 0, squares, torch.inf).sqrt()
+    def _own_products(self, gradients: Gradients, powers: Sequence[int] = (1,)) -> Tensor:
+        return self.curvature.own_products(self.prepared, gradients, self.setting, self.total, powers)
 
-    def _own_directions(self, block: TrainBlock) -> Iterator[tuple[QueryGradients, Gradients, range]]:
-        """The directions of a block's own gradients, in pieces, with the pieces' gradients and ids."""
-        step = self.curvature.at_once(self.setting) or len(block.ids)
+    def _corrected_products(self, block: TrainBlock) -> Tensor:
+        """Products of each gradient's direction with the same gradient after ``correction="newton"``, [example]."""
+        step, found = self.curvature.at_once(self.setting) or len(block.ids), []
         for start in range(0, len(block.ids), step):
-            piece = block.gradients.slice(slice(start, start + step))
-            yield self.solve(EachQuery([piece])), piece, block.ids[start : start + step]
+            piece, ids = block.gradients.slice(slice(start, start + step)), block.ids[start : start + step]
+            found.append(self.solve(EachQuery([piece])).diagonal(self.corrected(piece, ids)))
+        return torch.cat(found)
+
+    def _decay_direction(self) -> dict[str, Tensor]:
+        """The inverse curvature times the gradient of the L2 penalty."""
+        vectors = {name: vector[None] for name, vector in self.decayed().items()}
+        solved = self.solve(DenseQueries(vectors, self.setting.engine.groups)).dense()
+        return {name: found[0] for name, found in solved.items()}
 
     def group_change(self, ids: tuple[int, ...]) -> dict[str, Tensor]:
         r"""The change of the weights without a group S, :math:`A^{-1} (I + H_S A^{-1} / n) g_S / n`; A is damped C."""
@@ -272,3 +283,8 @@ class _Inverse:
     def _flat_solve(self, products: Products, vectors: Tensor) -> Tensor:
         solved = self.solve(DenseQueries(products.flat.split(vectors), self.setting.engine.groups))
         return products.flat.join(solved.dense(), len(vectors), products.like)
+
+
+def _length(squares: Tensor) -> Tensor:
+    """The roots of squared norms; infinity for 0, whose gradients are 0 as well."""
+    return torch.where(squares > 0, squares, torch.inf).sqrt()

@@ -110,7 +110,7 @@ class Method(ABC):
         """
 
     def self_influence(self, setting: Setting) -> Tensor:
-        """Score each training example of the tile with itself as the query, [train].
+        """Score each training example of the tile with itself as the query, [train]; those not ``scored`` are dropped.
 
         Raises:
             NotImplementedError: the method does not implement it.

@@ -1,5 +1,6 @@
 """SOURCE: influence through segments of training, each with its own curvature (Bae et al., 2024)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ from lightning_influence.curvature.store import prepared_at
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.methods.kinds import GradientProduct, TrainBlock
 from lightning_influence.methods.method import Evidence
+from lightning_influence.setting.own_queries import ExampleQueries, gradients_of
 from lightning_influence.setting.setting import Queries, Setting, Stage
 from lightning_influence.types import MissingEvidence
 
@@ -61,7 +63,8 @@ class SOURCE(GradientProduct):
     Needs: checkpoints with learning rates, and with Adam's state where it was used, as `Influence` writes them.
     Units: query loss.
     Cost: preparing one curvature per segment (kept with the run), and one backward pass per example and checkpoint.
-    Memory: one vector of the model's size per query and segment.
+    Self-influence: also three changes of basis per example, segment and layer. Memory: one vector of the model's size
+    per query and segment.
     Departs from the paper: a segment's curvature and preconditioner are those at its middle checkpoint, not averages
     over its checkpoints. ``EKFAC`` uses the diagonal of P in each layer's Kronecker eigenbasis; ``ExactGGN`` uses P.
 
@@ -89,11 +92,38 @@ class SOURCE(GradientProduct):
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """Sum ``product`` over all checkpoints, [query, train]."""
         run = setting.state(self, _SegmentedRun)
-        if not run.segments:
-            run.segments = self._segments(setting)
         if run.queries is not queries:  # before the loop over stages, because it loads other checkpoints
-            run.queries, run.directions = queries, self._directions(setting, queries, run.segments)
+            run.queries, run.directions = queries, self._directions(setting, setting.final().gradients(queries))
         return super().score(setting, queries)
+
+    def self_influence(self, setting: Setting) -> Tensor:
+        """The same with each example as its own query, [train].
+
+        The directions of a block of examples are carried through the segments, then multiplied with the gradients of
+        the same examples at every checkpoint.
+        """
+        if setting.refused is not None:
+            raise ValueError(setting.refused)
+        total, run = setting.zeros(), setting.state(self, _SegmentedRun)
+        step = self.queries_at_once(setting) or setting.examples.block_size
+        for start in range(setting.ids.start, setting.ids.stop, step):
+            run.own, run.queries = range(start, min(start + step, setting.ids.stop)), None
+            setting.final()
+            run.directions = self._directions(setting, ExampleQueries(setting, run.own).gradients())
+            for stage in setting.stages(self.positions(setting.trajectory)):
+                for ids, gradients in gradients_of(setting, run.own):
+                    block = TrainBlock(gradients, range(ids[0], ids[-1] + 1), None)
+                    first = ids[0] - setting.ids.start
+                    total[first : first + len(ids)] += self.product_with_itself(stage, block)
+                    setting.on_block(len(ids))
+        return total
+
+    def product_with_itself(self, stage: Stage, block: TrainBlock) -> Tensor:
+        """Products with the examples' own directions, which were kept, [example]."""
+        run = stage.setting.state(self, _SegmentedRun)
+        segment, first = run.segment_at(stage), block.ids.start - run.own.start
+        directions = run.directions[segment].slice(slice(first, first + len(block.ids)))
+        return self._share(stage, block.ids, directions.diagonal(block.gradients), segment)
 
     def query_side(self, stage: Stage, queries: Queries) -> QueryGradients:
         """The directions of the queries in the stage's segment."""
@@ -102,9 +132,13 @@ class SOURCE(GradientProduct):
 
     def product(self, stage: Stage, query: QueryGradients, block: TrainBlock) -> Tensor:
         """Products with the directions, divided by n and by the number of checkpoints averaged, [query, example]."""
-        run = stage.setting.state(self, _SegmentedRun)
-        averaged = len(run.segments[run.segment_at(stage)].checkpoints)
-        product, weights = query.dot(block.gradients), stage.setting.engine.weights_of(block.ids)
+        segment = stage.setting.state(self, _SegmentedRun).segment_at(stage)
+        return self._share(stage, block.ids, query.dot(block.gradients), segment)
+
+    def _share(self, stage: Stage, ids: Sequence[int], product: Tensor, segment: int) -> Tensor:
+        """Products times the examples' weights in the training loss, over the number of checkpoints averaged."""
+        averaged = len(stage.setting.state(self, _SegmentedRun).segments[segment].checkpoints)
+        weights = stage.setting.engine.weights_of(ids)
         return (product if weights is None else product * weights.to(product)) / (stage.setting.n_train * averaged)
 
     def _segments(self, setting: Setting) -> list[SourceSegment]:
@@ -144,11 +178,12 @@ class SOURCE(GradientProduct):
             setting.note("Adam's preconditioner is frozen in each segment, at that of its middle checkpoint")
         return found
 
-    def _directions(self, setting: Setting, queries: Queries, segments: list[SourceSegment]) -> list[DenseQueries]:
-        """For each segment the queries' gradients, carried back through the segments after it."""
-        carried = setting.final().gradients(queries).dense()
+    def _directions(self, setting: Setting, final: QueryGradients) -> list[DenseQueries]:
+        """For each segment the final gradients of queries, carried back through the segments after it."""
+        run, carried = setting.state(self, _SegmentedRun), final.dense()
+        run.segments = run.segments or self._segments(setting)
         directions: list[DenseQueries] = []
-        for segment in reversed(segments):
+        for segment in reversed(run.segments):
             (stage,) = setting.stages([segment.middle])
             prepared = prepared_at(self.curvature, setting, stage)
             descent = descent_at(setting, stage, self.curvature.damping or 0.0, segment.reach, segment.shrunk)
@@ -179,11 +214,13 @@ class _SegmentedRun:
     Args:
         segments: of the run.
         queries: the block of queries that ``directions`` belongs to.
-        directions: of these queries, one entry per segment.
+        own: without queries, the training examples that it belongs to.
+        directions: of these, one entry per segment.
     """
 
     segments: list[SourceSegment] = field(default_factory=list)
     queries: Queries | None = None
+    own: range = range(0)
     directions: list[DenseQueries] = field(default_factory=list)
 
     def segment_at(self, stage: Stage) -> int:

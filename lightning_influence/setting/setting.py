@@ -14,6 +14,7 @@ from lightning_influence.gradients import Engine, Gradients, Reduction
 from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients, own_gradients
 from lightning_influence.module.task import Task
 from lightning_influence.processes import Processes
+from lightning_influence.progress import Progress, no_progress
 from lightning_influence.setting.batch_index import BatchIndex
 from lightning_influence.setting.exposure import exposure_before
 from lightning_influence.trajectory import Trajectory
@@ -191,6 +192,7 @@ class Setting:
             queries, or with None for training examples. ``engine.reduction`` has it too, unless the method takes no
             gradients.
         on_block: called after each block with the number of training examples in it.
+        progress: shows that of other work, such as preparing a curvature; see ``lightning_influence.progress``.
         notes: sentences that are saved with the scores; see ``note``.
         diagnostics: numbers that are saved with the scores; see ``diagnostic``.
         refused: why gradients of training examples in eval mode are no answer; None if they are.
@@ -209,6 +211,7 @@ class Setting:
     models: TrainedModels | None = None
     reduction_of: Callable[[Queries | None], Reduction] = lambda queries: Reduction.NONE
     on_block: Callable[[int], Any] = lambda count: None
+    progress: Progress = no_progress
     notes: list[str] = field(default_factory=list)
     diagnostics: dict[str, float] = field(default_factory=dict)
     _states: dict[tuple[Callable[..., Any], Hashable], Any] = field(default_factory=dict)
@@ -281,13 +284,10 @@ class Setting:
         return self._stage(len(self.trajectory.checkpoints) - 1)
 
     def stages(self, checkpoints: Sequence[int] | None = None) -> Iterator[Stage]:
-        """Load one checkpoint after another.
+        """Load one checkpoint after another; yields the module with its weights.
 
         Args:
             checkpoints: positions in the trajectory; None: all but the initial weights.
-
-        Yields:
-            The module with the checkpoint's weights.
 
         Raises:
             MissingEvidence: no trajectory.

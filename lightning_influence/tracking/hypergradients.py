@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_influence.gradients import Gradients
+from lightning_influence.gradients.block import Names
+from lightning_influence.gradients.dense_rows import DenseRows
+from lightning_influence.gradients.part import Part
 from lightning_influence.setting.setting import Queries
 from lightning_influence.tracking.errors import Untrackable
 from lightning_influence.tracking.micro_batch import TrackedMicroBatch
@@ -192,6 +196,22 @@ class Hypergradients(Tracker):
     def close(self) -> None:
         """Release the vectors, and with them their files."""
         self.weights, self.states, self._free = {}, {}, []
+
+
+def vectors_of(record: TrackerState, like: Tensor, most: int | None = None) -> Iterator[tuple[Tensor, Gradients]]:
+    """Stored hypergradients as gradients, with their ids, in blocks of as many as are to be in memory.
+
+    Args:
+        record: of ``Hypergradients`` at the end of the fit.
+        like: its dtype and device are used.
+        most: no more than this many examples in a block.
+    """
+    ids = record.tensors["ids"]
+    vectors = {n.partition("|")[2]: v for n, v in record.tensors.items() if n.startswith("weight|")}
+    held = max(1, _AT_ONCE // max(1, sum(v[0].numel() for v in vectors.values())))
+    for slots in torch.arange(len(ids)).split(held if most is None else min(held, most)):
+        rows: dict[Names, Part] = {(name,): DenseRows((v[slots].to(like),)) for name, v in vectors.items()}
+        yield ids[slots], Gradients(rows, {}, len(slots))
 
 
 def _mapped(folder: Path, shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -87,6 +87,24 @@ def test_scores_are_those_of_matrix_exponentials(tmp_path, name, segments, curva
     assert any("no more checkpoints" in note for note in scores.notes) == (segments == 9)
 
 
+@pytest.mark.parametrize(
+    ("name", "segments", "curvature", "runs"),
+    [
+        ("classes", 3, ExactGGN(), [(1, 2), (3,), (4, 5)]),
+        ("numbers", 2, EKFAC(labels="exact"), [(1, 2), (3, 4, 5)]),
+    ],
+)
+def test_self_influence_is_the_diagonal_of_matrix_exponentials(tmp_path, monkeypatch, name, segments, curvature, runs):
+    module, train, _, trajectory = fitted(name, tmp_path)
+    right = expected(name, module, train, train, trajectory, runs).diagonal()
+    found = Attributor(module, train, trajectory).self_influence(SOURCE(segments, curvature))
+    oracles.assert_scores(found.values, right, 1e-9)
+    assert found.units == "loss"
+    monkeypatch.setattr("lightning_influence.curvature.curvature._BYTES", 2000)  # a few at once
+    small = Attributor(module, train, trajectory, batch_size=5).self_influence(SOURCE(segments, curvature))
+    oracles.assert_scores(small.values, right, 1e-9)
+
+
 def test_queries_in_blocks_and_their_mean_are_the_same(tmp_path):
     module, train, queries, trajectory = fitted("classes", tmp_path)
     method = SOURCE(2, ExactGGN())
