@@ -13,8 +13,13 @@ from lightning_influence.files.arrow import read_file, write_file
 from lightning_influence.gradients import Reduction
 from lightning_influence.gradients.final_layer import Head, HeadRows, find_head, head_rows, writable
 from lightning_influence.methods.kinds import ForwardOnly
-from lightning_influence.numerics.heads import HeadFit, Link, PenalisedHead
+from lightning_influence.numerics.heads import Link, Rows
+from lightning_influence.numerics.penalised_head import HeadFit, PenalisedHead
 from lightning_influence.setting.setting import Queries, Setting
+
+# Up to this many numbers of the training examples' features are held in memory for the solve, as rows of so many.
+_HELD = 2**26
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -203,10 +208,10 @@ class Points:
 
     def solve(self, path: Path, max_iterations: int) -> None:
         """Finds the head's minimum, or reads it from the file; with 0 iterations the head stays as it was trained."""
-        objective = PenalisedHead(self._rows, self.link, self.weight_decay)
+        objective = PenalisedHead(self._training_set(), self.link, self.weight_decay)
         weight = self.head.weight()
         if max_iterations == 0:
-            self.fit = HeadFit(weight, float(objective.gradient(weight).norm()), 0, False)
+            self.fit = HeadFit(weight, float(objective.value_and_gradient(weight)[1].norm()), 0, False)
             return
         stored = _stored(path, weight, objective) if path.is_file() else None
         self.fit = stored or objective.fit(weight, max_iterations=max_iterations)
@@ -217,6 +222,14 @@ class Points:
         """An upper bound of the decomposition's error in the pre-activations of any training example."""
         longest = max(float(self.head.augmented(rows.features).norm(dim=1).max()) for rows in self.batches)
         return self.fit.gradient_norm / self.weight_decay * longest
+
+    def _training_set(self) -> Rows:
+        """The rows, in memory in larger blocks if they fit, since the solve takes many passes over them."""
+        if self.n_train * self.head.weight().shape[1] > _HELD:
+            return self._rows
+        columns = zip(*self._rows(), strict=True)
+        blocks = list(zip(*(torch.cat(column).split(_ROWS) for column in columns), strict=True))
+        return lambda: iter(blocks)
 
     def _rows(self) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in self.batches:
@@ -232,5 +245,5 @@ def _stored(path: Path, like: Tensor, objective: PenalisedHead) -> HeadFit | Non
     weight = columns["weight"].clone()
     if weight.shape != like.shape:
         return None
-    norm = float(objective.gradient(weight).norm())
+    norm = float(objective.value_and_gradient(weight)[1].norm())
     return HeadFit(weight, norm, metadata["iterations"], True) if objective.is_minimum(weight, norm) else None
