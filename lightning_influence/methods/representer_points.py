@@ -1,9 +1,9 @@
 """RepresenterPoints: a prediction as a sum over training examples, by the last linear layer (Yeh et al., 2018)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from lightning_influence.setting.setting import Queries, Setting
 # Up to this many numbers of the training examples' features are held in memory for the solve, as rows of so many.
 _HELD = 2**26
 _ROWS = 1024
+# Of a progress bar.
+_PARTS = 100
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ class RepresenterPoints(ForwardOnly):
         batches = head_rows(head, setting.examples, folder / f"{head.name}-step-{step}.arrow")
         points = Points(head, link, batches, self.target == "model", self.weight_decay, setting.n_train)
         name = f"{head.name}-step-{step}-{self.target}-{self.weight_decay!r}.head.arrow"
-        points.solve(folder / name, self.max_iterations if self.refit else 0)
+        with setting.progress(_PARTS, f"solving for the head `{head.name}`", "%") as done:
+            points.solve(folder / name, self.max_iterations if self.refit else 0, _parts(done))
         self._report(setting, points)
         return points
 
@@ -160,9 +163,11 @@ class RepresenterPoints(ForwardOnly):
         setting.diagnostic("head_gradient_norm", fit.gradient_norm)
         setting.diagnostic("reconstruction_error", error)
         if self.refit and not fit.converged:
+            again = "" if setting.trajectory is None else ", or ask again, which goes on from there"
             setting.warn(
                 f"The head `{points.head.name}` stopped after {fit.iterations} Newton steps at gradient norm "
-                f"{fit.gradient_norm:.1e}: the decomposition is not exact. Raise `max_iterations` or `weight_decay`."
+                f"{fit.gradient_norm:.1e}: the decomposition is not exact, by `diagnostics['reconstruction_error']`. "
+                f"Raise `max_iterations` or `weight_decay`{again}."
             )
 
 
@@ -206,17 +211,26 @@ class Points:
                 yield slice(low - ids.start, high - ids.start), batch[low - start : high - start]
             start += len(batch.features)
 
-    def solve(self, path: Path, max_iterations: int) -> None:
-        """Finds the head's minimum, or reads it from the file; with 0 iterations the head stays as it was trained."""
+    def solve(self, path: Path, max_iterations: int, watch: Callable[[float], Any]) -> None:
+        """Finds the head's minimum, or reads it from the file; with 0 iterations the head stays as it was trained.
+
+        Args:
+            path: of the file. A solve that stopped early leaves what it found there too: the next one goes on from it.
+            max_iterations: the most Newton steps.
+            watch: called with the share of the way that is made.
+        """
         objective = PenalisedHead(self._training_set(), self.link, self.weight_decay)
         weight = self.head.weight()
         if max_iterations == 0:
             self.fit = HeadFit(weight, float(objective.value_and_gradient(weight)[1].norm()), 0, False)
             return
         stored = _stored(path, weight, objective) if path.is_file() else None
-        self.fit = stored or objective.fit(weight, max_iterations=max_iterations)
-        if stored is None and self.fit.converged:
-            write_file(path, "head", {"weight": self.fit.weight}, {"iterations": self.fit.iterations}, overwrite=True)
+        if stored is None or not stored.converged:
+            stored = objective.fit(
+                weight if stored is None else stored.weight, max_iterations=max_iterations, watch=watch
+            )
+            write_file(path, "head", {"weight": stored.weight}, {"iterations": stored.iterations}, overwrite=True)
+        self.fit = stored
 
     def reconstruction_error(self) -> float:
         """An upper bound of the decomposition's error in the pre-activations of any training example."""
@@ -237,13 +251,27 @@ class Points:
 
 
 def _stored(path: Path, like: Tensor, objective: PenalisedHead) -> HeadFit | None:
-    """The head in the file, if its gradient vanishes: the minimum is unique, so no other check is needed."""
+    """The head in the file; converged if its gradient vanishes: the minimum is unique, so no other check is needed."""
     try:
         _, columns, metadata = read_file(path, ["head"])
     except ValueError:
         return None
     weight = columns["weight"].clone()
-    if weight.shape != like.shape:
+    if weight.shape != like.shape or not bool(weight.isfinite().all()):
         return None
     norm = float(objective.value_and_gradient(weight)[1].norm())
-    return HeadFit(weight, norm, metadata["iterations"], True) if objective.is_minimum(weight, norm) else None
+    return HeadFit(weight, norm, metadata["iterations"], objective.is_minimum(weight, norm))
+
+
+def _parts(done: Callable[[int], Any]) -> Callable[[float], None]:
+    """Turns the share of a way into calls with the parts of it that are new."""
+    made = 0
+
+    def watch(share: float) -> None:
+        nonlocal made
+        now = int(_PARTS * share)
+        if now > made:
+            done(now - made)
+            made = now
+
+    return watch

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +88,13 @@ class PenalisedHead:
 
         return product
 
-    def fit(self, start: Tensor, tolerance: float = 1e-11, max_iterations: int = 100) -> HeadFit:
+    def fit(
+        self,
+        start: Tensor,
+        tolerance: float = 1e-11,
+        max_iterations: int = 100,
+        watch: Callable[[float], Any] = lambda share: None,
+    ) -> HeadFit:
         """Minimise by Newton's method with preconditioned conjugate gradients and a backtracking line search.
 
         Args:
@@ -94,6 +102,7 @@ class PenalisedHead:
             tolerance: stop when the norm of the gradient is at most this times λ times the norm of the weight; their
                 ratio is the relative error of the representer decomposition.
             max_iterations: the most Newton steps to take.
+            watch: called after each product with the share of the way that is made, in digits of the gradient.
         """
         weight = start.double().clone()
         value, gradient = self.value_and_gradient(weight)
@@ -104,7 +113,8 @@ class PenalisedHead:
             if inverse is None or products > _MANY_PRODUCTS:
                 inverse = preconditioner.at(weight)
             residual = max(min(0.1, math.sqrt(norm / first)) * norm, goal / 2)
-            step, products = self._newton_step(weight, gradient, inverse, residual)
+            report = partial(_report, watch, first, goal)
+            step, products = self._newton_step(weight, gradient, inverse, residual, report)
             trial, trial_value, trial_gradient = self._line_search(weight, value, gradient, step)
             stalled = float(trial_gradient.norm()) > 0.9 * norm and value - trial_value <= 1e-14 * abs(value)
             if stalled and products < _MOST_PRODUCTS:
@@ -117,7 +127,9 @@ class PenalisedHead:
         """Whether a gradient of this norm leaves a relative error of at most 1e-7 in the representer decomposition."""
         return gradient_norm <= 1e-7 * self.weight_decay * float(weight.norm())
 
-    def _newton_step(self, weight: Tensor, gradient: Tensor, inverse: Inverse, goal: float) -> tuple[Tensor, int]:
+    def _newton_step(
+        self, weight: Tensor, gradient: Tensor, inverse: Inverse, goal: float, report: Callable[[float], Any]
+    ) -> tuple[Tensor, int]:
         """The step, by conjugate gradients until its residual's norm is ``goal``, and how many products it took."""
         hessian, products = self.hessian(weight), 0
         step, residual = torch.zeros_like(weight), -gradient
@@ -131,6 +143,7 @@ class PenalisedHead:
             curved, products = hessian(direction), products + 1
             length = product / float((direction * curved).sum())
             step, residual = step + length * direction, residual - length * curved
+            report(float(residual.norm()))
         return step, products
 
     def _line_search(
@@ -148,3 +161,9 @@ class PenalisedHead:
             if lower or downwards or float(trial_gradient.norm()) <= float(gradient.norm()) / 2:
                 return trial, trial_value, trial_gradient
         return weight, value, gradient
+
+
+def _report(watch: Callable[[float], Any], first: float, goal: float, now: float) -> None:
+    """Calls ``watch`` with how far the gradient's norm is from the first to the goal."""
+    if 0 < goal < first and now > 0:
+        watch(min(1.0, max(0.0, math.log(first / now) / math.log(first / goal))))

@@ -1,5 +1,6 @@
 """Representer points: what they add up to, whatever the loss; features taken once; what cannot work is named."""
 
+import contextlib
 import gc
 import tempfile
 import warnings
@@ -302,6 +303,47 @@ def test_a_stored_head_that_is_no_minimum_is_not_taken(captured):
         torch.testing.assert_close(
             Attributor(module, train, trajectory).score(RepresenterPoints(), queries).values, expected
         )
+
+
+def test_a_solve_that_stopped_early_goes_on_where_it_was(captured):
+    module, train, queries, trajectory = captured
+    method = RepresenterPoints(weight_decay=1e-6, max_iterations=3)
+    errors = []
+    for _ in range(30):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            scores = Attributor(module, train, trajectory).score(method, queries)
+        errors.append(scores.diagnostics["reconstruction_error"])
+        if not said:
+            break
+        assert "ask again, which goes on from there" in str(said[0].message)
+    assert 2 <= len(errors) < 30
+    assert errors == sorted(errors, reverse=True)
+    for file in (trajectory.path / "features").glob("*.head.arrow"):
+        file.unlink()
+    whole = Attributor(module, train, trajectory).score(RepresenterPoints(weight_decay=1e-6), queries)
+    torch.testing.assert_close(scores.values, whole.values, rtol=1e-5, atol=1e-5 * float(whole.values.abs().max()))
+
+
+def test_progress_of_the_solve_is_shown_up_to_its_end(monkeypatch):
+    shown = []
+
+    @contextlib.contextmanager
+    def progress(total, label, unit="example"):
+        assert (total, unit) == (100, "%")
+        assert "the head `net.1`" in label
+        yield shown.append
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lightning_influence.attribution.driver.progress", lambda trainer, *a: both_kinds(progress, *a))
+        Problem("softmax").score(RepresenterPoints())
+    assert sum(shown) == 100
+    assert len(shown) > 3
+
+
+def both_kinds(progress, total, label, unit="example"):
+    """The bar of the scores is not looked at."""
+    return progress(total, label, unit) if unit == "%" else contextlib.nullcontext(lambda done: None)
 
 
 def test_where_nothing_can_be_written_a_temporary_folder_serves_and_goes(captured, tmp_path, monkeypatch):
