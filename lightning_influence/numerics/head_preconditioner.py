@@ -145,6 +145,13 @@ class Preconditioner:
             yield features, self.link.mean(features @ weight.T)
 
 
+def operations_once(count: int, dim: int) -> float:
+    """Multiplications before the first approximate inverse: the features' second moment, its eigenvectors, rotation."""
+    sampled = min(count, max(1, _NUMBERS // dim))
+    side = min(sampled, dim)
+    return 0.0 if side > _ROTATED else 2.0 * sampled * dim * side + 6.0 * side**3
+
+
 def _rotated(features: Tensor) -> tuple[Tensor, Tensor]:
     """The features in orthonormal directions, and these as columns, the strongest first; no more than examples."""
     span = None

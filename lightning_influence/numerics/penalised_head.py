@@ -163,6 +163,14 @@ class PenalisedHead:
         return weight, value, gradient
 
 
+def passes(link: Link, weight_decay: float) -> float:
+    """How many products with the Hessian a minimum usually takes as long as, for cost estimates.
+
+    As counted on MNIST's pixels and similar features, weights of 1e-6 to 0.1; a squared error takes one step.
+    """
+    return 6 if link.kind == "identity" else 120 * max(0.5, (0.006 / weight_decay) ** 0.2)
+
+
 def _report(watch: Callable[[float], Any], first: float, goal: float, now: float) -> None:
     """Calls ``watch`` with how far the gradient's norm is from the first to the goal."""
     if 0 < goal < first and now > 0:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_influence import Attributor, Influence, RepresenterPoints, Trajectory
 from lightning_influence.conformance import check_method
+from lightning_influence.methods import representer_points
 
 torch.set_num_threads(1)
 
@@ -344,6 +345,32 @@ def test_progress_of_the_solve_is_shown_up_to_its_end(monkeypatch):
 def both_kinds(progress, total, label, unit="example"):
     """The bar of the scores is not looked at."""
     return progress(total, label, unit) if unit == "%" else contextlib.nullcontext(lambda done: None)
+
+
+def test_what_the_solve_takes_is_in_the_cost_until_it_is_stored(captured, monkeypatch):
+    module, train, queries, trajectory = captured
+    attributor = Attributor(module, train, trajectory)
+
+    def seconds(method):
+        with attributor.session(queries) as setting:
+            return method.seconds_of_minimum(setting)
+
+    assert seconds(RepresenterPoints()) > 0
+    assert seconds(RepresenterPoints(refit=False)) == 0
+    assert seconds(RepresenterPoints(head="net.7")) == 0  # refused when it is asked
+    attributor.score(RepresenterPoints(), queries)
+    assert seconds(RepresenterPoints()) == 0
+    assert seconds(RepresenterPoints(weight_decay=0.1)) > 0
+    monkeypatch.setattr(RepresenterPoints, "seconds_of_minimum", lambda *_: 1e6)
+    assert attributor.cost(RepresenterPoints(), queries) > 1e6
+
+
+@pytest.mark.parametrize("held", [1, 2**26])
+def test_features_that_do_not_fit_in_memory_are_read_again_in_each_pass(held, monkeypatch):
+    monkeypatch.setattr(representer_points, "_HELD", held)
+    problem = Problem("softmax")
+    found = problem.score(RepresenterPoints(of=1)).values.sum(1)
+    torch.testing.assert_close(found, (problem.asked @ problem.minimum().T)[:, 1])
 
 
 def test_where_nothing_can_be_written_a_temporary_folder_serves_and_goes(captured, tmp_path, monkeypatch):

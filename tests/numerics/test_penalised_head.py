@@ -137,6 +137,23 @@ def test_a_sample_of_the_examples_is_evenly_spread(monkeypatch):
     assert set(features[:, 0].diff().tolist()) == {8.0}
 
 
+@pytest.mark.parametrize(
+    ("kind", "weight_decay"), [("softmax", 0.006), ("softmax", 1e-4), ("sigmoid", 0.006), ("identity", 0.1)]
+)
+def test_the_number_of_passes_is_foreseen(kind, weight_decay, monkeypatch):
+    torch.manual_seed(1)
+    features = (torch.randn(300, 60) * torch.arange(1, 61) ** -1.0 * 8).double()
+    targets = KINDS[kind][2](features @ torch.randn(60, 5).double())
+    made = []
+
+    def rows():
+        made.append(1)
+        return iter([(features, targets)])
+
+    PenalisedHead(rows, Link(kind), weight_decay).fit(torch.zeros(5, 60).double())
+    assert len(made) / 4 <= penalised_head.passes(Link(kind), weight_decay) <= 4 * len(made)
+
+
 def test_no_examples_are_named():
     with pytest.raises(ValueError, match="Expected at least one training example, got none"):
         PenalisedHead(lambda: iter(()), Link("identity"), 0.1).fit(torch.zeros(1, 2).double())
