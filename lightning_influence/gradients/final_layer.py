@@ -109,7 +109,7 @@ class Head:
         if self.layer.bias is None:
             return features.cpu().double()
         with_one = torch.ones(len(features), features.shape[1] + 1, dtype=torch.float64)
-        with_one[:, :-1] = features
+        with_one[:, :-1] = features.cpu()
         return with_one
 
     def link(self, examples: Examples) -> Link:
