@@ -33,7 +33,13 @@ def evaluate(
 ) -> Comparison: ...
 
 
-def evaluate(scores: Any, bank: Bank, mislabelled: Tensor | None = None, suspicion: Any = None, seed: int = 0) -> Any:
+def evaluate(
+    scores: Scores | Mapping[str, Scores],
+    bank: Bank,
+    mislabelled: Tensor | None = None,
+    suspicion: Any = None,
+    seed: int = 0,
+) -> Any:
     """Evaluate scores against retrained models, or compare those of several methods.
 
     Args:
@@ -103,7 +109,7 @@ def subset_removal(scores: Scores, refit: Refit, k: int, queries: Any = None, n_
     return metric
 
 
-def _by_name(scores: Any, suspicion: Any) -> tuple[dict[str, Scores], dict[str, Tensor]]:
+def _by_name(scores: Scores | Mapping[str, Scores], suspicion: Any) -> tuple[dict[str, Scores], dict[str, Tensor]]:
     """The scores and suspicions by name; a single one has the name ``""``.
 
     Raises:
@@ -111,7 +117,7 @@ def _by_name(scores: Any, suspicion: Any) -> tuple[dict[str, Scores], dict[str, 
         ValueError: there are none, or suspicions of names without scores.
     """
     several = isinstance(scores, Mapping)
-    named = dict(scores) if several else {"": scores}
+    named = dict(scores) if isinstance(scores, Mapping) else {"": scores}
     if not named:
         raise ValueError("Expected `scores` to be of at least one method, got an empty dict.")
     for name, one in named.items():
