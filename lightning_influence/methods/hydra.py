@@ -28,6 +28,11 @@ from lightning_influence.timing import timed
 # Below this correlation with refits, a note warns. It is 0.9 and more where losses are smooth in the weights of the
 # examples, and about 0.5 where they are not.
 _AGREEING = 0.8
+_ONLY_A_TENTH = (
+    "`diagnostics['agreement']` is about refits of this very fit, each without a random tenth of the examples. A high "
+    "one does not say that the scores predict what happens without half of them, or with other seeds, which linear "
+    "datamodeling scores usually measure: compare methods on that by `metrics.evaluate`."
+)
 # Memory per query, in vectors of the model's size: derivatives by weights and optimizer state, before and after a step,
 # and those inside a product.
 _VECTORS = 8
@@ -70,7 +75,9 @@ class HyDRA(WholeRun):
             random tenth of the examples, for fits where a single derivative predicts removals badly (see ``checks``).
         checks: the number of refits, each without a random tenth of the examples, that the scores are checked with.
             ``Scores.diagnostics["agreement"]`` is the correlation of predicted with true changes of the queries'
-            losses, which tells how far to trust the scores. 0: no check.
+            losses, which tells how far to trust the scores about removals of that size from this very fit. Without
+            half of the examples, or with other seeds, they may predict far worse: see ``metrics.evaluate``. 0: no
+            check.
 
     Raises:
         ValueError: other values; an optimizer that cannot be replayed; a loss that mixes examples in training (batch
@@ -276,7 +283,9 @@ class HyDRA(WholeRun):
             refits = setting.state(self, Refits, replay, weights, self.removal == "renormalize", done)
         value = refits.agreement(scores, queries)
         setting.diagnostic("agreement", value, min)
-        if not value >= _AGREEING:
+        if value >= _AGREEING:
+            setting.note(_ONLY_A_TENTH)
+        else:
             setting.note(
                 f"Agreement is {value:.2f}, below {_AGREEING}: in {self.checks} refits, each without a random tenth of "
                 "the examples, the queries' losses did not change as the scores predict. What really happens without "
