@@ -27,14 +27,22 @@ class Diagonal:
         decay: the L2 weight decay, [group] float64.
         damping: the damping besides it, [group] float64.
         reason: how the damping was chosen, for the notes.
-        follows_fit: whether decay and damping together are what the length of the fit implies, or near it. Only then
-            is a score a change of the loss: a tenth of the damping makes scores two to three times larger.
+        implied: the damping that stands for the length of the fit, [group]; None where it is not known. Only near it
+            is a score a change of the loss: with a hundredth of it scores can be ten times larger.
     """
 
     decay: Tensor
     damping: Tensor
     reason: str
-    follows_fit: bool
+    implied: Tensor | None
+
+    @property
+    def is_near(self) -> bool:
+        """Whether decay and damping together are what the fit implies, within a factor of 4."""
+        if self.implied is None:
+            return False
+        expected = self.decay + self.implied
+        return bool(((self.total <= _NEAR * expected) & (self.total >= expected / _NEAR)).all())
 
     @property
     def total(self) -> Tensor:
@@ -65,18 +73,17 @@ def diagonal_at(
         share: the fraction of the default by learning rates to use; see ``Curvature.share``.
     """
     decay = decay_at(setting, stage)
-    implied, reason = _by_the_fit(setting, stage, share)
+    implied, reason = _by_the_fit(setting, stage)
     if damping is not None:
-        given = torch.full_like(decay, float(damping))
-        near = implied is not None and _are_near(decay + given, decay + implied)
-        return Diagonal(decay, given, "given", near)
+        return Diagonal(decay, torch.full_like(decay, float(damping)), "given", implied)
     if implied is not None:
-        return Diagonal(decay, implied, reason, True)
+        times = "" if share == 1 else f"{share:g} x "
+        return Diagonal(decay, share * implied, f"{times}{reason}", implied)
     tenth = torch.full_like(decay, _SHARE * mean_eigenvalue())
-    return Diagonal(decay, tenth, f"0.1 x mean eigenvalue, since {reason}", False)
+    return Diagonal(decay, tenth, f"0.1 x mean eigenvalue, since {reason}", None)
 
 
-def _by_the_fit(setting: Setting, stage: Stage, share: float) -> tuple[Tensor | None, str]:
+def _by_the_fit(setting: Setting, stage: Stage) -> tuple[Tensor | None, str]:
     """The damping that the fit's length implies, [group], and how; or None, and why there is none."""
     trajectory, position = setting.trajectory, stage.position
     reach = None if trajectory is None or position is None else reach_at(setting, position)
@@ -84,20 +91,15 @@ def _by_the_fit(setting: Setting, stage: Stage, share: float) -> tuple[Tensor | 
         return None, "no learning rates were captured"
     assert trajectory is not None
     assert position is not None
-    times = "" if share == 1 else f"{share:g} x "
     if not bool((reach > 0).all()):
         return None, "the optimizer is adaptive" if trajectory.adaptive else "a group has no positive learning rate"
     if not trajectory.adaptive:
-        return share / reach, f"{times}1 / (sum of learning rates / (1 - momentum))"
+        return 1 / reach, "1 / (sum of learning rates / (1 - momentum))"
     roots = mean_roots(setting, stage) if trajectory.captured else None
     if roots is None:
         return None, "the optimizer is adaptive and its state is not known"
     shrunk = torch.stack([trajectory.shrinkage(k) for k in range(position + 1)]).sum(0)
-    return roots * (share + shrunk) / reach, f"{times}Adam's mean root of mean squares / sum of learning rates"
-
-
-def _are_near(given: Tensor, implied: Tensor) -> bool:
-    return bool(((given <= _NEAR * implied) & (given >= implied / _NEAR)).all())
+    return roots * (1 + shrunk) / reach, "Adam's mean root of mean squares / sum of learning rates"
 
 
 def decay_at(setting: Setting, stage: Stage) -> Tensor:

@@ -1,6 +1,7 @@
 """How much of their own fit a few training examples carry: where it is much, scores understate a removal's effect."""
 
 import contextlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,34 +20,67 @@ _EXAMPLES, _FEWER = 64, 16
 _TOLERANCE, _ITERATIONS = 0.1, 20
 
 
-def leverage_at(curvature: Curvature, prepared: PreparedCurvature, setting: Setting, diagonal: Tensor) -> float:
-    r"""The leverage of a few training examples, evenly spread, each weighted with its influence on itself.
+@dataclass(frozen=True, eq=False)
+class OwnInfluence:
+    """Self-influences of a few training examples, evenly spread over the data, and what they tell about all scores.
 
-    Leaving an example out of a fit that is linear in its weights changes its outputs by :math:`1 / (1 - h)` times the
-    first-order estimate, h being its leverage. With a loss l and a self-influence s it is s / 2l for squared errors,
-    and for a logistic loss :math:`s / (e^l - 1)`, which is taken for other losses too. A fit that has memorised its
-    examples has leverages near 1: their gradients have vanished, and s can be a hundredth of what training without
-    them shows.
-
-    NaN if no sampled example has a positive loss and self-influence.
+    Args:
+        own: by the diagonal that the fit implies, [example].
+        used: by the diagonal of the scores, [example].
+        losses: of the examples, [example].
+        squared: whether the loss is a squared error.
     """
+
+    own: Tensor
+    used: Tensor
+    losses: Tensor
+    squared: bool
+
+    @property
+    def inflation(self) -> float:
+        """How many times larger the scores' diagonal makes them; it may be a share of the fit's that ranks better."""
+        return float(self.used.nansum() / self.own.nansum())
+
+    @property
+    def leverage(self) -> float:
+        """The mean leverage, weighted with self-influence."""
+        return weighted_leverage(self.own, self.losses, self.squared)
+
+
+def own_influence(
+    curvature: Curvature, prepared: PreparedCurvature, setting: Setting, implied: Tensor, used: Tensor
+) -> OwnInfluence:
+    """Solve for a few training examples by the diagonal [group] that the fit implies, and by that of the scores."""
     count = min(_FEWER if isinstance(curvature, Iterative) else _EXAMPLES, setting.n_train)
     ids = evenly_spread(setting.n_train, count)
-    own, losses = [], []
+    found: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
     losses_of, step = Losses(), max(1, min(setting.examples.block_size, curvature.at_once(setting) or count))
     for start in range(0, len(ids), step):
         chosen = ids[start : start + step]
         block = setting.examples.chosen(chosen)
-        gradients = setting.engine.gradients(block)
-        products = _solved(curvature, prepared, EachQuery([gradients]), setting, diagonal).diagonal(gradients)
-        weights = setting.engine.weights_of(chosen)
-        own.append((products if weights is None else products * weights.to(products)).cpu().double() / setting.n_train)
-        losses.append(losses_of(setting.engine, block).cpu())
-    return weighted_leverage(torch.cat(own), torch.cat(losses), _is_squared(setting))
+        gradients, weights = setting.engine.gradients(block), setting.engine.weights_of(chosen)
+        for products, diagonal in zip(found, (implied, used), strict=False):
+            if products is found[1] and bool((implied == used).all()):
+                products.append(found[0][-1])
+                continue
+            each = _solved(curvature, prepared, EachQuery([gradients]), setting, diagonal).diagonal(gradients)
+            each = (each if weights is None else each * weights.to(each)).cpu().double()
+            products.append(each / setting.n_train)
+        found[2].append(losses_of(setting.engine, block).cpu())
+    own, other, losses = map(torch.cat, found)
+    return OwnInfluence(own, other, losses, _is_squared(setting))
 
 
 def weighted_leverage(own: Tensor, losses: Tensor, squared: bool = False) -> float:
-    """The mean leverage of examples with these self-influences and losses, [example]; weighted with the former."""
+    r"""The mean leverage of examples with these self-influences s and losses l, [example]; weighted with s.
+
+    Leaving an example out of a fit that is linear in its weights changes its outputs by :math:`1 / (1 - h)` times the
+    first-order estimate, h being its leverage. It is s / 2l for squared errors, and :math:`s / (e^l - 1)` for a
+    logistic loss, which is taken for other losses too. A fit that has memorised its examples has leverages near 1:
+    their gradients have vanished, and s can be a hundredth of what training without them shows.
+
+    NaN if no example has a positive loss and self-influence.
+    """
     known = own.isfinite() & losses.isfinite() & (losses > 0) & (own > 0)
     own, losses = own[known], losses[known]
     leverage = (own / (2 * losses if squared else losses.expm1())).clamp(max=1.0)

@@ -12,7 +12,7 @@ from lightning_influence.curvature.curvature import Curvature
 from lightning_influence.curvature.damping import Diagonal, diagonal_at, of_group
 from lightning_influence.curvature.exact import Exact
 from lightning_influence.curvature.iterative import Iterative
-from lightning_influence.curvature.leverage import leverage_at
+from lightning_influence.curvature.leverage import own_influence
 from lightning_influence.curvature.newton_correction import NewtonCorrection
 from lightning_influence.curvature.store import prepared_at
 from lightning_influence.gradients import Gradients
@@ -25,6 +25,9 @@ from lightning_influence.trajectory import Trajectory
 # Measured (tests/benchmarks/units.py): against exact leave-one-out, self-influence had slopes within a factor of 3 of 1
 # in all fits with leverages below this, and down to 0.004 in those above.
 _MEMORISED = 0.4
+# EK-FAC ranks best at a share of the damping, which makes scores about twice as large in the same fits. Where it was
+# within this factor, slopes were below 3.
+_INFLATED = 2.2
 
 
 @dataclass(frozen=True)
@@ -200,27 +203,34 @@ class _Inverse:
         return found
 
     def _unit(self) -> str:
-        """Notes why where it is arbitrary."""
-        if not self.diagonal.follows_fit:
-            self.setting.note(
-                "The unit of the scores is arbitrary: their size depends on the damping, which does not follow from "
-                "the length of the fit"
-            )
-            return "arbitrary"
+        """Loss or arbitrary, and a note why."""
+        why = self._why_arbitrary()
+        if why is not None:
+            self.setting.note(f"The unit of the scores is arbitrary: {why}")
+        return "loss" if why is None else "arbitrary"
+
+    def _why_arbitrary(self) -> str | None:
+        """Why the scores' size is not that of the change of loss without an example; None if it is."""
+        found, whole = self.diagonal, self.curvature.share == 1
+        if found.implied is None or (whole and not found.is_near):
+            return "their size depends on the damping, which does not follow from the length of the fit"
         if self.method.correction:  # it divides by 1 - leverage
-            return "loss"
-        # At the whole damping: the share of it that ranks best overrates leverages.
-        diagonal = self.diagonal.decay + self.diagonal.damping / self.curvature.share
-        leverage = leverage_at(self.curvature, self.prepared, self.setting, diagonal)
-        self.setting.diagnostic("leverage", leverage)
-        if not leverage > _MEMORISED:
-            return "loss"
-        self.setting.note(
-            f"The unit of the scores is arbitrary: the fit has memorised training examples (leverage {leverage:.2f} in "
-            "a sample, weighted with self-influence), of which gradients at the final weights tell the order, but not "
-            "how much leaving them out would change. `LeaveOneOut()` measures that"
-        )
-        return "arbitrary"
+            return None
+        implied = self.total if whole else found.decay + found.implied
+        sample = own_influence(self.curvature, self.prepared, self.setting, implied, self.total)
+        self.setting.diagnostic("leverage", sample.leverage)
+        if sample.leverage > _MEMORISED:
+            return (
+                f"the fit has memorised training examples (leverage {sample.leverage:.2f} in a sample, weighted with "
+                "self-influence), of which gradients at the final weights tell the order, but not how much leaving them "
+                "out would change. `LeaveOneOut()` measures that"
+            )
+        if not 1 / _INFLATED <= sample.inflation <= _INFLATED:
+            return (
+                f"their damping makes them {sample.inflation:.2g} times as large as the one that stands for the length "
+                f"of the fit, `damping={float(found.implied.max()):.3g}`"
+            )
+        return None
 
     @property
     def total(self) -> Tensor:

@@ -102,10 +102,14 @@ def test_the_unit_is_loss_on_a_convex_model_and_leave_one_out_agrees(tmp_path, k
     attributor, (x, y) = trained(tmp_path, make)
     before = F.cross_entropy(by_hand(make, x, y)[0].net(x), y, reduction="none")[:: ids.step]
     after = [F.cross_entropy(by_hand(make, x, y, i)[0].net(x[i]), y[i]) for i in ids]
-    for curvature in (ExactGGN(), EKFAC()):
+    whole = attributor.self_influence(InfluenceFunction(ExactGGN())).diagnostics["damping"]
+    for curvature in (ExactGGN(), EKFAC(), EKFAC(whole)):
         found = attributor.self_influence(InfluenceFunction(curvature))
-        assert found.units == "loss", found.notes
-        assert 1 / 3 < slope(found.values[:: ids.step].double(), (torch.stack(after) - before).detach()) < 3
+        assert found.units == "loss" or curvature == EKFAC(), found.notes
+        assert (
+            found.units == "arbitrary"
+            or 1 / 3 < slope(found.values[:: ids.step].double(), (torch.stack(after) - before).detach()) < 3
+        )
 
 
 @pytest.mark.slow
@@ -128,7 +132,8 @@ def test_the_unit_is_loss_only_where_leave_one_out_agrees_on_the_digits_after_ad
         found = attributor.self_influence(InfluenceFunction(curvature))
         near = 1 / 3 < slope(found.values[ids].double(), truth) < 3
         assert near or found.units == "arbitrary"
-        assert (found.units == "loss") == (epochs < 150)
+        assert found.units == "arbitrary" or epochs < 150
+        assert found.units == "loss" or epochs == 150 or isinstance(curvature, EKFAC)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +161,7 @@ def test_after_adam_the_damping_is_its_root_of_mean_squares_over_the_sum_of_lear
             roots.append((square.sqrt() + group["eps"]).flatten())
         root = torch.cat(roots)
         reach = 16 * group["lr"]
-        expected.append(float((root**2).sum() / root.sum()) * (curvature.share / reach + shrinks))
+        expected.append(curvature.share * float((root**2).sum() / root.sum()) * (1 / reach + shrinks))
     assert found.diagnostics["damping"] == pytest.approx(max(expected), rel=1e-9)
     shown = ", ".join(f"{value:.3g}" for value in expected)
     assert any(note.startswith(f"Damping {shown} (") and "Adam's mean root" in note for note in found.notes)
