@@ -1,4 +1,4 @@
-"""The diagonal that is added to a curvature: the fit's L2 weight decay, and a damping chosen by its learning rates."""
+"""The diagonal that is added to a curvature: the fit's L2 weight decay, and a damping chosen by its length."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

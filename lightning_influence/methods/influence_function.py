@@ -222,8 +222,8 @@ class _Inverse:
         if sample.leverage > _MEMORISED:
             return (
                 f"the fit has memorised training examples (leverage {sample.leverage:.2f} in a sample, weighted with "
-                "self-influence), of which gradients at the final weights tell the order, but not how much leaving them "
-                "out would change. `LeaveOneOut()` measures that"
+                "self-influence), of which gradients at the final weights tell the order, but not how much leaving "
+                "them out would change. `LeaveOneOut()` measures that"
             )
         if not 1 / _INFLATED <= sample.inflation <= _INFLATED:
             return (
