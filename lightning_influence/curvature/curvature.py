@@ -45,8 +45,9 @@ class Curvature(ABC):
 
     Args:
         damping: added to the diagonal besides the weight decay, in units of C. None chooses it from the fit: 1 / (sum
-            of learning rates / (1 - momentum)) under SGD, a tenth of the mean eigenvalue with adaptive optimizers or
-            where no learning rates were captured. The notes of the scores name the value.
+            of learning rates / (1 - momentum)) under SGD; under Adam and AdamW the root of their mean squared gradients
+            / (sum of learning rates); a tenth of the mean eigenvalue with other optimizers or where no learning rates
+            were captured. The notes of the scores name the value, and whether their unit is arbitrary by it.
 
     Raises:
         ValueError: a negative damping, or one that is not finite.

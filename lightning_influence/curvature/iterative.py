@@ -13,7 +13,7 @@ from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
 from lightning_influence.curvature.damping import of_group
 from lightning_influence.gradients.products import Matrix, Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
-from lightning_influence.numerics.solvers import Product, Solution, mean_diagonal
+from lightning_influence.numerics.solvers import Product, Solution, conjugate_gradient, mean_diagonal
 from lightning_influence.setting.setting import Setting
 
 _PROBES = 32  # for the mean eigenvalue
@@ -80,6 +80,21 @@ class Iterative(Curvature):
         setting.diagnostic("solver_iterations", solution.iterations)
         found = torch.where(good[:, None], solution.vectors, torch.nan)
         return solution, DenseQueries(products.flat.split(found), setting.engine.groups)
+
+    def roughly_solved(
+        self, queries: QueryGradients, setting: Setting, diagonal: Tensor, tolerance: float, iterations: int
+    ) -> QueryGradients:
+        """Solve by conjugate gradients with the GGN, and report nothing."""
+        products = Products(setting.engine, setting.examples)
+        right = products.flat.join(queries.dense(), len(queries), products.like)
+        added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(products.like)
+
+        def damped(vectors: Tensor) -> Tensor:
+            return products.times("ggn", vectors) + added * vectors
+
+        finite = torch.where(right.isfinite().all(1)[:, None], right, 0)
+        solution = conjugate_gradient(damped, finite, tolerance, iterations)
+        return DenseQueries(products.flat.split(solution.vectors), setting.engine.groups)
 
 
 def smallest_entry(diagonal: Tensor, kind: str, name: str) -> float:
