@@ -77,6 +77,16 @@ def numbers_of(module: nn.Module) -> dict[str, Any]:
     return found
 
 
+def small_values(module: nn.Module) -> dict[str, Any]:
+    """Small plain values, see ``numbers_of``, and short buffers of integers, which count and whose paths end in " "."""
+    buffers = {
+        f"{name} ": {"buffer": buffer.tolist()}
+        for name, buffer in module.named_buffers()
+        if not buffer.is_floating_point() and not buffer.is_complex() and buffer.numel() <= _ENTRIES
+    }
+    return numbers_of(module) | buffers
+
+
 def put_back(module: nn.Module, history: History, step: int) -> None:
     """Give a module's values what they were at a checkpoint, or at the first one after it."""
     at = {
