@@ -645,7 +645,7 @@ def test_code_that_reads_the_index_is_told_from_code_that_does_not():
     assert not reads_index(lambda batch, i: batch)
 
 
-def test_ordinary_modules_take_at_most_one_more_pass(monkeypatch):
+def test_ordinary_modules_take_no_pass_of_their_own(monkeypatch):
     from lightning_influence.module.task import Task
 
     calls, call = [], Task.__call__

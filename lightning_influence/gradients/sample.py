@@ -55,10 +55,14 @@ class Sample:
         examples: the dataset.
         names: the parameters whose gradients will be taken; none: only losses will be.
         seed: of the random state.
+        trained: whether they are training examples, whose batches have an index, and a step that may count.
     """
 
-    def __init__(self, task: Task, examples: Examples, names: Sequence[str] = (), seed: int = 0) -> None:
+    def __init__(
+        self, task: Task, examples: Examples, names: Sequence[str] = (), seed: int = 0, trained: bool = True
+    ) -> None:
         self.task, self.examples, self.seed = task, examples, seed
+        self._follows_step = trained and task.loss is None
         self.with_gradients = bool(names)
         trainable = [n for n, p in task.named_parameters().items() if p.requires_grad and not p.is_complex()]
         self.names = list(names) or trainable
@@ -66,7 +70,7 @@ class Sample:
         self.copy_leaves = False
         """Whether activations are copied, since the model writes into them in place."""
         self.uses_of_index: list[OfIndex] = []
-        """What the passes of the blocks computed from the index of their batch, see ``WatchedIndex``."""
+        """What the pass of the last block computed from the index of its batch, see ``WatchedIndex``."""
         self.values: list[dict[str, Any]] = []
         """The module's small values before and after the pass of the last block."""
         self._alone: dict[int, Alone] = {}
@@ -86,7 +90,10 @@ class Sample:
     @property
     def blocks(self) -> list[ChosenBlock]:
         """The same as blocks."""
-        return [ChosenBlock(ids[0], len(ids), self._batch(ids), self.examples.one, ids) for ids in self.chosen]
+        return [self._block(ids) for ids in self.chosen]
+
+    def _block(self, ids: Sequence[int]) -> ChosenBlock:
+        return ChosenBlock(ids[0], len(ids), self._batch(ids), self.examples.one, ids)
 
     @cached_property
     def odd(self) -> list[int]:
@@ -158,24 +165,26 @@ class Sample:
         self._batches.clear()
         tapes = []
         for block in self.blocks:
-            with self._noting_values():
-                tapes.append(self._record(block))
-            total = tapes[-1].total
-            assert total is not None
-            self._losses[tuple(block.ids)] = float(total)
+            watched = self._follows_step and block.size == _SIZES[-1]
+            with self._noting_values() if watched else contextlib.nullcontext():
+                tape = (self._watched(block) if watched else None) or self._record(self._block(block.chosen))
+            tapes.append(tape)
+            if tape.total is not None:
+                self._losses[tuple(block.ids)] = float(tape.total)
         return tapes
 
     def _record(self, block: ChosenBlock) -> Tape:
         reduction = Reduction.SUM if self.task.loss is None else Reduction.NONE
-        engine = Engine(self.task, reduction, seed=self.seed)
-        if self.task.loss is None:
-            watched = WatchedIndex(self.task.batch_idx, self.uses_of_index)
-            with contextlib.suppress(Exception), self.task.at(watched):  # type: ignore[arg-type]
-                return engine.record(block, self.names, self.copy_leaves)
-            block = ChosenBlock(block.start, block.size, self.examples.some(block.ids), block.one, block.chosen)
-        tape = engine.record(block, self.names, self.copy_leaves)
-        self.uses_of_index.append(lambda index: index)  # what takes plain integers only may depend on it in any way
-        return tape
+        return Engine(self.task, reduction, seed=self.seed).record(block, self.names, self.copy_leaves)
+
+    def _watched(self, block: ChosenBlock) -> Tape | None:
+        """The pass of a block with an index that notes its uses; None if it fails with one that is no plain integer."""
+        watched = WatchedIndex(self.task.batch_idx, self.uses_of_index)
+        with contextlib.suppress(Exception), self.task.at(watched):  # type: ignore[arg-type]
+            return self._record(block)
+        self.uses_of_index.append(lambda index: index)  # it may depend on it in any way
+        self._batches.clear()  # the step may have written into it
+        return None
 
     def _pass(
         self, batch: Batch, example: int, names: Sequence[str], watch: CountWatch | None = None

@@ -31,7 +31,7 @@ _Key = tuple[int, Loss | None]
 
 
 @dataclass
-class Found:
+class Findings:
     """What is known at the final weights; it is found out once for all questions.
 
     Args:
@@ -76,7 +76,7 @@ class Planner:
     train: Source
     trajectory: Trajectory | None
     names: Sequence[str]
-    found: Found = field(default_factory=Found)
+    found: Findings = field(default_factory=Findings)
 
     def engine(self, task: Task, examples: Examples, index: BatchIndex) -> Engine:
         """The engine for the training examples, checked."""
@@ -204,8 +204,11 @@ class Planner:
             data.check_steady()
             reduction = Reduction.NONE if task.loss is not None else self._reduction()
             with explained(examples, data):
-                engine = self._engine(task, data, reduction, Plan({}))
-                self.found.plans[key] = reduction, make_plan(engine, Sample(task, data, self.names), self.names)
+                engine, sample = (
+                    self._engine(task, data, reduction, Plan({})),
+                    Sample(task, data, self.names, trained=False),
+                )
+                self.found.plans[key] = reduction, make_plan(engine, sample, self.names)
             self.found.datasets.append(data.dataset)
         return self.found.plans[key]
 
