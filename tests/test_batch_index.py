@@ -40,8 +40,8 @@ from lightning_influence import (
     TracInCP,
     Trajectory,
 )
-from lightning_influence.module.batch_index import WatchedIndex, differing_indices
 from lightning_influence.module.step import reads_index
+from lightning_influence.module.watched_index import WatchedIndex, differing_indices
 from lightning_influence.replay.replay import DriftError
 
 N, QUERIES = 11, 4

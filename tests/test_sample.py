@@ -87,7 +87,7 @@ def test_a_later_question_checks_again_what_has_changed_only(path, passes):
 
 @pytest.fixture
 def shortened(monkeypatch):
-    monkeypatch.setattr(digests, "_WHOLE", 8)
+    monkeypatch.setattr(digests, "_SMALL", 8)
 
 
 def one_row(gradient):

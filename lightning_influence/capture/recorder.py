@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from operator import index as as_index
 from typing import Any
 
-from lightning_influence.capture.final_weights import averaged_state, best_file
+from lightning_influence.capture.deployed_weights import averaged_state, best_file
 from lightning_influence.capture.first_batches import FirstBatches
 from lightning_influence.capture.gradient_changes import CLIPPED_OTHERWISE, GradientChanges
 from lightning_influence.capture.identity import LoaderTap, length_of, reloaded
@@ -16,7 +16,7 @@ from lightning_influence.capture.places import CannotRecord
 from lightning_influence.capture.states import encode_state, fingerprint, gather_state, has_lazy
 from lightning_influence.capture.steps import StepRecorder, batch_size
 from lightning_influence.capture.store import RunWriter, without_earlier_steps
-from lightning_influence.capture.trainer_reads import TrainerReads
+from lightning_influence.capture.trainer_recorder import TrainerReads
 from lightning_influence.capture.windows import RecordedBatch
 from lightning_influence.compat import rank_zero_warn
 from lightning_influence.module.numbers import NumberRecord

@@ -14,7 +14,7 @@ from lightning_influence.gradients.spot_checks import agrees
 from lightning_influence.numerics.projections import PlainSketch, Projector, RandomProjection, Sketch
 
 # Parameters of at most this many entries are compared entry by entry, others by so many random combinations.
-_WHOLE = 2**12
+_SMALL = 2**12
 _COMBINATIONS = 16
 
 
@@ -83,7 +83,7 @@ class Digester:
         return found
 
     def _sketch(self, name: str, shape: Sequence[int], like: Tensor) -> Sketch:
-        if math.prod(shape) <= _WHOLE or like.is_complex():
+        if math.prod(shape) <= _SMALL or like.is_complex():
             return PlainSketch(None)
         return self._project(name, tuple(shape), like)
 

@@ -16,11 +16,11 @@ from lightning_influence.gradients.reduction import WAY_OUT, Reduction
 from lightning_influence.gradients.tape import Tape
 from lightning_influence.gradients.token_counts import CountWatch, Key
 from lightning_influence.gradients.unlike_rows import UnlikeRows
-from lightning_influence.module.batch_index import Key as OfIndex
-from lightning_influence.module.batch_index import WatchedIndex
 from lightning_influence.module.numbers import small_values
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.module.task import Task
+from lightning_influence.module.watched_index import Key as OfIndex
+from lightning_influence.module.watched_index import WatchedIndex
 from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.types import Batch, foreign
 
