@@ -1,4 +1,4 @@
-"""Why a batch of a fit is another one now: the hooks, the collate function, the data or their order; and the way out."""
+"""Why a batch of a fit is another one now (hooks, collate function, data, their order), and the way out."""
 
 import time
 
