@@ -1,14 +1,16 @@
 """The few passes before scoring: how many there are, and that they find what is wrong with a gradient."""
 
+import oracles
 import pytest
 import torch
 from case import Step, mlp
 from cases_guard import MISSED, PATHS, OverTokens, token_labels
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import TensorDataset, default_collate
 
 from lightning_influence import Attributor, GradientDot
-from lightning_influence.gradients import digests
+from lightning_influence.gradients import Engine, digests
+from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.module.task import Task
 
 
@@ -80,6 +82,59 @@ def test_a_later_question_checks_again_what_has_changed_only(path, passes):
         found[name] = fresh.self_influence(GradientDot())
     assert any("mean over its tokens" in note for note in found["later"].notes)
     torch.testing.assert_close(found["later"].values, found["first"].values, rtol=1e-9, atol=0.0)
+
+
+class Penalised(Step):
+    """The penalty counts once a batch, and is of the parameters that are trained."""
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(self(batch[0]), batch[1])
+        return loss + 0.01 * sum(p.square().sum() for p in self.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("names", [None, ["net.2.weight"]])
+def test_a_step_that_asks_which_parameters_are_trained_is_right(names):
+    torch.manual_seed(0)
+    module, train = Penalised(mlp(5, classes=3)).double(), data("MLP", 30)
+    train = TensorDataset(train.tensors[0].double(), train.tensors[1])
+    found = Attributor(module, train, parameters=names).self_influence(GradientDot())
+    names = names or [name for name, _ in module.named_parameters()]
+    ones = [default_collate([train[i]]) for i in range(len(train))]
+    oracles.assert_scores(found.values, oracles.squared(oracles.rows(module, ones, names)), 1e-10)
+
+
+# ---- a wrong gradient is found -------------------------------------------------------------------------------------
+
+
+def without_bias(names, part):
+    pairs = zip(names, part.dense(), strict=True)
+    return DenseRows(tuple(torch.zeros_like(rows) if name.endswith("bias") else rows for name, rows in pairs))
+
+
+def of_other_rows(names, part):
+    return DenseRows(tuple(rows.roll(1, 0) for rows in part.dense()))
+
+
+def too_large(names, part):
+    return part.scaled(torch.full((len(part),), 1.001, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("small", [2**12, 8])
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("fault", [without_bias, of_other_rows, too_large])
+def test_no_wrong_layer_rule_goes_unseen(fault, name, small, monkeypatch):
+    monkeypatch.setattr(digests, "_SMALL", small)
+    parts_of = Engine.parts_of
+
+    def wrong(self, *args):
+        found, failed = parts_of(self, *args)
+        return {names: fault(names, part) for names, part in found.items()}, failed
+
+    monkeypatch.setattr(Engine, "parts_of", wrong)
+    torch.manual_seed(0)
+    with Attributor(Step(NETS[name]()), data(name, 30)).session() as setting:
+        plan = setting.engine.plan
+        assert not [n for n in plan.layouts if fault is not without_bias or n.endswith("bias")]
 
 
 # ---- large parameters are compared by random combinations ----------------------------------------------------------

@@ -56,8 +56,10 @@ def probe(sample: Sample, also: Sequence[int] = ()) -> Probed:
     batches = {batch: sample.loss(batch) for batch in _batches(sample, ids, bool(also))}
     if len(ids) == 1:
         return Probed(Reduction.MEAN)
-    singles = {batch: [losses[i] for i in batch] for batch in batches}
-    found = [r for r in (Reduction.MEAN, Reduction.SUM) if all(r.agrees(singles[b], x) for b, x in batches.items())]
+    found = _plain_relations(losses, batches)
+    if not found:
+        batches = {batch: sample.loss(batch, plain=True) for batch in batches}
+        found = _plain_relations(losses, batches)
     gradients = sample.with_gradients
     if found == [Reduction.SUM] or (found and not (declared or (gradients and _unequal(totals)))):
         return Probed(found[0])
@@ -102,6 +104,12 @@ def _singles(sample: Sample, probed: Sequence[int]) -> tuple[dict[int, float], _
             totals.setdefault(key, {})[i] = total
     finite = [i for i, loss in losses.items() if math.isfinite(loss)]
     return losses, {key: of for key, of in totals.items() if of.keys() >= set(finite)}, list(declared)
+
+
+def _plain_relations(losses: Mapping[int, float], batches: Mapping[tuple[int, ...], float]) -> list[Reduction]:
+    """Which of mean and sum the losses of all batches are."""
+    pairs = [([losses[i] for i in batch], loss) for batch, loss in batches.items()]
+    return [r for r in (Reduction.MEAN, Reduction.SUM) if all(r.agrees(*pair) for pair in pairs)]
 
 
 def _unequal(totals: _Totals) -> list[Key]:

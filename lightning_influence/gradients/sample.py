@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_influence.data.examples import ChosenBlock, Examples, versions_of
 from lightning_influence.gradients.digests import Digest, Digester
 from lightning_influence.gradients.engine import Engine
-from lightning_influence.gradients.general import loss_and_gradient
+from lightning_influence.gradients.general import loss_and_gradient, requiring_gradients
 from lightning_influence.gradients.reduction import WAY_OUT, Reduction
 from lightning_influence.gradients.tape import Tape
 from lightning_influence.gradients.token_counts import CountWatch, Key
@@ -131,15 +131,20 @@ class Sample:
             self._alone[example] = known
         return known
 
-    def loss(self, ids: Sequence[int]) -> float:
-        """The loss of a batch, as the step returned it; the sum of the losses of ``loss=``."""
+    def loss(self, ids: Sequence[int], plain: bool = False) -> float:
+        """The loss of a batch, as the step returned it; the sum of the losses of ``loss=``.
+
+        Args:
+            ids: of its examples.
+            plain: by a pass of its own. Otherwise a recorded one serves, in which no parameter requires a gradient, so
+                that a step may compute another loss.
+        """
         key = tuple(ids)
+        if not plain and list(ids) in self.chosen:
+            with contextlib.suppress(Exception):  # whoever needs the gradients meets the error
+                return float(self.tapes[self.chosen.index(list(ids))].total)  # type: ignore[arg-type]
         if key not in self._losses:
-            if list(ids) in self.chosen:
-                with contextlib.suppress(Exception):  # whoever needs the gradients meets the error
-                    _ = self.tapes
-            if key not in self._losses:
-                self._losses[key] = self._pass(self._batch(ids), ids[0], ())[0]
+            self._losses[key] = self._pass(self._batch(ids), ids[0], ())[0]
         return self._losses[key]
 
     def gradient(self, ids: Sequence[int]) -> Digest:
@@ -169,8 +174,6 @@ class Sample:
             with self._noting_values() if watched else contextlib.nullcontext():
                 tape = (self._watched(block) if watched else None) or self._record(self._block(block.chosen))
             tapes.append(tape)
-            if tape.total is not None:
-                self._losses[tuple(block.ids)] = float(tape.total)
         return tapes
 
     def _record(self, block: ChosenBlock) -> Tape:
@@ -194,10 +197,12 @@ class Sample:
             if names:
                 loss, found = loss_and_gradient(self.task, batch, names, self.seed, example, watch)
                 return float(loss), found
-            batch = self.task.to_device(batch)
-            seed_for(self.seed, example)
-            with watch or contextlib.nullcontext():
-                loss = self.task(batch)  # with gradients enabled: a step may differentiate with respect to its inputs
+            # gradients are enabled, and wanted of the same parameters: a step may use them, or ask which are wanted
+            with requiring_gradients(self.task.module, self.names) if self.with_gradients else contextlib.nullcontext():
+                batch = self.task.to_device(batch)
+                seed_for(self.seed, example)
+                with watch or contextlib.nullcontext():
+                    loss = self.task(batch)
             return float(loss.detach().double().sum()), {}
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
