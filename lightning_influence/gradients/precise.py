@@ -47,17 +47,17 @@ def holds_precisely(task: Task, holds: Callable[[Task, Tolerance], bool]) -> boo
 
 
 @contextlib.contextmanager
-def precise(task: Task, dtype: torch.dtype | None, seed: int = 0) -> Iterator[Task]:
+def precise(task: Task, dtype: torch.dtype | None, seed: int | None = 0) -> Iterator[Task]:
     """The same loss with the module's weights, buffers and batches in ``dtype``, and noise on its weights.
 
     Args:
         task: the module with its loss.
         dtype: float64; None: that of each tensor.
-        seed: of the noise.
+        seed: of the noise; None: there is none, and the weights are copies.
     """
     module = task.module
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(seed or 0)
     noise = _NOISE[torch.float64 if dtype is torch.float64 else torch.float32]
     task.settle()
     with contextlib.ExitStack() as stack:
@@ -67,7 +67,7 @@ def precise(task: Task, dtype: torch.dtype | None, seed: int = 0) -> Iterator[Ta
         warnings.filterwarnings("ignore", message=".*single contiguous chunk.*")
         for tensor in tensors:
             value = tensor.detach().to(dtype or tensor.dtype, copy=True)
-            if isinstance(tensor, nn.Parameter):
+            if isinstance(tensor, nn.Parameter) and seed is not None:
                 value *= 1 + noise * torch.rand(value.shape, generator=draw).to(value)
             tensor.data = value
         if dtype is torch.float64:
