@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.data_hooks import transferred
+from lightning_influence.module.exact_losses import exact_losses
 from lightning_influence.module.numbers import History, put_back
 from lightning_influence.module.snapshot import ModuleSnapshot
 from lightning_influence.module.step import reads_index, step_of, takes_index
@@ -75,6 +76,8 @@ class Task:
         self._snapshot = [self._taken()]  # shared by the tasks of one module
         self.numbers: History = {}
         """Plain attributes that the fit changed; ``load`` gives them the values that they had at its step."""
+        self.exact = True
+        """Whether cross-entropies keep their digits where the model is certain. False: computed as in the fit."""
         self.on_forward: Callable[[], Any] | None = None
         """Called after each forward pass, before the module's attributes and buffers are restored."""
 
@@ -92,7 +95,7 @@ class Task:
     def of_step(self) -> "Task":
         """The same module with the loss of ``training_step``, at the same index of the batch."""
         other = type(self)(self.module, None, self.device, self.trainer)
-        other.batch_idx, other.numbers = self.batch_idx, self.numbers
+        other.batch_idx, other.numbers, other.exact = self.batch_idx, self.numbers, self.exact
         return other
 
     @contextlib.contextmanager
@@ -230,7 +233,8 @@ class Task:
         parameters = list(self._parameters.values())
         trained = list(map(_requires_grad, parameters))
         try:
-            with self._precision(), training_stage(self.module):
+            exact = exact_losses() if self.exact else contextlib.nullcontext()
+            with self._precision(), training_stage(self.module), exact:
                 output = self._loss_of(batch, self.batch_idx) if self.takes_index else self._loss_of(batch)
             if self.on_forward is not None:
                 self.on_forward()
