@@ -1,4 +1,4 @@
-"""Puts cross-entropies that keep their digits into the place of torch's, while a loss is computed for its scores."""
+"""Puts cross-entropies that keep their digits into the place of torch's, while scores are computed."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,26 +21,23 @@ class _ExactLosses(TorchFunctionMode):
 @contextlib.contextmanager
 def exact_losses() -> Iterator[None]:
     """Replace torch's cross-entropies inside, beneath all modes that watch torch's functions: they see those called."""
-    above = list(_get_current_function_mode_stack())
-    if any(isinstance(mode, _ExactLosses) for mode in above):
+    if any(isinstance(mode, _ExactLosses) for mode in _get_current_function_mode_stack()):
         yield
         return
-    with _beneath(above):
-        _push_mode(_ExactLosses())
+    mode = _ExactLosses()
+    put_back([mode, *taken_off()])
     try:
         yield
     finally:
-        with _beneath(above):
-            _pop_mode()
+        put_back([other for other in taken_off() if other is not mode])
 
 
-@contextlib.contextmanager
-def _beneath(above: Sequence[TorchFunctionMode]) -> Iterator[None]:
-    """Take these modes, which are the last ones entered, off the stack inside."""
-    for _ in above:
-        _pop_mode()
-    try:
-        yield
-    finally:
-        for mode in above:
-            _push_mode(mode)
+def taken_off() -> list[TorchFunctionMode]:
+    """The modes that were active, the last one entered at the end; none is now."""
+    return [_pop_mode() for _ in _get_current_function_mode_stack()][::-1]
+
+
+def put_back(modes: Sequence[TorchFunctionMode]) -> None:
+    """Make these the active modes; none is."""
+    for mode in modes:
+        _push_mode(mode)
