@@ -72,7 +72,9 @@ def main():
         trajectory = Trajectory.load(folder)
         losses = Attributor(copy.deepcopy(subject.module), subject.train, trajectory).losses(subject.queries)
         certain = losses < CERTAIN
-        print(f"{n} examples, {n_queries} queries, {epochs} epochs; {float(certain.double().mean()):.1%} of the queries")
+        print(
+            f"{n} examples, {n_queries} queries, {epochs} epochs; {float(certain.double().mean()):.1%} of the queries"
+        )
         print(f"have a loss below {CERTAIN:g}, the smallest {float(losses.min()):.1e}\n")
         print(f"{'':14} {'all queries':>24}   {'those':>24}")
         print(f"{'':14} {'median':>8} {'worst':>8} {'<0.99':>6}   {'median':>8} {'worst':>8} {'<0.99':>6}")
