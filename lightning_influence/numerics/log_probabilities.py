@@ -1,6 +1,6 @@
 """Cross-entropies whose values and gradients keep their digits where the model is certain.
 
-``torch`` computes the gradient by the logit of the true class as p - 1, which is 0 once p rounds to 1: in float32 from a
+torch computes the gradient by the logit of the true class as p - 1, which is 0 once p rounds to 1: in float32 from a
 gap of 17 between the logits. Here it is minus the sum of the others' probabilities. The functions have the signatures
 of those of ``torch.nn.functional`` that they stand for. They are made of differentiable operations, so that their
 derivatives of any order are as exact, need no higher precision, and run under ``torch.func``.
