@@ -55,6 +55,20 @@ def test_scores_of_certain_queries_are_those_of_the_formula(name, dtype):
     oracles.assert_scores(scores, expected, 1e-4)
 
 
+def test_queries_with_gradients_too_small_for_float32_are_counted():
+    net = nn.Linear(3, 3)
+    with torch.no_grad():
+        net.weight.copy_(torch.eye(3))
+    x, y = torch.tensor([[200.0, 0.0, 0.0], [1.0, 0.0, 0.0]]), torch.tensor([0, 0])
+    data = Items(list(zip(x, y, strict=True)))
+    scores = Attributor(Step(net), data).score(GradientDot(), data)
+    assert scores.diagnostics["queries_without_scores"] == 1
+    assert any("Queries with a score of 0 for every training example: 1." in note and "module.double()" in note for note in scores.notes)
+    with torch.no_grad():
+        net.bias.copy_(torch.tensor([-100.0, 0.0, 0.0]))
+    assert not Attributor(Step(net), data).score(GradientDot(), Items([data[1]])).diagnostics
+
+
 @pytest.mark.parametrize("gap", [0.0, 20.0, 60.0])
 def test_losses_keep_their_digits_in_float32(gap):
     z = torch.tensor([[gap, 0.0, 0.0]])
