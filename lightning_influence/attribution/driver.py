@@ -84,8 +84,8 @@ def _note_vanished(method: Method, setting: Setting, count: int) -> None:
     if count and setting.zeros().dtype is torch.float32 and not isinstance(method, (ForwardOnly, Retraining)):
         setting.diagnostic("queries_without_scores", count)
         setting.note(
-            f"Queries with a score of 0 for every training example: {count}. Their gradients vanish, or the model is so "
-            "certain of them that the scores are smaller than float32 holds; if so, they have some in `module.double()`."
+            f"Queries with a score of 0 for every training example: {count}. Their gradients vanish, or the model is "
+            "so certain of them that the scores are smaller than float32 holds: `module.double()` has those."
         )
 
 

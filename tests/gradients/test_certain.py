@@ -63,7 +63,10 @@ def test_queries_with_gradients_too_small_for_float32_are_counted():
     data = Items(list(zip(x, y, strict=True)))
     scores = Attributor(Step(net), data).score(GradientDot(), data)
     assert scores.diagnostics["queries_without_scores"] == 1
-    assert any("Queries with a score of 0 for every training example: 1." in note and "module.double()" in note for note in scores.notes)
+    assert any(
+        "Queries with a score of 0 for every training example: 1." in note and "module.double()" in note
+        for note in scores.notes
+    )
     with torch.no_grad():
         net.bias.copy_(torch.tensor([-100.0, 0.0, 0.0]))
     assert not Attributor(Step(net), data).score(GradientDot(), Items([data[1]])).diagnostics
