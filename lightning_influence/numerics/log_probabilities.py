@@ -33,10 +33,10 @@ def _log_softmax(x: Tensor, dim: int) -> Tensor:
     shape[dim] = -1
     own = first == torch.arange(x.shape[dim], device=x.device).view(shape)
     # The largest logit enters the differences as a constant 0, so that its gradient is minus the sum of the others'.
-    below = (x - top).masked_fill(own, -torch.inf)
+    below = (x - top).masked_fill_(own, -torch.inf)
     others = below.exp().sum(dim, keepdim=True)
     one = top.detach() * 0 + 1  # NaN where torch's result is: of an infinite logit
-    return below.masked_fill(own, 0.0) - others.log1p() * one
+    return below.masked_fill_(own, 0.0) - others.log1p() * one
 
 
 def cross_entropy(
