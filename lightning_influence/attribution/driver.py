@@ -48,7 +48,7 @@ def run_scores(
     block, columns = method.tile(setting, queries)
     n_train, share = setting.n_train, share_of(method, setting, len(queries))
     visits = len(share.train) * _visited(method, setting) * -(-len(share.queries) // block)
-    bad = NonFinite()
+    bad, scored = NonFinite(), torch.zeros(len(queries), dtype=torch.bool)
     finished.sums = setting.state("sums", StageSums)
     setting.progress = functools.partial(progress, trainer)
     with progress(trainer, visits, method.name) as done:
@@ -65,6 +65,8 @@ def run_scores(
                         f"Expected `{method.name}.score` to return [query, train] = {expected}, got {list(tile.shape)}."
                     )
                 clean = isinstance(method, Retraining) or bad.clean(tile, first, start)  # their NaN is an unknown score
+                scored = scored.to(tile.device)
+                scored[first : first + len(some)] |= (tile != 0).any(1)
                 tile, column = _scored(tile, start, method.scored(n_train))
                 if clean or isinstance(accumulator, MatrixAccumulator):
                     accumulator.add(tile if finished.sign > 0 else -tile, first, column)
@@ -72,8 +74,20 @@ def run_scores(
                 finished.train = column + tile.shape[1]
             finished.queries = first + len(some)
     bad.refuse(setting.processes)
+    if len(share.train) == n_train and len(share.queries) == len(queries):
+        _note_vanished(method, setting, int((~scored).sum()))
     accumulator.merge(share, setting.processes)
     _join_notes(setting)
+
+
+def _note_vanished(method: Method, setting: Setting, count: int) -> None:
+    """Note how many queries have no score other than 0, in a precision in which their gradients may be too small."""
+    if count and setting.zeros().dtype is torch.float32 and not isinstance(method, (ForwardOnly, Retraining)):
+        setting.diagnostic("queries_without_scores", count)
+        setting.note(
+            f"Queries with a score of 0 for every training example: {count}. Their gradients vanish, or the model is "
+            "so certain of them that the scores are smaller than float32 holds: `module.double()` has those."
+        )
 
 
 def run_group(method: Method, setting: Setting, queries: Queries, ids: Sequence[int], trainer: Any) -> Tensor:

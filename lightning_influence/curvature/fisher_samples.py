@@ -71,11 +71,11 @@ class FisherSamples:
 
     def _computed(self) -> Iterator[Gradients]:
         engine, loss, share = self.setting.engine, self._loss, self.setting.processes.share(self.setting.n_train)
+        task = engine.task if loss is None else engine.task.measuring(loss)
         for block in self.setting.examples.blocks(share.start, share.stop):
             if loss is None:
                 yield self._weighted(engine.gradients(block), block)
                 continue
-            task = engine.task.measuring(loss)
             other = Engine(task, Reduction.NONE, engine.groups, engine.seed, engine.plan)
             # For the expectation each class in turn; None: one sampled label per example.
             for label in [None] if self.labels == "sampled" else range(loss.classes):
