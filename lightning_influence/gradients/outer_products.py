@@ -268,6 +268,19 @@ class OuterProducts(Part):
         found = torch.stack([((left @ table) * right).sum(1) for table in tables])
         return found + weights[1] @ left.T if self.bias else found
 
+    def add_to(self, rows: tuple[Tensor, ...]) -> None:
+        """Add the dense gradients to ``rows``, without building them first where the memory layout allows."""
+        outputs, inputs = self.scaled_outputs(), self.inputs
+        left, right = (inputs, outputs) if self.transposed else (outputs, inputs)
+        rows[0].view(len(self), left.shape[2], -1).baddbmm_(left.transpose(1, 2), right)
+        if self.bias:
+            rows[1].add_(outputs.sum(1))
+
+    def adding_operations(self) -> int:
+        """Multiply-adds per example of ``add_to``."""
+        t, width_in, width_out = self._sizes
+        return t * width_in * width_out
+
     def total(self) -> tuple[Tensor, ...]:
         """The sum over the examples, [*shape] for each parameter: one matrix product over all positions."""
         left, right = self.scaled_outputs().flatten(0, 1), self.inputs.flatten(0, 1)
