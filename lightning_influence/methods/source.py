@@ -204,8 +204,9 @@ class SOURCE(SegmentProduct):
         return None if most is None else max(1, most // (self.segments + 1))
 
     def preparation_seconds(self, setting: Setting, vectors: int) -> float:
-        """The curvatures of all segments, divided by the number of checkpoints."""
-        return self.curvature.seconds(setting, vectors) * self.segments / len(self.positions(setting.trajectory))
+        """The curvatures of all segments and the descents through them, divided by the number of checkpoints."""
+        each = self.curvature.seconds(setting, vectors) + self.curvature.descent_seconds(setting, vectors)
+        return each * len(self.segments_of(setting)) / len(self.positions(setting.trajectory))
 
     def unit(self, setting: Setting) -> str:
         """Loss, since the scores are predicted differences of losses."""
