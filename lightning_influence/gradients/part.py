@@ -61,7 +61,7 @@ class Part(ABC):
     def add_to(self, rows: tuple[Tensor, ...]) -> None:
         """Add the dense gradients to ``rows``, [example, *shape] for each parameter."""
         for row, own in zip(rows, self.dense(), strict=True):
-            row += own
+            row.add_(own)
 
     def adding_operations(self) -> int:
         """Multiply-adds per example of ``add_to``."""

@@ -28,9 +28,8 @@ class SegmentProduct(GradientProduct):
     .. math:: s(q, z) = \sum_l u_l(q) \cdot \sum_{k \in l} c_{kz} \, \nabla\ell(w_k, z)
 
     The inner sum is made first, for as many training examples as fit in memory, and multiplied once per segment. Where
-    it would not fit, or take more operations, there is a product per checkpoint instead. A subclass implements
-    ``checkpoints_by_segment`` and ``directions``; the blocks that ``product`` gets are sums over a segment or gradients at one
-    checkpoint of it.
+    it would not fit, or take more operations, there is a product per checkpoint instead: ``product`` gets sums over a
+    segment, or gradients at one of its checkpoints. A subclass implements ``checkpoints_by_segment`` and ``directions``.
     """
 
     @abstractmethod
