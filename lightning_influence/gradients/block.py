@@ -70,7 +70,7 @@ class Gradients:
             other: gradients of the same parameters, of as many examples.
             entries: a factor for every entry of a parameter, [*shape] by name; None: 1.
         """
-        if not self._aligned(other):
+        if not aligned(self.parts, other.parts):
             return self.per_parameter().own_dot(other.per_parameter(), entries)
         total = self._zeros(len(self))
         for names, part in self.parts.items():

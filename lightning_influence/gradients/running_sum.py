@@ -7,8 +7,7 @@ from torch import Tensor
 
 from lightning_influence.gradients.block import Gradients, Names, aligned
 from lightning_influence.gradients.dense_rows import DenseRows
-from lightning_influence.gradients.outer_products import WORKSPACE
-from lightning_influence.gradients.part import Part
+from lightning_influence.gradients.part import WORKSPACE, Part
 from lightning_influence.gradients.sum_of_parts import sum_of
 
 

@@ -29,7 +29,7 @@ class SegmentProduct(GradientProduct):
 
     The inner sum is made first, for as many training examples as fit in memory, and multiplied once per segment. Where
     it would not fit, or take more operations, there is a product per checkpoint instead: ``product`` gets sums over a
-    segment, or gradients at one of its checkpoints. A subclass implements ``checkpoints_by_segment`` and ``directions``.
+    segment, or gradients at one of its checkpoints. A subclass has ``checkpoints_by_segment`` and ``directions``.
     """
 
     @abstractmethod
