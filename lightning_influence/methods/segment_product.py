@@ -63,7 +63,8 @@ class SegmentProduct(GradientProduct):
         Yields:
             The stage loaded last, the block's columns in the tile, and the block.
         """
-        summed = setting.state(self, _Order).summed
+        order = setting.state(self, _Order)
+        summed = order.summed and setting.examples.block_size >= order.block_size
         sums: dict[int, tuple[slice, range, RunningSum]] = {}
         for stage in setting.stages(positions):
             for columns, block in self._train(stage, like):
@@ -91,7 +92,8 @@ class SegmentProduct(GradientProduct):
         loaded = sum(parameters[name].numel() for name in setting.engine.plan.names) * longest * _LOADING
         again = (-(-setting.n_train // fit) - 1) * loaded
         summed = fit >= size and setting.n_train * costs.summed + again < setting.n_train * costs.apart
-        setting.state(self, _Order).summed = summed
+        order = setting.state(self, _Order)
+        order.summed, order.block_size = summed, setting.examples.block_size
         return Tile(held, fit if summed else columns)
 
     def cost(self, setting: Setting, queries: Queries | None) -> Cost:
@@ -128,9 +130,15 @@ class SegmentProduct(GradientProduct):
 
 @dataclass
 class _Order:
-    """Whether gradients are summed before they are multiplied."""
+    """Whether gradients are summed before they are multiplied.
+
+    Args:
+        summed: whether that is cheaper.
+        block_size: when this was found; if blocks are smaller now, memory did not suffice, and nothing is summed.
+    """
 
     summed: bool = False
+    block_size: int = 0
 
 
 def _weighted(block: TrainBlock) -> Gradients:

@@ -24,6 +24,7 @@ from lightning_influence import (
 )
 from lightning_influence.conformance import check_method
 from lightning_influence.gradients.queries import DenseQueries
+from lightning_influence.gradients.running_sum import RunningSum
 from lightning_influence.methods import segment_product
 
 torch.set_num_threads(1)
@@ -129,6 +130,18 @@ def test_gradients_are_summed_over_a_segment_where_that_is_cheaper(tmp_path, mon
     best = attributor.score(method, queries, top_k=2)
     torch.testing.assert_close(best.proponents(2).scores, scores.proponents(2).scores)
     torch.testing.assert_close(attributor.group(method, [0, 3, 6], queries), scores.values[:, [0, 3, 6]].sum(1))
+
+
+def test_where_memory_does_not_suffice_nothing_is_summed(tmp_path, monkeypatch):
+    def add(total, gradients):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(RunningSum, "add", add)
+    module, train, queries, trajectory = fitted("classes", tmp_path)
+    scores = Attributor(module, train, trajectory, batch_size=4).score(SOURCE(3, ExactGGN()), queries)
+    wanted = expected("classes", module, train, queries, trajectory, [(1, 2), (3,), (4, 5)])
+    oracles.assert_scores(scores.values, wanted, 1e-9)
+    assert any("blocks of 4 training examples: they were scored in blocks of 2" in note for note in scores.notes)
 
 
 def test_an_interrupt_leaves_the_tiles_that_were_finished(tmp_path, monkeypatch):
