@@ -63,9 +63,10 @@ class SOURCE(SegmentProduct):
     NeurIPS 2024.
     Needs: checkpoints with learning rates, and with Adam's state where it was used, as `Influence` writes them.
     Units: query loss.
-    Cost: preparing one curvature per segment (kept with the run), and one backward pass per example and checkpoint.
-    Self-influence: also three changes of basis per example, segment and layer. Memory: one vector of the model's size
-    per query and segment.
+    Cost: preparing one curvature per segment (kept with the run), one backward pass per example and checkpoint, and one
+    product with every query per example and segment. Self-influence: also three changes of basis per example, segment
+    and layer.
+    Memory: one vector of the model's size per query and segment, and up to half a GiB of sums of gradients.
     Departs from the paper: a segment's curvature and preconditioner are those at its middle checkpoint, not averages
     over its checkpoints. ``EKFAC`` uses the diagonal of P in each layer's Kronecker eigenbasis; ``ExactGGN`` uses P.
 

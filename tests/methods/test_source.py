@@ -108,6 +108,7 @@ def test_self_influence_is_the_diagonal_of_matrix_exponentials(tmp_path, monkeyp
     oracles.assert_scores(small.values, right, 1e-9)
 
 
+@pytest.mark.parametrize(
     ("settings", "products"),
     [
         ({}, 2 * 3),  # one per block of training examples and segment
