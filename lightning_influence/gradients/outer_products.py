@@ -233,8 +233,7 @@ class OuterProducts(Part):
 
     def _times_inputs_first(self, vectors: Tensor) -> Tensor:
         """[vector, example] without bias and factor."""
-        t, width_in, width_out = self._sizes
-        n_vectors = len(vectors)
+        (t, width_in, width_out), n_vectors = self._sizes, len(vectors)
         matrices = (vectors.transpose(1, 2) if self.transposed else vectors).reshape(n_vectors * width_out, width_in)
         tiles = [part._times_each(matrices, n_vectors) for _, part in self._chunks(t * n_vectors * width_out)]
         return torch.cat(tiles, 1) if tiles else matrices.new_zeros(n_vectors, 0)
