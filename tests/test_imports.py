@@ -31,7 +31,7 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # What methods may import of their own room; HyDRA is one method in two classes.
-SHARED_BY_METHODS = ("method", "kinds", "retraining", "hydra_during_fit")
+SHARED_BY_METHODS = ("method", "kinds", "segment_product", "retraining", "hydra_during_fit")
 
 # Who may know Lightning; `compat` is Lightning by another name.
 LIGHTNING = {"attribution", "callback", "capture", "compat", "conformance", "loggers", "module", "progress"}

@@ -257,7 +257,7 @@ def test_tiles(attributor, monkeypatch, asked, roomy, tight):
 
 
 def test_queries_that_do_not_fit_in_memory_are_held_one_by_one(attributor, monkeypatch):
-    monkeypatch.setattr(questions, "_QUERY_BYTES", 1)
+    monkeypatch.setattr(questions, "GRADIENT_BYTES", 1)
     monkeypatch.setattr(method, "TILE", 40)
     with attributor.session(QUERIES) as setting:
         assert GradientDot().tile(setting, setting.queries) == Tile(1, 40)

@@ -164,6 +164,10 @@ class Curvature(ABC):
         """Estimate the seconds of ``prepare`` and of ``solve`` for this many vectors."""
         return 0.0
 
+    def descent_seconds(self, setting: Setting, vectors: int) -> float:
+        """Estimate the seconds of ``descend`` for this many vectors."""
+        return 0.0
+
     def preparation(self) -> dict[str, Any]:
         """The fields that ``prepare`` depends on; they are part of the file name on disk."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.unprepared}

@@ -118,9 +118,11 @@ def reach_at(setting: Setting, position: int, reduction: Any = None) -> Tensor |
     trajectory = setting.trajectory
     if trajectory is None or trajectory.checkpoints[position].step == 0 or trajectory.broken is not None:
         return None
-    until = range(position + 1)
-    exposures = [exposure_before(setting, i, reduction) for i in until]
-    return torch.stack([exposure.sum(1) for exposure in exposures]).sum(0)
+    known: dict[tuple[int, Any], Tensor] = setting.state("reach", dict)
+    for index in range(position + 1):
+        if (index, reduction) not in known:
+            known[index, reduction] = exposure_before(setting, index, reduction).sum(1)
+    return torch.stack([known[index, reduction] for index in range(position + 1)]).sum(0)
 
 
 def _decay(setting: Setting, trajectory: Trajectory, position: int) -> Tensor:

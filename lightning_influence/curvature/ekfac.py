@@ -245,6 +245,14 @@ class EKFAC(Curvature):
             moved, kept = moved | of_layer[0], kept | of_layer[1]
         return moved, kept
 
+    def descent_seconds(self, setting: Setting, vectors: int) -> float:
+        """Three changes of basis for each vector and layer."""
+        shapes = [setting.engine.task.named_parameters()[name].shape for name in setting.engine.plan.layouts]
+        sides = [(shape[0], shape[1:].numel()) for shape in shapes if len(shape) > 1]
+        products = sum(out * into * (out + into) for out, into in sides if max(out, into) <= WIDEST)
+        square = setting.zeros().new_zeros(_TIMED_SIDE, _TIMED_SIDE)
+        return timed(lambda: square @ square) / _TIMED_SIDE**3 * 3 * products * vectors
+
     def _at_low_rank(
         self, prepared: PreparedCurvature, joint: Mapping[Names, Part], setting: Setting
     ) -> Mapping[Names, Part]:

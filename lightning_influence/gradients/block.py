@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class Gradients:
         Returns:
             [example of self, example of other].
         """
-        if not self._aligned(other):
+        if not aligned(self.parts, other.parts):
             return self.per_parameter().dot(other.per_parameter(), scale)
         by_group: dict[int, Tensor] = {}
         shared = scale is None or scale.ndim == 1
@@ -69,7 +70,7 @@ class Gradients:
             other: gradients of the same parameters, of as many examples.
             entries: a factor for every entry of a parameter, [*shape] by name; None: 1.
         """
-        if not self._aligned(other):
+        if not aligned(self.parts, other.parts):
             return self.per_parameter().own_dot(other.per_parameter(), entries)
         total = self._zeros(len(self))
         for names, part in self.parts.items():
@@ -150,13 +151,6 @@ class Gradients:
     def _groups_per_parameter(self) -> dict[Names, int]:
         return {(name,): group for names, group in self.groups.items() for name in names}
 
-    def _aligned(self, other: "Gradients") -> bool:
-        """Whether both blocks group their common parameters into the same parts."""
-        if self.parts.keys() == other.parts.keys():
-            return True
-        mine = {name for names in self.parts.keys() - other.parts.keys() for name in names}
-        return not any(name in mine for names in other.parts.keys() - self.parts.keys() for name in names)
-
     def slice(self, rows: slice) -> "Gradients":
         """Some of the examples."""
         size = len(range(*rows.indices(self.size)))
@@ -181,6 +175,14 @@ class Gradients:
             if found is None or found.dtype != torch.promote_types(found.dtype, part.like.dtype):
                 found = part.like
         return torch.zeros(shape) if found is None else found.new_zeros(shape)
+
+
+def aligned(mine: Mapping[Names, Any], theirs: Mapping[Names, Any]) -> bool:
+    """Whether two blocks group their common parameters into the same parts."""
+    if mine.keys() == theirs.keys():
+        return True
+    others = {name for names in mine.keys() - theirs.keys() for name in names}
+    return not any(name in others for names in theirs.keys() - mine.keys() for name in names)
 
 
 def _accumulate(part: Part, other: Part, out: Tensor) -> None:

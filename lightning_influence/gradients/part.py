@@ -54,6 +54,19 @@ class Part(ABC):
         """[vector, example]: the inner products with several vectors, [vector, *shape] for each parameter."""
         return torch.stack([self.times(tuple(v[i] for v in vectors)) for i in range(len(vectors[0]))])
 
+    def operations(self, n_vectors: int) -> int:
+        """Multiply-adds per example of ``times_each``."""
+        return n_vectors * self.entries()
+
+    def add_to(self, rows: tuple[Tensor, ...]) -> None:
+        """Add the dense gradients to ``rows``, [example, *shape] for each parameter."""
+        for row, own in zip(rows, self.dense(), strict=True):
+            row.add_(own)
+
+    def adding_operations(self) -> int:
+        """Multiply-adds per example of ``add_to``."""
+        return self.entries()
+
     @abstractmethod
     def total(self) -> tuple[Tensor, ...]:
         """The sum over the examples, parameter-shaped."""
@@ -128,6 +141,10 @@ class Part(ABC):
     @abstractmethod
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """The shape of each parameter."""
+
+    def entries(self) -> int:
+        """The number of entries of a dense gradient."""
+        return sum(math.prod(shape) for shape in self.shapes())
 
     @abstractmethod
     def projected(self, sketches: Sequence[Sketch]) -> "tuple[Part, ...]":

@@ -14,8 +14,9 @@ from lightning_influence.curvature.ekfac import EKFAC
 from lightning_influence.curvature.preconditioner import check_optimizers, descent_at
 from lightning_influence.curvature.store import prepared_at
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
-from lightning_influence.methods.kinds import GradientProduct, TrainBlock
+from lightning_influence.methods.kinds import TrainBlock
 from lightning_influence.methods.method import Evidence
+from lightning_influence.methods.segment_product import SegmentProduct
 from lightning_influence.setting.own_queries import ExampleQueries, gradients_of
 from lightning_influence.setting.setting import Queries, Setting, Stage
 from lightning_influence.types import MissingEvidence
@@ -42,7 +43,7 @@ class SourceSegment:
 
 
 @dataclass(frozen=True)
-class SOURCE(GradientProduct):
+class SOURCE(SegmentProduct):
     r"""How much higher a query's loss would be if the model were trained without the example, segment by segment.
 
     .. math:: s(q, z_i) = \frac1n \sum_l \nabla\ell(w_T, q)^\top S_L \cdots S_{l+1} F_l \, \bar g_{li}, \quad
@@ -62,9 +63,10 @@ class SOURCE(GradientProduct):
     NeurIPS 2024.
     Needs: checkpoints with learning rates, and with Adam's state where it was used, as `Influence` writes them.
     Units: query loss.
-    Cost: preparing one curvature per segment (kept with the run), and one backward pass per example and checkpoint.
-    Self-influence: also three changes of basis per example, segment and layer. Memory: one vector of the model's size
-    per query and segment.
+    Cost: preparing one curvature per segment (kept with the run), one backward pass per example and checkpoint, and one
+    product with every query per example and segment. Self-influence: also three changes of basis per example, segment
+    and layer.
+    Memory: one vector of the model's size per query and segment, and up to half a GiB of sums of gradients.
     Departs from the paper: a segment's curvature and preconditioner are those at its middle checkpoint, not averages
     over its checkpoints. ``EKFAC`` uses the diagonal of P in each layer's Kronecker eigenbasis; ``ExactGGN`` uses P.
 
@@ -89,12 +91,22 @@ class SOURCE(GradientProduct):
                 f"Expected `curvature` to be one with eigenvalues, `EKFAC()` or `ExactGGN()`, got {self.curvature!r}."
             )
 
-    def score(self, setting: Setting, queries: Queries) -> Tensor:
-        """Sum ``product`` over all checkpoints, [query, train]."""
+    def segments_of(self, setting: Setting) -> list[SourceSegment]:
+        """The segments of the fit, found at the first call."""
         run = setting.state(self, _SegmentedRun)
-        if run.queries is not queries:  # before the loop over stages, because it loads other checkpoints
+        run.segments = run.segments or self._segments(setting)
+        return run.segments
+
+    def checkpoints_by_segment(self, setting: Setting) -> list[tuple[int, ...]]:
+        """The checkpoints of each segment."""
+        return [segment.checkpoints for segment in self.segments_of(setting)]
+
+    def directions(self, setting: Setting, queries: Queries) -> list[DenseQueries]:
+        """For each segment the queries' gradients, carried back through the segments after it and moved in its own."""
+        run = setting.state(self, _SegmentedRun)
+        if run.queries is not queries:  # another tile of training examples takes the same
             run.queries, run.directions = queries, self._directions(setting, setting.final().gradients(queries))
-        return super().score(setting, queries)
+        return run.directions
 
     def self_influence(self, setting: Setting) -> Tensor:
         """The same with each example as its own query, [train].
@@ -124,11 +136,6 @@ class SOURCE(GradientProduct):
         segment, first = run.segment_at(stage), block.ids.start - run.own.start
         directions = run.directions[segment].slice(slice(first, first + len(block.ids)))
         return self._share(stage, block.ids, directions.diagonal(block.gradients), segment)
-
-    def query_side(self, stage: Stage, queries: Queries) -> QueryGradients:
-        """The directions of the queries in the stage's segment."""
-        run = stage.setting.state(self, _SegmentedRun)
-        return run.directions[run.segment_at(stage)]
 
     def product(self, stage: Stage, query: QueryGradients, block: TrainBlock) -> Tensor:
         """Products with the directions, divided by n and by the number of checkpoints averaged, [query, example]."""
@@ -180,10 +187,9 @@ class SOURCE(GradientProduct):
 
     def _directions(self, setting: Setting, final: QueryGradients) -> list[DenseQueries]:
         """For each segment the final gradients of queries, carried back through the segments after it."""
-        run, carried = setting.state(self, _SegmentedRun), final.dense()
-        run.segments = run.segments or self._segments(setting)
+        carried = final.dense()
         directions: list[DenseQueries] = []
-        for segment in reversed(run.segments):
+        for segment in reversed(self.segments_of(setting)):
             (stage,) = setting.stages([segment.middle])
             prepared = prepared_at(self.curvature, setting, stage)
             descent = descent_at(setting, stage, self.curvature.damping or 0.0, segment.reach, segment.shrunk)
@@ -199,8 +205,9 @@ class SOURCE(GradientProduct):
         return None if most is None else max(1, most // (self.segments + 1))
 
     def preparation_seconds(self, setting: Setting, vectors: int) -> float:
-        """The curvatures of all segments, divided by the number of checkpoints."""
-        return self.curvature.seconds(setting, vectors) * self.segments / len(self.positions(setting.trajectory))
+        """The curvatures of all segments and the descents through them, divided by the number of checkpoints."""
+        each = self.curvature.seconds(setting, vectors) + self.curvature.descent_seconds(setting, vectors)
+        return each * len(self.segments_of(setting)) / len(self.positions(setting.trajectory))
 
     def unit(self, setting: Setting) -> str:
         """Loss, since the scores are predicted differences of losses."""

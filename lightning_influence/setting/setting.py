@@ -24,8 +24,8 @@ from lightning_influence.types import MissingEvidence
 K = TypeVar("K", bound=Hashable)
 S = TypeVar("S")
 
-# Memory for the gradients of a block of queries, in bytes.
-_QUERY_BYTES = 2**29
+# Memory for the gradients of a block of queries, or for what is kept of those of training examples, in bytes.
+GRADIENT_BYTES = 2**29
 
 
 class TrainedModels(Protocol):
@@ -95,8 +95,8 @@ class Queries:
         if len(self) > 1:
             some = next(self.examples.blocks(0, min(4, len(self.examples))))
             each = self.engine.gradients(some, checked=False).query_bytes(len(self))
-            held = _whole_blocks(max(1, _QUERY_BYTES // max(1, each)), size)
-        return held if most is None else min(held, _whole_blocks(max(1, most), size))
+            held = whole_blocks(max(1, GRADIENT_BYTES // max(1, each)), size)
+        return held if most is None else min(held, whole_blocks(max(1, most), size))
 
 
 @dataclass(frozen=True, eq=False)
@@ -345,6 +345,6 @@ def _required(trajectory: Trajectory | None) -> Trajectory:
     return trajectory
 
 
-def _whole_blocks(count: int, size: int) -> int:
+def whole_blocks(count: int, size: int) -> int:
     """``count`` rounded down to whole blocks of ``size``; a count below one block is returned as it is."""
     return count // size * size if count >= size else count

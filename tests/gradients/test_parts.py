@@ -277,7 +277,7 @@ def test_both_orders_of_a_product_with_several_vectors_are_taken_and_chunked(mon
     generator = torch.Generator().manual_seed(0)
     taken = set()
     monkeypatch.setattr(OuterProducts, "_times_each", spied(OuterProducts._times_each, taken, "inputs first"))
-    monkeypatch.setattr(OuterProducts, "_weight_rows", spied(OuterProducts._weight_rows, taken, "rows"))
+    monkeypatch.setattr(OuterProducts, "_times_rows", spied(OuterProducts._times_rows, taken, "rows"))
     for count, positions in ((1, 1), (30, 1), (2, 6)):
         for transposed in (False, True):
             shape = (IN, OUT) if transposed else (OUT, IN)
