@@ -1,18 +1,31 @@
-"""Progress bars in the style of the Trainer's own."""
+"""Progress bars in the style of the Trainer's own; lines, where there is neither a terminal nor a notebook."""
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from tqdm.auto import tqdm
+
+# Seconds between two lines.
+_EVERY = 30.0
+
+
+class Progress(Protocol):
+    """Opens a progress bar. See ``progress``, which is one after its first argument."""
+
+    def __call__(self, total: int, label: str, unit: str = "example") -> AbstractContextManager[Callable[[int], Any]]:
+        """Opens it."""
 
 
 @contextlib.contextmanager
 def progress(trainer: Any, total: int, label: str, unit: str = "example") -> Iterator[Callable[[int], Any]]:
     """Yields a function to call with the number of training examples (or other units) just done.
 
-    Nothing is shown where the Trainer shows no progress bar, or, without a Trainer, where stderr is no terminal.
+    Nothing is shown where the Trainer shows no progress bar. Without a Trainer, and where stderr is neither a terminal
+    nor that of a notebook (a job's log), a line is written every half minute.
     """
     bar = None if trainer is None else trainer.progress_bar_callback
     if trainer is not None and (bar is None or not bar.is_enabled or not trainer.is_global_zero):
@@ -26,6 +39,38 @@ def progress(trainer: Any, total: int, label: str, unit: str = "example") -> Ite
         finally:
             rich.update(task, visible=False)
         return
-    hidden = bar is None and not sys.stderr.isatty()
-    with tqdm(total=total, desc=label, unit=unit, leave=False, disable=hidden) as shown:
+    in_notebook = any("notebook" in kind.__module__ for kind in tqdm.__mro__)  # tqdm.auto found one
+    if bar is None and not sys.stderr.isatty() and not in_notebook:
+        yield _Lines(total, label, unit)
+        return
+    with tqdm(total=total, desc=label, unit=unit, leave=False) as shown:
         yield shown.update
+
+
+@contextlib.contextmanager
+def no_progress(total: int, label: str, unit: str = "example") -> Iterator[Callable[[int], Any]]:
+    """Shows nothing."""
+    yield lambda done: None
+
+
+class _Lines:
+    """Writes how much is done, and how long the rest will take, to stderr every half minute."""
+
+    def __init__(self, total: int, label: str, unit: str) -> None:
+        self._total, self._label, self._unit = total, label, unit
+        self._done = 0
+        self._started = self._last = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        """So many more are done."""
+        self._done += done
+        now = time.monotonic()
+        if now - self._last < _EVERY or not self._done:
+            return
+        self._last = now
+        left = (now - self._started) / self._done * max(0, self._total - self._done)
+        print(
+            f"{self._label}: {self._done:,} of {self._total:,} {self._unit}s, about {left:,.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -42,6 +42,7 @@ class Case:
         entering: what the fit does to a batch after collating it, for brute force.
         count: how many tokens (or class weights) an item of the dataset has, where the step returns a mean over those
             of the batch; None: examples have the same weight.
+        double_truth: brute force takes module and data in float64, since plain autograd in float32 loses the digits.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Case:
     make_later: Callable[[], Any] | None = None
     entering: Callable[[Any], Any] | None = None
     count: Callable[[Any], float] | None = None
+    double_truth: bool = False
 
     @property
     def allowed(self):

@@ -3,6 +3,7 @@
 from cases_batches import BATCHES
 from cases_capture import CAPTURE
 from cases_checkpoints import CHECKPOINTS
+from cases_confident import CONFIDENT
 from cases_guard import GUARD
 from cases_index import INDEX
 from cases_layers import LAYERS
@@ -14,6 +15,21 @@ from cases_single import SINGLE
 from cases_tokens import TOKENS
 from cases_trainer import TRAINER
 
-GROUPS = (LAYERS, MODULES, LOSSES, BATCHES, SINGLE, ODD, CHECKPOINTS, TRAINER, GUARD, INDEX, CAPTURE, OFFLINE, TOKENS)
+GROUPS = (
+    LAYERS,
+    MODULES,
+    LOSSES,
+    BATCHES,
+    SINGLE,
+    ODD,
+    CHECKPOINTS,
+    TRAINER,
+    GUARD,
+    INDEX,
+    CAPTURE,
+    OFFLINE,
+    TOKENS,
+    CONFIDENT,
+)
 
 CASES = {case.name: case for group in GROUPS for case in group}

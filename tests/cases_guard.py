@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 WAY_OUT = ("Pass `loss=`", "per-sample losses")
 TOKENS = 10
-MET, MISSED = 27, 34  # of 80 examples the self-check meets one and not the other; the probe meets neither
+MET, MISSED = 27, 34  # of 80 examples the sample before scoring has one and not the other
 
 
 class Sorted(nn.Module):

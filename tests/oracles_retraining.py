@@ -83,3 +83,39 @@ def knn_value(distances, same, ids, k):
         nearest = sorted(ids, key=lambda i: (float(row[i]), i))[:k]
         found.append(sum(float(right[i]) for i in nearest) / k)
     return torch.tensor(found, dtype=torch.float64)
+
+
+def rank_correlation(left, right):
+    """Pearson's correlation of ranks, ties at their mean rank; NaN for a constant."""
+    if len(set(left)) < 2 or len(set(right)) < 2:
+        return math.nan
+    a, b = ([sum(y < x for y in v) + (sum(y == x for y in v) + 1) / 2 for x in v] for v in (left, right))
+    mean = (len(a) + 1) / 2
+    over = sum((x - mean) * (y - mean) for x, y in zip(a, b, strict=True))
+    return over / math.sqrt(sum((x - mean) ** 2 for x in a) * sum((y - mean) ** 2 for y in b))
+
+
+def paired_difference(best, other, truth, columns, rows):
+    """By how much ``other`` predicts ``truth`` worse, in a mean over queries, for one choice of queries and subsets."""
+    gaps = []
+    for q in rows:
+        actual = [float(truth[q, s]) for s in columns]
+        pair = [rank_correlation([float(one[q, s]) for s in columns], actual) for one in (best, other)]
+        if not any(math.isnan(x) for x in pair):
+            gaps.append(pair[0] - pair[1])
+    return sum(gaps) / len(gaps) if gaps else math.nan
+
+
+def paired_interval(best, other, truth, n, seed, level):
+    """The ends of the percentile bootstrap interval of ``paired_difference``, over queries and subsets."""
+    queries, subsets = truth.shape
+    draw = torch.Generator().manual_seed(seed)
+    columns = torch.randint(subsets, (n, 1, subsets), generator=draw)[:, 0].tolist()
+    rows = torch.randint(queries, (n, queries), generator=draw).tolist()
+    found = sorted(paired_difference(best, other, truth, c, r) for c, r in zip(columns, rows, strict=True))
+    ends = []
+    for share in ((1 - level) / 2, (1 + level) / 2):
+        place = share * (n - 1)
+        low = math.floor(place)
+        ends.append(found[low] + (place - low) * (found[min(low + 1, n - 1)] - found[low]))
+    return ends

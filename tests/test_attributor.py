@@ -91,7 +91,7 @@ def test_blocks_and_tiles_change_nothing(fitted, monkeypatch, batch_size, tile, 
     net, influence = fitted
     expected = influence.attributor.score(TracInCP(), QUERIES).values
     monkeypatch.setattr(method, "TILE", tile)
-    monkeypatch.setattr(questions, "_QUERY_BYTES", held)
+    monkeypatch.setattr(questions, "GRADIENT_BYTES", held)
     attributor = Attributor(net, TRAIN, influence.trajectory, batch_size=batch_size)
     close(attributor.score(TracInCP(), QUERIES).values, expected)
     top = attributor.score(TracInCP(), QUERIES, top_k=4)

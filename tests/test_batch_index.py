@@ -40,8 +40,8 @@ from lightning_influence import (
     TracInCP,
     Trajectory,
 )
-from lightning_influence.module.batch_index import WatchedIndex, differing_indices
 from lightning_influence.module.step import reads_index
+from lightning_influence.module.watched_index import WatchedIndex, differing_indices
 from lightning_influence.replay.replay import DriftError
 
 N, QUERIES = 11, 4
@@ -645,7 +645,7 @@ def test_code_that_reads_the_index_is_told_from_code_that_does_not():
     assert not reads_index(lambda batch, i: batch)
 
 
-def test_ordinary_modules_take_at_most_one_more_pass(monkeypatch):
+def test_ordinary_modules_take_no_pass_of_their_own(monkeypatch):
     from lightning_influence.module.task import Task
 
     calls, call = [], Task.__call__

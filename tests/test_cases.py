@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import copy
 import fnmatch
 import functools
 import logging
@@ -22,6 +23,7 @@ import pytorch_lightning as pl
 import torch
 from cases import CASES
 from fits import QUIET
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_influence import Attributor, GradientDot, Influence, MissingEvidence, TracInCP, Trajectory
@@ -144,6 +146,9 @@ class Asked:
     def expected(self):
         train, queries, loss = self.ones(self.train), self.ones(self.queries), self.case.alone or self.case.loss
         about = self.inner_module, train, queries, self.names
+        if self.case.double_truth:
+            train, queries = tree_map_only(torch.Tensor, in_double, (train, queries))
+            about = copy.deepcopy(self.inner_module).double(), train, queries, self.names
         final = self.files.final if self.files else None
         last = [(self.windows()[-1][0] if final is None else final, torch.ones(2, len(train)))]
 
@@ -157,7 +162,7 @@ class Asked:
             found["gradient dot"] = oracles.tracin(*about, self.at_their_time(last, first=1), loss)
         return found | {
             "mean": oracles.tracin(*about, windows(), **options, mean=True),
-            "self": oracles.tracin_self(self.inner_module, train, self.names, windows(), **options),
+            "self": oracles.tracin_self(about[0], train, self.names, windows(), **options),
         }
 
     # ---- the package ----------------------------------------------------------------------------------------------
@@ -184,6 +189,10 @@ class Asked:
         for question, values in expected.items():
             if self.files is None or self.files.windows or question == "gradient dot":
                 oracles.assert_scores(actual[question], values, self.case.allowed)
+
+
+def in_double(tensor):
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def in_order(collate):

@@ -33,7 +33,7 @@ from lightning_influence import (
     TracInIdeal,
 )
 from lightning_influence.curvature.store import prepared_at
-from lightning_influence.gradients import reduction
+from lightning_influence.gradients import reduction_probe
 from lightning_influence.methods import kinds, method
 from lightning_influence.methods.hydra import HyDRADuringFit
 from lightning_influence.methods.method import Cost, Tile
@@ -257,7 +257,7 @@ def test_tiles(attributor, monkeypatch, asked, roomy, tight):
 
 
 def test_queries_that_do_not_fit_in_memory_are_held_one_by_one(attributor, monkeypatch):
-    monkeypatch.setattr(questions, "_QUERY_BYTES", 1)
+    monkeypatch.setattr(questions, "GRADIENT_BYTES", 1)
     monkeypatch.setattr(method, "TILE", 40)
     with attributor.session(QUERIES) as setting:
         assert GradientDot().tile(setting, setting.queries) == Tile(1, 40)
@@ -487,6 +487,6 @@ def test_a_plain_mean_takes_no_gradients_to_be_recognised(attributor, monkeypatc
             x, y = TRAIN[i]
             return x / x.abs().sum() * float(x.abs().sum()), y
 
-    monkeypatch.setattr(reduction, "GradientProbe", None)
+    monkeypatch.setattr(reduction_probe, "GradientProbe", None)
     other = Attributor(attributor.module, Summing(), attributor.trajectory, check_data=False)
     assert other.score(GradientDot(), QUERIES).values.shape == (len(QUERIES), N)

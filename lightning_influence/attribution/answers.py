@@ -80,13 +80,13 @@ class Answers:
         says, record = self._narrowed(part, said, len(self.setting.queries or ()), len(ids))
         return self.scores(result, ids[part.columns], part.rows, record), says
 
-    def finished_self_scores(self, finished: Finished, said: str) -> Kept | None:
+    def finished_self_scores(self, finished: Finished, ids: Tensor, said: str) -> Kept | None:
         """That self-influence which was finished, and which it is; None if there is none."""
-        part = finished.part(None, self.setting.n_train)
+        part = finished.part(None, len(ids))
         if part is None or part.values is None:
             return None
-        says, record = self._narrowed(part, said, None, self.setting.n_train)
-        return self.self_scores(part.values[0], part.columns, record), says
+        says, record = self._narrowed(part, said, None, len(ids))
+        return self.self_scores(part.values[0], ids[part.columns], record), says
 
     def record(self) -> dict[str, Any]:
         """What the scores are, and what a reader must know about them."""

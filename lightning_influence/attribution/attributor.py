@@ -31,6 +31,7 @@ from lightning_influence.methods.retraining import Estimate, Retraining
 from lightning_influence.module.layers import make_layers
 from lightning_influence.module.task import Loss, unwrapped
 from lightning_influence.processes import Processes, processes_of
+from lightning_influence.progress import progress
 from lightning_influence.refit import Refit
 from lightning_influence.scores import Scores, SelfScores
 from lightning_influence.scores.id_checks import whole_numbers
@@ -198,9 +199,10 @@ class Attributor:
         self._check(method, path)
         with self._open(method) as setting:
             answers, finished = self._answers(method, setting), Finished()
-            with kept(lambda said: answers.finished_self_scores(finished, said), self.processes):
+            ids = scored_ids(method, setting.n_train)
+            with kept(lambda said: answers.finished_self_scores(finished, ids, said), self.processes):
                 values = run_self_influence(method, setting, self.trainer, finished)
-        scores = answers.self_scores(values, torch.arange(len(values)))
+        scores = answers.self_scores(values, ids)
         if path is not None:
             scores.save(path)
         return scores
@@ -238,8 +240,11 @@ class Attributor:
             setting.reduction_of(None)  # it finds out how an example is read alone
             examples, task = self._final.end.examples(source), setting.task
             warn_of_losses(setting, examples)
-            with torch.no_grad():
-                values = [float(task(task.to_device(examples.one(i))).sum()) for i in range(len(examples))]
+            values = []
+            with torch.no_grad(), progress(self.trainer, len(examples), "losses") as done:
+                for i in range(len(examples)):
+                    values.append(float(task(task.to_device(examples.one(i))).sum()))
+                    done(1)
         return torch.tensor(values, dtype=torch.float64)
 
     def cost(self, method: Method, queries: Any = None, aggregate: str | None = None) -> float:
@@ -261,13 +266,9 @@ class Attributor:
             setting.processes = Processes()  # each times its own pieces
             cost = in_memory(lambda: method.cost(setting, setting.queries), setting)
 
-        def opened() -> None:
-            with self._open(method, source, aggregate=aggregate):
-                pass
-
-        opening = seconds_of(opened)  # the first also looks at the loss and the gradients, which is done only once
-        pieces = (Work("opening", 1, opening), *(piece._replace(times=piece.times * fraction) for piece in cost.work))
-        return cost._replace(seconds=cost.seconds * fraction + opening, work=pieces)
+        with contextlib.ExitStack() as again:  # the first time also looks at the loss and the gradients, only once
+            opening = seconds_of(lambda: again.enter_context(self._open(method, source, aggregate=aggregate)))
+        return cost.of_share(fraction, Work("opening", 1, opening))
 
     def session(self, queries: Any = None) -> AbstractContextManager[Setting]:
         """A context manager that gives what a method works with, for your own computations with gradients.

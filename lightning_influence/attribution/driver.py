@@ -48,10 +48,11 @@ def run_scores(
     block, columns = method.tile(setting, queries)
     n_train, share = setting.n_train, share_of(method, setting, len(queries))
     visits = len(share.train) * _visited(method, setting) * -(-len(share.queries) // block)
-    bad = NonFinite()
+    bad, scored = NonFinite(), torch.zeros(len(queries), dtype=torch.bool)
     finished.sums = setting.state("sums", StageSums)
+    setting.progress = functools.partial(progress, trainer)
     with progress(trainer, visits, method.name) as done:
-        setting.on_block, setting.progress = done, functools.partial(progress, trainer)
+        setting.on_block = done
         for first in range(share.queries.start, share.queries.stop, block):
             some = queries[first : min(first + block, share.queries.stop)]
             finished.held, finished.train = len(some), 0
@@ -64,6 +65,8 @@ def run_scores(
                         f"Expected `{method.name}.score` to return [query, train] = {expected}, got {list(tile.shape)}."
                     )
                 clean = isinstance(method, Retraining) or bad.clean(tile, first, start)  # their NaN is an unknown score
+                scored = scored.to(tile.device)
+                scored[first : first + len(some)] |= (tile != 0).any(1)
                 tile, column = _scored(tile, start, method.scored(n_train))
                 if clean or isinstance(accumulator, MatrixAccumulator):
                     accumulator.add(tile if finished.sign > 0 else -tile, first, column)
@@ -71,8 +74,20 @@ def run_scores(
                 finished.train = column + tile.shape[1]
             finished.queries = first + len(some)
     bad.refuse(setting.processes)
+    if len(share.train) == n_train and len(share.queries) == len(queries):
+        _note_vanished(method, setting, int((~scored).sum()))
     accumulator.merge(share, setting.processes)
     _join_notes(setting)
+
+
+def _note_vanished(method: Method, setting: Setting, count: int) -> None:
+    """Note how many queries have no score other than 0, in a precision in which their gradients may be too small."""
+    if count and setting.zeros().dtype is torch.float32 and not isinstance(method, (ForwardOnly, Retraining)):
+        setting.diagnostic("queries_without_scores", count)
+        setting.note(
+            f"Queries with a score of 0 for every training example: {count}. Their gradients vanish, or the model is "
+            "so certain of them that the scores are smaller than float32 holds: `module.double()` has those."
+        )
 
 
 def run_group(method: Method, setting: Setting, queries: Queries, ids: Sequence[int], trainer: Any) -> Tensor:
@@ -81,7 +96,7 @@ def run_group(method: Method, setting: Setting, queries: Queries, ids: Sequence[
     Raises:
         ValueError: gradients that are not finite.
     """
-    block = method.tile(setting, queries).queries
+    block, setting.progress = method.tile(setting, queries).queries, functools.partial(progress, trainer)
     found = []
     for first in range(0, len(queries), block):
         values = method.group(setting, queries[first : first + block], ids)
@@ -98,7 +113,7 @@ def run_group(method: Method, setting: Setting, queries: Queries, ids: Sequence[
 
 
 def run_self_influence(method: Method, setting: Setting, trainer: Any, finished: Finished) -> Tensor:
-    """The self-influence of every training example, [train].
+    """The self-influence of every training example that the method scores, [scored].
 
     Args:
         method: computes it.
@@ -110,17 +125,22 @@ def run_self_influence(method: Method, setting: Setting, trainer: Any, finished:
         ValueError: gradients that are not finite.
     """
     finished.sums = setting.state("sums", StageSums)
+    setting.progress = functools.partial(progress, trainer)
     if isinstance(method, GradientProduct):
         setting.ids = setting.processes.share(setting.n_train)
-    with progress(trainer, len(setting.ids) * _visited(method, setting), "self-influence") as done:
-        setting.on_block, setting.progress = done, functools.partial(progress, trainer)
+    label = f"{method.name}: self-influence"
+    with progress(trainer, len(setting.ids) * _visited(method, setting), label) as done:
+        setting.on_block = done
         values = in_memory(lambda: method.self_influence(setting).cpu(), setting)
     if isinstance(method, GradientProduct):
         values = setting.processes.joined(values, setting.n_train)
     _join_notes(setting)
+    scored = method.scored(setting.n_train)
+    ids = torch.arange(len(values)) if scored is None else torch.as_tensor(scored)
+    values = values[ids]
     if not isinstance(method, Retraining):
         finished.sums = StageSums(None, values)
-        NonFinite(train=(~values.isfinite()).nonzero()[:, 0].tolist()).refuse(setting.processes)
+        NonFinite(train=ids[~values.isfinite()].tolist()).refuse(setting.processes)
     return values
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
 
 from lightning_influence.attribution.arguments import AGAIN, follows_the_fit
@@ -20,7 +19,7 @@ from lightning_influence.trajectory import (
     deployed,
     fitted_checkpoint,
 )
-from lightning_influence.trajectory.columns import number
+from lightning_influence.trajectory.ended import ended_with
 from lightning_influence.types import MissingEvidence
 
 _NOT_AVERAGED = (
@@ -98,7 +97,7 @@ def final_weights(weights: str | os.PathLike[str], fit: Session) -> FinalWeights
     if isinstance(checkpoint, LightningCheckpoint):
         checkpoint, notes = fitted_checkpoint(checkpoint, fit.module)
         note = " ".join([note, *notes])
-    ended = None if trajectory is None else _ended_with(trajectory, checkpoint)
+    ended = None if trajectory is None else ended_with(trajectory, checkpoint)
     return FinalWeights(os.fspath(weights), fit, fit.ending_with(checkpoint, ended), note)
 
 
@@ -169,20 +168,3 @@ def _same(found: Checkpoint, own: Checkpoint | None) -> bool:
         return True
     one, other = found.load().parameters, own.load().parameters
     return all(torch.equal(one[name], other[name]) for name in one.keys() & other.keys())
-
-
-def _ended_with(trajectory: Trajectory, checkpoint: Checkpoint) -> Trajectory:
-    """The fit up to the step of a checkpoint, which takes the place of the last. What it wrote beside is not used."""
-    last = trajectory.checkpoints[-1].step
-    known = 0 < checkpoint.step < last
-    if not known:
-        checkpoint = replace(checkpoint, step=last, epoch=trajectory.checkpoints[-1].epoch)
-    earlier = tuple(c for c in trajectory.checkpoints if c.step < checkpoint.step)
-    rates, steps = trajectory._stored_rates, trajectory.steps
-    return replace(
-        trajectory,
-        path=None,
-        checkpoints=(*earlier, checkpoint),
-        steps=steps.filter(pc.less_equal(steps["step"], number(checkpoint.step))) if known else steps,
-        _stored_rates=None if rates is None else rates[: len(earlier) + 1],
-    )

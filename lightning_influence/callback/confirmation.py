@@ -20,7 +20,8 @@ from lightning_influence.module.quiet import quiet
 from lightning_influence.module.random_state import random_states, seed_for
 from lightning_influence.module.snapshot import restoring
 from lightning_influence.module.task import Task
-from lightning_influence.setting.same_data import CHECKPOINT_BYTES, FEW, first_mismatch, loss_of, remade
+from lightning_influence.setting.made_again import FEW, first_mismatch, loss_of, remade
+from lightning_influence.setting.same_data import CHECKPOINT_BYTES
 from lightning_influence.setting.session import fit_values
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.checkpoint import Checkpoint

@@ -10,14 +10,12 @@ from typing import Any
 from lightning_influence.module.data_hooks import hooks_of
 from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.trajectory.fingerprints import Fingerprint, fingerprint, splits
-from lightning_influence.trajectory.fit_data import FirstBatch, FitData, encode_fit_data, name_of
+from lightning_influence.trajectory.fit_data import WHOLE_BATCHES, FirstBatch, FitData, encode_fit_data, name_of
 
 # Of the first epoch's batches, the 1st, 2nd, 4th, 10th ... are recorded: log(n) of them, and not only its beginning.
 _DUE = frozenset({0, *(3**k for k in range(7))})
 _ROWS = 16  # examples of each
 _LOSSES = 4
-# Batches that do not split into examples must be made again as a whole: no more than this many.
-_WHOLE = 2
 
 
 def positions_of(number: int, size: int) -> list[int] | None:
@@ -78,7 +76,9 @@ class FirstBatches:
         if drew:
             return
         entered = fingerprint_or_none(batch, len(ids[0]), positions)
-        if entered is not None and (splits(entered) or sum(not splits(b.entered) for b in self._batches) < _WHOLE):
+        if entered is not None and (
+            splits(entered) or sum(not splits(b.entered) for b in self._batches) < WHOLE_BATCHES
+        ):
             self._batches.append(FirstBatch(list(ids[0]), positions, loaded, entered))
 
     def record(self, loader: Any) -> FitData | None:

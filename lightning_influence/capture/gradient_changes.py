@@ -5,6 +5,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from lightning_influence.module.data_hooks import overrides
 from lightning_influence.types import LIBRARIES, clean
 
 # `configure_gradient_clipping` has a note of its own.
@@ -29,15 +30,6 @@ CLIPPED_OTHERWISE = (
 )
 
 
-def is_own(owner: Any, hook: str) -> bool:
-    """Whether a user's class, not Lightning's, or the object itself defines a hook."""
-    cls = owner if isinstance(owner, type) else type(owner)
-    if cls is not owner and hook in vars(owner):
-        return True
-    definer = next((c for c in cls.__mro__ if hook in vars(c)), None)
-    return definer is not None and definer.__module__.partition(".")[0] not in LIBRARIES
-
-
 def has_own_step(optimizer: Optimizer) -> bool:
     """Whether an optimizer's ``step`` is none of torch's, so that its options do not say how far it goes."""
     step = getattr(type(optimizer), "step", None)  # torch wraps it, in the class, under its own name
@@ -54,7 +46,7 @@ def gradient_changes(trainer: Any, module: Any) -> list[str]:
     owners = [(module, (*_OF_MODULE, *(() if module.automatic_optimization else ("manual_backward",))))]
     owners += [(callback, _OF_CALLBACK) for callback in trainer.callbacks]
     owners += [(part, _OF_PLUGIN) for part in (trainer.strategy, trainer.precision_plugin)]
-    found = [f"`{type(owner).__name__}.{hook}`" for owner, hooks in owners for hook in hooks if is_own(owner, hook)]
+    found = [f"`{type(owner).__name__}.{hook}`" for owner, hooks in owners for hook in hooks if overrides(owner, hook)]
     for name, parameter in module.named_parameters():
         if any(_are_users(getattr(parameter, hooks, None)) for hooks in _HOOKS_ON_TENSOR):
             found.append(f"a hook on `{clean(name)}`")

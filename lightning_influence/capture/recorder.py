@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from operator import index as as_index
 from typing import Any
 
-from lightning_influence.capture.final_weights import averaged_state, best_file
+from lightning_influence.capture.deployed_weights import averaged_state, best_file
 from lightning_influence.capture.first_batches import FirstBatches
 from lightning_influence.capture.gradient_changes import CLIPPED_OTHERWISE, GradientChanges
 from lightning_influence.capture.identity import LoaderTap, length_of, reloaded
@@ -16,10 +16,10 @@ from lightning_influence.capture.places import CannotRecord
 from lightning_influence.capture.states import encode_state, fingerprint, gather_state, has_lazy
 from lightning_influence.capture.steps import StepRecorder, batch_size
 from lightning_influence.capture.store import RunWriter, without_earlier_steps
-from lightning_influence.capture.trainer_reads import TrainerReads
+from lightning_influence.capture.trainer_recorder import TrainerReads
 from lightning_influence.capture.windows import RecordedBatch
 from lightning_influence.compat import rank_zero_warn
-from lightning_influence.module.numbers import NumberRecord
+from lightning_influence.module.code_values import ValueRecord
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.files import BROKE_OFF
 from lightning_influence.trajectory.fit_data import FitData
@@ -66,7 +66,7 @@ class Recorder:
         self._changes = GradientChanges(trainer, module)
         self._lazy = False  # the initial checkpoint waits for the first forward pass
         self.reads = TrainerReads(trainer, module)
-        self._numbers = NumberRecord(module, store.manifest["parent"] is not None)
+        self._numbers = ValueRecord(module, store.manifest["parent"] is not None)
 
     @property
     def made(self) -> int:
@@ -264,7 +264,7 @@ class Recorder:
     def _write_steps(self) -> None:
         manifest = self._store.manifest
         manifest["settings"] = self.steps.settings
-        manifest["numbers"] = self._numbers.changed
+        self._numbers.write(manifest)
         if manifest["dataset_size"] is None:
             manifest["dataset_size"] = length_of(self._tap.dataset())
         manifest["data"] = self.first.encoded(self._tap.loader())

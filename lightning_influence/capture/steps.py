@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from lightning_influence.capture.gradient_changes import has_own_step, is_own
+from lightning_influence.capture.gradient_changes import has_own_step
 from lightning_influence.capture.places import CannotRecord
 from lightning_influence.capture.randomness import moved_since, read_generators
 from lightning_influence.capture.windows import AccumulationWindows, RecordedBatch, Window
+from lightning_influence.module.data_hooks import overrides
 from lightning_influence.trajectory.files import GENERATORS
 from lightning_influence.types import clean
 
@@ -30,7 +31,7 @@ class StepRecorder:
         self._device = trainer.strategy.root_device
         self._settings_of: dict[int, tuple[Any, int]] = {}
         self._names = {p: clean(name) for name, p in module.named_parameters()}
-        self._clips_itself = is_own(module, "configure_gradient_clipping")
+        self._clips_itself = overrides(module, "configure_gradient_clipping")
         self.windows = AccumulationWindows(trainer, module, self._record)
 
     def batch_starts(

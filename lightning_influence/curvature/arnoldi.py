@@ -63,18 +63,18 @@ class Arnoldi(Iterative):
     def prepare(self, setting: Setting) -> PreparedCurvature:
         """Tensors ``values`` [k] and ``vectors`` [k, parameter]."""
         product, like = self._undamped(setting)
-        with setting.progress(min(self.steps, like.numel()), "Lanczos steps", "step") as done:
+        with setting.progress(min(self.steps, like.numel()), "Arnoldi: eigenvectors", "step") as done:
 
-            def counted(vector: Tensor) -> Tensor:
+            def counted(vectors: Tensor) -> Tensor:
                 done(1)
-                return product(vector)
+                return product(vectors)
 
             values, vectors = lanczos(counted, like, self.steps, self.seed)
         return PreparedCurvature({"values": values, "vectors": vectors}, super().prepare(setting).diagnostics)
 
     def seconds(self, setting: Setting, vectors: int) -> float:
         """One product for each step of the Krylov space, its basis, and the probes; solving takes products with it."""
-        times, products = ProductTimes(setting, self.matrix), Products(setting.engine, setting.examples)
+        times, products = ProductTimes.at(setting, self.matrix), Products(setting.engine, setting.examples)
         steps = min(self.steps, len(products.flat))
         some = torch.ones(min(steps, _TIMED), len(products.flat), dtype=torch.float64, device=products.like.device)
         # Each step multiplies with the basis so far four times; then come the eigenvectors, and three for each query.

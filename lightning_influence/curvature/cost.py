@@ -27,6 +27,11 @@ class ProductTimes:
     setting: Setting
     matrix: Matrix
 
+    @classmethod
+    def at(cls, setting: Setting, matrix: Matrix) -> "ProductTimes":
+        """Those of a question, which are measured once."""
+        return setting.state(("product times", matrix), cls, setting, matrix)
+
     def of(self, vectors: float) -> float:
         """One product with so many vectors at once."""
         one, more = self._measured

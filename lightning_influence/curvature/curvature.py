@@ -1,15 +1,17 @@
 """The base class of curvatures: frozen records of how (C + diagonal)^-1 q is computed for a block of queries."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_influence.checks import check_at_least_0
 from lightning_influence.curvature.descent import Descent
-from lightning_influence.gradients.queries import DenseQueries, QueryGradients
+from lightning_influence.gradients import Gradients
+from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
 from lightning_influence.setting.setting import Setting
 from lightning_influence.timing import timed
 
@@ -44,8 +46,9 @@ class Curvature(ABC):
 
     Args:
         damping: added to the diagonal besides the weight decay, in units of C. None chooses it from the fit: 1 / (sum
-            of learning rates / (1 - momentum)) under SGD, a tenth of the mean eigenvalue with adaptive optimizers or
-            where no learning rates were captured. The notes of the scores name the value.
+            of learning rates / (1 - momentum)) under SGD; under Adam and AdamW the root of their mean squared gradients
+            / (sum of learning rates); a tenth of the mean eigenvalue with other optimizers or where no learning rates
+            were captured. The notes of the scores name the value, and whether their unit is arbitrary by it.
 
     Raises:
         ValueError: a negative damping, or one that is not finite.
@@ -96,6 +99,35 @@ class Curvature(ABC):
         Raises:
             ValueError: the curvature is singular with this diagonal.
         """
+
+    def own_products(
+        self,
+        prepared: PreparedCurvature,
+        gradients: Gradients,
+        setting: Setting,
+        diagonal: Tensor,
+        powers: Sequence[int] = (1,),
+    ) -> Tensor:
+        r"""Products of each gradient g with itself, :math:`g^\top (C + D)^{-p} g`, as self-influence takes them.
+
+        By default each gradient is solved for; override it where that is not needed.
+
+        Args:
+            prepared: the result of ``prepare`` at these weights.
+            gradients: of a block of training examples.
+            setting: as for ``solve``.
+            diagonal: as for ``solve``.
+            powers: p of each product, 1 or 2: with 2 it is the squared norm of the solution.
+
+        Returns:
+            [power, example].
+        """
+        found, step = [], self.at_once(setting) or len(gradients)
+        for start in range(0, len(gradients), step):
+            piece = gradients.slice(slice(start, start + step))
+            solved = self.solve(prepared, EachQuery([piece]), setting, diagonal)
+            found.append(torch.stack([solved.norm2() if p == 2 else solved.diagonal(piece) for p in powers]))
+        return torch.cat(found, 1)
 
     def descend(
         self, prepared: PreparedCurvature, vectors: Mapping[str, Tensor], setting: Setting, descent: Descent

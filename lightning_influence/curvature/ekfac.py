@@ -1,11 +1,12 @@
 """EK-FAC: each layer's Fisher matrix in a Kronecker-factored eigenbasis, with eigenvalues measured in that basis."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_influence.checks import check_at_least_0, one_of
 from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
@@ -17,6 +18,7 @@ from lightning_influence.curvature.kronecker_descent import descend_layer
 from lightning_influence.curvature.kronecker_part import KroneckerPart
 from lightning_influence.curvature.kronecker_queries import KroneckerQueries, lower_ranks
 from lightning_influence.curvature.layer_inverses import LayerInverses, by_layer
+from lightning_influence.curvature.own_products import own_products
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.outer_products import OuterProducts
@@ -30,6 +32,14 @@ from lightning_influence.setting.setting import Setting
 _FEW_CLASSES = 10
 # Training examples on which the error of low-rank eigenvalues is measured.
 _SAMPLED = 64
+
+
+@dataclass
+class _LastLayers:
+    """The latest inverses of all layers, and the prepared curvature they belong to."""
+
+    prepared: PreparedCurvature | None = None
+    layers: LayerInverses | None = None
 
 
 @dataclass(frozen=True)
@@ -94,18 +104,22 @@ class EKFAC(Curvature):
         """The bases and eigenvalues, or the diagonals, of every layer."""
         samples, why = self._fisher_samples(setting)
         shapes = {name: tuple(p.shape) for name, p in setting.engine.task.named_parameters().items()}
-        factors = self._added(samples, shapes)
+        passes = samples.draws * (2 if self.corrected else 1)
         processes = setting.processes if setting.processes.shares(setting.n_train) else Processes()
-        if len({tuple(layers) for layers in processes.gathered(list(factors))}) > 1:
-            return self.prepare(replace(setting, processes=Processes()))  # the processes' examples reach other layers
-        for layer in factors.values():
-            layer.decompose(processes)
-        if self.corrected:
-            for gradients in samples:
-                for layer, part in _with_parts(factors, gradients, shapes):
-                    layer.measure(part)
-        for layer in factors.values():
-            layer.join_measured(processes)
+        own = len(processes.share(setting.n_train))
+        with setting.progress(passes * own, f"{type(self).__name__}: factors") as done:
+            factors = self._added(samples, shapes, done)
+            if len({tuple(layers) for layers in processes.gathered(list(factors))}) > 1:
+                return self.prepare(replace(setting, processes=Processes()))  # the examples reach other layers
+            for layer in factors.values():
+                layer.decompose(processes)
+            if self.corrected:
+                for gradients in samples:
+                    for layer, part in _with_parts(factors, gradients, shapes):
+                        layer.measure(part)
+                    done(len(gradients))
+            for layer in factors.values():
+                layer.join_measured(processes)
         total = 0.0
         tensors: dict[str, Tensor] = {}
         for names, layer in factors.items():
@@ -118,8 +132,10 @@ class EKFAC(Curvature):
         notes = (self._note(factors, samples.labels, why),)
         return PreparedCurvature(tensors, {"mean_eigenvalue": total / size}, notes)
 
-    def _added(self, samples: FisherSamples, shapes: Mapping[str, tuple[int, ...]]) -> dict[Names, LayerFactors]:
-        """The layers after the first pass over the gradients."""
+    def _added(
+        self, samples: FisherSamples, shapes: Mapping[str, tuple[int, ...]], done: Callable[[int], Any]
+    ) -> dict[Names, LayerFactors]:
+        """The layers after the first pass over the gradients; ``done`` is called after each block."""
         factors: dict[Names, LayerFactors] = {}
         covered: set[str] = set()
         for gradients in samples:
@@ -129,6 +145,7 @@ class EKFAC(Curvature):
                     covered |= set(names)
             for layer, part in _with_parts(factors, gradients, shapes):
                 layer.add(part)
+            done(len(gradients))
         return factors
 
     def _fisher_samples(self, setting: Setting) -> tuple[FisherSamples, str]:
@@ -174,7 +191,7 @@ class EKFAC(Curvature):
         self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor
     ) -> QueryGradients:
         """The inverse Fisher times each query's gradient, kept in factors where the gradients are."""
-        layers = LayerInverses(prepared, setting, diagonal)
+        layers = self._layers(prepared, setting, diagonal)
         if not isinstance(queries, EachQuery):
             vectors = queries.dense()
             return DenseQueries(layers.solve(vectors) or vectors, setting.engine.groups)
@@ -195,6 +212,24 @@ class EKFAC(Curvature):
         blocks = [Gradients(parts, groups, len(b)) for parts, b in zip(others, queries.blocks, strict=True)]
         at_low_rank = (lambda parts: self._at_low_rank(prepared, parts, setting)) if self.tolerance else None
         return KroneckerQueries(Gradients(joint, groups, size), blocks, at_low_rank)
+
+    def own_products(
+        self,
+        prepared: PreparedCurvature,
+        gradients: Gradients,
+        setting: Setting,
+        diagonal: Tensor,
+        powers: Sequence[int] = (1,),
+    ) -> Tensor:
+        """The same in each layer's eigenbasis, where only squared entries are needed; always exact."""
+        return own_products(self._layers(prepared, setting, diagonal), gradients, powers)
+
+    def _layers(self, prepared: PreparedCurvature, setting: Setting, diagonal: Tensor) -> LayerInverses:
+        """The inverses of all layers, made once."""
+        kept = setting.state((self, tuple(diagonal.tolist())), _LastLayers)
+        if kept.layers is None or kept.prepared is not prepared:  # of one checkpoint at a time
+            kept.prepared, kept.layers = prepared, LayerInverses(prepared, setting, diagonal).completed()
+        return kept.layers
 
     def descend(
         self, prepared: PreparedCurvature, vectors: Mapping[str, Tensor], setting: Setting, descent: Descent
@@ -222,7 +257,11 @@ class EKFAC(Curvature):
         if not parts:
             return {}
         tensors = by_layer(prepared)
-        weights = {names: (tensors[names]["values_out"], tensors[names]["values_in"]) for names in parts}
+        weights = {}
+        for names, part in parts.items():
+            sides = (tensors[names][f"values_{side}"] for side in ("out", "in"))
+            left, right = (_filled(v, size) for v, size in zip(sides, part.inverse.table.shape, strict=True))
+            weights[names] = left, right
         found, error = lower_ranks(parts, weights, _sample(setting), self.tolerance)
         setting.diagnostic("score_error", error)
         if error:
@@ -231,6 +270,11 @@ class EKFAC(Curvature):
                 f"{error:.2g}, in root mean square over sampled pairs (`tolerance={self.tolerance:g}`; 0 is exact)"
             )
         return found
+
+
+def _filled(values: Tensor, size: int) -> Tensor:
+    """Eigenvalues in descending order, with the least repeated for the directions that a basis was completed by."""
+    return F.pad(values, (0, size - len(values)), value=float(values[-1]))
 
 
 def _sample(setting: Setting) -> Gradients:

@@ -45,7 +45,7 @@ class FactorSamples:
         few = first_examples(self.setting, self.setting.examples.block_size)  # in larger blocks they take less time
         made: list[FisherSamples] = []
         self.opening = seconds_of(lambda: made.append(self.samples_of(few)))
-        draws = made[0].classes if made[0].labels == "exact" else 1
+        draws = made[0].draws
         taken = min(draws, _LABELS)
         self.share = len(few.examples) * taken / (self.setting.n_train * draws)
         self.computing = seconds_of(lambda: self.blocks.extend(islice(made[0].computed(), taken)))

@@ -65,7 +65,7 @@ class Exact(Curvature):
                 "(`parameters=`), or raise `max_parameters=`."
             )
         matrix = torch.empty(size, size, dtype=torch.float64, device=products.like.device)
-        with setting.progress(size, f"{type(self).__name__}'s columns", "column") as done:
+        with setting.progress(size, f"{type(self).__name__}: matrix", "column") as done:
             for start in range(0, size, _COLUMNS):
                 unit = torch.zeros(min(_COLUMNS, size - start), size).to(products.like)
                 unit[torch.arange(len(unit)), torch.arange(start, start + len(unit))] = 1.0
@@ -144,7 +144,7 @@ class Exact(Curvature):
         if size > self.max_parameters:  # `prepare` raises at once
             return 0.0
         at_once = min(size, _COLUMNS)
-        multiplied = ProductTimes(setting, self.matrix).of(at_once) * size / at_once
+        multiplied = ProductTimes.at(setting, self.matrix).of(at_once) * size / at_once
         factored = _scaled(torch.linalg.cholesky, size, 3, device)
         return multiplied + factored + 2 * vectors * _scaled_product(size, device)
 

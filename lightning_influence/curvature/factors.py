@@ -8,8 +8,8 @@ from torch import Tensor
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.dense_rows import DenseRows
-from lightning_influence.gradients.outer_products import WORKSPACE, OuterProducts
-from lightning_influence.gradients.part import Part
+from lightning_influence.gradients.outer_products import OuterProducts
+from lightning_influence.gradients.part import WORKSPACE, Part
 from lightning_influence.numerics.kronecker import SecondMoment
 from lightning_influence.processes import Processes
 

@@ -51,6 +51,11 @@ class FisherSamples:
         """The number of outputs that labels are sampled from; 0 with the labels of the data."""
         return 0 if self._loss is None else self._loss.classes
 
+    @property
+    def draws(self) -> int:
+        """How many gradients there are of each example."""
+        return self.classes if self.labels == "exact" else 1
+
     def __iter__(self) -> Iterator[Gradients]:
         if self._kept is not None:
             yield from self._kept
@@ -67,11 +72,11 @@ class FisherSamples:
     def computed(self) -> Iterator[Gradients]:
         """The blocks, computed now."""
         engine, loss, share = self.setting.engine, self._loss, self.setting.processes.share(self.setting.n_train)
+        task = engine.task if loss is None else engine.task.measuring(loss)
         for block in self.setting.examples.blocks(share.start, share.stop):
             if loss is None:
                 yield self._weighted(engine.gradients(block), block)
                 continue
-            task = engine.task.measuring(loss)
             other = Engine(task, Reduction.NONE, engine.groups, engine.seed, engine.plan)
             # For the expectation each class in turn; None: one sampled label per example.
             for label in [None] if self.labels == "sampled" else range(loss.classes):

@@ -17,7 +17,7 @@ from lightning_influence.curvature.damping import diagonal_at, of_group
 from lightning_influence.curvature.watch import GO_ON, PARTS, SolverWatch
 from lightning_influence.gradients.products import Matrix, Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
-from lightning_influence.numerics.solvers import Product, Solution, Watch, mean_diagonal
+from lightning_influence.numerics.solvers import Product, Solution, Watch, conjugate_gradient, mean_diagonal
 from lightning_influence.setting.samples import first_examples
 from lightning_influence.setting.setting import Setting
 
@@ -61,7 +61,7 @@ class Iterative(Curvature):
 
         They are about as many: at most 60 of 64 examples with two queries are made, besides those of ``prepare``.
         """
-        few, times = first_examples(setting, _EXAMPLES), ProductTimes(setting, self.matrix)
+        few, times = first_examples(setting, _EXAMPLES), ProductTimes.at(setting, self.matrix)
         made = _products_of(few)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -77,8 +77,7 @@ class Iterative(Curvature):
         queries = some_queries(setting, _QUERIES)
         limit = next(name for name in ("max_iterations", "depth") if hasattr(self, name))
         tolerance, most = float(self.tolerance), int(getattr(self, limit))  # type: ignore[attr-defined]
-        mean = lambda: self.mean_eigenvalue(prepared, few)  # noqa: E731
-        diagonal = diagonal_at(setting, setting.final(), self.damping, mean, self.share).total
+        diagonal = self._diagonal(few, setting, prepared)
         with contextlib.suppress(ValueError):  # raised again when scores are computed
             replace(self, **{limit: min(most, _TRIED)}).solve(  # type: ignore[arg-type]
                 prepared, queries, few, diagonal
@@ -88,6 +87,18 @@ class Iterative(Curvature):
             return tried
         # Residuals fall about exponentially.
         return min(most, tried * math.log(tolerance) / math.log(residual)) if residual < 1 else most
+
+    def rough_seconds(self, setting: Setting, vectors: int, tolerance: float, iterations: int) -> float:
+        """Estimate the seconds of ``roughly_solved`` for so many vectors likewise."""
+        few = first_examples(setting, _EXAMPLES)
+        diagonal = self._diagonal(few, setting, self.prepare(few))
+        solution, _ = self._rough(some_queries(setting, _QUERIES), few, diagonal, tolerance, iterations)
+        return (solution.iterations + 1) * ProductTimes.at(setting, "ggn").of(vectors)
+
+    def _diagonal(self, few: Setting, setting: Setting, prepared: PreparedCurvature) -> Tensor:
+        """What is added to the curvature's diagonal, which was prepared on a few training examples, [group]."""
+        mean = lambda: self.mean_eigenvalue(prepared, few)  # noqa: E731
+        return diagonal_at(setting, setting.final(), self.damping, mean, self.share).total
 
     def _undamped(self, setting: Setting) -> tuple[Product, Tensor]:
         """The product with the curvature alone, and a vector of zeros of its size, dtype and device."""
@@ -127,6 +138,26 @@ class Iterative(Curvature):
         setting.diagnostic("solver_iterations", solution.iterations)
         found = torch.where(good[:, None], solution.vectors, torch.nan)
         return solution, DenseQueries(products.flat.split(found), setting.engine.groups)
+
+    def roughly_solved(
+        self, queries: QueryGradients, setting: Setting, diagonal: Tensor, tolerance: float, iterations: int
+    ) -> QueryGradients:
+        """Solve by conjugate gradients with the GGN, and report nothing."""
+        return self._rough(queries, setting, diagonal, tolerance, iterations)[1]
+
+    def _rough(
+        self, queries: QueryGradients, setting: Setting, diagonal: Tensor, tolerance: float, iterations: int
+    ) -> tuple[Solution, QueryGradients]:
+        products = Products(setting.engine, setting.examples)
+        right = products.flat.join(queries.dense(), len(queries), products.like)
+        added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(products.like)
+
+        def damped(vectors: Tensor) -> Tensor:
+            return products.times("ggn", vectors) + added * vectors
+
+        finite = torch.where(right.isfinite().all(1)[:, None], right, 0)
+        solution = conjugate_gradient(damped, finite, tolerance, iterations)
+        return solution, DenseQueries(products.flat.split(solution.vectors), setting.engine.groups)
 
 
 def _products_of(setting: Setting) -> list[int]:

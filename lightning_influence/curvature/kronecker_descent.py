@@ -45,15 +45,49 @@ def _in_eigenbasis(
     outside = _diagonals(torch.zeros_like(entries[0][0]), *(e[0] for e in entries))
     matrices = as_matrices(rows, transposed)
     projected = rotated(matrices, left, right)
-    complete = all(basis.shape[0] == basis.shape[1] for basis in (left, right))
+    beyond = _Outside(left, right)
+    rest = beyond.of(matrices) if beyond else None  # there the curvature is 0
     found = []
     for within, without in zip(inside, outside, strict=True):
         made = rotated(projected * within.to(projected), left.T, right.T)
-        if not complete:  # no training gradient has a component in the other directions: their curvature is 0
-            rest = (matrices - rotated(projected, left.T, right.T)) * without.to(projected)
-            made = made + rest - rotated(rotated(rest, left, right), left.T, right.T)
+        if rest is not None:
+            made += beyond.scaled(rest, without)
         found.append(from_matrices(made, [row.shape[1:] for row in rows], transposed))
     return found[0], found[1]
+
+
+class _Outside:
+    """The part of matrices [.., out, in] outside the bases of a layer: no training gradient has a component there."""
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self.bases = left, right
+        self.narrow = all(basis.shape[0] <= 2 * basis.shape[1] for basis in self.bases)
+        self.ends = tuple(_complement(basis) for basis in self.bases) if self.narrow else ()
+
+    def __bool__(self) -> bool:
+        return any(basis.shape[0] > basis.shape[1] for basis in self.bases)
+
+    def of(self, matrices: Tensor) -> Tensor:
+        """As the components along the complements of the bases, whose rounding errors are no larger than they are."""
+        left, right = self.bases
+        if not self.narrow:
+            return matrices - rotated(rotated(matrices, left, right), left.T, right.T)
+        found = (matrices @ self.ends[1]) @ self.ends[1].T
+        if self.ends[0].shape[1]:
+            found += self.ends[0] @ ((self.ends[0].T @ matrices) @ right) @ right.T
+        return found
+
+    def scaled(self, rest: Tensor, factors: Tensor) -> Tensor:
+        """What is outside, times factors [out, in], as far as that is outside."""
+        scaled = rest * factors.to(rest)
+        stays = self.narrow and bool((factors == factors.flatten()[0]).all())
+        return scaled if stays else self.of(scaled)
+
+
+def _complement(basis: Tensor) -> Tensor:
+    """An orthonormal basis, [side, side - k], of what is orthogonal to one, [side, k]."""
+    side, count = basis.shape
+    return basis[:, :0] if side == count else torch.linalg.qr(basis, mode="complete")[0][:, count:]
 
 
 def _diagonals(eigenvalues: Tensor, preconditioner: Tensor, added: Tensor, decoupled_decay: Tensor) -> Pair:

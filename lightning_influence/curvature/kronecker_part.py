@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from lightning_influence.curvature.factors import as_matrices, from_matrices, rotated, rotated_inputs
@@ -10,6 +11,9 @@ from lightning_influence.gradients.directions import Directions
 from lightning_influence.gradients.outer_products import OuterProducts
 from lightning_influence.gradients.part import Part
 from lightning_influence.numerics.projections import Sketch
+
+# A basis is completed where it has at least this many times the directions that it lacks.
+_FEW = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +24,8 @@ class KroneckerInverse:
         basis_out: eigenvectors of the output side, [out, k].
         basis_in: eigenvectors of the input side, [in, l].
         table: 1 / (eigenvalue + diagonal), [k, l].
-        outside: 1 / diagonal, for the directions outside the bases, in which no training gradient has a component.
+        outside: 1 / diagonal, for the directions outside the bases, in which no gradient that was factored had a
+            component. Gradients with the labels of the data may have one where others were sampled.
         transposed: whether the weight is stored as [in, out].
         shapes: the shape of the weight, or those of the weight and its bias.
     """
@@ -36,6 +41,13 @@ class KroneckerInverse:
     def complete(self) -> bool:
         """Whether the bases span the whole space."""
         return all(b.shape[0] == b.shape[1] for b in (self.basis_out, self.basis_in))
+
+    def completed(self) -> "KroneckerInverse":
+        """The same with the missing directions in its bases, where they are few."""
+        found = replace(self, basis_out=_completed(self.basis_out), basis_in=_completed(self.basis_in))
+        table = self.table.new_full((found.basis_out.shape[1], found.basis_in.shape[1]), self.outside)
+        table[: self.table.shape[0], : self.table.shape[1]] = self.table
+        return replace(found, table=table)
 
     def rotated(self, part: OuterProducts) -> tuple[Tensor, Tensor]:
         """Inputs and output gradients of a single position in the bases, [example, l] and [example, k]."""
@@ -106,13 +118,6 @@ class KroneckerPart(Part):
         for left, right in zip(*self.low_rank, strict=True):
             out.addcmul_((self.outputs * left) @ outputs.T, (self.inputs * right) @ inputs.T)
 
-    def rowwise_dot(self, other: Part) -> Tensor:
-        """[query]: the inner product of each direction with the gradient of the same index, never at low rank."""
-        if not isinstance(other, OuterProducts) or other.outputs.shape[1] != 1:
-            return rowwise_dot(self, other)
-        inputs, outputs = self.inverse.rotated(other)
-        return ((self.outputs * outputs) @ self.inverse.table * (self.inputs * inputs)).sum(1)
-
     def norm2(self) -> Tensor:
         """[query]: squared length of each direction."""
         inverse, outputs, inputs = self.inverse, self.outputs.square(), self.inputs.square()
@@ -154,11 +159,13 @@ class KroneckerPart(Part):
         return self.gradients.finite()
 
 
-def rowwise_dot(directions: Part, gradients: Part) -> Tensor:
-    """[example]: the inner product of each direction with the gradient of the same index, built densely in slices."""
-    found = directions.like.new_zeros(len(directions))
-    for start in range(0, len(directions), 64):
-        rows = slice(start, start + 64)
-        for left, right in zip(directions.slice(rows).dense(), gradients.slice(rows).dense(), strict=True):
-            found[rows] += (left.flatten(1) * right.flatten(1)).sum(1) if left.ndim > 1 else left * right
-    return found
+def _completed(basis: Tensor) -> Tensor:
+    """A basis [width, direction] with further directions that make it complete; as it is if these would be many."""
+    width, known = basis.shape
+    missing = width - known
+    if missing == 0 or _FEW * missing > known:
+        return basis
+    rest = torch.randn(width, missing, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(basis)
+    for _ in range(2):  # once leaves rounding errors of the basis
+        rest = torch.linalg.qr((rest - basis @ (basis.T @ rest)).cpu()).Q.to(basis)
+    return torch.cat([basis, rest], 1)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.kronecker_part import KroneckerPart, rowwise_dot
+from lightning_influence.curvature.kronecker_part import KroneckerPart
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.block import Names, SketchOf
 from lightning_influence.gradients.dense_rows import DenseRows
@@ -78,22 +78,6 @@ class KroneckerQueries(QueryGradients):
         """[query]."""
         product = self.joint.times(vector)
         return product + self.others.times(vector) if self._has_others else product
-
-    def diagonal(self, block: Gradients) -> Tensor:
-        """[example]: the inner product of each query with the example of the same index, never at low rank."""
-        total = self.joint._zeros(len(block))
-        start = 0
-        for others in self.others.blocks:
-            rows = slice(start, start + len(others))
-            for names, part in others.parts.items():
-                if names in block.parts:
-                    total[rows] += rowwise_dot(part, block.parts[names].slice(rows))
-            start += len(others)
-        for names, part in self.joint.parts.items():
-            if names in block.parts:
-                other = block.parts[names]
-                total += part.rowwise_dot(other) if isinstance(part, KroneckerPart) else rowwise_dot(part, other)
-        return total
 
 
 def lower_ranks(

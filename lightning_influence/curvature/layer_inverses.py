@@ -44,6 +44,11 @@ class LayerInverses:
             _refuse_singular(names, added)
         return found
 
+    def completed(self) -> "LayerInverses":
+        """The same with complete bases, where few directions are missing."""
+        self.inverses = {names: inverse.completed() for names, inverse in self.inverses.items()}
+        return self
+
     def solve(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverses of all layers times dense vectors, [vector, *shape] by name."""
         solved: dict[str, Tensor] = {}

@@ -1,10 +1,12 @@
 """What stands for a curvature while other work is timed for an estimate."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
+from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.setting.setting import Setting, Stage
 
@@ -36,6 +38,19 @@ class StandIn(Curvature):
     ) -> QueryGradients:
         """Vectors in the form of the solutions."""
         return self.of.like_solved(prepared, queries, setting, diagonal)
+
+    def own_products(
+        self,
+        prepared: PreparedCurvature,
+        gradients: Gradients,
+        setting: Setting,
+        diagonal: Tensor,
+        powers: Sequence[int] = (1,),
+    ) -> Tensor:
+        """As the curvature has them, unless it solves for each."""
+        if type(self.of).own_products is Curvature.own_products:
+            return super().own_products(prepared, gradients, setting, diagonal, powers)
+        return self.of.own_products(prepared, gradients, setting, diagonal, powers)
 
     def at_once(self, setting: Setting) -> int | None:
         """As many as for the curvature."""

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_influence import timing
 from lightning_influence.setting.setting import Setting
 
 PARTS = 100
@@ -33,7 +32,7 @@ class SolverWatch:
     """
 
     def __init__(self, setting: Setting, tolerance: float, done: Callable[[int], Any]) -> None:
-        self._deadline, self._tolerance, self._done, self._made = setting.deadline, tolerance, done, 0
+        self._setting, self._tolerance, self._done, self._made = setting, tolerance, done, 0
         self.stopped = False
 
     def __call__(self, residuals: Tensor) -> bool:
@@ -44,8 +43,7 @@ class SolverWatch:
             parts = int(PARTS * min(1.0, way))
             self._done(max(0, parts - self._made))
             self._made = max(self._made, parts)
-        late = self._deadline is not None and timing.clock() > self._deadline
-        self.stopped = late and worst > self._tolerance
+        self.stopped = self._setting.late and worst > self._tolerance
         return self.stopped
 
     def refuse(self, name: str, residual: float, iterations: int) -> None:

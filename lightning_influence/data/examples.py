@@ -9,8 +9,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from lightning_influence.data.random_state import random_state, same_state
 from lightning_influence.data.reading import collated, read_item
+from lightning_influence.data.reading_state import random_state, same_state
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.numerics.subsets import evenly_spread

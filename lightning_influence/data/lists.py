@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_influence.data.random_state import random_state, same_state
+from lightning_influence.data.reading_state import random_state, same_state
 from lightning_influence.types import Batch
 
 

@@ -10,7 +10,8 @@ first; each layer takes the cheaper way.
 from lightning_influence.gradients.block import Gradients
 from lightning_influence.gradients.engine import Engine, Plan
 from lightning_influence.gradients.reduction import Reduction
+from lightning_influence.gradients.sample import Sample
 from lightning_influence.gradients.self_check import make_plan
 from lightning_influence.gradients.single_examples import probe_examples
 
-__all__ = ["Engine", "Gradients", "Plan", "Reduction", "make_plan", "probe_examples"]
+__all__ = ["Engine", "Gradients", "Plan", "Reduction", "Sample", "make_plan", "probe_examples"]

@@ -1,7 +1,8 @@
 """A block of per-sample gradients, which methods use instead of a matrix of examples × parameters."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class Gradients:
         Returns:
             [example of self, example of other].
         """
-        if not self._aligned(other):
+        if not aligned(self.parts, other.parts):
             return self.per_parameter().dot(other.per_parameter(), scale)
         by_group: dict[int, Tensor] = {}
         shared = scale is None or scale.ndim == 1
@@ -61,6 +62,22 @@ class Gradients:
         for product in products[1:]:
             products[0].add_(product)
         return products[0]
+
+    def own_dot(self, other: "Gradients", entries: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Inner products of each gradient of this block with the one of the same index of another, [example].
+
+        Args:
+            other: gradients of the same parameters, of as many examples.
+            entries: a factor for every entry of a parameter, [*shape] by name; None: 1.
+        """
+        if not aligned(self.parts, other.parts):
+            return self.per_parameter().own_dot(other.per_parameter(), entries)
+        total = self._zeros(len(self))
+        for names, part in self.parts.items():
+            if names in other.parts:
+                factors = None if entries is None else tuple(entries[name] for name in names)
+                total += part.own_dot(other.parts[names], factors)
+        return total
 
     def total(self) -> dict[str, Tensor]:
         """The sum of the gradients over the examples, [*shape] by parameter name."""
@@ -117,6 +134,13 @@ class Gradients:
         parts = {names: part.scaled(factors[names]) for names, part in self.parts.items()}
         return Gradients(parts, self.groups, self.size)
 
+    def only(self, names: Collection[str]) -> "Gradients":
+        """The gradients of some parameters."""
+        wanted, found = set(names), self
+        if any(0 < len(wanted & set(key)) < len(key) for key in self.parts):
+            found = self.per_parameter()
+        return Gradients({k: p for k, p in found.parts.items() if set(k) <= wanted}, found.groups, self.size)
+
     def per_parameter(self) -> "Gradients":
         """The same gradients with one part per parameter."""
         parts: dict[Names, Part] = {}
@@ -126,13 +150,6 @@ class Gradients:
 
     def _groups_per_parameter(self) -> dict[Names, int]:
         return {(name,): group for names, group in self.groups.items() for name in names}
-
-    def _aligned(self, other: "Gradients") -> bool:
-        """Whether both blocks group their common parameters into the same parts."""
-        if self.parts.keys() == other.parts.keys():
-            return True
-        mine = {name for names in self.parts.keys() - other.parts.keys() for name in names}
-        return not any(name in mine for names in other.parts.keys() - self.parts.keys() for name in names)
 
     def slice(self, rows: slice) -> "Gradients":
         """Some of the examples."""
@@ -158,6 +175,14 @@ class Gradients:
             if found is None or found.dtype != torch.promote_types(found.dtype, part.like.dtype):
                 found = part.like
         return torch.zeros(shape) if found is None else found.new_zeros(shape)
+
+
+def aligned(mine: Mapping[Names, Any], theirs: Mapping[Names, Any]) -> bool:
+    """Whether two blocks group their common parameters into the same parts."""
+    if mine.keys() == theirs.keys():
+        return True
+    others = {name for names in mine.keys() - theirs.keys() for name in names}
+    return not any(name in others for names in theirs.keys() - mine.keys() for name in names)
 
 
 def _accumulate(part: Part, other: Part, out: Tensor) -> None:

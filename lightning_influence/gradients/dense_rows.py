@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_influence.gradients.part import Part, one_row_per_example
+from lightning_influence.gradients.part import Part, flat, one_row_per_example
 from lightning_influence.numerics.projections import Sketch
 
 
@@ -36,19 +36,19 @@ class DenseRows(Part):
     def accumulate_dot(self, other: Part, out: Tensor) -> None:
         """``out[i, j] += <gradient i of self, gradient j of other>``."""
         for mine, theirs in zip(self.rows, other.dense(), strict=True):
-            out.addmm_(_flat(mine), _flat(theirs).T)
+            out.addmm_(flat(mine), flat(theirs).T)
 
     def norm2(self) -> Tensor:
         """[example]: squared length of each example's gradient."""
-        return torch.stack([_flat(r).square().sum(1) for r in self.rows]).sum(0)
+        return torch.stack([flat(r).square().sum(1) for r in self.rows]).sum(0)
 
     def times(self, vectors: tuple[Tensor, ...]) -> Tensor:
         """[example]: inner product of each example's gradient with one parameter-shaped vector."""
-        return torch.stack([_flat(r) @ v.flatten() for r, v in zip(self.rows, vectors, strict=True)]).sum(0)
+        return torch.stack([flat(r) @ v.flatten() for r, v in zip(self.rows, vectors, strict=True)]).sum(0)
 
     def times_each(self, vectors: tuple[Tensor, ...]) -> Tensor:
         """[vector, example]: inner products by one matrix product per parameter."""
-        return torch.stack([_flat(v) @ _flat(r).T for v, r in zip(vectors, self.rows, strict=True)]).sum(0)
+        return torch.stack([flat(v) @ flat(r).T for v, r in zip(vectors, self.rows, strict=True)]).sum(0)
 
     def total(self) -> tuple[Tensor, ...]:
         """The sum over the examples, parameter-shaped."""
@@ -78,9 +78,4 @@ class DenseRows(Part):
 
     def finite(self) -> Tensor:
         """[example]: whether every number is finite."""
-        return torch.stack([_flat(r.isfinite()).all(1) for r in self.rows]).all(0)
-
-
-def _flat(rows: Tensor) -> Tensor:
-    """[example, entries], also for parameters without dimensions."""
-    return rows.flatten(1) if rows.ndim > 1 else rows[:, None]
+        return torch.stack([flat(r.isfinite()).all(1) for r in self.rows]).all(0)

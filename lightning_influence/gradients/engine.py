@@ -21,7 +21,7 @@ from lightning_influence.gradients.layout import Layout, LayoutMismatch, Split
 from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.reduction import Reduction
 from lightning_influence.gradients.spot_checks import SuspectRows
-from lightning_influence.gradients.sum_of_parts import SumOfParts
+from lightning_influence.gradients.sum_of_parts import sum_of
 from lightning_influence.gradients.tape import Call, Tape, Use
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.module.task import Task
@@ -293,7 +293,7 @@ class Engine:
                     continue
                 for key, part in made.items():
                     uses.setdefault(tuple(names[role] for role in key), []).append(part)
-        kept = {key: _sum(of_key) for key, of_key in uses.items() if not set(key) & set(failed)}
+        kept = {key: sum_of(of_key) for key, of_key in uses.items() if not set(key) & set(failed)}
         if weights is not None:  # the calls have the gradients of weight × loss
             inverse = torch.where(weights == 0, weights, 1 / weights).to(self.task.device)
             kept = {key: part.scaled(inverse) for key, part in kept.items()}
@@ -308,15 +308,6 @@ class Engine:
         if len(kinds) > 1 or separate & set(names.values()):
             return [(role,) for role in names]
         return [tuple(names)] if names else []
-
-
-def _sum(parts: Sequence[Part]) -> Part:
-    """The sum of all uses of one parameter, by halves, so that a long sequence's steps are copied only a few times."""
-    if len(parts) == 1:
-        return parts[0]
-    half = len(parts) // 2
-    left, right = _sum(parts[:half]), _sum(parts[half:])
-    return left.merged(right) or SumOfParts((left, right))
 
 
 def _without_empty(parts: Mapping[Names, Part], counts: Tensor) -> Mapping[Names, Part]:

@@ -106,8 +106,11 @@ class Head:
 
     def augmented(self, features: Tensor) -> Tensor:
         """Features in float64 on the CPU, with a 1 appended if the layer has a bias."""
-        features = features.cpu().double()
-        return features if self.layer.bias is None else F.pad(features, (0, 1), value=1.0)
+        if self.layer.bias is None:
+            return features.cpu().double()
+        with_one = torch.ones(len(features), features.shape[1] + 1, dtype=torch.float64)
+        with_one[:, :-1] = features.cpu()
+        return with_one
 
     def link(self, examples: Examples) -> Link:
         """Recognise the loss on the layer's outputs by how its gradient changes with them.

@@ -106,14 +106,30 @@ def one_gradient(task: Task, batch: Any, names: Sequence[str], seed: int, exampl
 
 
 def loss_and_gradient(
-    task: Task, batch: Any, names: Sequence[str], seed: int, example: int
+    task: Task,
+    batch: Any,
+    names: Sequence[str],
+    seed: int,
+    example: int,
+    watch: contextlib.AbstractContextManager[Any] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """One example's loss and its gradient, by plain autograd on a batch of one."""
+    """One example's loss and its gradient, by plain autograd on a batch of one.
+
+    Args:
+        task: the module with its loss.
+        batch: of one example, or of several whose summed losses are differentiated.
+        names: of the parameters.
+        seed: of the random state.
+        example: its id, or that of the first.
+        watch: entered around the forward pass.
+    """
     parameters = task.named_parameters()
     with requiring_gradients(task.module, names):
         batch = task.to_device(batch)
         seed_for(seed, example)
-        loss = task(batch).sum()
+        with watch or contextlib.nullcontext():  # neither how the batch is made nor the sum below is the step's
+            found = task(batch)
+        loss = found.sum()
         if not loss.requires_grad:
             return loss.detach(), {name: torch.zeros_like(parameters[name]) for name in names}
         values = torch.autograd.grad(loss, [parameters[name] for name in names], allow_unused=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -28,15 +28,24 @@ class Guard:
     Args:
         made: the checks so far.
         repeated: those among them that failed at first and held in float64.
+        unlike: finds the examples that are unlike those before.
+        dataset: of the examples; None: not known.
+        refused: whether one failed.
     """
 
     made: int = 0
     repeated: int = 0
     unlike: UnlikeRows = field(default_factory=UnlikeRows)
+    dataset: Any = None
+    refused: bool = False
     _blocks: int = 0
     _next: int = 4
     _start: int = 0
     _waiting: int = 0
+
+    def again(self) -> "Guard":
+        """For a later question about the same examples: what was checked is not, unless it has changed."""
+        return Guard(unlike=self.unlike.again(), dataset=self.dataset, _start=self._start)
 
     def choose(self, block: Block) -> tuple[dict[int, int | None], bool]:
         """The rows of a block to check, each with the id of an example unlike it, and whether the block is new.
@@ -143,6 +152,7 @@ class Guard:
         self, engine: "Engine", holds: Callable[[Task, Tolerance], bool], refused: Callable[[], ValueError]
     ) -> None:
         if not holds_precisely(engine.task, holds):
+            self.refused = True
             raise refused()
         self.repeated += 1
 

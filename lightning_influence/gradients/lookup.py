@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_influence.gradients.dense_rows import DenseRows
-from lightning_influence.gradients.outer_products import WORKSPACE, OuterProducts
-from lightning_influence.gradients.part import Part, one_row_per_example
+from lightning_influence.gradients.outer_products import TRAFFIC, OuterProducts
+from lightning_influence.gradients.part import WORKSPACE, Part, one_row_per_example
 from lightning_influence.numerics.projections import KroneckerSketch, Sketch
 
 
@@ -115,6 +115,39 @@ class Lookup(Part):
         """[example]: inner product of each example's gradient with one table-shaped vector."""
         looked_up = vectors[0][self.ids.clamp_min(0)] * (self.ids >= 0)[..., None]
         return (looked_up * self.outputs).sum((1, 2))
+
+    def times_own(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[example]: the inner product of each example's gradient with its own table."""
+        ids, examples, summed = self._merged
+        products = torch.linalg.vecdot(vectors[0][examples, ids].to(summed), summed)
+        return self.outputs.new_zeros(len(self)).index_add_(0, examples, products)
+
+    def weighted_norm2(self, weights: tuple[Tensor, ...]) -> Tensor:
+        """[weighting, example]: sums of squared entries times weights, of the rows that were looked up."""
+        ids, examples, summed = self._merged
+        products = (weights[0][:, ids] * summed.square()).sum(2)
+        return self.outputs.new_zeros(len(products), len(self)).index_add_(1, examples, products)
+
+    def times_each(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[vector, example]: inner products with several tables, of which only the rows looked up are read."""
+        ids, examples, summed = self._merged
+        tables = vectors[0]
+        product = tables.new_zeros(len(tables), len(self))
+        rows_of, counts = ids.unique_consecutive(return_counts=True)
+        frequent = counts * len(tables) >= _PAIRS_FOR_A_PRODUCT
+        heads = torch.stack([rows_of, counts.cumsum(0) - counts, counts], 1)[frequent].tolist()
+        for row, start, count in heads:
+            some = slice(start, start + count)
+            product.index_add_(1, examples[some], tables[:, row] @ summed[some].T)
+        rare = (~frequent).repeat_interleave(counts).nonzero()[:, 0]
+        for some in rare.split(max(1, WORKSPACE // max(1, len(tables) * summed.shape[1]))):
+            values = torch.linalg.vecdot(tables[:, ids[some]], summed[some])
+            product.index_add_(1, examples[some], values)
+        return product
+
+    def operations(self, n_vectors: int) -> int:
+        """Multiply-adds per example of ``times_each``, or passes over as many numbers."""
+        return n_vectors * self.outputs[0].numel() * TRAFFIC if len(self) else 0
 
     def total(self) -> tuple[Tensor, ...]:
         """The sum over the examples, table-shaped."""

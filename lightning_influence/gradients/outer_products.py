@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from lightning_influence.gradients.dense_rows import DenseRows
-from lightning_influence.gradients.part import Part, one_row_per_example
+from lightning_influence.gradients.part import WORKSPACE, Part, one_row_per_example
 from lightning_influence.numerics.projections import KroneckerSketch, Sketch
 
-# The most elements of one intermediate tensor: small enough to stay in the last-level cache of a CPU and below the size
-# from which malloc maps fresh pages for every allocation (32 MiB), large enough for a full-speed matrix product.
-WORKSPACE = 2**21
 # An element-wise pass over a tensor costs about this many multiply-adds of a matrix product per element.
 TRAFFIC = 12
+# Dense gradients to build at once: enough for a full-speed matrix product with them.
+_ROWS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +50,12 @@ class OuterProducts(Part):
     def _sizes(self) -> tuple[int, int, int]:
         width_out = self.outputs.shape[2]
         return self.outputs.shape[1], math.prod(self.shape) // width_out, width_out
+
+    @property
+    def elements(self) -> int:
+        """The elements of the largest tensor that is made of one example for its dense gradient."""
+        t, width_in, width_out = self._sizes
+        return max(super().elements * (t > 1), t * (width_in + width_out))
 
     @property
     def like(self) -> Tensor:
@@ -187,21 +192,51 @@ class OuterProducts(Part):
 
     def times_each(self, vectors: tuple[Tensor, ...]) -> Tensor:
         """[vector, example]: inner products with dense gradients, or with the inputs first, whichever is cheaper."""
-        t, width_in, width_out = self._sizes
         n_vectors = len(vectors[0])
-        rows = width_in * width_out * (t + n_vectors + TRAFFIC)
-        if rows <= n_vectors * t * width_out * (width_in + TRAFFIC):
-            flat = vectors[0].reshape(n_vectors, -1)
-            tiles = [flat @ part._weight_rows().T for _, part in self._chunks(width_in * width_out)]
-            product = torch.cat(tiles, 1) if tiles else flat.new_zeros(n_vectors, 0)
-            return product + vectors[1] @ self._bias_rows.T if self.bias else product
-        matrices = vectors[0].reshape(n_vectors, self.shape[0], -1)
-        matrices = (matrices.transpose(1, 2) if self.transposed else matrices).reshape(n_vectors * width_out, width_in)
-        tiles = [part._times_each(matrices, n_vectors) for _, part in self._chunks(t * n_vectors * width_out)]
-        product = torch.cat(tiles, 1) if tiles else matrices.new_zeros(n_vectors, 0)
+        first, then = self._times_each_operations(n_vectors)
+        if first <= then:
+            product = self._times_rows(vectors[0].reshape(n_vectors, -1))
+        else:
+            product = self._times_inputs_first(vectors[0].reshape(n_vectors, self.shape[0], -1))
         if self.bias:
             product += vectors[1] @ self.outputs.sum(1).T
-        return product if self.factor is None else product * self.factor.to(product)
+        return product if self.factor is None else product.mul_(self.factor.to(product))
+
+    def _times_each_operations(self, n_vectors: int) -> tuple[int, int]:
+        """Multiply-adds per example with dense gradients, and with the inputs first."""
+        t, width_in, width_out = self._sizes
+        rows = width_in * width_out * (t + n_vectors + TRAFFIC)
+        return rows, n_vectors * t * width_out * (width_in + TRAFFIC)
+
+    def operations(self, n_vectors: int) -> int:
+        """Multiply-adds per example of ``times_each``."""
+        return min(self._times_each_operations(n_vectors))
+
+    def _times_rows(self, vectors: Tensor) -> Tensor:
+        """[vector, example] without bias and factor: builds dense gradients of some examples at a time.
+
+        Vectors that exceed the cache take many examples and few outputs at a time, so as to be read less often.
+        """
+        left, right = (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
+        height, width = left.shape[2], right.shape[2]
+        product = vectors.new_zeros(len(vectors), len(self))
+        most = WORKSPACE // max(1, width)
+        count = max(1, most // max(1, height) if vectors.numel() <= WORKSPACE else min(_ROWS, most))
+        step = max(1, most // count)
+        for start in range(0, len(self), count):
+            some = slice(start, start + count)
+            sides = left[some].transpose(1, 2), right[some]
+            for top in range(0, height, step):
+                rows = torch.bmm(sides[0][:, top : top + step], sides[1]).flatten(1)
+                product[:, some].addmm_(vectors[:, top * width : top * width + rows.shape[1]], rows.T)
+        return product
+
+    def _times_inputs_first(self, vectors: Tensor) -> Tensor:
+        """[vector, example] without bias and factor."""
+        (t, width_in, width_out), n_vectors = self._sizes, len(vectors)
+        matrices = (vectors.transpose(1, 2) if self.transposed else vectors).reshape(n_vectors * width_out, width_in)
+        tiles = [part._times_each(matrices, n_vectors) for _, part in self._chunks(t * n_vectors * width_out)]
+        return torch.cat(tiles, 1) if tiles else matrices.new_zeros(n_vectors, 0)
 
     def _times_each(self, matrices: Tensor, n_vectors: int) -> Tensor:
         """[vector, example] without bias and factor; multiplies ``matrices`` [vector x out, in] by the inputs first."""
@@ -209,6 +244,41 @@ class OuterProducts(Part):
         carried = (self.inputs.flatten(0, 1) @ matrices.T).view(-1, n_vectors, width_out)
         product = torch.bmm(carried, self.outputs.flatten(0, 1)[:, :, None])
         return product.view(len(self), t, n_vectors).sum(1).T
+
+    def times_own(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[example]: the inner product of each example's gradient with its own vector, without building the former."""
+        found = self.like.new_zeros(len(self))
+        for rows in self.in_cache():
+            part = self.slice(rows)
+            left, right = (part.inputs, part.outputs) if self.transposed else (part.outputs, part.inputs)
+            matrices = vectors[0][rows].to(left).reshape(len(part), left.shape[2], -1)
+            found[rows] = (torch.bmm(left, matrices) * right).sum((1, 2))
+        if self.bias:
+            found += torch.linalg.vecdot(self.outputs.sum(1), vectors[1].to(found))
+        return found if self.factor is None else found * self.factor
+
+    def weighted_norm2(self, weights: tuple[Tensor, ...]) -> Tensor:
+        """[weighting, example]: sums of squared entries times weights; of one position, without building them."""
+        if self.outputs.shape[1] > 1:
+            return super().weighted_norm2(weights)
+        left, right = self.scaled_outputs()[:, 0].square(), self.inputs[:, 0].square()
+        tables = weights[0].reshape(len(weights[0]), self.shape[0], -1)
+        tables = tables.transpose(1, 2) if self.transposed else tables
+        found = torch.stack([((left @ table) * right).sum(1) for table in tables])
+        return found + weights[1] @ left.T if self.bias else found
+
+    def add_to(self, rows: tuple[Tensor, ...]) -> None:
+        """Add the dense gradients to ``rows``, without building them first where the memory layout allows."""
+        outputs, inputs = self.scaled_outputs(), self.inputs
+        left, right = (inputs, outputs) if self.transposed else (outputs, inputs)
+        rows[0].view(len(self), left.shape[2], -1).baddbmm_(left.transpose(1, 2), right)
+        if self.bias:
+            rows[1].add_(outputs.sum(1))
+
+    def adding_operations(self) -> int:
+        """Multiply-adds per example of ``add_to``."""
+        t, width_in, width_out = self._sizes
+        return t * width_in * width_out
 
     def total(self) -> tuple[Tensor, ...]:
         """The sum over the examples, [*shape] for each parameter: one matrix product over all positions."""

@@ -43,6 +43,7 @@ class OutputWatch(TorchFunctionMode):
         self._loss_inputs: list[Tensor] = []
         self._last: Tensor | None = None
         self._links: dict[int, tuple[Tensor, Tensor]] = {}  # holds the link's output too, so that its id is not reused
+        self._casts: dict[int, tuple[Tensor, Tensor]] = {}  # likewise
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -57,7 +58,9 @@ class OutputWatch(TorchFunctionMode):
         if any(id(a) in self._parameters for a in (*args, *kwargs.values())) and name != "__get__":
             self._last = output
         elif name in _LINKS and isinstance(first, Tensor):
-            self._links[id(output)] = output, first
+            self._links[id(output)] = output, self._casts.get(id(first), (first, first))[1]
+        elif name == "double" and isinstance(first, Tensor):  # of the part of the loss that is computed in float64
+            self._casts[id(output)] = output, first
         elif name in _SHAPES and id(first) in self._links:
             self._links[id(output)] = output, self._links[id(first)][1]
         elif func in _LOSSES:
@@ -67,7 +70,7 @@ class OutputWatch(TorchFunctionMode):
     def _note(self, operands: Sequence[Any]) -> None:
         for operand in operands:
             if isinstance(operand, Tensor) and operand.requires_grad:
-                logits = self._links[id(operand)][1] if id(operand) in self._links else operand
+                logits = {**self._casts, **self._links}.get(id(operand), (operand, operand))[1]
                 if not any(logits is known for known in self._loss_inputs):
                     self._loss_inputs.append(logits)
 

@@ -2,14 +2,13 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from lightning_influence.module.in_double import LOW, InDouble, raised
 from lightning_influence.module.snapshot import ModuleSnapshot, restoring
 from lightning_influence.module.task import Task, settle
 from lightning_influence.types import Batch
@@ -21,7 +20,6 @@ Tolerance = tuple[float, float] | None
 _PRECISELY = (1e-6, 1e-9)
 # Relative noise on the weights: what holds for a loss holds at any weights, but no two numbers tie there.
 _NOISE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_LOW = (torch.float32, torch.float16, torch.bfloat16)
 # What a module may raise that does not run in float64, as on devices that have none.
 CANNOT = (Exception,)
 
@@ -47,17 +45,17 @@ def holds_precisely(task: Task, holds: Callable[[Task, Tolerance], bool]) -> boo
 
 
 @contextlib.contextmanager
-def precise(task: Task, dtype: torch.dtype | None, seed: int = 0) -> Iterator[Task]:
+def precise(task: Task, dtype: torch.dtype | None, seed: int | None = 0) -> Iterator[Task]:
     """The same loss with the module's weights, buffers and batches in ``dtype``, and noise on its weights.
 
     Args:
         task: the module with its loss.
         dtype: float64; None: that of each tensor.
-        seed: of the noise.
+        seed: of the noise; None: there is none, and the weights are copies.
     """
     module = task.module
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(seed or 0)
     noise = _NOISE[torch.float64 if dtype is torch.float64 else torch.float32]
     task.settle()
     with contextlib.ExitStack() as stack:
@@ -67,7 +65,7 @@ def precise(task: Task, dtype: torch.dtype | None, seed: int = 0) -> Iterator[Ta
         warnings.filterwarnings("ignore", message=".*single contiguous chunk.*")
         for tensor in tensors:
             value = tensor.detach().to(dtype or tensor.dtype, copy=True)
-            if isinstance(tensor, nn.Parameter):
+            if isinstance(tensor, nn.Parameter) and seed is not None:
                 value *= 1 + noise * torch.rand(value.shape, generator=draw).to(value)
             tensor.data = value
         if dtype is torch.float64:
@@ -92,7 +90,7 @@ class _PreciseTask(Task):
     def to_device(self, batch: Batch) -> Batch:
         """The batch as the task moves it, in float64."""
         batch = self.inner.to_device(batch)
-        return batch if self.dtype is None else tree_map(_raised, batch)
+        return batch if self.dtype is None else tree_map(raised, batch)
 
     def __call__(self, batch: Batch) -> Tensor:
         """The loss on a batch; numbers that the step itself makes in float32 are float64, too."""
@@ -101,30 +99,10 @@ class _PreciseTask(Task):
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
-            with _InDouble():
+            with InDouble():
                 return super().__call__(batch)
         finally:
             torch.set_default_dtype(before)
-
-
-class _InDouble(TorchFunctionMode):
-    """While active, functions get float64 in place of lower precisions, among them those that are named in a cast."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        kept = 1 if name.endswith("_") or name == "__set__" or name.startswith("__i") or name == "__setitem__" else 0
-        if name in ("float", "half", "bfloat16") and args and isinstance(args[0], Tensor):
-            return args[0].double()
-        args = (*args[:kept], *tree_map(_raised, tuple(args[kept:])))
-        return func(*args, **tree_map(_raised, dict(kwargs or {})))
-
-
-def _raised(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.dtype in _LOW and value.layout is torch.strided else value
-    return torch.float64 if value in _LOW and isinstance(value, torch.dtype) else value
 
 
 @contextlib.contextmanager
@@ -133,7 +111,7 @@ def _attributes_in_double(module: nn.Module) -> Iterator[None]:
     changed: list[tuple[nn.Module, str, Tensor]] = []
     for part in module.modules():
         for name, value in list(part.__dict__.items()):
-            if isinstance(value, Tensor) and value.dtype in _LOW:
+            if isinstance(value, Tensor) and value.dtype in LOW:
                 changed.append((part, name, value))
                 part.__dict__[name] = value.detach().double()
     try:

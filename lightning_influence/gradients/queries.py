@@ -45,7 +45,14 @@ class QueryGradients(ABC):
 
     def diagonal(self, block: Gradients) -> Tensor:
         """[example]: the inner product of each query with the example of the same index; there are as many of both."""
-        return self.dot(block).diagonal()
+        vectors = self.dense()
+        if any(name not in vectors for names in block.parts for name in names):
+            block = block.per_parameter()
+        total = block._zeros(len(block))
+        for names, part in block.parts.items():
+            if names[0] in vectors:  # otherwise no query's loss depends on it
+                total += part.times_own(tuple(vectors[name] for name in names))
+        return total
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +147,10 @@ class DenseQueries(QueryGradients):
         factors = {name: inverse_length(squares[layer]) for name, layer in layers.items()}
         vectors = {name: rows * one_row_per_example(factors[name], rows) for name, rows in self.vectors.items()}
         return DenseQueries(vectors, self.groups)
+
+    def slice(self, rows: slice) -> "DenseQueries":
+        """Some of the vectors."""
+        return DenseQueries({name: vectors[rows] for name, vectors in self.vectors.items()}, self.groups)
 
     def project(self, sketch_of: SketchOf) -> "DenseQueries":
         """Project each vector."""

@@ -8,43 +8,80 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_influence.data.examples import Block, Examples
-from lightning_influence.gradients.block import Names
+from lightning_influence.data.examples import Block
+from lightning_influence.gradients.digests import Digest, agreeing
 from lightning_influence.gradients.engine import Engine, Plan
-from lightning_influence.gradients.general import NotVectorisable, one_gradient, vectorised_rows
+from lightning_influence.gradients.general import NotVectorisable, vectorised_rows
 from lightning_influence.gradients.layout import Layout, fits
-from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.precise import CANNOT, precise
-from lightning_influence.gradients.spot_checks import agrees, largest_entry
+from lightning_influence.gradients.sample import Sample
+from lightning_influence.gradients.spot_checks import tolerance_of
 from lightning_influence.gradients.tape import Call
 from lightning_influence.types import foreign
 
-# Two batches of unequal size: the dimension whose size equals the batch size in both holds the examples.
-_SIZES = (3, 5)
 
-
-def make_plan(engine: Engine, examples: Examples, names: Sequence[str]) -> Plan:
+def make_plan(engine: Engine, sample: Sample, names: Sequence[str]) -> Plan:
     """Find for every parameter the cheapest path whose gradients agree with one backward pass per example.
 
     Args:
         engine: the engine, at the weights where the check is made.
-        examples: the dataset, of which 8 examples are used.
+        sample: of the dataset, with gradients of these parameters.
         names: the trainable parameters.
 
     Raises:
         ValueError: the gradient of a batch of training examples is not the sum of its examples' gradients.
     """
-    plan = _made(engine, examples, names)
+    plan = _made(engine, sample, names)
     if not (plan.vectorised or plan.one_by_one):
         return plan
     if engine.examples is not None:  # no later pass of a block may show what its examples weigh
-        for block in _sample(examples):
-            engine.guard.check_sum(engine, block, list(dict.fromkeys(block.ids)), names)
+        for block in sample.blocks:
+            _check_sum(engine, sample, block, names)
     if all(p.dtype is torch.float64 for p in engine.task.named_parameters(names).values()):
         return plan
     with contextlib.suppress(*CANNOT), precise(engine.task, torch.float64) as task:
-        return _merged(plan, _made(replace(engine, task=task), examples, names))
+        again = Sample(task, sample.examples, names, sample.seed)
+        return _merged(plan, _made(replace(engine, task=task), again, names))
     return plan
+
+
+def bytes_of_one(engine: Engine, sample: Sample, plan: Plan) -> int:
+    """The bytes of one example's gradient as the plan computes it."""
+    calls, block = _calls(engine, sample)[-1], sample.blocks[-1]
+    parts, lost = engine.parts_of(calls, block, plan.layouts, plan.separate)
+    parameters = engine.task.named_parameters([*plan.vectorised, *plan.one_by_one, *lost])
+    dense = sum(p.numel() * p.element_size() for p in parameters.values())
+    return dense + sum(part.query_bytes(1) for part in parts.values())
+
+
+def _check_sum(engine: Engine, sample: Sample, block: Block, names: Sequence[str]) -> None:
+    """Compare the gradient of a block with the sum of its examples'; ``Guard.check_sum`` repeats it and refuses."""
+    ids = list(dict.fromkeys(block.ids))
+    joint = sample.gradient(ids)
+    weights = engine.weights_of(ids)
+    factor = engine.reduction.factor(len(ids), weights)
+    shares = [1.0] * len(ids) if weights is None else weights.tolist()
+    known = [
+        (one, share) for i, share in zip(ids, shares, strict=True) if share and (one := _truth(sample, i)).is_finite
+    ]
+    if not joint.is_finite:
+        return  # the attributor reports every such example
+    largest = max([joint.largest * factor, *(one.largest * share for one, share in known)])
+    for name in names:
+        whole, parts = joint.values[name] * factor, [one.values[name] * share for one, share in known]
+        size = max([float(x.abs().max()) for x in (whole, *parts)]) if whole.numel() else 0.0
+        relative, floor = tolerance_of(whole)
+        allowed = relative * size + floor * largest * joint.spread[name]
+        if whole.numel() and float((whole - sum(parts)).abs().max()) > allowed:
+            engine.guard.check_sum(engine, block, ids, names)
+            return
+    engine.guard.made += 1
+
+
+def _truth(sample: Sample, example: int) -> Digest:
+    found = sample.alone(example, gradient=True).gradient
+    assert found is not None
+    return found
 
 
 def _merged(plan: Plan, precisely: Plan) -> Plan:
@@ -59,138 +96,79 @@ def _merged(plan: Plan, precisely: Plan) -> Plan:
     )
 
 
-def _made(engine: Engine, examples: Examples, names: Sequence[str]) -> Plan:
-    blocks = _sample(examples)
-    try:
-        tapes = [engine.record(block, names, False) for block in blocks]
-        copy_leaves = False
-    except RuntimeError as error:
-        if "in-place" not in str(error):
-            raise
-        blocks = _sample(examples)
-        tapes = [engine.record(block, names, True) for block in blocks]
-        copy_leaves = True
-    recorded = [[call for call in tape.calls if call.gradient is not None] for tape in tapes]
+def _made(engine: Engine, sample: Sample, names: Sequence[str]) -> Plan:
+    recorded, blocks = _calls(engine, sample), sample.blocks
     separate = _separate(recorded)
     candidates = {name: _candidates(name, recorded, blocks) for name in names}
-    attempts = [
-        _Attempt(engine, recorded, blocks, {n: c[i] for n, c in candidates.items() if i < len(c)}, separate)
-        for i in range(max((len(c) for c in candidates.values()), default=0))
-    ]
-    vectorised = _vectorised(engine, blocks, names, attempts)
-    nonzero = _compare(engine, blocks, names, attempts, vectorised)
     layouts: dict[str, Layout] = {}
-    for attempt in attempts:
-        layouts.update({n: attempt.layouts[n] for n in names if n in attempt.agreeing and n not in layouts})
+    for i in range(max((len(c) for c in candidates.values()), default=0)):
+        tried = {n: c[i] for n, c in candidates.items() if i < len(c) and n not in layouts}
+        rows = [_factored(engine, sample, b, calls, tried, separate) for b, calls in enumerate(recorded)]
+        layouts |= {name: tried[name] for name in _agreeing(sample, rows, set(tried))}
+    nonzero = set().union(*(_truth(sample, i).nonzero for ids in sample.chosen for i in ids))
     reached = {name for calls in recorded for call in calls for name in call.names.values()}
     unreached = tuple(name for name in names if name not in reached and name not in nonzero)
     general = [name for name in names if name not in layouts and name not in unreached]
-    missing = [name for name in general if vectorised is None or name not in vectorised.agreeing]
-    fast = tuple(name for name in general if name not in missing)
-    uses = frozenset().union(*(tape.uses for tape in tapes))
-    zero = tuple(name for name in names if nonzero and name not in nonzero and name not in unreached)
+    fast = _vectorised(engine, sample, general)
     return Plan(
         {n: layouts[n] for n in names if n in layouts},
-        fast,
-        tuple(missing),
+        tuple(name for name in general if name in fast),
+        tuple(name for name in general if name not in fast),
         separate,
-        copy_leaves,
-        uses,
+        sample.copy_leaves,
+        frozenset().union(*(tape.uses for tape in sample.tapes)),
         unreached,
-        zero,
+        tuple(name for name in names if nonzero and name not in nonzero and name not in unreached),
     )
 
 
-class _Attempt:
-    """Factored gradients of the sampled examples under one choice of layouts."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        recorded: Sequence[Sequence[Call]],
-        blocks: Sequence[Block],
-        layouts: dict[str, Layout],
-        separate: frozenset[str],
-    ) -> None:
-        self.layouts = layouts
-        self.parts: list[dict[Names, Part]] = []
-        self.agreeing = set(layouts)
-        for calls, block in zip(recorded, blocks, strict=True):
-            parts, failed = engine.parts_of(calls, block, layouts, separate)
-            self.parts.append(parts)
-            self.agreeing -= set(failed)
-
-    def row(self, block: int, example: int) -> dict[str, Tensor]:
-        """One example's gradient for the parameters that have agreed so far."""
-        rows: dict[str, Tensor] = {}
-        for names, part in self.parts[block].items():
-            if self.agreeing & set(names):
-                dense = part.slice(slice(example, example + 1)).dense()
-                rows.update({name: row[0] for name, row in zip(names, dense, strict=True)})
-        return rows
+_Rows = tuple[dict[str, Tensor], set[str]]
+"""Digests of the gradients of a block, and the parameters for which they failed."""
 
 
-class _Vectorised(_Attempt):
-    """Gradients of the sampled examples by ``torch.func``."""
-
-    def __init__(self, engine: Engine, blocks: Sequence[Block], names: Sequence[str]) -> None:
-        self.layouts = {}
-        self.agreeing = set(names)
-        self.parts = [vectorised_rows(engine.task, block, names) for block in blocks]
-
-
-def _vectorised(
-    engine: Engine, blocks: Sequence[Block], names: Sequence[str], attempts: Sequence[_Attempt]
-) -> _Vectorised | None:
-    """The gradients by ``torch.func`` of the parameters whose factored gradients are wrong for the first example.
-
-    None if there are no such parameters, or if the module cannot be vectorised.
-    """
-    first = blocks[0]
-    truth = one_gradient(engine.task, first.one(first.start), names, engine.seed, first.start)
-    largest = largest_entry(truth.values())
-    suspect = [
-        n for n in names if not any(agrees(a.row(0, 0).get(n), truth[n], largest) for a in attempts if n in a.agreeing)
-    ]
-    try:
-        return _Vectorised(engine, blocks, suspect) if suspect else None
-    except NotVectorisable:
-        return None
+def _calls(engine: Engine, sample: Sample) -> list[list[Call]]:
+    """What was recorded of each block, back from the sum of its examples' losses."""
+    recorded = []
+    for tape, block in zip(sample.tapes, sample.blocks, strict=True):
+        by = engine.reduction.factor(block.size, engine.weights_of(block.ids))
+        found = [(call, call.gradient) for call in tape.calls if call.gradient is not None]
+        recorded.append([call if by == 1 else replace(call, gradient=g * by) for call, g in found])
+    return recorded
 
 
-def _compare(
+def _factored(
     engine: Engine,
-    blocks: Sequence[Block],
-    names: Sequence[str],
-    attempts: Sequence[_Attempt],
-    vectorised: _Vectorised | None,
-) -> set[str]:
-    """Remove from every attempt the parameters that disagree with plain autograd on any example.
-
-    Returns:
-        The parameters whose gradients are not all zero.
-    """
-    nonzero: set[str] = set()
-    all_attempts = [*attempts] if vectorised is None else [*attempts, vectorised]
-    for b, block in enumerate(blocks):
-        for i, example in enumerate(block.ids):
-            truth = one_gradient(engine.task, block.one(example), names, engine.seed, example)
-            nonzero |= {name for name, gradient in truth.items() if bool(gradient.any())}
-            if not all(bool(gradient.isfinite().all()) for gradient in truth.values()):
-                continue  # nothing to compare; the attributor reports every such example
-            largest = largest_entry(truth.values())
-            for attempt in all_attempts:
-                rows = attempt.row(b, i)
-                attempt.agreeing = {n for n in attempt.agreeing if agrees(rows.get(n), truth[n], largest)}
-    return nonzero
+    sample: Sample,
+    number: int,
+    calls: Sequence[Call],
+    layouts: Mapping[str, Layout],
+    separate: frozenset[str],
+) -> _Rows:
+    """The gradients of a block from recorded calls, under one choice of layouts."""
+    parts, failed = engine.parts_of(calls, sample.blocks[number], layouts, separate)
+    return sample.digester.rows(parts, set(layouts)), set(failed)
 
 
-def _sample(examples: Examples) -> list[Block]:
-    """Two blocks of examples spread over the dataset, with repetition if it is tiny."""
-    n = len(examples)
-    # Not `evenly_spread`: always this many, and other examples in the second block than in the first.
-    ids = [[(round((i + 0.5 * b) * n / size)) % n for i in range(size)] for b, size in enumerate(_SIZES)]
-    return [examples.chosen(chosen) for chosen in ids]
+def _vectorised(engine: Engine, sample: Sample, names: Sequence[str]) -> set[str]:
+    """The parameters whose gradients ``torch.func`` computes rightly."""
+    if not names:
+        return set()
+    try:
+        found = [vectorised_rows(engine.task, block, names) for block in sample.blocks]
+    except NotVectorisable:
+        return set()
+    return _agreeing(sample, [(sample.digester.rows(parts, set(names)), set()) for parts in found], set(names))
+
+
+def _agreeing(sample: Sample, rows: Sequence[_Rows], names: set[str]) -> set[str]:
+    """The parameters whose gradients agree with plain autograd for all examples."""
+    for (of_block, failed), ids in zip(rows, sample.chosen, strict=True):
+        names = names - failed
+        for row, example in enumerate(ids):
+            truth = _truth(sample, example)
+            if truth.is_finite:  # otherwise there is nothing to compare; the attributor reports every such example
+                names = agreeing(of_block, row, truth, names)
+    return names
 
 
 def _candidates(name: str, recorded: Sequence[Sequence[Call]], blocks: Sequence[Block]) -> list[Layout]:

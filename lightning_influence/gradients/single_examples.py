@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_influence.data.examples import Examples, alike
-from lightning_influence.gradients.general import one_gradient
-from lightning_influence.gradients.reduction import WAY_OUT, NoRelation, Probed, probe
+from lightning_influence.gradients.reduction import WAY_OUT, NoRelation
+from lightning_influence.gradients.reduction_probe import Probed, probe
+from lightning_influence.gradients.sample import Sample
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.module.snapshot import restoring
 from lightning_influence.module.task import Task
@@ -30,7 +31,9 @@ _STACK = (
 _IN_TRAINING = f"{WAY_OUT} It may switch layers to train mode; their modes are restored after each pass."
 
 
-def probe_examples(task: Task, examples: Examples, names: Sequence[str] = (), also: Sequence[int] = ()) -> Probed:
+def probe_examples(
+    task: Task, examples: Examples, names: Sequence[str] = (), also: Sequence[int] = ()
+) -> tuple[Probed, Sample]:
     """Find how a batch's loss follows from its examples' losses, see ``probe``.
 
     Where a batch of one fails, ``examples.share_of_copies`` is set: two copies of an example then stand for it.
@@ -40,6 +43,9 @@ def probe_examples(task: Task, examples: Examples, names: Sequence[str] = (), al
         examples: the dataset.
         names: parameters whose gradients will be taken.
         also: examples to compare besides those that are evenly spread.
+
+    Returns:
+        What was found, and the examples with their passes, for further checks.
 
     Raises:
         ValueError: no such relation was found; the message names the likely cause.
@@ -58,13 +64,12 @@ def probe_examples(task: Task, examples: Examples, names: Sequence[str] = (), al
         raise
 
 
-def _probe(task: Task, examples: Examples, names: Sequence[str], also: Sequence[int]) -> Probed:
-    found = probe(task, examples, 0, also, gradients=bool(names))
-    if names:  # some losses fail on a batch of one in the backward pass only
-        one_gradient(task, examples.one(0), names, 0, 0)
-    elif task.loss is not None:
-        task(task.to_device(examples.one(0)))
-    return found
+def _probe(task: Task, examples: Examples, names: Sequence[str], also: Sequence[int]) -> tuple[Probed, Sample]:
+    sample = Sample(task, examples, names)
+    found = probe(sample, also)
+    if names or task.loss is not None:  # some losses fail on a batch of one in the backward pass only
+        sample.alone(sample.ids[0])
+    return found, sample
 
 
 def _refuse(task: Task, examples: Examples, error: Exception) -> None:

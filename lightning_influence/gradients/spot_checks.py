@@ -109,7 +109,7 @@ def _scaled_by_number(operands: Sequence[Any]) -> bool:
     return any(t.requires_grad for t in tensors) and any(t.numel() == 1 and not t.requires_grad for t in tensors)
 
 
-def agrees(row: Tensor | None, truth: Tensor, largest: Tensor, tolerance: Tolerance = None) -> bool:
+def agrees(row: Tensor | None, truth: Tensor, largest: Tensor | float, tolerance: Tolerance = None) -> bool:
     """Whether one parameter's gradient is right up to rounding errors.
 
     Args:

@@ -56,6 +56,23 @@ class SumOfParts(Part):
         """[example]: inner product of each example's gradient with one parameter-shaped vector."""
         return torch.stack([term.times(vectors) for term in self.terms]).sum(0)
 
+    def times_own(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[example]: the inner product of each example's gradient with its own vector."""
+        return torch.stack([term.times_own(vectors) for term in self.terms]).sum(0)
+
+    def times_each(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """[vector, example]: inner products with several vectors."""
+        return torch.stack([term.times_each(vectors) for term in self.terms]).sum(0)
+
+    def operations(self, n_vectors: int) -> int:
+        """Multiply-adds per example of ``times_each``."""
+        return sum(term.operations(n_vectors) for term in self.terms)
+
+    def add_to(self, rows: tuple[Tensor, ...]) -> None:
+        """Add the dense gradients to ``rows``."""
+        for term in self.terms:
+            term.add_to(rows)
+
     def total(self) -> tuple[Tensor, ...]:
         """The sum over the examples, parameter-shaped."""
         return (torch.stack([term.total()[0] for term in self.terms]).sum(0),)
@@ -87,3 +104,12 @@ class SumOfParts(Part):
     def finite(self) -> Tensor:
         """[example]: whether every number is finite."""
         return torch.stack([term.finite() for term in self.terms]).all(0)
+
+
+def sum_of(parts: Sequence[Part]) -> Part:
+    """The sum of parts of the same parameters, by halves, so that of many parts each is copied only a few times."""
+    if len(parts) == 1:
+        return parts[0]
+    half = len(parts) // 2
+    left, right = sum_of(parts[:half]), sum_of(parts[half:])
+    return left.merged(right) or SumOfParts((left, right))

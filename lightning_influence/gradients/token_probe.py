@@ -2,20 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_influence.data.examples import Examples
-from lightning_influence.gradients.general import one_gradient
+from lightning_influence.gradients.sample import Sample
 from lightning_influence.gradients.token_counts import CountWatch, Key, TokenCounter, per_example
 from lightning_influence.module.random_state import seed_for
-from lightning_influence.module.task import Task
 
-# Gradients of this many examples, and of so many entries, are compared.
+# Gradients of this many examples are compared.
 _COMPARED = 8
-_ENTRIES = 2**20
 
 
 @dataclass
@@ -23,16 +19,12 @@ class GradientProbe:
     """Compares the gradients of a few batches with weighted means of the gradients of their examples.
 
     Args:
-        task: the module with its loss.
-        examples: the dataset.
-        seed: of the random state.
+        sample: of the dataset.
         ids: examples with finite losses.
         totals: what was counted in each of them, by operation.
     """
 
-    task: Task
-    examples: Examples
-    seed: int
+    sample: Sample
     ids: Sequence[int]
     totals: Mapping[Key, Mapping[int, float]]
     _singles: dict[int, Tensor] = field(default_factory=dict)
@@ -40,15 +32,6 @@ class GradientProbe:
 
     def __post_init__(self) -> None:
         self.chosen = self._most_unlike()
-        parameters = {n: p for n, p in self.task.named_parameters().items() if p.requires_grad and not p.is_complex()}
-        by_size = sorted(parameters, key=lambda name: parameters[name].numel())
-        self._names: list[str] = by_size[:1]
-        left = _ENTRIES
-        for name in dict.fromkeys([*list(parameters)[-1:], *by_size]):
-            if parameters[name].numel() <= left:
-                left -= parameters[name].numel()
-                self._names.append(name)
-        self._names = list(dict.fromkeys(self._names))
 
     def holds(self, weights: Mapping[int, float], roughly: bool = False) -> bool:
         """Whether the gradient of each batch is the mean of its examples' with these weights.
@@ -57,16 +40,16 @@ class GradientProbe:
             weights: of the examples.
             roughly: only in norm and to a few digits; otherwise in each entry and up to rounding errors.
         """
-        if not self._names:
+        if not self.sample.names:
             return roughly
         if not self._singles:
-            self._singles = {i: self._gradient(self.examples.one(i), i) for i in self.chosen}
+            self._singles = {i: self._gradient(i) for i in self.chosen}
             several = {tuple(self.chosen[:n]) for n in (2, 3, 5, len(self.chosen))}
-            self._batches = {ids: self._gradient(self.examples.some(ids), ids[0]) for ids in several}
+            self._batches = {ids: self.sample.gradient(ids).flat() for ids in several}
         largest = max(float(g.norm() if roughly else g.abs().max()) for g in self._singles.values())
         if largest == 0:  # they tell nothing
             return roughly
-        double = next(iter(self.task.named_parameters().values())).dtype is torch.float64
+        double = next(iter(self.sample.task.named_parameters().values())).dtype is torch.float64
         exact, rough = (1e-8, 1e-5) if double else (2e-4, 1e-2)
         for ids, found in self._batches.items():
             total = sum(weights[i] for i in ids)
@@ -90,10 +73,10 @@ class GradientProbe:
         """Whether the counts of a batch, split by the layout, are those of its examples alone."""
         for size in (2, 3, len(self.chosen)):
             ids = self.chosen[:size]
-            batch = self.task.to_device(self.examples.some(ids))
-            seed_for(self.seed, ids[0])
+            batch = self.sample.task.to_device(self.sample.examples.some(ids))
+            seed_for(self.sample.seed, ids[0])
             with CountWatch(key) as watch:
-                self.task(batch)
+                self.sample.task(batch)
             found = per_example(watch.found[key], len(ids), layout) if key in watch.found else None
             expected = torch.tensor([self.totals[key][i] for i in ids], dtype=torch.float64)
             if found is None or not torch.allclose(found.cpu(), expected, rtol=1e-6, atol=0.0):
@@ -110,6 +93,7 @@ class GradientProbe:
         step = max(1, len(self.ids) // _COMPARED)
         return list(dict.fromkeys([*list(extremes)[: _COMPARED - 2], *self.ids[::step], *self.ids]))[:_COMPARED]
 
-    def _gradient(self, batch: Any, example: int) -> Tensor:
-        found = one_gradient(self.task, batch, self._names, self.seed, example)
-        return torch.cat([found[name].flatten().double() for name in self._names])
+    def _gradient(self, example: int) -> Tensor:
+        found = self.sample.alone(example, gradient=True).gradient
+        assert found is not None
+        return found.flat()

@@ -53,6 +53,10 @@ class UnlikeRows:
     _spent: dict[str, int] = field(default_factory=dict)
     _followed: int = 0
 
+    def again(self) -> "UnlikeRows":
+        """For another pass over the dataset, in which nothing but what is beyond the first one's counts is new."""
+        return UnlikeRows(self._ranges, self._numbers, _spent=self._spent, _followed=self._followed)
+
     def new(self, block: Block) -> dict[int, int] | None:
         """The rows to look at, each with the id of an example that it is unlike; None if all were seen before."""
         if not self._add(block.ids):

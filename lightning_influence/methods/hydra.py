@@ -1,40 +1,40 @@
 """HyDRA: derivatives of a query's final loss with respect to training examples' weights (Chen et al., 2021)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from lightning_influence.checks import check_integer, check_positive, one_of
+from lightning_influence.gradients import Gradients
+from lightning_influence.gradients.queries import QueryGradients
+from lightning_influence.methods.hydra_during_fit import HyDRADuringFit, tracked_ids
 from lightning_influence.methods.kinds import WholeRun
 from lightning_influence.methods.method import Evidence
 from lightning_influence.replay.adjoint import adjoint
 from lightning_influence.replay.buffer_paths import note_statistics
 from lightning_influence.replay.leave_out import without
+from lightning_influence.replay.own_products import own_products
 from lightning_influence.replay.progress import ReplayProgress, note_drift
 from lightning_influence.replay.refit_agreement import Refits, removals
 from lightning_influence.replay.replay import MAX_DRIFT, Replay
 from lightning_influence.replay.samples import seconds_of_walk
 from lightning_influence.replay.steps import examples_of
 from lightning_influence.replay.vectorized import run_many
+from lightning_influence.setting.own_queries import EntryQueries, ExampleQueries
 from lightning_influence.setting.samples import Samples
 from lightning_influence.setting.setting import Queries, Setting
-from lightning_influence.timing import seconds_of, timed
-from lightning_influence.tracking.hypergradients import (
-    Hypergradients,
-    add_stored_products,
-    seconds_of_stored_products,
-)
-from lightning_influence.tracking.record import load_record, record_name
-from lightning_influence.tracking.tracker import Tracker
-from lightning_influence.tracking.visits import Visits, add_products, seconds_of_products
-from lightning_influence.types import MissingEvidence
+from lightning_influence.timing import seconds_of
 
 # Below this correlation with refits, a note warns. It is 0.9 and more where losses are smooth in the weights of the
 # examples, and about 0.5 where they are not.
 _AGREEING = 0.8
+_ONLY_A_TENTH = (
+    "`diagnostics['agreement']` is about refits of this very fit, each without a random tenth of the examples. A high "
+    "one does not say that the scores predict what happens without half of them, or with other seeds, which linear "
+    "datamodeling scores usually measure: compare methods on that by `metrics.evaluate`."
+)
 # Memory per query, in vectors of the model's size: derivatives by weights and optimizer state, before and after a step,
 # and those inside a product.
 _VECTORS = 8
@@ -57,8 +57,9 @@ class HyDRA(WholeRun):
     Needs: the batch order, learning rates and checkpoints of a fit by an optimizer that can be replayed.
     Units: query loss.
     Cost: one replay of the fit, then per query and step about the time of two steps (one without the Hessian), and
-    ``checks`` more replays. Memory: weights and optimizer state of the steps between two checkpoints, and per query
-    a few vectors of the model's size.
+    ``checks`` more replays. Self-influence: as with one query per example (or per parameter, where these are fewer);
+    without the Hessian, two passes per example and step in all. Memory: weights and optimizer state of the steps
+    between two checkpoints, and per query a few vectors of the model's size.
     Departs from the paper: no term of the Hessian is dropped; an example counts at the steps with it (the printed
     algorithm counts it at the others).
 
@@ -76,7 +77,9 @@ class HyDRA(WholeRun):
             random tenth of the examples, for fits where a single derivative predicts removals badly (see ``checks``).
         checks: the number of refits, each without a random tenth of the examples, that the scores are checked with.
             ``Scores.diagnostics["agreement"]`` is the correlation of predicted with true changes of the queries'
-            losses, which tells how far to trust the scores. 0: no check.
+            losses, which tells how far to trust the scores about removals of that size from this very fit. Without
+            half of the examples, or with other seeds, they may predict far worse: see ``metrics.evaluate``. 0: no
+            check.
 
     Raises:
         ValueError: other values; an optimizer that cannot be replayed; a loss that mixes examples in training (batch
@@ -110,7 +113,7 @@ class HyDRA(WholeRun):
         """``HyDRA(mode="during_fit", ...)`` returns ``HyDRA.during_fit(...)``."""
         if mode != "during_fit":
             return super().__new__(cls)
-        cls("replay", hessian, _ids(examples), memory, removal, max_drift, runs, checks)  # raises for bad values
+        cls("replay", hessian, tracked_ids(examples), memory, removal, max_drift, runs, checks)  # raises for bad values
         _check_only_replay(mode, removal, runs)
         made = cls.during_fit(hessian, examples, memory)
         object.__setattr__(made, "_of_replay", {"max_drift": max_drift, "checks": checks})
@@ -128,14 +131,14 @@ class HyDRA(WholeRun):
         check_integer("memory", memory)
         if self.runs > 1 and self.removal != "downweight":
             _check_only_replay(mode, self.removal, self.runs)
-        object.__setattr__(self, "examples", _ids(self.examples))
+        object.__setattr__(self, "examples", tracked_ids(self.examples))
 
     @classmethod
     def during_fit(
         cls, hessian: bool = True, examples: Sequence[int] | None = None, memory: int = 2**30
     ) -> "HyDRADuringFit":
         """The same scores by forward-mode differentiation while the fit runs; see ``HyDRADuringFit``."""
-        return HyDRADuringFit(hessian, _ids(examples), memory)
+        return HyDRADuringFit(hessian, tracked_ids(examples), memory)
 
     def scored(self, n_train: int) -> Sequence[int] | None:
         """The given ``examples``."""
@@ -152,23 +155,83 @@ class HyDRA(WholeRun):
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """Minus the derivative of each query's final loss by each example's weight, [query, train]."""
         replay = self._replay(setting)
-        progress = ReplayProgress(setting, self.runs * sum(examples_of(part.steps) for part in replay.segments))
-        if self.runs == 1:
-            final = setting.final().gradients(queries).dense()
-            scores = -adjoint(replay, final, self.hessian, self.removal == "renormalize", progress)
-        else:
-            scores = -self._mean(setting, replay, queries, progress)
+        progress = ReplayProgress(setting, self.runs * examples_of(replay.steps))
+        scores = -self._derivatives(setting, replay, queries.gradients, progress)
+        progress.finish()
+        self._note(setting, replay)
+        if self.checks:
+            self._note_agreement(setting, replay, scores, queries)
+        return scores.to(setting.zeros().dtype)
+
+    def self_influence(self, setting: Setting) -> Tensor:
+        """Minus the derivative of each example's own final loss by its weight, [train]; without ``checks``.
+
+        Without the Hessian, one walk backwards gives it for all examples. Otherwise they are queries, as many at once
+        as there is memory for; a model with fewer parameters than there are examples takes one query per parameter.
+        """
+        replay, total = self._replay(setting), setting.zeros()
+        if not self.hessian and self.runs == 1:
+            found = self._in_one_walk(setting, replay)
+            if found is not None:
+                return total - found.to(total)
+        blocks = self._own_blocks(setting)
+        progress = ReplayProgress(setting, len(blocks) * self.runs * examples_of(replay.steps))
+        for block in blocks:
+            own = block.own(self._derivatives(setting, replay, block.gradients, progress))
+            total[block.ids] -= own.to(total)
+        progress.finish()
+        self._note(setting, replay)
+        return total
+
+    def _in_one_walk(self, setting: Setting, replay: Replay) -> Tensor | None:
+        progress = ReplayProgress(setting, examples_of(replay.steps))
+        found = own_products(replay, self._final(setting), self.removal == "renormalize", progress)
+        if found is not None:
+            progress.finish()
+            self._note(setting, replay)
+        return found
+
+    def _final(self, setting: Setting) -> Callable[[Sequence[int]], Gradients]:
+        """Gradients of any training examples at the final weights, which are loaded each time."""
+        assert setting.trajectory is not None
+        last = setting.trajectory.checkpoints[-1]
+        state = last.load()
+
+        def final(ids: Sequence[int]) -> Gradients:
+            setting.task.load(state.parameters, state.buffers, last.step, last.epoch)
+            return setting.engine.gradients(setting.examples.chosen(ids))
+
+        return final
+
+    def _own_blocks(self, setting: Setting) -> list[ExampleQueries] | list[EntryQueries]:
+        """The quantities that are derived for self-influence, in blocks of as many as fit."""
+        ids = list(range(setting.n_train)) if self.examples is None else list(self.examples)
+        parameters, most = (
+            setting.engine.task.named_parameters(setting.engine.plan.names),
+            self.queries_at_once(setting),
+        )
+        entries = sum(p.numel() for p in parameters.values())
+        if entries < len(ids) and self.runs == 1:  # with more runs, gradients are those at the end of each
+            return [EntryQueries(setting, ids, range(k, min(k + most, entries))) for k in range(0, entries, most)]
+        return [ExampleQueries(setting, ids[k : k + most]) for k in range(0, len(ids), most)]
+
+    def _derivatives(
+        self, setting: Setting, replay: Replay, gradients: Callable[[], QueryGradients], progress: ReplayProgress
+    ) -> Tensor:
+        """Derivatives of quantities with these gradients at the end by the examples' weights, [quantity, train]."""
+        if self.runs > 1:
+            return self._mean(setting, replay, gradients, progress)
+        setting.final()
+        return adjoint(replay, gradients().dense(), self.hessian, self.removal == "renormalize", progress)
+
+    def _note(self, setting: Setting, replay: Replay) -> None:
         if self.removal == "renormalize" and not replay.forward.mean:
             setting.note(
                 "`removal='renormalize'` is the same as `'downweight'` here: the loss is a sum, without a divisor."
             )
-        progress.finish()
         note_drift(setting, replay)
         if self.hessian:
             note_statistics(setting)
-        if self.checks:
-            self._note_agreement(setting, replay, scores, queries)
-        return scores.to(setting.zeros().dtype)
 
     def queries_at_once(self, setting: Setting) -> int:
         """As many queries as fit in half a GiB."""
@@ -176,23 +239,35 @@ class HyDRA(WholeRun):
 
     def seconds(self, setting: Setting, queries: Queries | None) -> float:
         """Time the derivatives of a few steps, and refits of them."""
-        if queries is None:
-            return 0.0  # self-influence is refused at once
-        total = seconds_of(lambda: self._replay(setting))
-        replay, final = self._replay(setting), setting.final().gradients(queries).dense()
+        total, replay = seconds_of(lambda: self._replay(setting)), self._replay(setting)
         total += seconds_of(setting.final) * (len(replay.segments) + 1)
         renormalize = self.removal == "renormalize"
-        walked = seconds_of_walk(replay, lambda few: adjoint(few, final, self.hessian, renormalize))
+        if queries is None and not self.hessian and self.runs == 1:
+            found: list[Tensor | None] = []
+            walk = lambda few: found.append(own_products(few, self._final(setting), renormalize))  # noqa: E731
+            walked = seconds_of_walk(replay, walk)
+            if found[-1] is not None:
+                return total + walked
+        blocks, made = [queries] if queries is not None else self._own_blocks(setting), []
+        setting.final()
+        total += len(blocks) * seconds_of(lambda: made.append(blocks[0].gradients()))
+        vectors = made[0].dense()
+        walked = seconds_of_walk(replay, lambda few: adjoint(few, vectors, self.hessian, renormalize))
         if self.runs > 1:
             walked = (walked + seconds_of_walk(replay, lambda few: few.run())) * self.runs
-        total += walked
+        total += walked * len(blocks)
+        if queries is None:
+            entries = isinstance(blocks[0], EntryQueries)
+            return total + (Samples.of(setting).backward * setting.n_train * len(blocks) if entries else 0.0)
         if not self.checks:
             return total
-        weights = removals(len(replay.examples), self.checks).to(next(iter(final.values())))
+        weights = removals(len(replay.examples), self.checks).to(next(iter(vectors.values())))
         total += seconds_of_walk(replay, lambda few: run_many(few, weights, renormalize))
         return total + Samples.of(setting).forward * self.checks * len(queries)
 
-    def _mean(self, setting: Setting, replay: Replay, queries: Queries, progress: ReplayProgress) -> Tensor:
+    def _mean(
+        self, setting: Setting, replay: Replay, gradients: Callable[[], QueryGradients], progress: ReplayProgress
+    ) -> Tensor:
         """The mean of the derivatives at ``runs`` fits, each without some of the examples, [query, train]."""
         total = None
         replay.run()  # raises DriftError unless the replay reproduces the fit
@@ -200,7 +275,7 @@ class HyDRA(WholeRun):
             part = without(replay, weights == 0)
             setting.final()
             part.run().put_into(setting.task)
-            found = adjoint(part, queries.gradients().dense(), self.hessian, done=progress)
+            found = adjoint(part, gradients().dense(), self.hessian, done=progress)
             total = found if total is None else total + found
         assert total is not None
         return total / self.runs
@@ -211,10 +286,13 @@ class HyDRA(WholeRun):
     def _note_agreement(self, setting: Setting, replay: Replay, scores: Tensor, queries: Queries) -> None:
         """Adds the correlation of the scores with refits to the diagnostics, and a note if it is low."""
         weights = removals(len(replay.examples), self.checks)
-        refits = setting.state(self, Refits, replay, weights, self.removal == "renormalize")
+        with setting.progress(len(weights), "HyDRA: refits", "fit") as done:
+            refits = setting.state(self, Refits, replay, weights, self.removal == "renormalize", done)
         value = refits.agreement(scores, queries)
         setting.diagnostic("agreement", value, min)
-        if not value >= _AGREEING:
+        if value >= _AGREEING:
+            setting.note(_ONLY_A_TENTH)
+        else:
             setting.note(
                 f"Agreement is {value:.2f}, below {_AGREEING}: in {self.checks} refits, each without a random tenth of "
                 "the examples, the queries' losses did not change as the scores predict. What really happens without "
@@ -222,98 +300,6 @@ class HyDRA(WholeRun):
                 "a lower learning rate or smoother activations make a fit easier to predict; `InfluenceFunction` and "
                 "`SOURCE` are better estimates of averages over seeds."
             )
-
-
-@dataclass(frozen=True)
-class HyDRADuringFit(WholeRun):
-    """``HyDRA`` by hypergradients that are computed while the fit runs. Made by ``HyDRA.during_fit()``.
-
-    A hypergradient is the derivative of the weights with respect to one training example's weight in the loss.
-
-    Needs: a fit with ``Influence(methods=[HyDRA.during_fit()])``.
-    Units: query loss.
-    Cost: with the Hessian, one Hessian-vector product per tracked example and step; without it, for SGD, the gradients
-    of the examples at each visit, for Adam one elementwise pass over a vector of the model's size per example and step.
-
-    Args:
-        hessian: whether a changed weight changes the gradients of later steps; False: the paper's fast approximation,
-            in which it does not.
-        examples: ids of the training examples that get scores; None: all.
-        memory: bytes of hypergradients in memory; beyond that a file is used.
-
-    Raises:
-        ValueError: other values; an optimizer that cannot be differentiated.
-        MissingEvidence: a fit that ran without this method and these hyper-parameters.
-    """
-
-    hessian: bool = True
-    examples: tuple[int, ...] | None = None
-    memory: int = 2**30
-    needs: ClassVar[Evidence] = Evidence.TRACKER
-    _of_replay: ClassVar[Mapping[str, float]] = {"max_drift": MAX_DRIFT, "checks": 4}
-
-    def __post_init__(self) -> None:
-        one_of("hessian", self.hessian, (True, False))
-        check_integer("memory", self.memory)
-        object.__setattr__(self, "examples", _ids(self.examples))
-
-    @property
-    def name(self) -> str:
-        """``"HyDRA"``, as with the other mode."""
-        return "HyDRA"
-
-    def hyperparameters(self) -> dict[str, Any]:
-        """With the mode, which tells the scores of the two classes apart."""
-        return {"mode": "during_fit"} | super().hyperparameters()
-
-    @property
-    def record(self) -> str:
-        """The name that earlier versions, with one class for both modes, gave to the record: theirs are found too."""
-        return record_name(self.name, self.hyperparameters() | {"removal": "downweight", "runs": 1, **self._of_replay})
-
-    def tracker(self) -> Tracker:
-        """Records hypergradients, or without the Hessian what they can be computed from later."""
-        if self.hessian:
-            return Hypergradients(True, self.examples, self.memory)
-        return Visits(self.examples, self.memory)
-
-    def scored(self, n_train: int) -> Sequence[int] | None:
-        """The tracked ``examples``."""
-        return self.examples
-
-    def unit(self, setting: Setting) -> str:
-        """Loss, since the scores are predicted differences of losses."""
-        return "loss"
-
-    def score(self, setting: Setting, queries: Queries) -> Tensor:
-        """Products of the queries' gradients with the recorded hypergradients, [query, train]; 0 without one."""
-        assert setting.trajectory is not None
-        assert setting.trajectory.path is not None
-        stage, total = setting.final(), setting.zeros(queries)
-        record = load_record(setting.trajectory.path, self.record, stage.step)
-        query = stage.gradients(queries)
-        if record.facts["kind"] == "visits":
-            add_products(total, setting.ids.start, query, record, setting.trajectory.path.parent)
-        else:
-            add_stored_products(total, query, record)
-        setting.on_block(len(setting.ids))
-        if self.hessian:
-            note_statistics(setting)
-        return -total
-
-    def seconds(self, setting: Setting, queries: Queries | None) -> float:
-        """Time a few products of the queries with what was recorded."""
-        if queries is None:
-            return 0.0  # self-influence is refused at once
-        path, scores, query = getattr(setting.trajectory, "path", None), setting.zeros(queries), queries.gradients()
-        asked = timed(queries.gradients)
-        try:
-            record = load_record(path, self.record, setting.final().step)
-        except MissingEvidence:  # raised again at once when scores are computed
-            return asked
-        if record.facts["kind"] == "visits":
-            return asked + seconds_of_products(scores, query, record, Path(path or "").parent)
-        return asked + seconds_of_stored_products(scores, query, record)
 
 
 def _check_only_replay(mode: str, removal: str, runs: int) -> None:
@@ -324,9 +310,3 @@ def _check_only_replay(mode: str, removal: str, runs: int) -> None:
         )
     if removal == "renormalize":
         raise ValueError(f"Expected `mode='replay'` for `removal='renormalize'`, got {mode!r}.")
-
-
-def _ids(examples: Sequence[int] | None) -> tuple[int, ...] | None:
-    if examples is not None and not isinstance(examples, Iterable):
-        raise TypeError(f"Expected `examples` to be ids of training examples or None, got {examples!r}.")
-    return None if examples is None else tuple(sorted({int(i) for i in examples}))

@@ -11,9 +11,9 @@ from lightning_influence.checks import check_integer
 from lightning_influence.data.examples import Examples
 from lightning_influence.gradients.final_layer import last_linear
 from lightning_influence.methods.kinds import ForwardOnly
-from lightning_influence.module.batch_index import differing_indices
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.task import Task
+from lightning_influence.module.watched_index import differing_indices
 from lightning_influence.setting.samples import Samples
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.timing import Work, timed

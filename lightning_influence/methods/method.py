@@ -49,6 +49,12 @@ class Cost(NamedTuple):
     checkpoints: int
     work: tuple[Work, ...] = ()
 
+    def of_share(self, fraction: float, *besides: Work) -> "Cost":
+        """That of a share of the work, and of other work besides."""
+        pieces = (*besides, *(piece._replace(times=piece.times * fraction) for piece in self.work))
+        seconds = self.seconds * fraction + sum(piece.seconds for piece in besides)
+        return self._replace(seconds=seconds, work=pieces)
+
 
 class Tile(NamedTuple):
     """The size of the part of the score matrix that one call of ``Method.score`` computes."""
@@ -113,7 +119,7 @@ class Method(ABC):
         """
 
     def self_influence(self, setting: Setting) -> Tensor:
-        """Score each training example of the tile with itself as the query, [train].
+        """Score each training example of the tile with itself as the query, [train]; those not ``scored`` are dropped.
 
         Raises:
             NotImplementedError: the method does not implement it.

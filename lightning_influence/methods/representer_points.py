@@ -1,9 +1,9 @@
 """RepresenterPoints: a prediction as a sum over training examples, by the last linear layer (Yeh et al., 2018)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,8 +13,17 @@ from lightning_influence.files.arrow import read_file, write_file
 from lightning_influence.gradients import Reduction
 from lightning_influence.gradients.final_layer import Head, HeadRows, find_head, head_rows, writable
 from lightning_influence.methods.kinds import ForwardOnly
-from lightning_influence.numerics.heads import HeadFit, Link, PenalisedHead
+from lightning_influence.numerics.head_preconditioner import operations_once
+from lightning_influence.numerics.heads import Link, Rows
+from lightning_influence.numerics.penalised_head import HeadFit, PenalisedHead, passes
 from lightning_influence.setting.setting import Queries, Setting
+from lightning_influence.timing import Work, timed
+
+# Up to this many numbers of the training examples' features are held in memory for the solve, as rows of so many.
+_HELD = 2**26
+_ROWS = 1024
+# Of a progress bar.
+_PARTS = 100
 
 
 @dataclass(frozen=True)
@@ -33,8 +42,10 @@ class RepresenterPoints(ForwardOnly):
     Needs: the final weights.
     Units: query loss, to first order in the example's term; pre-activations if ``of`` is a class or ``"label"``.
     Cost: one forward pass per example, once: features are kept on disk with the trajectory. Then the minimisation for
-    the head (the last linear layer), and per score ``class + dim`` operations.
-    Departs from the paper: the head's minimum is found by Newton's method in float64; labels are the default targets.
+    the head (the last linear layer), about a hundred passes over the features, and per score ``class + dim``
+    operations. Memory: up to a GiB of features and their curvature during the minimisation.
+    Departs from the paper: the head's minimum is found by Newton's method in float64, on the CPU; labels are the
+    default targets.
 
     Args:
         of: ``"loss"``: the influence on the query's loss. A class (0, 1, ...): the terms of the query's pre-activation
@@ -129,17 +140,49 @@ class RepresenterPoints(ForwardOnly):
         """The decomposition, which is computed once per question."""
         return setting.state(self, self._decompose, setting)
 
-    def _decompose(self, setting: Setting) -> "Points":
-        trajectory = setting.trajectory
+    def work(self, setting: Setting, queries: Queries | None) -> list[Work]:
+        """The head's minimum too."""
+        return [Work("head's minimum", 1, self.seconds_of_minimum(setting)), *super().work(setting, queries)]
+
+    def seconds_of_minimum(self, setting: Setting) -> float:
+        """Estimated seconds of finding the head's minimum, at usual numbers of passes; 0 if it is stored."""
+        if not self.refit:
+            return 0.0
+        try:
+            head, link = self._head(setting)
+        except ValueError:  # raised again when scores are computed
+            return 0.0
+        if setting.trajectory is not None and setting.trajectory.path is not None:
+            path = setting.trajectory.path / "features" / self._file(setting, head)
+            if path.is_file():
+                return 0.0
+        count, (classes, dim) = setting.n_train, head.weight().shape
+        features = torch.ones(min(count, _ROWS), dim, dtype=torch.float64)
+        weight = torch.zeros(classes, dim, dtype=torch.float64)
+        rows = [(features, features.new_zeros(len(features), classes))]
+        product = PenalisedHead(lambda: iter(rows), link, self.weight_decay).hessian(weight)
+        moment = timed(lambda: features.T @ features) / (len(features) * dim**2)
+        made = passes(link, self.weight_decay) * timed(lambda: product(weight)) * count / len(features)
+        return made + moment * operations_once(count, dim)
+
+    def _head(self, setting: Setting) -> tuple[Head, Link]:
+        """The head and its loss."""
         head = find_head(setting.task, setting.reduction_of(None), setting.examples, self.head)
-        link = head.link(setting.examples)
-        run = None if trajectory is None else trajectory.path
+        return head, head.link(setting.examples)
+
+    def _file(self, setting: Setting, head: Head) -> str:
+        """Name of the file with the head's minimum."""
+        return f"{head.name}-step-{_step(setting)}-{self.target}-{self.weight_decay!r}.head.arrow"
+
+    def _decompose(self, setting: Setting) -> "Points":
+        head, link = self._head(setting)
+        run = None if setting.trajectory is None else setting.trajectory.path
         folder = writable(None if run is None else run / "features", owner=head)
-        step = 0 if trajectory is None else trajectory.checkpoints[-1].step
-        batches = head_rows(head, setting.examples, folder / f"{head.name}-step-{step}.arrow")
+        batches = head_rows(head, setting.examples, folder / f"{head.name}-step-{_step(setting)}.arrow")
         points = Points(head, link, batches, self.target == "model", self.weight_decay, setting.n_train)
-        name = f"{head.name}-step-{step}-{self.target}-{self.weight_decay!r}.head.arrow"
-        points.solve(folder / name, self.max_iterations if self.refit else 0)
+        with setting.progress(_PARTS, f"solving for the head `{head.name}`", "%") as done:
+            iterations = self.max_iterations if self.refit else 0
+            points.solve(folder / self._file(setting, head), iterations, _watch(setting, done))
         self._report(setting, points)
         return points
 
@@ -155,9 +198,12 @@ class RepresenterPoints(ForwardOnly):
         setting.diagnostic("head_gradient_norm", fit.gradient_norm)
         setting.diagnostic("reconstruction_error", error)
         if self.refit and not fit.converged:
+            again = "" if setting.trajectory is None else ", or ask again, which goes on from there"
+            when, limit = ("at the limit of time ", "`Attributor.limit_seconds`, ") if setting.late else ("", "")
             setting.warn(
-                f"The head `{points.head.name}` stopped after {fit.iterations} Newton steps at gradient norm "
-                f"{fit.gradient_norm:.1e}: the decomposition is not exact. Raise `max_iterations` or `weight_decay`."
+                f"The head `{points.head.name}` stopped {when}after {fit.iterations} Newton steps at gradient norm "
+                f"{fit.gradient_norm:.1e}: the decomposition is not exact, by `diagnostics['reconstruction_error']`. "
+                f"Raise {limit}`max_iterations` or `weight_decay`{again}."
             )
 
 
@@ -201,36 +247,77 @@ class Points:
                 yield slice(low - ids.start, high - ids.start), batch[low - start : high - start]
             start += len(batch.features)
 
-    def solve(self, path: Path, max_iterations: int) -> None:
-        """Finds the head's minimum, or reads it from the file; with 0 iterations the head stays as it was trained."""
-        objective = PenalisedHead(self._rows, self.link, self.weight_decay)
+    def solve(self, path: Path, max_iterations: int, watch: Callable[[float], Any]) -> None:
+        """Finds the head's minimum, or reads it from the file; with 0 iterations the head stays as it was trained.
+
+        Args:
+            path: of the file. A solve that stopped early leaves what it found there too: the next one goes on from it.
+            max_iterations: the most Newton steps.
+            watch: called with the share of the way that is made; True: stop.
+        """
+        objective = PenalisedHead(self._training_set(), self.link, self.weight_decay)
         weight = self.head.weight()
         if max_iterations == 0:
-            self.fit = HeadFit(weight, float(objective.gradient(weight).norm()), 0, False)
+            self.fit = HeadFit(weight, float(objective.value_and_gradient(weight)[1].norm()), 0, False)
             return
         stored = _stored(path, weight, objective) if path.is_file() else None
-        self.fit = stored or objective.fit(weight, max_iterations=max_iterations)
-        if stored is None and self.fit.converged:
-            write_file(path, "head", {"weight": self.fit.weight}, {"iterations": self.fit.iterations}, overwrite=True)
+        if stored is None or not stored.converged:
+            stored = objective.fit(
+                weight if stored is None else stored.weight, max_iterations=max_iterations, watch=watch
+            )
+            write_file(path, "head", {"weight": stored.weight}, {"iterations": stored.iterations}, overwrite=True)
+        self.fit = stored
 
     def reconstruction_error(self) -> float:
         """An upper bound of the decomposition's error in the pre-activations of any training example."""
         longest = max(float(self.head.augmented(rows.features).norm(dim=1).max()) for rows in self.batches)
         return self.fit.gradient_norm / self.weight_decay * longest
 
+    def _training_set(self) -> Rows:
+        """The rows, in memory in larger blocks if they fit, since the solve takes many passes over them."""
+        classes, dim = self.head.weight().shape
+        if self.n_train * dim > _HELD:
+            return self._rows
+        features = torch.empty(self.n_train, dim, dtype=torch.float64)
+        targets, start = torch.empty(self.n_train, classes, dtype=torch.float64), 0
+        for some, target in self._rows():
+            features[start : start + len(some)], targets[start : start + len(some)] = some, target
+            start += len(some)
+        return lambda: zip(features.split(_ROWS), targets.split(_ROWS), strict=True)
+
     def _rows(self) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in self.batches:
             yield self.head.augmented(rows.features), self.target(rows)
 
 
+def _step(setting: Setting) -> int:
+    """The optimizer step of the weights; 0 without a trajectory."""
+    return 0 if setting.trajectory is None else setting.trajectory.checkpoints[-1].step
+
+
 def _stored(path: Path, like: Tensor, objective: PenalisedHead) -> HeadFit | None:
-    """The head in the file, if its gradient vanishes: the minimum is unique, so no other check is needed."""
+    """The head in the file; converged if its gradient vanishes: the minimum is unique, so no other check is needed."""
     try:
         _, columns, metadata = read_file(path, ["head"])
     except ValueError:
         return None
     weight = columns["weight"].clone()
-    if weight.shape != like.shape:
+    if weight.shape != like.shape or not bool(weight.isfinite().all()):
         return None
-    norm = float(objective.gradient(weight).norm())
-    return HeadFit(weight, norm, metadata["iterations"], True) if objective.is_minimum(weight, norm) else None
+    norm = float(objective.value_and_gradient(weight)[1].norm())
+    return HeadFit(weight, norm, metadata["iterations"], objective.is_minimum(weight, norm))
+
+
+def _watch(setting: Setting, done: Callable[[int], Any]) -> Callable[[float], bool]:
+    """Turns the share of a way into calls with the parts of it that are new; True when the limit of time is reached."""
+    made = 0
+
+    def watch(share: float) -> bool:
+        nonlocal made
+        now = int(_PARTS * share)
+        if now > made:
+            done(now - made)
+            made = now
+        return setting.late
+
+    return watch

@@ -1,5 +1,6 @@
 """SOURCE: influence through segments of training, each with its own curvature (Bae et al., 2024)."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -13,11 +14,13 @@ from lightning_influence.curvature.ekfac import EKFAC
 from lightning_influence.curvature.preconditioner import check_optimizers, descent_at
 from lightning_influence.curvature.store import prepared_at
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
-from lightning_influence.methods.kinds import GradientProduct, TrainBlock
+from lightning_influence.methods.kinds import TrainBlock
 from lightning_influence.methods.method import Evidence
-from lightning_influence.setting.samples import first_queries
+from lightning_influence.methods.segment_product import SegmentProduct
+from lightning_influence.setting.own_queries import ExampleQueries, gradients_of
+from lightning_influence.setting.samples import Samples, first_queries
 from lightning_influence.setting.setting import Queries, Setting, Stage
-from lightning_influence.timing import Work, seconds_of
+from lightning_influence.timing import Work, seconds_of, timed
 from lightning_influence.types import MissingEvidence
 
 
@@ -42,7 +45,7 @@ class SourceSegment:
 
 
 @dataclass(frozen=True)
-class SOURCE(GradientProduct):
+class SOURCE(SegmentProduct):
     r"""How much higher a query's loss would be if the model were trained without the example, segment by segment.
 
     .. math:: s(q, z_i) = \frac1n \sum_l \nabla\ell(w_T, q)^\top S_L \cdots S_{l+1} F_l \, \bar g_{li}, \quad
@@ -62,8 +65,10 @@ class SOURCE(GradientProduct):
     NeurIPS 2024.
     Needs: checkpoints with learning rates, and with Adam's state where it was used, as `Influence` writes them.
     Units: query loss.
-    Cost: preparing one curvature per segment (kept with the run), and one backward pass per example and checkpoint.
-    Memory: one vector of the model's size per query and segment.
+    Cost: preparing one curvature per segment (kept with the run), one backward pass per example and checkpoint, and one
+    product with every query per example and segment. Self-influence: also three changes of basis per example, segment
+    and layer.
+    Memory: one vector of the model's size per query and segment, and up to half a GiB of sums of gradients.
     Departs from the paper: a segment's curvature and preconditioner are those at its middle checkpoint, not averages
     over its checkpoints. ``EKFAC`` uses the diagonal of P in each layer's Kronecker eigenbasis; ``ExactGGN`` uses P.
 
@@ -88,25 +93,61 @@ class SOURCE(GradientProduct):
                 f"Expected `curvature` to be one with eigenvalues, `EKFAC()` or `ExactGGN()`, got {self.curvature!r}."
             )
 
-    def score(self, setting: Setting, queries: Queries) -> Tensor:
-        """Sum ``product`` over all checkpoints, [query, train]."""
+    def segments_of(self, setting: Setting) -> list[SourceSegment]:
+        """The segments of the fit, found at the first call."""
         run = setting.state(self, _SegmentedRun)
-        if not run.segments:
-            run.segments = self._segments(setting)
-        if run.queries is not queries:  # before the loop over stages, because it loads other checkpoints
-            run.queries, run.directions = queries, self._directions(setting, queries, run.segments)
-        return super().score(setting, queries)
+        run.segments = run.segments or self._segments(setting)
+        return run.segments
 
-    def query_side(self, stage: Stage, queries: Queries) -> QueryGradients:
-        """The directions of the queries in the stage's segment."""
+    def checkpoints_by_segment(self, setting: Setting) -> list[tuple[int, ...]]:
+        """The checkpoints of each segment."""
+        return [segment.checkpoints for segment in self.segments_of(setting)]
+
+    def directions(self, setting: Setting, queries: Queries) -> list[DenseQueries]:
+        """For each segment the queries' gradients, carried back through the segments after it and moved in its own."""
+        run = setting.state(self, _SegmentedRun)
+        if run.queries is not queries:  # another tile of training examples takes the same
+            run.queries, run.directions = queries, self._directions(setting, setting.final().gradients(queries))
+        return run.directions
+
+    def self_influence(self, setting: Setting) -> Tensor:
+        """The same with each example as its own query, [train].
+
+        The directions of a block of examples are carried through the segments, then multiplied with the gradients of
+        the same examples at every checkpoint.
+        """
+        if setting.refused is not None:
+            raise ValueError(setting.refused)
+        total, run = setting.zeros(), setting.state(self, _SegmentedRun)
+        step = self.queries_at_once(setting) or setting.examples.block_size
+        for start in range(setting.ids.start, setting.ids.stop, step):
+            run.own, run.queries = range(start, min(start + step, setting.ids.stop)), None
+            setting.final()
+            run.directions = self._directions(setting, ExampleQueries(setting, run.own).gradients())
+            for stage in setting.stages(self.positions(setting.trajectory)):
+                for ids, gradients in gradients_of(setting, run.own):
+                    block = TrainBlock(gradients, range(ids[0], ids[-1] + 1), None)
+                    first = ids[0] - setting.ids.start
+                    total[first : first + len(ids)] += self.product_with_itself(stage, block)
+                    setting.on_block(len(ids))
+        return total
+
+    def product_with_itself(self, stage: Stage, block: TrainBlock) -> Tensor:
+        """Products with the examples' own directions, which were kept, [example]."""
         run = stage.setting.state(self, _SegmentedRun)
-        return run.directions[run.segment_at(stage)]
+        segment, first = run.segment_at(stage), block.ids.start - run.own.start
+        directions = run.directions[segment].slice(slice(first, first + len(block.ids)))
+        return self._share(stage, block.ids, directions.diagonal(block.gradients), segment)
 
     def product(self, stage: Stage, query: QueryGradients, block: TrainBlock) -> Tensor:
         """Products with the directions, divided by n and by the number of checkpoints averaged, [query, example]."""
-        run = stage.setting.state(self, _SegmentedRun)
-        averaged = len(run.segments[run.segment_at(stage)].checkpoints)
-        product, weights = query.dot(block.gradients), stage.setting.engine.weights_of(block.ids)
+        segment = stage.setting.state(self, _SegmentedRun).segment_at(stage)
+        return self._share(stage, block.ids, query.dot(block.gradients), segment)
+
+    def _share(self, stage: Stage, ids: Sequence[int], product: Tensor, segment: int) -> Tensor:
+        """Products times the examples' weights in the training loss, over the number of checkpoints averaged."""
+        averaged = len(stage.setting.state(self, _SegmentedRun).segments[segment].checkpoints)
+        weights = stage.setting.engine.weights_of(ids)
         return (product if weights is None else product * weights.to(product)) / (stage.setting.n_train * averaged)
 
     def _segments(self, setting: Setting) -> list[SourceSegment]:
@@ -146,11 +187,11 @@ class SOURCE(GradientProduct):
             setting.note("Adam's preconditioner is frozen in each segment, at that of its middle checkpoint")
         return found
 
-    def _directions(self, setting: Setting, queries: Queries, segments: list[SourceSegment]) -> list[DenseQueries]:
-        """For each segment the queries' gradients, carried back through the segments after it."""
-        carried = setting.final().gradients(queries).dense()
+    def _directions(self, setting: Setting, final: QueryGradients) -> list[DenseQueries]:
+        """For each segment the final gradients of queries, carried back through the segments after it."""
+        carried = final.dense()
         directions: list[DenseQueries] = []
-        for segment in reversed(segments):
+        for segment in reversed(self.segments_of(setting)):
             (stage,) = setting.stages([segment.middle])
             prepared = prepared_at(self.curvature, setting, stage)
             descent = descent_at(setting, stage, self.curvature.damping or 0.0, segment.reach, segment.shrunk)
@@ -166,24 +207,37 @@ class SOURCE(GradientProduct):
         return None if most is None else max(1, most // (self.segments + 1))
 
     def work(self, setting: Setting, queries: Queries | None) -> list[Work]:
-        """The curvatures of all segments, the queries carried through them, and products at all checkpoints."""
+        """The curvatures of all segments and the queries carried through them, besides sums and products."""
         run = setting.state(self, _SegmentedRun)
-        divided = seconds_of(lambda: setattr(run, "segments", self._segments(setting)))
-        if queries is None:
-            return super().work(setting, queries)
-        groups, last = setting.engine.groups, run.segments[-1]
-        some = first_queries(queries)[: queries.at_once(self.queries_at_once(setting))]
+        divided, size = seconds_of(lambda: self.segments_of(setting)), setting.examples.block_size
+        count, segments = setting.n_train if queries is None else len(queries), len(run.segments)
+        prepared, last = self.curvature.seconds(setting, 0), run.segments[-1]
+        held = min(count, size, self.queries_at_once(setting) or size)
+        some = ExampleQueries(setting, range(held)) if queries is None else first_queries(queries)[:held]
         (stage,) = setting.stages([last.middle])
         vectors = some.gradients().dense()
         descent = descent_at(setting, stage, self.curvature.damping or 0.0, last.reach, last.shrunk)
-        carried = self.curvature.seconds_of_descent(setting, vectors, descent) / len(some)
-        prepared = self.curvature.seconds(setting, 0)
-        run.directions = [DenseQueries(vectors, groups)] * len(run.segments)  # as costly in products as the true ones
+        carried = self.curvature.seconds_of_descent(setting, vectors, descent) / held
+        own = queries is None
         return [
             Work("segments", 1, divided),
-            Work(f"preparing {type(self.curvature).__name__}", len(run.segments), prepared),
-            Work("carrying queries back", len(run.segments) * len(queries), carried),
-            *super().work(setting, queries),
+            Work(f"preparing {type(self.curvature).__name__}", segments, prepared),
+            Work("gradients of queries", count, timed(lambda: some.gradients().dense()) / held),
+            Work("carrying queries back", segments * count, carried),
+            *(self._own_work(stage, vectors) if own else super().work(setting, queries)),
+        ]
+
+    def _own_work(self, stage: Stage, vectors: Mapping[str, Tensor]) -> list[Work]:
+        """Products with each example's own directions, of which some are given, at all checkpoints."""
+        setting, run, held = stage.setting, stage.setting.state(self, _SegmentedRun), len(next(iter(vectors.values())))
+        run.own, run.directions = range(held), [DenseQueries(vectors, setting.engine.groups)] * len(run.segments)
+        some = TrainBlock(Samples.of(setting).gradients().slice(slice(0, held)), run.own, None)
+        passes, step = len(self.positions(setting.trajectory)), self.queries_at_once(setting)
+        each = timed(lambda: self.product_with_itself(stage, some)) / held
+        return [
+            Work("checkpoints", passes * (-(-setting.n_train // step) if step else 1), seconds_of(setting.final)),
+            *Samples.of(setting).passes(passes),
+            Work("products", passes * setting.n_train, each),
         ]
 
     def unit(self, setting: Setting) -> str:
@@ -198,11 +252,13 @@ class _SegmentedRun:
     Args:
         segments: of the run.
         queries: the block of queries that ``directions`` belongs to.
-        directions: of these queries, one entry per segment.
+        own: without queries, the training examples that it belongs to.
+        directions: of these, one entry per segment.
     """
 
     segments: list[SourceSegment] = field(default_factory=list)
     queries: Queries | None = None
+    own: range = range(0)
     directions: list[DenseQueries] = field(default_factory=list)
 
     def segment_at(self, stage: Stage) -> int:

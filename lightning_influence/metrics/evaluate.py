@@ -1,11 +1,12 @@
 """One call that compares scores with retrained models, a random baseline and the noise ceiling."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from lightning_influence.metrics.comparison import Comparison, Evaluation, compare
 from lightning_influence.metrics.leave_one_out import LeaveOneOutCorrelation
 from lightning_influence.metrics.linear_datamodeling import LinearDatamodelingScore
 from lightning_influence.metrics.mislabel import MislabelDetection
@@ -13,89 +14,75 @@ from lightning_influence.metrics.paired_metric import PairedMetric
 from lightning_influence.metrics.subset_removal import SubsetRemoval
 from lightning_influence.numerics.statistics import nanmean, spearman
 from lightning_influence.refit import Bank, Refit
-from lightning_influence.scores import Scores
+from lightning_influence.scores import Scores, SelfScores
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Metrics of scores beside those of baselines; ``print`` shows them as a table.
+@overload
+def evaluate(
+    scores: Scores, bank: Bank, mislabelled: Tensor | None = None, suspicion: Tensor | None = None, seed: int = 0
+) -> Evaluation: ...
 
-    Args:
-        metrics: values by name, and the ends of their 95 % intervals as ``name_low`` and ``name_high``.
-        baselines: the same metrics for what needs no scores: ``random``, and ``plain loss`` for wrong labels.
-        ceiling: the highest rank correlation that any estimate can be expected to reach, since the truth itself is an
-            average over a few seeds; 1 where seeds make no difference; NaN where there is only one seed.
-        notes: what a reader of the metrics must know.
-    """
 
-    metrics: dict[str, float]
-    baselines: dict[str, dict[str, float]]
-    ceiling: float
-    notes: tuple[str, ...] = field(default=())
-
-    @property
-    def figures(self) -> dict[str, float]:
-        """The earlier name of ``metrics``."""
-        return self.metrics
-
-    @property
-    def beats_random(self) -> bool:
-        """Whether the whole interval of the main metric is above the random baseline's value."""
-        name = "lds" if "lds" in self.metrics else "spearman"
-        return self.metrics[f"{name}_low"] > self.baselines["random"][name]
-
-    def __repr__(self) -> str:
-        lines = [f"{'':20}" + "".join(f"{name:>22}" for name in ("scores", *self.baselines))]
-        for name in (name for name in self.metrics if not name.endswith(("_low", "_high"))):
-            cells = [_cell(name, column) for column in (self.metrics, *self.baselines.values())]
-            lines.append(f"{name:20}" + "".join(f"{cell:>22}" for cell in cells))
-        lines.append(f"noise ceiling of rank correlations: {self.ceiling:.2f}")
-        return "\n".join([*lines, *self.notes])
+@overload
+def evaluate(
+    scores: Mapping[str, Scores],
+    bank: Bank,
+    mislabelled: Tensor | None = None,
+    suspicion: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+) -> Comparison: ...
 
 
 def evaluate(
-    scores: Scores, bank: Bank, mislabelled: Tensor | None = None, suspicion: Tensor | None = None, seed: int = 0
-) -> Evaluation:
-    """Evaluate scores against retrained models.
+    scores: Scores | Mapping[str, Scores],
+    bank: Bank,
+    mislabelled: Tensor | None = None,
+    suspicion: Any = None,
+    seed: int = 0,
+) -> Any:
+    """Evaluate scores against retrained models, or compare those of several methods.
 
     Args:
-        scores: [query, train], of the queries that the bank measured.
+        scores: [query, train], of the queries that the bank measured; or a dict of names and such scores.
         bank: from ``Refit.bank``: random subsets give the linear datamodeling score, ``leave_out=`` the leave-one-out
             correlation.
         mislabelled: [train], nonzero for wrong labels; adds metrics of how well they are detected.
-        suspicion: [train], ranks the labels, such as self-influence. None: the mean negative score over queries.
+        suspicion: [train], ranks the labels, such as self-influence. None: the mean negative score over queries. Of
+            several methods: a dict of the same names; those without an entry take the mean over queries.
         seed: of the random baseline and of the bootstrap intervals.
 
     Returns:
-        Metrics with intervals, baselines, and the noise ceiling.
+        Metrics with intervals, baselines, and the noise ceiling; of several methods a ``Comparison``, which says by how
+        much each is behind the best, and whether the bank can tell the two apart.
 
     Raises:
-        ValueError: the scores are of other queries or training examples than the bank.
+        TypeError: something else than ``Scores``, or names that are no strings.
+        ValueError: the scores are of other queries or training examples than the bank, or the methods' of different
+            queries; an empty dict.
 
     Example:
         >>> from lightning_influence.metrics import evaluate
-        >>> evaluate(scores, refit.bank(test_dataset, n_seeds=2))  # doctest: +SKIP
+        >>> bank = refit.bank(test_dataset, n_seeds=2)  # doctest: +SKIP
+        >>> evaluate(scores, bank)  # doctest: +SKIP
+        >>> evaluate({"EK-FAC": scores, "SOURCE": others}, bank)  # doctest: +SKIP
     """
-    values = scores.values.double()
+    named, suspicions = _by_name(scores, suspicion)
     bank = bank.whole()
-    _check_same(scores, bank)
-    if bank.left_out is not None:  # columns by the id of the example that is left out
-        whole = torch.full((len(values), bank.membership.shape[1]), torch.nan, dtype=values.dtype)
-        whole[:, scores.train_ids] = values
-        values = whole
-    draw = torch.Generator().manual_seed(seed)
-    noise = torch.randn(values.shape, generator=draw, dtype=torch.float64)
-    metrics, random = _agreement(values, bank, seed), _agreement(noise, bank, seed)
-    baselines = {"random": random}
-    if mislabelled is not None:
-        own = -scores.values.double().nanmean(0) if suspicion is None else suspicion
-        metrics |= _wrong_labels(own, mislabelled, seed)
-        random |= _wrong_labels(torch.rand(len(mislabelled), generator=draw), mislabelled, seed)
-        if bank.train_losses is not None:
-            baselines["plain loss"] = _wrong_labels(bank.train_losses, mislabelled, seed)
+    for name, one in named.items():
+        _check_same(name, one, bank)
+    _check_queries(named)
     notes = list(bank.notes)
-    ceiling = _ceiling(bank, notes)
-    return Evaluation(metrics, baselines, ceiling, tuple(notes))
+    ceiling, baselines = _ceiling(bank, notes), _baselines(bank, mislabelled, seed)
+    found, predicted, observed = {}, {}, bank.losses
+    for name, one in named.items():
+        metric, values = _metric(bank, seed), one.values.double()
+        metrics = _numbers(metric, *_pairs(values, one.train_ids, bank))
+        if mislabelled is not None:
+            own = suspicions.get(name)
+            metrics |= _wrong_labels(-values.nanmean(0) if own is None else own, mislabelled, seed)
+        found[name] = Evaluation(metrics, baselines, ceiling, tuple(notes))
+        (predicted[name],), (observed,) = metric.predicted, metric.observed
+    return compare(found, predicted, observed, seed) if isinstance(scores, Mapping) else found[""]
 
 
 def subset_removal(scores: Scores, refit: Refit, k: int, queries: Any = None, n_seeds: int = 1) -> SubsetRemoval:
@@ -122,10 +109,67 @@ def subset_removal(scores: Scores, refit: Refit, k: int, queries: Any = None, n_
     return metric
 
 
-def _agreement(values: Tensor, bank: Bank, seed: int) -> dict[str, float]:
-    if bank.left_out is not None:
-        return _numbers(LeaveOneOutCorrelation(seed=seed), values, bank.changes, bank.left_out)
-    return _numbers(LinearDatamodelingScore(seed=seed), values, bank.membership, bank.mean)
+def _by_name(scores: Scores | Mapping[str, Scores], suspicion: Any) -> tuple[dict[str, Scores], dict[str, Tensor]]:
+    """The scores and suspicions by name; a single one has the name ``""``.
+
+    Raises:
+        TypeError: other types.
+        ValueError: there are none, or suspicions of names without scores.
+    """
+    several = isinstance(scores, Mapping)
+    named = dict(scores) if isinstance(scores, Mapping) else {"": scores}
+    if not named:
+        raise ValueError("Expected `scores` to be of at least one method, got an empty dict.")
+    for name, one in named.items():
+        if not isinstance(name, str):
+            raise TypeError(f"Expected the names of `scores` to be strings, got {name!r}.")
+        if not isinstance(one, Scores):
+            other = " Pass self-influence as `suspicion`." if isinstance(one, SelfScores) else ""
+            raise TypeError(
+                f"Expected {_called(name)} to be `Scores`, [query, train], got {type(one).__name__}.{other}"
+                f"{'' if several else ' For several methods, pass a dict of names and scores.'}"
+            )
+    if suspicion is None or not several:
+        return named, {} if suspicion is None else {"": suspicion}
+    if not isinstance(suspicion, Mapping):
+        raise TypeError(
+            f"Expected `suspicion` of several methods to be a dict of their names, got {type(suspicion).__name__}."
+        )
+    unknown = [name for name in suspicion if name not in named]
+    if unknown:
+        raise ValueError(f"Expected the names in `suspicion` to be among {list(named)!r}, got {unknown!r}.")
+    return named, dict(suspicion)
+
+
+def _called(name: str) -> str:
+    return f"`scores[{name!r}]`" if name else "`scores`"
+
+
+def _baselines(bank: Bank, mislabelled: Tensor | None, seed: int) -> dict[str, dict[str, float]]:
+    """The metrics of what needs no scores."""
+    draw = torch.Generator().manual_seed(seed)
+    shape = (len(bank.query_ids), bank.membership.shape[1])
+    noise = torch.randn(shape, generator=draw, dtype=torch.float64)
+    random = _numbers(_metric(bank, seed), *_pairs(noise, torch.arange(shape[1]), bank))
+    baselines = {"random": random}
+    if mislabelled is not None:
+        random |= _wrong_labels(torch.rand(len(mislabelled), generator=draw), mislabelled, seed)
+        if bank.train_losses is not None:
+            baselines["plain loss"] = _wrong_labels(bank.train_losses, mislabelled, seed)
+    return baselines
+
+
+def _metric(bank: Bank, seed: int) -> PairedMetric:
+    return LinearDatamodelingScore(seed=seed) if bank.left_out is None else LeaveOneOutCorrelation(seed=seed)
+
+
+def _pairs(values: Tensor, train_ids: Tensor, bank: Bank) -> tuple[Tensor, Tensor, Tensor]:
+    """What the bank's metric is updated with."""
+    if bank.left_out is None:
+        return values, bank.membership, bank.mean
+    whole = torch.full((len(values), bank.membership.shape[1]), torch.nan, dtype=values.dtype)
+    whole[:, train_ids] = values  # columns by the id of the example that is left out
+    return whole, bank.changes, bank.left_out
 
 
 def _wrong_labels(suspicion: Tensor, mislabelled: Tensor, seed: int) -> dict[str, float]:
@@ -152,24 +196,28 @@ def _ceiling(bank: Bank, notes: list[str]) -> float:
     return whole**0.5 if whole > 0 else 0.0
 
 
-def _check_same(scores: Scores, bank: Bank) -> None:
+def _check_same(name: str, scores: Scores, bank: Bank) -> None:
     queries, n_train = len(bank.query_ids), bank.membership.shape[1]
     needed = torch.arange(n_train) if bank.left_out is None else bank.left_out
     missing = needed[~torch.isin(needed, scores.train_ids)].tolist()
     beyond = int(scores.train_ids.max()) >= n_train
     if len(scores) != queries or missing or beyond:
         raise ValueError(
-            f"Expected scores of the bank's {queries} queries and {n_train} training examples, got {len(scores)} "
-            "queries"
+            f"Expected {f'{_called(name)} to be of' if name else 'scores of'} the bank's {queries} queries and "
+            f"{n_train} training examples, got {len(scores)} queries"
             f"{f' and no scores of the training examples {missing[:5]}' if missing else ''}"
             f"{f' and training ids up to {int(scores.train_ids.max())}' if beyond else ''}."
         )
 
 
-def _cell(name: str, column: dict[str, float]) -> str:
-    if name not in column:
-        return ""
-    value = f"{column[name]:.3f}"
-    if f"{name}_low" not in column:
-        return value
-    return f"{value} [{column[f'{name}_low']:.2f}, {column[f'{name}_high']:.2f}]"
+def _check_queries(named: dict[str, Scores]) -> None:
+    """Raises ValueError for methods that scored different queries."""
+    (first, one), *others = named.items()
+    for name, other in others:
+        differ = other.query_ids != one.query_ids
+        if bool(differ.any()):
+            at = int(differ.int().argmax())
+            raise ValueError(
+                f"Expected all methods to have scored the same queries, got query {int(one.query_ids[at])} of "
+                f"{first!r} where {name!r} has query {int(other.query_ids[at])}. Score the bank's queries with each."
+            )

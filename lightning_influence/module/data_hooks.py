@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_influence.module.random_state import isolated_random_state
 from lightning_influence.module.snapshot import restoring
-from lightning_influence.types import Batch
+from lightning_influence.types import LIBRARIES, Batch
 
 HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 """Lightning's hooks between the loader and ``training_step``."""
@@ -82,11 +82,17 @@ def hooks_of(owners: Sequence[Any]) -> dict[str, str]:
 
 
 def overrides(owner: Any, hook: str) -> bool:
-    """Whether the class of a LightningModule or DataModule, or the object itself, brings a hook of its own."""
-    if owner is None or hook in getattr(owner, "__dict__", {}):
-        return owner is not None
-    definer = next((cls for cls in type(owner).__mro__ if hook in vars(cls)), None)
-    return definer is not None and not definer.__module__.startswith(("pytorch_lightning.", "lightning.pytorch."))
+    """Whether a user's class, none of the libraries', or the object itself brings a hook of its own.
+
+    Args:
+        owner: a LightningModule, DataModule, Callback, plugin, or its class; None brings none.
+        hook: the method's name.
+    """
+    cls = owner if isinstance(owner, type) else type(owner)
+    if cls is not owner and hook in getattr(owner, "__dict__", {}):
+        return True
+    definer = next((each for each in cls.__mro__ if hook in vars(each)), None)
+    return owner is not None and definer is not None and definer.__module__.partition(".")[0] not in LIBRARIES
 
 
 @contextlib.contextmanager

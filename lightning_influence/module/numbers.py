@@ -25,7 +25,9 @@ Values are JSON: numbers, short strings and None as they are, others as a dict o
 
 # Entries of a list, tensor or array, letters of a string, keys of a dict or object that are recorded at most.
 _ENTRIES, _KEYS = 64, 256
-_NOTHING = object()
+NOTHING = object()
+"""Stands for a value that is not small."""
+"""Stands for a value that is not small."""
 
 
 class NumberRecord:
@@ -72,9 +74,19 @@ def numbers_of(module: nn.Module) -> dict[str, Any]:
     for prefix, mapping, names in _owners(module):
         for key in names:
             value = encoded(mapping[key])
-            if value is not _NOTHING:
+            if value is not NOTHING:
                 found[_path(prefix, mapping, key)] = value
     return found
+
+
+def small_values(module: nn.Module) -> dict[str, Any]:
+    """Small plain values, see ``numbers_of``, and short buffers of integers, which count and whose paths end in " "."""
+    buffers = {
+        f"{name} ": {"buffer": buffer.tolist()}
+        for name, buffer in module.named_buffers()
+        if not buffer.is_floating_point() and not buffer.is_complex() and buffer.numel() <= _ENTRIES
+    }
+    return numbers_of(module) | buffers
 
 
 def put_back(module: nn.Module, history: History, step: int) -> None:
@@ -96,7 +108,7 @@ def put(module: nn.Module, values: Mapping[str, Any]) -> None:
         if mapping is None or (key not in mapping and isinstance(mapping, _Attributes)):
             continue
         now = mapping.get(key)
-        if encoded(now) is not _NOTHING:
+        if encoded(now) is not NOTHING:
             mapping[key] = _decoded(value, now)
 
 
@@ -116,18 +128,18 @@ def encoded(value: Any) -> Any:
     if value is None or type(value) in (bool, int, float):
         return value
     if type(value) is str:
-        return value if len(value) <= _ENTRIES else _NOTHING
+        return value if len(value) <= _ENTRIES else NOTHING
     if type(value) in (list, tuple) and len(value) <= _ENTRIES:
         plain = all(type(entry) in (bool, int, float) for entry in value)
-        return {type(value).__name__: list(value)} if plain else _NOTHING
+        return {type(value).__name__: list(value)} if plain else NOTHING
     if type(value) is Tensor and value.layout is torch.strided and value.numel() <= _ENTRIES:
         fits = not (value.requires_grad or value.is_complex() or value.is_quantized or value.is_meta)
-        return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")} if fits else _NOTHING
+        return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")} if fits else NOTHING
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, (numpy.generic, numpy.ndarray)):
         fits = value.dtype.kind in "biuf" and value.dtype.itemsize <= 8 and value.size <= _ENTRIES
-        return {"numpy": value.tolist(), "dtype": value.dtype.name} if fits else _NOTHING
-    return _NOTHING
+        return {"numpy": value.tolist(), "dtype": value.dtype.name} if fits else NOTHING
+    return NOTHING
 
 
 def _decoded(value: Any, now: Any) -> Any:

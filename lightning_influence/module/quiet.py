@@ -63,7 +63,9 @@ def quiet(
             for buffer in module.buffers():
                 buffer.data = buffer.data.clone()
         stack.callback(settle, module)
-        yield Task(module, loss, device, trainer, datamodule)
+        task = Task(module, loss, device, trainer, datamodule)
+        task.exact = evaluate
+        yield task
 
 
 def _restore_afterwards(module: nn.Module, stack: contextlib.ExitStack) -> None:

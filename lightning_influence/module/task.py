@@ -15,8 +15,11 @@ from torch.utils._pytree import tree_map
 
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.data_hooks import transferred
+from lightning_influence.module.exact_losses import exact_losses
+from lightning_influence.module.loss_tail import LossTail, find_tail
 from lightning_influence.module.numbers import History, put_back
-from lightning_influence.module.snapshot import ModuleSnapshot
+from lightning_influence.module.random_state import isolated_random_state
+from lightning_influence.module.snapshot import ModuleSnapshot, restoring
 from lightning_influence.module.step import reads_index, step_of, takes_index
 from lightning_influence.module.trainer_state import batch_counter_at, set_clock, training_stage
 from lightning_influence.types import Batch, clean, foreign
@@ -31,6 +34,7 @@ _COUNTER = itertools.count(1)
 _UNSETTLED: WeakKeyDictionary[nn.Module, ModuleSnapshot] = WeakKeyDictionary()
 _TAKEN: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
+_NO_TAIL = LossTail()
 _requires_grad = attrgetter("requires_grad")
 _LOW_PRECISIONS = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
@@ -75,6 +79,10 @@ class Task:
         self._snapshot = [self._taken()]  # shared by the tasks of one module
         self.numbers: History = {}
         """Plain attributes that the fit changed; ``load`` gives them the values that they had at its step."""
+        self.exact = True
+        """Whether the loss keeps its digits where the model is certain; False: it is computed as in the fit."""
+        self.tail = LossTail()
+        """The part of the loss after the network's last layer; found before the first pass in float32."""
         self.on_forward: Callable[[], Any] | None = None
         """Called after each forward pass, before the module's attributes and buffers are restored."""
 
@@ -92,7 +100,7 @@ class Task:
     def of_step(self) -> "Task":
         """The same module with the loss of ``training_step``, at the same index of the batch."""
         other = type(self)(self.module, None, self.device, self.trainer)
-        other.batch_idx, other.numbers = self.batch_idx, self.numbers
+        other.batch_idx, other.numbers, other.exact = self.batch_idx, self.numbers, self.exact
         return other
 
     @contextlib.contextmanager
@@ -225,6 +233,25 @@ class Task:
         """
         if isinstance(batch, Copies):
             return batch.of_one(self(batch.batch))
+        if not self.exact:
+            return self._run(batch)
+        tail = _NO_TAIL
+        if any(p.dtype is torch.float32 for p in self._parameters.values()):
+            if self.tail.layers is None:
+                self.tail = find_tail(lambda: self._dry_run(batch), self.module)
+            tail = self.tail
+        with exact_losses(), tail.in_double(self.module):
+            loss = self._run(batch)
+        return loss.to(self.device, tail.dtype) if tail.is_used else loss
+
+    def _dry_run(self, batch: Batch) -> Tensor:
+        """A pass without a trace, on a copy of the batch."""
+        batch = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
+        with torch.no_grad(), isolated_random_state(), restoring([self], "on_forward"):
+            self.on_forward = None
+            return self._run(batch)
+
+    def _run(self, batch: Batch) -> Tensor:
         settle(self.module)
         output = None
         parameters = list(self._parameters.values())

@@ -51,17 +51,20 @@ class ByNorm(Clipping):
 
     def derivative(self, gradients: Named, changes: Named) -> dict[str, Tensor]:
         """The product rule: the factor times each vector, plus the vector's effect on the factor."""
-        norm = _norm(gradients)
-        factor = self.limit / (norm + 1e-6)
-        active = (factor < 1.0).to(factor)
-        along = sum(changes[name].flatten(1) @ gradients[name].flatten() for name in changes)
-        length = torch.where(norm > 0, norm, torch.ones_like(norm))  # at zero nothing is clipped
-        less = active * along * self.limit / ((norm + 1e-6).square() * length)
-        factor = factor.clamp(max=1.0)
+        factor, pull = self.terms(gradients)
+        less = pull * sum(changes[name].flatten(1) @ gradients[name].flatten() for name in changes)
         return {
             name: factor * change - less.reshape(-1, *[1] * gradients[name].ndim) * gradients[name]
             for name, change in changes.items()
         }
+
+    def terms(self, gradients: Named) -> tuple[Tensor, Tensor]:
+        """Numbers c and r of the derivative c I - r g g^T at the gradient g."""
+        norm = _norm(gradients)
+        factor = self.limit / (norm + 1e-6)
+        active = (factor < 1.0).to(factor)
+        length = torch.where(norm > 0, norm, torch.ones_like(norm))  # at zero nothing is clipped
+        return factor.clamp(max=1.0), active * self.limit / ((norm + 1e-6).square() * length)
 
 
 class ByValue(Clipping):

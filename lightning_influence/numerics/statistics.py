@@ -97,6 +97,11 @@ def bootstrap(
     Returns:
         The lower and the upper end; NaN if the statistic is NaN in half of the resamples or more.
     """
+    return interval(resampled(statistic, data, n, seed, rows), level)
+
+
+def resampled(statistic: Callable[..., Tensor], data: tuple[Tensor, ...], n: int, seed: int, rows: bool) -> Tensor:
+    """A statistic of each bootstrap resample, [resample] or whatever it returns for each; see ``bootstrap``."""
     draw = torch.Generator().manual_seed(seed)
     *front, width = data[0].shape
     each = max(1, data[0].numel())
@@ -111,7 +116,11 @@ def bootstrap(
             picked = [part.expand(count, *part.shape) for part in data]
         found.append(statistic(*(part.gather(-1, columns.expand(part.shape)) for part in picked)))
         n -= count
-    values = torch.cat(found)
+    return torch.cat(found)
+
+
+def interval(values: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:
+    """The quantiles of resampled values, [resample], that enclose ``level`` of them; NaN if half or more are NaN."""
     known = values[~values.isnan()]
     if len(known) * 2 <= len(values):
         return torch.tensor(torch.nan, dtype=torch.float64), torch.tensor(torch.nan, dtype=torch.float64)

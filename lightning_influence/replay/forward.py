@@ -57,7 +57,7 @@ class Forward:
         for name in eval_modules:
             module.get_submodule(name).training = False
         self.task.remember()
-        self.task.on_forward = self._note_buffers
+        self.task.on_forward, self.task.exact = self._note_buffers, False
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(math_attention())
@@ -66,7 +66,7 @@ class Forward:
                     stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
                 yield
         finally:
-            self.task.on_forward = None
+            self.task.on_forward, self.task.exact = None, True
             module.eval()
             self.task.remember()
 
@@ -75,7 +75,7 @@ class Forward:
         """Puts the module into eval mode in the middle of a replay, to compute gradients of queries."""
         modes = [(part, part.training) for part in self.task.module.modules()]
         self.task.module.eval()
-        self.task.on_forward = None
+        self.task.on_forward, self.task.exact = None, True
         self.task.remember()
         try:
             yield
@@ -83,7 +83,7 @@ class Forward:
             for part, mode in modes:
                 part.training = mode
             self.task.remember()
-            self.task.on_forward = self._note_buffers
+            self.task.on_forward, self.task.exact = self._note_buffers, False
 
     def share(self, batch: MicroBatch, step: Step) -> float | Tensor:
         """The factor of an example's loss in the step's gradient; [example] where a loss is a mean over tokens."""

@@ -1,5 +1,8 @@
 """How well scores predict refits without some examples."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,12 +30,15 @@ class Refits:
         replay: the fit.
         weights: [removal, train].
         renormalize: divide a micro-batch's loss by the sum of its weights in place of its size.
+        done: called with the number of refits that were just finished.
     """
 
-    def __init__(self, replay: Replay, weights: Tensor, renormalize: bool) -> None:
+    def __init__(
+        self, replay: Replay, weights: Tensor, renormalize: bool, done: Callable[[int], Any] = lambda fits: None
+    ) -> None:
         like = next(iter(replay.engine.task.named_parameters().values()))
         self._weights = weights
-        self._models = run_many(replay, weights.to(like), renormalize)
+        self._models = run_many(replay, weights.to(like), renormalize, done)
 
     def agreement(self, scores: Tensor, queries: Queries) -> float:
         """Correlation over the removals between a query's loss and its prediction by the scores, mean over the queries.

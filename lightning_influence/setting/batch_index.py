@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_influence.data.examples import ChosenBlock, Examples
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.index_check import gradient_at
-from lightning_influence.module.batch_index import differing_indices
 from lightning_influence.module.trainer_state import clock_at
+from lightning_influence.module.watched_index import differing_indices
 from lightning_influence.types import MissingEvidence
 
 if TYPE_CHECKING:

@@ -11,17 +11,16 @@ from torch import nn
 
 from lightning_influence.data.examples import Examples
 from lightning_influence.gradients.index_check import gradient_at
-from lightning_influence.module.batch_index import differing_indices
-from lightning_influence.module.numbers import numbers_of, put, same
+from lightning_influence.module.numbers import put, same, small_values
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.module.step import set_by_hook
 from lightning_influence.module.task import NoLoss, Task
+from lightning_influence.module.watched_index import differing_indices
 from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.trajectory import Trajectory
 
 # Calls that are tried of a step with values that do not just count; calls back to which a counter is followed.
 _CALLS, _BACK = 3, 1000
-_ENTRIES = 64
 # A counter that changes gradients by less than this share, such as that of an average's warm-up, is noted.
 _SLOW = 0.1
 _WAY_OUT = (
@@ -31,7 +30,11 @@ _WAY_OUT = (
 
 
 def note_changing(
-    task: Task, examples: Examples, names: Sequence[str], trajectory: Trajectory | None, known: list[str]
+    task: Task,
+    examples: Examples,
+    names: Sequence[str],
+    trajectory: Trajectory | None,
+    values: Sequence[dict[str, Any]] = (),
 ) -> list[str]:
     """Sentences on values that change with every batch of a fit, and that the loss may depend on.
 
@@ -40,24 +43,31 @@ def note_changing(
         examples: of the training set.
         names: of the parameters.
         trajectory: of the fit, if it is known.
-        known: what an earlier question found, filled here; the first entry is empty.
+        values: the module's before and after a call of the step, see ``small_values``; none: they are found out.
 
     Raises:
         ValueError: the loss does, in ways that no record follows.
     """
-    if task.loss is None and not known:
-        steps = [0, 0] if trajectory is None else [0, *(checkpoint.step for checkpoint in trajectory.checkpoints)]
-        found = check_own_counters(task, examples, names, steps[-1] - steps[-2])
-        known += ["", *([] if found is None else [found])]
-        if attributes := set_by_hook(task.module):
-            known.append(
-                f"`on_train_batch_start` sets `{attributes[0]}`, and is not called here: the loss is that with its "
-                "present value. If the loss depends on it, set it in `training_step`, or pass `loss=`."
-            )
-    return known[1:]
+    if task.loss is not None:
+        return []
+    steps = [0, 0] if trajectory is None else [0, *(checkpoint.step for checkpoint in trajectory.checkpoints)]
+    found = check_own_counters(task, examples, names, steps[-1] - steps[-2], values)
+    notes = [] if found is None else [found]
+    if attributes := set_by_hook(task.module):
+        notes.append(
+            f"`on_train_batch_start` sets `{attributes[0]}`, and is not called here: the loss is that with its "
+            "present value. If the loss depends on it, set it in `training_step`, or pass `loss=`."
+        )
+    return notes
 
 
-def check_own_counters(task: Task, examples: Examples, names: Sequence[str], back: int | None) -> str | None:
+def check_own_counters(
+    task: Task,
+    examples: Examples,
+    names: Sequence[str],
+    back: int | None,
+    values: Sequence[dict[str, Any]] = (),
+) -> str | None:
     """Whether the loss depends on what the step changes itself; one small pass where it changes nothing.
 
     Args:
@@ -65,6 +75,7 @@ def check_own_counters(task: Task, examples: Examples, names: Sequence[str], bac
         examples: of the training set.
         names: of the parameters.
         back: steps since the checkpoint before the last one; None: unknown.
+        values: the module's before and after a call of the step; none: they are found out.
 
     Returns:
         A note where averages do, or counters, with which the loss changes slowly.
@@ -73,7 +84,7 @@ def check_own_counters(task: Task, examples: Examples, names: Sequence[str], bac
         ValueError: a counter or switch does.
     """
     task.settle()
-    states = _states(task, examples, calls=1)
+    states = list(values) or _states(task, examples, calls=1)
     changed = [path for path in states[0] if not same(states[0][path], states[-1].get(path))]
     if not changed:
         return None
@@ -112,10 +123,10 @@ def check_own_counters(task: Task, examples: Examples, names: Sequence[str], bac
 def _states(task: Task, examples: Examples, calls: int, start: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """The values before and after each of some calls of the step, of which each continues the one before."""
     ids = evenly_spread(len(examples), 5)
-    found = [] if start is not None else [_values(task.module)]
+    found = [] if start is not None else [small_values(task.module)]
     values: Mapping[str, Any] = start or {}
     outer = task.on_forward
-    task.on_forward = lambda: found.append(_values(task.module))
+    task.on_forward = lambda: found.append(small_values(task.module))
     try:
         for _ in range(calls):
             batch = task.to_device(examples.some(ids))
@@ -128,16 +139,6 @@ def _states(task: Task, examples: Examples, calls: int, start: Mapping[str, Any]
     finally:
         task.on_forward = outer
     return found
-
-
-def _values(module: nn.Module) -> dict[str, Any]:
-    """Small plain values, and buffers of integers, which count."""
-    buffers = {
-        f"{name} ": buffer.clone()
-        for name, buffer in module.named_buffers()
-        if not buffer.is_floating_point() and not buffer.is_complex() and buffer.numel() <= _ENTRIES
-    }
-    return numbers_of(module) | {name: {"buffer": buffer.tolist()} for name, buffer in buffers.items()}
 
 
 @contextlib.contextmanager

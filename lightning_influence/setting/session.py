@@ -3,35 +3,25 @@
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from lightning_influence.data.examples import Examples
 from lightning_influence.data.source import Source
-from lightning_influence.gradients import Engine, Plan, Reduction, make_plan, probe_examples
-from lightning_influence.gradients.index_check import gradient_at, joined
+from lightning_influence.gradients import Engine, Reduction
 from lightning_influence.module.quiet import quiet
 from lightning_influence.module.task import Loss, Task
 from lightning_influence.module.trainer_answers import notes_of
 from lightning_influence.module.trainer_reads import FitValues
 from lightning_influence.module.trainer_state import detached_trainer
-from lightning_influence.setting.batch_index import BatchIndex
-from lightning_influence.setting.explained import explained
-from lightning_influence.setting.own_counters import note_changing
+from lightning_influence.setting.planning import Planner
 from lightning_influence.setting.same_data import check_data
 from lightning_influence.setting.setting import Queries, Setting
-from lightning_influence.setting.token_weights import TokenWeights, describe, probe
-from lightning_influence.setting.training_mode import note_on_training
-from lightning_influence.setting.unreached import Unreached, refuse_all_unreached
+from lightning_influence.setting.token_weights import describe
+from lightning_influence.setting.unreached import refuse_all_unreached
 from lightning_influence.trajectory import Checkpoint, LightningCheckpoint, Trajectory
-
-# Blocks of training examples are enlarged up to this many examples while their gradients' factors fit in these bytes.
-_BLOCK = 2048
-_BLOCK_BYTES = 2**24
-# Batches per epoch where they are unknown.
-_BATCHES = 1000
 
 
 @dataclass
@@ -61,27 +51,16 @@ class Session:
     own: Checkpoint | None = None
     datamodule: Any = None
     checks_data: bool = True
-    _data_notes: list[str] | None = None
-    _found: dict[tuple[Any, ...], tuple[Reduction, Plan]] = field(default_factory=dict)
-    _checked: dict[tuple[Any, ...], Reduction] = field(default_factory=dict)
-    _in_use: list[Any] = field(default_factory=list)
-    _at_index: dict[int | None, tuple[int, int] | None] = field(default_factory=dict)
-    _of_clock: dict[tuple[str, int], tuple[int, int] | None] = field(default_factory=dict)
-    _counted: list[str] = field(default_factory=list)
-    _large_block: int | None = None
-    _tokens: TokenWeights = field(default_factory=TokenWeights)
-    _asked: Source | None = None
-    _share_of_copies: float | None = None
-    _unreached: Unreached = field(default_factory=Unreached)
+    _planner: Planner = field(init=False)
+    _data_notes: list[str] | None = field(init=False, default=None)
+    _asked: Source | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self._planner = Planner(self.train, self.trajectory, self.names)
 
     def ending_with(self, own: Checkpoint, trajectory: Trajectory | None) -> "Session":
         """A session with other final weights; what was found about gradients at these weights is found again."""
-        fresh: dict[str, Any] = {
-            part.name: part.default if part.default_factory is MISSING else part.default_factory()
-            for part in fields(self)
-            if part.name.startswith("_")
-        }
-        return replace(self, own=own, trajectory=trajectory, **fresh)
+        return replace(self, own=own, trajectory=trajectory)
 
     @contextlib.contextmanager
     def quiet(self, asked: bool = False) -> Iterator[Task]:
@@ -129,12 +108,10 @@ class Session:
         """
         self._asked = queries
         with self.quiet(asked=True) as task, contextlib.ExitStack() as stack:
-            examples = self.examples(self.train)
-            index = self.batch_index(task, examples)
+            planner, examples = self._planner, self.examples(self.train)
+            index = planner.batch_index(task, examples)
             stack.enter_context(task.at(index.first))
-            engine = Engine(task, Reduction.NONE)
-            if gradients:
-                engine = self._engine(task, examples, *self._planned(task, examples, index), trained=True)
+            engine = planner.engine(task, examples, index) if gradients else Engine(task, Reduction.NONE)
             setting = Setting(
                 engine,
                 examples,
@@ -142,111 +119,53 @@ class Session:
                 self.trajectory,
                 self.train.batches,
                 draws=functools.cache(self.train.draws),
-                reduction_of=functools.partial(self._reduction_of, task, examples),
+                reduction_of=functools.partial(planner.reduction_of, task, examples),
                 batch_index=index,
                 own_version=task.version,
-                refused=self._unreached.error,
-                notes=[] if self._unreached.note is None else [self._unreached.note],
+                refused=planner.found.unreached.error,
             )
-            for note in note_changing(task, examples, self.names, self.trajectory, self._counted):
+            for note in self._notes(task, examples, engine):
                 setting.note(note)
             for note in self._data_notes or ():
                 setting.warn(note)
-            if engine.weights is not None:
-                setting.note(describe(engine.weights))
             if queries is not None:
-                data = self.examples(queries)
-                query_task = task if measurement is None else task.measuring(measurement)
-                query_engine = Engine(query_task, Reduction.NONE)
-                if gradients:
-                    planned = self._planned_for(query_task, data, queries, examples)
-                    query_engine = self._engine(query_task, data, *planned)
-                    refuse_all_unreached(query_engine, measurement is not None, self._unreached.error)
-                setting.queries = Queries(query_engine, data, range(len(data)), mean, measurement is not None)
+                setting.queries = self._queries(task, queries, measurement, mean, gradients, examples)
             if gradients and self.batch_size is None:
-                examples.block_size = self._block_size(engine, examples)
-            if self._share_of_copies is not None:
-                setting.note("`training_step` fails on a batch of one: two copies of an example stand for it alone.")
+                examples.block_size = planner.block_size(examples.block_size)
             try:
                 yield setting
             finally:
                 for text in notes_of(getattr(self.module, "_trainer", None)):
                     setting.note(text)
+            planner.finished(engine, *([] if setting.queries is None else [setting.queries.engine]))
+
+    def _queries(
+        self, task: Task, queries: Source, measurement: Loss | None, mean: bool, gradients: bool, examples: Examples
+    ) -> Queries:
+        data = self.examples(queries)
+        task = task if measurement is None else task.measuring(measurement)
+        engine = Engine(task, Reduction.NONE)
+        if gradients:
+            engine = self._planner.query_engine(task, data, examples)
+            refuse_all_unreached(engine, measurement is not None, self._planner.found.unreached.error)
+        return Queries(engine, data, range(len(data)), mean, measurement is not None)
+
+    def _notes(self, task: Task, examples: Examples, engine: Engine) -> Iterator[str]:
+        """Sentences on what was found out about the module."""
+        found = self._planner.found
+        if found.unreached.note is not None:
+            yield found.unreached.note
+        yield from self._planner.notes_on_values(task, examples)
+        if engine.weights is not None:
+            yield describe(engine.weights)
+        if found.share_of_copies is not None:
+            yield "`training_step` fails on a batch of one: two copies of an example stand for it alone."
 
     def examples(self, source: Source) -> Examples:
         """The examples of a source, in blocks of ``batch_size``."""
         examples = source.examples(self.batch_size)
-        examples.share_of_copies = self._share_of_copies
+        examples.share_of_copies = self._planner.found.share_of_copies
         return examples
-
-    def _engine(
-        self, task: Task, examples: Examples, reduction: Reduction, plan: Plan, trained: bool = False
-    ) -> Engine:
-        weights = self._tokens.of(task, examples, reduction)
-        data = examples if trained else None
-        return Engine(task, reduction, self._groups(), plan=plan, examples=data, weights=weights)
-
-    def batch_index(self, task: Task, examples: Examples) -> BatchIndex:
-        """Which indices batches had in the fit, and how to find whether the loss depends on them."""
-        trajectory = self.trajectory
-        recorded = None if trajectory is None else trajectory.batch_indices
-        known = trajectory is not None and recorded is not None and trajectory.has_batch_order
-        run = None if task.loss is not None else gradient_at(task, examples, self.names, task.at)
-        met = recorded or range(self.train.batches or _BATCHES)
-        return BatchIndex(run, task.reads_index, met, known, found=self._at_index, of_clock=self._of_clock)
-
-    def _planned(self, task: Task, examples: Examples, index: BatchIndex) -> tuple[Reduction, Plan]:
-        """Reduction and plan of the training examples' gradients, from the self-check."""
-        if () not in self._found:
-            reduction = self._train_reduction(task, examples, self.names)
-            plan = make_plan(self._engine(task, examples, reduction, Plan({}), trained=True), examples, self.names)
-            pair = index.differing(self.last)
-            if pair is not None:
-                with task.at(pair[1]):
-                    other = probe_examples(task, examples, self.names).reduction
-                    engine = self._engine(task, examples, other, Plan({}), trained=True)
-                    plan = joined(plan, make_plan(engine, examples, self.names))
-                if other is not reduction:
-                    raise ValueError(
-                        f"Expected one reduction of the loss of a batch, got {reduction.value!r} at `batch_idx="
-                        f"{pair[0]}` and {other.value!r} at {pair[1]}. Pass `loss=`, a callable (module, batch) -> "
-                        "[batch] of per-sample losses."
-                    )
-            self._found[()] = reduction, plan
-            version = task.version
-            engine = self._engine(task, examples, reduction, plan)
-            self._unreached = Unreached.of(engine, examples, self.trajectory)
-            if self._unreached == Unreached():
-                frozen = () if self.trajectory is None else self.trajectory.eval_modules
-                self._unreached = Unreached(note=note_on_training(engine, examples, frozen))
-            task.weights_returned(version)
-        return self._found[()]
-
-    @property
-    def last(self) -> int | None:
-        """Position of the last checkpoint in the trajectory."""
-        return None if self.trajectory is None else len(self.trajectory.checkpoints) - 1
-
-    def _planned_for(self, task: Task, data: Examples, queries: Source, examples: Examples) -> tuple[Reduction, Plan]:
-        """Reduction and plan of the queries' gradients, from the self-check."""
-        reduction, plan = self._found[()]
-        if queries is self.train and task.loss is self.loss:
-            return reduction, plan
-        key = (id(queries.dataset), task.loss)
-        if key not in self._found:
-            data.check_steady()
-            reduction = Reduction.NONE if task.loss is not None else reduction
-            with explained(examples, data):
-                self._found[key] = reduction, make_plan(self._engine(task, data, reduction, Plan({})), data, self.names)
-            self._in_use.append(queries.dataset)  # as long as it exists, no other object has its id
-        return self._found[key]
-
-    def _train_reduction(self, task: Task, examples: Examples, names: Sequence[str] = ()) -> Reduction:
-        if self._tokens.probed is None or (names and not self._tokens.again):
-            examples.check_steady()
-            self._tokens.probed = probe(task, examples, names)
-            self._share_of_copies = examples.share_of_copies
-        return self._tokens.probed.reduction
 
     def probe_again(self, block: Sequence[int]) -> bool:
         """Probe the loss once more with some examples of a batch, one of which does not weigh as it does alone.
@@ -254,48 +173,15 @@ class Session:
         Returns:
             Whether the loss is a mean over tokens, of which the examples probed so far had equally many.
         """
-        if self._tokens.probed is None or self._tokens.probed.reduction is not Reduction.MEAN:
+        if not self._planner.may_be_of_tokens:
             return False
         with self.quiet() as task:
             for source in (self.train, self._asked):
                 if source is None or max(block) >= len(source.dataset):
                     continue
-                if self._tokens.find_again(task, self.examples(source), self.names, block):
-                    self._found.clear()
-                    self._checked.clear()
+                if self._planner.probe_again(task, self.examples(source), block):
                     return True
         return False
-
-    def _reduction_of(self, task: Task, examples: Examples, queries: Queries | None) -> Reduction:
-        """See ``Setting.reduction_of``. The first query is tried once, so that queries that do not fit are refused."""
-        reduction = self._train_reduction(task, examples)
-        if queries is None:
-            return reduction
-        task, data = queries.engine.task, queries.examples
-        data.share_of_copies = self._share_of_copies
-        key = (id(data.dataset), task.loss)
-        if key not in self._checked:
-            data.check_steady()
-            reduction = Reduction.NONE if task.loss is not None else reduction
-            with explained(examples, data):
-                reduction.total(task(task.to_device(data.one(0))), 1)
-            self._checked[key] = reduction
-            self._in_use.append(data.dataset)
-        return self._checked[key]
-
-    def _block_size(self, engine: Engine, examples: Examples) -> int:
-        """Larger blocks if the factors of an example's gradient are small: fewer, larger matrix products."""
-        if self._large_block is None:
-            some = next(examples.blocks(0, min(4, len(examples))))
-            each = engine.gradients(some, checked=False).query_bytes(1)
-            self._large_block = max(examples.block_size, min(_BLOCK, _BLOCK_BYTES // max(1, each)))
-        return self._large_block
-
-    def _groups(self) -> Mapping[str, int]:
-        if self.trajectory is None or self.trajectory.n_groups == 1:
-            return {}
-        known = self.trajectory.parameter_groups
-        return {name: known[name] for name in self.names}
 
 
 def fit_values(trajectory: Trajectory | None, given: bool) -> FitValues:

@@ -1,21 +1,21 @@
 """What a method works with: the training examples of one tile, the queries, and the module at its checkpoints."""
 
-import contextlib
 import math
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from lightning_influence import timing
 from lightning_influence.data.examples import Examples
 from lightning_influence.gradients import Engine, Gradients, Reduction
 from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients, own_gradients
 from lightning_influence.module.task import Task
 from lightning_influence.processes import Processes
+from lightning_influence.progress import Progress, no_progress
 from lightning_influence.setting.batch_index import BatchIndex
 from lightning_influence.setting.exposure import exposure_before
 from lightning_influence.trajectory import Trajectory
@@ -28,12 +28,8 @@ if TYPE_CHECKING:
 K = TypeVar("K", bound=Hashable)
 S = TypeVar("S")
 
-# Memory for the gradients of a block of queries, in bytes.
-_QUERY_BYTES = 2**29
-
-
-Progress = Callable[[int, str, str], AbstractContextManager[Callable[[int], Any]]]
-"""Called with the total, the name of the work and its unit; gives a function to call with what was just done."""
+# Memory for the gradients of a block of queries, or for what is kept of those of training examples, in bytes.
+GRADIENT_BYTES = 2**29
 
 
 @dataclass(frozen=True)
@@ -81,8 +77,8 @@ class Queries:
         if len(self) > 1:
             some = next(self.examples.blocks(0, min(4, len(self.examples))))
             each = self.engine.gradients(some, checked=False).query_bytes(len(self))
-            held = _whole_blocks(max(1, _QUERY_BYTES // max(1, each)), size)
-        return held if most is None else min(held, _whole_blocks(max(1, most), size))
+            held = whole_blocks(max(1, GRADIENT_BYTES // max(1, each)), size)
+        return held if most is None else min(held, whole_blocks(max(1, most), size))
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +174,7 @@ class Setting:
             queries, or with None for training examples. ``engine.reduction`` has it too, unless the method takes no
             gradients.
         on_block: called after each block with the number of training examples in it.
-        progress: a context manager that shows how far a longer piece of work is; see ``progress.progress``.
+        progress: shows that of other work, such as preparing a curvature; see ``lightning_influence.progress``.
         deadline: when solvers stop with what they have found, by ``timing.clock``; None: when they are done.
         notes: sentences that are saved with the scores; see ``note``.
         diagnostics: numbers that are saved with the scores; see ``diagnostic``.
@@ -198,7 +194,7 @@ class Setting:
     models: "TrainedModels | None" = None
     reduction_of: Callable[[Queries | None], Reduction] = lambda queries: Reduction.NONE
     on_block: Callable[[int], Any] = lambda count: None
-    progress: Progress = lambda total, label, unit: contextlib.nullcontext(lambda done: None)
+    progress: Progress = no_progress
     notes: list[str] = field(default_factory=list)
     diagnostics: dict[str, float] = field(default_factory=dict)
     _states: dict[tuple[Callable[..., Any], Hashable], Any] = field(default_factory=dict)
@@ -206,6 +202,11 @@ class Setting:
     batch_index: BatchIndex = field(default_factory=BatchIndex)
     own_version: int = 0
     deadline: float | None = None
+
+    @property
+    def late(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and timing.clock() > self.deadline
 
     @property
     def task(self) -> Task:
@@ -272,13 +273,10 @@ class Setting:
         return self._stage(len(self.trajectory.checkpoints) - 1)
 
     def stages(self, checkpoints: Sequence[int] | None = None) -> Iterator[Stage]:
-        """Load one checkpoint after another.
+        """Load one checkpoint after another; yields the module with its weights.
 
         Args:
             checkpoints: positions in the trajectory; None: all but the initial weights.
-
-        Yields:
-            The module with the checkpoint's weights.
 
         Raises:
             MissingEvidence: no trajectory.
@@ -336,6 +334,6 @@ def _required(trajectory: Trajectory | None) -> Trajectory:
     return trajectory
 
 
-def _whole_blocks(count: int, size: int) -> int:
+def whole_blocks(count: int, size: int) -> int:
     """``count`` rounded down to whole blocks of ``size``; a count below one block is returned as it is."""
     return count // size * size if count >= size else count

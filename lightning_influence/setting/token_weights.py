@@ -11,7 +11,8 @@ from torch import Tensor
 from lightning_influence.data.examples import Examples
 from lightning_influence.gradients import Reduction, probe_examples
 from lightning_influence.gradients.precise import CANNOT, precise
-from lightning_influence.gradients.reduction import Probed
+from lightning_influence.gradients.reduction_probe import Probed
+from lightning_influence.gradients.sample import Sample
 from lightning_influence.module.task import Task
 
 
@@ -41,7 +42,7 @@ class TokenWeights:
         """Probe once more with some examples of a batch; whether the loss turns out to be a mean over tokens."""
         probed = None
         with contextlib.suppress(ValueError):  # the error that led here names the example
-            probed = probe(task, examples, names, block)
+            probed, _ = probe(task, examples, names, block)
         if probed is None or probed.reduction is not Reduction.TOKENS:
             return False
         self.probed, self.again = probed, True
@@ -49,7 +50,7 @@ class TokenWeights:
         return True
 
 
-def probe(task: Task, examples: Examples, names: Sequence[str], also: Sequence[int] = ()) -> Probed:
+def probe(task: Task, examples: Examples, names: Sequence[str], also: Sequence[int] = ()) -> tuple[Probed, Sample]:
     """See ``probe_examples``; in float64 where float32 shows nothing, in which losses near 0 have few digits."""
     try:
         return probe_examples(task, examples, names, also)

@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_influence.data.examples import Examples
-from lightning_influence.gradients import Engine
-from lightning_influence.gradients.general import requiring_gradients
+from lightning_influence.gradients import Engine, Sample
+from lightning_influence.gradients.general import loss_and_gradient, requiring_gradients
 from lightning_influence.gradients.precise import precise
 from lightning_influence.module.random_state import random_states, seed_for
 from lightning_influence.module.snapshot import restoring
@@ -19,22 +19,21 @@ from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.types import clean
 
 _SAMPLED = 8
-_TOLERANCE = {torch.float64: 1e-8}
-_SINGLE = 1e-4
 
 
-def note_on_training(engine: Engine, examples: Examples, frozen: Collection[str] = ()) -> str | None:
-    """Compare gradients of a few examples in both modes, by one pass each; layers of torch stay in eval mode.
+def note_on_training(engine: Engine, sample: Sample, frozen: Collection[str] = ()) -> str | None:
+    """Compare gradients of a few examples in both modes; layers of torch stay in eval mode.
 
     Args:
         engine: at the last checkpoint's weights, which are in place again afterwards.
-        examples: the training dataset.
+        sample: of the training dataset, at these weights.
         frozen: names of submodules that were in eval mode during the fit.
 
     Returns:
         A note if they differ, and neither drew random numbers.
     """
-    if engine.task.loss is not None:
+    examples = sample.examples
+    if engine.task.loss is not None or _same(engine, sample, frozen):
         return None
     with contextlib.suppress(Exception), precise(engine.task, None) as task:  # or it does not run in training mode
         other = replace(engine, task=task)
@@ -43,9 +42,9 @@ def note_on_training(engine: Engine, examples: Examples, frozen: Collection[str]
             trained = _gradient(other, examples)
         if scored is None or trained is None:
             return None
-        tolerance, scale = _TOLERANCE.get(scored.dtype, _SINGLE), float(max(scored.norm(), trained.norm()))
+        scale = float(max(scored.norm(), trained.norm()))
         distance = float((scored - trained).norm())
-        if distance > tolerance * scale:
+        if distance > _tolerance(scored.dtype) * scale:
             return (
                 "The loss in training mode differs from that in eval mode, in which examples are scored, although no "
                 f"random number is drawn (`self.training`): gradients of {min(_SAMPLED, len(examples))} examples by "
@@ -53,6 +52,30 @@ def note_on_training(engine: Engine, examples: Examples, frozen: Collection[str]
                 "callable (module, batch) -> [batch] of per-sample losses."
             )
     return None
+
+
+def _same(engine: Engine, sample: Sample, frozen: Collection[str]) -> bool:
+    """Whether one pass in training mode has the gradient of the sum of its examples' losses in eval mode."""
+    ids, task = sample.chosen[-1], engine.task
+    singles = [sample.alone(i).gradient for i in ids]
+    names = [name for name in engine.plan.names if name not in engine.plan.unreached]
+    with contextlib.suppress(Exception), precise(task, None, seed=None) as other, _in_training(other.module, frozen):
+        batch = sample.examples.some(ids)
+        trained = sample.digester.of(loss_and_gradient(other, batch, names, sample.seed, ids[0])[1])
+        scored = [one.flat(names) for one in singles if one is not None and one.is_finite]
+        factor = engine.reduction.factor(len(ids), engine.weights_of(ids))
+        shares = engine.weights_of(ids)
+        total = sum(g * (1.0 if shares is None else float(shares[i])) for i, g in enumerate(scored))
+        difference = trained.flat(names) * factor - total
+        dtype = next(iter(trained.values.values())).dtype
+        return len(scored) == len(ids) and bool(
+            difference.norm() <= _tolerance(dtype) * trained.flat(names).norm() * factor
+        )
+    return False
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 1e-8 if dtype is torch.float64 else 1e-4
 
 
 def _gradient(engine: Engine, examples: Examples) -> Tensor | None:

@@ -16,9 +16,7 @@ from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.part import Part
-from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.setting.setting import Queries
-from lightning_influence.timing import seconds_of
 from lightning_influence.tracking.errors import Untrackable
 from lightning_influence.tracking.micro_batch import TrackedMicroBatch
 from lightning_influence.tracking.tracker import TrackedFit, TrackedStep, Tracker, TrackerState, TrackingPlan
@@ -200,6 +198,22 @@ class Hypergradients(Tracker):
         self.weights, self.states, self._free = {}, {}, []
 
 
+def vectors_of(record: TrackerState, like: Tensor, most: int | None = None) -> Iterator[tuple[Tensor, Gradients]]:
+    """Stored hypergradients as gradients, with their ids, in blocks of as many as are to be in memory.
+
+    Args:
+        record: of ``Hypergradients`` at the end of the fit.
+        like: its dtype and device are used.
+        most: no more than this many examples in a block.
+    """
+    ids = record.tensors["ids"]
+    vectors = {n.partition("|")[2]: v for n, v in record.tensors.items() if n.startswith("weight|")}
+    held = max(1, _AT_ONCE // max(1, sum(v[0].numel() for v in vectors.values())))
+    for slots in torch.arange(len(ids)).split(held if most is None else min(held, most)):
+        rows: dict[Names, Part] = {(name,): DenseRows((v[slots].to(like),)) for name, v in vectors.items()}
+        yield ids[slots], Gradients(rows, {}, len(slots))
+
+
 def _mapped(folder: Path, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Zeros in a file that is unlinked at once where the system permits, so that a crash leaves no file."""
     handle, path = tempfile.mkstemp(prefix=".work-", suffix=".tmp", dir=folder)
@@ -213,35 +227,3 @@ def _mapped(folder: Path, shape: tuple[int, ...], like: Tensor) -> Tensor:
         os.close(handle)
         with contextlib.suppress(OSError):
             os.unlink(path)
-
-
-def add_stored_products(total: Tensor, query: QueryGradients, record: TrackerState, most: int | None = None) -> None:
-    """Add the products of query gradients with stored hypergradients.
-
-    Args:
-        total: [query, train], modified in place.
-        query: gradients at the final weights.
-        record: of ``Hypergradients`` at the end of the fit.
-        most: no more than so many parts of the record, for an estimate; None: all.
-    """
-    ids, parts = record.tensors["ids"], _loaded_together(record)
-    for slots in parts[:most]:
-        rows: dict[Names, Part] = {
-            (name,): DenseRows((v[slots].to(total),)) for name, v in _stored_vectors(record).items()
-        }
-        total[:, ids[slots].to(total.device)] += query.dot(Gradients(rows, {}, len(slots)))
-
-
-def seconds_of_stored_products(total: Tensor, query: QueryGradients, record: TrackerState) -> float:
-    """Estimate the seconds of ``add_stored_products``, by those of the first part of the record."""
-    return seconds_of(lambda: add_stored_products(total, query, record, 1)) * len(_loaded_together(record))
-
-
-def _loaded_together(record: TrackerState) -> Sequence[Tensor]:
-    """Positions of the hypergradients that are loaded at once."""
-    width = sum(rows[0].numel() for rows in _stored_vectors(record).values())
-    return torch.arange(len(record.tensors["ids"])).split(max(1, _AT_ONCE // max(1, width)))
-
-
-def _stored_vectors(record: TrackerState) -> Vectors:
-    return {n.partition("|")[2]: v for n, v in record.tensors.items() if n.startswith("weight|")}

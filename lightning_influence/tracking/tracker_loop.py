@@ -97,6 +97,7 @@ class TrackerLoop:
         refuse(self._trainer, self._module, setting.engine, self._differentiates)
         self._trained = trained(self._module)
         self._engine, self._queries = setting.engine, setting.queries
+        self._last_asked = setting.task if setting.queries is None else setting.queries.engine.task
         self._mean = {Reduction.NONE: None, Reduction.SUM: False}.get(setting.engine.reduction, True)
         setting.engine.width(setting.examples)
         fit = self._fit(setting, None if parent is None else parent.parent)
@@ -279,6 +280,7 @@ class TrackerLoop:
         if self._queries is None or not any(each.tracker.sees_queries for each in self._active()):
             return None
         task = stack.enter_context(quiet(self._module, self._loss, self._trainer))
+        task.tail, self._last_asked = self._last_asked.tail, task
         stack.enter_context(task.at(0))
         return replace(self._queries, engine=replace(self._queries.engine, task=task))[:]
 

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.numerics.clipping import ByNorm, Clipping
 from lightning_influence.numerics.optimizers import UpdateInput, UpdateRule
-from lightning_influence.setting.setting import Queries
+from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.timing import timed
 from lightning_influence.tracking.errors import Untrackable
 from lightning_influence.tracking.hypergradients import Hypergradients
@@ -204,24 +204,66 @@ def add_products(
     """
     groups, by_step = _by_step(state)
     window: list[tuple[dict[str, Any], list[Tensor]]] = []
-    visits = (visit for segment in state.facts["segments"] for visit in load(_inside(runs, segment)))
-    for visit in itertools.islice(visits, most):
+    for visit in _visits(state, runs, most):
         if window and window[-1][0]["step"] != visit["step"]:
             _add_step(total, first, window, by_step)
             window = []
         gradients = decode(visit["parts"], len(visit["ids"]), total.device)
-        window.append((visit, [query.dot(_only(gradients, names)).to(total) for names in groups]))
+        window.append((visit, [query.dot(gradients.only(names)).to(total) for names in groups]))
     if window:
         _add_step(total, first, window, by_step)
 
 
-def seconds_of_products(total: Tensor, query: QueryGradients, state: TrackerState, runs: Path) -> float:
-    """Estimate the seconds of ``add_products``, by those of a few visits."""
+def add_own_products(total: Tensor, setting: Setting, state: TrackerState, runs: Path, most: int | None = None) -> None:
+    """Add the products of the examples' final gradients with their own hypergradients to ``total``.
+
+    Args:
+        total: [train], modified in place.
+        setting: the question; the final weights are loaded.
+        state: of ``Visits`` at the end of the fit.
+        runs: folder of all runs.
+        most: no more than this many visits, for an estimate; None: all.
+    """
+    groups, by_step = _by_step(state)
+    shown, steps = 0, max(1, len(by_step[0]))
+    for step, of_step in itertools.groupby(_visits(state, runs, most), lambda visit: visit["step"]):
+        window = [(visit, decode(visit["parts"], len(visit["ids"]), total.device)) for visit in of_step]
+        for names, counts in zip(groups, by_step, strict=True):
+            if number := float(counts[step]):
+                _add_own_step(total, setting, [(visit, found.only(names)) for visit, found in window], number)
+        now = setting.n_train * (step + 1) // steps
+        setting.on_block(now - shown)
+        shown = now
+
+
+def _add_own_step(
+    total: Tensor, setting: Setting, window: list[tuple[dict[str, Any], Gradients]], number: float
+) -> None:
+    whole: dict[str, Tensor] = {}  # the step's gradient, where clipping by norm couples its examples
+    for visit, found in window:
+        if visit["pulled"] is not None:
+            for name, value in found.total().items():
+                whole[name] = whole.get(name, 0) + visit["share"] * value
+    for visit, found in window:
+        final = setting.engine.gradients(setting.examples.chosen(visit["ids"]))
+        part = final.own_dot(found) * (visit["share"] * visit["factor"])
+        if visit["pulled"] is not None:
+            along = final.only(whole).times(whole)
+            part = part - along * (visit["share"] * visit["along"] * visit["pulled"].to(part))
+        total.index_add_(0, torch.tensor(visit["ids"]).to(total.device), (number * part).to(total))
+
+
+def seconds_of_visits(add: Callable[[int], Any], state: TrackerState, runs: Path) -> float:
+    """Estimate the seconds of work on all visits, by those of a few: ``add`` is called with how many to take."""
     segments = state.facts["segments"]
     count = len(load(_inside(runs, segments[0]))) * len(segments) if segments else 0
-    one = timed(lambda: add_products(total, 0, query, state, runs, 1))
-    few = timed(lambda: add_products(total, 0, query, state, runs, 1 + _FEW))
+    one, few = timed(lambda: add(1)), timed(lambda: add(1 + _FEW))
     return one + max(0.0, few - one) * max(0, count - 1) / _FEW
+
+
+def _visits(state: TrackerState, runs: Path, most: int | None) -> Iterator[dict[str, Any]]:
+    visits = (visit for segment in state.facts["segments"] for visit in load(_inside(runs, segment)))
+    return itertools.islice(visits, most)
 
 
 def _inside(runs: Path, segment: str) -> Path:
@@ -266,12 +308,3 @@ def _whole(raw: Mapping[str, Tensor], gradients: Gradients) -> dict[str, Tensor]
     names = [(n, shape) for names, p in gradients.parts.items() for n, shape in zip(names, p.shapes(), strict=True)]
     like = next(iter(raw.values()))
     return {name: raw[name] if name in raw else like.new_zeros(shape) for name, shape in names}
-
-
-def _only(gradients: Gradients, names: Sequence[str]) -> Gradients:
-    """The gradients of some parameters."""
-    wanted = set(names)
-    if any(0 < len(wanted & set(key)) < len(key) for key in gradients.parts):
-        gradients = gradients.per_parameter()
-    parts = {key: part for key, part in gradients.parts.items() if set(key) <= wanted}
-    return Gradients(parts, {}, gradients.size)

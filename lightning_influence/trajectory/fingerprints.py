@@ -135,7 +135,7 @@ def same_rows(one: Fingerprint, other: Fingerprint, k: int) -> bool:
 
 def to_json(found: Fingerprint | None) -> list[dict[str, Any]] | None:
     """As plain lists and dicts."""
-    return None if found is None else [dataclasses.asdict(leaf) for leaf in found]
+    return None if found is None else [dict(vars(leaf)) for leaf in found]
 
 
 def from_json(entries: Sequence[Mapping[str, Any]] | None) -> Fingerprint | None:

@@ -9,6 +9,9 @@ from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.trajectory.fingerprints import Fingerprint, from_json, to_json, with_rows
 from lightning_influence.trajectory.manifest_checks import is_fit_data
 
+WHOLE_BATCHES = 2
+"""So many batches are recorded, or made again, that do not split into examples, or whose padding follows the batch."""
+
 
 @dataclass(frozen=True)
 class FirstBatch:

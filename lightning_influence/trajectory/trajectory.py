@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_influence.checks import check_path_like
 from lightning_influence.trajectory import exposure as _exposure
 from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint, is_decoupled, is_plain_sgd
-from lightning_influence.trajectory.columns import steps_between
+from lightning_influence.trajectory.columns import steps_between, to_numpy
 from lightning_influence.trajectory.file_list import Paths, files_of
 from lightning_influence.trajectory.files import STEPS
 from lightning_influence.trajectory.fit_data import FitData
@@ -299,23 +299,25 @@ class Trajectory:
         index = range(len(self.checkpoints))[index]
         if self._stored_rates is not None:
             return list(self._stored_rates[index])
-        groups, rows = self._groups, self._applied
-        step, optimizer_of = self.checkpoints[index].step, [entry["optimizer"] for entry in self.settings]
-        found: dict[int, Any] = {}
-        columns = zip(*(rows[name].to_pylist() for name in ("step", "settings", "lr")), strict=True)
-        for at, entry, rates in columns:
-            if at <= step or optimizer_of[entry] not in found:
-                found[optimizer_of[entry]] = groups.spread(entry, rates)
-        return [float(rate) for rate in sum(found.values(), np.zeros(groups.count))]
+        steps, entries = (to_numpy(self._applied[name]) for name in ("step", "settings"))
+        optimizers = np.array([entry["optimizer"] for entry in self.settings], dtype=np.int64)[entries]
+        total = np.zeros(self._groups.count)
+        for optimizer in dict.fromkeys(optimizers.tolist()):
+            own = np.flatnonzero(optimizers == optimizer)
+            before = own[steps[own] <= self.checkpoints[index].step]
+            row = int(before[-1] if len(before) else own[0])
+            total += self._groups.spread(int(entries[row]), self._applied["lr"][row].as_py())
+        return [float(rate) for rate in total]
 
     @cached_property
     def _groups(self) -> _exposure.ParameterGroups:
         return _exposure.ParameterGroups.of(self.settings)
 
-    @property
+    @cached_property
     def _applied(self) -> pa.Table:
         """The steps that changed the weights: gradient scaling skips some."""
-        return self.steps.filter(pc.invert(self.steps["skipped"]))
+        skipped = self.steps["skipped"]
+        return self.steps.filter(pc.invert(skipped)) if pc.any(skipped).as_py() else self.steps
 
     def _window(self, index: int) -> pa.Table:
         applied = self._applied

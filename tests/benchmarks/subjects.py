@@ -30,11 +30,11 @@ for _name in ("pytorch_lightning", "lightning.pytorch"):
 
 
 class Classifier(pl.LightningModule):
-    """Cross-entropy, plain SGD."""
+    """Cross-entropy, SGD."""
 
-    def __init__(self, net):
+    def __init__(self, net, momentum=0.0):
         super().__init__()
-        self.net = net
+        self.net, self.momentum = net, momentum
 
     def forward(self, x):
         return self.net(x)
@@ -43,7 +43,7 @@ class Classifier(pl.LightningModule):
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.05)
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=self.momentum)
 
 
 def mlp(width=256):
@@ -158,11 +158,11 @@ class Subject:
         return self.module
 
 
-def fitted(net, data, folder, checkpoints=5):
+def fitted(net, data, folder, checkpoints=5, momentum=0.0, batch=BATCH):
     """Train for as many epochs as there shall be checkpoints."""
     torch.manual_seed(0)
     influence = Influence(dirpath=folder)
     trainer = pl.Trainer(max_epochs=checkpoints, callbacks=[influence], **QUIET)
-    module = Classifier(net)
-    trainer.fit(module, DataLoader(data[0], BATCH, shuffle=True))
+    module = Classifier(net, momentum)
+    trainer.fit(module, DataLoader(data[0], batch, shuffle=True))
     return Subject(module, *data, influence.attributor)

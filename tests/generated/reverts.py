@@ -133,7 +133,7 @@ def reach_not_checked(patch):
     from lightning_influence.setting.unreached import Unreached
 
     patch.setattr(Unreached, "of", staticmethod(lambda *args: Unreached()))
-    patch.setattr("lightning_influence.setting.session.note_on_training", lambda *args: None)  # finds it too
+    patch.setattr("lightning_influence.setting.planning.note_on_training", lambda *args: None)  # finds it too
 
 
 def trainer_answers_itself(patch):

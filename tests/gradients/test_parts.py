@@ -75,6 +75,25 @@ def test_norms_totals_and_products_with_a_vector_are_those_of_the_rows(two, seed
 
 
 @many
+@given(pairs(), st.integers(0, 999))
+def test_products_of_each_row_with_its_own_are_those_of_the_rows(two, seed):
+    count, generator = min(map(len, two)), torch.Generator().manual_seed(seed)
+    left, right = (made.slice(slice(count)) for made in two)
+    shapes = [r.shape[1:] for r in left.dense()]
+    own = tuple(normal(generator, count, *shape) for shape in shapes)
+    entries = tuple(normal(generator, *shape) for shape in shapes)
+    weights = tuple(normal(generator, 2, *shape) for shape in shapes)
+    one, other = written_out(left), written_out(right)
+    together = torch.cat([v.reshape(count, -1) for v in own], 1)
+    factors = torch.cat([e.flatten() for e in entries])
+    tables = torch.cat([w.reshape(2, -1) for w in weights], 1)
+    torch.testing.assert_close(left.times_own(own), (one * together).sum(1))
+    torch.testing.assert_close(left.own_dot(right), (one * other).sum(1))
+    torch.testing.assert_close(left.own_dot(right, entries), (one * other * factors).sum(1))
+    torch.testing.assert_close(left.weighted_norm2(weights), tables @ one.square().T)
+
+
+@many
 @given(pairs(), st.integers(0, 12), st.integers(0, 12), st.integers(0, 999))
 def test_slices_and_scaled_parts_are_slices_and_multiples_of_the_rows(two, start, length, seed):
     made = two[0]
@@ -138,6 +157,10 @@ def test_blocks_multiply_whichever_parts_their_parameters_share(n, m, mine, thei
     generator = torch.Generator().manual_seed(seed)
     left, right = block(n, generator, mine), block(m, generator, theirs)
     torch.testing.assert_close(left.dot(right), of(left) @ of(right).T)
+    least = slice(min(n, m))
+    products = left.slice(least).own_dot(right.slice(least))
+    torch.testing.assert_close(products, (of(left)[least] * of(right)[least]).sum(1))
+    torch.testing.assert_close(EachQuery([left.slice(least)]).diagonal(right.slice(least)), products)
     scale = normal(generator, 2, m)
     number = left.parts["scale",].dense()[0][:, None] * right.parts["scale",].dense()[0]
     expected = (of(left) @ of(right).T - number) * scale[0] + number * scale[1]
@@ -254,7 +277,7 @@ def test_both_orders_of_a_product_with_several_vectors_are_taken_and_chunked(mon
     generator = torch.Generator().manual_seed(0)
     taken = set()
     monkeypatch.setattr(OuterProducts, "_times_each", spied(OuterProducts._times_each, taken, "inputs first"))
-    monkeypatch.setattr(OuterProducts, "_weight_rows", spied(OuterProducts._weight_rows, taken, "rows"))
+    monkeypatch.setattr(OuterProducts, "_times_rows", spied(OuterProducts._times_rows, taken, "rows"))
     for count, positions in ((1, 1), (30, 1), (2, 6)):
         for transposed in (False, True):
             shape = (IN, OUT) if transposed else (OUT, IN)

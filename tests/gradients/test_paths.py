@@ -54,12 +54,15 @@ def test_every_parameter_has_a_factored_rule(name, tmp_path):
     assert ";" not in summary(name, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["weight norm", "LoRA", "EmbeddingBag, max", "regulariser inside the loss"])
+@pytest.mark.parametrize(
+    "name",
+    ["weight norm", "LoRA", "EmbeddingBag, max", "regulariser inside the loss", "examples sorted inside"],
+)
 def test_what_has_no_rule_goes_by_torch_func_and_is_named(name, tmp_path):
     assert "; through torch.func: net." in summary(name, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["experts by token", "examples sorted inside", "packed sequences sorted by length"])
+@pytest.mark.parametrize("name", ["experts by token", "packed sequences sorted by length"])
 def test_what_torch_func_refuses_goes_one_example_at_a_time(name, tmp_path):
     assert "; one example at a time: net." in summary(name, tmp_path)
 

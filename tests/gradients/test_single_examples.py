@@ -206,6 +206,7 @@ def test_an_error_of_one_example_is_not_taken_for_a_step_that_works_in_train_mod
 )
 @pytest.mark.filterwarnings("ignore:Using a target size")
 def test_broadcasting_over_pairs_of_examples_is_named(loss, operation):
+    torch.manual_seed(0)
     module = Step(mlp(classes=1), loss).double()
     with pytest.raises(ValueError, match=rf"`{operation}` was given tensors of shapes \(5,.*broadcasts to pairs"):
         Attributor(module, pairs(12), None).score(GradientDot(), pairs(4, 2))

@@ -1,5 +1,6 @@
 """Representer points: what they add up to, whatever the loss; features taken once; what cannot work is named."""
 
+import contextlib
 import gc
 import tempfile
 import warnings
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_influence import Attributor, Influence, RepresenterPoints, Trajectory
 from lightning_influence.conformance import check_method
+from lightning_influence.methods import representer_points
 
 torch.set_num_threads(1)
 
@@ -302,6 +304,73 @@ def test_a_stored_head_that_is_no_minimum_is_not_taken(captured):
         torch.testing.assert_close(
             Attributor(module, train, trajectory).score(RepresenterPoints(), queries).values, expected
         )
+
+
+def test_a_solve_that_stopped_early_goes_on_where_it_was(captured):
+    module, train, queries, trajectory = captured
+    method = RepresenterPoints(weight_decay=1e-6, max_iterations=3)
+    errors = []
+    for _ in range(30):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            scores = Attributor(module, train, trajectory).score(method, queries)
+        errors.append(scores.diagnostics["reconstruction_error"])
+        if not said:
+            break
+        assert "ask again, which goes on from there" in str(said[0].message)
+    assert 2 <= len(errors) < 30
+    assert errors == sorted(errors, reverse=True)
+    for file in (trajectory.path / "features").glob("*.head.arrow"):
+        file.unlink()
+    whole = Attributor(module, train, trajectory).score(RepresenterPoints(weight_decay=1e-6), queries)
+    torch.testing.assert_close(scores.values, whole.values, rtol=1e-5, atol=1e-5 * float(whole.values.abs().max()))
+
+
+def test_progress_of_the_solve_is_shown_up_to_its_end(monkeypatch):
+    shown = []
+
+    @contextlib.contextmanager
+    def progress(total, label, unit="example"):
+        assert (total, unit) == (100, "%")
+        assert "the head `net.1`" in label
+        yield shown.append
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lightning_influence.attribution.driver.progress", lambda trainer, *a: both_kinds(progress, *a))
+        Problem("softmax").score(RepresenterPoints())
+    assert sum(shown) == 100
+    assert len(shown) > 3
+
+
+def both_kinds(progress, total, label, unit="example"):
+    """The bar of the scores is not looked at."""
+    return progress(total, label, unit) if unit == "%" else contextlib.nullcontext(lambda done: None)
+
+
+def test_what_the_solve_takes_is_in_the_cost_until_it_is_stored(captured, monkeypatch):
+    module, train, queries, trajectory = captured
+    attributor = Attributor(module, train, trajectory)
+
+    def seconds(method):
+        with attributor.session(queries) as setting:
+            return method.seconds_of_minimum(setting)
+
+    assert seconds(RepresenterPoints()) > 0
+    assert seconds(RepresenterPoints(refit=False)) == 0
+    assert seconds(RepresenterPoints(head="net.7")) == 0  # refused when it is asked
+    attributor.score(RepresenterPoints(), queries)
+    assert seconds(RepresenterPoints()) == 0
+    assert seconds(RepresenterPoints(weight_decay=0.1)) > 0
+    monkeypatch.setattr(RepresenterPoints, "seconds_of_minimum", lambda *_: 1e6)
+    assert attributor.cost(RepresenterPoints(), queries) > 1e6
+
+
+@pytest.mark.parametrize("held", [1, 2**26])
+def test_features_that_do_not_fit_in_memory_are_read_again_in_each_pass(held, monkeypatch):
+    monkeypatch.setattr(representer_points, "_HELD", held)
+    problem = Problem("softmax")
+    found = problem.score(RepresenterPoints(of=1)).values.sum(1)
+    torch.testing.assert_close(found, (problem.asked @ problem.minimum().T)[:, 1])
 
 
 def test_where_nothing_can_be_written_a_temporary_folder_serves_and_goes(captured, tmp_path, monkeypatch):

@@ -23,6 +23,9 @@ from lightning_influence import (
     Trajectory,
 )
 from lightning_influence.conformance import check_method
+from lightning_influence.gradients.queries import DenseQueries
+from lightning_influence.gradients.running_sum import RunningSum
+from lightning_influence.methods import segment_product
 
 torch.set_num_threads(1)
 DECAY, RATE, MOMENTUM, EPOCHS, BATCH = 0.05, 0.2, 0.5, 5, 3
@@ -85,6 +88,81 @@ def test_scores_are_those_of_matrix_exponentials(tmp_path, name, segments, curva
     assert scores.units == "loss"
     assert any(f"{len(runs)} segments with sums of learning rates" in note for note in scores.notes)
     assert any("no more checkpoints" in note for note in scores.notes) == (segments == 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "segments", "curvature", "runs"),
+    [
+        ("classes", 3, ExactGGN(), [(1, 2), (3,), (4, 5)]),
+        ("numbers", 2, EKFAC(labels="exact"), [(1, 2), (3, 4, 5)]),
+    ],
+)
+def test_self_influence_is_the_diagonal_of_matrix_exponentials(tmp_path, monkeypatch, name, segments, curvature, runs):
+    module, train, _, trajectory = fitted(name, tmp_path)
+    right = expected(name, module, train, train, trajectory, runs).diagonal()
+    found = Attributor(module, train, trajectory).self_influence(SOURCE(segments, curvature))
+    oracles.assert_scores(found.values, right, 1e-9)
+    assert found.units == "loss"
+    monkeypatch.setattr("lightning_influence.curvature.curvature._BYTES", 2000)  # a few at once
+    small = Attributor(module, train, trajectory, batch_size=5).self_influence(SOURCE(segments, curvature))
+    oracles.assert_scores(small.values, right, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "products"),
+    [
+        ({}, 2 * 3),  # one per block of training examples and segment
+        ({"GRADIENT_BYTES": 1300, "_LOADING": 0}, 2 * 3),  # in two tiles
+        ({"GRADIENT_BYTES": 1300}, 2 * 5),  # loading checkpoints twice would take longer: one per checkpoint
+        ({"GRADIENT_BYTES": 1}, 2 * 5),  # no sums fit
+    ],
+)
+def test_gradients_are_summed_over_a_segment_where_that_is_cheaper(tmp_path, monkeypatch, settings, products):
+    for name, value in settings.items():
+        monkeypatch.setattr(segment_product, name, value)
+    count, made = DenseQueries.dot, []
+    monkeypatch.setattr(DenseQueries, "dot", lambda *sides: made.append(0) or count(*sides))
+    module, train, queries, trajectory = fitted("classes", tmp_path)
+    attributor, method = Attributor(module, train, trajectory, batch_size=4), SOURCE(3, ExactGGN())
+    scores = attributor.score(method, queries)
+    wanted = expected("classes", module, train, queries, trajectory, [(1, 2), (3,), (4, 5)])
+    oracles.assert_scores(scores.values, wanted, 1e-9)
+    assert len(made) == products
+    best = attributor.score(method, queries, top_k=2)
+    torch.testing.assert_close(best.proponents(2).scores, scores.proponents(2).scores)
+    torch.testing.assert_close(attributor.group(method, [0, 3, 6], queries), scores.values[:, [0, 3, 6]].sum(1))
+
+
+def test_where_memory_does_not_suffice_nothing_is_summed(tmp_path, monkeypatch):
+    def add(total, gradients):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(RunningSum, "add", add)
+    module, train, queries, trajectory = fitted("classes", tmp_path)
+    scores = Attributor(module, train, trajectory, batch_size=4).score(SOURCE(3, ExactGGN()), queries)
+    wanted = expected("classes", module, train, queries, trajectory, [(1, 2), (3,), (4, 5)])
+    oracles.assert_scores(scores.values, wanted, 1e-9)
+    assert any("blocks of 4 training examples: they were scored in blocks of 2" in note for note in scores.notes)
+
+
+def test_an_interrupt_leaves_the_tiles_that_were_finished(tmp_path, monkeypatch):
+    monkeypatch.setattr(segment_product, "GRADIENT_BYTES", 1300)
+    monkeypatch.setattr(segment_product, "_LOADING", 0)
+    module, train, queries, trajectory = fitted("classes", tmp_path)
+    attributor, method = Attributor(module, train, trajectory, batch_size=4), SOURCE(3, ExactGGN())
+    whole = attributor.score(method, queries).values
+    real, calls = DenseQueries.dot, []
+
+    def dot(*sides):
+        calls.append(0)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(*sides)
+
+    monkeypatch.setattr(DenseQueries, "dot", dot)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        attributor.score(method, queries)
+    torch.testing.assert_close(caught.value.scores.values, whole[:, :4])
 
 
 def test_queries_in_blocks_and_their_mean_are_the_same(tmp_path):

@@ -127,11 +127,12 @@ def test_ekfac_takes_the_preconditioner_as_its_diagonal_in_the_eigenbasis(tmp_pa
     assert any("only its diagonal there is used" in note for note in found.notes)
 
 
-def test_directions_that_no_gradient_has_are_moved_without_being_bent():
+@pytest.mark.parametrize(("out", "wide"), [(2, 2), (3, 2), (2, 3), (1, 1)])
+def test_directions_that_no_gradient_has_are_moved_without_being_bent(out, wide):
     """A layer whose bases are not whole, at one pace: the curvature is zero outside of them."""
     draw = torch.Generator().manual_seed(0)
-    left, right = (torch.linalg.qr(torch.randn(n, k, generator=draw).double())[0] for n, k in ((3, 2), (4, 2)))
-    values, pace, added = torch.rand(2, 2, generator=draw).double(), 0.7, 0.2
+    left, right = (torch.linalg.qr(torch.randn(n, k, generator=draw).double())[0] for n, k in ((3, out), (4, wide)))
+    values, pace, added = torch.rand(out, wide, generator=draw).double(), 0.7, 0.2
     kept = {"basis_out": left, "basis_in": right, "eigenvalues": values, "transposed": torch.tensor(False)}
     whole = {"weight": torch.ones(3, 4, dtype=torch.float64)}
     descent = Descent(*({n: number * one for n, one in whole.items()} for number in (pace, added, 0.0)))

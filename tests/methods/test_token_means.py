@@ -278,6 +278,8 @@ def test_ekfac_weighs_the_fisher_by_tokens(tmp_path):
     diagonal = (share[:, None] * bias.square()).sum(0) + 0.06
     queries = gradients(fit, [fit.queries[i] for i in range(3)])[:, -CLASSES:]
     close(scores, (queries / diagonal) @ bias.T * share, 1e-9)
+    own = attributor.self_influence(InfluenceFunction(EKFAC(damping=0.05))).values
+    oracles.assert_scores(own, (bias.square() / diagonal).sum(1) * share, 1e-9)
 
 
 def test_labels_are_sampled_under_class_weights_and_weigh_by_them():

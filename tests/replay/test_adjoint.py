@@ -275,7 +275,11 @@ def test_what_a_reader_must_know_is_reported(tmp_path):
     assert any("Agreement is" in note for note in found.notes)
     smooth = scores(fitted(tmp_path / "smooth", lr=0.01, n=30), HyDRA())
     assert 0.8 < smooth.figures["agreement"] <= 1
-    assert not any("Agreement" in note for note in smooth.notes)
+    assert not any("Agreement is" in note for note in smooth.notes)
+    about = [note for note in smooth.notes if "without a random tenth" in note or "each without" in note]
+    assert len(about) == 1
+    assert "does not say that the scores predict what happens without half of them" in about[0]
+    assert not any("half of them" in note for note in scores(fit, HyDRA(checks=0)).notes)
     assert fit.attributor().cost(HyDRA(), fit.queries) > 0
 
 

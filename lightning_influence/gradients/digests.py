@@ -1,0 +1,105 @@
+"""Gradients shortened for comparison: large parameters by a seeded random projection, small ones whole."""
+
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_influence.gradients.block import Names
+from lightning_influence.gradients.part import Part
+from lightning_influence.gradients.spot_checks import agrees
+from lightning_influence.numerics.projections import PlainSketch, Projector, RandomProjection, Sketch
+
+# Parameters of at most this many entries are compared entry by entry, others by so many random combinations.
+_SMALL = 2**12
+_COMBINATIONS = 16
+
+
+@dataclass(frozen=True)
+class Digest:
+    """One gradient, shortened.
+
+    Args:
+        values: by parameter: its entries, or random combinations of them, which are of the size of its norm.
+        largest: the largest magnitude of an entry; NaN or infinity if there is one.
+        nonzero: the parameters with an entry other than 0.
+        spread: by parameter: how much larger rounding errors of its entries may be together, in such a combination.
+    """
+
+    values: Mapping[str, Tensor]
+    largest: float
+    nonzero: frozenset[str]
+    spread: Mapping[str, float]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all entries are finite."""
+        return math.isfinite(self.largest)
+
+    def flat(self, names: Iterable[str] | None = None) -> Tensor:
+        """The values one behind the other, in float64 on the CPU.
+
+        Args:
+            names: of the parameters; None: all.
+        """
+        values = [self.values[name].detach().cpu() for name in (self.values if names is None else names)]
+        values = [torch.view_as_real(value) if value.is_complex() else value for value in values]
+        return torch.cat([torch.zeros(0, dtype=torch.float64), *(value.double().flatten() for value in values)])
+
+
+@dataclass
+class Digester:
+    """Makes digests, with the same combinations for all gradients that are compared."""
+
+    _project: Projector = field(default_factory=lambda: Projector(RandomProjection(_COMBINATIONS, entries="gaussian")))
+
+    def of(self, gradient: Mapping[str, Tensor]) -> Digest:
+        """The digest of one gradient, [*shape] by parameter."""
+        values = {name: self._sketch(name, g.shape, g).rows(g[None])[0] for name, g in gradient.items()}
+        spread = {n: 1.0 if v.numel() == gradient[n].numel() else gradient[n].numel() ** 0.5 for n, v in values.items()}
+        most = {name: g.abs().max() for name, g in gradient.items() if g.numel()}
+        if not most:
+            return Digest(values, 0.0, frozenset(), spread)
+        widest = functools.reduce(torch.promote_types, (m.dtype for m in most.values()))
+        known = torch.stack([m.to(widest) for m in most.values()])
+        nonzero = frozenset(n for n, m in zip(most, known.tolist(), strict=True) if m)
+        return Digest(values, float(known.max()), nonzero, spread)
+
+    def rows(self, parts: Mapping[Names, Part], wanted: set[str]) -> dict[str, Tensor]:
+        """[example, ...]: the values of the digests of a block's gradients, for parts with parameters in ``wanted``."""
+        found: dict[str, Tensor] = {}
+        for names, part in parts.items():
+            if wanted.isdisjoint(names):
+                continue
+            sketches = [self._sketch(n, shape, part.like) for n, shape in zip(names, part.shapes(), strict=True)]
+            if all(isinstance(s, PlainSketch) and s.matrix is None for s in sketches):
+                found |= dict(zip(names, part.dense(), strict=True))
+            else:
+                shortened = part.projected(sketches)
+                found |= {name: one.dense()[0] for name, one in zip(names, shortened, strict=True)}
+        return found
+
+    def _sketch(self, name: str, shape: Sequence[int], like: Tensor) -> Sketch:
+        if math.prod(shape) <= _SMALL or like.is_complex():
+            return PlainSketch(None)
+        return self._project(name, tuple(shape), like)
+
+
+def agreeing(rows: Mapping[str, Tensor], row: int, truth: Digest, names: set[str]) -> set[str]:
+    """The parameters among ``names`` whose gradient of one example is that of its digest, up to rounding errors.
+
+    Args:
+        rows: [example, ...]: see ``Digester.rows``; what is absent is zero.
+        row: of the example.
+        truth: the gradient by plain autograd.
+        names: the parameters.
+    """
+    found = set()
+    for name in names:
+        true, mine = truth.values[name], rows.get(name)
+        if agrees(None if mine is None else mine[row].view_as(true), true, truth.largest * truth.spread[name]):
+            found.add(name)
+    return found

@@ -1,0 +1,234 @@
+"""A few examples of a dataset, whose passes alone and together serve all checks that are made before scoring."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch.utils._pytree import tree_leaves
+
+from lightning_influence.data.examples import ChosenBlock, Examples, versions_of
+from lightning_influence.gradients.digests import Digest, Digester
+from lightning_influence.gradients.engine import Engine
+from lightning_influence.gradients.general import loss_and_gradient, requiring_gradients
+from lightning_influence.gradients.reduction import WAY_OUT, Reduction
+from lightning_influence.gradients.tape import Tape
+from lightning_influence.gradients.token_counts import CountWatch, Key
+from lightning_influence.gradients.unlike_rows import UnlikeRows
+from lightning_influence.module.numbers import small_values
+from lightning_influence.module.random_state import seed_for
+from lightning_influence.module.task import Task
+from lightning_influence.module.watched_index import Key as OfIndex
+from lightning_influence.module.watched_index import WatchedIndex
+from lightning_influence.numerics.subsets import evenly_spread
+from lightning_influence.types import Batch, foreign
+
+# Two batches of unequal size: the dimension whose size equals the batch size in both holds the examples.
+_SIZES = (3, 5)
+# Among so many examples the odd ones are looked for, of which so many are run as well.
+_READ, _ODD = 32, 4
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What a pass of one example gave.
+
+    Args:
+        loss: of the example.
+        counts: what was counted, see ``CountWatch``.
+        class_weights: which of the counts are of unequal class weights.
+        gradient: None if it was not wanted.
+    """
+
+    loss: float
+    counts: dict[Key, float]
+    class_weights: frozenset[Key]
+    gradient: Digest | None
+
+
+class Sample:
+    """A few examples at the module's current weights; each pass is made when it is first wanted, and once.
+
+    Args:
+        task: the module with its loss.
+        examples: the dataset.
+        names: the parameters whose gradients will be taken; none: only losses will be.
+        seed: of the random state.
+        trained: whether they are training examples, whose batches have an index, and a step that may count.
+    """
+
+    def __init__(
+        self, task: Task, examples: Examples, names: Sequence[str] = (), seed: int = 0, trained: bool = True
+    ) -> None:
+        self.task, self.examples, self.seed = task, examples, seed
+        self._follows_step = trained and task.loss is None
+        self.with_gradients = bool(names)
+        trainable = [n for n, p in task.named_parameters().items() if p.requires_grad and not p.is_complex()]
+        self.names = list(names) or trainable
+        self.digester = Digester()
+        self.copy_leaves = False
+        """Whether activations are copied, since the model writes into them in place."""
+        self.uses_of_index: list[OfIndex] = []
+        """What the pass of the last block computed from the index of its batch, see ``WatchedIndex``."""
+        self.values: list[dict[str, Any]] = []
+        """The module's small values before and after the pass of the last block."""
+        self._alone: dict[int, Alone] = {}
+        self._losses: dict[tuple[int, ...], float] = {}
+        self._gradients: dict[tuple[int, ...], Digest] = {}
+        self._batches: dict[tuple[int, ...], tuple[Batch, list[int]]] = {}
+
+    # ---- which examples -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def chosen(self) -> list[list[int]]:
+        """The ids of two batches of examples spread over the dataset, with repetition if it is tiny."""
+        n = len(self.examples)
+        # Not `evenly_spread`: always this many, and other examples in the second batch than in the first.
+        return [[(round((i + 0.5 * b) * n / size)) % n for i in range(size)] for b, size in enumerate(_SIZES)]
+
+    @property
+    def blocks(self) -> list[ChosenBlock]:
+        """The same as blocks."""
+        return [self._block(ids) for ids in self.chosen]
+
+    def _block(self, ids: Sequence[int]) -> ChosenBlock:
+        return ChosenBlock(ids[0], len(ids), self._batch(ids), self.examples.one, ids)
+
+    @cached_property
+    def odd(self) -> list[int]:
+        """Those most unlike the others among some examples that are only read."""
+        read = list(evenly_spread(len(self.examples), _READ))
+        with contextlib.suppress(Exception):  # one that cannot be read or collated is met where it is scored
+            rows = UnlikeRows().new(self.examples.chosen(read)) or {}
+            return [read[row] for row in rows][:_ODD]
+        return []
+
+    @property
+    def ids(self) -> list[int]:
+        """All examples that are run alone."""
+        if not self.with_gradients:
+            return list(evenly_spread(len(self.examples), _READ))
+        return list(dict.fromkeys([*self.chosen[0], *self.chosen[1], *self.odd]))
+
+    # ---- passes ---------------------------------------------------------------------------------------------------
+
+    def alone(self, example: int, gradient: bool | None = None) -> Alone:
+        """A pass of one example.
+
+        Args:
+            example: its id.
+            gradient: whether its gradient is wanted; None: that of the examples in blocks is.
+        """
+        if gradient is None:
+            gradient = self.with_gradients and any(example in ids for ids in self.chosen)
+        known = self._alone.get(example)
+        if known is None or (gradient and known.gradient is None):
+            watch, names = CountWatch(), self.names if gradient else ()
+            loss, found = self._pass(self.examples.one(example), example, names, watch)
+            digest = self.digester.of(found) if gradient else None
+            known = Alone(loss, watch.totals(), frozenset(watch.class_weights), digest)
+            self._alone[example] = known
+        return known
+
+    def loss(self, ids: Sequence[int], plain: bool = False) -> float:
+        """The loss of a batch, as the step returned it; the sum of the losses of ``loss=``.
+
+        Args:
+            ids: of its examples.
+            plain: by a pass of its own. Otherwise a recorded one serves, in which no parameter requires a gradient, so
+                that a step may compute another loss.
+        """
+        key = tuple(ids)
+        if not plain and list(ids) in self.chosen:
+            with contextlib.suppress(Exception):  # whoever needs the gradients meets the error
+                return float(self.tapes[self.chosen.index(list(ids))].total)  # type: ignore[arg-type]
+        if key not in self._losses:
+            self._losses[key] = self._pass(self._batch(ids), ids[0], ())[0]
+        return self._losses[key]
+
+    def gradient(self, ids: Sequence[int]) -> Digest:
+        """The gradient of the loss of a batch, by plain autograd."""
+        key = tuple(ids)
+        if key not in self._gradients:
+            self._losses[key], found = self._pass(self._batch(ids), ids[0], self.names)
+            self._gradients[key] = self.digester.of(found)
+        return self._gradients[key]
+
+    @cached_property
+    def tapes(self) -> list[Tape]:
+        """Recorded passes of the blocks, back from their loss as the step returned it."""
+        try:
+            return self._recorded()
+        except RuntimeError as error:
+            if "in-place" not in str(error):
+                raise
+            self.copy_leaves = True
+            return self._recorded()
+
+    def _recorded(self) -> list[Tape]:
+        self._batches.clear()
+        tapes = []
+        for block in self.blocks:
+            watched = self._follows_step and block.size == _SIZES[-1]
+            with self._noting_values() if watched else contextlib.nullcontext():
+                tape = (self._watched(block) if watched else None) or self._record(self._block(block.chosen))
+            tapes.append(tape)
+        return tapes
+
+    def _record(self, block: ChosenBlock) -> Tape:
+        reduction = Reduction.SUM if self.task.loss is None else Reduction.NONE
+        return Engine(self.task, reduction, seed=self.seed).record(block, self.names, self.copy_leaves)
+
+    def _watched(self, block: ChosenBlock) -> Tape | None:
+        """The pass of a block with an index that notes its uses; None if it fails with one that is no plain integer."""
+        watched = WatchedIndex(self.task.batch_idx, self.uses_of_index)
+        with contextlib.suppress(Exception), self.task.at(watched):  # type: ignore[arg-type]
+            return self._record(block)
+        self.uses_of_index.append(lambda index: index)  # it may depend on it in any way
+        self._batches.clear()  # the step may have written into it
+        return None
+
+    def _pass(
+        self, batch: Batch, example: int, names: Sequence[str], watch: CountWatch | None = None
+    ) -> tuple[float, dict[str, Any]]:
+        """The loss of a batch and its gradient."""
+        try:
+            if names:
+                loss, found = loss_and_gradient(self.task, batch, names, self.seed, example, watch)
+                return float(loss), found
+            # gradients are enabled, and wanted of the same parameters: a step may use them, or ask which are wanted
+            with requiring_gradients(self.task.module, self.names) if self.with_gradients else contextlib.nullcontext():
+                batch = self.task.to_device(batch)
+                seed_for(self.seed, example)
+                with watch or contextlib.nullcontext():
+                    loss = self.task(batch)
+            return float(loss.detach().double().sum()), {}
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                "Expected the loss of a batch to be the mean or the sum of the losses of its examples, got a "
+                f"normalisation layer that uses batch statistics in eval mode: {error}. {WAY_OUT}"
+            ) from error
+
+    def _batch(self, ids: Sequence[int]) -> Batch:
+        """A batch, read once unless a pass may have written into it."""
+        batch, versions = self._batches.get(tuple(ids), (None, []))
+        if batch is None or versions != versions_of(batch) or any(foreign(leaf) for leaf in tree_leaves(batch)):
+            batch = self.examples.some(ids)
+            self._batches[tuple(ids)] = batch, versions_of(batch)
+        return batch
+
+    @contextlib.contextmanager
+    def _noting_values(self) -> Iterator[None]:
+        """Notes the module's small values before and after a pass inside."""
+        self.task.settle()
+        before, after = small_values(self.task.module), list[dict[str, Any]]()
+        outer = self.task.on_forward
+        self.task.on_forward = lambda: after.append(small_values(self.task.module))
+        try:
+            yield
+        finally:
+            self.task.on_forward = outer
+        self.values = [before, *after[-1:]]

@@ -1,0 +1,145 @@
+"""Small values that a module's code reads and no module holds: class attributes, globals, what a closure keeps."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+from lightning_influence.module.numbers import NOTHING, NumberRecord, encoded, same
+from lightning_influence.module.snapshot import is_plain_object
+from lightning_influence.types import LIBRARIES
+
+# Functions that are looked through at most.
+_FUNCTIONS = 300
+_SHOWN = 3
+
+_Read = Callable[[], Any]
+
+
+class CodeValues:
+    """Notices which of these values a fit changes; they are not recorded.
+
+    Args:
+        module: of the fit, at its start.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._reads = dict(_values_of(module))
+        self._first = {path: value for path, read in self._reads.items() if (value := encoded(read())) is not NOTHING}
+        self._changed: set[str] = set()
+
+    def note(self) -> None:
+        """Compare the present values with the first ones."""
+        for path, value in self._first.items():
+            if path not in self._changed and not same(value, encoded(self._reads[path]())):
+                self._changed.add(path)
+
+    @property
+    def doubt(self) -> str | None:
+        """A sentence on those that the fit changed; None if there are none."""
+        if not self._changed:
+            return None
+        names = sorted(self._changed)
+        shown = ", ".join(f"`{name}`" for name in names[:_SHOWN]) + (" and others" if len(names) > _SHOWN else "")
+        return (
+            f"The fit changed {shown}, which the module's code reads and no module holds: the loss at each checkpoint "
+            "is that with the present value. If the loss depends on it, keep it as an attribute of the module, whose "
+            "changes are recorded, and fit again."
+        )
+
+
+class ValueRecord(NumberRecord):
+    """Notes the small values of a module and of its code; those of the code are not recorded."""
+
+    def __init__(self, module: nn.Module, resumed: bool) -> None:
+        super().__init__(module, resumed)
+        self._code = CodeValues(module)
+        self._said: str | None = None
+
+    def note(self, step: int) -> None:
+        """Note the present values; see ``NumberRecord``."""
+        super().note(step)
+        self._code.note()
+
+    def write(self, manifest: dict[str, Any]) -> None:
+        """Write what has changed since the start of the fit into a manifest."""
+        manifest["numbers"], doubt = self.changed, self._code.doubt
+        if doubt != self._said:
+            manifest["notes"][:] = [note for note in manifest["notes"] if note != self._said] + [str(doubt)]
+            self._said = doubt
+
+
+def _values_of(module: nn.Module) -> Iterator[tuple[str, _Read]]:
+    """How to read each value, by a name for it."""
+    classes = {cls: None for part in module.modules() for cls in type(part).__mro__ if _is_own(cls)}
+    functions: list[FunctionType] = []
+    for cls in classes:
+        for name, value in list(vars(cls).items()):
+            if isinstance(function := _function(value), FunctionType):
+                functions.append(function)
+            elif not name.startswith("__"):
+                yield from _read(f"{cls.__name__}.{name}", vars(cls), name)
+    visited: set[int] = set()
+    while functions and len(visited) < _FUNCTIONS:
+        function = functions.pop(0)
+        if id(function) not in visited and _is_own(function):
+            visited.add(id(function))
+            for path, owner, name in _names_in(function):
+                if isinstance(inner := _function(owner.get(name)), FunctionType):
+                    functions.append(inner)
+                else:
+                    yield from _read(path, owner, name)
+
+
+def _names_in(function: FunctionType) -> Iterator[tuple[str, Mapping[str, Any], str]]:
+    """What a function reads besides its arguments: a name for it, the mapping that has it, the key there."""
+    for name in function.__code__.co_names:
+        if name in function.__globals__:
+            yield f"{function.__module__}.{name}", function.__globals__, name
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        yield f"{function.__qualname__}: {name}", _Cell(cell), name
+
+
+class _Cell(dict[str, Any]):
+    """What a closure keeps under one name, as a mapping."""
+
+    def __init__(self, kept: Any) -> None:
+        super().__init__()
+        self._kept = kept
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """What it keeps now; nothing before it is assigned."""
+        try:
+            return self._kept.cell_contents
+        except ValueError:
+            return default
+
+
+def _read(path: str, owner: Mapping[str, Any], name: str) -> Iterator[tuple[str, _Read]]:
+    """A small value, and those in a dict or a plain object of a user's class."""
+    value = owner.get(name)
+    yield path, lambda: owner.get(name, NOTHING)
+    inside = value if isinstance(value, dict) else vars(value) if _is_holder(value) else {}
+    for key in list(inside)[:_FUNCTIONS]:
+        yield f"{path}[{key!r}]" if isinstance(value, dict) else f"{path}.{key}", _reader(inside, key)
+
+
+def _reader(owner: Mapping[str, Any], key: Any) -> _Read:
+    return lambda: owner.get(key, NOTHING)
+
+
+def _is_holder(value: Any) -> bool:
+    return is_plain_object(value) and _is_own(type(value))
+
+
+def _function(value: Any) -> Any:
+    """The function behind a method, property or wrapper."""
+    value = getattr(value, "fget", None) or getattr(value, "__func__", value)
+    return inspect.unwrap(value) if callable(value) else value
+
+
+def _is_own(value: Any) -> bool:
+    """Whether a class or function is a user's."""
+    return str(getattr(value, "__module__", None)).partition(".")[0] not in LIBRARIES | {"builtins", "typing", "abc"}

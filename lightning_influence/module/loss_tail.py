@@ -1,0 +1,178 @@
+"""Computes the part of a loss after the network's last layer in float64, where float32 may lose the digits.
+
+Such losses are binary cross-entropies of ``sigmoid(x)``, logarithms of ``softmax(x)``, focal losses. The network itself
+stays in float32.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from lightning_influence.module.exact_losses import put_back, taken_off
+from lightning_influence.module.in_double import in_double, lowered, raised
+
+# Functions that lose digits near the ends of their range, or whose results are then subtracted from one another.
+_CRITICAL = frozenset(
+    {
+        *("sigmoid", "expit", "logit", "tanh", "softmax", "softmin", "gumbel_softmax", "softplus"),
+        *("logsigmoid", "log_sigmoid", "logsumexp", "logaddexp", "logaddexp2", "log", "log2", "log10", "log1p"),
+        *("exp", "exp2", "expm1", "erf", "erfc", "ndtr", "log_ndtr", "entr", "xlogy", "xlog1py"),
+        *("binary_cross_entropy", "ctc_loss", "cosine_similarity", "cosine_embedding_loss", "normalize"),
+        *("norm", "vector_norm", "cdist", "pairwise_distance", "acos", "asin", "atanh"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class LossTail:
+    """Where the part of a loss after the network's last layer begins.
+
+    Args:
+        layers: how many operations with a parameter come before it; infinite: nothing is computed in float64; None: it
+            is not known yet.
+        waits: whether it begins with the first critical function, since their number varies.
+        dtype: of the loss without it.
+    """
+
+    layers: float | None = None
+    waits: bool = False
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def is_used(self) -> bool:
+        """Whether some of the loss is computed in float64."""
+        return self.layers is not None and self.layers < math.inf
+
+    @contextlib.contextmanager
+    def in_double(self, module: nn.Module) -> Iterator[None]:
+        """Compute the part in float64 inside."""
+        with _InDouble(self, module) if self.is_used else contextlib.nullcontext():
+            yield
+
+
+class _LayerWatch(TorchFunctionMode):
+    """Sees the operations of a module's parameters with activations, its layers.
+
+    Args:
+        module: the module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._parameters = frozenset(map(id, module.parameters()))  # those of now: others may stand for them
+        self._derived: dict[int, Tensor] = {}  # made of parameters alone, such as a transposed weight
+
+    def weights(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], bool]:
+        """The operands that are parameters or made of them alone, and whether there are no others."""
+        operands = [a for a in _operands(args, kwargs) if isinstance(a, Tensor)]
+        weights = [a for a in operands if id(a) in self._parameters or id(a) in self._derived]
+        return weights, len(weights) == len(operands)
+
+    def derived(self, output: Any) -> Any:
+        """The output of an operation of parameters alone."""
+        if isinstance(output, Tensor) and output.ndim:
+            self._derived[id(output)] = output
+        return output
+
+
+class _Search(_LayerWatch):
+    """Finds, during a forward pass, where the part after the last layer begins."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._layers: list[tuple[Any, int]] = []
+        self._before, self._after = False, False  # a critical function was called before, after the last layer
+
+    def found(self, dtype: torch.dtype) -> LossTail:
+        """Where it begins. A step that uses a layer again may do so as often as its data say."""
+        repeats = len(set(self._layers)) < len(self._layers)
+        if not self._after or (repeats and self._before):
+            return LossTail(math.inf, dtype=dtype)
+        return LossTail(0 if repeats else len(self._layers), repeats, dtype)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        weights, alone = self.weights(args, kwargs)
+        if weights and alone:
+            return self.derived(output)
+        if weights:
+            self._layers.append((func, id(weights[0])))
+            self._before, self._after = self._before or self._after, False
+        self._after |= _is_critical(func)
+        return output
+
+
+class _InDouble(_LayerWatch):
+    """While active, runs the operations after the last layer in float64."""
+
+    def __init__(self, tail: LossTail, module: nn.Module) -> None:
+        super().__init__(module)
+        self._left, self._waits = tail.layers or 0, tail.waits
+        self._raised: dict[int, tuple[Tensor, int, Tensor]] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        weights, alone = self.weights(args, kwargs)
+        if weights and alone:
+            return self.derived(func(*args, **kwargs))
+        if weights:  # should one come later than expected, whatever has its gradient expects float32
+            self._left -= 1
+            return func(*tree_map(lowered, tuple(args)), **tree_map(lowered, dict(kwargs)))
+        if self._left <= 0 and self._waits and _is_critical(func):
+            self._waits = False
+        return func(*args, **kwargs) if self._left > 0 or self._waits else in_double(func, args, kwargs, self._once)
+
+    def _once(self, value: Any) -> Any:
+        """As ``raised``, but each tensor once: the parts of its gradient are summed in float64, too."""
+        if not isinstance(value, Tensor):
+            return raised(value)
+        known = self._raised.get(id(value))
+        if known is None or known[1] != value._version:
+            known = self._raised[id(value)] = value, value._version, raised(value)
+        return known[2]
+
+
+def find_tail(loss: Callable[[], Tensor], module: nn.Module) -> LossTail:
+    """Find where the part of a loss after the network's last layer begins, and whether it runs in float64.
+
+    Args:
+        loss: computes it; what it raises is left to its next call.
+        module: the module.
+    """
+    above, found = taken_off(), LossTail()  # they watch what the passes below are not part of
+    try:
+        with contextlib.suppress(Exception), _Search(module) as search:
+            found = search.found(loss().dtype)
+        if found.is_used:
+            try:
+                with found.in_double(module):
+                    loss()
+            except Exception:
+                return LossTail(math.inf)
+        return found
+    finally:
+        put_back(above)
+
+
+def _is_critical(func: Callable[..., Any]) -> bool:
+    return getattr(func, "__name__", "").removeprefix("special_").removesuffix("_") in _CRITICAL
+
+
+def _operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    for operand in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(operand, (list, tuple)):
+            yield from operand
+        else:
+            yield operand

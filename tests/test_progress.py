@@ -1,0 +1,133 @@
+"""What long calls show while they run: every step of the work is counted to its end; Ctrl-C leaves nothing changed."""
+
+import contextlib
+
+import pytest
+import torch
+from case import Step, both, mlp
+from replay.runs import fitted
+from torch.utils.data import DataLoader
+
+from lightning_influence import (
+    EKFAC,
+    SOURCE,
+    Arnoldi,
+    Attributor,
+    ConjugateGradient,
+    ExactGGN,
+    GradientDot,
+    HyDRA,
+    InfluenceFunction,
+    TracIn,
+    TracInCP,
+    progress,
+)
+from lightning_influence.gradients import Engine
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """{label: [total, done]} of all bars."""
+    found = {}
+
+    @contextlib.contextmanager
+    def bar(trainer, total, label, unit="example"):
+        counts = found[label] = [total, 0]
+
+        def done(count):
+            assert count >= 0
+            counts[1] += count
+
+        yield done
+
+    for room in ("driver", "attributor"):
+        monkeypatch.setattr(f"lightning_influence.attribution.{room}.progress", bar)
+    return found
+
+
+METHODS = {
+    "GradientDot": (GradientDot(), set()),
+    "TracInCP": (TracInCP(), set()),
+    "TracIn": (TracIn(), set()),
+    "EK-FAC": (InfluenceFunction(EKFAC()), {"EKFAC: factors"}),
+    "K-FAC": (InfluenceFunction(EKFAC(corrected=False)), {"EKFAC: factors"}),
+    "exact": (InfluenceFunction(ExactGGN()), {"ExactGGN: matrix"}),
+    "Arnoldi": (InfluenceFunction(Arnoldi(steps=5)), {"Arnoldi: eigenvectors"}),
+    "solver": (InfluenceFunction(ConjugateGradient(damping=0.1)), set()),
+    "SOURCE": (SOURCE(2), {"EKFAC: factors"}),
+    "HyDRA": (HyDRA(checks=0), set()),
+    "HyDRA, fast": (HyDRA(hessian=False, checks=0), set()),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_self_influence_and_what_it_prepares_are_counted_to_the_end(name, tmp_path, shown):
+    method, prepared = METHODS[name]
+    fit = fitted(tmp_path, groups=({"momentum": 0.9},))
+    fit.attributor(batch_size=4).self_influence(method)
+    assert shown.keys() == {f"{method.name}: self-influence", *prepared}
+    assert all(done == total > 0 for total, done in shown.values()), shown
+
+
+def test_followed_hypergradients_are_counted_to_the_end(tmp_path, shown):
+    for hessian in (True, False):
+        method = HyDRA.during_fit(hessian)
+        fit = fitted(tmp_path / str(hessian), methods=[method], max_cost=1e9)
+        fit.attributor(batch_size=4).self_influence(method)
+        total, done = shown["HyDRA: self-influence"]
+        assert done == total > 0
+
+
+def test_refits_and_losses_are_counted_to_the_end(tmp_path, shown):
+    fit = fitted(tmp_path)
+    fit.attributor().score(HyDRA(checks=2), fit.queries)
+    fit.attributor().losses()
+    assert {"HyDRA", "HyDRA: refits", "losses"} == shown.keys()
+    assert all(done == total > 0 for total, done in shown.values()), shown
+
+
+def test_a_log_gets_a_line_every_half_minute(monkeypatch, capsys):
+    now = iter([0.0, 10.0, 31.0, 40.0, 62.0])
+    monkeypatch.setattr("lightning_influence.progress.time.monotonic", lambda: next(now))
+    with progress.progress(None, 5_000, "EKFAC: factors") as done:
+        for _ in range(4):
+            done(1_000)
+    assert capsys.readouterr().err.splitlines() == [
+        "EKFAC: factors: 2,000 of 5,000 examples, about 46 s left",
+        "EKFAC: factors: 4,000 of 5,000 examples, about 16 s left",
+    ]
+
+
+@pytest.mark.parametrize("call", [1, 4, 9, 14])
+@pytest.mark.parametrize("name", ["EK-FAC", "SOURCE", "HyDRA"])
+def test_an_interrupt_leaves_the_module_as_it_was(name, call, tmp_path, monkeypatch):
+    method, fit = METHODS[name][0], fitted(tmp_path)
+    right = fit.attributor(batch_size=4).self_influence(method).values
+    for stored in fit.influence.trajectory.path.glob("curvature/*"):
+        stored.unlink()
+    before = {n: v.clone() for n, v in fit.module.state_dict().items()}
+    calls, real = [], Engine.gradients
+
+    def interrupted(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(self, *arguments, **options)
+
+    attributor, modes = fit.attributor(batch_size=4), [m.training for m in fit.module.modules()]
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "gradients", interrupted)
+        with contextlib.suppress(KeyboardInterrupt):
+            attributor.self_influence(method)
+    assert [m.training for m in fit.module.modules()] == modes
+    assert all(torch.equal(before[n], v) for n, v in fit.module.state_dict().items())
+    torch.testing.assert_close(attributor.self_influence(method).values, right)
+
+
+def test_a_short_call_writes_nothing_into_a_log(capsys):
+    data = both(5)
+    module = Step(mlp()).double()
+    Attributor(module, DataLoader(data["train"](), 4)).self_influence(GradientDot())
+    assert capsys.readouterr().err == ""  # it took no half minute
