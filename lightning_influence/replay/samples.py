@@ -32,22 +32,25 @@ class FewSteps(Replay):
 
 
 def seconds_of_walk(replay: Replay, walk: Callable[[Replay], Any]) -> float:
-    """Estimate the seconds of a walk through a whole fit, by walks through seven of its steps.
+    """Estimate the seconds of a walk through a whole fit, by walks through seven of its steps, or a segment's.
 
     Args:
         replay: the fit.
         walk: called with a replay of a few steps.
     """
     number = max(range(len(replay.segments)), key=lambda k: len(replay.segments[k].steps))
-    steps = replay.segments[number].steps
+    steps, whole = replay.segments[number].steps, examples_of(replay.steps)
 
     def took(start: int, count: int) -> tuple[float, int]:
         some = steps[start : start + count] or steps[:count]
         return seconds_of(lambda: walk(FewSteps.of(replay, number, some))), examples_of(some)
 
+    if len(steps) <= 1 + _STEPS:  # where a segment starts takes a good part of the time
+        first, size = took(0, len(steps))
+        again, _ = took(0, len(steps))
+        return max(first, again) + again * (whole - size) / max(1, size)
     first, size = took(0, 1)  # with what is looked at only once
     short, _ = took(1, 1)
     long, longer = took(2, _STEPS)
-    whole = examples_of(replay.steps)
     each = (long - short) / (longer - size) if longer > size and long > short else short / max(1, size)
     return max(first, short) + each * max(0, whole - size)
