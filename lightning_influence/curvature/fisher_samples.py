@@ -125,7 +125,7 @@ class SampledLabelLoss:
             self.head.task(batch)
         (z,) = outputs
         with torch.no_grad():
-            gradient = self._gradient(z.detach().double().cpu()).to(z)
+            gradient = self._gradient(z.detach().cpu().double()).to(z)
         return (gradient * z).sum(1)
 
     def _gradient(self, z: Tensor) -> Tensor:

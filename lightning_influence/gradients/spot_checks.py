@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_influence.devices import widest
 from lightning_influence.gradients.precise import Tolerance
 from lightning_influence.gradients.rules.rule import arguments
 
@@ -133,7 +134,7 @@ def tolerance_of(like: Tensor) -> tuple[float, float]:
 
 def largest_entry(gradients: Iterable[Tensor]) -> Tensor:
     """The largest magnitude of an entry of one example's gradient, over all parameters."""
-    return torch.stack([_most(g).double() for g in gradients if g.numel()] or [torch.zeros(())]).max()
+    return torch.stack([widest(_most(g)) for g in gradients if g.numel()] or [torch.zeros(())]).max()
 
 
 def is_finite(gradient: Mapping[str, Tensor]) -> bool:

@@ -16,6 +16,7 @@ from lightning_influence.replay.forward import Forward
 from lightning_influence.replay.steps import Segment, Step, segments_of
 from lightning_influence.replay.training_state import TrainingState
 from lightning_influence.trajectory import Checkpoint, Trajectory
+from lightning_influence.trajectory.files import ACCELERATOR
 
 MAX_DRIFT = 0.1
 """The largest distance from a checkpoint, relative to the distance that the weights moved since the one before."""
@@ -228,8 +229,11 @@ class Replay:
                 "The fit's examples were read with random numbers (augmentation), those given here are not: pass the "
                 "dataset that was trained on."
             )
-        if any("cuda" in batch.random for batch in batches) and task.device.type != "cuda":
-            return "The fit drew random numbers on a GPU, which cannot be repeated on a CPU."
+        drew = {
+            batch.random[ACCELERATOR].partition(b":")[0].decode() for batch in batches if ACCELERATOR in batch.random
+        }
+        if drew - {task.device.type}:
+            return f"The fit drew random numbers on {drew.pop()}, which cannot be repeated on {task.device.type}."
         precision = str(getattr(getattr(task.trainer, "precision_plugin", None), "precision", ""))
         if "mixed" in precision:
             return f"The fit ran in `precision={precision!r}`, the replay in the weights' own precision."

@@ -7,6 +7,7 @@ from typing import Any
 from lightning_influence.numerics.clipping import ByNorm, ByValue, Clipping
 from lightning_influence.numerics.optimizers import UpdateStep, update_step
 from lightning_influence.trajectory import Checkpoint, Trajectory
+from lightning_influence.trajectory.files import ACCELERATOR
 from lightning_influence.types import MissingEvidence
 
 _AGAIN = "Fit again with `Trainer(callbacks=[Influence(...)])`, or use `TracInCP()`, which needs checkpoints only."
@@ -121,7 +122,10 @@ def _steps(trajectory: Trajectory) -> dict[int, Step]:
 
 
 def _captured(states: Mapping[str, bytes | None] | None) -> dict[str, bytes]:
-    return {name: state for name, state in (states or {}).items() if state is not None}
+    known = {name: state for name, state in (states or {}).items() if state is not None}
+    if (of_cuda := known.pop("cuda", None)) is not None:  # as earlier versions wrote it
+        known[ACCELERATOR] = b"cuda:" + of_cuda
+    return known
 
 
 def _between(steps: Mapping[int, Step], after: int, until: int) -> tuple[Step, ...]:

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from lightning_influence.devices import has_float64
+
 NAME = "standin"
 DEVICES = 2
 FOLDER = "STANDIN_DEVICE_FOLDER"
@@ -50,7 +52,13 @@ def _compile(library):
     compiler = shutil.which("g++")
     if compiler is None:
         raise CannotBuild("there is no g++")
-    options = ["-shared", "-fPIC", "-std=c++20", "-O0", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    options = [
+        "-shared",
+        "-fPIC",
+        "-std=c++20",
+        "-O0",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    ]
     paths = [f"-I{p}" for p in include_paths()] + [f"-L{p}" for p in library_paths()]
     done = subprocess.run(
         [compiler, *options, *paths, str(_SOURCE), "-o", str(library), "-lc10", "-ltorch_cpu"],
@@ -146,7 +154,9 @@ def counted():
 def without_float64():
     """The devices refuse float64 inside, as Apple's MPS does."""
     load().set_float64(False)
+    has_float64.cache_clear()
     try:
         yield
     finally:
         torch.ops.standin.set_float64(True)
+        has_float64.cache_clear()

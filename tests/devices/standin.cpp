@@ -12,6 +12,7 @@
 #include <ATen/native/Resize.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/is_set_to_native.h>
 #include <ATen/ops/set_native.h>
 #include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_native.h>
@@ -166,6 +167,7 @@ at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::opti
 at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool) {
   if (!to.is_privateuseone()) count(TO_HOST);
   else if (!from.is_privateuseone()) count(TO_DEVICE);
+  if (from.is_privateuseone()) refuse_float64(to.scalar_type());  // MPS casts before it copies
   Inside inside;
   on_cpu(to).copy_(on_cpu(from));
   return to;
@@ -324,6 +326,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Storage", set_whole_storage);
   m.impl("set_.source_Storage_storage_offset", set_storage);
   m.impl("set_.source_Tensor", set_tensor);
+  m.impl("is_set_to", at::native::is_set_to);
   m.impl("_copy_from", copy_from);
   m.impl("_copy_from_and_resize", copy_from_and_resize);
   m.impl("_local_scalar_dense", read_number);

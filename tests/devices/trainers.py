@@ -1,9 +1,10 @@
 """Lightning on the stand-in device."""
 
-import devices
 import torch
 from pytorch_lightning.accelerators import Accelerator
 from pytorch_lightning.strategies import SingleDeviceStrategy
+
+import devices
 
 
 class StandinAccelerator(Accelerator):
