@@ -74,8 +74,8 @@ def rng_states() -> dict[torch.device, Tensor]:
 
 def rng_state(device: torch.device) -> Tensor | None:
     """The state of an accelerator's random generator; None for the CPU, and where it shows none."""
-    read = getattr(_module(device), "get_rng_state", None)
-    return None if device.type == "cpu" or read is None else read(device)
+    read = None if device.type == "cpu" else getattr(_module(device), "get_rng_state", None)
+    return None if read is None else read(device)
 
 
 def set_rng_state(device: torch.device, state: Tensor) -> None:

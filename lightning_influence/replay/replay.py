@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -229,10 +229,8 @@ class Replay:
                 "The fit's examples were read with random numbers (augmentation), those given here are not: pass the "
                 "dataset that was trained on."
             )
-        drew = {
-            batch.random[ACCELERATOR].partition(b":")[0].decode() for batch in batches if ACCELERATOR in batch.random
-        }
-        if drew - {task.device.type}:
+        drew = {_drawn_on(batch.random) for batch in batches if batch.random}
+        if drew and task.device.type not in drew:
             return f"The fit drew random numbers on {drew.pop()}, which cannot be repeated on {task.device.type}."
         precision = str(getattr(getattr(task.trainer, "precision_plugin", None), "precision", ""))
         if "mixed" in precision:
@@ -300,3 +298,8 @@ class Replay:
             self.compare(segment, starts[-1])
         for number in reversed(range(len(starts) - 1)):
             yield from self._reversed(starts[number], steps[number * length : (number + 1) * length], None)
+
+
+def _drawn_on(states: Mapping[str, bytes]) -> str:
+    """The type of the device whose generator a forward pass drew from."""
+    return states[ACCELERATOR].partition(b":")[0].decode() if ACCELERATOR in states else "cpu"

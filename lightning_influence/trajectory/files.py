@@ -39,7 +39,8 @@ STEPS = pa.schema(
         pa.field("clip", pa.float64()),
         pa.field("skipped", pa.bool_()),
         # state of each random generator before the forward of each micro-batch, where that forward drew from it:
-        # torch's own bytes, the accelerator's behind its type ("mps:"), in "cuda" in earlier versions; as 32-bit words numpy's 624 keys and position, Python's position and 624 keys
+        # torch's own bytes, the accelerator's behind its type ("mps:"; earlier versions: only CUDA's, in "cuda"); as
+        # 32-bit words numpy's 624 keys and position, Python's position and 624 keys
         pa.field("rng", _RANDOM),
         # the same before the examples of each micro-batch were read, where reading drew (augmentation) in this process;
         # then two float64: whether numpy and Python had kept a normal number for the next call, and which
@@ -120,8 +121,7 @@ def _completed(table: pa.Table) -> pa.Table:
             table = table.append_column(column, pa.nulls(len(table), column.type))
         place = table.schema.get_field_index(column.name)
         if table.schema.types[place] != column.type:  # it lacks a generator
-            states = [
-                row and [s and dict.fromkeys(GENERATORS) | s for s in row] for row in table[column.name].to_pylist()
-            ]
+            none = dict.fromkeys(GENERATORS)
+            states = [row and [s and none | s for s in row] for row in table[column.name].to_pylist()]
             table = table.set_column(place, column, pa.array(states, column.type))
     return table

@@ -285,7 +285,7 @@ void on_cpu_kernels(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 void same_device(std::initializer_list<at::Tensor> tensors, const char* name) {
   Arguments arguments;
   arguments.name = name;
-  for (const at::Tensor& tensor : tensors) arguments.look(tensor, "", false, false);
+  for (const at::Tensor& tensor : tensors) arguments.look(tensor, "a tensor", false, false);
   check(arguments);
   count(OPERATORS);
 }
