@@ -137,6 +137,11 @@ class Counts:
     to_device: int = 0
     operators: int = 0
 
+    @property
+    def waits(self):
+        """How often the host waited for the device's results."""
+        return self.synchronisations + self.to_host
+
 
 @contextlib.contextmanager
 def counted():
