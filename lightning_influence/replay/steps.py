@@ -111,7 +111,7 @@ def _steps(trajectory: Trajectory) -> dict[int, Step]:
             moves[key] = update_step(entry, row["lr"])
         none, zeros = [None] * len(row["ids"]), [0] * len(row["ids"])
         batches = tuple(
-            MicroBatch(tuple(ids), _captured(drew), _captured(read), index=index)
+            MicroBatch(tuple(ids), captured(drew), captured(read), index=index)
             for ids, drew, read, index in zip(
                 row["ids"], row["rng"] or none, row["read_rng"] or none, row["batch_idx"] or zeros, strict=True
             )
@@ -121,7 +121,8 @@ def _steps(trajectory: Trajectory) -> dict[int, Step]:
     return steps
 
 
-def _captured(states: Mapping[str, bytes | None] | None) -> dict[str, bytes]:
+def captured(states: Mapping[str, bytes | None] | None) -> dict[str, bytes]:
+    """The random states that were recorded for a micro-batch, by generator."""
     known = {name: state for name, state in (states or {}).items() if state is not None}
     if (of_cuda := known.pop("cuda", None)) is not None:  # as earlier versions wrote it
         known[ACCELERATOR] = b"cuda:" + of_cuda

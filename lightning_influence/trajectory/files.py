@@ -111,11 +111,12 @@ def runs_in(dirpath: Path) -> list[Path]:
 def read_steps(folder: Path, entries: list[dict[str, Any]]) -> pa.Table:
     """The step files listed in a manifest, as one table; columns that an earlier version did not write are null."""
     contents = [read_verified(folder / entry["file"], entry["size"], entry["crc32"]) for entry in entries]
-    tables = [_completed(pa.ipc.open_file(pa.BufferReader(content)).read_all()) for content in contents]
+    tables = [completed(pa.ipc.open_file(pa.BufferReader(content)).read_all()) for content in contents]
     return pa.concat_tables(tables) if tables else STEPS.empty_table()
 
 
-def _completed(table: pa.Table) -> pa.Table:
+def completed(table: pa.Table) -> pa.Table:
+    """A table of steps with all columns of today, null where an earlier version did not write them."""
     for column in STEPS:
         if column.name not in table.schema.names:
             table = table.append_column(column, pa.nulls(len(table), column.type))

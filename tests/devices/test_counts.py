@@ -23,12 +23,12 @@ def counts_of(method, n):
     return found
 
 
-# Waits for the device and copies to it: (of the first question about 10 blocks, of a further block in later questions).
+# Waits for the device: of a first question about 10 blocks, and of each further block in later questions.
 CEILINGS = {
-    "GradientDot": (GradientDot(), 430, 1.5),
-    "EKFAC": (InfluenceFunction(EKFAC()), 600, 3.0),
-    "LiSSA": (InfluenceFunction(LiSSA(damping=0.5)), 700, 6.0),
-    "Arnoldi": (InfluenceFunction(Arnoldi(damping=0.1, steps=10)), 700, 6.0),
+    "GradientDot": (GradientDot(), 410, 1.2),
+    "EKFAC": (InfluenceFunction(EKFAC()), 510, 8.5),
+    "LiSSA": (InfluenceFunction(LiSSA(damping=0.5)), 510, 2.0),
+    "Arnoldi": (InfluenceFunction(Arnoldi(damping=0.1, steps=10)), 470, 1.2),
 }
 
 
@@ -36,12 +36,10 @@ CEILINGS = {
 def test_the_host_seldom_waits(name):
     method, first, each = CEILINGS[name]
     some, more = (counts_of(method, n * BLOCK) for n in (10, 30))
-    print(name, some, more, (more[1].waits - some[1].waits) / 20, (more[1].to_device - some[1].to_device) / 20)
     assert some[0].waits <= first
     assert more[1].waits - some[1].waits <= 20 * each
 
 
-def test_scores_leave_the_device_once_a_tile():
+def test_a_block_is_copied_to_the_device_once():
     some, more = (counts_of(GradientDot(), n * BLOCK)[1] for n in (10, 30))
-    checks = 20 + 2 * 10
-    assert more.to_host - some.to_host <= checks
+    assert more.to_device - some.to_device <= 20 * 2.2  # inputs and labels; now and then an example for a spot check
