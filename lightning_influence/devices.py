@@ -86,8 +86,8 @@ def set_rng_state(device: torch.device, state: Tensor) -> None:
 def seed_accelerators(seed: int) -> None:
     """Seed the random generators of the accelerators."""
     for kind in kinds_in_use():
-        module: Any = getattr(torch, kind)
-        getattr(module, "manual_seed_all", module.manual_seed)(seed)
+        of_kind: Any = getattr(torch, kind)
+        getattr(of_kind, "manual_seed_all", of_kind.manual_seed)(seed)
 
 
 def _module(device: torch.device) -> Any:

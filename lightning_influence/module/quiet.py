@@ -93,9 +93,9 @@ def _enter_device(module: nn.Module, trainer: Any) -> torch.device:
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.device != device or is_half(tensor):
             tensor.data = tensor.data.to(device, torch.float32 if is_half(tensor) else tensor.dtype)
-    metrics: Any = sys.modules.get("torchmetrics")
-    for part in module.modules() if metrics is not None else ():
-        if isinstance(part, metrics.Metric) and part.device != device:
+    torchmetrics: Any = sys.modules.get("torchmetrics")
+    for part in module.modules() if torchmetrics is not None else ():
+        if isinstance(part, torchmetrics.Metric) and part.device != device:
             part.to(device)  # their states are no buffers
     return device
 
