@@ -14,6 +14,8 @@ OWN_TENSORS = (
     "TransformerEncoder with padding",
     "packed sequences",
     "class weights by hand",
+    "class weights of nll_loss",
+    "class weights with label smoothing",
     "sequences end to end",
     "labels that are words",
     "a teacher that is no submodule",
