@@ -123,7 +123,7 @@ def agrees(row: Tensor | None, truth: Tensor, largest: Tensor | float, tolerance
     return bool(_agreement(row, truth, largest, tolerance))
 
 
-def _agreement(row: Tensor | None, truth: Tensor, largest: Tensor, tolerance: Tolerance) -> Tensor:
+def _agreement(row: Tensor | None, truth: Tensor, largest: Tensor | float, tolerance: Tolerance) -> Tensor:
     """See ``agrees``: true or false, on the device of the gradients, which is not waited for."""
     if row is None or not truth.numel():
         return ~truth.any()
