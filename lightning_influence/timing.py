@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from lightning_influence.devices import synchronize
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -13,7 +13,6 @@ def timed(work: Callable[[], Any]) -> float:
     for _ in range(2):
         start = time.perf_counter()
         work()
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+        synchronize()
         seconds.append(time.perf_counter() - start)
     return min(seconds)

@@ -10,6 +10,7 @@ from lightning_influence.checks import check_integer, one_of
 from lightning_influence.curvature.curvature import PreparedCurvature
 from lightning_influence.curvature.damping import of_group
 from lightning_influence.curvature.iterative import Iterative, smallest_entry
+from lightning_influence.devices import wide
 from lightning_influence.gradients.products import Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.numerics.solvers import lanczos
@@ -77,7 +78,7 @@ class Arnoldi(Iterative):
         """Divide by eigenvalue plus diagonal within the span of the eigenvectors, and by the diagonal outside."""
         products = Products(setting.engine, setting.examples)
         values, vectors = self._leading(prepared)
-        right = products.flat.join(queries.dense(), len(queries), products.like).double()
+        right = wide(products.flat.join(queries.dense(), len(queries), products.like))
         added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(right)
         setting.diagnostic("eigenvectors", len(values))
         if float(values.min()) + float(diagonal.min()) < 0:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.data.examples import Block
+from lightning_influence.devices import wide
 from lightning_influence.gradients import Engine, Gradients, Reduction
 from lightning_influence.gradients.final_layer import Head, find_head
 from lightning_influence.numerics.heads import Link
@@ -125,7 +126,9 @@ class SampledLabelLoss:
             self.head.task(batch)
         (z,) = outputs
         with torch.no_grad():
-            gradient = self._gradient(z.detach().double().cpu()).to(z)
+            logits = wide(z.detach())
+            self._normal, self._uniform = self._normal.to(logits.device), self._uniform.to(logits.device)
+            gradient = self._gradient(logits).to(z)
         return (gradient * z).sum(1)
 
     def _gradient(self, z: Tensor) -> Tensor:
@@ -143,7 +146,8 @@ class SampledLabelLoss:
 
     def _expected(self, mean: Tensor, k: int) -> Tensor:
         """Gradients whose outer products, summed over the classes k, equal the expectation over labels."""
-        own = nn.functional.one_hot(torch.tensor([k]), self.classes).double()
+        own = torch.zeros_like(mean[:1])
+        own[0, k] = 1.0
         if self.link.kind == "identity":
             return own.expand_as(mean)
         if self.link.kind == "sigmoid":
