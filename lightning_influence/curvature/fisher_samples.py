@@ -72,12 +72,14 @@ class FisherSamples:
 
     def _computed(self) -> Iterator[Gradients]:
         engine, loss, share = self.setting.engine, self._loss, self.setting.processes.share(self.setting.n_train)
-        task = engine.task if loss is None else engine.task.measuring(loss)
-        for block in self.setting.examples.blocks(share.start, share.stop):
-            if loss is None:
-                yield self._weighted(engine.gradients(block), block)
-                continue
-            other = Engine(task, Reduction.NONE, engine.groups, engine.seed, engine.plan)
+        blocks = self.setting.examples.blocks(share.start, share.stop)
+        if loss is None:
+            yield from (self._weighted(engine.gradients(block), block) for block in blocks)
+            return
+        task = engine.task.measuring(loss)
+        task.exact = False  # the loss is linear in the logits
+        other = Engine(task, Reduction.NONE, engine.groups, engine.seed, engine.plan)
+        for block in blocks:
             # For the expectation each class in turn; None: one sampled label per example.
             for label in [None] if self.labels == "sampled" else range(loss.classes):
                 yield self._weighted(other.gradients(loss.for_block(block, label)), block)

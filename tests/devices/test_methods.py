@@ -72,15 +72,8 @@ def assert_same(found, expected, dtype):
     torch.testing.assert_close(found, expected, rtol=0, atol=allowed * float(expected.abs().max()))
 
 
-def xfail_sampled_labels(request, name, dtype):
-    """The backward pass of sampled labels meets float64 where the tail of a loss is computed in it on the CPU."""
-    if name == "EKFAC" and dtype is torch.float32:
-        request.applymarker(pytest.mark.xfail(raises=TypeError, reason="sampled labels without float64"))
-
-
 @pytest.mark.parametrize("name", METHODS)
-def test_scores_on_the_device_are_those_of_the_cpu(name, dtype, tmp_path, request):
-    xfail_sampled_labels(request, name, dtype)
+def test_scores_on_the_device_are_those_of_the_cpu(name, dtype, tmp_path):
     about = fitted(tmp_path / "runs", dtype)
     on_device, on_cpu = (asked(*about, METHODS[name], where, tmp_path / where) for where in (HERE, "cpu"))
     assert_same(on_device, on_cpu, dtype)
@@ -111,8 +104,7 @@ def test_trackers_follow_a_fit_on_the_device(name, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["TracInCP", "EKFAC", "ExactGGN", "RepresenterPoints"])
-def test_self_influence_on_the_device(name, dtype, tmp_path, request):
-    xfail_sampled_labels(request, name, dtype)
+def test_self_influence_on_the_device(name, dtype, tmp_path):
     module, train, influence = fitted(tmp_path, dtype)
     found = [
         Attributor(module, train, influence.trajectory, trainer=trainer(where)).self_influence(METHODS[name]).values
