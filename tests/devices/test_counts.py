@@ -25,10 +25,10 @@ def counts_of(method, n):
 
 # Waits for the device: of a first question about 10 blocks, and of each further block in later questions.
 CEILINGS = {
-    "GradientDot": (GradientDot(), 410, 1.2),
-    "EKFAC": (InfluenceFunction(EKFAC()), 510, 20.5),
-    "LiSSA": (InfluenceFunction(LiSSA(damping=0.5)), 510, 2.0),
-    "Arnoldi": (InfluenceFunction(Arnoldi(damping=0.1, steps=10)), 470, 1.2),
+    "GradientDot": (GradientDot(), 260, 1.2),
+    "EKFAC": (InfluenceFunction(EKFAC()), 330, 4.8),
+    "LiSSA": (InfluenceFunction(LiSSA(damping=0.5)), 360, 2.0),
+    "Arnoldi": (InfluenceFunction(Arnoldi(damping=0.1, steps=10)), 320, 1.2),
 }
 
 
