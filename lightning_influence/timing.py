@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
+from lightning_influence.devices import synchronize
 
 clock = time.perf_counter
 """Seconds. Benchmarks and tests count those of the CPU in its place."""
@@ -45,17 +45,8 @@ def timed(work: Callable[[], Any], repeats: int = 2) -> float:
 
 def seconds_of(work: Callable[[], Any]) -> float:
     """The seconds of one run of the work, until the device has finished it."""
-    _synchronize()
+    synchronize()
     start = clock()
     work()
-    _synchronize()
+    synchronize()
     return clock() - start
-
-
-def _synchronize() -> None:
-    """Waits for the accelerator, if there is one in use."""
-    accelerator = getattr(torch, "accelerator", None)  # of torch 2.6
-    if accelerator is not None and accelerator.is_available():
-        accelerator.synchronize()
-    elif torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()

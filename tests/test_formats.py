@@ -6,11 +6,15 @@ import shutil
 import warnings
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
 from lightning_influence import LeaveOneOut, Refit, Scores, SelfScores, TracInCP, Trajectory
 from lightning_influence.cli import main
+from lightning_influence.replay.random_states import put_back
+from lightning_influence.replay.steps import captured
+from lightning_influence.trajectory import files
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FORMATS = sorted(path.name for path in FIXTURES.glob("format-*"))
@@ -72,3 +76,19 @@ def test_retrained_models_are_read(folder):
 
 def written(folder):
     return json.loads((folder / "values.json").read_text())
+
+
+def test_states_of_generators_that_an_earlier_version_wrote_are_read():
+    before = pa.list_(pa.struct([pa.field(name, pa.binary()) for name in ("torch", "cuda", "python", "numpy")]))
+    states = [[{"torch": b"t", "cuda": b"c", "python": None, "numpy": None}, None], None]
+    table = files.completed(pa.table({"step": [1, 2], "rng": pa.array(states, before)}))
+    assert table.schema.field("rng").type == files.STEPS.field("rng").type
+    assert captured(table["rng"].to_pylist()[0][0]) == {"torch": b"t", "accelerator": b"cuda:c"}
+    assert table["rng"].to_pylist()[0][1] is table["rng"].to_pylist()[1] is None
+    assert table["read_rng"].to_pylist() == [None, None]
+
+
+def test_a_generator_of_another_kind_of_device_is_left_alone():
+    before = torch.get_rng_state()
+    put_back({"accelerator": b"cuda:" + bytes(16)}, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_influence.devices import wide
 from lightning_influence.numerics.topk import StreamingTopK
 from lightning_influence.processes import Processes
 from lightning_influence.scores import TopK
@@ -125,7 +126,7 @@ class GroupAccumulator:
     def add(self, tile: Tensor, first_query: int, first_id: int) -> None:
         """Add the scores of the group's members in this tile."""
         here = self._ids[(self._ids >= first_id) & (self._ids < first_id + tile.shape[1])] - first_id
-        self.total[first_query : first_query + len(tile)] += tile[:, here.to(tile.device)].double().sum(1).cpu()
+        self.total[first_query : first_query + len(tile)] += wide(tile[:, here.to(tile.device)]).sum(1).cpu()
 
     def merge(self, share: Share, processes: Processes) -> None:
         """Add the others' sums."""

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_influence.devices import rng_state
+from lightning_influence.trajectory.files import ACCELERATOR
+
 _MERSENNE_BYTES = 625 * 4  # 624 keys and the position
 _python = getattr(random.seed, "__self__", None)  # the generator behind the functions of `random`
 
@@ -39,8 +42,8 @@ def read_generators(device: torch.device) -> dict[str, Any]:
     """Return the state of every generator that a forward pass may use."""
     states: dict[str, Any] = {"torch": torch.get_rng_state()}
     states["python"] = _peek_python() if _PEEKS else random.getstate()
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
+    if (state := rng_state(device)) is not None:
+        states[ACCELERATOR] = state
     if (numpy := sys.modules.get("numpy")) is not None and hasattr(numpy.random, "get_bit_generator"):
         generator = numpy.random.get_bit_generator()
         if type(generator).__name__ == "MT19937":
@@ -53,7 +56,8 @@ def moved_since(before: dict[str, Any], device: torch.device) -> dict[str, bytes
     """Return the earlier states, packed, of the generators used since; None if none was."""
     now = read_generators(device)
     moved = {
-        name: state if isinstance(state, bytes) else _pack(state).numpy().tobytes()
+        name: (f"{device.type}:".encode() if name == ACCELERATOR else b"")
+        + (state if isinstance(state, bytes) else _pack(state).numpy().tobytes())
         for name, state in before.items()
         if name in now and not _same(state, now[name])
     }

@@ -11,6 +11,7 @@ from lightning_influence.curvature.cost import ProductTimes
 from lightning_influence.curvature.curvature import PreparedCurvature
 from lightning_influence.curvature.damping import of_group
 from lightning_influence.curvature.iterative import Iterative, smallest_entry
+from lightning_influence.devices import wide, wide_device
 from lightning_influence.gradients.products import Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.numerics.solvers import PROBES, lanczos
@@ -76,7 +77,9 @@ class Arnoldi(Iterative):
         """One product for each step of the Krylov space, its basis, and the probes; solving takes products with it."""
         times, products = ProductTimes.at(setting, self.matrix), Products(setting.engine, setting.examples)
         steps = min(self.steps, len(products.flat))
-        some = torch.ones(min(steps, _TIMED), len(products.flat), dtype=torch.float64, device=products.like.device)
+        some = torch.ones(
+            min(steps, _TIMED), len(products.flat), dtype=torch.float64, device=wide_device(products.like.device)
+        )
         # Each step multiplies with the basis so far four times; then come the eigenvectors, and three for each query.
         along = timed(lambda: some @ some[0]) / len(some)
         turned = timed(lambda: some[:, :_TIMED] @ some) / len(some) ** 2
@@ -89,7 +92,7 @@ class Arnoldi(Iterative):
         """Divide by eigenvalue plus diagonal within the span of the eigenvectors, and by the diagonal outside."""
         products = Products(setting.engine, setting.examples)
         values, vectors = self._leading(prepared)
-        right = products.flat.join(queries.dense(), len(queries), products.like).double()
+        right = wide(products.flat.join(queries.dense(), len(queries), products.like))
         added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(right)
         setting.diagnostic("eigenvectors", len(values))
         if float(values.min()) + float(diagonal.min()) < 0:

@@ -11,6 +11,7 @@ from lightning_influence.curvature.cost import ProductTimes
 from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
 from lightning_influence.curvature.damping import of_group
 from lightning_influence.curvature.descent import Descent, mean_exponential
+from lightning_influence.devices import wide, wide_device
 from lightning_influence.gradients.products import Matrix, Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.numerics.dense import Factorisation, SingularError, factorise
@@ -64,12 +65,12 @@ class Exact(Curvature):
                 f"matrix alone takes {gib:,.1f} GiB. Use `ConjugateGradient()` or `EKFAC()`, score fewer parameters "
                 "(`parameters=`), or raise `max_parameters=`."
             )
-        matrix = torch.empty(size, size, dtype=torch.float64, device=products.like.device)
+        matrix = torch.empty(size, size, dtype=torch.float64, device=wide_device(products.like.device))
         with setting.progress(size, f"{type(self).__name__}: matrix", "column") as done:
             for start in range(0, size, _COLUMNS):
                 unit = torch.zeros(min(_COLUMNS, size - start), size).to(products.like)
                 unit[torch.arange(len(unit)), torch.arange(start, start + len(unit))] = 1.0
-                matrix[start : start + len(unit)] = products.times(self.matrix, unit).double()
+                matrix[start : start + len(unit)] = wide(products.times(self.matrix, unit))
                 done(len(unit))
         matrix = (matrix + matrix.T) / 2
         mean = float(matrix.diagonal().mean()) if size else 0.0
@@ -82,7 +83,7 @@ class Exact(Curvature):
         products = Products(setting.engine, setting.examples)
         factor = self.factor(prepared, setting, diagonal)
         vectors = products.flat.join(queries.dense(), len(queries), products.like)
-        solved = factor.solve(vectors.double()).to(vectors)
+        solved = factor.solve(wide(vectors)).to(vectors)
         return DenseQueries(products.flat.split(solved), setting.engine.groups)
 
     def descend(
@@ -97,7 +98,7 @@ class Exact(Curvature):
         )
         curvature, root = matrix + added.diag_embed(), preconditioner.sqrt()
         values, basis = torch.linalg.eigh(root[:, None] * curvature * root + decay.diag_embed())
-        rows = flat.join(vectors, len(next(iter(vectors.values()))), products.like).double()
+        rows = wide(flat.join(vectors, len(next(iter(vectors.values()))), products.like))
         moved = ((rows * root) @ basis * mean_exponential(values)) @ basis.T  # F v = root * moved
         # S^T = I - (C + A + D / P) F, without dividing by a P of 0, where D is 0 too.
         decay_by_root = torch.where(root > 0, decay / root, torch.zeros_like(root))
@@ -140,7 +141,7 @@ class Exact(Curvature):
     def seconds(self, setting: Setting, vectors: int) -> float:
         """One product per parameter, a Cholesky factorisation, and two multiplications by its factor a vector."""
         products = Products(setting.engine, setting.examples)
-        size, device = len(products.flat), products.like.device
+        size, device = len(products.flat), wide_device(products.like.device)
         if size > self.max_parameters:  # `prepare` raises at once
             return 0.0
         at_once = min(size, _COLUMNS)
@@ -151,7 +152,7 @@ class Exact(Curvature):
     def seconds_of_descent(self, setting: Setting, vectors: Mapping[str, Tensor], descent: Descent) -> float:
         """An eigendecomposition, and four multiplications by matrices a vector."""
         products = Products(setting.engine, setting.examples)
-        size, device, count = len(products.flat), products.like.device, len(next(iter(vectors.values())))
+        size, device, count = len(products.flat), wide_device(products.like.device), len(next(iter(vectors.values())))
         return _scaled(torch.linalg.eigh, size, 3, device) + 4 * count * _scaled_product(size, device)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.data.examples import Block
+from lightning_influence.devices import wide
 from lightning_influence.gradients import Engine, Gradients, Reduction
 from lightning_influence.gradients.final_layer import Head, find_head
 from lightning_influence.numerics.heads import Link
@@ -72,12 +73,14 @@ class FisherSamples:
     def computed(self) -> Iterator[Gradients]:
         """The blocks, computed now."""
         engine, loss, share = self.setting.engine, self._loss, self.setting.processes.share(self.setting.n_train)
-        task = engine.task if loss is None else engine.task.measuring(loss)
-        for block in self.setting.examples.blocks(share.start, share.stop):
-            if loss is None:
-                yield self._weighted(engine.gradients(block), block)
-                continue
-            other = Engine(task, Reduction.NONE, engine.groups, engine.seed, engine.plan)
+        blocks = self.setting.examples.blocks(share.start, share.stop)
+        if loss is None:
+            yield from (self._weighted(engine.gradients(block), block) for block in blocks)
+            return
+        task = engine.task.measuring(loss)
+        task.exact = False  # the loss is linear in the logits
+        other = Engine(task, Reduction.NONE, engine.groups, engine.seed, engine.plan)
+        for block in blocks:
             # For the expectation each class in turn; None: one sampled label per example.
             for label in [None] if self.labels == "sampled" else range(loss.classes):
                 yield self._weighted(other.gradients(loss.for_block(block, label)), block)
@@ -126,7 +129,9 @@ class SampledLabelLoss:
             self.head.task(batch)
         (z,) = outputs
         with torch.no_grad():
-            gradient = self._gradient(z.detach().double().cpu()).to(z)
+            logits = wide(z.detach())
+            self._normal, self._uniform = self._normal.to(logits.device), self._uniform.to(logits.device)
+            gradient = self._gradient(logits).to(z)
         return (gradient * z).sum(1)
 
     def _gradient(self, z: Tensor) -> Tensor:
@@ -144,7 +149,8 @@ class SampledLabelLoss:
 
     def _expected(self, mean: Tensor, k: int) -> Tensor:
         """Gradients whose outer products, summed over the classes k, equal the expectation over labels."""
-        own = nn.functional.one_hot(torch.tensor([k]), self.classes).double()
+        own = torch.zeros_like(mean[:1])
+        own[0, k] = 1.0
         if self.link.kind == "identity":
             return own.expand_as(mean)
         if self.link.kind == "sigmoid":

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_influence.curvature.descent import Descent, mean_exponential
 from lightning_influence.curvature.factors import as_matrices, from_matrices, rotated, rows_of
+from lightning_influence.devices import wide
 from lightning_influence.gradients.block import Names
 
 Pair = tuple[Tensor, Tensor]
@@ -27,7 +28,7 @@ def descend_layer(
     of_layer = [[entries[n] for n in names] for entries in by_name]
     if "eigenvalues" not in kept:
         tables = (kept[f"diagonal{i}"] for i in range(len(names)))
-        pairs = [_diagonals(t.double(), *entries) for t, *entries in zip(tables, *of_layer, strict=True)]
+        pairs = [_diagonals(wide(t), *entries) for t, *entries in zip(tables, *of_layer, strict=True)]
         moved, left = (tuple(r * p[k].to(r) for r, p in zip(rows, pairs, strict=True)) for k in (0, 1))
     else:
         moved, left = _in_eigenbasis(kept, [[e[None] for e in entries] for entries in of_layer], rows)
@@ -40,8 +41,8 @@ def _in_eigenbasis(
     transposed = bool(kept["transposed"])
     left, right = kept["basis_out"], kept["basis_in"]
     entries = [as_matrices(e, transposed) for e in of_layer]  # [1, out, in]
-    squares = left.double().square(), right.double().square()
-    inside = _diagonals(kept["eigenvalues"].double(), *(rotated(e, *squares)[0] for e in entries))
+    squares = wide(left).square(), wide(right).square()
+    inside = _diagonals(wide(kept["eigenvalues"]), *(rotated(e, *squares)[0] for e in entries))
     outside = _diagonals(torch.zeros_like(entries[0][0]), *(e[0] for e in entries))
     matrices = as_matrices(rows, transposed)
     projected = rotated(matrices, left, right)

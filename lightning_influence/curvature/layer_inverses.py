@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_influence.curvature.curvature import PreparedCurvature
 from lightning_influence.curvature.factors import rows_of
 from lightning_influence.curvature.kronecker_part import KroneckerInverse, KroneckerPart
+from lightning_influence.devices import wide
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.directions import Directions
 from lightning_influence.gradients.lookup import Lookup
@@ -105,7 +106,7 @@ def _concatenated(parts: list[OuterProducts]) -> OuterProducts:
 
 
 def _inverted(eigenvalues: Tensor, added: float, names: Names) -> Tensor:
-    total = eigenvalues.double() + added
+    total = wide(eigenvalues) + added
     if not float(total.min()) > torch.finfo(eigenvalues.dtype).eps * float(total.max()) * (added <= 0):
         _refuse_singular(names, added)
     return (1 / total).to(eigenvalues)

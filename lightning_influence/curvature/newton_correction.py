@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.data.examples import Examples
+from lightning_influence.devices import wide
 from lightning_influence.gradients import Engine, Gradients
 from lightning_influence.gradients.general import requiring_gradients
 from lightning_influence.gradients.outer_products import OuterProducts
@@ -50,15 +51,15 @@ class NewtonCorrection:
     def corrected(self, block: Gradients, ids: range) -> Gradients:
         """The block's gradients rescaled, in the form G' ⊗ x."""
         names, part = self._layer(block)
-        inputs = part.inputs[:, 0].double()
+        inputs = wide(part.inputs[:, 0])
         if part.bias:
             inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)
         classes, width = part.outputs.shape[2], inputs.shape[1]
-        hessians = self._loss_hessians(ids, classes).double()
+        hessians = wide(self._loss_hessians(ids, classes))
         inverse = self._inverse(part, classes, width)  # [class, in, class, in]
         blocks = torch.einsum("ni,cidj,nj->ncd", inputs, inverse, inputs)
-        gradients = part.outputs[:, 0].double()
-        gradients = gradients if part.factor is None else gradients * part.factor[:, None].double()
+        gradients = wide(part.outputs[:, 0])
+        gradients = gradients if part.factor is None else gradients * wide(part.factor[:, None])
         if self.shift is not None:
             gradients = gradients + torch.einsum("ncd,nd->nc", hessians, inputs @ self._solved_shift(part, names).T)
         eye = torch.eye(classes).to(hessians)
@@ -114,7 +115,7 @@ class NewtonCorrection:
     def _solved_shift(self, part: OuterProducts, names: tuple[str, ...]) -> Tensor:
         """A^-1 times the shift, [class, in], with the bias as the last input."""
         assert self.shift is not None
-        flat = torch.cat([self.shift[name].flatten() for name in names]).double()
+        flat = wide(torch.cat([self.shift[name].flatten() for name in names]))
         solved = self.factor.solve(flat[None])[0] / self.n
         weight = solved[: part.shape[0] * part.shape[1]].view(part.shape[0], -1)
         return torch.cat([weight, solved[weight.numel() :, None]], 1) if part.bias else weight

@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_influence.curvature.adam_state import ADAM, options_at, root_of
 from lightning_influence.curvature.damping import decay_at, of_group
 from lightning_influence.curvature.descent import Descent
+from lightning_influence.devices import wide_device
 from lightning_influence.setting.setting import Setting, Stage
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.checkpoint import is_plain_sgd
@@ -53,7 +54,8 @@ def descent_at(setting: Setting, stage: Stage, damping: float, reach: Tensor, de
     added = of_group(decay_at(setting, stage) + damping, setting.engine.groups)
     rate, decay = (of_group(values, setting.engine.groups) for values in (reach, decoupled_decay))
     parameters = setting.engine.task.named_parameters()
-    like = {name: torch.ones_like(parameters[name], dtype=torch.float64) for name in setting.engine.plan.names}
+    chosen = {name: parameters[name] for name in setting.engine.plan.names}
+    like = {n: torch.ones(p.shape, dtype=torch.float64, device=wide_device(p.device)) for n, p in chosen.items()}
     scales = _preconditioner(setting, stage, like)
     return Descent(
         {name: rate(name) * scale for name, scale in scales.items()},

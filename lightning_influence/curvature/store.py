@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
+from lightning_influence.devices import wide_device
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.setting.setting import Setting, Stage, cached
 from lightning_influence.trajectory.files import write_atomically
@@ -105,7 +106,14 @@ def read_any(path: Path, device: torch.device | None = None) -> tuple[dict[str, 
         raise ValueError(f"Expected a complete curvature in `{path}`, got a damaged file.")
     # To the CPU first: a file may name a device that is not there.
     stored = torch.load(io.BytesIO(content[start:]), map_location="cpu", weights_only=True)
-    return json.loads(stored["head"]), {name: tensor.to(device) for name, tensor in stored["tensors"].items()}
+    return json.loads(stored["head"]), {n: _placed(t, device) for n, t in stored["tensors"].items()}
+
+
+def _placed(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    """The tensor where ``prepare`` would have made it."""
+    if device is not None and tensor.dtype == torch.float64:
+        device = wide_device(device)
+    return tensor.to(device)
 
 
 def _description(curvature: Curvature, setting: Setting, stage: Stage) -> dict[str, Any]:

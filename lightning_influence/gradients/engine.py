@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.data.examples import Block, Examples
+from lightning_influence.devices import onto
 from lightning_influence.gradients.block import Gradients, Names
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.general import (
@@ -295,7 +296,7 @@ class Engine:
                     uses.setdefault(tuple(names[role] for role in key), []).append(part)
         kept = {key: sum_of(of_key) for key, of_key in uses.items() if not set(key) & set(failed)}
         if weights is not None:  # the calls have the gradients of weight × loss
-            inverse = torch.where(weights == 0, weights, 1 / weights).to(self.task.device)
+            inverse = onto(torch.where(weights == 0, weights, 1 / weights), self.task.device)
             kept = {key: part.scaled(inverse) for key, part in kept.items()}
         lost = {name for key in uses if key not in kept for name in key} | set(failed)
         return kept, sorted(lost)

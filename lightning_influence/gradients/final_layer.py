@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import ConcatDataset
 
 from lightning_influence.data.examples import Examples
+from lightning_influence.devices import wide
 from lightning_influence.files.arrow import read_batches, write_batches
 from lightning_influence.gradients import Reduction
 from lightning_influence.gradients.general import requiring_gradients
@@ -163,10 +164,10 @@ class _HeadHook:
             )
         leaf = output.detach()
         if self.weight is not None:
-            weight = self.weight.to(features.device)
-            inputs = features.double()
+            inputs = wide(features)
+            weight = self.weight.to(inputs.device)
             split = (weight[:, :-1], weight[:, -1]) if self.bias else (weight, None)
-            leaf = F.linear(inputs, *split).to(output.dtype)
+            leaf = F.linear(inputs, *split).to(output)
         if self.noise:
             draw = torch.Generator().manual_seed(0)
             leaf = leaf + self.noise * torch.randn(leaf.shape, generator=draw).to(leaf)

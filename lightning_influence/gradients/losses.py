@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.data.examples import Block
+from lightning_influence.devices import wide
 from lightning_influence.gradients.engine import Engine
 from lightning_influence.gradients.general import NotVectorisable, vectorised_losses
 from lightning_influence.module.random_state import seed_for
@@ -33,7 +34,7 @@ class Losses:
         if self._vectorised is not False:
             try:
                 seed_for(engine.seed, block.start)
-                found = vectorised_losses(engine.task, block).double()
+                found = wide(vectorised_losses(engine.task, block))
                 if self._vectorised is None:
                     self._vectorised = _agrees(found, _one_by_one(engine, block, _COMPARED), engine)
             except NotVectorisable:
@@ -55,7 +56,7 @@ def _jointly(engine: Engine, block: Block) -> Tensor:
             f"Expected `loss=` or the measurement to return {block.size} values for {block.size} examples, got "
             f"{values.numel()}. Do not reduce over the batch inside it."
         )
-    return values.double()
+    return wide(values)
 
 
 def _one_by_one(engine: Engine, block: Block, count: int) -> Tensor:
@@ -65,4 +66,4 @@ def _one_by_one(engine: Engine, block: Block, count: int) -> Tensor:
             batch = engine.task.to_device(block.one(example))
             seed_for(engine.seed, example)
             losses.append(engine.task(batch).sum())
-    return torch.stack(losses).double()
+    return wide(torch.stack(losses))

@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_influence.devices import wide
 from lightning_influence.types import clean
 
 PASS_LOSS = "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses"
@@ -90,7 +91,7 @@ def match_loss(losses: Tensor, value: float) -> bool:
     Raises:
         ValueError: it returns neither.
     """
-    singles = losses.double().tolist()
+    singles = wide(losses).tolist()
     for reduction in (Reduction.MEAN, Reduction.SUM):
         if reduction.agrees(singles, value):
             return reduction is Reduction.MEAN

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.data.examples import Block
+from lightning_influence.devices import wide
 from lightning_influence.gradients.general import one_gradient, requiring_gradients
 from lightning_influence.gradients.precise import Tolerance
 from lightning_influence.gradients.reduction import PASS_LOSS
@@ -70,8 +71,8 @@ def losses_add_up(
     relative = (tolerance or tolerance_of(total))[0]
     if (weights := engine.weights_of(block.ids)) is not None:
         alone = torch.where((weights == 0).to(alone.device), 0, alone * weights.to(alone))
-    known = alone[alone.isfinite()].double()
-    return bool((total.double() - known.sum()).abs() <= relative * (known.abs().sum() + total.abs()))
+    known, total = wide(alone[alone.isfinite()]), wide(total)
+    return bool((total - known.sum()).abs() <= relative * (known.abs().sum() + total.abs()))
 
 
 def refusal(engine: "Engine", block: Block, row: int, names: Sequence[str]) -> UnequalWeight:
@@ -143,7 +144,7 @@ def _odd_one(engine: "Engine", block: Block, row: int, names: Sequence[str]) -> 
 
 def _share(joint: Mapping[str, Tensor], one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float | None:
     """How much more one example weighs than another in the gradient of both, by least squares; None if unknown."""
-    flat = [torch.cat([g.double().flatten() for g in x.values()]) for x in (one, other, joint)]
+    flat = [torch.cat([wide(g).flatten() for g in x.values()]) for x in (one, other, joint)]
     columns = torch.stack(flat[:2], 1)
     lengths = columns.norm(dim=0)
     if not bool((lengths > 0).all()) or not bool(flat[2].isfinite().all()):

@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils._pytree import tree_leaves
 
 from lightning_influence.data.examples import ChosenBlock, Examples, versions_of
+from lightning_influence.devices import wide
 from lightning_influence.gradients.digests import Digest, Digester
 from lightning_influence.gradients.engine import Engine
 from lightning_influence.gradients.general import loss_and_gradient, requiring_gradients
@@ -203,7 +204,7 @@ class Sample:
                 seed_for(self.seed, example)
                 with watch or contextlib.nullcontext():
                     loss = self.task(batch)
-            return float(loss.detach().double().sum()), {}
+            return float(wide(loss.detach()).sum()), {}
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise

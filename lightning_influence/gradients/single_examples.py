@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_influence.data.examples import Examples, alike
+from lightning_influence.devices import wide
 from lightning_influence.gradients.reduction import WAY_OUT, NoRelation
 from lightning_influence.gradients.reduction_probe import Probed, probe
 from lightning_influence.gradients.sample import Sample
@@ -195,7 +196,7 @@ def _moved(task: Task, examples: Examples, ids: Sequence[int], seed: int) -> Any
 def _loss(task: Task, examples: Examples, ids: Sequence[int], seed: int) -> float:
     batch = _moved(task, examples, ids, 0)
     seed_for(seed, ids[0])
-    return float(task(batch).detach().double().sum())
+    return float(wide(task(batch).detach()).sum())
 
 
 def _some(examples: Examples) -> list[int]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_influence.devices import widest
 from lightning_influence.gradients.precise import Tolerance
 from lightning_influence.gradients.rules.rule import arguments
 
@@ -87,14 +88,14 @@ class SuspectRows:
 
     def _extremes(self, each: Tensor) -> set[int]:
         """The examples with the smallest and the largest sum, if sums differ along the first or last dimension."""
-        if not each.numel() or each.numel() % self.examples:
+        if self.examples == 1 or not each.numel() or each.numel() % self.examples:
             return set()
         first, last = each.reshape(self.examples, -1).sum(1), each.reshape(-1, self.examples).sum(0)
-        if not bool((first != first[0]).any()):
-            return set()
-        if len(each) != self.examples and not bool((last != last[0]).any()):
-            return set()
-        return {int(first.argmin()), int(first.argmax())}
+        unequal = (first != first[0]).any()
+        if len(each) != self.examples:
+            unequal = unequal & (last != last[0]).any()
+        found = torch.stack([unequal.to(torch.int64), first.argmin(), first.argmax()]).tolist()  # a single wait
+        return set(found[1:]) if found[0] else set()
 
     def _check_ignored(self, target: Tensor, ignore_index: int, reduction: str, **_: Any) -> None:
         """Ignored targets: unless all examples have equally many, a mean over the batch weights examples unequally."""
@@ -119,11 +120,21 @@ def agrees(row: Tensor | None, truth: Tensor, largest: Tensor | float, tolerance
             is zero up to rounding (as for a bias before a normalisation layer).
         tolerance: relative to the parameter's and to the largest entry; None: that of the dtype.
     """
+    return bool(_agreement(row, truth, largest, tolerance))
+
+
+def _agreement(row: Tensor | None, truth: Tensor, largest: Tensor | float, tolerance: Tolerance) -> Tensor:
+    """See ``agrees``: true or false, on the device of the gradients, which is not waited for."""
     if row is None or not truth.numel():
-        return not bool(truth.any())
+        return ~truth.any()
     relative, floor = tolerance or tolerance_of(truth)
     allowed = relative * _most(truth) + floor * largest
-    return bool(_most(row - truth) <= allowed + torch.finfo(truth.dtype).tiny)
+    return _most(row - truth) <= allowed + torch.finfo(truth.dtype).tiny
+
+
+def _read(conditions: Sequence[Tensor]) -> list[bool]:
+    """The values of conditions, with a single wait for their device."""
+    return torch.stack([*conditions]).tolist() if conditions else []
 
 
 def tolerance_of(like: Tensor) -> tuple[float, float]:
@@ -133,12 +144,12 @@ def tolerance_of(like: Tensor) -> tuple[float, float]:
 
 def largest_entry(gradients: Iterable[Tensor]) -> Tensor:
     """The largest magnitude of an entry of one example's gradient, over all parameters."""
-    return torch.stack([_most(g).double() for g in gradients if g.numel()] or [torch.zeros(())]).max()
+    return torch.stack([widest(_most(g)) for g in gradients if g.numel()] or [torch.zeros(())]).max()
 
 
 def is_finite(gradient: Mapping[str, Tensor]) -> bool:
     """Whether all entries are finite."""
-    return all(bool(_most(g).isfinite()) for g in gradient.values() if g.numel())
+    return all(_read([_most(g).isfinite() for g in gradient.values() if g.numel()]))
 
 
 def _most(values: Tensor) -> Tensor:
@@ -155,6 +166,8 @@ def differing(row: Mapping[str, Tensor], truth: Mapping[str, Tensor], tolerance:
         tolerance: relative to the parameter's and to the largest entry; None: that of the dtype.
     """
     largest = largest_entry(truth.values())
-    if not largest.isfinite():  # the attributor reports it, unless it is finite in the block
+    right = [_agreement(row.get(n), true, largest, tolerance) for n, true in truth.items()]
+    finite, *agree = _read([largest.isfinite(), *right])
+    if not finite:  # the attributor reports it, unless it is finite in the block
         return next((n for n, g in row.items() if n in truth and bool(g.any())), None) if is_finite(row) else None
-    return next((n for n, true in truth.items() if not agrees(row.get(n), true, largest, tolerance)), None)
+    return next((n for n, same in zip(truth, agree, strict=True) if not same), None)

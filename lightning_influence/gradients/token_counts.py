@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_influence.data.examples import Examples
+from lightning_influence.devices import wide
 from lightning_influence.gradients.rules.rule import arguments
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.random_state import seed_for
@@ -93,11 +95,11 @@ def _counted(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
     elif func in _DIVISIONS and isinstance(first, Tensor) and first.requires_grad:
         by = args[1] if len(args) > 1 else kwargs.get("other")
         if isinstance(by, (int, float)) or (isinstance(by, Tensor) and by.numel() == 1 and not by.requires_grad):
-            yield "divisor", torch.as_tensor(by).detach().double, False
+            yield "divisor", partial(wide, torch.as_tensor(by).detach()), False
     elif func is Tensor.tolist and isinstance(first, Tensor) and not first.is_complex():
-        yield "list", first.detach().double, False
+        yield "list", partial(wide, first.detach()), False
     for mask in _masks(func, first, args, kwargs):
-        yield "mask", mask.double, False
+        yield "mask", partial(wide, mask), False
 
 
 def _summed(func: Callable[..., Any], values: Tensor, *args: Any, **kwargs: Any) -> Iterator[_Counted]:
@@ -106,12 +108,12 @@ def _summed(func: Callable[..., Any], values: Tensor, *args: Any, **kwargs: Any)
         return
     name, over = func.__name__, _dimensions(values, *args, **kwargs)
     if name == "nanmean" and over == values.ndim:
-        yield name, values.detach().isnan().logical_not().double, False
+        yield name, partial(wide, values.detach().isnan().logical_not()), False
     elif name == "mean" and values.requires_grad and over == values.ndim:
         yield "elements", torch.tensor(values.numel()).double, False
     elif not values.requires_grad and over in (values.ndim, values.ndim - 1):
         found = {"count_nonzero": lambda: values != 0, "nansum": lambda: values.nan_to_num(0.0)}
-        yield "sum" if over == values.ndim else "sums", lambda: found.get(name, lambda: values)().double(), False
+        yield "sum" if over == values.ndim else "sums", lambda: wide(found.get(name, lambda: values)()), False
 
 
 def _averaged(
@@ -144,8 +146,8 @@ def _masks(func: Callable[..., Any], first: Any, args: Sequence[Any], kwargs: Ma
 def _class_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
     valid = target != ignore_index
     if weight is None:
-        return valid.double()
-    return torch.where(valid, weight.detach().double()[torch.where(valid, target, 0)], 0.0)
+        return wide(valid)
+    return wide(torch.where(valid, weight.detach()[torch.where(valid, target, 0)], 0.0))
 
 
 def _dimensions(input: Tensor, dim: Any = None, *_: Any, **options: Any) -> int:

@@ -133,7 +133,7 @@ class InfluenceFunction(GradientProduct):
         total = torch.zeros(len(queries), dtype=torch.float64)
         for stage in self.stages(setting):
             change = _Inverse(self, stage).group_change(tuple(ids))
-            total += stage.gradients(queries).times(change).double().cpu()
+            total += stage.gradients(queries).times(change).cpu().double()
         return total / max(1, len(self.positions(setting.trajectory)))
 
     # ---- the record ---------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_influence.checks import check_integer
 from lightning_influence.data.examples import Examples
+from lightning_influence.devices import wide
 from lightning_influence.gradients.final_layer import last_linear
 from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.module.copies import Copies
@@ -116,8 +117,9 @@ class KNNShapley(ForwardOnly):
                     f"Expected one row of features for each of {block.size} examples, got {len(found)} rows. Pass"
                     " `features=`, a callable (module, batch) -> [batch, dim]."
                 )
-            features.append(found.flatten(1).double())
-            labels.append((_labels(batch) if self.labels is None else self.labels(batch))[: block.size])
+            features.append(wide(found.flatten(1)))
+            label = (_labels(batch) if self.labels is None else self.labels(batch))[: block.size]
+            labels.append(label.to(features[-1].device))
         return torch.cat(features), torch.cat(labels)
 
 

@@ -1,13 +1,14 @@
 """Operations in float64 whose operands are in lower precisions."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+
+from lightning_influence.devices import has_float64
 
 LOW = (torch.float32, torch.float16, torch.bfloat16)
 _CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ def in_double(
 def raised(value: Any) -> Any:
     """A tensor, or a dtype, of low precision as float64; anything else as it is."""
     if isinstance(value, Tensor):
-        if not _has_double(value.device.type):
+        if not has_float64(value.device):
             value = value.to(_CPU)
         return value.double() if value.dtype in LOW and value.layout is torch.strided else value
     return torch.float64 if value in LOW and isinstance(value, torch.dtype) else value
@@ -58,12 +59,3 @@ def raised(value: Any) -> Any:
 def lowered(value: Any) -> Any:
     """A tensor of float64 as float32; anything else as it is."""
     return value.float() if isinstance(value, Tensor) and value.dtype is torch.float64 else value
-
-
-@cache
-def _has_double(device: str) -> bool:
-    try:
-        torch.zeros((), dtype=torch.float64, device=device)
-    except (TypeError, RuntimeError):
-        return False
-    return True

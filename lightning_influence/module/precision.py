@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from lightning_influence.devices import kinds_in_use
+
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
@@ -38,7 +40,7 @@ def no_autocast() -> Iterator[None]:
         finally:
             self._enabled = enabled
 
-    devices = [device for device in ("cpu", "cuda", "mps", "xpu") if torch.is_autocast_enabled(device)]
+    devices = [device for device in ("cpu", *kinds_in_use()) if torch.is_autocast_enabled(device)]
     setattr(cls, "__enter__", off)  # noqa: B010
     for device in devices:  # of the caller's own
         torch.set_autocast_enabled(device, False)

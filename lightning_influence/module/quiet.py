@@ -1,6 +1,7 @@
 """A module made silent for scoring: on its device, in full precision, and restored afterwards."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,7 +85,7 @@ def _restore_afterwards(module: nn.Module, stack: contextlib.ExitStack) -> None:
 def _enter_device(module: nn.Module, trainer: Any) -> torch.device:
     """Move the module to the device of scoring, in float32 at least.
 
-    Only ``tensor.data`` is replaced, so that ``_restore_afterwards`` undoes it by putting the old data back.
+    Only ``tensor.data`` and states of metrics are replaced, which ``_restore_afterwards`` puts back.
     """
     first = next(iter((*module.parameters(), *module.buffers())), None)
     here = torch.device("cpu") if first is None else first.device
@@ -92,6 +93,10 @@ def _enter_device(module: nn.Module, trainer: Any) -> torch.device:
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.device != device or is_half(tensor):
             tensor.data = tensor.data.to(device, torch.float32 if is_half(tensor) else tensor.dtype)
+    torchmetrics: Any = sys.modules.get("torchmetrics")
+    for part in module.modules() if torchmetrics is not None else ():
+        if isinstance(part, torchmetrics.Metric) and part.device != device:
+            part.to(device)  # their states are no buffers
     return device
 
 

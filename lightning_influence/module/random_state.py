@@ -1,4 +1,4 @@
-"""The random states of torch, NumPy and Python: restored afterwards, or seeded for one example."""
+"""The random states of torch, accelerators, NumPy and Python: restored afterwards, or seeded for one example."""
 
 import contextlib
 import random
@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+from lightning_influence.devices import rng_states, seed_accelerators, set_rng_state
+
 
 @contextlib.contextmanager
 def isolated_random_state() -> Iterator[None]:
     """Restore the random states of torch, NumPy and Python afterwards."""
     numpy = sys.modules.get("numpy")
     states = torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    of_accelerators = rng_states()
     try:
         yield
     finally:
@@ -22,20 +24,19 @@ def isolated_random_state() -> Iterator[None]:
         random.setstate(states[1])
         if numpy is not None and states[2] is not None:
             numpy.random.set_state(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+        for device, state in of_accelerators.items():
+            set_rng_state(device, state)
 
 
 def random_states() -> tuple[Any, ...]:
     """The states of all random generators, to be compared."""
     numpy = sys.modules.get("numpy")
     state = None if numpy is None else numpy.random.get_state()
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     return (
         torch.get_rng_state().numpy().tobytes(),
         random.getstate(),
         (state[1].tobytes(), *state[2:]) if isinstance(state, tuple) else repr(state),
-        [s.numpy().tobytes() for s in torch.cuda.get_rng_state_all()] if cuda else None,
+        {device: s.numpy().tobytes() for device, s in rng_states().items()},
     )
 
 
@@ -44,8 +45,7 @@ def seed_for(seed: int, example: int) -> None:
     mixed = (seed * 0x9E3779B97F4A7C15 + (example + 1) * 0xD1B54A32D192ED03) % 2**63
     # Not `torch.manual_seed`: it queues a call with a stack trace for every kind of device that is absent (1 ms).
     torch.default_generator.manual_seed(mixed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(mixed)
+    seed_accelerators(mixed)
     random.seed(mixed)
     numpy = sys.modules.get("numpy")
     if numpy is not None:

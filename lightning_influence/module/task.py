@@ -242,7 +242,8 @@ class Task:
             tail = self.tail
         with exact_losses(), tail.in_double(self.module):
             loss = self._run(batch)
-        return loss.to(self.device, tail.dtype) if tail.is_used else loss
+        # One after the other: a device without float64 must not get it, in the backward pass neither.
+        return loss.to(tail.dtype).to(self.device) if tail.is_used else loss
 
     def _dry_run(self, batch: Batch) -> Tensor:
         """A pass without a trace, on a copy of the batch."""

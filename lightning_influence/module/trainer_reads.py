@@ -63,7 +63,7 @@ def as_json(value: Any, strict: bool = True) -> Any:
     if isinstance(value, (int, float)) and not isinstance(value, Enum):
         return int(value) if isinstance(value, int) else float(value)
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and _is_small(value):
-        plain = value.detach().to("cpu", torch.float64 if value.is_floating_point() else value.dtype)
+        plain = value.detach().cpu().to(torch.float64 if value.is_floating_point() else value.dtype)
         return {"is": "tensor", "value": plain.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
     if type(value).__module__ == "numpy" and getattr(getattr(value, "dtype", None), "kind", "") in tuple("biuf"):
         if value.size <= _MOST:

@@ -80,16 +80,20 @@ def _counters(module: Any) -> list[Any]:
 
 
 def detached_trainer(module: Any) -> Any:
-    """A silent Trainer of the module's own package, for modules that use ``self.trainer`` outside a fit."""
+    """A silent Trainer of the module's package on the module's device, for uses of ``self.trainer`` outside a fit."""
     for base in type(module).__mro__:
         package = base.__module__.partition(".core")[0]
         if base.__name__ == "LightningModule" and package in ("pytorch_lightning", "lightning.pytorch"):
+            tensors = (*module.parameters(), *module.buffers())
+            device = next((t.device for t in tensors if not t.is_meta), module.device)
             logger = logging.getLogger(package)
             level = logger.level
             logger.setLevel(logging.ERROR)
             try:
+                strategies = sys.modules[f"{package}.strategies"]
                 return sys.modules[package].Trainer(
-                    accelerator="cpu" if module.device.type == "cpu" else "auto",
+                    accelerator="cpu" if device.type == "cpu" else "auto",
+                    strategy=strategies.SingleDeviceStrategy(device=device),
                     devices=1,
                     logger=False,
                     enable_checkpointing=False,

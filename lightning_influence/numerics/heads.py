@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_influence.devices import wide
+
 Rows = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 """Iterates over the training set in blocks: features [example, dim] and targets [example, class], float64."""
 
@@ -76,12 +78,12 @@ def recognise(z: Tensor, gradient: Tensor, moved: Tensor, moved_gradient: Tensor
         moved_gradient: of the loss with respect to ``moved``.
         tolerance: the largest error, relative to the change of the gradient.
     """
-    change = (moved_gradient - gradient).double()
+    change = wide(moved_gradient - gradient)
     for kind in ("softmax", "sigmoid", "identity"):
         if kind == "softmax" and z.shape[1] == 1:
             continue
         link = Link(kind)
-        expected = link.mean(moved.double()) - link.mean(z.double())
+        expected = link.mean(wide(moved)) - link.mean(wide(z))
         scale = float((expected * change).sum() / expected.square().sum())
         if scale > 0 and float((change - scale * expected).norm()) <= tolerance * float(change.norm()):
             return Link(kind, scale)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_influence.devices import wide
+
 STORED = 0.75
 """While there are at most this many rows per column, they are stored."""
 
@@ -95,8 +97,8 @@ def weighted_truncation(table: Tensor, left: Tensor, right: Tensor) -> Callable[
     Returns:
         A function of the rank r: the factors [r, m] and [r, k] of r outer products whose sum approximates the table.
     """
-    left, right = (w.double().clamp_min(1e-12 * float(w.max())) for w in (left, right))
-    weighted = left[:, None] * table.double() * right
+    left, right = (wide(w).clamp_min(1e-12 * float(w.max())) for w in (left, right))
+    weighted = left[:, None] * wide(table) * right
     turned = weighted.shape[0] > weighted.shape[1]
     if turned:
         weighted = weighted.T

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_influence.devices import wide, wide_device
+
 Product = Callable[[Tensor], Tensor]
 """[vector, entries] -> [vector, entries]: the matrix times each vector."""
 
@@ -226,13 +228,13 @@ def lanczos(product: Product, like: Tensor, steps: int, seed: int) -> tuple[Tens
         Values [k] in ascending order, and orthonormal vectors [k, entries].
     """
     steps = min(steps, like.numel())
-    basis = torch.zeros(steps, like.numel(), dtype=torch.float64, device=like.device)
-    start = _normal(like, 1, seed)[0].double()
+    basis = torch.zeros(steps, like.numel(), dtype=torch.float64, device=wide_device(like.device))
+    start = wide(_normal(like, 1, seed)[0])
     basis[0] = start / torch.linalg.vector_norm(start)
-    small = torch.zeros(steps, steps, dtype=torch.float64, device=like.device)
+    small = torch.zeros(steps, steps, dtype=torch.float64, device=wide_device(like.device))
     size = 0
     for j in range(steps):
-        image = product(basis[j].to(like)[None])[0].double()
+        image = wide(product(basis[j].to(like)[None])[0])
         for _ in range(2):  # a single pass leaves errors of machine precision times the condition number
             shares = basis[: j + 1] @ image
             small[: j + 1, j] += shares

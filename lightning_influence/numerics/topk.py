@@ -77,7 +77,7 @@ class StreamingTopK:
         for scores, names in best.values():
             _refuse_non_finite(scores[:, 0], names[:, 0], first_query)
         for largest, (scores, names) in best.items():
-            joint_scores = torch.cat([self._scores[largest][rows], scores.to("cpu", self._dtype)], dim=1)
+            joint_scores = torch.cat([self._scores[largest][rows], scores.cpu().to(self._dtype)], dim=1)
             joint_ids = torch.cat([self._ids[largest][rows], names.cpu()], dim=1)
             joint_scores, joint_ids = _in_order(joint_scores, joint_ids, largest)
             self._scores[largest][rows] = joint_scores[:, : self.k]

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_influence.devices import wide
+
 # The kernels that `scaled_dot_product_attention` chooses from.
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
 
@@ -40,6 +42,6 @@ def attention_gap(gradients: Callable[[], Mapping[str, Tensor]]) -> float | None
     if not watch.ran:
         return None
     plain = gradients()
-    away = torch.stack([(fused[name] - plain[name]).double().square().sum() for name in plain]).sum().sqrt()
-    length = torch.stack([value.double().square().sum() for value in plain.values()]).sum().sqrt()
+    away = torch.stack([wide(fused[name] - plain[name]).square().sum() for name in plain]).sum().sqrt()
+    length = torch.stack([wide(value).square().sum() for value in plain.values()]).sum().sqrt()
     return float(away / length) if length > 0 else float(away)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_influence.data.examples import ChosenBlock, Examples, versions_of
+from lightning_influence.devices import onto
 from lightning_influence.gradients import Engine, Gradients, Reduction
 from lightning_influence.gradients.general import math_attention, requiring_gradients
 from lightning_influence.gradients.hessian import gradient_of
@@ -209,7 +210,7 @@ class Forward:
             return gradient_of(self.total(batch, step), moved)
 
     def _weighted(self, batch: MicroBatch, step: Step, weights: Tensor, renormalize: bool) -> dict[str, Tensor]:
-        own = weights[list(batch.ids)].to(self.task.device)
+        own = onto(weights[list(batch.ids)], self.task.device)
         factor = example_factors(own, renormalize and self.mean, self.share(batch, step))
         if not self.joint:
             rows = self.rows(batch)

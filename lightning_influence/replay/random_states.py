@@ -9,6 +9,9 @@ from collections.abc import Mapping
 import numpy
 import torch
 
+from lightning_influence.devices import set_rng_state
+from lightning_influence.trajectory.files import ACCELERATOR
+
 _WORDS = 625  # 624 keys and the position
 
 
@@ -17,12 +20,13 @@ def put_back(states: Mapping[str, bytes], device: torch.device) -> None:
 
     Args:
         states: of the generators that the forward pass or the reading of examples drew from.
-        device: the module's; a CUDA generator's state is skipped on other devices.
+        device: the module's; the state of another kind of accelerator is skipped.
     """
     if "torch" in states:
         torch.set_rng_state(_bytes(states["torch"]))
-    if "cuda" in states and device.type == "cuda":
-        torch.cuda.set_rng_state(_bytes(states["cuda"]), device)
+    kind, _, state = states.get(ACCELERATOR, b"").partition(b":")
+    if kind.decode() == device.type:
+        set_rng_state(device, _bytes(state))
     if "python" in states:
         random.setstate(_python(states["python"]))
     if "numpy" in states and sys.modules.get("numpy") is not None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,7 @@ from lightning_influence.replay.forward import Forward
 from lightning_influence.replay.steps import Segment, Step, segments_of
 from lightning_influence.replay.training_state import TrainingState
 from lightning_influence.trajectory import Checkpoint, Trajectory
+from lightning_influence.trajectory.files import ACCELERATOR
 
 MAX_DRIFT = 0.1
 """The largest distance from a checkpoint, relative to the distance that the weights moved since the one before."""
@@ -228,8 +229,9 @@ class Replay:
                 "The fit's examples were read with random numbers (augmentation), those given here are not: pass the "
                 "dataset that was trained on."
             )
-        if any("cuda" in batch.random for batch in batches) and task.device.type != "cuda":
-            return "The fit drew random numbers on a GPU, which cannot be repeated on a CPU."
+        drew = {_drawn_on(batch.random) for batch in batches if batch.random}
+        if drew and task.device.type not in drew:
+            return f"The fit drew random numbers on {drew.pop()}, which cannot be repeated on {task.device.type}."
         precision = str(getattr(getattr(task.trainer, "precision_plugin", None), "precision", ""))
         if "mixed" in precision:
             return f"The fit ran in `precision={precision!r}`, the replay in the weights' own precision."
@@ -296,3 +298,8 @@ class Replay:
             self.compare(segment, starts[-1])
         for number in reversed(range(len(starts) - 1)):
             yield from self._reversed(starts[number], steps[number * length : (number + 1) * length], None)
+
+
+def _drawn_on(states: Mapping[str, bytes]) -> str:
+    """The type of the device whose generator a forward pass drew from."""
+    return states[ACCELERATOR].partition(b":")[0].decode() if ACCELERATOR in states else "cpu"

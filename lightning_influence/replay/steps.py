@@ -7,6 +7,7 @@ from typing import Any
 from lightning_influence.numerics.clipping import ByNorm, ByValue, Clipping
 from lightning_influence.numerics.optimizers import UpdateStep, update_step
 from lightning_influence.trajectory import Checkpoint, Trajectory
+from lightning_influence.trajectory.files import ACCELERATOR
 from lightning_influence.types import MissingEvidence
 
 _AGAIN = "Fit again with `Trainer(callbacks=[Influence(...)])`, or use `TracInCP()`, which needs checkpoints only."
@@ -110,7 +111,7 @@ def _steps(trajectory: Trajectory) -> dict[int, Step]:
             moves[key] = update_step(entry, row["lr"])
         none, zeros = [None] * len(row["ids"]), [0] * len(row["ids"])
         batches = tuple(
-            MicroBatch(tuple(ids), _captured(drew), _captured(read), index=index)
+            MicroBatch(tuple(ids), captured(drew), captured(read), index=index)
             for ids, drew, read, index in zip(
                 row["ids"], row["rng"] or none, row["read_rng"] or none, row["batch_idx"] or zeros, strict=True
             )
@@ -120,8 +121,12 @@ def _steps(trajectory: Trajectory) -> dict[int, Step]:
     return steps
 
 
-def _captured(states: Mapping[str, bytes | None] | None) -> dict[str, bytes]:
-    return {name: state for name, state in (states or {}).items() if state is not None}
+def captured(states: Mapping[str, bytes | None] | None) -> dict[str, bytes]:
+    """The random states that were recorded for a micro-batch, by generator."""
+    known = {name: state for name, state in (states or {}).items() if state is not None}
+    if (of_cuda := known.pop("cuda", None)) is not None:  # as earlier versions wrote it
+        known[ACCELERATOR] = b"cuda:" + of_cuda
+    return known
 
 
 def _between(steps: Mapping[int, Step], after: int, until: int) -> tuple[Step, ...]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_influence.devices import wide
 from lightning_influence.module.task import Task
 from lightning_influence.numerics.optimizers import OptimizerState, UpdateInput
 from lightning_influence.replay.steps import Step
@@ -75,7 +76,7 @@ class TrainingState:
 
     def distance(self, other: "TrainingState") -> float:
         """Euclidean distance of all weights."""
-        squares = [(self.weights[n] - other.weights[n]).double().square().sum() for n in self.weights]
+        squares = [wide(self.weights[n] - other.weights[n]).square().sum() for n in self.weights]
         return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
     def bytes(self) -> int:

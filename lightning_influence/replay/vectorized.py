@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from lightning_influence.devices import onto
 from lightning_influence.gradients.general import NotVectorisable, replacing, without_metrics
 from lightning_influence.module.trainer_state import set_clock
 from lightning_influence.numerics.optimizers import OptimizerState
@@ -96,7 +97,7 @@ def _vectorised(replay: Replay, weights: Tensor, renormalize: bool) -> Weights:
         tensors = start.weights, start.buffers, start.optimizer
         parameters, buffers, states = tree_map(lambda x: x.expand(len(weights), *x.shape).clone(), tensors)
         models = TrainingState(parameters, buffers, states, start.counts)
-        weights = weights.to(task.device)
+        weights = onto(weights, task.device)
         with without_metrics(task.module):
             for step in replay.steps:
                 set_clock(task.module, step.made - 1, step.epoch)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_influence.data.examples import Examples
+from lightning_influence.devices import wide
 from lightning_influence.gradients.index_check import gradient_at
 from lightning_influence.module.numbers import put, same, small_values
 from lightning_influence.module.random_state import seed_for
@@ -189,8 +190,8 @@ def _gap(
     one, other = run(pair[0]), run(pair[1])
     if one is None or other is None or one.keys() != other.keys():
         return 1.0
-    apart = sum(float((one[name] - other[name]).double().square().sum()) for name in one)
-    length = max(sum(float(g.double().square().sum()) for g in found.values()) for found in (one, other))
+    apart = sum(float(wide(one[name] - other[name]).square().sum()) for name in one)
+    length = max(sum(float(wide(g).square().sum()) for g in found.values()) for found in (one, other))
     return float((apart / length) ** 0.5) if length else 0.0
 
 

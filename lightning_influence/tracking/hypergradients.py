@@ -115,7 +115,7 @@ class Hypergradients(Tracker):
         changes = self._free.pop() if self._free else self._all_zeros()
         times_hessian = present.hessian() if self._moved else None
         for chunk in self._chunks():
-            directions = {name: d[chunk].to(self._like[name]) for name, d in self.weights.items()}
+            directions = {name: self._part(name, d, chunk) for name, d in self.weights.items()}
             found = {} if times_hessian is None else times_hessian(directions)
             for name, change in changes.items():
                 change[chunk] = found.get(name, 0.0)
@@ -130,8 +130,9 @@ class Hypergradients(Tracker):
             if update.clipping is not None:
                 changes |= update.clipping.derivative(update.raw, {name: changes[name] for name in update.raw})
             for name, at in update.inputs.items():
-                before = {key: v[chunk] for key, v in self.states.get(name, {}).items()}
-                weight, after = update.rule.tangent(at, self.weights[name][chunk], changes[name], before)
+                before = {key: self._part(name, v, chunk) for key, v in self.states.get(name, {}).items()}
+                present = self._part(name, self.weights[name], chunk)
+                weight, after = update.rule.tangent(at, present, changes[name], before)
                 self.weights[name][chunk] = weight
                 made[name] = set(after)
                 for key, value in after.items():
@@ -150,13 +151,17 @@ class Hypergradients(Tracker):
         for name, like in self._like.items():
             change = like.new_zeros(last - first, *like.shape)
             for changes in dense:
-                change += changes[name][chunk]
+                change += self._part(name, changes[name], chunk)
             for slots, rows, _ in step.batches:
                 here = (slots >= first) & (slots < last)
                 if bool(here.any()):
                     change.index_add_(0, (slots[here] - first).to(like.device), rows[name][here.to(like.device)])
             total[name] = change
         return total
+
+    def _part(self, name: str, vectors: Tensor, chunk: slice) -> Tensor:
+        """Some of the vectors, which may lie in a file, on the parameter's device."""
+        return vectors[chunk].to(self._like[name])
 
     def _chunks(self) -> Iterator[slice]:
         width = sum(p.numel() for p in self._like.values())

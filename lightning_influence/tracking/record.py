@@ -81,7 +81,8 @@ def check(path: Path) -> None:
 
 def save_state(folder: Path, step: int, state: TrackerState) -> None:
     """Write the state of a tracker after a step."""
-    path = save(folder / f"step-{step:08d}.pt", {"tensors": state.tensors, "facts": state.facts})
+    tensors = {name: tensor.cpu() for name, tensor in state.tensors.items()}  # the file names no device
+    path = save(folder / f"step-{step:08d}.pt", {"tensors": tensors, "facts": state.facts})
     for other in _states(folder, step):
         if other != path:
             other.unlink()

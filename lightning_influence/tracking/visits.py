@@ -157,7 +157,8 @@ def coefficients(rule: UpdateRule, at: UpdateInput) -> dict[str, dict[str, float
     inputs = [_WEIGHT, *sorted(at.state), _GRADIENT]
     unit = torch.eye(len(inputs), dtype=torch.float64)
     state = {name: unit[i] for i, name in enumerate(inputs) if name in at.state}
-    like = replace(at, weight=at.weight.new_zeros(()).double(), gradient=at.gradient.new_zeros(()).double())
+    zero = torch.zeros((), dtype=torch.float64)
+    like = replace(at, weight=zero, gradient=zero)
     weight, after = rule.tangent(like, unit[0], unit[-1], state)
     return {
         name: {inputs[i]: float(value) for i, value in enumerate(row) if float(value)}

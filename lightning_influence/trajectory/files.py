@@ -20,7 +20,8 @@ BROKEN = "broken"
 _LARGEST = 2**26  # bytes of a manifest
 BROKE_OFF = "The record ends at step"
 
-GENERATORS = ("torch", "cuda", "python", "numpy")
+ACCELERATOR = "accelerator"
+GENERATORS = ("torch", "cuda", "python", "numpy", ACCELERATOR)
 
 _RANDOM = pa.list_(pa.struct([pa.field(name, pa.binary()) for name in GENERATORS]))
 
@@ -38,7 +39,8 @@ STEPS = pa.schema(
         pa.field("clip", pa.float64()),
         pa.field("skipped", pa.bool_()),
         # state of each random generator before the forward of each micro-batch, where that forward drew from it:
-        # torch's own bytes; as 32-bit words numpy's 624 keys and position, Python's position and 624 keys
+        # torch's own bytes, the accelerator's behind its type ("mps:"; earlier versions: only CUDA's, in "cuda"); as
+        # 32-bit words numpy's 624 keys and position, Python's position and 624 keys
         pa.field("rng", _RANDOM),
         # the same before the examples of each micro-batch were read, where reading drew (augmentation) in this process;
         # then two float64: whether numpy and Python had kept a normal number for the next call, and which
@@ -109,12 +111,18 @@ def runs_in(dirpath: Path) -> list[Path]:
 def read_steps(folder: Path, entries: list[dict[str, Any]]) -> pa.Table:
     """The step files listed in a manifest, as one table; columns that an earlier version did not write are null."""
     contents = [read_verified(folder / entry["file"], entry["size"], entry["crc32"]) for entry in entries]
-    tables = [_completed(pa.ipc.open_file(pa.BufferReader(content)).read_all()) for content in contents]
+    tables = [completed(pa.ipc.open_file(pa.BufferReader(content)).read_all()) for content in contents]
     return pa.concat_tables(tables) if tables else STEPS.empty_table()
 
 
-def _completed(table: pa.Table) -> pa.Table:
+def completed(table: pa.Table) -> pa.Table:
+    """A table of steps with all columns of today, null where an earlier version did not write them."""
     for column in STEPS:
         if column.name not in table.schema.names:
             table = table.append_column(column, pa.nulls(len(table), column.type))
+        place = table.schema.get_field_index(column.name)
+        if table.schema.types[place] != column.type:  # it lacks a generator
+            none = dict.fromkeys(GENERATORS)
+            states = [row and [s and none | s for s in row] for row in table[column.name].to_pylist()]
+            table = table.set_column(place, column, pa.array(states, column.type))
     return table

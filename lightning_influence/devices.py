@@ -1,0 +1,95 @@
+"""What differs between devices: whether they have float64, their random generators, waiting for their work."""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# ---- float64 --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64; Apple's MPS does not."""
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def wide_device(device: torch.device) -> torch.device:
+    """The device, or the CPU for one without float64."""
+    return device if has_float64(device) else torch.device("cpu")
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """A tensor in float64: where it is, or on the CPU if its device has no float64."""
+    return (tensor if has_float64(tensor.device) else tensor.cpu()).double()
+
+
+def widest(tensor: Tensor) -> Tensor:
+    """A tensor where it is, in float64 if its device has it and in float32 otherwise."""
+    return tensor.to(torch.float64 if has_float64(tensor.device) else torch.float32)
+
+
+def onto(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, where float64 becomes float32 if the device has no float64."""
+    narrow = tensor.dtype == torch.float64 and not has_float64(device)
+    return tensor.to(device, torch.float32 if narrow else tensor.dtype)
+
+
+# ---- accelerators ---------------------------------------------------------------------------------------------------
+
+
+def kinds_in_use() -> Iterator[str]:
+    """The types of the accelerators that this process has used, or may have; it initialises none."""
+    for kind in ("cuda", "mps", "xpu", "hpu", torch._C._get_privateuse1_backend_name()):
+        module = getattr(torch, kind, None)
+        if kind == "mps":
+            used = torch.backends.mps.is_available()
+        else:
+            used = getattr(module, "is_initialized", lambda: False)()
+        if used:
+            yield kind
+
+
+def synchronize() -> None:
+    """Wait until the accelerators have done what they were given."""
+    for kind in kinds_in_use():
+        getattr(torch, kind).synchronize()
+
+
+def rng_states() -> dict[torch.device, Tensor]:
+    """The state of every accelerator's random generator."""
+    found = {}
+    for kind in kinds_in_use():
+        for index in range(getattr(torch, kind).device_count()):
+            device = torch.device(kind, index)
+            found[device] = rng_state(device)
+    return {device: state for device, state in found.items() if state is not None}
+
+
+def rng_state(device: torch.device) -> Tensor | None:
+    """The state of an accelerator's random generator; None for the CPU, and where it shows none."""
+    read = None if device.type == "cpu" else getattr(_module(device), "get_rng_state", None)
+    return None if read is None else read(device)
+
+
+def set_rng_state(device: torch.device, state: Tensor) -> None:
+    """Put back the state of an accelerator's random generator."""
+    _module(device).set_rng_state(state, device)
+
+
+def seed_accelerators(seed: int) -> None:
+    """Seed the random generators of the accelerators."""
+    for kind in kinds_in_use():
+        of_kind: Any = getattr(torch, kind)
+        getattr(of_kind, "manual_seed_all", of_kind.manual_seed)(seed)
+
+
+def _module(device: torch.device) -> Any:
+    """``torch.cuda`` and its like."""
+    return getattr(torch, device.type, None)

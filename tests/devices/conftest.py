@@ -1,0 +1,25 @@
+"""The stand-in device is there before any test of this folder: autograd counts the devices at its first pass."""
+
+import pytest
+
+import devices
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _device():
+    try:
+        devices.load()
+    except devices.CannotBuild as error:
+        pytest.skip(f"The stand-in device cannot be built: {error}")
+
+
+@pytest.fixture(params=["float64", "no float64"])
+def dtype(request):
+    """The type of weights on a device with float64, and on one without."""
+    import torch
+
+    if request.param == "float64":
+        yield torch.float64
+    else:
+        with devices.without_float64():
+            yield torch.float32
