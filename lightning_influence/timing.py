@@ -1,18 +1,52 @@
-"""Timing of a piece of work, for cost estimates."""
+"""Timing of pieces of work, and what estimates of the whole are made of."""
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_influence.devices import synchronize
 
+clock = time.perf_counter
+"""Seconds. Benchmarks and tests count those of the CPU in its place."""
 
-def timed(work: Callable[[], Any]) -> float:
-    """Runs the work twice and returns the seconds of the faster run."""
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        work()
-        synchronize()
-        seconds.append(time.perf_counter() - start)
+# A piece of work that takes this many seconds is timed once only.
+_LONG = 0.1
+
+
+class Work(NamedTuple):
+    """One kind of work in an estimate.
+
+    Args:
+        what: it is.
+        times: how often it is done.
+        each: the seconds that it takes each time.
+    """
+
+    what: str
+    times: float
+    each: float
+
+    @property
+    def seconds(self) -> float:
+        """In total."""
+        return self.times * self.each
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.seconds:.3g} s ({self.times:.6g} of {self.each:.3g} s)"
+
+
+def timed(work: Callable[[], Any], repeats: int = 2) -> float:
+    """Runs the work a few times and returns the seconds of the fastest run; long work is run once."""
+    seconds: list[float] = []
+    while len(seconds) < repeats and not (seconds and seconds[-1] > _LONG):
+        seconds.append(seconds_of(work))
     return min(seconds)
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """The seconds of one run of the work, until the device has finished it."""
+    synchronize()
+    start = clock()
+    work()
+    synchronize()
+    return clock() - start

@@ -1,9 +1,10 @@
 """What `Influence` does when a fit ends: estimate the cost, score, save and log, or record why not."""
 
+import contextlib
 import re
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,8 @@ class EndOfFit:
     def _score(self, name: str, method: Method) -> Scores:
         queries = resolve_queries(self.plan.queries, self.trainer)
         self._afford(name, method, self.attributor.cost(method, queries))
-        scores = self.attributor.score(method, queries, top_k=self.plan.top_k)
+        with self._limited():
+            scores = self.attributor.score(method, queries, top_k=self.plan.top_k)
         self._save(name, scores)
         if self.plan.log_scores:
             train = getattr(self.trainer.train_dataloader, "dataset", None)
@@ -196,11 +198,21 @@ class EndOfFit:
 
     def _score_itself(self, name: str, method: Method) -> SelfScores:
         self._afford(f"{name} self-influence", method, self.attributor.cost(method))
-        scores = self.attributor.self_influence(method)
+        with self._limited():
+            scores = self.attributor.self_influence(method)
         self._save(f"{name}.self", scores)
         if self.plan.log_scores:
             self._log(scores, name)
         return scores
+
+    @contextlib.contextmanager
+    def _limited(self) -> Iterator[None]:
+        """Lets solvers stop at `max_cost` with what they have found."""
+        self.attributor.limit_seconds = self.plan.max_cost * self.fit_seconds
+        try:
+            yield
+        finally:
+            self.attributor.limit_seconds = None
 
     def _save(self, name: str, scores: Scores | SelfScores) -> None:
         if not self.trainer.is_global_zero:

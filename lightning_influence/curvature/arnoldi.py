@@ -7,14 +7,19 @@ import torch
 from torch import Tensor
 
 from lightning_influence.checks import check_integer, one_of
+from lightning_influence.curvature.cost import ProductTimes
 from lightning_influence.curvature.curvature import PreparedCurvature
 from lightning_influence.curvature.damping import of_group
 from lightning_influence.curvature.iterative import Iterative, smallest_entry
-from lightning_influence.devices import wide
+from lightning_influence.devices import wide, wide_device
 from lightning_influence.gradients.products import Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
-from lightning_influence.numerics.solvers import lanczos
+from lightning_influence.numerics.solvers import PROBES, lanczos
 from lightning_influence.setting.setting import Setting
+from lightning_influence.timing import timed
+
+# Vectors of the basis that are timed for an estimate.
+_TIMED = 8
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Arnoldi(Iterative):
     def prepare(self, setting: Setting) -> PreparedCurvature:
         """Tensors ``values`` [k] and ``vectors`` [k, parameter]."""
         product, like = self._undamped(setting)
-        with setting.progress(self.steps, "Arnoldi: eigenvectors", "step") as done:
+        with setting.progress(min(self.steps, like.numel()), "Arnoldi: eigenvectors", "step") as done:
 
             def counted(vectors: Tensor) -> Tensor:
                 done(1)
@@ -68,9 +73,18 @@ class Arnoldi(Iterative):
             values, vectors = lanczos(counted, like, self.steps, self.seed)
         return PreparedCurvature({"values": values, "vectors": vectors}, super().prepare(setting).diagnostics)
 
-    def multiplied(self, vectors: int) -> int:
-        """The steps of the Krylov space: solving takes no further products."""
-        return self.steps
+    def seconds(self, setting: Setting, vectors: int) -> float:
+        """One product for each step of the Krylov space, its basis, and the probes; solving takes products with it."""
+        times, products = ProductTimes.at(setting, self.matrix), Products(setting.engine, setting.examples)
+        steps = min(self.steps, len(products.flat))
+        some = torch.ones(
+            min(steps, _TIMED), len(products.flat), dtype=torch.float64, device=wide_device(products.like.device)
+        )
+        # Each step multiplies with the basis so far four times; then come the eigenvectors, and three for each query.
+        along = timed(lambda: some @ some[0]) / len(some)
+        turned = timed(lambda: some[:, :_TIMED] @ some) / len(some) ** 2
+        basis = along * 2 * steps**2 + turned * steps**2 + along * 3 * steps * vectors
+        return times.of(1) * steps + times.of(PROBES) + basis
 
     def solve(
         self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor

@@ -1,7 +1,6 @@
 """Inverse curvature by conjugate gradients, for all queries of a block at once."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
@@ -10,7 +9,7 @@ from lightning_influence.checks import check_integer, check_positive
 from lightning_influence.curvature.curvature import PreparedCurvature
 from lightning_influence.curvature.iterative import Iterative
 from lightning_influence.gradients.queries import QueryGradients
-from lightning_influence.numerics.solvers import conjugate_gradient
+from lightning_influence.numerics.solvers import Product, Solution, Watch, conjugate_gradient
 from lightning_influence.setting.setting import Setting
 
 
@@ -53,7 +52,10 @@ class ConjugateGradient(Iterative):
         self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor
     ) -> QueryGradients:
         """Run conjugate gradients with separate step sizes and a separate end for each query."""
-        run = partial(conjugate_gradient, tolerance=self.tolerance, max_iterations=self.max_iterations)
+
+        def run(product: Product, right: Tensor, watch: Watch) -> Solution:
+            return conjugate_gradient(product, right, self.tolerance, self.max_iterations, watch)
+
         solution, directions = self._solved(queries, setting, diagonal, run)
         if bool(solution.indefinite.any()):
             raise ValueError(
@@ -62,7 +64,9 @@ class ConjugateGradient(Iterative):
                 + ("`matrix='ggn'`." if self.matrix == "hessian" else "use float64 weights (`model.double()`).")
             )
         worst = float(solution.residuals.max())
-        if worst > 10 * self.tolerance:  # rounding errors keep the true residual above the recursive one
+        if (
+            worst > 10 * self.tolerance and not solution.stopped
+        ):  # rounding errors keep the true residual above the recursive one
             setting.warn(
                 f"Conjugate gradients did not converge: residual {worst:.2g} after {solution.iterations} iterations "
                 f"(tolerance {self.tolerance:.2g}). Raise `max_iterations=` or `damping=`, or use float64 weights."

@@ -11,8 +11,9 @@ from torch import Tensor
 from lightning_influence.checks import check_at_least_0
 from lightning_influence.curvature.descent import Descent
 from lightning_influence.gradients import Gradients
-from lightning_influence.gradients.queries import EachQuery, QueryGradients
+from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
 from lightning_influence.setting.setting import Setting
+from lightning_influence.timing import timed
 
 # Bytes of vectors that are in memory while queries are solved for.
 _BYTES = 2**29
@@ -160,13 +161,26 @@ class Curvature(ABC):
         """
         return None if self.copies is None else max(1, _BYTES // max(1, self.copies * setting.engine.vector_bytes))
 
+    # ---- estimates ----------------------------------------------------------------------------------------------
+
     def seconds(self, setting: Setting, vectors: int) -> float:
         """Estimate the seconds of ``prepare`` and of ``solve`` for this many vectors."""
         return 0.0
 
-    def descent_seconds(self, setting: Setting, vectors: int) -> float:
-        """Estimate the seconds of ``descend`` for this many vectors."""
-        return 0.0
+    def seconds_of_descent(self, setting: Setting, vectors: Mapping[str, Tensor], descent: Descent) -> float:
+        """Estimate the seconds of ``descend`` for these vectors."""
+        prepared = self.sampled(setting)
+        return timed(lambda: self.descend(prepared, vectors, setting, descent))
+
+    def sampled(self, setting: Setting) -> PreparedCurvature:
+        """What stands for the result of ``prepare`` while other work is timed; it takes next to no time."""
+        return PreparedCurvature(diagnostics={"mean_eigenvalue": 1.0})
+
+    def like_solved(
+        self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor
+    ) -> QueryGradients:
+        """What stands for the result of ``solve`` while other work is timed: in the same form, with any numbers."""
+        return DenseQueries(queries.dense(), setting.engine.groups)
 
     def preparation(self) -> dict[str, Any]:
         """The fields that ``prepare`` depends on; they are part of the file name on disk."""

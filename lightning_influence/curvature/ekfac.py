@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_influence.checks import check_at_least_0, one_of
 from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
 from lightning_influence.curvature.descent import Descent
-from lightning_influence.curvature.factors import WIDEST, LayerFactors, part_of
+from lightning_influence.curvature.ekfac_cost import FactorSamples, stand_in
+from lightning_influence.curvature.factors import LayerFactors, part_of
 from lightning_influence.curvature.fisher_samples import FisherSamples
 from lightning_influence.curvature.kronecker_descent import descend_layer
 from lightning_influence.curvature.kronecker_part import KroneckerPart
@@ -21,18 +21,17 @@ from lightning_influence.curvature.layer_inverses import LayerInverses, by_layer
 from lightning_influence.curvature.own_products import own_products
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.block import Names
+from lightning_influence.gradients.outer_products import OuterProducts
 from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
 from lightning_influence.processes import Processes
+from lightning_influence.setting.samples import Samples
 from lightning_influence.setting.setting import Setting
-from lightning_influence.timing import timed
 
 # Up to this many classes the expectation over labels is computed, at one pass per class, instead of sampled.
 _FEW_CLASSES = 10
 # Training examples on which the error of low-rank eigenvalues is measured.
 _SAMPLED = 64
-# Rows of the matrix whose eigendecomposition is timed for an estimate.
-_TIMED_SIDE = 256
 
 
 @dataclass
@@ -170,15 +169,21 @@ class EKFAC(Curvature):
         return f"{text}; with a diagonal Fisher: {shown}" if rest else text
 
     def seconds(self, setting: Setting, vectors: int) -> float:
-        """Two passes over the gradients for each label, and the eigendecomposition of every factor."""
-        samples, _ = self._fisher_samples(setting)
-        some = next(setting.examples.blocks(0, min(setting.n_train, setting.examples.block_size)))
-        passes = 2 * samples.draws
-        shapes = [setting.engine.task.named_parameters()[name].shape for name in setting.engine.plan.layouts]
-        sides = [side for shape in shapes if len(shape) > 1 for side in (shape[0], min(shape[1:].numel(), WIDEST))]
-        small = torch.eye(_TIMED_SIDE, dtype=torch.float64)
-        decomposed = timed(lambda: torch.linalg.eigh(small)) * sum((side / len(small)) ** 3 for side in sides)
-        return timed(lambda: setting.engine.gradients(some)) * passes * setting.n_train / some.size + decomposed
+        """Passes over the gradients for each label, the factors' sums and eigendecompositions, and the eigenvalues."""
+        return FactorSamples(setting, lambda few: self._fisher_samples(few)[0], self.corrected).seconds()
+
+    def sampled(self, setting: Setting) -> PreparedCurvature:
+        """Prepared on a few examples, in the sizes of that of all."""
+        parts = Samples.of(setting).gradients().parts.values()
+        positions = max((part.outputs.shape[1] for part in parts if isinstance(part, OuterProducts)), default=1)
+        exact = self._fisher_samples(setting)[0].labels == "exact"
+        return stand_in((replace(self, labels="sampled") if exact else self).prepare, setting, positions)
+
+    def like_solved(
+        self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor
+    ) -> QueryGradients:
+        """Solved, which takes little: its time counts with that of the queries' gradients."""
+        return self.solve(prepared, queries, setting, diagonal)
 
     # ---- for every block of queries ---------------------------------------------------------------------------------
 
@@ -244,14 +249,6 @@ class EKFAC(Curvature):
             of_layer = descend_layer(names, tensors, descent, vectors)
             moved, kept = moved | of_layer[0], kept | of_layer[1]
         return moved, kept
-
-    def descent_seconds(self, setting: Setting, vectors: int) -> float:
-        """Three changes of basis for each vector and layer."""
-        shapes = [setting.engine.task.named_parameters()[name].shape for name in setting.engine.plan.layouts]
-        sides = [(shape[0], shape[1:].numel()) for shape in shapes if len(shape) > 1]
-        products = sum(out * into * (out + into) for out, into in sides if max(out, into) <= WIDEST)
-        square = setting.zeros().new_zeros(_TIMED_SIDE, _TIMED_SIDE)
-        return timed(lambda: square @ square) / _TIMED_SIDE**3 * 3 * products * vectors
 
     def _at_low_rank(
         self, prepared: PreparedCurvature, joint: Mapping[Names, Part], setting: Setting

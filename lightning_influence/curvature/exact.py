@@ -1,13 +1,13 @@
 """The dense curvature of a small model, factorised once."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.cost import seconds_of_products
+from lightning_influence.curvature.cost import ProductTimes
 from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
 from lightning_influence.curvature.damping import of_group
 from lightning_influence.curvature.descent import Descent, mean_exponential
@@ -20,8 +20,8 @@ from lightning_influence.timing import timed
 
 # Columns of the matrix that are computed at once.
 _COLUMNS = 256
-# Rows of the matrix whose factorisation is timed for an estimate.
-_TIMED_FACTOR = 512
+# Rows of the matrix whose factorisation is timed for an estimate, and vectors that it is multiplied by.
+_TIMED_SIDE, _TIMED = 1024, 32
 
 
 @dataclass
@@ -139,10 +139,29 @@ class Exact(Curvature):
         return found
 
     def seconds(self, setting: Setting, vectors: int) -> float:
-        """One product per parameter, and a Cholesky factorisation."""
-        size = len(Products(setting.engine, setting.examples).flat)
+        """One product per parameter, a Cholesky factorisation, and two multiplications by its factor a vector."""
+        products = Products(setting.engine, setting.examples)
+        size, device = len(products.flat), wide_device(products.like.device)
         if size > self.max_parameters:  # `prepare` raises at once
             return 0.0
-        some = torch.eye(_TIMED_FACTOR, dtype=torch.float64)
-        factor = timed(lambda: torch.linalg.cholesky(some)) * (size / len(some)) ** 3
-        return seconds_of_products(setting, self.matrix, size) + factor
+        at_once = min(size, _COLUMNS)
+        multiplied = ProductTimes.at(setting, self.matrix).of(at_once) * size / at_once
+        factored = _scaled(torch.linalg.cholesky, size, 3, device)
+        return multiplied + factored + 2 * vectors * _scaled_product(size, device)
+
+    def seconds_of_descent(self, setting: Setting, vectors: Mapping[str, Tensor], descent: Descent) -> float:
+        """An eigendecomposition, and four multiplications by matrices a vector."""
+        products = Products(setting.engine, setting.examples)
+        size, device, count = len(products.flat), wide_device(products.like.device), len(next(iter(vectors.values())))
+        return _scaled(torch.linalg.eigh, size, 3, device) + 4 * count * _scaled_product(size, device)
+
+
+def _scaled_product(size: int, device: torch.device) -> float:
+    """Seconds of a matrix of that size times one of many vectors."""
+    return _scaled(lambda matrix: matrix @ matrix[:, :_TIMED], size, 2, device) / min(size, _TIMED)
+
+
+def _scaled(work: Callable[[Tensor], Any], size: int, power: int, device: torch.device) -> float:
+    """Seconds of work on a matrix of that size, by those on a smaller one."""
+    some = torch.eye(min(size, _TIMED_SIDE), dtype=torch.float64, device=device)
+    return timed(lambda: work(some)) * (size / len(some)) ** power

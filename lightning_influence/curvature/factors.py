@@ -69,8 +69,8 @@ class LayerFactors:
             for moment in (self.output_moment, self.input_moment):
                 moment.replace_sum(processes.summed)
         self.values_out, self.basis_out, _ = self.output_moment.basis()
-        self.values_in, self.basis_in, self._stored_inputs = self.input_moment.basis()
-        self._n_measured = 0
+        self.values_in, self.basis_in, self.stored_inputs = self.input_moment.basis()
+        self.n_measured = 0
         if processes.count > 1:  # one basis for all, since it may round differently in each
             for name in ("values_out", "basis_out", "values_in", "basis_in"):
                 setattr(self, name, processes.from_first(getattr(self, name)))
@@ -93,7 +93,7 @@ class LayerFactors:
         width_out, width_in = len(self.basis_out), len(self.basis_in)
         t = piece.outputs.shape[1] if isinstance(piece, OuterProducts) else width_out
         if not isinstance(piece, OuterProducts) or (t > 1 and t * (width_in + width_out) > width_out * width_in):
-            self._n_measured += len(piece) * t
+            self.n_measured += len(piece) * t
             return rotated(as_matrices(piece.dense(), self.transposed), self.basis_out, self.basis_in).square().sum(0)
         left, right = piece.scaled_outputs() @ self.basis_out, self._rotated_inputs(piece)
         if t == 1:
@@ -102,11 +102,11 @@ class LayerFactors:
 
     def _rotated_inputs(self, piece: OuterProducts) -> Tensor:
         """Inputs in the basis, [example, position, in]; stored ones rely on the order of the first pass."""
-        if self._stored_inputs is None:
+        if self.stored_inputs is None:
             return rotated_inputs(piece.inputs, piece.bias, self.basis_in)
         count = len(piece) * piece.outputs.shape[1]
-        self._n_measured += count
-        rows = self._stored_inputs[self._n_measured - count : self._n_measured]
+        self.n_measured += count
+        rows = self.stored_inputs[self.n_measured - count : self.n_measured]
         return rows.view(len(piece), -1, rows.shape[1])
 
     def tensors(self) -> dict[str, Tensor]:

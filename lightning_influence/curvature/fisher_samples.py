@@ -15,7 +15,7 @@ from lightning_influence.numerics.heads import Link
 from lightning_influence.setting.setting import Setting
 
 # Gradients of a pass over the training data that take at most this many bytes are kept for the next pass.
-_KEPT_BYTES = 2**28
+KEPT_BYTES = 2**28
 
 
 @dataclass
@@ -63,14 +63,15 @@ class FisherSamples:
             return
         kept: list[Gradients] | None = []
         size = 0
-        for gradients in self._computed():
+        for gradients in self.computed():
             if kept is not None:
                 size += sum(part.stored_bytes() for part in gradients.parts.values())
-                kept = [*kept, gradients] if size <= _KEPT_BYTES else None
+                kept = [*kept, gradients] if size <= KEPT_BYTES else None
             yield gradients
         self._kept = kept
 
-    def _computed(self) -> Iterator[Gradients]:
+    def computed(self) -> Iterator[Gradients]:
+        """The blocks, computed now."""
         engine, loss, share = self.setting.engine, self._loss, self.setting.processes.share(self.setting.n_train)
         blocks = self.setting.examples.blocks(share.start, share.stop)
         if loss is None:

@@ -1,24 +1,31 @@
 """What iterative solvers share: products with the damped curvature, and the diagnostics of a solution."""
 
+import contextlib
+import math
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_influence.checks import one_of
-from lightning_influence.curvature.cost import seconds_of_products
+from lightning_influence.curvature.cost import ProductTimes, some_queries
 from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
-from lightning_influence.curvature.damping import of_group
+from lightning_influence.curvature.damping import diagonal_at, of_group
+from lightning_influence.curvature.watch import GO_ON, PARTS, SolverWatch
 from lightning_influence.gradients.products import Matrix, Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
-from lightning_influence.numerics.solvers import Product, Solution, conjugate_gradient, mean_diagonal
+from lightning_influence.numerics.solvers import Product, Solution, Watch, conjugate_gradient, mean_diagonal
+from lightning_influence.setting.samples import first_examples
 from lightning_influence.setting.setting import Setting
 
-_PROBES = 32  # for the mean eigenvalue
-# An MLP on the digits takes about this many with the default damping.
-_ITERATIONS = 50
+# What is solved for an estimate: training examples, queries, and the most iterations.
+_EXAMPLES, _QUERIES, _TRIED = 64, 2, 60
+
+Solver = Callable[[Product, Tensor, Watch], Solution]
+"""Called with the product, the right-hand sides and what is called after each iteration."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +57,62 @@ class Iterative(Curvature):
         return PreparedCurvature(diagnostics={"mean_eigenvalue": mean_diagonal(*self._undamped(setting), self.seed)})
 
     def seconds(self, setting: Setting, vectors: int) -> float:
-        """The time of the products with the curvature."""
-        return seconds_of_products(setting, self.matrix, _PROBES + self.multiplied(vectors))
+        """The products that preparing and solving take on a few training examples, at the time of those on all.
 
-    def multiplied(self, vectors: int) -> int:
-        """How many products it takes to solve for this many vectors, at a guessed number of iterations."""
-        return _ITERATIONS * vectors
+        They are about as many: at most 60 of 64 examples with two queries are made, besides those of ``prepare``.
+        """
+        few, times = first_examples(setting, _EXAMPLES), ProductTimes.at(setting, self.matrix)
+        made = _products_of(few)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            prepared = self.prepare(few)
+            prepared_by = sum(times.of(vectors) for vectors in made)
+            made.clear()
+            iterations = self._iterations(few, setting, prepared)
+        at_once = min(vectors, self.at_once(setting) or vectors)
+        return prepared_by + (iterations + 1) * times.of(at_once) * vectors / max(1, at_once)
+
+    def _iterations(self, few: Setting, setting: Setting, prepared: PreparedCurvature) -> float:
+        """How many iterations a solver takes, by those on a few training examples."""
+        queries = some_queries(setting, _QUERIES)
+        limit = next(name for name in ("max_iterations", "depth") if hasattr(self, name))
+        tolerance, most = float(self.tolerance), int(getattr(self, limit))  # type: ignore[attr-defined]
+        diagonal = self._diagonal(few, setting, prepared)
+        with contextlib.suppress(ValueError):  # raised again when scores are computed
+            replace(self, **{limit: min(most, _TRIED)}).solve(  # type: ignore[arg-type]
+                prepared, queries, few, diagonal
+            )
+        residual, tried = few.diagnostics.get("solver_residual", 1.0), few.diagnostics.get("solver_iterations", 0.0)
+        if residual <= 10 * tolerance:
+            return tried
+        # Residuals fall about exponentially.
+        return min(most, tried * math.log(tolerance) / math.log(residual)) if residual < 1 else most
+
+    def rough_seconds(self, setting: Setting, vectors: int, tolerance: float, iterations: int) -> float:
+        """Estimate the seconds of ``roughly_solved`` for so many vectors likewise."""
+        few = first_examples(setting, _EXAMPLES)
+        diagonal = self._diagonal(few, setting, self.prepare(few))
+        solution, _ = self._rough(some_queries(setting, _QUERIES), few, diagonal, tolerance, iterations)
+        return (solution.iterations + 1) * ProductTimes.at(setting, "ggn").of(vectors)
+
+    def _diagonal(self, few: Setting, setting: Setting, prepared: PreparedCurvature) -> Tensor:
+        """What is added to the curvature's diagonal, which was prepared on a few training examples, [group]."""
+        mean = lambda: self.mean_eigenvalue(prepared, few)  # noqa: E731
+        return diagonal_at(setting, setting.final(), self.damping, mean, self.share).total
 
     def _undamped(self, setting: Setting) -> tuple[Product, Tensor]:
         """The product with the curvature alone, and a vector of zeros of its size, dtype and device."""
         products = Products(setting.engine, setting.examples)
         like = products.like.detach().new_zeros(len(products.flat))
-        return lambda vectors: products.times(self.matrix, vectors), like
+        return lambda vectors: self._product(setting, products, vectors), like
+
+    def _product(self, setting: Setting, products: Products, vectors: Tensor) -> Tensor:
+        """A product with the curvature, which is counted."""
+        _products_of(setting).append(len(vectors))
+        return products.times(self.matrix, vectors)
 
     def _solved(
-        self, queries: QueryGradients, setting: Setting, diagonal: Tensor, run: Callable[[Product, Tensor], Solution]
+        self, queries: QueryGradients, setting: Setting, diagonal: Tensor, run: Solver
     ) -> tuple[Solution, QueryGradients]:
         """Solve for a block of queries and record the residual and the iterations."""
         products = Products(setting.engine, setting.examples)
@@ -73,9 +121,19 @@ class Iterative(Curvature):
         added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(products.like)
 
         def damped(vectors: Tensor) -> Tensor:
-            return products.times(self.matrix, vectors) + added * vectors
+            return self._product(setting, products, vectors) + added * vectors
 
-        solution = run(damped, torch.where(good[:, None], right, 0))
+        with setting.progress(PARTS, f"solving by {type(self).__name__}", "%") as done:
+            watch = SolverWatch(setting, float(self.tolerance), done)  # type: ignore[attr-defined]
+            solution = run(damped, torch.where(good[:, None], right, 0), watch)
+        worst = float(solution.residuals.max())
+        watch.refuse(type(self).__name__, worst, solution.iterations)
+        if watch.stopped:
+            solution = replace(solution, stopped=True)
+            setting.warn(
+                f"`{type(self).__name__}` was stopped at the limit of time after {solution.iterations} iterations, "
+                f"with a residual of {worst:.2g}. {GO_ON}"
+            )
         setting.diagnostic("solver_residual", float(solution.residuals.max()))
         setting.diagnostic("solver_iterations", solution.iterations)
         found = torch.where(good[:, None], solution.vectors, torch.nan)
@@ -85,6 +143,11 @@ class Iterative(Curvature):
         self, queries: QueryGradients, setting: Setting, diagonal: Tensor, tolerance: float, iterations: int
     ) -> QueryGradients:
         """Solve by conjugate gradients with the GGN, and report nothing."""
+        return self._rough(queries, setting, diagonal, tolerance, iterations)[1]
+
+    def _rough(
+        self, queries: QueryGradients, setting: Setting, diagonal: Tensor, tolerance: float, iterations: int
+    ) -> tuple[Solution, QueryGradients]:
         products = Products(setting.engine, setting.examples)
         right = products.flat.join(queries.dense(), len(queries), products.like)
         added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(products.like)
@@ -94,7 +157,13 @@ class Iterative(Curvature):
 
         finite = torch.where(right.isfinite().all(1)[:, None], right, 0)
         solution = conjugate_gradient(damped, finite, tolerance, iterations)
-        return DenseQueries(products.flat.split(solution.vectors), setting.engine.groups)
+        return solution, DenseQueries(products.flat.split(solution.vectors), setting.engine.groups)
+
+
+def _products_of(setting: Setting) -> list[int]:
+    """How many vectors each product with a curvature had in a question so far."""
+    made: list[int] = setting.state("products", list)
+    return made
 
 
 def smallest_entry(diagonal: Tensor, kind: str, name: str) -> float:

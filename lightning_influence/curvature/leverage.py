@@ -71,6 +71,13 @@ def own_influence(
     return OwnInfluence(own, other, losses, _is_squared(setting))
 
 
+def seconds_of_solving(curvature: Curvature, setting: Setting) -> float:
+    """Estimate the seconds of the solves in ``own_influence``, besides those that a ``StandIn`` makes too."""
+    if not isinstance(curvature, Iterative):
+        return 0.0
+    return curvature.rough_seconds(setting, min(_FEWER, setting.n_train), _TOLERANCE, _ITERATIONS)
+
+
 def weighted_leverage(own: Tensor, losses: Tensor, squared: bool = False) -> float:
     r"""The mean leverage of examples with these self-influences s and losses l, [example]; weighted with s.
 

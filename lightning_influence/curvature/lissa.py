@@ -13,6 +13,7 @@ from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.numerics.solvers import (
     Product,
     Solution,
+    Watch,
     accelerated_neumann,
     eigenvalue_bounds,
     largest_eigenvalue,
@@ -76,10 +77,12 @@ class LiSSA(Iterative):
         if position in bounds:
             scale = max(scale, bounds[position][1] + float(diagonal.max()))
 
-        def run(product: Product, right: Tensor) -> Solution:
-            return accelerated_neumann(product, right, smallest, scale, self.tolerance, self.depth)
+        def run(product: Product, right: Tensor, watch: Watch) -> Solution:
+            return accelerated_neumann(product, right, smallest, scale, self.tolerance, self.depth, watch)
 
         solution, directions = self._solved(queries, setting, diagonal, run)
+        if solution.stopped:
+            return directions
         if float(solution.residuals.max()) > self.tolerance and position not in bounds:
             bounds[position] = eigenvalue_bounds(*self._undamped(setting), self.seed)
             largest = bounds[position][1] + float(diagonal.max())

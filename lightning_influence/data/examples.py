@@ -1,5 +1,6 @@
 """Reads a dataset in order, in blocks; each example is read under its own seeded random state."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,14 +90,25 @@ class Examples:
         self._reader = _Reader(dataset, self._collate, seed, name)
         # Slicing tensors gives what torch's own collate makes of their rows, a hundred times faster.
         self._sliced = type(dataset) is TensorDataset and self._collate is default_collate
-        self._workers = 0 if self._sliced else workers
+        self.workers = 0 if self._sliced else workers
         self._seed = seed
         self._opened, self._name = opened, name
         self._cache: dict[range, tuple[Batch, list[int]]] = {}
-        self._cache_left = cache_bytes
+        self._cache_bytes = self._cache_left = cache_bytes
+        self._count = len(dataset)
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self._count
+
+    def first(self, count: int) -> "Examples":
+        """The first examples alone."""
+        some = copy.copy(self)
+        some._count = min(count, len(self))
+        return some
+
+    def keeps(self, block: "Block") -> bool:
+        """Whether all examples stay in memory once they were read, if they are like those of a block."""
+        return self._keepable(block.batch) and bytes_in(block.batch) * len(self) <= self._cache_bytes * block.size
 
     @property
     def draws(self) -> bool:
@@ -188,12 +200,12 @@ class Examples:
 
     def _load(self, blocks: Sequence[range]) -> Iterator[Batch]:
         ones = self.share_of_copies is not None and any(len(ids) == 1 for ids in blocks)  # workers make no copies
-        if self._workers and len(blocks) > 1 and not ones:
+        if self.workers and len(blocks) > 1 and not ones:
             loader: DataLoader[Any] = DataLoader(
                 self._reader,  # type: ignore[arg-type]
                 batch_sampler=[list(ids) for ids in blocks],
                 collate_fn=_as_it_is,
-                num_workers=self._workers,
+                num_workers=self.workers,
             )
             yield from loader
         else:
@@ -201,13 +213,16 @@ class Examples:
                 yield self.some(ids)
 
     def _add_to_cache(self, ids: range, batch: Batch) -> Batch:
-        leaves = tree_leaves(batch)
         size = bytes_in(batch)
-        # Of a third-party class, neither the size nor in-place writes are known.
-        if size <= self._cache_left and not any(foreign(leaf) for leaf in leaves):
+        if size <= self._cache_left and self._keepable(batch):
             self._cache_left -= size
             self._cache[ids] = batch, versions_of(batch)
         return batch
+
+    @staticmethod
+    def _keepable(batch: Batch) -> bool:
+        # Of a third-party class, neither the size nor in-place writes are known.
+        return not any(foreign(leaf) for leaf in tree_leaves(batch))
 
     def close(self) -> None:
         """Empties the cache."""

@@ -69,7 +69,7 @@ class DataShapley(Retraining):
             ValueError: a budget that is too small for one order.
             RuntimeError: a model that could not be trained, if all subsets are needed.
         """
-        if setting.n_train < 63 and 2**setting.n_train - 1 <= self.budget:
+        if self._all_subsets(setting.n_train):
             return self._exact(setting, queries)
         if self.budget < setting.n_train:
             raise ValueError(
@@ -77,6 +77,23 @@ class DataShapley(Retraining):
                 f"{self.budget!r}. Raise it, use fewer examples (`torch.utils.data.Subset`), or use `Downsampling`."
             )
         return self._monte_carlo(setting, queries)
+
+    def models(self, setting: Setting) -> tuple[Tensor, list[int]]:
+        """All subsets, or those of as many orders as the budget allows; orders that are cut short need fewer."""
+        n = setting.n_train
+        if self._all_subsets(n):
+            return every(n)[1:], [0] * (2**n - 1)
+        orders = range(self.budget // n)
+        membership = [prefixes(self._order(n, order)) for order in orders]
+        seeds = [order for order in orders for _ in range(n)]
+        return (torch.cat([rows[1:] for rows in membership]), seeds) if membership else super().models(setting)
+
+    def _all_subsets(self, n_train: int) -> bool:
+        return n_train < 63 and 2**n_train - 1 <= self.budget
+
+    def _order(self, n_train: int, number: int) -> Tensor:
+        """A random order of the training examples."""
+        return torch.randperm(n_train, generator=torch.Generator().manual_seed(self.seed * 2**32 + number))
 
     def _exact(self, setting: Setting, queries: Queries) -> Estimate:
         n = setting.n_train
@@ -100,7 +117,7 @@ class DataShapley(Retraining):
         total, square = (torch.zeros(len(queries), n, dtype=torch.float64) for _ in range(2))
         count, used, orders = torch.zeros(len(queries), n, dtype=torch.int64), 0, 0
         while used + n <= self.budget:
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed * 2**32 + orders))
+            order = self._order(n, orders)
             values, trained = self._walk(setting, queries, order, orders)
             marginal = torch.empty_like(total)
             marginal[:, order] = values.diff(dim=0).T

@@ -73,20 +73,26 @@ class Downsampling(Retraining):
         name = ", Data Banzhaf value" if self.sampling == "bernoulli" and self.fraction == 0.5 else ""
         return f"query loss (or measurement){name}"
 
-    def _trained(self, setting: Setting, queries: Queries) -> tuple[Tensor, Tensor]:
-        """Memberships, [model, train], and losses, [model, query], of the models that could be trained."""
+    def models(self, setting: Setting) -> tuple[Tensor, list[int]]:
+        """One model for each random subset that is not empty."""
         n_train = setting.n_train
         if self.sampling == "fixed":
             size = min(n_train - 1, max(1, round(self.fraction * n_train)))
             membership = fixed_size(n_train, self.n_models, size, self.seed)
+        else:
+            membership = bernoulli(n_train, self.n_models, self.fraction, self.seed)
+            membership = membership[membership.any(1)]
+        return membership, list(range(len(membership)))
+
+    def _trained(self, setting: Setting, queries: Queries) -> tuple[Tensor, Tensor]:
+        """Memberships, [model, train], and losses, [model, query], of the models that could be trained."""
+        if self.sampling == "fixed":
             setting.note(
                 "All subsets have the same size, so a score compares an example with the average other, and scores sum "
                 "to about zero."
             )
-        else:
-            membership = bernoulli(n_train, self.n_models, self.fraction, self.seed)
-            membership = membership[membership.any(1)]
-        losses = losses_of(setting, queries, membership, list(range(len(membership))))
+        membership, seeds = self.models(setting)
+        losses = losses_of(setting, queries, membership, seeds)
         trained = ~losses.isnan().all(1)
         return membership[trained], losses[trained]
 

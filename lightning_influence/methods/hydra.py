@@ -1,6 +1,5 @@
 """HyDRA: derivatives of a query's final loss with respect to training examples' weights (Chen et al., 2021)."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass
 from typing import Any, ClassVar, Literal
@@ -13,17 +12,20 @@ from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.methods.hydra_during_fit import HyDRADuringFit, tracked_ids
 from lightning_influence.methods.kinds import WholeRun
 from lightning_influence.methods.method import Evidence
-from lightning_influence.replay.adjoint import Walk, adjoint
+from lightning_influence.replay.adjoint import adjoint
 from lightning_influence.replay.buffer_paths import note_statistics
 from lightning_influence.replay.leave_out import without
 from lightning_influence.replay.own_products import own_products
 from lightning_influence.replay.progress import ReplayProgress, note_drift
 from lightning_influence.replay.refit_agreement import Refits, removals
 from lightning_influence.replay.replay import MAX_DRIFT, Replay
+from lightning_influence.replay.samples import seconds_of_walk
 from lightning_influence.replay.steps import examples_of
+from lightning_influence.replay.vectorized import run_many
 from lightning_influence.setting.own_queries import EntryQueries, ExampleQueries
+from lightning_influence.setting.samples import Samples
 from lightning_influence.setting.setting import Queries, Setting
-from lightning_influence.timing import timed
+from lightning_influence.timing import seconds_of
 
 # Below this correlation with refits, a note warns. It is 0.9 and more where losses are smooth in the weights of the
 # examples, and about 0.5 where they are not.
@@ -182,6 +184,15 @@ class HyDRA(WholeRun):
         return total
 
     def _in_one_walk(self, setting: Setting, replay: Replay) -> Tensor | None:
+        progress = ReplayProgress(setting, examples_of(replay.steps))
+        found = own_products(replay, self._final(setting), self.removal == "renormalize", progress)
+        if found is not None:
+            progress.finish()
+            self._note(setting, replay)
+        return found
+
+    def _final(self, setting: Setting) -> Callable[[Sequence[int]], Gradients]:
+        """Gradients of any training examples at the final weights, which are loaded each time."""
         assert setting.trajectory is not None
         last = setting.trajectory.checkpoints[-1]
         state = last.load()
@@ -190,12 +201,7 @@ class HyDRA(WholeRun):
             setting.task.load(state.parameters, state.buffers, last.step, last.epoch)
             return setting.engine.gradients(setting.examples.chosen(ids))
 
-        progress = ReplayProgress(setting, examples_of(replay.steps))
-        found = own_products(replay, final, self.removal == "renormalize", progress)
-        if found is not None:
-            progress.finish()
-            self._note(setting, replay)
-        return found
+        return final
 
     def _own_blocks(self, setting: Setting) -> list[ExampleQueries] | list[EntryQueries]:
         """The quantities that are derived for self-influence, in blocks of as many as fit."""
@@ -232,31 +238,32 @@ class HyDRA(WholeRun):
         return max(1, _QUERY_BYTES // max(1, _VECTORS * setting.engine.vector_bytes))
 
     def seconds(self, setting: Setting, queries: Queries | None) -> float:
-        """Time a few steps of the replay and the derivative of one."""
-        replay, blocks = self._replay(setting), self._own_blocks(setting)
-        count = 1 if queries is not None else len(blocks)
-        if queries is None and not self.hessian and self.runs == 1 and not replay.forward.joint:  # one walk for all
-            block = next(setting.examples.blocks(0, min(setting.n_train, setting.examples.block_size)))
-            each = timed(lambda: setting.engine.gradients(block).norm2()) / block.size
-            return 5 * each * examples_of(replay.steps)  # replayed twice, and both gradients with their products
+        """Time the derivatives of a few steps, and refits of them."""
+        total, replay = seconds_of(lambda: self._replay(setting)), self._replay(setting)
+        total += seconds_of(setting.final) * (len(replay.segments) + 1)
+        renormalize = self.removal == "renormalize"
+        if queries is None and not self.hessian and self.runs == 1:
+            found: list[Tensor | None] = []
+            walk = lambda few: found.append(own_products(few, self._final(setting), renormalize))  # noqa: E731
+            walked = seconds_of_walk(replay, walk)
+            if found[-1] is not None:
+                return total + walked
+        blocks, made = [queries] if queries is not None else self._own_blocks(setting), []
         setting.final()
-        final = blocks[0].gradients() if queries is None else queries.gradients()
-        walk = Walk(replay, final.dense(), self.hessian, False)
-        segment = next(s for s in reversed(range(len(replay.segments))) if replay.segments[s].steps)
-        with replay.training():
-            start = replay.start(segment)
-            steps = replay.segments[segment].steps[:3]
-            list(replay.walk(start, steps[:1], separate=True))
-            started = time.perf_counter()
-            replayed = list(replay.walk(start, steps))[-1]
-            forward = (time.perf_counter() - started) / len(steps)
-            replay.load(replayed.before, replayed.step)
-            started = time.perf_counter()
-            walk.back(replayed)
-            backward = time.perf_counter() - started
-        replays = 1 if self.runs == 1 else 2 * self.runs
-        checks = 0 if queries is None else self.checks
-        return count * len(replay.steps) * (forward * (replays + checks) + backward * self.runs)
+        total += len(blocks) * seconds_of(lambda: made.append(blocks[0].gradients()))
+        vectors = made[0].dense()
+        walked = seconds_of_walk(replay, lambda few: adjoint(few, vectors, self.hessian, renormalize))
+        if self.runs > 1:
+            walked = (walked + seconds_of_walk(replay, lambda few: few.run())) * self.runs
+        total += walked * len(blocks)
+        if queries is None:
+            entries = isinstance(blocks[0], EntryQueries)
+            return total + (Samples.of(setting).backward * setting.n_train * len(blocks) if entries else 0.0)
+        if not self.checks:
+            return total
+        weights = removals(len(replay.examples), self.checks).to(next(iter(vectors.values())))
+        total += seconds_of_walk(replay, lambda few: run_many(few, weights, renormalize))
+        return total + Samples.of(setting).forward * self.checks * len(queries)
 
     def _mean(
         self, setting: Setting, replay: Replay, gradients: Callable[[], QueryGradients], progress: ReplayProgress

@@ -1,12 +1,15 @@
 """HyDRA by hypergradients that a tracker computes while the fit runs (Chen et al., 2021)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from lightning_influence.checks import check_integer, one_of
+from lightning_influence.gradients import Gradients
 from lightning_influence.methods.kinds import WholeRun
 from lightning_influence.methods.method import Evidence
 from lightning_influence.replay.buffer_paths import note_statistics
@@ -16,8 +19,9 @@ from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.timing import timed
 from lightning_influence.tracking.hypergradients import Hypergradients, vectors_of
 from lightning_influence.tracking.record import load_record, record_name
-from lightning_influence.tracking.tracker import Tracker
-from lightning_influence.tracking.visits import Visits, add_own_products, add_products
+from lightning_influence.tracking.tracker import Tracker, TrackerState
+from lightning_influence.tracking.visits import Visits, add_own_products, add_products, seconds_of_visits
+from lightning_influence.types import MissingEvidence
 
 
 @dataclass(frozen=True)
@@ -83,13 +87,10 @@ class HyDRADuringFit(WholeRun):
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """Products of the queries' gradients with the recorded hypergradients, [query, train]; 0 without one."""
-        assert setting.trajectory is not None
-        assert setting.trajectory.path is not None
-        stage, total = setting.final(), setting.zeros(queries)
-        record = load_record(setting.trajectory.path, self.record, stage.step)
-        query = stage.gradients(queries)
+        record, runs = self._record(setting)
+        query, total = setting.final().gradients(queries), setting.zeros(queries)
         if record.facts["kind"] == "visits":
-            add_products(total, setting.ids.start, query, record, setting.trajectory.path.parent)
+            add_products(total, setting.ids.start, query, record, runs)
         else:
             for ids, vectors in vectors_of(record, total):
                 total[:, ids.to(total.device)] += query.dot(vectors)
@@ -100,30 +101,59 @@ class HyDRADuringFit(WholeRun):
 
     def self_influence(self, setting: Setting) -> Tensor:
         """Products of the examples' final gradients with their own recorded hypergradients, [train]; 0 without one."""
-        assert setting.trajectory is not None
-        assert setting.trajectory.path is not None
-        stage, total = setting.final(), setting.zeros()
-        record = load_record(setting.trajectory.path, self.record, stage.step)
+        record, runs = self._record(setting)
+        total = setting.zeros()
         if record.facts["kind"] == "visits":
-            add_own_products(total, setting, record, setting.trajectory.path.parent)
+            add_own_products(total, setting, record, runs)
         else:
             for ids, vectors in vectors_of(record, total, setting.examples.block_size):
-                ((_, final),) = gradients_of(setting, ids.tolist())
-                total[ids.to(total.device)] = final.own_dot(vectors).to(total)
+                total[ids.to(total.device)] = _with_own(setting, ids, vectors).to(total)
                 setting.on_block(len(ids))
         if self.hessian:
             note_statistics(setting)
         return -total
 
+    def _record(self, setting: Setting) -> tuple[TrackerState, Path]:
+        """What was recorded, and the folder of all runs; the final weights are loaded."""
+        assert setting.trajectory is not None
+        assert setting.trajectory.path is not None
+        return load_record(setting.trajectory.path, self.record, setting.final().step), setting.trajectory.path.parent
+
     def seconds(self, setting: Setting, queries: Queries | None) -> float:
-        """Time products with gradients of training examples, which take as long."""
-        examples = setting.examples
-        block = next(examples.blocks(0, min(len(examples), examples.block_size)))
+        """Time a few products with what was recorded."""
+        try:
+            record, runs = self._record(setting)
+        except MissingEvidence:  # raised again at once when scores are computed
+            return 0.0
         if queries is None:
-            return timed(lambda: setting.engine.gradients(block).norm2()) * len(examples) / block.size
-        query = queries.gradients()
-        product = timed(lambda: query.dot(setting.engine.gradients(block)))
-        return timed(queries.gradients) + product * len(examples) / block.size
+            return self._own_seconds(setting, record, runs)
+        total, query, asked = setting.zeros(queries), queries.gradients(), timed(queries.gradients)
+        if record.facts["kind"] == "visits":
+            add = lambda most: add_products(total, 0, query, record, runs, most)  # noqa: E731
+            return asked + seconds_of_visits(add, record, runs)
+        return asked + _seconds_of_blocks(record, total, None, lambda ids, vectors: query.dot(vectors))
+
+    def _own_seconds(self, setting: Setting, record: TrackerState, runs: Path) -> float:
+        total = setting.zeros()
+        if record.facts["kind"] == "visits":
+            return seconds_of_visits(lambda most: add_own_products(total, setting, record, runs, most), record, runs)
+        size = setting.examples.block_size
+        return _seconds_of_blocks(record, total, size, lambda ids, vectors: _with_own(setting, ids, vectors))
+
+
+def _with_own(setting: Setting, ids: Tensor, vectors: Gradients) -> Tensor:
+    """Products of the examples' final gradients with vectors, [example]."""
+    ((_, final),) = gradients_of(setting, ids.tolist())
+    return final.own_dot(vectors)
+
+
+def _seconds_of_blocks(
+    record: TrackerState, like: Tensor, most: int | None, work: Callable[[Tensor, Gradients], Any]
+) -> float:
+    """Estimate the seconds of work on all blocks of the recorded vectors, by the first."""
+    found = [len(ids) for ids, _ in itertools.islice(vectors_of(record, like, most), 1)]
+    first = timed(lambda: [work(*block) for block in itertools.islice(vectors_of(record, like, most), 1)])
+    return first * len(record.tensors["ids"]) / max(1, sum(found))
 
 
 def tracked_ids(examples: Sequence[int] | None) -> tuple[int, ...] | None:

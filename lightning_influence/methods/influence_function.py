@@ -1,7 +1,7 @@
 """Influence functions: the effect of leaving an example out, by the inverse curvature (Koh and Liang, 2017)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -12,14 +12,17 @@ from lightning_influence.curvature.curvature import Curvature
 from lightning_influence.curvature.damping import Diagonal, diagonal_at, of_group
 from lightning_influence.curvature.exact import Exact
 from lightning_influence.curvature.iterative import Iterative
-from lightning_influence.curvature.leverage import own_influence
+from lightning_influence.curvature.leverage import own_influence, seconds_of_solving
 from lightning_influence.curvature.newton_correction import NewtonCorrection
+from lightning_influence.curvature.stand_in import StandIn
 from lightning_influence.curvature.store import prepared_at
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.products import Products
 from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
 from lightning_influence.methods.kinds import GradientProduct, TrainBlock
+from lightning_influence.setting.samples import Samples
 from lightning_influence.setting.setting import Queries, Setting, Stage, cached, stage_positions
+from lightning_influence.timing import Work, seconds_of
 from lightning_influence.trajectory import Trajectory
 
 # Measured (tests/benchmarks/units.py and test_units.py): against exact leave-one-out, the exact curvature's
@@ -139,9 +142,21 @@ class InfluenceFunction(GradientProduct):
         """As many as the curvature can solve for at once."""
         return self.curvature.at_once(setting)
 
-    def preparation_seconds(self, setting: Setting, vectors: int) -> float:
-        """Preparing the curvature, and solving for each query, or with ``normalize`` also for each training example."""
-        return self.curvature.seconds(setting, vectors + (setting.n_train if self.normalize else 0))
+    def work(self, setting: Setting, queries: Queries | None) -> list[Work]:
+        """Preparing the curvature and solving; products with what stands for the solutions."""
+        stage, visited = next(self.stages(setting)), self._visited(setting)
+        method = replace(self, curvature=StandIn.at(self.curvature, setting, stage), correction=None)
+        unit = seconds_of(lambda: _Inverse(method, stage))
+        unit += seconds_of_solving(self.curvature, setting) if "leverage" in setting.diagnostics else 0.0
+        pieces = [Work("damping and unit", visited, unit), *super(InfluenceFunction, method).work(setting, queries)]
+        own = setting.n_train if queries is None or self.normalize else 0
+        solved = self.curvature.seconds(setting, own + (0 if queries is None else len(queries)))
+        pieces.append(Work(f"preparing and solving with {type(self.curvature).__name__}", visited, solved))
+        if self.normalize and queries is not None:
+            inverse = _Inverse(method, next(method.stages(setting)))
+            norms = Samples.of(setting).with_gradients(lambda gradients: inverse._own_products(gradients, (2,)))
+            pieces.append(Work("norms", visited * setting.n_train, norms))
+        return pieces
 
     def positions(self, trajectory: Trajectory | None) -> list[int]:
         """The given ``checkpoints``, or only the last."""

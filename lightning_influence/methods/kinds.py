@@ -1,7 +1,7 @@
 """The kinds of method: products of gradients at checkpoints, all training examples at once, forward passes only."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +11,12 @@ from lightning_influence.checks import one_of
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.gradients.transforms import Transforms, check_projection, refuse_constant
-from lightning_influence.methods.method import TILE, Cost, Method, Tile
+from lightning_influence.methods.method import TILE, Method, Tile
 from lightning_influence.numerics.projections import RandomProjection
 from lightning_influence.setting.batch_index import visit_blocks, visits_per_example
+from lightning_influence.setting.samples import Samples, first_queries
 from lightning_influence.setting.setting import Queries, Setting, Stage
-from lightning_influence.timing import timed
+from lightning_influence.timing import Work, seconds_of
 from lightning_influence.trajectory import Trajectory
 
 
@@ -119,10 +120,51 @@ class GradientProduct(Method):
         positions = self.positions(setting.trajectory)
         return iter([setting.final()]) if setting.trajectory is None else setting.stages(positions)
 
-    def cost(self, setting: Setting, queries: Queries | None) -> Cost:
-        """As for any method; where the loss depends on ``batch_idx``, an example takes a pass per index that it met."""
-        cost = super().cost(setting, queries)
-        return cost._replace(seconds=cost.seconds * visits_per_example(setting, self.positions(setting.trajectory)))
+    def work(self, setting: Setting, queries: Queries | None) -> list[Work]:
+        """A pass over the training examples for each checkpoint and block of queries, and the products.
+
+        ``query_side`` and the products are timed at the first checkpoint. Where the loss depends on ``batch_idx``, an
+        example takes a pass for each index that it met.
+        """
+        visited, samples = self._visited(setting), Samples.of(setting)
+        visits = visits_per_example(setting, self.positions(setting.trajectory))
+        loaded = seconds_of(lambda: next(self.stages(setting)))
+        stage = next(self.stages(setting))
+        weight = self.weight(stage)
+        ids = range(samples.block.size)
+        weight = None if weight is None else weight.to(setting.zeros())[:, : len(ids)]
+
+        def each(product: Callable[[TrainBlock], Tensor]) -> float:
+            return samples.with_gradients(lambda gradients: product(TrainBlock(gradients, ids, weight)))
+
+        n_train, prepared = visited * visits * setting.n_train, self.preparation_seconds
+        if queries is None:
+            try:
+                product = each(lambda block: self.product_with_itself(stage, block))
+            except NotImplementedError:  # raised at once when it is asked for
+                return []
+            return [
+                Work("preparation", visited, prepared(setting, setting.n_train)),
+                Work("checkpoints", visited, loaded),
+                *samples.passes(visited, visits),
+                Work("products", n_train, product),
+            ]
+        held, columns = self.tile(setting, queries)
+        some = first_queries(queries)[:held]
+        sides: list[QueryGradients] = []
+        sided = seconds_of(lambda: sides.append(self.query_side(stage, some)))  # once: a method may keep it
+        first = seconds_of(lambda: self.product(stage, sides[-1], TrainBlock(samples.gradients(), ids, weight)))
+        product = each(lambda block: self.product(stage, sides[-1], block))
+        once = max(0.0, first - (product + samples.backward) * len(ids))  # what is prepared at the first product
+        blocks, tiles = -(-len(queries) // held), -(-setting.n_train // columns)
+        return [
+            Work("preparation", visited, prepared(setting, len(queries))),
+            Work("checkpoints", visited * blocks * tiles, loaded),
+            *samples.passes(visited * blocks, visits),
+            Work("gradients of queries", visited * tiles * len(queries.ids), sided / len(some)),
+            Work("first products", visited * blocks * tiles, once),
+            Work("products", n_train * len(queries), product / len(some)),
+        ]
 
     def _train(self, stage: Stage, like: Tensor) -> Iterator[tuple[slice | Tensor, TrainBlock]]:
         """The blocks of the tile and their columns in it; blocks whose weights are all 0 are skipped."""
@@ -216,12 +258,12 @@ class WholeRun(Method):
         held = queries.at_once(self.queries_at_once(setting))
         return Tile(max(1, min(held, TILE // setting.n_train)), setting.n_train)
 
-    def cost(self, setting: Setting, queries: Queries | None) -> Cost:
-        """Estimate the cost from ``seconds`` of one block of queries."""
+    def work(self, setting: Setting, queries: Queries | None) -> list[Work]:
+        """The ``seconds`` of one block of queries, for all of them."""
         if queries is None:
-            return Cost(self.seconds(setting, None), 1, 1)
+            return [Work("self-influence", 1, self.seconds(setting, None))]
         held = min(self.tile(setting, queries).queries, len(queries))
-        return Cost(self.seconds(setting, queries[:held]) * len(queries) / held, held, 1)
+        return [Work("blocks of queries", len(queries) / held, self.seconds(setting, queries[:held]))]
 
 
 class ForwardOnly(Method):
@@ -231,11 +273,10 @@ class ForwardOnly(Method):
         """As many queries as fit, and all training examples."""
         return Tile(max(1, TILE // setting.n_train), setting.n_train)
 
-    def cost(self, setting: Setting, queries: Queries | None) -> Cost:
-        """Estimate the cost of one forward pass per training example and query by timing one block."""
-        task, examples = setting.engine.task, setting.examples
-        block = next(examples.blocks(0, min(len(examples), examples.block_size)))
-        with torch.no_grad():
-            each = timed(lambda: task(task.to_device(block.batch))) / block.size
-        held = 1 if queries is None else self.tile(setting, queries).queries
-        return Cost(each * (len(examples) * (2 if queries is None else 1) + len(queries or ())), held, 1)
+    def work(self, setting: Setting, queries: Queries | None) -> list[Work]:
+        """One forward pass per training example and query."""
+        samples = Samples.of(setting)
+        asked = setting.n_train if queries is None else len(queries.ids)
+        prepared = self.preparation_seconds(setting, asked)
+        forward = Work("forward passes", setting.n_train + asked, samples.forward)
+        return [Work("preparation", 1, prepared), samples.reading(), forward]

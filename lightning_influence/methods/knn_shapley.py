@@ -15,8 +15,13 @@ from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.task import Task
 from lightning_influence.module.watched_index import differing_indices
+from lightning_influence.setting.samples import Samples
 from lightning_influence.setting.setting import Queries, Setting
+from lightning_influence.timing import Work, timed
 from lightning_influence.types import Batch, clean, labels_in
+
+# Queries that are timed for an estimate.
+_TIMED = 16
 
 Features = Callable[[Any, Batch], Tensor]
 
@@ -67,6 +72,20 @@ class KNNShapley(ForwardOnly):
         features, query_labels = self._embedded(embed, queries.engine.task, queries.examples, queries.ids)
         values = knn_shapley(torch.cdist(features, train), query_labels[:, None] == labels, self.k)
         return values.mean(0, keepdim=True) if queries.mean else values
+
+    def work(self, setting: Setting, queries: Queries | None) -> list[Work]:
+        """Forward passes, and the distances and the order of the training examples for each query."""
+        pieces = super().work(setting, queries)
+        if queries is None or queries.measured:  # refused at once
+            return pieces
+        embed = self.features or setting.state(self, _features_of, setting, queries)
+        first = range(Samples.of(setting).block.size)
+        some, _ = self._embedded(embed, setting.task, setting.examples, first)
+        train = some.repeat(-(-setting.n_train // len(some)), 1)[: setting.n_train]
+        few = some[:_TIMED]
+        same = torch.zeros(len(few), len(train), dtype=torch.bool, device=few.device)
+        each = timed(lambda: knn_shapley(torch.cdist(few, train), same, self.k)) / len(few)
+        return [*pieces, Work("distances and orders", len(queries.ids), each)]
 
     def follows_batch_index(self) -> bool:
         """True: it reads no loss; features that depend on the index are refused."""

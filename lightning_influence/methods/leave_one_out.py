@@ -49,14 +49,24 @@ class LeaveOneOut(Retraining):
             raise ValueError(f"Expected `examples` to be ids below {n_train}, got {wrong[:5]!r}.")
         return sorted(set(self.examples))
 
-    def estimate(self, setting: Setting, queries: Queries) -> Estimate:
-        """Scores, with standard errors over seeds."""
-        n_train, n_seeds = setting.n_train, self.n_seeds if models_of(setting).seeded else 1
-        chosen = self.scored(n_train)
-        ids = torch.arange(n_train) if chosen is None else torch.tensor(chosen, dtype=torch.int64)
+    def models(self, setting: Setting) -> tuple[Tensor, list[int]]:
+        """One model with all examples and one without each, for every seed."""
+        n_train, n_seeds, ids = setting.n_train, self._seeds(setting), self._left_out(setting)
         every = torch.ones(1, n_train, dtype=torch.bool)
         membership = torch.cat([every, without_each(n_train, ids)]).repeat_interleave(n_seeds, 0)
-        seeds = list(range(n_seeds)) * (len(ids) + 1)
+        return membership, list(range(n_seeds)) * (len(ids) + 1)
+
+    def _seeds(self, setting: Setting) -> int:
+        return self.n_seeds if models_of(setting).seeded else 1
+
+    def _left_out(self, setting: Setting) -> Tensor:
+        chosen = self.scored(setting.n_train)
+        return torch.arange(setting.n_train) if chosen is None else torch.tensor(chosen, dtype=torch.int64)
+
+    def estimate(self, setting: Setting, queries: Queries) -> Estimate:
+        """Scores, with standard errors over seeds."""
+        n_train, n_seeds, ids = setting.n_train, self._seeds(setting), self._left_out(setting)
+        membership, seeds = self.models(setting)
         losses = losses_of(setting, queries, membership, seeds).reshape(len(ids) + 1, n_seeds, -1)
         change = losses[1:] - losses[:1]  # of models of the same seed, whose own effect largely cancels
         values = _spread(change.nanmean(1).T, ids, n_train)

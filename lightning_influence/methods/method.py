@@ -8,8 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
+from lightning_influence.setting.samples import Samples, first_queries
 from lightning_influence.setting.setting import Queries, Setting, stage_positions
-from lightning_influence.timing import timed
+from lightning_influence.timing import Work, timed
 from lightning_influence.tracking.record import record_name
 from lightning_influence.tracking.tracker import Tracker
 from lightning_influence.trajectory import Trajectory
@@ -40,11 +41,19 @@ class Cost(NamedTuple):
         seconds: in total.
         queries_at_once: how many queries are in memory together.
         checkpoints: how many checkpoints are visited for each such block of queries.
+        work: what the seconds are made of.
     """
 
     seconds: float
     queries_at_once: int
     checkpoints: int
+    work: tuple[Work, ...] = ()
+
+    def of_share(self, fraction: float, *besides: Work) -> "Cost":
+        """That of a share of the work, and of other work besides."""
+        pieces = (*besides, *(piece._replace(times=piece.times * fraction) for piece in self.work))
+        seconds = self.seconds * fraction + sum(piece.seconds for piece in besides)
+        return self._replace(seconds=seconds, work=pieces)
 
 
 class Tile(NamedTuple):
@@ -176,24 +185,43 @@ class Method(ABC):
         size = setting.examples.block_size
         return Tile(held, max(1, TILE // min(held, len(queries)) // size) * size)
 
-    def cost(self, setting: Setting, queries: Queries | None) -> Cost:
-        """Estimate the cost of scoring the queries (None: of self-influence) by timing one block of each dataset."""
-        engine, examples = setting.engine, setting.examples
-        block = next(examples.blocks(0, min(len(examples), examples.block_size)))
-        blocks, held = len(examples) / block.size, 1
+    def work(self, setting: Setting, queries: Queries | None) -> list[Work]:
+        """What scoring the queries (None: self-influence) is made of: how often each piece is done, and its seconds.
+
+        By default one pass over the training examples for each block of queries and checkpoint. Pieces are timed on a
+        block of examples; ``Samples`` has the usual ones.
+        """
+        samples, visited = Samples.of(setting), self._visited(setting)
+        preparation = Work("preparation", visited, self.preparation_seconds(setting, _vectors(setting, queries)))
         if queries is None:
-            seconds = timed(lambda: engine.gradients(block).norm2()) * blocks
-        else:
-            held, columns = self.tile(setting, queries)
-            some = queries[: min(held, queries.examples.block_size)]
-            gradients, share = some.gradients(), len(queries) / len(some)
-            backward = timed(lambda: engine.gradients(block))
-            product = max(0.0, timed(lambda: gradients.dot(engine.gradients(block))) - backward)
-            passes, tiles = -(-len(queries) // held), -(-len(examples) // columns)
-            seconds = (backward * passes + product * share) * blocks + timed(some.gradients) * share * tiles
-        seconds += self.preparation_seconds(setting, len(examples) if queries is None else len(queries))
-        visited = max(1, len(self.positions(setting.trajectory)))
-        return Cost(seconds * visited, held, visited)
+            own = samples.with_gradients(lambda block: block.norm2())
+            return [preparation, *samples.passes(visited), Work("norms", visited * setting.n_train, own)]
+        held, columns = self.tile(setting, queries)
+        gradients = first_queries(queries)[:held].gradients()
+        backward = timed(first_queries(queries)[:held].gradients) / len(gradients)
+        products = samples.with_gradients(gradients.dot) / len(gradients)
+        tiles = -(-len(setting.examples) // columns)
+        return [
+            preparation,
+            *samples.passes(visited * -(-len(queries) // held)),
+            Work("gradients of queries", visited * tiles * len(queries.ids), backward),
+            Work("products", visited * setting.n_train * len(queries), products),
+        ]
+
+    def cost(self, setting: Setting, queries: Queries | None) -> Cost:
+        """Estimate the cost of scoring the queries (None: of self-influence): the sum of its ``work``."""
+        pieces = self.work(setting, queries)
+        held = 1 if queries is None else min(self.tile(setting, queries).queries, len(queries))
+        return Cost(sum(piece.seconds for piece in pieces), max(1, held), self._visited(setting), tuple(pieces))
+
+    def _visited(self, setting: Setting) -> int:
+        """How many checkpoints are visited for each block of queries; 1 without a trajectory."""
+        return max(1, len(self.positions(setting.trajectory)))
+
+
+def _vectors(setting: Setting, queries: Queries | None) -> int:
+    """How many queries there are, or training examples for self-influence."""
+    return setting.n_train if queries is None else len(queries)
 
 
 def _plain(value: Any) -> Any:

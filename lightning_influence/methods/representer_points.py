@@ -13,12 +13,11 @@ from lightning_influence.files.arrow import read_file, write_file
 from lightning_influence.gradients import Reduction
 from lightning_influence.gradients.final_layer import Head, HeadRows, find_head, head_rows, writable
 from lightning_influence.methods.kinds import ForwardOnly
-from lightning_influence.methods.method import Cost
 from lightning_influence.numerics.head_preconditioner import operations_once
 from lightning_influence.numerics.heads import Link, Rows
 from lightning_influence.numerics.penalised_head import HeadFit, PenalisedHead, passes
 from lightning_influence.setting.setting import Queries, Setting
-from lightning_influence.timing import timed
+from lightning_influence.timing import Work, timed
 
 # Up to this many numbers of the training examples' features are held in memory for the solve, as rows of so many.
 _HELD = 2**26
@@ -141,10 +140,9 @@ class RepresenterPoints(ForwardOnly):
         """The decomposition, which is computed once per question."""
         return setting.state(self, self._decompose, setting)
 
-    def cost(self, setting: Setting, queries: Queries | None) -> Cost:
-        """With the seconds of the head's minimum."""
-        cost = super().cost(setting, queries)
-        return cost._replace(seconds=cost.seconds + self.seconds_of_minimum(setting))
+    def work(self, setting: Setting, queries: Queries | None) -> list[Work]:
+        """The head's minimum too."""
+        return [Work("head's minimum", 1, self.seconds_of_minimum(setting)), *super().work(setting, queries)]
 
     def seconds_of_minimum(self, setting: Setting) -> float:
         """Estimated seconds of finding the head's minimum, at usual numbers of passes; 0 if it is stored."""
@@ -184,7 +182,7 @@ class RepresenterPoints(ForwardOnly):
         points = Points(head, link, batches, self.target == "model", self.weight_decay, setting.n_train)
         with setting.progress(_PARTS, f"solving for the head `{head.name}`", "%") as done:
             iterations = self.max_iterations if self.refit else 0
-            points.solve(folder / self._file(setting, head), iterations, _parts(done))
+            points.solve(folder / self._file(setting, head), iterations, _watch(setting, done))
         self._report(setting, points)
         return points
 
@@ -201,10 +199,11 @@ class RepresenterPoints(ForwardOnly):
         setting.diagnostic("reconstruction_error", error)
         if self.refit and not fit.converged:
             again = "" if setting.trajectory is None else ", or ask again, which goes on from there"
+            when, limit = ("at the limit of time ", "`Attributor.limit_seconds`, ") if setting.late else ("", "")
             setting.warn(
-                f"The head `{points.head.name}` stopped after {fit.iterations} Newton steps at gradient norm "
+                f"The head `{points.head.name}` stopped {when}after {fit.iterations} Newton steps at gradient norm "
                 f"{fit.gradient_norm:.1e}: the decomposition is not exact, by `diagnostics['reconstruction_error']`. "
-                f"Raise `max_iterations` or `weight_decay`{again}."
+                f"Raise {limit}`max_iterations` or `weight_decay`{again}."
             )
 
 
@@ -254,7 +253,7 @@ class Points:
         Args:
             path: of the file. A solve that stopped early leaves what it found there too: the next one goes on from it.
             max_iterations: the most Newton steps.
-            watch: called with the share of the way that is made.
+            watch: called with the share of the way that is made; True: stop.
         """
         objective = PenalisedHead(self._training_set(), self.link, self.weight_decay)
         weight = self.head.weight()
@@ -309,15 +308,16 @@ def _stored(path: Path, like: Tensor, objective: PenalisedHead) -> HeadFit | Non
     return HeadFit(weight, norm, metadata["iterations"], objective.is_minimum(weight, norm))
 
 
-def _parts(done: Callable[[int], Any]) -> Callable[[float], None]:
-    """Turns the share of a way into calls with the parts of it that are new."""
+def _watch(setting: Setting, done: Callable[[int], Any]) -> Callable[[float], bool]:
+    """Turns the share of a way into calls with the parts of it that are new; True when the limit of time is reached."""
     made = 0
 
-    def watch(share: float) -> None:
+    def watch(share: float) -> bool:
         nonlocal made
         now = int(_PARTS * share)
         if now > made:
             done(now - made)
             made = now
+        return setting.late
 
     return watch

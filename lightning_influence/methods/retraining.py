@@ -9,7 +9,10 @@ from torch import Tensor
 
 from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.methods.method import Evidence, Method
-from lightning_influence.setting.setting import Queries, Setting, TrainedModels
+from lightning_influence.setting.samples import Samples
+from lightning_influence.setting.setting import Queries, Setting
+from lightning_influence.setting.trained_models import TrainedModels
+from lightning_influence.timing import Work
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,23 @@ class Retraining(ForwardOnly):
     @abstractmethod
     def estimate(self, setting: Setting, queries: Queries) -> Estimate:
         """Scores with their standard errors, for all training examples."""
+
+    def models(self, setting: Setting) -> tuple[Tensor, list[int]]:
+        """The models that an estimate compares: which training examples each is trained on, and its seed.
+
+        For the estimate of the cost; by default none are counted.
+
+        Returns:
+            [model, train] bool, and the seeds.
+        """
+        return torch.zeros(0, setting.n_train, dtype=torch.bool), []
+
+    def work(self, setting: Setting, queries: Queries | None) -> list[Work]:
+        """Training the models that do not exist yet, and forward passes of the queries under each."""
+        forward, asked = Samples.of(setting).forward, setting.n_train if queries is None else len(queries.ids)
+        membership, seeds = (None, [0]) if setting.models is None else self.models(setting)  # refused without models
+        trained = 0.0 if setting.models is None or membership is None else setting.models.seconds(membership, seeds)
+        return [Work("training models", 1, trained), Work("forward passes", len(seeds) * asked, forward)]
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """The values of ``estimate``, [query, train]."""

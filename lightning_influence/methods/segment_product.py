@@ -10,9 +10,10 @@ from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.gradients.running_sum import RunningSum, SumCosts
 from lightning_influence.methods.kinds import GradientProduct, TrainBlock
-from lightning_influence.methods.method import Cost, Tile
+from lightning_influence.methods.method import Tile
+from lightning_influence.setting.samples import Samples
 from lightning_influence.setting.setting import GRADIENT_BYTES, Queries, Setting, Stage, whole_blocks
-from lightning_influence.timing import timed
+from lightning_influence.timing import Work, seconds_of, timed
 
 # Loading one parameter of a checkpoint takes about as long as this many multiply-adds.
 _LOADING = 256
@@ -96,20 +97,21 @@ class SegmentProduct(GradientProduct):
         order.summed, order.block_size = summed, setting.examples.block_size
         return Tile(held, fit if summed else columns)
 
-    def cost(self, setting: Setting, queries: Queries | None) -> Cost:
-        """Estimate the cost by timing the passes and products of one block, in the order that a tile takes."""
+    def work(self, setting: Setting, queries: Queries | None) -> list[Work]:
+        """A pass over the training examples for each checkpoint, in the order that a tile takes, sums and products."""
         if queries is None:
-            return super().cost(setting, None)
+            return super().work(setting, None)
+        samples, visited = Samples.of(setting), self._visited(setting)
         held, columns = self.tile(setting, queries)
-        positions, examples = self.positions(setting.trajectory), setting.examples
-        block = next(examples.blocks(0, min(len(examples), examples.block_size)))
-        backward = timed(lambda: setting.engine.gradients(block)) / block.size
-        product = self._product_seconds(setting, setting.engine.gradients(block), min(held, len(queries)))
-        loading = timed(setting.final) * -(-len(examples) // columns)
-        passes, tiles = -(-len(queries) // held), len(queries) / held
-        seconds = (backward * len(examples) + loading) * len(positions) * passes + product * len(examples) * tiles
-        seconds += self.preparation_seconds(setting, len(queries)) * len(positions)
-        return Cost(seconds, held, len(positions))
+        count, tiles = min(held, len(queries)), -(-setting.n_train // columns)
+        product = self._product_seconds(setting, samples.gradients(), count) / count
+        passes = visited * -(-len(queries) // held)
+        return [
+            Work("preparation", visited, self.preparation_seconds(setting, len(queries))),
+            Work("checkpoints", passes * tiles, seconds_of(setting.final)),
+            *samples.passes(passes),
+            Work("sums and products", setting.n_train * len(queries), product),
+        ]
 
     def _product_seconds(self, setting: Setting, gradients: Gradients, count: int) -> float:
         """Seconds of all products of one training example with ``count`` queries, and of its sums."""

@@ -1,6 +1,6 @@
 """SOURCE: influence through segments of training, each with its own curvature (Bae et al., 2024)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -18,7 +18,9 @@ from lightning_influence.methods.kinds import TrainBlock
 from lightning_influence.methods.method import Evidence
 from lightning_influence.methods.segment_product import SegmentProduct
 from lightning_influence.setting.own_queries import ExampleQueries, gradients_of
+from lightning_influence.setting.samples import Samples, first_queries
 from lightning_influence.setting.setting import Queries, Setting, Stage
+from lightning_influence.timing import Work, seconds_of, timed
 from lightning_influence.types import MissingEvidence
 
 
@@ -204,10 +206,39 @@ class SOURCE(SegmentProduct):
         most = self.curvature.at_once(setting)
         return None if most is None else max(1, most // (self.segments + 1))
 
-    def preparation_seconds(self, setting: Setting, vectors: int) -> float:
-        """The curvatures of all segments and the descents through them, divided by the number of checkpoints."""
-        each = self.curvature.seconds(setting, vectors) + self.curvature.descent_seconds(setting, vectors)
-        return each * len(self.segments_of(setting)) / len(self.positions(setting.trajectory))
+    def work(self, setting: Setting, queries: Queries | None) -> list[Work]:
+        """The curvatures of all segments and the queries carried through them, besides sums and products."""
+        run = setting.state(self, _SegmentedRun)
+        divided, size = seconds_of(lambda: self.segments_of(setting)), setting.examples.block_size
+        count, segments = setting.n_train if queries is None else len(queries), len(run.segments)
+        prepared, last = self.curvature.seconds(setting, 0), run.segments[-1]
+        held = min(count, size, self.queries_at_once(setting) or size)
+        some = ExampleQueries(setting, range(held)) if queries is None else first_queries(queries)[:held]
+        (stage,) = setting.stages([last.middle])
+        vectors = some.gradients().dense()
+        descent = descent_at(setting, stage, self.curvature.damping or 0.0, last.reach, last.shrunk)
+        carried = self.curvature.seconds_of_descent(setting, vectors, descent) / held
+        own = queries is None
+        return [
+            Work("segments", 1, divided),
+            Work(f"preparing {type(self.curvature).__name__}", segments, prepared),
+            Work("gradients of queries", count, timed(lambda: some.gradients().dense()) / held),
+            Work("carrying queries back", segments * count, carried),
+            *(self._own_work(stage, vectors) if own else super().work(setting, queries)),
+        ]
+
+    def _own_work(self, stage: Stage, vectors: Mapping[str, Tensor]) -> list[Work]:
+        """Products with each example's own directions, of which some are given, at all checkpoints."""
+        setting, run, held = stage.setting, stage.setting.state(self, _SegmentedRun), len(next(iter(vectors.values())))
+        run.own, run.directions = range(held), [DenseQueries(vectors, setting.engine.groups)] * len(run.segments)
+        some = TrainBlock(Samples.of(setting).gradients().slice(slice(0, held)), run.own, None)
+        passes, step = len(self.positions(setting.trajectory)), self.queries_at_once(setting)
+        each = timed(lambda: self.product_with_itself(stage, some)) / held
+        return [
+            Work("checkpoints", passes * (-(-setting.n_train // step) if step else 1), seconds_of(setting.final)),
+            *Samples.of(setting).passes(passes),
+            Work("products", passes * setting.n_train, each),
+        ]
 
     def unit(self, setting: Setting) -> str:
         """Loss, since the scores are predicted differences of losses."""

@@ -1,6 +1,5 @@
 """TracIn: how training on an example lowered a query's loss, at every step with it (Pruthi et al., 2020)."""
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -18,8 +17,10 @@ from lightning_influence.numerics.projections import RandomProjection
 from lightning_influence.replay.hessian_products import scaled_products
 from lightning_influence.replay.progress import ReplayProgress, note_drift
 from lightning_influence.replay.replay import MAX_DRIFT, Replay, ReplayedStep
+from lightning_influence.replay.samples import seconds_of_walk
 from lightning_influence.replay.steps import Step, examples_of
 from lightning_influence.setting.setting import Queries, Setting
+from lightning_influence.timing import seconds_of
 from lightning_influence.trajectory.exposure import gain
 
 
@@ -77,14 +78,14 @@ class TracIn(WholeRun):
 
     def seconds(self, setting: Setting, queries: Queries | None) -> float:
         """Time a few steps of the replay."""
-        replay = self._replay(setting)
-        number = next(k for k, segment in enumerate(replay.segments) if segment.steps)
-        steps = replay.segments[number].steps[:3]
-        with replay.training():
-            list(self._visits(setting, replay, number, steps[:1], queries))
-            started = time.perf_counter()
-            list(self._visits(setting, replay, number, steps, queries))
-        return (time.perf_counter() - started) * len(replay.steps) / len(steps)
+        total, replay = seconds_of(lambda: self._replay(setting)), self._replay(setting)
+        total += seconds_of(setting.final) * (len(replay.segments) + 1)
+
+        def walk(few: Replay) -> None:
+            with few.training():
+                list(self._visits(setting, few, 0, few.steps, queries))
+
+        return total + seconds_of_walk(replay, walk)
 
     def unit(self, setting: Setting) -> str:
         """Loss; arbitrary with ``normalize`` or an adaptive optimizer."""

@@ -8,6 +8,9 @@ from torch.nn import functional as F
 
 from lightning_influence.devices import wide
 
+STORED = 0.75
+"""While there are at most this many rows per column, they are stored."""
+
 
 class SecondMoment:
     """The sum of the outer products of rows, which are added in blocks.
@@ -28,7 +31,7 @@ class SecondMoment:
     def add(self, rows: Tensor, bias: bool = False) -> None:
         """Add rows, [row, width]; with a bias [row, width - 1], to which a column of ones is appended."""
         self.count += len(rows)
-        if self._sum is None and self.count <= 0.75 * self.width:
+        if self._sum is None and self.count <= STORED * self.width:
             self._rows.append(F.pad(rows, (0, 1), value=1.0) if bias else rows)
             return
         outer = self._outer(rows)

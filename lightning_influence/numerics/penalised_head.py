@@ -102,7 +102,8 @@ class PenalisedHead:
             tolerance: stop when the norm of the gradient is at most this times λ times the norm of the weight; their
                 ratio is the relative error of the representer decomposition.
             max_iterations: the most Newton steps to take.
-            watch: called after each product with the share of the way that is made, in digits of the gradient.
+            watch: called after each product and step with the share of the way that is made, in digits of the
+                gradient; True: stop.
         """
         weight = start.double().clone()
         value, gradient = self.value_and_gradient(weight)
@@ -121,6 +122,8 @@ class PenalisedHead:
                 break  # only rounding errors are left
             weight, value, gradient, norm = trial, trial_value, trial_gradient, float(trial_gradient.norm())
             iteration += 1
+            if report(norm):
+                break
         return HeadFit(weight, norm, iteration, self.is_minimum(weight, norm))
 
     def is_minimum(self, weight: Tensor, gradient_norm: float) -> bool:
@@ -143,7 +146,8 @@ class PenalisedHead:
             curved, products = hessian(direction), products + 1
             length = product / float((direction * curved).sum())
             step, residual = step + length * direction, residual - length * curved
-            report(float(residual.norm()))
+            if report(float(residual.norm())):
+                break  # what was found so far slopes down too
         return step, products
 
     def _line_search(
@@ -171,7 +175,7 @@ def passes(link: Link, weight_decay: float) -> float:
     return 6 if link.kind == "identity" else 120 * max(0.5, (0.006 / weight_decay) ** 0.2)
 
 
-def _report(watch: Callable[[float], Any], first: float, goal: float, now: float) -> None:
-    """Calls ``watch`` with how far the gradient's norm is from the first to the goal."""
-    if 0 < goal < first and now > 0:
-        watch(min(1.0, max(0.0, math.log(first / now) / math.log(first / goal))))
+def _report(watch: Callable[[float], Any], first: float, goal: float, now: float) -> bool:
+    """Calls ``watch`` with how far the gradient's norm is from the first to the goal; whether to stop."""
+    known = 0 < goal < first and now > 0
+    return known and bool(watch(min(1.0, max(0.0, math.log(first / now) / math.log(first / goal)))))

@@ -12,6 +12,12 @@ from lightning_influence.devices import wide, wide_device
 Product = Callable[[Tensor], Tensor]
 """[vector, entries] -> [vector, entries]: the matrix times each vector."""
 
+Watch = Callable[[Tensor], bool]
+"""Called after each iteration with the residuals relative to the norm of b, [vector]; True: stop."""
+
+PROBES = 32
+"""Random vectors that the mean eigenvalue is estimated with."""
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -23,6 +29,7 @@ class Solution:
         iterations: those of the slowest right-hand side.
         indefinite: [vector]: whether a search direction had a curvature of at most 0: A is not positive definite.
         diverged: [vector]: whether the residual grew without bound; the best iterate is returned then.
+        stopped: whether it was stopped by ``watch``.
     """
 
     vectors: Tensor
@@ -30,9 +37,16 @@ class Solution:
     iterations: int
     indefinite: Tensor
     diverged: Tensor
+    stopped: bool = False
 
 
-def conjugate_gradient(product: Product, right: Tensor, tolerance: float, max_iterations: int) -> Solution:
+def _never(residuals: Tensor) -> bool:
+    return False
+
+
+def conjugate_gradient(
+    product: Product, right: Tensor, tolerance: float, max_iterations: int, watch: Watch = _never
+) -> Solution:
     """Conjugate gradients (Hestenes and Stiefel, 1952), with separate steps for each right-hand side.
 
     Args:
@@ -40,6 +54,7 @@ def conjugate_gradient(product: Product, right: Tensor, tolerance: float, max_it
         right: the right-hand sides b, [vector, entries].
         tolerance: the relative residual at which a right-hand side is solved.
         max_iterations: the most iterations to make.
+        watch: see ``Watch``.
     """
     x, r = torch.zeros_like(right), right.clone()
     p, rr = r.clone(), r.square().sum(1)
@@ -61,6 +76,8 @@ def conjugate_gradient(product: Product, right: Tensor, tolerance: float, max_it
         rr[rows] = new
         iterations += 1
         active = (rr.sqrt() > tolerance * size) & ~indefinite
+        if watch(_relative(rr.sqrt(), size)):
+            break
     left = torch.linalg.vector_norm(right - product(x), dim=1)  # the recursive residual misses rounding errors
     return Solution(x, _relative(left, size), iterations, indefinite, torch.zeros_like(indefinite))
 
@@ -77,7 +94,13 @@ def neumann(product: Product, right: Tensor, scale: float, depth: int) -> Tensor
 
 
 def accelerated_neumann(
-    product: Product, right: Tensor, smallest: float, scale: float, tolerance: float, max_iterations: int
+    product: Product,
+    right: Tensor,
+    smallest: float,
+    scale: float,
+    tolerance: float,
+    max_iterations: int,
+    watch: Watch = _never,
 ) -> Solution:
     """The Neumann series accelerated by Chebyshev's semi-iteration (Golub and Varga, 1961).
 
@@ -90,6 +113,7 @@ def accelerated_neumann(
         scale: an upper bound of them.
         tolerance: the relative residual at which a right-hand side is solved.
         max_iterations: the most iterations to make.
+        watch: see ``Watch``.
     """
     centre, reach = (scale + smallest) / 2, max((scale - smallest) / 2, 1e-12 * scale)
     x, r = torch.zeros_like(right), right.clone()
@@ -113,6 +137,8 @@ def accelerated_neumann(
         best[better], least = x[better], torch.where(better, now, least)
         diverged |= active & wild
         active = (least > tolerance * size) & ~diverged
+        if watch(_relative(least, size)):
+            break
     return Solution(best, _relative(least, size), iterations, torch.zeros_like(diverged), diverged)
 
 
@@ -183,7 +209,7 @@ def eigenvalue_bounds(product: Product, like: Tensor, seed: int, steps: int = 60
     return least, most + 0.05 * (most - least)
 
 
-def mean_diagonal(product: Product, like: Tensor, seed: int, probes: int = 32) -> float:
+def mean_diagonal(product: Product, like: Tensor, seed: int, probes: int = PROBES) -> float:
     """The trace over the size of a matrix, by Hutchinson's estimate with seeded random signs."""
     signs = _normal(like, probes, seed).sign()
     return float((signs * product(signs)).sum() / (probes * like.numel()))

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_influence.refit.pool import Failure, Job
 from lightning_influence.refit.store import TrainedModel, digest_of
 from lightning_influence.replay.replay import Replay
+from lightning_influence.replay.samples import seconds_of_walk
 from lightning_influence.replay.vectorized import run_many
 from lightning_influence.setting.session import Session
 from lightning_influence.trajectory import Trajectory
@@ -19,6 +20,8 @@ from lightning_influence.types import bytes_in
 
 # Finished models are written to disk about this often, in seconds.
 _SECONDS = 10.0
+# Models that are timed for an estimate.
+_TIMED = 16
 # At most this many models, and bytes of them, are trained in one call.
 _MODELS, _BYTES = 1024, 2**28
 
@@ -80,6 +83,16 @@ class Fixed:
                 ]
                 first += len(part)
         return failures
+
+    def seconds(self, jobs: Sequence[Job]) -> float:
+        """Estimate the seconds of training models, by a few steps of some side by side; and of one replay as it was."""
+        some = torch.stack([membership for membership, _ in jobs[:_TIMED]]).double()
+        renormalize = self.removal == "renormalize"
+        with self.session.open() as setting:
+            replay = Replay(setting.engine, setting.examples, self.trajectory)
+            plain = seconds_of_walk(replay, lambda few: few.run())
+            each = seconds_of_walk(replay, lambda few: run_many(few, some, renormalize)) / len(some)
+        return plain + each * len(jobs)
 
     def _count(self) -> int:
         """How many models to train in one call, after which they are written."""

@@ -5,13 +5,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
 from lightning_influence.module.random_state import isolated_random_state
-from lightning_influence.refit.pool import Failure, Job, train_all
+from lightning_influence.refit.pool import Failure, Job, train_all, workers
 from lightning_influence.refit.recipe import Recipe, quiet_lightning
 from lightning_influence.refit.store import TrainedModel, digest_of
+from lightning_influence.timing import seconds_of
 
 
 @dataclass
@@ -59,3 +61,20 @@ class Independent:
             self.recipe.check()
             self._checked = True
         return train_all(self.recipe.train, jobs, self.n_jobs, lambda model: take([model]))
+
+    def seconds(self, jobs: Sequence[Job]) -> float:
+        """Estimate the seconds of training models, by training one on two small parts of its data."""
+        membership, seed = jobs[0]
+        ids = membership.nonzero()[:, 0]
+
+        def took(share: int) -> float:
+            part = torch.zeros_like(membership)
+            part[ids[: max(1, len(ids) // share)]] = True
+            return seconds_of(lambda: self.recipe.train(part, seed))
+
+        try:
+            short, long = took(32), took(8)
+            each = short + max(0.0, long - short) * (1 - 1 / 32) / (1 / 8 - 1 / 32)
+        except ValueError:  # no step is taken on so little
+            each = took(1)
+        return each * len(jobs) / workers(self.n_jobs)

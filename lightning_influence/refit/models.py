@@ -37,6 +37,9 @@ class TrainingBackend(Protocol):
     def train_all(self, jobs: Sequence[Job], take: Callable[[Sequence[TrainedModel]], None]) -> list[Failure]:
         """Trains models, passes them to ``take`` as they are finished, and returns the jobs that failed for good."""
 
+    def seconds(self, jobs: Sequence[Job]) -> float:
+        """Estimate the seconds of training models, by parts of them."""
+
 
 class Models:
     """A folder of models of one training set, and the backend that trains more of them.
@@ -93,6 +96,11 @@ class Models:
         for note in notes:
             warnings.warn(note, stacklevel=2)
         return notes + self._missing_classes(membership)
+
+    def seconds(self, membership: Tensor, seeds: Sequence[int]) -> float:
+        """Estimate the seconds of training the models that are not in the folder yet."""
+        jobs = [job for key, job in self._jobs(membership, seeds).items() if key not in self.store]
+        return self.backend.seconds(jobs) if jobs else 0.0
 
     def losses(self, membership: Tensor, seeds: Sequence[int], queries: Queries) -> Tensor:
         """[model, query]: losses in float64, by forward passes; NaN for a model that could not be trained."""

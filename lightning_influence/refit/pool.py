@@ -125,6 +125,15 @@ def _parallel(n_jobs: int | None) -> bool:
     return active != 1 or type(backend).__name__ not in ("LokyBackend", "SequentialBackend")
 
 
+def workers(n_jobs: int | None) -> int:
+    """How many models are trained at the same time."""
+    if not _parallel(n_jobs):
+        return 1
+    import joblib
+
+    return int(joblib.effective_n_jobs(n_jobs))
+
+
 def _one(train: Callable[[Tensor, int], TrainedModel], index: int, job: Job) -> tuple[int, TrainedModel | Failure]:
     """A model, or its failure: an exception would end the other jobs."""
     try:

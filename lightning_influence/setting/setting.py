@@ -4,11 +4,12 @@ import math
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from lightning_influence import timing
 from lightning_influence.data.examples import Examples
 from lightning_influence.gradients import Engine, Gradients, Reduction
 from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients, own_gradients
@@ -21,33 +22,14 @@ from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.exposure import ExpectedDraws
 from lightning_influence.types import MissingEvidence
 
+if TYPE_CHECKING:
+    from lightning_influence.setting.trained_models import TrainedModels
+
 K = TypeVar("K", bound=Hashable)
 S = TypeVar("S")
 
 # Memory for the gradients of a block of queries, or for what is kept of those of training examples, in bytes.
 GRADIENT_BYTES = 2**29
-
-
-class TrainedModels(Protocol):
-    """Models retrained on parts of the data. ``refit.Models`` implements this."""
-
-    @property
-    def seeded(self) -> bool:
-        """Whether models trained on the same subset differ by their seed."""
-
-    def train(self, membership: Tensor, seeds: Sequence[int]) -> list[str]:
-        """Train the models that do not exist yet; notes about those that could not be trained.
-
-        Args:
-            membership: [model, train] bool, the subset that each model is trained on.
-            seeds: of each model.
-        """
-
-    def losses(self, membership: Tensor, seeds: Sequence[int], queries: "Queries") -> Tensor:
-        """Losses, [model, query] float64; NaN for a model that could not be trained."""
-
-    def untrained(self, seeds: Sequence[int], queries: "Queries") -> Tensor:
-        """Losses before any training, [seed, query] float64."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +175,7 @@ class Setting:
             gradients.
         on_block: called after each block with the number of training examples in it.
         progress: shows that of other work, such as preparing a curvature; see ``lightning_influence.progress``.
+        deadline: when solvers stop with what they have found, by ``timing.clock``; None: when they are done.
         notes: sentences that are saved with the scores; see ``note``.
         diagnostics: numbers that are saved with the scores; see ``diagnostic``.
         refused: why gradients of training examples in eval mode are no answer; None if they are.
@@ -208,7 +191,7 @@ class Setting:
     draws: Callable[[], ExpectedDraws | None] = lambda: None
     processes: Processes = field(default_factory=Processes)
     queries: Queries | None = None
-    models: TrainedModels | None = None
+    models: "TrainedModels | None" = None
     reduction_of: Callable[[Queries | None], Reduction] = lambda queries: Reduction.NONE
     on_block: Callable[[int], Any] = lambda count: None
     progress: Progress = no_progress
@@ -218,6 +201,12 @@ class Setting:
     refused: str | None = None
     batch_index: BatchIndex = field(default_factory=BatchIndex)
     own_version: int = 0
+    deadline: float | None = None
+
+    @property
+    def late(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and timing.clock() > self.deadline
 
     @property
     def task(self) -> Task:

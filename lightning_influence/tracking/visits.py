@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from lightning_influence.tracking.serialization import decode, encode
 from lightning_influence.tracking.tracker import TrackedFit, TrackedStep, Tracker, TrackerState, TrackingPlan
 from lightning_influence.types import MissingEvidence, bytes_in
 
+# Visits that are timed for an estimate.
+_FEW = 10
 _WEIGHT, _GRADIENT = "weight", "gradient"
 _SEGMENT = re.compile(r"(.*[/\\])?run-\d+[/\\]trackers[/\\][^/\\]+[/\\]visits-\d+(\.crc[0-9a-f]{8})?\.pt")
 
@@ -188,7 +190,9 @@ def _backwards(path: Sequence[int], kinds: Sequence[Mapping[str, Mapping[str, fl
     return counts
 
 
-def add_products(total: Tensor, first: int, query: QueryGradients, state: TrackerState, runs: Path) -> None:
+def add_products(
+    total: Tensor, first: int, query: QueryGradients, state: TrackerState, runs: Path, most: int | None = None
+) -> None:
     """Add the products of query gradients with hypergradients to ``total``.
 
     Args:
@@ -197,21 +201,21 @@ def add_products(total: Tensor, first: int, query: QueryGradients, state: Tracke
         query: gradients at the final weights.
         state: of ``Visits`` at the end of the fit.
         runs: folder of all runs.
+        most: no more than this many visits, for an estimate; None: all.
     """
     groups, by_step = _by_step(state)
     window: list[tuple[dict[str, Any], list[Tensor]]] = []
-    for segment in state.facts["segments"]:
-        for visit in load(_inside(runs, segment)):
-            if window and window[-1][0]["step"] != visit["step"]:
-                _add_step(total, first, window, by_step)
-                window = []
-            gradients = decode(visit["parts"], len(visit["ids"]), total.device)
-            window.append((visit, [query.dot(gradients.only(names)).to(total) for names in groups]))
+    for visit in _visits(state, runs, most):
+        if window and window[-1][0]["step"] != visit["step"]:
+            _add_step(total, first, window, by_step)
+            window = []
+        gradients = decode(visit["parts"], len(visit["ids"]), total.device)
+        window.append((visit, [query.dot(gradients.only(names)).to(total) for names in groups]))
     if window:
         _add_step(total, first, window, by_step)
 
 
-def add_own_products(total: Tensor, setting: Setting, state: TrackerState, runs: Path) -> None:
+def add_own_products(total: Tensor, setting: Setting, state: TrackerState, runs: Path, most: int | None = None) -> None:
     """Add the products of the examples' final gradients with their own hypergradients to ``total``.
 
     Args:
@@ -219,11 +223,11 @@ def add_own_products(total: Tensor, setting: Setting, state: TrackerState, runs:
         setting: the question; the final weights are loaded.
         state: of ``Visits`` at the end of the fit.
         runs: folder of all runs.
+        most: no more than this many visits, for an estimate; None: all.
     """
     groups, by_step = _by_step(state)
     shown, steps = 0, max(1, len(by_step[0]))
-    visits = (visit for segment in state.facts["segments"] for visit in load(_inside(runs, segment)))
-    for step, of_step in itertools.groupby(visits, lambda visit: visit["step"]):
+    for step, of_step in itertools.groupby(_visits(state, runs, most), lambda visit: visit["step"]):
         window = [(visit, decode(visit["parts"], len(visit["ids"]), total.device)) for visit in of_step]
         for names, counts in zip(groups, by_step, strict=True):
             if number := float(counts[step]):
@@ -248,6 +252,19 @@ def _add_own_step(
             along = final.only(whole).times(whole)
             part = part - along * (visit["share"] * visit["along"] * visit["pulled"].to(part))
         total.index_add_(0, torch.tensor(visit["ids"]).to(total.device), (number * part).to(total))
+
+
+def seconds_of_visits(add: Callable[[int], Any], state: TrackerState, runs: Path) -> float:
+    """Estimate the seconds of work on all visits, by those of a few: ``add`` is called with how many to take."""
+    segments = state.facts["segments"]
+    count = len(load(_inside(runs, segments[0]))) * len(segments) if segments else 0
+    one, few = timed(lambda: add(1)), timed(lambda: add(1 + _FEW))
+    return one + max(0.0, few - one) * max(0, count - 1) / _FEW
+
+
+def _visits(state: TrackerState, runs: Path, most: int | None) -> Iterator[dict[str, Any]]:
+    visits = (visit for segment in state.facts["segments"] for visit in load(_inside(runs, segment)))
+    return itertools.islice(visits, most)
 
 
 def _inside(runs: Path, segment: str) -> Path:

@@ -113,6 +113,15 @@ def test_self_influence_on_the_device(name, dtype, tmp_path):
     assert_same(*found, dtype)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_costs_are_estimated_on_the_device(name, dtype, tmp_path):
+    module, train, influence = fitted(tmp_path / "runs", dtype)
+    refit = Refit(dirpath=tmp_path / "refit")
+    ask = Attributor(module, train, influence.trajectory, trainer=trainer(HERE), refit=refit, batch_size=5)
+    assert ask.cost(METHODS[name], data(3, 2, train.tensors[0].dtype)) > 0
+    assert ask.cost(METHODS[name]) > 0
+
+
 @pytest.mark.parametrize("method", [InfluenceFunction(ExactGGN(damping=0.1)), TracInCP()], ids=lambda m: m.name)
 def test_groups_and_the_strongest_on_the_device(method, dtype, tmp_path):
     module, train, influence = fitted(tmp_path, dtype)

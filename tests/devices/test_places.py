@@ -88,4 +88,4 @@ def test_estimates_wait_for_the_device():
 
     with devices.counted() as counts:
         timed(lambda: torch.ones(3, device=HERE) + 1)
-    assert counts.synchronisations == 2
+    assert counts.synchronisations == 4  # before and after each of two runs

@@ -326,6 +326,18 @@ def test_a_solve_that_stopped_early_goes_on_where_it_was(captured):
     torch.testing.assert_close(scores.values, whole.values, rtol=1e-5, atol=1e-5 * float(whole.values.abs().max()))
 
 
+def test_a_solve_stops_at_the_limit_of_time_and_goes_on_when_asked_again(captured):
+    module, train, queries, trajectory = captured
+    method = RepresenterPoints(weight_decay=1e-6)
+    attributor = Attributor(module, train, trajectory)
+    attributor.limit_seconds = 0.0
+    with pytest.warns(UserWarning, match=r"at the limit of time after 1 Newton steps.*`Attributor.limit_seconds`"):
+        first = attributor.score(method, queries)
+    attributor.limit_seconds = None
+    assert attributor.score(method, queries).diagnostics["reconstruction_error"] < 1e-5
+    assert first.diagnostics["reconstruction_error"] > 1e-5
+
+
 def test_progress_of_the_solve_is_shown_up_to_its_end(monkeypatch):
     shown = []
 
