@@ -55,7 +55,7 @@ METHODS = {
     "K-FAC": (InfluenceFunction(EKFAC(corrected=False)), {"EKFAC: factors"}),
     "exact": (InfluenceFunction(ExactGGN()), {"ExactGGN: matrix"}),
     "Arnoldi": (InfluenceFunction(Arnoldi(steps=5)), {"Arnoldi: eigenvectors"}),
-    "solver": (InfluenceFunction(ConjugateGradient(damping=0.1)), set()),
+    "solver": (InfluenceFunction(ConjugateGradient(damping=0.1)), {"ConjugateGradient: solving"}),
     "SOURCE": (SOURCE(2), {"EKFAC: factors"}),
     "HyDRA": (HyDRA(checks=0), set()),
     "HyDRA, fast": (HyDRA(hessian=False, checks=0), set()),

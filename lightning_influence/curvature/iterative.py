@@ -123,7 +123,7 @@ class Iterative(Curvature):
         def damped(vectors: Tensor) -> Tensor:
             return self._product(setting, products, vectors) + added * vectors
 
-        with setting.progress(PARTS, f"solving by {type(self).__name__}", "%") as done:
+        with setting.progress(PARTS, f"{type(self).__name__}: solving", "%") as done:
             watch = SolverWatch(setting, float(self.tolerance), done)  # type: ignore[attr-defined]
             solution = run(damped, torch.where(good[:, None], right, 0), watch)
         worst = float(solution.residuals.max())
