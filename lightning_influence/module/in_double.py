@@ -12,6 +12,7 @@ from lightning_influence.devices import has_float64
 
 LOW = (torch.float32, torch.float16, torch.bfloat16)
 _CPU = torch.device("cpu")
+_CASTS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
 
 
 class InDouble(TorchFunctionMode):
@@ -38,13 +39,32 @@ def in_double(
         operand: gives a tensor in float64; None: ``raised``.
     """
     operand = operand or raised
-    name = getattr(func, "__name__", "")
-    inside = name.startswith(("__i", "__set")) if name.startswith("__") else name.endswith("_")
-    kept = 1 if inside else 0  # what is written into
-    if name in ("float", "half", "bfloat16") and args and isinstance(args[0], Tensor):
-        return operand(args[0])
+    if args and isinstance(args[0], Tensor) and _is_cast(func, args, kwargs):
+        value = operand(args[0])
+        output = value.double()
+        return output.clone() if output is value and not _is_itself(func, args[0]) else output
+    kept = 1 if writes(func) else 0
     args = (*args[:kept], *tree_map(operand, tuple(args[kept:])))
-    return func(*args, **tree_map(operand, dict(kwargs)))
+    return func(*args, **{name: value if name == "out" else tree_map(operand, value) for name, value in kwargs.items()})
+
+
+def writes(func: Callable[..., Any]) -> bool:
+    """Whether a function writes into its first argument."""
+    name = getattr(func, "__name__", "")
+    return name.startswith(("__i", "__set")) if name.startswith("__") else name.endswith("_")
+
+
+def _is_cast(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function of a tensor makes it one of floats."""
+    name = getattr(func, "__name__", "")
+    named = (*args[1:], *kwargs.values())
+    return name in _CASTS or (name in ("to", "type") and any(value is torch.float64 for value in named))
+
+
+def _is_itself(func: Callable[..., Any], value: Tensor) -> bool:
+    """Whether a cast of a tensor, which may stand for one of float32, would return the tensor itself."""
+    own = torch.float32 if value.dtype is torch.float64 else value.dtype
+    return own is _CASTS.get(func.__name__)
 
 
 def raised(value: Any) -> Any:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from lightning_influence.module.exact_losses import put_back, taken_off
-from lightning_influence.module.in_double import in_double, lowered, raised
+from lightning_influence.module.in_double import LOW, in_double, lowered, raised, writes
 
 # Functions that lose digits near the ends of their range, or whose results are then subtracted from one another.
 _CRITICAL = frozenset(
@@ -55,6 +55,9 @@ class LossTail:
         """Compute the part in float64 inside."""
         with _InDouble(self, module) if self.is_used else contextlib.nullcontext():
             yield
+
+
+NO_TAIL = LossTail(math.inf)
 
 
 class _LayerWatch(TorchFunctionMode):
@@ -132,16 +135,35 @@ class _InDouble(_LayerWatch):
             return func(*tree_map(lowered, tuple(args)), **tree_map(lowered, dict(kwargs)))
         if self._left <= 0 and self._waits and _is_critical(func):
             self._waits = False
-        return func(*args, **kwargs) if self._left > 0 or self._waits else in_double(func, args, kwargs, self._once)
+        if self._left > 0 or self._waits:
+            return func(*args, **kwargs)
+        copied = self._copy_of(args[0]) if args and writes(func) else None
+        if copied is None:
+            return in_double(func, args, kwargs, self._once)
+        if func.__name__ == "__set__":  # of its memory or gradient: the copy is made anew
+            del self._raised[id(args[0])]
+            return in_double(func, args, kwargs, self._once)
+        # Views of the copy see what is written; so does whatever the original is given to unseen, with its gradient.
+        output = in_double(func, (self._once(args[0]), *args[1:]), kwargs, self._once)
+        args[0].copy_(copied)
+        self._raised[id(args[0])] = args[0], args[0]._version, copied
+        return args[0] if isinstance(output, Tensor) else output
 
     def _once(self, value: Any) -> Any:
         """As ``raised``, but each tensor once: the parts of its gradient are summed in float64, too."""
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or value.dtype not in LOW:
             return raised(value)
+        copied = self._copy_of(value)
+        if copied is None:
+            with torch.inference_mode(False):  # it may be needed again where there are gradients
+                copied = raised(value)
+            self._raised[id(value)] = value, value._version, copied
+        return copied if torch.is_grad_enabled() else copied.detach()
+
+    def _copy_of(self, value: Any) -> Tensor | None:
+        """The copy of a tensor that is in use, unless the tensor has been written into since."""
         known = self._raised.get(id(value))
-        if known is None or known[1] != value._version:
-            known = self._raised[id(value)] = value, value._version, raised(value)
-        return known[2]
+        return None if known is None or known[1] != value._version else known[2]
 
 
 def find_tail(loss: Callable[[], Tensor], module: nn.Module) -> LossTail:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.data_hooks import transferred
 from lightning_influence.module.exact_losses import exact_losses
-from lightning_influence.module.loss_tail import LossTail, find_tail
+from lightning_influence.module.loss_tail import NO_TAIL, LossTail, find_tail
 from lightning_influence.module.numbers import History, put_back
 from lightning_influence.module.random_state import isolated_random_state
 from lightning_influence.module.snapshot import ModuleSnapshot, restoring
@@ -34,7 +34,6 @@ _COUNTER = itertools.count(1)
 _UNSETTLED: WeakKeyDictionary[nn.Module, ModuleSnapshot] = WeakKeyDictionary()
 _TAKEN: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
-_NO_TAIL = LossTail()
 _requires_grad = attrgetter("requires_grad")
 _LOW_PRECISIONS = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
@@ -235,7 +234,7 @@ class Task:
             return batch.of_one(self(batch.batch))
         if not self.exact:
             return self._run(batch)
-        tail = _NO_TAIL
+        tail = NO_TAIL
         if any(p.dtype is torch.float32 for p in self._parameters.values()):
             if self.tail.layers is None:
                 self.tail = find_tail(lambda: self._dry_run(batch), self.module)

@@ -10,6 +10,8 @@ from lightning_influence.gradients import Engine, Plan, Reduction, Sample, make_
 from lightning_influence.gradients.guard import Guard
 from lightning_influence.gradients.index_check import gradient_at, joined
 from lightning_influence.gradients.self_check import bytes_of_one
+from lightning_influence.gradients.tail_check import check_tail
+from lightning_influence.module.loss_tail import LossTail
 from lightning_influence.module.task import Loss, Task
 from lightning_influence.setting.batch_index import BatchIndex
 from lightning_influence.setting.explained import explained
@@ -46,6 +48,7 @@ class Findings:
         bytes_of_one: of the gradient of a training example.
         tokens: the weights of examples in a mean over tokens.
         share_of_copies: see ``Examples``.
+        tails: where the part of a loss that is computed in float64 begins, by dataset and loss.
         unreached: parameters that the loss in eval mode does not depend on.
     """
 
@@ -58,6 +61,7 @@ class Findings:
     values: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] | None = None
     bytes_of_one: int | None = None
+    tails: dict[_Key, LossTail] = field(default_factory=dict)
     tokens: TokenWeights = field(default_factory=TokenWeights)
     share_of_copies: float | None = None
     unreached: Unreached = field(default_factory=Unreached)
@@ -81,11 +85,23 @@ class Planner:
     def engine(self, task: Task, examples: Examples, index: BatchIndex) -> Engine:
         """The engine for the training examples, checked."""
         reduction, plan = self._planned(task, examples, index)
+        self._settle_tail(task, examples)
         return self._engine(task, examples, reduction, plan, examples)
 
     def query_engine(self, task: Task, data: Examples, examples: Examples) -> Engine:
         """The engine for queries, checked; that for the training examples has been made."""
-        return self._engine(task, data, *self._planned_for(task, data, examples))
+        planned = self._planned_for(task, data, examples)
+        self._settle_tail(task, data)
+        return self._engine(task, data, *planned)
+
+    def _settle_tail(self, task: Task, data: Examples) -> None:
+        """Where part of the loss may be computed in float64, it is checked once; later tasks do the same."""
+        key = _key(task, data.dataset)
+        if key in self.found.tails:
+            task.tail = self.found.tails[key]
+        elif task.tail.layers is not None:
+            check_tail(task, data, self.names)
+            self.found.tails[key] = task.tail
 
     def finished(self, *engines: Engine) -> None:
         """To be called with the engines of a question that was answered, whose checks later ones build on."""

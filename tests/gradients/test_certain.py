@@ -150,3 +150,9 @@ def test_they_run_under_the_transforms_of_torch():
         torch.func.jvp(lambda z: f(z, y), (x,), (x.sin(),)) for f in (log_probabilities.cross_entropy, F.cross_entropy)
     )
     torch.testing.assert_close(ours, torchs)
+    x.requires_grad_()  # backwards through what was computed forwards
+    ours, torchs = (
+        torch.autograd.grad(torch.func.jvp(lambda z: f(z, y), (x,), (x.sin(),))[1], x)
+        for f in (log_probabilities.cross_entropy, F.cross_entropy)
+    )
+    torch.testing.assert_close(ours, torchs)
