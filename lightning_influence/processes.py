@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import pickle
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -82,22 +84,21 @@ class _Group(Processes):
         return self._exchanged(value)
 
     def summed(self, tensor: Tensor) -> Tensor:
-        self._exchanged(None)  # nobody has failed
-        total = tensor.clone()
-        torch.distributed.all_reduce(total)
+        with _whole():
+            self._exchanged(None)  # nobody has failed
+            total = tensor.clone()
+            torch.distributed.all_reduce(total)
         return total
 
     def from_first(self, tensor: Tensor) -> Tensor:
-        self._exchanged(None)
-        sent = [tensor.cpu() if self.rank == 0 else None]  # by way of the CPU: each process has its own device
-        torch.distributed.broadcast_object_list(sent, src=0)
+        with _whole():
+            self._exchanged(None)
+            sent = [tensor.cpu() if self.rank == 0 else None]  # by way of the CPU: each process has its own device
+            torch.distributed.broadcast_object_list(sent, src=0)
         return tensor if self.rank == 0 or sent[0] is None else sent[0].to(tensor.device)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        if self._depth:  # a part of what is done together already
-            yield
-            return
         self._depth += 1
         try:
             yield
@@ -109,17 +110,39 @@ class _Group(Processes):
             self._exchanged(None)
         finally:
             self._depth -= 1
-            self._known = None
+            if not self._depth:
+                self._known = None
 
     def _exchanged(self, value: Any, error: BaseException | None = None) -> list[Any]:
         """The values of all processes. Raises the error of the lowest rank that has one."""
         everyone: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(everyone, (value, None if error is None else _packed(error)))
-        for rank, (_, packed) in enumerate(everyone):
-            if packed is not None:
-                self._known = error if rank == self.rank and error is not None else _unpacked(packed, rank)
-                raise self._known
+        with _whole():
+            torch.distributed.all_gather_object(everyone, (value, None if error is None else _packed(error)))
+            for rank, (_, packed) in enumerate(everyone):
+                if packed is not None:
+                    self._known = error if rank == self.rank and error is not None else _unpacked(packed, rank)
+                    raise self._known
         return [value for value, _ in everyone]
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Ctrl-C waits for the end of an exchange, of which a process that leaves half-way spoils the next one for all.
+
+    It is forgotten where the exchange brings the error of another process, which ends the work in any case.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    came: list[tuple[Any, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    for number, frame in came[:1]:
+        handler(number, frame)
 
 
 def processes_of(trainer: Any) -> Processes:

@@ -34,8 +34,9 @@ def asking_again(ask: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S,
             with self.processes.together():
                 return ask(self, *args, **kwargs)
         except UnequalWeight as error:
-            if not any(self._session.probe_again(ids) for ids in (error.suspects, error.block) if ids):
-                raise
+            with self.processes.together():
+                if not any(self._session.probe_again(ids) for ids in (error.suspects, error.block) if ids):
+                    raise
         with self.processes.together():
             return ask(self, *args, **kwargs)
 

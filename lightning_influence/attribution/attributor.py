@@ -178,7 +178,7 @@ class Attributor:
             with kept(lambda said: answers.finished_scores(accumulator, finished, ids, said), self.processes):
                 run_scores(method, setting, all_queries, accumulator, self.trainer, finished)
         scores = answers.scores(accumulator.result(), ids, rows)
-        if path is not None:
+        if path is not None and self.processes.rank == 0:
             scores.save(path)
         return scores
 
@@ -203,7 +203,7 @@ class Attributor:
             with kept(lambda said: answers.finished_self_scores(finished, ids, said), self.processes):
                 values = run_self_influence(method, setting, self.trainer, finished)
         scores = answers.self_scores(values, ids)
-        if path is not None:
+        if path is not None and self.processes.rank == 0:
             scores.save(path)
         return scores
 

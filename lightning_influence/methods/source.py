@@ -120,10 +120,14 @@ class SOURCE(SegmentProduct):
             raise ValueError(setting.refused)
         total, run = setting.zeros(), setting.state(self, _SegmentedRun)
         step = self.queries_at_once(setting) or setting.examples.block_size
-        for start in range(setting.ids.start, setting.ids.stop, step):
-            run.own, run.queries = range(start, min(start + step, setting.ids.stop)), None
+        most = max(setting.processes.gathered(len(setting.ids)))
+        for start in range(0, most, step):
+            here, run.queries = setting.ids[start : start + step], None
+            run.own = here or run.own  # another process has one more block, and prepares its curvatures with this one
             setting.final()
             run.directions = self._directions(setting, ExampleQueries(setting, run.own).gradients())
+            if not here:
+                break
             for stage in setting.stages(self.positions(setting.trajectory)):
                 for ids, gradients in gradients_of(setting, run.own):
                     block = TrainBlock(gradients, range(ids[0], ids[-1] + 1), None)
