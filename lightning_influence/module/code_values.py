@@ -1,5 +1,6 @@
 """Small values that a module's code reads and no module holds: class attributes, globals, what a closure keeps."""
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
@@ -21,20 +22,27 @@ _Read = Callable[[], Any]
 class CodeValues:
     """Notices which of these values a fit changes; they are not recorded.
 
+    It makes a note at most, and meets objects of any class: what one of them raises ends the search, not the record.
+
     Args:
         module: of the fit, at its start.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._reads = dict(_values_of(module))
-        self._first = {path: value for path, read in self._reads.items() if (value := encoded(read())) is not NOTHING}
+        self._reads: dict[str, _Read] = {}
+        self._first: dict[str, Any] = {}
         self._changed: set[str] = set()
+        with contextlib.suppress(Exception):
+            for path, read in _values_of(module):
+                if (value := encoded(read())) is not NOTHING:
+                    self._reads[path], self._first[path] = read, value
 
     def note(self) -> None:
         """Compare the present values with the first ones."""
-        for path, value in self._first.items():
-            if path not in self._changed and not same(value, encoded(self._reads[path]())):
-                self._changed.add(path)
+        with contextlib.suppress(Exception):
+            for path, value in self._first.items():
+                if path not in self._changed and not same(value, encoded(self._reads[path]())):
+                    self._changed.add(path)
 
     @property
     def doubt(self) -> str | None:
@@ -121,9 +129,10 @@ def _read(path: str, owner: Mapping[str, Any], name: str) -> Iterator[tuple[str,
     """A small value, and those in a dict or a plain object of a user's class."""
     value = owner.get(name)
     yield path, lambda: owner.get(name, NOTHING)
-    inside = value if isinstance(value, dict) else vars(value) if _is_holder(value) else {}
+    plain = type(value) is dict  # another one may do anything when it is read
+    inside: dict[Any, Any] = value if plain else vars(value) if _is_holder(value) else {}  # type: ignore[assignment]
     for key in list(inside)[:_FUNCTIONS]:
-        yield f"{path}[{key!r}]" if isinstance(value, dict) else f"{path}.{key}", _reader(inside, key)
+        yield f"{path}[{key!r}]" if plain else f"{path}.{key}", _reader(inside, key)
 
 
 def _reader(owner: Mapping[str, Any], key: Any) -> _Read:

@@ -150,3 +150,34 @@ def test_a_loader_that_changes_its_batches_is_warned_of(tmp_path):
         trainer.fit(module, OtherBatches(data(), 4))
     found = Attributor(module, OtherBatches(data(), 4), Trajectory.load(tmp_path)).score(GradientDot(), data(2))
     assert any("does not know which examples" in note for note in found.notes), found.notes
+
+
+class Registry(dict):
+    """A dict that is read in a way of its own, as in libraries that load models by name."""
+
+    def get(self, key):
+        raise RuntimeError(f"there is no {key}")
+
+
+class Odd:
+    """An object that answers no question about itself."""
+
+    def __getattr__(self, name):
+        raise AttributeError(name) if name.startswith("__") else RuntimeError(name)
+
+
+REGISTRY = Registry(scale=1.0)
+ODD = Odd()
+
+
+class ByRegistry(Step):
+    registry = REGISTRY
+    odd = ODD
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * REGISTRY["scale"] + 0 * isinstance(ODD, int)
+
+
+def test_objects_of_any_class_leave_the_record_alone(tmp_path):
+    _, trajectory = fitted(ByRegistry, tmp_path)
+    assert trajectory.finished
