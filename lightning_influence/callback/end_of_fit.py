@@ -252,7 +252,7 @@ class EndOfFit:
         seconds = max(self.attributor.processes.gathered(seconds))
         share = seconds / max(self.fit_seconds, 1e-9)
         rank_zero_info(f"{name}: about {seconds:.1f} s ({share:.2g} times the fit's {self.fit_seconds:.1f} s).")
-        if any(self.attributor.processes.gathered(seconds > self.plan.max_cost * self.fit_seconds)):
+        if seconds > self.plan.max_cost * self.fit_seconds:
             raise _TooExpensiveError(
                 f"It would take about {seconds:.1f} s, more than `max_cost={self.plan.max_cost:g}` times the "
                 f"fit's {self.fit_seconds:.1f} s. Pass fewer queries or fewer checkpoints (`checkpoints=(-1,)`), raise "

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_influence.curvature.curvature import PreparedCurvature
-from lightning_influence.curvature.factors import LayerFactors, part_of
+from lightning_influence.curvature.factors import LayerFactors, add_block, with_parts
 from lightning_influence.curvature.fisher_samples import KEPT_BYTES, FisherSamples
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.block import Names
@@ -80,21 +80,13 @@ class FactorSamples:
         return [int(r) if r <= STORED * side else side for r, side in zip(rows, layer.sides, strict=True)]
 
     def _add(self, layers: dict[Names, LayerFactors]) -> None:
-        covered: set[str] = set()
         for block in self.blocks:
-            for names, part in block.parts.items():
-                if not covered & set(names):
-                    layers[names] = LayerFactors(part, self.corrected)
-                    covered |= set(names)
-            for names, layer in layers.items():
-                if (found := part_of(block, names, self.shapes)) is not None:
-                    layer.add(found)
+            add_block(layers, block, self.shapes, self.corrected)
 
     def _measure(self, layers: Mapping[Names, LayerFactors]) -> None:
         for block in self.blocks:
-            for names, layer in layers.items():
-                if (found := part_of(block, names, self.shapes)) is not None:
-                    layer.measure(found)
+            for layer, part in with_parts(layers, block, self.shapes):
+                layer.measure(part)
 
 
 def stand_in(prepare: Callable[[Setting], PreparedCurvature], setting: Setting, positions: int) -> PreparedCurvature:

@@ -192,6 +192,28 @@ def part_of(gradients: Gradients, names: Names, shapes: Mapping[str, tuple[int, 
     return DenseRows(rows) if rows else None
 
 
+def with_parts(
+    factors: Mapping[Names, LayerFactors], gradients: Gradients, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[LayerFactors, Part]]:
+    """Each layer with its part of a block of gradients, if it has one."""
+    for names, layer in factors.items():
+        if (part := part_of(gradients, names, shapes)) is not None:
+            yield layer, part
+
+
+def add_block(
+    factors: dict[Names, LayerFactors], gradients: Gradients, shapes: Mapping[str, tuple[int, ...]], corrected: bool
+) -> None:
+    """First pass: add a block to the layers' moments, with new layers for parameters that none has yet."""
+    covered = {name for names in factors for name in names}
+    for names, part in gradients.parts.items():
+        if not covered & set(names):
+            factors[names] = LayerFactors(part, corrected)
+            covered |= set(names)
+    for layer, part in with_parts(factors, gradients, shapes):
+        layer.add(part)
+
+
 def rows_of(names: Names, vectors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Tensor, ...]:
     """Vectors [vector, *shape] of these parameters, zeros for absent names; () if all are absent."""
     like = next((vectors[name] for name in names if name in vectors), None)
