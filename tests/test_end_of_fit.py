@@ -1,6 +1,8 @@
 """What happens when a fit with `Influence(methods=...)` ends: scores, files, logs, and reasons where there are none."""
 
+import re
 import signal
+import warnings
 
 import lightning.pytorch
 import pytest
@@ -144,6 +146,35 @@ def test_a_plan_beyond_the_budget_is_not_started(tmp_path):
         fit(influence, tmp_path)
     with pytest.raises(KeyError, match=r"'TracInCP' did not run: It would take about"):
         influence.scores["TracInCP"]
+
+
+def printed_at_the_end(caplog):
+    return [record.getMessage() for record in caplog.records if "Influence of" in record.getMessage()]
+
+
+def test_one_block_says_what_was_scored_and_what_to_look_at_first(tmp_path, caplog):
+    influence = Influence({"a": GradientDot(), "bad": Fails()}, queries="val", self_influence=True)
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="`bad` failed"):
+        fit(influence, tmp_path, loggers=True)
+    (block,) = printed_at_the_end(caplog)
+    lines = [line.strip() for line in block.splitlines()]
+    assert lines[0].startswith("Influence of 24 training examples, computed in ")
+    assert re.fullmatch(r"a  6 queries +[\d.]+ s \(estimated: [\d.]+ s\)  influence\.scores\['a'\].*", lines[1])
+    assert re.fullmatch(r"a  each example on itself .* influence\.self_scores\['a'\].*", lines[2])
+    assert lines[3:] == [
+        "without bad: a warning says why",
+        f"saved in {str(influence.run_dir / 'scores')!r}",
+        "logged by TensorBoardLogger",
+        "look first at: print(influence.self_scores['a'].top(20))",
+    ]
+
+
+@pytest.mark.parametrize("options", [{"verbose": False}, {"max_cost": 1e-9}])
+def test_nothing_is_printed_when_nothing_was_asked_or_scored(tmp_path, caplog, options):
+    with caplog.at_level("INFO"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(Influence([GradientDot()], queries="val", **options), tmp_path)
+    assert printed_at_the_end(caplog) == []
 
 
 class Fails(Method):

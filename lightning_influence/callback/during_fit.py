@@ -68,7 +68,7 @@ class DuringFit:
                 self.loop.give_up(f"{type(error).__name__}: {error}")
                 self._warn()
                 return
-        for each in self.loop.tracked:
+        for each in self.loop.tracked if plan.verbose else ():
             rank_zero_info(f"Tracking for {', '.join(map(repr, self._records[each.name]))}: {each.plan}.")
 
     def batch_starts(self, batch: object, ids: list[list[int] | None], data: Any, batch_idx: int) -> None:

@@ -1,13 +1,14 @@
 """What `Influence` does when a fit ends: estimate the cost, score, save and log, or record why not."""
 
-import contextlib
 import re
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
@@ -15,13 +16,17 @@ from torch.utils.data import DataLoader
 from lightning_influence.attribution.attributor import Attributor
 from lightning_influence.callback.offline import offline_lines
 from lightning_influence.callback.plan import ScoringPlan
+from lightning_influence.callback.summary import Summary
 from lightning_influence.compat import rank_zero_info, rank_zero_warn
 from lightning_influence.data.source import source_of
+from lightning_influence.loggers import listening
 from lightning_influence.methods.method import Method
 from lightning_influence.processes import processes_of
 from lightning_influence.scores import Scores, SelfScores
 
 _Work = Callable[[str, Method], Scores | SelfScores]
+_Answer = TypeVar("_Answer", Scores, SelfScores)
+_WORTH_ANNOUNCING = 5.0  # seconds
 
 
 class NoScores(KeyError):
@@ -94,7 +99,12 @@ def score_at_end(
             results.reasons |= {name: str(error) for name in plan.methods}
         return
     seconds = getattr(attributor.trajectory, "fit_seconds", None) or 0.0
-    EndOfFit(plan, trainer, attributor, run_dir, seconds, scores, self_scores).run()
+    summary = Summary(run_dir, seconds)
+    try:
+        EndOfFit(plan, trainer, attributor, run_dir, summary, scores, self_scores).run()
+    finally:
+        if plan.verbose and str(summary):
+            rank_zero_info(str(summary))
 
 
 def _interrupted(plan: ScoringPlan, scores: Results, self_scores: Results, lines: str) -> None:
@@ -116,7 +126,7 @@ class EndOfFit:
         trainer: at the end of its fit, with open loggers and the module still on the accelerator.
         attributor: computes scores from this fit.
         run_dir: folder of this fit; scores are saved in `scores/` inside it.
-        fit_seconds: duration of the fit.
+        summary: filled with what was scored; it knows the duration of the fit.
         scores: filled with scores, or with the reason where there are none. A method that already has a reason is not
             scored.
         self_scores: the same for self-influence.
@@ -126,7 +136,7 @@ class EndOfFit:
     trainer: Any
     attributor: Attributor
     run_dir: Path
-    fit_seconds: float
+    summary: Summary
     scores: Results
     self_scores: Results
 
@@ -153,6 +163,7 @@ class EndOfFit:
             with self.attributor.processes.together():
                 results[name] = work(name, method)
         except _TooExpensiveError as refusal:
+            self.summary.lacks(name)
             results.reasons[name] = str(refusal)
             rank_zero_warn(f"`{name}` was not started. {refusal}")
         except KeyboardInterrupt as error:
@@ -161,6 +172,7 @@ class EndOfFit:
                 rank_zero_warn(f"`{name}` was interrupted.{kept}")
             raise
         except Exception as error:
+            self.summary.lacks(name)
             results.reasons[name] = f"{type(error).__name__}: {error}"
             where = traceback.extract_tb(error.__traceback__)[-1]
             rank_zero_warn(
@@ -186,9 +198,8 @@ class EndOfFit:
 
     def _score(self, name: str, method: Method) -> Scores:
         queries = resolve_queries(self.plan.queries, self.trainer)
-        self._afford(name, method, self.attributor.cost(method, queries))
-        with self._limited():
-            scores = self.attributor.score(method, queries, top_k=self.plan.top_k)
+        score = partial(self.attributor.score, method, queries, top_k=self.plan.top_k)
+        scores = self._computed(name, method, self.attributor.cost(method, queries), score)
         self._save(name, scores)
         if self.plan.log_scores:
             train = getattr(self.trainer.train_dataloader, "dataset", None)
@@ -197,28 +208,35 @@ class EndOfFit:
         return scores
 
     def _score_itself(self, name: str, method: Method) -> SelfScores:
-        self._afford(f"{name} self-influence", method, self.attributor.cost(method))
-        with self._limited():
-            scores = self.attributor.self_influence(method)
+        score = partial(self.attributor.self_influence, method)
+        scores = self._computed(name, method, self.attributor.cost(method), score)
         self._save(f"{name}.self", scores)
         if self.plan.log_scores:
             self._log(scores, name)
         return scores
 
-    @contextlib.contextmanager
-    def _limited(self) -> Iterator[None]:
-        """Lets solvers stop at `max_cost` with what they have found."""
-        self.attributor.limit_seconds = self.plan.max_cost * self.fit_seconds
+    def _computed(self, name: str, method: Method, estimated: float, compute: Callable[[], _Answer]) -> _Answer:
+        """Compute scores if they are worth their estimated time; solvers stop at `max_cost` with what they have found.
+
+        Raises:
+            _TooExpensiveError: it would take more than `max_cost` times the duration of the fit.
+        """
+        estimated = self._afforded(name, method, estimated)
+        self.attributor.limit_seconds = self.plan.max_cost * self.summary.fit_seconds
+        began = time.perf_counter()
         try:
-            yield
+            scores = compute()
         finally:
             self.attributor.limit_seconds = None
+        self.summary.add(name, scores, estimated, time.perf_counter() - began)
+        return scores
 
     def _save(self, name: str, scores: Scores | SelfScores) -> None:
         if not self.trainer.is_global_zero:
             return
         try:
             scores.save(self._place(name), overwrite=True)
+            self.summary.saved = True
         except OSError as error:
             rank_zero_warn(
                 f"`{name}` was scored, but could not be saved ({error}): the scores are in memory only. Save them "
@@ -231,6 +249,7 @@ class EndOfFit:
         try:
             with warnings.catch_warnings():
                 scores.log(self.trainer.loggers, step=self.trainer.global_step, name=name, **drawing)
+            self.summary.loggers = tuple(type(logger).__name__ for logger in listening(self.trainer.loggers))
         except Exception as error:
             rank_zero_warn(f"`{name}` was scored and saved, but not logged: {type(error).__name__}: {error}")
 
@@ -247,18 +266,20 @@ class EndOfFit:
         folder.mkdir(exist_ok=True)
         return folder / (re.sub(r"[^\w.-]", "_", name) + ".arrow")
 
-    def _afford(self, name: str, method: Method, seconds: float) -> None:
-        """Report the estimated time, and raise where it exceeds `max_cost` times the duration of the fit."""
+    def _afforded(self, name: str, method: Method, seconds: float) -> float:
+        """The estimated time, the same in every process, which is announced where somebody would wait for it."""
         seconds = max(self.attributor.processes.gathered(seconds))
-        share = seconds / max(self.fit_seconds, 1e-9)
-        rank_zero_info(f"{name}: about {seconds:.1f} s ({share:.2g} times the fit's {self.fit_seconds:.1f} s).")
-        if seconds > self.plan.max_cost * self.fit_seconds:
+        if self.plan.verbose and seconds >= _WORTH_ANNOUNCING:
+            rank_zero_info(f"Influence: {name} takes about {seconds:.0f} s.")
+        fit = self.summary.fit_seconds
+        if seconds > self.plan.max_cost * fit:
             raise _TooExpensiveError(
                 f"It would take about {seconds:.1f} s, more than `max_cost={self.plan.max_cost:g}` times the "
-                f"fit's {self.fit_seconds:.1f} s. Pass fewer queries or fewer checkpoints (`checkpoints=(-1,)`), raise "
+                f"fit's {fit:.1f} s. Pass fewer queries or fewer checkpoints (`checkpoints=(-1,)`), raise "
                 "`max_cost`, or score after the fit, for instance with `aggregate='mean'`:\n"
                 f"{self._lines(method)}"
             )
+        return seconds
 
 
 class _TooExpensiveError(RuntimeError):

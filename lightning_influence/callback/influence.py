@@ -58,6 +58,7 @@ class Influence(Guest):
         max_cost: Do not start a method whose estimated time exceeds this many times the duration of the fit, nor a
             fit in which tracking would take this many times as long as plain training.
         log_scores: Write scores to the Trainer's loggers.
+        verbose: Say when the fit has ended what was scored, how long it took and where it is; False: only warn.
 
     Attributes:
         scores: `Scores` by name of the method, once the fit has ended.
@@ -86,6 +87,7 @@ class Influence(Guest):
         log_scores: bool = True,
         keep_last: int | None = None,
         lookup: Callable[[int], Any] | None = None,
+        verbose: bool = True,
     ) -> None:
         super().__init__()
         self.methods = methods_of_a_fit(methods)
@@ -98,6 +100,7 @@ class Influence(Guest):
         check_integer("keep_last", keep_last, optional=True)
         check_positive("max_cost", max_cost)
         check_flag("log_scores", log_scores)
+        check_flag("verbose", verbose)
         self.queries = checked_queries(queries)
         if dirpath is not None:
             check_path_like("dirpath", dirpath, "Pass a folder to write to, or None: next to the logger's run.")
@@ -107,7 +110,7 @@ class Influence(Guest):
         self.parameters = patterns_of(parameters)
         self.loss, self.sample_id, self.lookup = loss, sample_id, lookup
         self.keep_last = keep_last
-        self.max_cost, self.log_scores = float(max_cost), log_scores
+        self.max_cost, self.log_scores, self.verbose = float(max_cost), log_scores, verbose
         self._resolved: Path | None = None
         self._restored: dict[str, Any] = {}
         self._key: str | None = None

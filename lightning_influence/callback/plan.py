@@ -25,6 +25,7 @@ class ScoringPlan:
     self_influence: bool
     max_cost: float
     log_scores: bool
+    verbose: bool
     lookup: Callable[[int], Any] | None
 
     def attributor(self, module: Any, trainer: Any, trajectory: Trajectory | None = None) -> Attributor:

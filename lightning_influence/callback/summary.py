@@ -1,0 +1,68 @@
+"""The block of lines that `Influence` prints when it has scored a fit."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lightning_influence.scores import Scores, SelfScores
+
+Row = tuple[str, str, str, str]
+
+
+@dataclass
+class Summary:
+    """What was asked, what it cost, where it is, and what to look at first.
+
+    Args:
+        run_dir: folder of the fit; scores are saved in `scores/` inside it.
+        fit_seconds: duration of the fit.
+        loggers: names of the loggers that the scores were written to.
+    """
+
+    run_dir: Path
+    fit_seconds: float
+    loggers: tuple[str, ...] = ()
+    saved: bool = False
+    _rows: list[Row] = field(default_factory=list)
+    _missing: dict[str, None] = field(default_factory=dict)
+    _seconds: float = 0.0
+    _train: int = 0
+    _first: str | None = None
+
+    def add(self, name: str, scores: Scores | SelfScores, estimated: float, taken: float) -> None:
+        """A method's scores, and its estimated and real duration in seconds."""
+        itself = isinstance(scores, SelfScores)
+        where = f"influence.{'self_' * itself}scores[{name!r}]"
+        asked = "each example on itself" if isinstance(scores, SelfScores) else _count(len(scores.query_ids), "query")
+        notes = f", with {_count(len(scores.notes), 'note')}" if scores.notes else ""
+        self._rows.append((name, asked, f"{taken:.1f} s (estimated: {estimated:.1f} s)", where + notes))
+        self._seconds += taken
+        self._train = len(scores.train_ids)
+        if self._first is None or (itself and ".top(" not in self._first):
+            self._first = f"{where}.top(20)" if itself else f"{where}.proponents(k=5)"
+
+    def lacks(self, name: str) -> None:
+        """A method that a warning has told about."""
+        self._missing[name] = None
+
+    def __str__(self) -> str:
+        if not self._rows:
+            return ""
+        widths = [max(map(len, column)) for column in zip(*self._rows, strict=True)]
+        rows = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in self._rows]
+        share = self._seconds / max(self.fit_seconds, 1e-9)
+        return "\n  ".join(
+            [
+                f"Influence of {_count(self._train, 'training example')}, computed in {self._seconds:.1f} s "
+                f"({share:.2g} times the fit's {self.fit_seconds:.1f} s):",
+                *rows,
+                *([f"without {', '.join(self._missing)}: a warning says why"] if self._missing else []),
+                *([f"saved in {str(self.run_dir / 'scores')!r}"] if self.saved else []),
+                *([f"logged by {', '.join(self.loggers)}"] if self.loggers else []),
+                f"look first at: print({self._first})",
+            ]
+        )
+
+
+def _count(number: int, what: str) -> str:
+    plural = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
+    return f"{number:,} {what if number == 1 else plural}"
