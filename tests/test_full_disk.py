@@ -31,6 +31,7 @@ def check(command):
     assert done.stdout.endswith("done\n")
 
 
+@pytest.mark.slow
 def test_a_small_file_system(tmp_path):
     small = tmp_path / "small"
     small.mkdir()
@@ -39,6 +40,7 @@ def test_a_small_file_system(tmp_path):
     check(mounted(small, [sys.executable, str(PROGRAM), str(small)]))
 
 
+@pytest.mark.slow
 def test_files_that_cannot_grow(tmp_path):
     (tmp_path / "limited").mkdir()
     check([sys.executable, str(PROGRAM), str(tmp_path / "limited"), "limit"])

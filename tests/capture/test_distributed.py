@@ -45,6 +45,7 @@ def assert_recorded(tmp_path, strategy, workers):
     return trajectory
 
 
+@pytest.mark.slow
 def test_ddp_in_two_processes(tmp_path):
     trajectory = assert_recorded(tmp_path, "ddp", 0)
     assert trajectory.finished

@@ -130,6 +130,7 @@ print(*(claim_run(Path(sys.argv[1])).name for _ in range(40)))
 """
 
 
+@pytest.mark.slow
 def test_processes_never_share_a_run(tmp_path):
     import time
 

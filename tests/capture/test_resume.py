@@ -203,10 +203,6 @@ def kill_and_resume(tmp_path, moments):
     assert_same(Trajectory.load(tmp_path / "killed" / "influence"), whole)
 
 
-def test_a_kill_leaves_what_was_whole(tmp_path):
-    kill_and_resume(tmp_path, [0.05, 0.2])
-
-
 @pytest.mark.slow
 def test_twenty_kills_leave_what_was_whole(tmp_path):
     chance = random.Random(0)
