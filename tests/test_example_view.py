@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.utils.data import Subset
 
-from lightning_influence.plotting.example_view import Look, class_name, look_at, normalization_of, plain
+from lightning_influence.plotting.example_view import Look, class_name, look_at, plain
+from lightning_influence.plotting.normalization import normalization_of
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,8 @@ def test_images_are_what_they_were_before_they_were_normalised():
     normalised = (original - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     shown = look_at((normalised, 1), normalization=(mean, std)).value
     torch.testing.assert_close(shown, original.movedim(0, 2), atol=1e-7, rtol=0)  # the means are float32
-    stretched = look_at(normalised).value
+    with pytest.warns(UserWarning, match=r"Each image is stretched to its own range"):
+        stretched = look_at(normalised).value
     assert (float(stretched.min()), float(stretched.max())) == (0.0, 1.0)
 
 
@@ -56,18 +58,62 @@ def test_pil_images_are_images():
     assert look_at((image, 1)).value.shape == (3, 5, 3)
 
 
-def test_the_normalize_of_a_dataset_is_found():
-    class Normalize:
-        mean, std = (0.5,), (0.25,)
+class Normalize:
+    def __init__(self, mean=(0.5,), std=(0.25,)):
+        self.mean, self.std = mean, std
 
-    class Compose:
-        transforms = (object(), Normalize())
 
-    class Data(list):
-        transform = Compose()
+class Compose:
+    def __init__(self, *transforms):
+        self.transforms = transforms
 
-    assert normalization_of(Subset(Data([1]), [0])) == ((0.5,), (0.25,))
-    assert normalization_of([1]) is None
+
+MEAN, STD = 0.5, torch.tensor([0.25])
+
+
+class ReadsGlobals:
+    def __getitem__(self, index):
+        return (index - MEAN) / STD
+
+
+class Holds:
+    def __init__(self, **attributes):
+        self.__dict__ |= attributes
+
+
+def closure(mean, std):
+    return lambda image: (image - mean) / std
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        Holds(transform=Compose(object(), Normalize())),
+        Subset(Holds(tf=Compose(Compose(Normalize()))), [0]),
+        Holds(datasets=[Holds(preprocess={"image": [Normalize()]})]),
+        Holds(transforms=Holds(transform=Normalize())),
+        Holds(_mean=[0.5], _std=np.array([0.25])),
+        Holds(image_mean=0.5 * 255, image_std=0.25 * 255),
+        Holds(transform=closure(0.5, 0.25)),
+        Holds(transform=len, augment=Normalize()),
+        ReadsGlobals(),
+    ],
+)
+def test_the_normalisation_of_a_dataset_is_found(dataset):
+    assert normalization_of(dataset) == ((0.5,), (0.25,))
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [[1], Holds(mean="average", std=2), Holds(mean=0.5, std=0.0), Holds(mean=np.zeros(7), std=np.ones(7)), None],
+)
+def test_what_is_no_normalisation_of_images_is_left_alone(dataset):
+    assert normalization_of(dataset) is None
+
+
+def test_a_normalisation_of_other_images_is_noticed():
+    with pytest.warns(UserWarning, match=r"Expected `normalization` to bring images into \[0, 1\], got values from"):
+        assert look_at(torch.full((3, 2, 2), 9.0), normalization=(0.5, 0.25)).value.max() == 1
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def explanation(query, proponents, opponents, **words):
     return plotting.explanation(plotting.Case(query, proponents, opponents), **words)
 
 
+@pytest.mark.filterwarnings("ignore:.*stretched to its own range")
 @pytest.mark.parametrize("kind", IMAGES)
 def test_images_are_drawn_between_zero_and_one(kind):
     items = [Item(str(i), 1.0 - i, (IMAGES[kind], i)) for i in range(3)]

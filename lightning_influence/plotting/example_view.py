@@ -1,6 +1,7 @@
 """What to show of an example: an image, a text, a row of numbers or a curve, and its class."""
 
 import unicodedata
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -8,14 +9,23 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_influence.plotting.normalization import Normalization, normalization_of
 from lightning_influence.types import LABELS, labels_in
 
 Classes: TypeAlias = Sequence[str] | Mapping[int, str]
 """Names of the classes, by number."""
-Normalization: TypeAlias = tuple[Any, Any]
-"""Mean and standard deviation that an image was normalised with: numbers, or one per channel."""
 
 _Options = TypeVar("_Options", bound="ViewOptions")
+_ROUNDING = 0.02  # resizing and compression leave [0, 1] by as much
+_OTHER = (
+    "Expected `normalization` to bring images into [0, 1], got values from {:.2g} to {:.2g}. The colours shown may be"
+    " wrong; pass the `normalization=(mean, std)` of these images."
+)
+_STRETCHED = (
+    "Expected images with values from 0 to 1, or the mean and standard deviation that they were normalised with, got"
+    " neither. Each image is stretched to its own range, so that colours may be wrong. Pass"
+    " `normalization=(mean, std)`."
+)
 _ROW = 40  # the most numbers that are shown one by one; more are a curve
 _NAME = 200  # characters of the name of a class
 _TEXTS = ("text", "sentence", "content", "document", "question", "premise", "review")
@@ -29,7 +39,7 @@ class ViewOptions:
         render: Called with the example, in place of the built-in view.
         labels: Names of the classes, by number.
         columns: Names of the numbers in a table's row.
-        normalization: Mean and standard deviation to undo in images; by default those of a dataset's `Normalize`.
+        normalization: Mean and standard deviation to undo in images; by default what `normalization_of` finds.
     """
 
     render: Callable[..., Any] | None = None
@@ -72,6 +82,8 @@ def look_at(example: Any, columns: Sequence[str] | None = None, normalization: N
         example: One item of a Dataset.
         columns: Names of the numbers in a table's row.
         normalization: Undone in images. Without it, images outside [0, 1] are rescaled to it, integers by 1 / 255.
+
+    A warning says where the colours of an image may be wrong.
 
     Raises:
         ValueError: The example holds nothing that can be shown.
@@ -127,17 +139,6 @@ def printable(text: str, most: int | None = None) -> str:
     if text.isprintable():
         return text
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "�" for c in text)
-
-
-def normalization_of(dataset: Any) -> Normalization | None:
-    """Mean and standard deviation of the `Normalize` transform of a dataset, or of the one under a `Subset`."""
-    while getattr(dataset, "transform", None) is None and hasattr(dataset, "dataset"):
-        dataset = dataset.dataset
-    transform = getattr(dataset, "transform", None)
-    for step in (transform, *(getattr(transform, "transforms", None) or ())):
-        if type(step).__name__ == "Normalize" and hasattr(step, "mean") and hasattr(step, "std"):
-            return step.mean, step.std
-    return None
 
 
 def plain(value: Any) -> Any:
@@ -219,10 +220,16 @@ def _image(image: Tensor, normalization: Normalization | None) -> Tensor | None:
         image = image / 255
     elif normalization is not None:
         mean, std = (torch.as_tensor(part, dtype=torch.float64).flatten() for part in normalization)
-        image = (image * std + mean).clamp(0, 1)
+        image = image * std + mean
     image = image.nan_to_num(0.0, posinf=1.0, neginf=0.0)
     low, high = image.min(), image.max()
-    if low < 0 or high > 1:
+    if normalization is not None and not whole:
+        if low < -_ROUNDING or high > 1 + _ROUNDING:
+            warnings.warn(_OTHER.format(low, high), stacklevel=2)
+        image = image.clamp(0, 1)
+    elif low < 0 or high > 1:
+        if image.ndim == 3 and image.shape[2] == 3:
+            warnings.warn(_STRETCHED, stacklevel=2)
         image = (image - low) / (high - low).clamp(min=1e-12)
     return image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from lightning_influence import loggers as trackers
 from lightning_influence import plotting, report
 from lightning_influence.files import arrow
-from lightning_influence.plotting.example_view import Classes, Normalization
+from lightning_influence.plotting.example_view import Classes
+from lightning_influence.plotting.normalization import Normalization
 from lightning_influence.scores import figures, page, tables
 from lightning_influence.scores.base import Answer, file_head, given_or_at_hand, numbers, paragraph, read_file
 from lightning_influence.scores.id_checks import BaseIds, ascending, base_of, whole_numbers

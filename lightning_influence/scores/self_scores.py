@@ -13,7 +13,8 @@ from lightning_influence import loggers as trackers
 from lightning_influence import plotting, report
 from lightning_influence.files import arrow
 from lightning_influence.numerics.topk import top_k
-from lightning_influence.plotting.example_view import Classes, Normalization
+from lightning_influence.plotting.example_view import Classes
+from lightning_influence.plotting.normalization import Normalization
 from lightning_influence.scores import page
 from lightning_influence.scores.base import Answer, facts, file_head, paragraph, read_file
 from lightning_influence.scores.id_checks import name_of
