@@ -8,6 +8,7 @@ import pytest
 import torch
 
 matplotlib = pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib.style")
 from lightning_influence import plotting
 from lightning_influence.plotting import Item
 from lightning_influence.scores import Scores, SelfScores
