@@ -55,7 +55,8 @@ class HyDRA(WholeRun):
     AAAI 2021. Its derivatives in reverse mode: Ilyas, Engstrom. MAGIC: Near-Optimal Data Attribution for Deep
     Learning. 2025.
     Needs: the batch order, learning rates and checkpoints of a fit by an optimizer that can be replayed.
-    Units: query loss.
+    Units: query loss, to first order. Where a fit has memorised its examples, leaving one out changes its loss by more:
+    exact leave-one-out was up to 30 times the self-influence (measured; nothing detects it here).
     Cost: one replay of the fit, then per query and step about the time of two steps (one without the Hessian), and
     ``checks`` more replays. Self-influence: as with one query per example (or per parameter, where these are fewer);
     without the Hessian, two passes per example and step in all. Memory: weights and optimizer state of the steps
