@@ -150,6 +150,25 @@ class Curvature(ABC):
             f"Expected a curvature with eigenvalues, got `{type(self).__name__}`. Use `EKFAC()` or `ExactGGN()`."
         )
 
+    def descend_own(
+        self, prepared: PreparedCurvature, vectors: Any, setting: Setting, descent: Descent
+    ) -> tuple[Any, Any]:
+        """The same for vectors that are multiplied with one gradient each, as self-influence takes them.
+
+        By default dense; override it with a form in which they take less from one stretch to the next.
+
+        Args:
+            prepared: as for ``descend``.
+            vectors: gradients (``QueryGradients``), or the second result of an earlier call.
+            setting: as for ``descend``.
+            descent: as for ``descend``.
+
+        Returns:
+            F v and S^T v in a form with ``slice(rows)`` and ``diagonal(block)``, as ``DenseQueries`` has.
+        """
+        moved, kept = self.descend(prepared, vectors.dense(), setting, descent)
+        return DenseQueries(moved, setting.engine.groups), DenseQueries(kept, setting.engine.groups)
+
     def mean_eigenvalue(self, prepared: PreparedCurvature, setting: Setting) -> float:
         """The trace of C over the number of parameters; by default the diagnostic of that name, from ``prepare``."""
         return prepared.diagnostics["mean_eigenvalue"]

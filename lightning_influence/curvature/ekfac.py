@@ -18,6 +18,7 @@ from lightning_influence.curvature.kronecker_descent import descend_layer
 from lightning_influence.curvature.kronecker_part import KroneckerPart
 from lightning_influence.curvature.kronecker_queries import KroneckerQueries, lower_ranks
 from lightning_influence.curvature.layer_inverses import LayerInverses, by_layer
+from lightning_influence.curvature.own_descent import OwnVectors, descend_own
 from lightning_influence.curvature.own_products import own_products
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.block import Names
@@ -232,17 +233,20 @@ class EKFAC(Curvature):
 
         For layers with a diagonal Fisher, and for a preconditioner that is constant within a layer, this is exact.
         """
-        if any(float(p.min()) < float(p.max()) for p in descent.preconditioner.values() if p.numel()):
-            setting.note(
-                "The optimizer's preconditioner is not diagonal in the layers' Kronecker eigenbases: only its diagonal "
-                "there is used, an approximation that `ExactGGN()` does not make"
-            )
+        _note_neglected(setting, descent)
         moved: dict[str, Tensor] = {}
         kept: dict[str, Tensor] = {}
         for names, tensors in by_layer(prepared).items():
             of_layer = descend_layer(names, tensors, descent, vectors)
             moved, kept = moved | of_layer[0], kept | of_layer[1]
         return moved, kept
+
+    def descend_own(
+        self, prepared: PreparedCurvature, vectors: QueryGradients | OwnVectors, setting: Setting, descent: Descent
+    ) -> tuple[OwnVectors, OwnVectors]:
+        """The same, where vectors stay in the eigenbases and go from one stretch's to those of the next."""
+        _note_neglected(setting, descent)
+        return descend_own(prepared, vectors, setting, descent)
 
     def _at_low_rank(
         self, prepared: PreparedCurvature, joint: Mapping[Names, Part], setting: Setting
@@ -264,6 +268,14 @@ class EKFAC(Curvature):
                 f"{error:.2g}, in root mean square over sampled pairs (`tolerance={self.tolerance:g}`; 0 is exact)"
             )
         return found
+
+
+def _note_neglected(setting: Setting, descent: Descent) -> None:
+    if any(float(p.min()) < float(p.max()) for p in descent.preconditioner.values() if p.numel()):
+        setting.note(
+            "The optimizer's preconditioner is not diagonal in the layers' Kronecker eigenbases: only its diagonal "
+            "there is used, an approximation that `ExactGGN()` does not make"
+        )
 
 
 def _filled(values: Tensor, size: int) -> Tensor:

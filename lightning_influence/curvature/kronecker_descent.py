@@ -4,9 +4,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_influence.curvature.descent import Descent, mean_exponential
 from lightning_influence.curvature.factors import as_matrices, from_matrices, rotated, rows_of
+from lightning_influence.curvature.kronecker_part import Bases
 from lightning_influence.devices import wide
 from lightning_influence.gradients.block import Names
 
@@ -24,15 +26,53 @@ def descend_layer(
     rows = rows_of(names, vectors, {n: descent.preconditioner[n].shape for n in names})
     if not rows:
         return {}, {}
-    by_name = descent.preconditioner, descent.added, descent.decoupled_decay
-    of_layer = [[entries[n] for n in names] for entries in by_name]
+    of_layer = _entries(names, descent)
     if "eigenvalues" not in kept:
         tables = (kept[f"diagonal{i}"] for i in range(len(names)))
         pairs = [_diagonals(wide(t), *entries) for t, *entries in zip(tables, *of_layer, strict=True)]
         moved, left = (tuple(r * p[k].to(r) for r, p in zip(rows, pairs, strict=True)) for k in (0, 1))
     else:
-        moved, left = _in_eigenbasis(kept, [[e[None] for e in entries] for entries in of_layer], rows)
+        moved, left = _in_eigenbasis(kept, of_layer, rows)
     return dict(zip(names, moved, strict=True)), dict(zip(names, left, strict=True))
+
+
+def complete_descent(names: Names, kept: Mapping[str, Tensor], descent: Descent) -> tuple[Bases, Pair] | None:
+    """A layer's eigenbasis, completed by directions without curvature, and the diagonals of F and S^T in it.
+
+    None if the layer has no eigenbasis, lacks most directions, or if F or S is not a number outside the basis.
+    """
+    if "eigenvalues" not in kept:
+        return None
+    transposed, bases = bool(kept["transposed"]), [kept["basis_out"], kept["basis_in"]]
+    entries, eigenvalues = [as_matrices(_rows(e), transposed) for e in _entries(names, descent)], kept["eigenvalues"]
+    beyond = _Outside(*bases)
+    if beyond:
+        outside = _diagonals(torch.zeros_like(entries[0][0]), *(e[0] for e in entries))
+        if not (beyond.narrow and all(_constant(factors) for factors in outside)):
+            return None
+        bases = [torch.cat(sides, 1) for sides in zip(bases, beyond.ends, strict=True)]
+        more = [end.shape[1] for end in beyond.ends]
+        eigenvalues = F.pad(eigenvalues, (0, more[1], 0, more[0]))
+    return Bases(bases[0], bases[1], transposed), _inside(eigenvalues, entries, bases[0], bases[1])
+
+
+def _entries(names: Names, descent: Descent) -> list[list[Tensor]]:
+    """The diagonals of P, A and D for each of a layer's parameters."""
+    return [[by_name[n] for n in names] for by_name in (descent.preconditioner, descent.added, descent.decoupled_decay)]
+
+
+def _rows(entries: list[Tensor]) -> list[Tensor]:
+    return [e[None] for e in entries]
+
+
+def _constant(values: Tensor) -> bool:
+    return bool((values == values.flatten()[0]).all())
+
+
+def _inside(eigenvalues: Tensor, entries: list[Tensor], left: Tensor, right: Tensor) -> Pair:
+    """The diagonals of F and S^T in an eigenbasis, from those of P, A and D, [1, out, in] each."""
+    squares = wide(left).square(), wide(right).square()
+    return _diagonals(wide(eigenvalues), *(rotated(e, *squares)[0] for e in entries))
 
 
 def _in_eigenbasis(
@@ -40,9 +80,8 @@ def _in_eigenbasis(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     transposed = bool(kept["transposed"])
     left, right = kept["basis_out"], kept["basis_in"]
-    entries = [as_matrices(e, transposed) for e in of_layer]  # [1, out, in]
-    squares = wide(left).square(), wide(right).square()
-    inside = _diagonals(wide(kept["eigenvalues"]), *(rotated(e, *squares)[0] for e in entries))
+    entries = [as_matrices(_rows(e), transposed) for e in of_layer]  # [1, out, in]
+    inside = _inside(kept["eigenvalues"], entries, left, right)
     outside = _diagonals(torch.zeros_like(entries[0][0]), *(e[0] for e in entries))
     matrices = as_matrices(rows, transposed)
     projected = rotated(matrices, left, right)
@@ -81,8 +120,7 @@ class _Outside:
     def scaled(self, rest: Tensor, factors: Tensor) -> Tensor:
         """What is outside, times factors [out, in], as far as that is outside."""
         scaled = rest * factors.to(rest)
-        stays = self.narrow and bool((factors == factors.flatten()[0]).all())
-        return scaled if stays else self.of(scaled)
+        return scaled if self.narrow and _constant(factors) else self.of(scaled)
 
 
 def _complement(basis: Tensor) -> Tensor:

@@ -17,30 +17,39 @@ _FEW = 4
 
 
 @dataclass(frozen=True, eq=False)
-class KroneckerInverse:
-    """The inverse of one layer's Fisher plus a diagonal, in its Kronecker eigenbasis.
+class Bases:
+    """The Kronecker eigenbasis of one layer.
 
     Args:
         basis_out: eigenvectors of the output side, [out, k].
         basis_in: eigenvectors of the input side, [in, l].
-        table: 1 / (eigenvalue + diagonal), [k, l].
-        outside: 1 / diagonal, for the directions outside the bases, in which no gradient that was factored had a
-            component. Gradients with the labels of the data may have one where others were sampled.
         transposed: whether the weight is stored as [in, out].
-        shapes: the shape of the weight, or those of the weight and its bias.
     """
 
     basis_out: Tensor
     basis_in: Tensor
-    table: Tensor
-    outside: float
     transposed: bool
-    shapes: tuple[tuple[int, ...], ...]
 
     @property
     def complete(self) -> bool:
         """Whether the bases span the whole space."""
         return all(b.shape[0] == b.shape[1] for b in (self.basis_out, self.basis_in))
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerInverse(Bases):
+    """The inverse of one layer's Fisher plus a diagonal, in its Kronecker eigenbasis.
+
+    Args:
+        table: 1 / (eigenvalue + diagonal), [k, l].
+        outside: 1 / diagonal, for the directions outside the bases, in which no gradient that was factored had a
+            component. Gradients with the labels of the data may have one where others were sampled.
+        shapes: the shape of the weight, or those of the weight and its bias.
+    """
+
+    table: Tensor
+    outside: float
+    shapes: tuple[tuple[int, ...], ...]
 
     def completed(self) -> "KroneckerInverse":
         """The same with the missing directions in its bases, where they are few."""

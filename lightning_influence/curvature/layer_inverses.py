@@ -40,7 +40,7 @@ class LayerInverses:
         bases = tensors["basis_out"], tensors["basis_in"]
         table = _inverted(tensors["eigenvalues"], added, names)
         outside = 1 / added if added > 0 else torch.inf
-        found = KroneckerInverse(*bases, table, outside, bool(tensors["transposed"]), shapes)
+        found = KroneckerInverse(*bases, bool(tensors["transposed"]), table, outside, shapes)
         if not added > 0 and not found.complete:
             _refuse_singular(names, added)
         return found

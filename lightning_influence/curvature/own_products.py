@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.factors import as_matrices, part_of, rotated_inputs
-from lightning_influence.curvature.kronecker_part import KroneckerInverse
+from lightning_influence.curvature.kronecker_part import Bases
 from lightning_influence.curvature.layer_inverses import LayerInverses
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.block import Names
@@ -29,12 +29,12 @@ def own_products(layers: LayerInverses, gradients: Gradients, powers: Sequence[i
         inverse = layers.inverses.get(names)
         tables = layers.diagonals[names] if inverse is None else (inverse.table,)
         weights = tuple(torch.stack([table**power for power in powers]) for table in tables)
-        for rows, part in _slices(gradients, names, layers.shapes):
+        for rows, part in layer_slices(gradients, names, layers.shapes):
             if inverse is None:
                 total[:, rows] += part.weighted_norm2(weights)
                 continue
             for few in part.in_cache():
-                inside, *outside = _rotated(inverse, part.slice(few))
+                inside, *outside = in_bases(inverse, part.slice(few))
                 total[:, rows][:, few] += inside.weighted_norm2(weights)
                 for rest in outside:
                     norms = rest.norm2()
@@ -42,7 +42,9 @@ def own_products(layers: LayerInverses, gradients: Gradients, powers: Sequence[i
     return total
 
 
-def _slices(gradients: Gradients, names: Names, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[slice, Part]]:
+def layer_slices(
+    gradients: Gradients, names: Names, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[slice, Part]]:
     """The part of these parameters; of a few examples at a time where it has to be built of others."""
     step = max(1, len(gradients)) if names in gradients.parts else _FEW
     for start in range(0, len(gradients), step):
@@ -52,41 +54,40 @@ def _slices(gradients: Gradients, names: Names, shapes: Mapping[str, tuple[int, 
             yield rows, part
 
 
-def _rotated(inverse: KroneckerInverse, part: Part) -> list[Part]:
-    """The gradients in the bases, and what lies outside them: orthogonal parts, none for complete bases.
+def in_bases(bases: Bases, part: Part) -> Iterator[Part]:
+    """The gradients in the bases, then what lies outside them: orthogonal parts, none for complete bases.
 
     Positions are rotated one by one, or the dense gradient is, whichever takes fewer operations.
     """
-    out, k = inverse.basis_out.shape
-    width, l = inverse.basis_in.shape  # noqa: E741
+    out, k = bases.basis_out.shape
+    width, l = bases.basis_in.shape  # noqa: E741
     if isinstance(part, OuterProducts):
         t = part.outputs.shape[1]
         if t * (out * k + width * l + k * l) <= t * out * width + out * width * l + out * k * l or t == 1:
-            return _rotated_positions(inverse, part)
-    matrices = as_matrices(part.dense(), inverse.transposed)
-    right = matrices @ inverse.basis_in
-    inside = inverse.basis_out.T @ right
-    found: list[Part] = [DenseRows((inside,))]
+            yield from _positions_in_bases(bases, part)
+            return
+    matrices = as_matrices(part.dense(), bases.transposed)
+    right = matrices @ bases.basis_in
+    inside = bases.basis_out.T @ right
+    yield DenseRows((inside,))
     if l < width:
-        found.append(DenseRows((matrices - right @ inverse.basis_in.T,)))
+        yield DenseRows((matrices - right @ bases.basis_in.T,))
     if k < out:
-        found.append(DenseRows((right - inverse.basis_out @ inside,)))
-    return found
+        yield DenseRows((right - bases.basis_out @ inside,))
 
 
-def _rotated_positions(inverse: KroneckerInverse, part: OuterProducts) -> list[Part]:
-    basis_out, basis_in = inverse.basis_out, inverse.basis_in
+def _positions_in_bases(bases: Bases, part: OuterProducts) -> Iterator[Part]:
+    basis_out, basis_in = bases.basis_out, bases.basis_in
     outputs, inputs = part.scaled_outputs(), part.inputs
     left, right = outputs @ basis_out, rotated_inputs(inputs, part.bias, basis_in)
-    found: list[Part] = [OuterProducts(right, left, tuple(inverse.table.shape))]
-    if inverse.complete:
-        return found
+    yield OuterProducts(right, left, (left.shape[2], right.shape[2]))
+    if bases.complete:
+        return
     if part.bias:
         inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:2], 1)], 2)
     if basis_in.shape[1] < basis_in.shape[0]:
         rest = inputs - right @ basis_in.T
-        found.append(OuterProducts(rest, outputs, (outputs.shape[2], rest.shape[2])))
+        yield OuterProducts(rest, outputs, (outputs.shape[2], rest.shape[2]))
     if basis_out.shape[1] < basis_out.shape[0]:
         rest = outputs - left @ basis_out.T
-        found.append(OuterProducts(right, rest, (rest.shape[2], right.shape[2])))
-    return found
+        yield OuterProducts(right, rest, (rest.shape[2], right.shape[2]))

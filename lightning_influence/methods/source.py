@@ -1,8 +1,8 @@
 """SOURCE: influence through segments of training, each with its own curvature (Bae et al., 2024)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,10 +10,12 @@ from torch import Tensor
 from lightning_influence.checks import check_integer
 from lightning_influence.curvature.curvature import Curvature
 from lightning_influence.curvature.damping import reach_at
+from lightning_influence.curvature.descent import Descent
 from lightning_influence.curvature.ekfac import EKFAC
 from lightning_influence.curvature.preconditioner import check_optimizers, descent_at
 from lightning_influence.curvature.store import prepared_at
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
+from lightning_influence.gradients.running_sum import RunningSum
 from lightning_influence.methods.kinds import TrainBlock
 from lightning_influence.methods.method import Evidence
 from lightning_influence.methods.segment_product import SegmentProduct
@@ -22,6 +24,10 @@ from lightning_influence.setting.samples import Samples, first_queries
 from lightning_influence.setting.setting import Queries, Setting, Stage
 from lightning_influence.timing import Work, seconds_of, timed
 from lightning_influence.types import MissingEvidence
+
+V = TypeVar("V")
+# Vectors of the model's size for each example that is carried back for itself.
+_OWN_COPIES = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +74,8 @@ class SOURCE(SegmentProduct):
     exact leave-one-out was up to 8 times the self-influence (measured; nothing detects it here),
     and after a short fit by AdamW a sixth of it.
     Cost: preparing one curvature per segment (kept with the run), one backward pass per example and checkpoint, and one
-    product with every query per example and segment. Self-influence: also three changes of basis per example, segment
-    and layer.
+    product with every query per example and segment. Self-influence: also a change of basis per example, segment and
+    layer.
     Memory: one vector of the model's size per query and segment, and up to half a GiB of sums of gradients.
     Departs from the paper: a segment's curvature and preconditioner are those at its middle checkpoint, not averages
     over its checkpoints. ``EKFAC`` uses the diagonal of P in each layer's Kronecker eigenbasis; ``ExactGGN`` uses P.
@@ -115,46 +121,50 @@ class SOURCE(SegmentProduct):
     def self_influence(self, setting: Setting) -> Tensor:
         """The same with each example as its own query, [train].
 
-        The directions of a block of examples are carried through the segments, then multiplied with the gradients of
-        the same examples at every checkpoint.
+        The gradients of a block of examples are carried back through the segments, and multiplied in each with the sum
+        of the same examples' gradients at its checkpoints.
         """
         if setting.refused is not None:
             raise ValueError(setting.refused)
-        total, run = setting.zeros(), setting.state(self, _SegmentedRun)
-        step = self.queries_at_once(setting) or setting.examples.block_size
+        total, own = setting.zeros(), range(0)
+        step = self._own_at_once(setting)
         most = max(setting.processes.gathered(len(setting.ids)))
         for start in range(0, most, step):
-            here, run.queries = setting.ids[start : start + step], None
-            run.own = here or run.own  # another process has one more block, and prepares its curvatures with this one
+            here = setting.ids[start : start + step]
+            own = here or own  # another process has one more block, and prepares its curvatures with this one
             setting.final()
-            run.directions = self._directions(setting, ExampleQueries(setting, run.own).gradients())
-            if not here:
-                break
-            for stage in setting.stages(self.positions(setting.trajectory)):
-                for ids, gradients in gradients_of(setting, run.own):
-                    block = TrainBlock(gradients, range(ids[0], ids[-1] + 1), None)
-                    first = ids[0] - setting.ids.start
-                    total[first : first + len(ids)] += self.product_with_itself(stage, block)
-                    setting.on_block(len(ids))
+            carried: Any = ExampleQueries(setting, own).gradients()
+            for segment in reversed(self.segments_of(setting)):
+                moved, carried = self.curvature.descend_own(*self._descent(setting, segment, carried))
+                if here:
+                    total[start : start + len(here)] += self._own_products(setting, segment, here, moved)
         return total
 
-    def product_with_itself(self, stage: Stage, block: TrainBlock) -> Tensor:
-        """Products with the examples' own directions, which were kept, [example]."""
-        run = stage.setting.state(self, _SegmentedRun)
-        segment, first = run.segment_at(stage), block.ids.start - run.own.start
-        directions = run.directions[segment].slice(slice(first, first + len(block.ids)))
-        return self._share(stage, block.ids, directions.diagonal(block.gradients), segment)
+    def _own_products(self, setting: Setting, segment: SourceSegment, ids: range, moved: Any) -> Tensor:
+        """Products of vectors of one segment with the examples' own gradients in it, [example]."""
+        sums: dict[range, RunningSum] = {}
+        for _ in setting.stages(segment.checkpoints):
+            for some, gradients in gradients_of(setting, ids):
+                sums.setdefault(range(some[0], some[-1] + 1), RunningSum()).add(gradients)
+                setting.on_block(len(some))
+        found = []
+        for some in list(sums):
+            total, first = sums.pop(some).result(), some.start - ids.start
+            product = moved.slice(slice(first, first + len(some))).diagonal(total)
+            found.append(self._share(setting, some, product, segment))
+        return torch.cat(found)
 
     def product(self, stage: Stage, query: QueryGradients, block: TrainBlock) -> Tensor:
         """Products with the directions, divided by n and by the number of checkpoints averaged, [query, example]."""
-        segment = stage.setting.state(self, _SegmentedRun).segment_at(stage)
-        return self._share(stage, block.ids, query.dot(block.gradients), segment)
+        run = stage.setting.state(self, _SegmentedRun)
+        segment = run.segments[run.segment_at(stage)]
+        return self._share(stage.setting, block.ids, query.dot(block.gradients), segment)
 
-    def _share(self, stage: Stage, ids: Sequence[int], product: Tensor, segment: int) -> Tensor:
+    def _share(self, setting: Setting, ids: Sequence[int], product: Tensor, segment: SourceSegment) -> Tensor:
         """Products times the examples' weights in the training loss, over the number of checkpoints averaged."""
-        averaged = len(stage.setting.state(self, _SegmentedRun).segments[segment].checkpoints)
-        weights = stage.setting.engine.weights_of(ids)
-        return (product if weights is None else product * weights.to(product)) / (stage.setting.n_train * averaged)
+        weights = setting.engine.weights_of(ids)
+        product = product if weights is None else product * weights.to(product)
+        return product / (setting.n_train * len(segment.checkpoints))
 
     def _segments(self, setting: Setting) -> list[SourceSegment]:
         """Divides the checkpoints into segments of nearly the same length.
@@ -198,12 +208,16 @@ class SOURCE(SegmentProduct):
         carried = final.dense()
         directions: list[DenseQueries] = []
         for segment in reversed(self.segments_of(setting)):
-            (stage,) = setting.stages([segment.middle])
-            prepared = prepared_at(self.curvature, setting, stage)
-            descent = descent_at(setting, stage, self.curvature.damping or 0.0, segment.reach, segment.shrunk)
-            moved, carried = self.curvature.descend(prepared, carried, setting, descent)
+            moved, carried = self.curvature.descend(*self._descent(setting, segment, carried))
             directions.append(DenseQueries(moved, setting.engine.groups))
         return directions[::-1]
+
+    def _descent(self, setting: Setting, segment: SourceSegment, vectors: V) -> tuple[Any, V, Setting, Descent]:
+        """What ``descend`` of the curvature takes to carry vectors through a segment."""
+        (stage,) = setting.stages([segment.middle])
+        prepared = prepared_at(self.curvature, setting, stage)
+        descent = descent_at(setting, stage, self.curvature.damping or 0.0, segment.reach, segment.shrunk)
+        return prepared, vectors, setting, descent
 
     # ---- the record ---------------------------------------------------------------------------------------------
 
@@ -212,38 +226,60 @@ class SOURCE(SegmentProduct):
         most = self.curvature.at_once(setting)
         return None if most is None else max(1, most // (self.segments + 1))
 
+    def _own_at_once(self, setting: Setting) -> int:
+        """Examples that are carried back at once: for each there are two dense vectors, and a sum and its changes."""
+        most = self.curvature.at_once(setting)
+        return setting.examples.block_size if most is None else max(1, most // _OWN_COPIES)
+
     def work(self, setting: Setting, queries: Queries | None) -> list[Work]:
         """The curvatures of all segments and the queries carried through them, besides sums and products."""
         run = setting.state(self, _SegmentedRun)
         divided, size = seconds_of(lambda: self.segments_of(setting)), setting.examples.block_size
         count, segments = setting.n_train if queries is None else len(queries), len(run.segments)
         prepared, last = self.curvature.seconds(setting, 0), run.segments[-1]
-        held = min(count, size, self.queries_at_once(setting) or size)
+        held = min(
+            count, size, (self._own_at_once(setting) if queries is None else self.queries_at_once(setting)) or size
+        )
         some = ExampleQueries(setting, range(held)) if queries is None else first_queries(queries)[:held]
         (stage,) = setting.stages([last.middle])
-        vectors = some.gradients().dense()
+        gradients = some.gradients()
         descent = descent_at(setting, stage, self.curvature.damping or 0.0, last.reach, last.shrunk)
-        carried = self.curvature.seconds_of_descent(setting, vectors, descent) / held
-        own = queries is None
-        return [
+        begun = [
             Work("segments", 1, divided),
             Work(f"preparing {type(self.curvature).__name__}", segments, prepared),
+        ]
+        if queries is None:
+            return [*begun, *self._own_work(setting, gradients, descent)]
+        carried = self.curvature.seconds_of_descent(setting, gradients.dense(), descent) / held
+        return [
+            *begun,
             Work("gradients of queries", count, timed(lambda: some.gradients().dense()) / held),
             Work("carrying queries back", segments * count, carried),
-            *(self._own_work(stage, vectors) if own else super().work(setting, queries)),
+            *super().work(setting, queries),
         ]
 
-    def _own_work(self, stage: Stage, vectors: Mapping[str, Tensor]) -> list[Work]:
-        """Products with each example's own directions, of which some are given, at all checkpoints."""
-        setting, run, held = stage.setting, stage.setting.state(self, _SegmentedRun), len(next(iter(vectors.values())))
-        run.own, run.directions = range(held), [DenseQueries(vectors, setting.engine.groups)] * len(run.segments)
-        some = TrainBlock(Samples.of(setting).gradients().slice(slice(0, held)), run.own, None)
-        passes, step = len(self.positions(setting.trajectory)), self.queries_at_once(setting)
-        each = timed(lambda: self.product_with_itself(stage, some)) / held
+    def _own_work(self, setting: Setting, gradients: QueryGradients, descent: Descent) -> list[Work]:
+        """Carrying each example back, of which some gradients are given, sums and products with its own."""
+        segments, held, step = self.segments_of(setting), len(gradients), self._own_at_once(setting)
+        descend, prepared = self.curvature.descend_own, self.curvature.sampled(setting)
+        moved, kept = descend(prepared, gradients, setting, descent)
+        own = Samples.of(setting).gradients().slice(slice(0, held))
+
+        def one_segment() -> Tensor:
+            total = RunningSum()
+            for _ in max(segments, key=lambda segment: len(segment.checkpoints)).checkpoints:
+                total.add(own)
+            return moved.slice(slice(0, len(own))).diagonal(total.result())
+
+        first = timed(lambda: descend(prepared, gradients, setting, descent)) / held
+        again = timed(lambda: descend(prepared, kept, setting, descent)) / held
+        passes, n = len(self.positions(setting.trajectory)), setting.n_train
         return [
-            Work("checkpoints", passes * (-(-setting.n_train // step) if step else 1), seconds_of(setting.final)),
-            *Samples.of(setting).passes(passes),
-            Work("products", passes * setting.n_train, each),
+            Work("checkpoints", (passes + 2 * len(segments)) * -(-n // step), seconds_of(setting.final)),
+            *Samples.of(setting).passes(passes + 1),
+            Work("carrying examples into a segment", n, first),
+            Work("carrying examples back", (len(segments) - 1) * n, again),
+            Work("sums and products", len(segments) * n, timed(one_segment) / len(own)),
         ]
 
     def unit(self, setting: Setting) -> str:
@@ -258,13 +294,11 @@ class _SegmentedRun:
     Args:
         segments: of the run.
         queries: the block of queries that ``directions`` belongs to.
-        own: without queries, the training examples that it belongs to.
         directions: of these, one entry per segment.
     """
 
     segments: list[SourceSegment] = field(default_factory=list)
     queries: Queries | None = None
-    own: range = range(0)
     directions: list[DenseQueries] = field(default_factory=list)
 
     def segment_at(self, stage: Stage) -> int:

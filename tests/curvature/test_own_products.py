@@ -86,7 +86,7 @@ def test_a_basis_that_lacks_few_directions_is_completed(lacking):
     basis_out, basis_in = torch.linalg.qr(normal(6, 6)).Q, torch.linalg.qr(normal(5, 5)).Q
     basis_out, basis_in = (basis_out[:, :5], basis_in) if lacking == "out" else (basis_out, basis_in[:, :4])
     table = normal(basis_out.shape[1], basis_in.shape[1]).square() + 0.1
-    inverse = KroneckerInverse(basis_out, basis_in, table, 7.0, False, ((6, 5),)).completed()
+    inverse = KroneckerInverse(basis_out, basis_in, False, table, 7.0, ((6, 5),)).completed()
     basis = torch.kron(basis_out, basis_in)
     dense = basis @ table.flatten().diag() @ basis.T + 7.0 * (torch.eye(30).double() - basis @ basis.T)
     gradients = OuterProducts(normal(3, 1, 5), normal(3, 1, 6), (6, 5))
