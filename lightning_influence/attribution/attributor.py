@@ -13,7 +13,14 @@ from torch import Tensor
 from lightning_influence import timing
 from lightning_influence.attribution.accumulators import MatrixAccumulator, TopKAccumulator
 from lightning_influence.attribution.answers import Answers
-from lightning_influence.attribution.arguments import check_arguments, check_method, check_parts, queries_of, scored_ids
+from lightning_influence.attribution.arguments import (
+    check_arguments,
+    check_group,
+    check_method,
+    check_parts,
+    queries_of,
+    scored_ids,
+)
 from lightning_influence.attribution.asking_again import asking_again
 from lightning_influence.attribution.data_arguments import datamodule_of, named_queries, training_source
 from lightning_influence.attribution.driver import run_group, run_scores, run_self_influence, share_of
@@ -111,13 +118,7 @@ class Attributor:
         self.batch_size = batch_size
         check_flag("check_data", check_data)
         self._datamodule = datamodule_of(datamodule, self.module, self.trainer)
-        self._train = training_source(train, self._datamodule)
-        known = None if trajectory is None else trajectory.dataset_size
-        if known not in (None, len(self._train.dataset)):
-            raise ValueError(
-                f"Expected `train` to have the {known} examples of the dataset that was trained on, got "
-                f"{len(self._train.dataset)}. Pass that dataset (an un-augmented one of equal length is fine)."
-            )
+        self._train = training_source(train, self._datamodule, trajectory)
         make_layers(self.module, None if trajectory is None else trajectory.checkpoints[-1].tensors)
         names = selected_parameters(
             self.module, trajectory, (parameters,) if isinstance(parameters, str) else parameters
@@ -225,11 +226,7 @@ class Attributor:
         self._check(method)
         ids = whole_numbers(ids).tolist()
         ids = ids if self._stream is None else self._stream.positions(ids)
-        if wrong := [i for i in ids if not 0 <= i < len(self._train.dataset)]:
-            raise ValueError(f"Expected `ids` from 0 to {len(self._train.dataset) - 1}, got {wrong[:5]!r}.")
-        scored = scored_ids(method, len(self._train.dataset))
-        if unscored := sorted(set(ids) - set(scored.tolist())):
-            raise ValueError(f"Expected `ids` that {method!r} has scores for, got {unscored[:5]!r}.")
+        check_group(method, ids, len(self._train.dataset))
         with self._open(method, self._queries(queries)) as setting:
             return run_group(method, setting, queries_of(setting), list(ids), self.trainer)
 
