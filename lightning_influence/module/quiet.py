@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lightning_influence.module.data_hooks import attached
-from lightning_influence.module.precision import full_precision, no_autocast, plain_checkpointing
+from lightning_influence.module.eager import plain_checkpointing, plain_operations
+from lightning_influence.module.precision import full_products, no_autocast
 from lightning_influence.module.random_state import isolated_random_state
 from lightning_influence.module.snapshot import ModuleSnapshot, restoring
 from lightning_influence.module.task import Loss, Task, is_half, settle, unwrapped
@@ -42,7 +43,8 @@ def quiet(
         datamodule: a LightningDataModule, whose batch-transfer hooks are used; None: the Trainer's, if it has one.
     """
     module = unwrapped(module)
-    with isolated_random_state(), full_precision(), plain_checkpointing(), contextlib.ExitStack() as stack:
+    with isolated_random_state(), plain_operations(), plain_checkpointing(), contextlib.ExitStack() as stack:
+        stack.enter_context(full_products())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         _restore_afterwards(module, stack)
