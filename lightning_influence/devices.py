@@ -1,6 +1,6 @@
 """What differs between devices: whether they have float64, their random generators, waiting for their work."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -39,6 +39,14 @@ def onto(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device, where float64 becomes float32 if the device has no float64."""
     narrow = tensor.dtype == torch.float64 and not has_float64(device)
     return tensor.to(device, torch.float32 if narrow else tensor.dtype)
+
+
+def has_coarse_products(device: torch.device) -> bool:
+    """Whether products of float32 matrices are rounded to TF32 (bfloat16 on some CPUs), as the user has set it."""
+    if device.type == "cuda":
+        return torch.get_float32_matmul_precision() != "highest" or torch.backends.cudnn.allow_tf32
+    amx: Callable[[], bool] = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return device.type == "cpu" and torch.get_float32_matmul_precision() == "medium" and amx()
 
 
 # ---- accelerators ---------------------------------------------------------------------------------------------------

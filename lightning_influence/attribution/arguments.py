@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,14 @@ def queries_of(setting: Setting) -> Queries:
     if setting.queries is None:
         raise ValueError("Expected `queries`, got None. Pass a Dataset, a DataLoader or 'train'.")
     return setting.queries
+
+
+def check_batch_index(method: Method, setting: Setting) -> None:
+    """Raises where the loss depends on the index of a batch, but the method does not; otherwise notes it."""
+    record = bool(method.needs & Evidence.CHECKPOINTS)
+    refused = None if method.follows_batch_index() else method.name
+    setting.batch_index = replace(setting.batch_index, method=refused, needs_record=record)
+    setting.depends_on_index(None if setting.trajectory is None else len(setting.trajectory.checkpoints) - 1)
 
 
 def check_group(method: Method, ids: Sequence[int], n_train: int) -> None:

@@ -15,6 +15,7 @@ from lightning_influence.attribution.accumulators import MatrixAccumulator, TopK
 from lightning_influence.attribution.answers import Answers
 from lightning_influence.attribution.arguments import (
     check_arguments,
+    check_batch_index,
     check_group,
     check_method,
     check_parts,
@@ -36,6 +37,7 @@ from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.methods.method import Cost, Evidence, Method
 from lightning_influence.methods.retraining import Estimate, Retraining
 from lightning_influence.module.layers import make_layers
+from lightning_influence.module.precision import check_precision, full_products
 from lightning_influence.module.task import Loss, unwrapped
 from lightning_influence.processes import Processes, processes_of
 from lightning_influence.progress import progress
@@ -69,6 +71,9 @@ class Attributor:
         lookup: ``id -> example``, for a fit on a stream (``IterableDataset``) with ``Influence(sample_id=)``: the
             training examples are those whose ids it recorded, read by this function, and scores have these ids.
         datamodule: a LightningDataModule, whose training loader and batch-transfer hooks are used; None: the trainer's.
+        precision: in which the module is computed, as Lightning names it: ``"32-true"`` (without TF32), ``"64-true"``,
+            ``"bf16-true"``, ``"16-mixed"`` or ``"bf16-mixed"``; None: in its weights' own type without autocast,
+            float32 standing for 16 bits unless it runs in them only. Products are summed in float32 at least.
         check_data: compare a few batches and losses with those of the fit before each question, and refuse others.
 
     Attributes:
@@ -100,8 +105,10 @@ class Attributor:
         lookup: Callable[[int], Any] | None = None,
         datamodule: Any = None,
         check_data: bool = True,
+        precision: str | None = None,
     ) -> None:
         check_parts(module, trajectory, trainer, refit, loss, lookup)
+        check_precision(precision)
         self._stream = None if lookup is None else stream_of(train, lookup, trajectory)
         if self._stream is not None:
             check_stream(refit)
@@ -111,8 +118,7 @@ class Attributor:
         self.trajectory = trajectory
         self.trainer = trainer if trainer is not None else getattr(self.module, "_trainer", None)
         self.processes = processes_of(trainer)
-        self.refit = refit
-        self.loss = loss
+        self.refit, self.loss, self.precision = refit, loss, precision
         self.limit_seconds: float | None = None
         check_integer("batch_size", batch_size, optional=True)
         self.batch_size = batch_size
@@ -120,11 +126,9 @@ class Attributor:
         self._datamodule = datamodule_of(datamodule, self.module, self.trainer)
         self._train = training_source(train, self._datamodule, trajectory)
         make_layers(self.module, None if trajectory is None else trajectory.checkpoints[-1].tensors)
-        names = selected_parameters(
-            self.module, trajectory, (parameters,) if isinstance(parameters, str) else parameters
-        )
+        names = selected_parameters(self.module, trajectory, parameters)
         about = self.module, self._train, trajectory, self.trainer, loss, names, batch_size
-        self._session = Session(*about, datamodule=datamodule, checks_data=check_data)
+        self._session = Session(*about, datamodule=datamodule, checks_data=check_data, precision=precision)
         self._final = final_weights(weights, self._session)
         if refit is not None:
             refit.attach(self._session, self._train)
@@ -319,23 +323,19 @@ class Attributor:
     ) -> Iterator[Setting]:
         """Opens the question with what the method needs: a plan of the gradients, retrained models."""
         gradients = not isinstance(method, ForwardOnly)
-        with self._final.session_of(method).open(queries, measurement, aggregate == "mean", gradients) as setting:
+        # Rounding to TF32 is multiplied where equations are solved.
+        products = full_products() if hasattr(method, "curvature") else contextlib.nullcontext()
+        opened = self._final.session_of(method).open(queries, measurement, aggregate == "mean", gradients)
+        with products, opened as setting:
             if self.refit is not None and method.needs & Evidence.REFIT:
                 setting.models = self.refit.models
             if self.refit is not None and queries is not None:
                 self.refit.asked = queries
             setting.processes = self.processes
-            self._follow_batch_index(method, setting)
+            check_batch_index(method, setting)
             if self.limit_seconds is not None and self.processes.count == 1:  # several might stop at different places
                 setting.deadline = timing.clock() + self.limit_seconds
             yield setting
-
-    def _follow_batch_index(self, method: Method, setting: Setting) -> None:
-        """Raises where the loss depends on the index of a batch, but the method does not; otherwise notes it."""
-        record = bool(method.needs & Evidence.CHECKPOINTS)
-        refused = None if method.follows_batch_index() else method.name
-        setting.batch_index = replace(setting.batch_index, method=refused, needs_record=record)
-        setting.depends_on_index(None if setting.trajectory is None else len(setting.trajectory.checkpoints) - 1)
 
     def _answers(self, method: Method, setting: Setting, queries: Source | None = None) -> Answers:
         return Answers(method, setting, self._final, self._train, self._stream, queries)
