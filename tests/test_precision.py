@@ -241,6 +241,11 @@ def test_what_runs_in_bf16_only_is_scored_in_it(half):
         assert any("does not run in float32 (RuntimeError: FlashAttention" in note for note in scores.notes)
     with pytest.raises(ValueError, match="FlashAttention only supports bf16"):
         Attributor(module, train, trainer=trainer, precision="32-true").score(GradientDot(), queries)
+    plain = Attributor(module.float(), train)  # nothing says how it was trained
+    for _ in range(2):
+        oracles.assert_scores(
+            plain.score(GradientDot(), queries).values, products(module, train, queries, "bf16-mixed"), 2e-2
+        )
 
 
 def test_everything_is_as_before_after_an_exception():

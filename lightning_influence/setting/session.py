@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_influence.data.examples import Examples
@@ -17,6 +18,7 @@ from lightning_influence.module.task import Loss, Task
 from lightning_influence.module.trainer_answers import notes_of
 from lightning_influence.module.trainer_reads import FitValues
 from lightning_influence.module.trainer_state import detached_trainer
+from lightning_influence.setting.batch_index import BatchIndex
 from lightning_influence.setting.chosen_precision import (
     ChosenPrecision,
     chosen_precision,
@@ -125,7 +127,7 @@ class Session:
             planner, examples = self._planner, self.examples(self.train)
             index = planner.batch_index(task, examples)
             stack.enter_context(task.at(index.first))
-            engine = planner.engine(task, examples, index) if gradients else Engine(task, Reduction.NONE)
+            engine = self._engine(task, examples, index) if gradients else Engine(task, Reduction.NONE)
             setting = Setting(
                 engine,
                 examples,
@@ -154,6 +156,18 @@ class Session:
             assert self._chosen is not None
             task.notes += notes_on_precision(task, self._chosen, planner.found.compared)
             planner.finished(engine, *([] if setting.queries is None else [setting.queries.engine]))
+
+    def _engine(self, task: Task, examples: Examples, index: BatchIndex) -> Engine:
+        """The engine for the training examples, in 16 bits where the module turns out to run in them only."""
+        try:
+            return self._planner.engine(task, examples, index)
+        except Exception:
+            tried = self.precision is not None or (self._chosen is not None and self._chosen.failed is not None)
+            again = None if tried else chosen_precision(task, examples, torch.bfloat16)
+            if again is None or again.failed is None:
+                raise
+        self._chosen, task.precision = again, again.precision
+        return self._planner.engine(task, examples, index)
 
     def _queries(
         self, task: Task, queries: Source, measurement: Loss | None, mean: bool, gradients: bool, examples: Examples
