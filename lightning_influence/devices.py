@@ -41,12 +41,29 @@ def onto(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, torch.float32 if narrow else tensor.dtype)
 
 
-def has_coarse_products(device: torch.device) -> bool:
-    """Whether products of float32 matrices are rounded to TF32 (bfloat16 on some CPUs), as the user has set it."""
+def has_coarse_products(device: torch.device, convolutions: bool) -> bool:
+    """Whether products of float32 matrices are rounded to TF32 (bfloat16 on some CPUs), as the user has set it.
+
+    Args:
+        device: where they are computed.
+        convolutions: whether those of convolutions and recurrent layers count, for which torch's default is TF32.
+    """
     if device.type == "cuda":
-        return torch.get_float32_matmul_precision() != "highest" or torch.backends.cudnn.allow_tf32
+        cuda: Any = torch.backends.cuda.matmul
+        cudnn: Any = torch.backends.cudnn
+        if not hasattr(cuda, "fp32_precision"):  # before PyTorch 2.9
+            return torch.get_float32_matmul_precision() != "highest" or (convolutions and cudnn.allow_tf32)
+        return cuda.fp32_precision == "tf32" or (convolutions and cudnn.conv.fp32_precision == "tf32")
     amx: Callable[[], bool] = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return device.type == "cpu" and torch.get_float32_matmul_precision() == "medium" and amx()
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    return device.type == "cpu" and getattr(matmul, "fp32_precision", None) == "bf16" and amx()
+
+
+def roundings() -> list[Any]:
+    """torch's settings by operation of how products in float32 are rounded, each with ``fp32_precision``."""
+    cudnn: Any = torch.backends.cudnn
+    known = (getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None), getattr(torch.backends.mkldnn, "matmul", None))
+    return [setting for setting in (torch.backends.cuda.matmul, *known) if hasattr(setting, "fp32_precision")]
 
 
 # ---- accelerators ---------------------------------------------------------------------------------------------------

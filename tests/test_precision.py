@@ -35,6 +35,7 @@ from lightning_influence import (
     TracIn,
     TracInCP,
 )
+from lightning_influence.devices import roundings
 from lightning_influence.gradients import tape
 from lightning_influence.gradients.rules import RULES
 from lightning_influence.gradients.tape import Call
@@ -258,6 +259,26 @@ def test_everything_is_as_before_after_an_exception():
         assert torch.get_default_dtype() is default
         assert not torch.is_autocast_enabled("cpu")
         assert {p.dtype for p in module.parameters()} == {torch.float64}
+
+
+def test_rounding_that_is_set_by_operation_is_off_in_full_precision_and_comes_back():
+    settings = roundings()
+    if not settings:
+        pytest.skip("this torch has no such settings")
+    module, train, queries = seeded(images), data(), data(4, 2)
+    seen, before = [], [setting.fp32_precision for setting in settings]
+    watched = lambda out, y: (seen.append({s.fp32_precision for s in settings}), F.cross_entropy(out, y))[1]  # noqa: E731
+    module.loss = watched
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        for word in ("32-true", None):
+            Attributor(module, train, precision=word).score(GradientDot(), queries)
+            assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+            assert {"ieee"} in seen
+            assert ({"ieee"} == set().union(*seen)) is (word is not None)
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
 
 
 # ---- checks ----

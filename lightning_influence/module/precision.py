@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_influence.devices import kinds_in_use
+from lightning_influence.devices import kinds_in_use, roundings
 from lightning_influence.module.replacing import replacing
+from lightning_influence.module.snapshot import restoring
 from lightning_influence.types import Batch, clean
 
 WORDS = ("32-true", "64-true", "bf16-true", "16-mixed", "bf16-mixed")
@@ -132,14 +133,19 @@ def is_half(tensor: Any) -> bool:
 @contextlib.contextmanager
 def full_products() -> Iterator[None]:
     """Disable TF32: products of float32 matrices have the digits of float32."""
-    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        except RuntimeError:  # the user has set it by operation, with which torch does not mix the functions above
+            stack.enter_context(restoring(roundings(), "fp32_precision"))
+            for setting in roundings():
+                setting.fp32_precision = "ieee"
+        else:
+            stack.callback(setattr, torch.backends.cudnn, "allow_tf32", cudnn)
+            stack.callback(torch.set_float32_matmul_precision, precision)
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False
         yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = cudnn
 
 
 @contextlib.contextmanager

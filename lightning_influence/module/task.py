@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
 from lightning_influence.devices import has_coarse_products
@@ -323,7 +324,16 @@ class Task:
     @property
     def tolerance(self) -> tuple[float, float] | None:
         """Of comparisons of gradients, relative to a parameter's and to the largest entry; None: by their type."""
-        return self.precision.tolerance or (_TF32 if has_coarse_products(self.device) else None)
+        return self.precision.tolerance or (_TF32 if self.has_coarse_products else None)
+
+    @property
+    def has_coarse_products(self) -> bool:
+        """Whether products in float32 are rounded to TF32, as the user has set it."""
+        return has_coarse_products(self.device, self._convolves)
+
+    @functools.cached_property
+    def _convolves(self) -> bool:
+        return any(isinstance(part, (_ConvNd, nn.RNNBase)) for part in self.module.modules())
 
 
 def settle(module: nn.Module) -> None:

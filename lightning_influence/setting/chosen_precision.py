@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from lightning_influence.data.examples import Examples
-from lightning_influence.devices import has_coarse_products
 from lightning_influence.gradients.low_precision import LowPrecision
 from lightning_influence.module.precision import Precision, full_products, is_half, precision_of
 from lightning_influence.module.snapshot import restoring
@@ -109,10 +108,10 @@ def notes_on_precision(task: Task, chosen: ChosenPrecision, measured: Sequence[L
         notes.append(_on_trainer(other, found))
     elif found is not None:
         notes.append(f"{found}.")
-    if precision.follows_tf32 and has_coarse_products(task.device) and _multiplies(task.module):
+    if precision.follows_tf32 and task.has_coarse_products and any(p.ndim > 1 for p in task.module.parameters()):
         notes.append(
-            "Products of float32 matrices had the digits of TF32 (`torch.backends`), as outside of scoring: "
-            "`precision='32-true'` gives them all."
+            "Products of float32 matrices were rounded to TF32 or bfloat16, as `torch.backends` says: "
+            "`precision='32-true'` computes them in full."
         )
     return notes
 
@@ -126,8 +125,3 @@ def _on_trainer(other: Precision, found: LowPrecision | None) -> str:
         f"{text}{found}; a pass of them in it took {found.ratio:.1f} times as long (on an accelerator with larger "
         f"batches, mostly less). Pass `precision={other.name!r}` for it."
     )
-
-
-def _multiplies(module: nn.Module) -> bool:
-    """Whether a module has a weight matrix."""
-    return any(p.ndim > 1 for _, p in module.named_parameters())
