@@ -60,7 +60,7 @@ def has_coarse_products(device: torch.device, convolutions: bool) -> bool:
 
 
 def roundings() -> list[Any]:
-    """torch's settings by operation of how products in float32 are rounded, each with ``fp32_precision``."""
+    """Torch's settings by operation of how products in float32 are rounded, each with ``fp32_precision``."""
     cudnn: Any = torch.backends.cudnn
     known = (getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None), getattr(torch.backends.mkldnn, "matmul", None))
     return [setting for setting in (torch.backends.cuda.matmul, *known) if hasattr(setting, "fp32_precision")]

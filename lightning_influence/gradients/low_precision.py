@@ -92,12 +92,13 @@ def compared(engine: Engine, sample: Sample, precision: Precision) -> LowPrecisi
         precision: of 16 bits.
     """
     task = engine.task
-    full = _rows(engine, sample)
+    narrow = precision.low is torch.float16  # bfloat16 has the range of float32
+    full = _rows(engine, sample, narrow)
     with restoring([task], "precision"):
         task.precision = precision
         try:
             _rows(engine, sample)  # the first pass also prepares kernels
-            low = _rows(engine, sample)
+            low = _rows(engine, sample, narrow)
         except Exception:  # it is not asked for, or the check of the plan has raised it
             return None
     names = [name for name in full.each if name in low.each]  # the others take one pass per example
@@ -110,7 +111,7 @@ def compared(engine: Engine, sample: Sample, precision: Precision) -> LowPrecisi
         return None
     apart = torch.where(apart.isfinite(), apart, torch.inf)
     vanished = 0.0
-    if precision.low is torch.float16:  # bfloat16 has the range of float32
+    if narrow:
         held = sum(int((g != 0).sum()) for g in full.one.values())
         lost = sum(int(((g != 0) & (low.one[name] == 0)).sum()) for name, g in full.one.items() if name in low.one)
         vanished = lost / max(1, held)
@@ -124,7 +125,7 @@ class _Rows(NamedTuple):
 
     Args:
         each: [example, entries] by parameter: their digests, in float64 on the CPU.
-        one: the whole gradient of the first example, by parameter.
+        one: the whole gradient of the first example, by parameter, where it is wanted.
         seconds: that a pass took.
     """
 
@@ -133,11 +134,11 @@ class _Rows(NamedTuple):
     seconds: float
 
 
-def _rows(engine: Engine, sample: Sample) -> _Rows:
+def _rows(engine: Engine, sample: Sample, whole: bool = False) -> _Rows:
     """The gradients of a sample's last block of all parameters but those that take one pass per example."""
     found: list[Computed] = []
     seconds = seconds_of(lambda: found.append(engine.in_block(sample.blocks[-1])))
     names = {name for names in found[0].parts for name in names}
     rows = sample.digester.rows(found[0].parts, names)
     each = {name: wide(row.detach()).flatten(1).cpu() for name, row in rows.items() if not row.is_complex()}
-    return _Rows(each, found[0].row(0), seconds)
+    return _Rows(each, found[0].row(0) if whole else {}, seconds)
