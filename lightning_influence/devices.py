@@ -1,6 +1,6 @@
 """What differs between devices: whether they have float64, their random generators, waiting for their work."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -39,6 +39,31 @@ def onto(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device, where float64 becomes float32 if the device has no float64."""
     narrow = tensor.dtype == torch.float64 and not has_float64(device)
     return tensor.to(device, torch.float32 if narrow else tensor.dtype)
+
+
+def has_coarse_products(device: torch.device, convolutions: bool) -> bool:
+    """Whether products of float32 matrices are rounded to TF32 (bfloat16 on some CPUs), as the user has set it.
+
+    Args:
+        device: where they are computed.
+        convolutions: whether those of convolutions and recurrent layers count, for which torch's default is TF32.
+    """
+    if device.type == "cuda":
+        cuda: Any = torch.backends.cuda.matmul
+        cudnn: Any = torch.backends.cudnn
+        if not hasattr(cuda, "fp32_precision"):  # before PyTorch 2.9
+            return torch.get_float32_matmul_precision() != "highest" or (convolutions and cudnn.allow_tf32)
+        return cuda.fp32_precision == "tf32" or (convolutions and cudnn.conv.fp32_precision == "tf32")
+    amx: Callable[[], bool] = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    return device.type == "cpu" and getattr(matmul, "fp32_precision", None) == "bf16" and amx()
+
+
+def roundings() -> list[Any]:
+    """Torch's settings by operation of how products in float32 are rounded, each with ``fp32_precision``."""
+    cudnn: Any = torch.backends.cudnn
+    known = (getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None), getattr(torch.backends.mkldnn, "matmul", None))
+    return [setting for setting in (torch.backends.cuda.matmul, *known) if hasattr(setting, "fp32_precision")]
 
 
 # ---- accelerators ---------------------------------------------------------------------------------------------------

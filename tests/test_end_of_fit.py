@@ -319,8 +319,9 @@ def weighted(module, batch):
         (TracInCP(checkpoints=(-1,)), {}, {"datamodule": Data()}, "datamodule=datamodule)"),
         (TracInCP(), {"loss": weighted, "parameters": "*weight"}, {"loss": weighted}, "parameters=['*weight'])"),
         (TracInCP(), {}, {"precision": "64-true"}, "trajectory=trajectory)"),
+        (TracInCP(), {"precision": "bf16-mixed"}, {"precision": "bf16-mixed"}, "precision='bf16-mixed')"),
     ],
-    ids=["method", "loader", "train", "queries", "datamodule", "loss", "precision"],
+    ids=["method", "loader", "train", "queries", "datamodule", "loss", "precision", "mixed"],
 )
 def test_the_lines_that_are_printed_give_the_scores(tmp_path, method, options, given, contains):
     asked, precision = {"queries": "val"} | options, given.pop("precision", None)

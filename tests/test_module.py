@@ -202,12 +202,18 @@ def test_data_that_differ_at_every_reading_are_refused():
             Attributor(seeded(Step, mlp(4)), train).score(GradientDot(), queries)
 
 
-def test_scores_are_taken_without_tf32_and_the_users_choice_comes_back():
-    seen = set()
-    with coarse():
-        Attributor(seeded(Precise, seen), DataLoader(data(), 3)).score(GradientDot(), data())
-        assert precision() == ("medium", True)
-    assert seen == {("highest", False)}
+def test_tf32_is_as_the_user_has_set_it_but_in_checks_and_comes_back():
+    full, chosen = ("highest", False), ("medium", True)
+    for word, expected in ((None, {full, chosen}), ("bf16-mixed", {full, chosen}), ("32-true", {full})):
+        seen = set()
+        with coarse():
+            Attributor(seeded(Precise, seen), DataLoader(data(), 3), precision=word).score(GradientDot(), data())
+            assert precision() == chosen
+            broken = Items([(x * torch.nan, y) for x, y in data().items])
+            with pytest.raises(ValueError, match="Expected finite losses"):
+                Attributor(seeded(Precise, seen), DataLoader(broken, 3), precision=word).score(GradientDot(), broken)
+            assert precision() == chosen
+        assert seen == expected
 
 
 @pytest.mark.gpu
@@ -219,6 +225,10 @@ def test_on_a_gpu_that_trains_in_tf32_scores_are_those_of_full_precision():
     expected = oracles.inner(*[oracles.rows(module, ones, names)] * 2)
     trainer = pl.Trainer(**{**QUIET, "accelerator": "gpu"})
     with coarse():
-        scores = Attributor(module, DataLoader(data(), 3), trainer=trainer).score(GradientDot(), data())
+        ask = lambda word: Attributor(module, DataLoader(data(), 3), trainer=trainer, precision=word)  # noqa: E731
+        scores, coarsely = (ask(word).score(GradientDot(), data()) for word in ("32-true", None))
     oracles.assert_scores(scores.values, expected, 1e-5)
+    oracles.assert_scores(coarsely.values, expected, 1e-2)
+    assert any("TF32" in note for note in coarsely.notes)
+    assert not any("TF32" in note for note in scores.notes)
     assert next(module.parameters()).device.type == "cpu"

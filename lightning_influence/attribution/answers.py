@@ -14,7 +14,6 @@ from lightning_influence.data.source import Source
 from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.methods.method import Method
 from lightning_influence.methods.retraining import Retraining
-from lightning_influence.module.task import is_half
 from lightning_influence.scores import Scores, SelfScores, TopK
 from lightning_influence.setting.setting import Setting
 
@@ -90,15 +89,14 @@ class Answers:
 
     def record(self) -> dict[str, Any]:
         """What the scores are, and what a reader must know about them."""
-        method, setting = self.method, self.setting
+        method, setting, precision = self.method, self.setting, self.setting.task.precision.name
         checkpoints: list[int] = []
         notes = list(setting.notes)
         if not isinstance(method, ForwardOnly):
             notes.append(setting.engine.plan.summary(setting.engine.task.named_parameters()))
         engines = [setting.engine, *([] if setting.queries is None else [setting.queries.engine])]
         notes += [note for engine in engines if (note := engine.guard.note()) is not None]
-        if any(is_half(p) for p in setting.task.module.parameters()):
-            notes.append("Weights of 16 bits were scored in float32.")
+        notes += setting.task.notes
         notes += self.final.notes_for(method)
         trajectory = setting.trajectory
         if trajectory is not None:
@@ -106,7 +104,7 @@ class Answers:
             notes += trajectory.notes
         return {
             "method": method.name,
-            "settings": method.hyperparameters(),
+            "settings": method.hyperparameters() | ({} if precision is None else {"precision": precision}),
             "units": method.unit(setting),
             "notes": notes,
             "checkpoints": checkpoints,

@@ -2,6 +2,8 @@
 
 import os
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,22 @@ def queries_of(setting: Setting) -> Queries:
     if setting.queries is None:
         raise ValueError("Expected `queries`, got None. Pass a Dataset, a DataLoader or 'train'.")
     return setting.queries
+
+
+def check_batch_index(method: Method, setting: Setting) -> None:
+    """Raises where the loss depends on the index of a batch, but the method does not; otherwise notes it."""
+    record = bool(method.needs & Evidence.CHECKPOINTS)
+    refused = None if method.follows_batch_index() else method.name
+    setting.batch_index = replace(setting.batch_index, method=refused, needs_record=record)
+    setting.depends_on_index(None if setting.trajectory is None else len(setting.trajectory.checkpoints) - 1)
+
+
+def check_group(method: Method, ids: Sequence[int], n_train: int) -> None:
+    """Raises ValueError for ids of training examples that do not exist or have no scores."""
+    if wrong := [i for i in ids if not 0 <= i < n_train]:
+        raise ValueError(f"Expected `ids` from 0 to {n_train - 1}, got {wrong[:5]!r}.")
+    if unscored := sorted(set(ids) - set(scored_ids(method, n_train).tolist())):
+        raise ValueError(f"Expected `ids` that {method!r} has scores for, got {unscored[:5]!r}.")
 
 
 def scored_ids(method: Method, n_train: int) -> Tensor:

@@ -13,7 +13,15 @@ from torch import Tensor
 from lightning_influence import timing
 from lightning_influence.attribution.accumulators import MatrixAccumulator, TopKAccumulator
 from lightning_influence.attribution.answers import Answers
-from lightning_influence.attribution.arguments import check_arguments, check_method, check_parts, queries_of, scored_ids
+from lightning_influence.attribution.arguments import (
+    check_arguments,
+    check_batch_index,
+    check_group,
+    check_method,
+    check_parts,
+    queries_of,
+    scored_ids,
+)
 from lightning_influence.attribution.asking_again import asking_again
 from lightning_influence.attribution.data_arguments import datamodule_of, named_queries, training_source
 from lightning_influence.attribution.driver import run_group, run_scores, run_self_influence, share_of
@@ -29,6 +37,7 @@ from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.methods.method import Cost, Evidence, Method
 from lightning_influence.methods.retraining import Estimate, Retraining
 from lightning_influence.module.layers import make_layers
+from lightning_influence.module.precision import check_precision, full_products
 from lightning_influence.module.task import Loss, unwrapped
 from lightning_influence.processes import Processes, processes_of
 from lightning_influence.progress import progress
@@ -62,6 +71,9 @@ class Attributor:
         lookup: ``id -> example``, for a fit on a stream (``IterableDataset``) with ``Influence(sample_id=)``: the
             training examples are those whose ids it recorded, read by this function, and scores have these ids.
         datamodule: a LightningDataModule, whose training loader and batch-transfer hooks are used; None: the trainer's.
+        precision: in which the module is computed, as Lightning names it: ``"32-true"`` (without TF32), ``"64-true"``,
+            ``"bf16-true"``, ``"16-mixed"`` or ``"bf16-mixed"``; None: in its weights' own type without autocast,
+            float32 standing for 16 bits unless it runs in them only. Products are summed in float32 at least.
         check_data: compare a few batches and losses with those of the fit before each question, and refuse others.
 
     Attributes:
@@ -93,8 +105,10 @@ class Attributor:
         lookup: Callable[[int], Any] | None = None,
         datamodule: Any = None,
         check_data: bool = True,
+        precision: str | None = None,
     ) -> None:
         check_parts(module, trajectory, trainer, refit, loss, lookup)
+        check_precision(precision)
         self._stream = None if lookup is None else stream_of(train, lookup, trajectory)
         if self._stream is not None:
             check_stream(refit)
@@ -104,26 +118,17 @@ class Attributor:
         self.trajectory = trajectory
         self.trainer = trainer if trainer is not None else getattr(self.module, "_trainer", None)
         self.processes = processes_of(trainer)
-        self.refit = refit
-        self.loss = loss
+        self.refit, self.loss, self.precision = refit, loss, precision
         self.limit_seconds: float | None = None
         check_integer("batch_size", batch_size, optional=True)
         self.batch_size = batch_size
         check_flag("check_data", check_data)
         self._datamodule = datamodule_of(datamodule, self.module, self.trainer)
-        self._train = training_source(train, self._datamodule)
-        known = None if trajectory is None else trajectory.dataset_size
-        if known not in (None, len(self._train.dataset)):
-            raise ValueError(
-                f"Expected `train` to have the {known} examples of the dataset that was trained on, got "
-                f"{len(self._train.dataset)}. Pass that dataset (an un-augmented one of equal length is fine)."
-            )
+        self._train = training_source(train, self._datamodule, trajectory)
         make_layers(self.module, None if trajectory is None else trajectory.checkpoints[-1].tensors)
-        names = selected_parameters(
-            self.module, trajectory, (parameters,) if isinstance(parameters, str) else parameters
-        )
+        names = selected_parameters(self.module, trajectory, parameters)
         about = self.module, self._train, trajectory, self.trainer, loss, names, batch_size
-        self._session = Session(*about, datamodule=datamodule, checks_data=check_data)
+        self._session = Session(*about, datamodule=datamodule, checks_data=check_data, precision=precision)
         self._final = final_weights(weights, self._session)
         if refit is not None:
             refit.attach(self._session, self._train)
@@ -225,11 +230,7 @@ class Attributor:
         self._check(method)
         ids = whole_numbers(ids).tolist()
         ids = ids if self._stream is None else self._stream.positions(ids)
-        if wrong := [i for i in ids if not 0 <= i < len(self._train.dataset)]:
-            raise ValueError(f"Expected `ids` from 0 to {len(self._train.dataset) - 1}, got {wrong[:5]!r}.")
-        scored = scored_ids(method, len(self._train.dataset))
-        if unscored := sorted(set(ids) - set(scored.tolist())):
-            raise ValueError(f"Expected `ids` that {method!r} has scores for, got {unscored[:5]!r}.")
+        check_group(method, ids, len(self._train.dataset))
         with self._open(method, self._queries(queries)) as setting:
             return run_group(method, setting, queries_of(setting), list(ids), self.trainer)
 
@@ -322,23 +323,19 @@ class Attributor:
     ) -> Iterator[Setting]:
         """Opens the question with what the method needs: a plan of the gradients, retrained models."""
         gradients = not isinstance(method, ForwardOnly)
-        with self._final.session_of(method).open(queries, measurement, aggregate == "mean", gradients) as setting:
+        # Rounding to TF32 is multiplied where equations are solved.
+        products = full_products() if hasattr(method, "curvature") else contextlib.nullcontext()
+        opened = self._final.session_of(method).open(queries, measurement, aggregate == "mean", gradients)
+        with products, opened as setting:
             if self.refit is not None and method.needs & Evidence.REFIT:
                 setting.models = self.refit.models
             if self.refit is not None and queries is not None:
                 self.refit.asked = queries
             setting.processes = self.processes
-            self._follow_batch_index(method, setting)
+            check_batch_index(method, setting)
             if self.limit_seconds is not None and self.processes.count == 1:  # several might stop at different places
                 setting.deadline = timing.clock() + self.limit_seconds
             yield setting
-
-    def _follow_batch_index(self, method: Method, setting: Setting) -> None:
-        """Raises where the loss depends on the index of a batch, but the method does not; otherwise notes it."""
-        record = bool(method.needs & Evidence.CHECKPOINTS)
-        refused = None if method.follows_batch_index() else method.name
-        setting.batch_index = replace(setting.batch_index, method=refused, needs_record=record)
-        setting.depends_on_index(None if setting.trajectory is None else len(setting.trajectory.checkpoints) - 1)
 
     def _answers(self, method: Method, setting: Setting, queries: Source | None = None) -> Answers:
         return Answers(method, setting, self._final, self._train, self._stream, queries)

@@ -5,6 +5,7 @@ from typing import Any
 from lightning_influence.data.source import Source, source_of
 from lightning_influence.module.data_hooks import SetUpDataModule
 from lightning_influence.module.trainer_state import detached_trainer
+from lightning_influence.trajectory import Trajectory
 
 
 def datamodule_of(datamodule: Any, module: Any, trainer: Any) -> SetUpDataModule | None:
@@ -24,7 +25,24 @@ def datamodule_of(datamodule: Any, module: Any, trainer: Any) -> SetUpDataModule
     return SetUpDataModule(found, trainer if trainer is not None else detached_trainer(module))
 
 
-def training_source(train: Any, datamodule: SetUpDataModule | None) -> Source:
+def training_source(train: Any, datamodule: SetUpDataModule | None, trajectory: Trajectory | None) -> Source:
+    """The training data that were passed, or the DataModule's, of as many examples as were trained on.
+
+    Raises:
+        TypeError: see ``_training_source``.
+        ValueError: see ``_training_source``; data of another length than in the fit.
+    """
+    found = _training_source(train, datamodule)
+    known = None if trajectory is None else trajectory.dataset_size
+    if known not in (None, len(found.dataset)):
+        raise ValueError(
+            f"Expected `train` to have the {known} examples of the dataset that was trained on, got "
+            f"{len(found.dataset)}. Pass that dataset (an un-augmented one of equal length is fine)."
+        )
+    return found
+
+
+def _training_source(train: Any, datamodule: SetUpDataModule | None) -> Source:
     """The training data that were passed, or the DataModule's.
 
     A Dataset that is passed beside a DataModule is collated by the loader of that.
@@ -54,7 +72,7 @@ def training_source(train: Any, datamodule: SetUpDataModule | None) -> Source:
 def _source_or_none(datamodule: SetUpDataModule) -> Source | None:
     """The DataModule's training data, where it has one loader of indexed examples."""
     try:
-        return training_source(None, datamodule)
+        return _training_source(None, datamodule)
     except (TypeError, ValueError):
         return None
 

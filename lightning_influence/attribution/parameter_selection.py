@@ -8,12 +8,13 @@ from lightning_influence.trajectory import Trajectory
 from lightning_influence.types import clean
 
 
-def selected_parameters(module: Any, trajectory: Trajectory | None, patterns: Sequence[str] | None) -> list[str]:
+def selected_parameters(module: Any, trajectory: Trajectory | None, patterns: str | Sequence[str] | None) -> list[str]:
     """Names of the parameters whose gradients are used: those that train and match the patterns.
 
     Raises:
         ValueError: no parameter trains, a pattern matches none, or a parameter is complex.
     """
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
     trained = None if trajectory is None else trajectory.parameter_groups
     captured = trajectory is not None and trajectory.captured  # parameters may have been unfrozen during the fit
     names = [

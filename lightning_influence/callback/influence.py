@@ -25,6 +25,7 @@ from lightning_influence.capture.recorder import Recorder
 from lightning_influence.capture.store import RunWriter, claim_run, resume_point
 from lightning_influence.checks import check_callable, check_flag, check_integer, check_path_like, check_positive
 from lightning_influence.methods.method import Method
+from lightning_influence.module.precision import check_precision
 from lightning_influence.processes import Processes, processes_of
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.run import parent_run
@@ -59,6 +60,7 @@ class Influence(Guest):
             fit in which tracking would take this many times as long as plain training.
         log_scores: Write scores to the Trainer's loggers.
         verbose: Say when the fit has ended what was scored, how long it took and where it is; False: only warn.
+        precision: Precision of the scoring, see `Attributor`. None: that of the weights, whatever the fit's.
 
     Attributes:
         scores: `Scores` by name of the method, once the fit has ended.
@@ -88,6 +90,7 @@ class Influence(Guest):
         keep_last: int | None = None,
         lookup: Callable[[int], Any] | None = None,
         verbose: bool = True,
+        precision: str | None = None,
     ) -> None:
         super().__init__()
         self.methods = methods_of_a_fit(methods)
@@ -101,6 +104,7 @@ class Influence(Guest):
         check_positive("max_cost", max_cost)
         check_flag("log_scores", log_scores)
         check_flag("verbose", verbose)
+        check_precision(precision)
         self.queries = checked_queries(queries)
         if dirpath is not None:
             check_path_like("dirpath", dirpath, "Pass a folder to write to, or None: next to the logger's run.")
@@ -108,7 +112,7 @@ class Influence(Guest):
         self._schedule = schedule_of(every_n_epochs, every_n_train_steps)
         self.top_k, self.self_influence = top_k, self_influence
         self.parameters = patterns_of(parameters)
-        self.loss, self.sample_id, self.lookup = loss, sample_id, lookup
+        self.loss, self.sample_id, self.lookup, self.precision = loss, sample_id, lookup, precision
         self.keep_last = keep_last
         self.max_cost, self.log_scores, self.verbose = float(max_cost), log_scores, verbose
         self._resolved: Path | None = None

@@ -38,6 +38,7 @@ def _extras(plan: ScoringPlan, trainer: Any) -> str:
         "trainer=trainer": trainer.strategy.root_device.type != "cpu",
         "loss=loss": plan.loss is not None,
         "lookup=lookup": plan.lookup is not None,
+        f"precision={plan.precision!r}": plan.precision is not None,
         f"parameters={list(plan.parameters or ())!r}": plan.parameters is not None,
     }
     return "".join(f", {text}" for text, wanted in needed.items() if wanted)

@@ -27,8 +27,9 @@ class ScoringPlan:
     log_scores: bool
     verbose: bool
     lookup: Callable[[int], Any] | None
+    precision: str | None
 
     def attributor(self, module: Any, trainer: Any, trajectory: Trajectory | None = None) -> Attributor:
         """Return what scores the examples of the training loader."""
-        loader, loss, parameters, lookup = trainer.train_dataloader, self.loss, self.parameters, self.lookup
-        return Attributor(module, loader, trajectory, trainer, loss=loss, parameters=parameters, lookup=lookup)
+        options = {name: getattr(self, name) for name in ("loss", "parameters", "lookup", "precision")}
+        return Attributor(module, trainer.train_dataloader, trajectory, trainer, **options)

@@ -90,7 +90,7 @@ class NewtonCorrection:
         block = next(self.examples.blocks(ids.start, ids.stop))
         named = self.engine.task.named_parameters()
         parameters = {name: named[name] for name in self.engine.plan.names}
-        with requiring_gradients(self.engine.task.module, list(parameters)):
+        with self.engine.task.in_full(), requiring_gradients(self.engine.task.module, list(parameters)):
             watch = OutputWatch(parameters.values(), last_layer=True)
             with watch:
                 total = self.engine.total(block)

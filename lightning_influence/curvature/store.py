@@ -121,7 +121,8 @@ def _description(curvature: Curvature, setting: Setting, stage: Stage) -> dict[s
     assert setting.trajectory is not None
     assert stage.position is not None
     checkpoint = setting.trajectory.checkpoints[stage.position]
-    plan, parameters = setting.engine.plan, setting.engine.task.named_parameters()
+    plan, task = setting.engine.plan, setting.engine.task
+    parameters = task.named_parameters()
     return {
         "curvature": type(curvature).__name__,
         "settings": curvature.preparation(),
@@ -132,6 +133,7 @@ def _description(curvature: Curvature, setting: Setting, stage: Stage) -> dict[s
         "examples": setting.n_train,
         "reduction": setting.engine.reduction.value,
         "losses": _some_losses(setting),
+        **({} if task.precision.low is None else {"precision": task.precision.name}),
     }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.part import Part
+from lightning_influence.gradients.precise import Tolerance
 from lightning_influence.gradients.spot_checks import agrees
 from lightning_influence.numerics.projections import PlainSketch, Projector, RandomProjection, Sketch
 
@@ -88,7 +89,9 @@ class Digester:
         return self._project(name, tuple(shape), like)
 
 
-def agreeing(rows: Mapping[str, Tensor], row: int, truth: Digest, names: set[str]) -> set[str]:
+def agreeing(
+    rows: Mapping[str, Tensor], row: int, truth: Digest, names: set[str], tolerance: Tolerance = None
+) -> set[str]:
     """The parameters among ``names`` whose gradient of one example is that of its digest, up to rounding errors.
 
     Args:
@@ -96,10 +99,12 @@ def agreeing(rows: Mapping[str, Tensor], row: int, truth: Digest, names: set[str
         row: of the example.
         truth: the gradient by plain autograd.
         names: the parameters.
+        tolerance: relative to the parameter's and to the largest entry; None: that of the dtype.
     """
     found = set()
     for name in names:
         true, mine = truth.values[name], rows.get(name)
-        if agrees(None if mine is None else mine[row].view_as(true), true, truth.largest * truth.spread[name]):
+        mine = None if mine is None else mine[row].view_as(true)
+        if agrees(mine, true, truth.largest * truth.spread[name], tolerance):
             found.add(name)
     return found

@@ -281,7 +281,7 @@ class Engine:
         weights = self.weights_of(block.ids)
         uses: dict[Names, list[Part]] = {}
         failed: list[str] = []
-        for call in calls:
+        for call in (call.in_float32() for call in calls):
             if call.gradient is None:  # the loss does not depend on it
                 continue
             names = {role: name for role, name in call.names.items() if name in layouts}

@@ -87,7 +87,7 @@ class Head:
         hook = _HeadHook(self.name, size, self.layer.bias is not None, weight, noise)
         handle = self.layer.register_forward_hook(hook)
         try:
-            with requiring_gradients(self.task.module, ()):
+            with self.task.in_full(), requiring_gradients(self.task.module, ()):
                 total = self.reduction.total(self.task(self.task.to_device(batch)), size)
         finally:
             handle.remove()

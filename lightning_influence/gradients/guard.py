@@ -126,7 +126,7 @@ class Guard:
             mine = computed.row(row)
             if not is_finite(truth) and is_finite(mine) and row + 1 < block.size:
                 todo.append(row + 1)  # an example without labels: the others show what it weighs
-            if differing(mine, truth):
+            if differing(mine, truth, engine.task.tolerance):
                 failed.append(row)
         if not failed:
             return
@@ -134,7 +134,8 @@ class Guard:
         def holds(task: Task, tolerance: Tolerance) -> bool:
             other = replace(engine, task=task)
             again = other.in_block(block)
-            return not any(differing(again.row(r), _alone(other, block, r, names), tolerance) for r in failed)
+            allowed = tolerance or task.tolerance
+            return not any(differing(again.row(r), _alone(other, block, r, names), allowed) for r in failed)
 
         self._repeat(engine, holds, lambda: refusal(engine, block, failed[0], names))
 

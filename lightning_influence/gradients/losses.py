@@ -24,11 +24,15 @@ class Losses:
         self._vectorised: bool | None = None
 
     def __call__(self, engine: Engine, block: Block) -> Tensor:
-        """The losses, [example] float64.
+        """The losses, [example] float64, in full precision: their differences between models are what counts.
 
         Raises:
             ValueError: ``loss=``, or a measurement, does not return one value per example.
         """
+        with engine.task.in_full():
+            return self._computed(engine, block)
+
+    def _computed(self, engine: Engine, block: Block) -> Tensor:
         if engine.task.loss is not None:
             return _jointly(engine, block)
         if self._vectorised is not False:
@@ -44,6 +48,8 @@ class Losses:
 
 def _agrees(found: Tensor, alone: Tensor, engine: Engine) -> bool:
     tolerance = 1e-9 if next(iter(engine.task.named_parameters().values())).dtype is torch.float64 else 1e-4
+    if engine.task.tolerance is not None:
+        tolerance = engine.task.tolerance[0]
     return torch.allclose(found[: len(alone)], alone, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 

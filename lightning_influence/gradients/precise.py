@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,8 @@ class _PreciseTask(Task):
         other = cls.__new__(cls)
         other.__dict__.update(task.__dict__)
         other.inner, other.dtype, other.on_forward = task, dtype, None
+        if dtype is not None:
+            other.precision = replace(task.precision.full, needed=False).full
         other._snapshot = [ModuleSnapshot(task.module)]
         return other
 

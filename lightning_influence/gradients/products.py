@@ -94,7 +94,11 @@ class Products:
         """
         total = torch.zeros_like(vectors)
         matrix_of = self._hessian if matrix == "hessian" else self._ggn
-        with requiring_gradients(self.engine.task.module, list(self.parameters)), math_attention():
+        with (
+            self.engine.task.in_full(),
+            requiring_gradients(self.engine.task.module, list(self.parameters)),
+            math_attention(),
+        ):
             for block in self._blocks(ids):
                 activations = block.size * self.engine.width(self.examples)
                 step = vectors_per_pass(len(self.flat), activations)
@@ -136,7 +140,7 @@ class Products:
     def gradient(self, ids: Sequence[int]) -> Tensor:
         """[1, entries]: the sum of the gradients of these training examples, times their weights."""
         total = self.like.detach().new_zeros(1, len(self.flat))
-        with requiring_gradients(self.engine.task.module, list(self.parameters)):
+        with self.engine.task.in_full(), requiring_gradients(self.engine.task.module, list(self.parameters)):
             for block in self._blocks(ids):
                 found = gradient_of(self.engine.total(block), self.parameters)
                 total += self.flat.join({name: g[None] for name, g in found.items()}, 1, total)

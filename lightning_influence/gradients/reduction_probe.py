@@ -9,6 +9,9 @@ from lightning_influence.gradients.sample import Sample
 from lightning_influence.gradients.token_counts import Key, TokenCounter
 from lightning_influence.gradients.token_probe import GradientProbe
 
+# Of losses, in a module that runs in 16 bits only.
+_OF_16_BITS = 2e-2
+
 
 @dataclass(frozen=True)
 class Probed:
@@ -56,10 +59,11 @@ def probe(sample: Sample, also: Sequence[int] = ()) -> Probed:
     batches = {batch: sample.loss(batch) for batch in _batches(sample, ids, bool(also))}
     if len(ids) == 1:
         return Probed(Reduction.MEAN)
-    found = _plain_relations(losses, batches)
+    tolerance = 1e-4 if sample.task.tolerance is None else _OF_16_BITS
+    found = _plain_relations(losses, batches, tolerance)
     if not found:
         batches = {batch: sample.loss(batch, plain=True) for batch in batches}
-        found = _plain_relations(losses, batches)
+        found = _plain_relations(losses, batches, tolerance)
     gradients = sample.with_gradients
     if found == [Reduction.SUM] or (found and not (declared or (gradients and _unequal(totals)))):
         return Probed(found[0])
@@ -106,10 +110,12 @@ def _singles(sample: Sample, probed: Sequence[int]) -> tuple[dict[int, float], _
     return losses, {key: of for key, of in totals.items() if of.keys() >= set(finite)}, list(declared)
 
 
-def _plain_relations(losses: Mapping[int, float], batches: Mapping[tuple[int, ...], float]) -> list[Reduction]:
+def _plain_relations(
+    losses: Mapping[int, float], batches: Mapping[tuple[int, ...], float], tolerance: float
+) -> list[Reduction]:
     """Which of mean and sum the losses of all batches are."""
     pairs = [([losses[i] for i in batch], loss) for batch, loss in batches.items()]
-    return [r for r in (Reduction.MEAN, Reduction.SUM) if all(r.agrees(*pair) for pair in pairs)]
+    return [r for r in (Reduction.MEAN, Reduction.SUM) if all(r.agrees(*pair, tolerance) for pair in pairs)]
 
 
 def _unequal(totals: _Totals) -> list[Key]:

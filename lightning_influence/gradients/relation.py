@@ -42,7 +42,7 @@ def add_up(engine: "Engine", ids: Sequence[int], names: Sequence[str], tolerance
     largest = largest_entry([g for single in [joint, *known] for g in single.values()])
     for name, found in joint.items():
         size = torch.stack([s[name].abs().max() for s in [joint, *known]]).max() if found.numel() else 0.0
-        relative, floor = tolerance or tolerance_of(found)
+        relative, floor = tolerance or engine.task.tolerance or tolerance_of(found)
         expected = sum(s[name] for s in known)
         if found.numel() and bool((found - expected).abs().max() > relative * size + floor * largest):
             return False
@@ -68,7 +68,7 @@ def losses_add_up(
             total = engine.total(block).detach()
     if not bool(total.isfinite()):
         return True
-    relative = (tolerance or tolerance_of(total))[0]
+    relative = (tolerance or engine.task.tolerance or tolerance_of(total))[0]
     if (weights := engine.weights_of(block.ids)) is not None:
         alone = torch.where((weights == 0).to(alone.device), 0, alone * weights.to(alone))
     known, total = wide(alone[alone.isfinite()]), wide(total)

@@ -70,7 +70,7 @@ def _check_sum(engine: Engine, sample: Sample, block: Block, names: Sequence[str
     for name in names:
         whole, parts = joint.values[name] * factor, [one.values[name] * share for one, share in known]
         size = max([float(x.abs().max()) for x in (whole, *parts)]) if whole.numel() else 0.0
-        relative, floor = tolerance_of(whole)
+        relative, floor = engine.task.tolerance or tolerance_of(whole)
         allowed = relative * size + floor * largest * joint.spread[name]
         if whole.numel() and float((whole - sum(parts)).abs().max()) > allowed:
             engine.guard.check_sum(engine, block, ids, names)
@@ -167,7 +167,7 @@ def _agreeing(sample: Sample, rows: Sequence[_Rows], names: set[str]) -> set[str
         for row, example in enumerate(ids):
             truth = _truth(sample, example)
             if truth.is_finite:  # otherwise there is nothing to compare; the attributor reports every such example
-                names = agreeing(of_block, row, truth, names)
+                names = agreeing(of_block, row, truth, names, sample.task.tolerance)
     return names
 
 

@@ -1,8 +1,8 @@
 """Records every operation that uses a trainable parameter, and the gradient with respect to its output."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,10 +14,13 @@ from lightning_influence.gradients.rules import RULES, LayerRule, Operands
 from lightning_influence.gradients.rules.elementwise import SUMS
 from lightning_influence.gradients.rules.recurrent import RECURRENT, unrolled
 from lightning_influence.gradients.rules.shared import SHARED_SUM, Shared, shared_tensor
+from lightning_influence.module.precision import is_half
 from lightning_influence.module.snapshot import restoring
 
 _LINEAR = F.linear
+_CASTS = frozenset({Tensor.to, Tensor.bfloat16, Tensor.half})
 
+T = TypeVar("T", Tensor, Tensor | None)
 Use = tuple[str, Any]
 """A parameter's name and a function that it is passed to."""
 
@@ -40,6 +43,17 @@ class Call:
     shape: tuple[int, ...]
     gradient: Tensor | None = field(default=None)
 
+    def in_float32(self) -> "Call":
+        """The same with what the layer saw in 16 bits in float32, in which the products of its factors are summed."""
+        gradient, input = self.gradient, self.operands.input
+        if gradient is None or not (is_half(gradient) or is_half(input)):
+            return self
+        if is_half(gradient) and input.dtype is torch.float32:  # the layer saw autocast's copy of it
+            input = input.to(gradient.dtype)
+        parameters = {role: _raised(p) for role, p in self.operands.parameters.items()}
+        operands = replace(self.operands, parameters=parameters, input=_raised(input))
+        return replace(self, operands=operands, gradient=_raised(gradient))
+
 
 class Tape(TorchFunctionMode):
     """While active, records each call of a torch function with a trainable parameter among its operands.
@@ -58,7 +72,7 @@ class Tape(TorchFunctionMode):
         self, names: Mapping[int, str], copy_leaves: bool = False, watch: Callable[..., None] | None = None
     ) -> None:
         super().__init__()
-        self.names = names
+        self.names = dict(names)
         self.copy_leaves = copy_leaves
         self.watch = watch
         self.calls: list[Call] = []
@@ -66,6 +80,7 @@ class Tape(TorchFunctionMode):
         self.uses: set[Use] = set()
         self.edges: list[Any] = []
         self._shared: dict[int, Shared] = {}
+        self._casts: list[Tensor] = []  # kept, so that no other tensor has the id of one
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -79,6 +94,10 @@ class Tape(TorchFunctionMode):
         used = [self.names[id(a)] for a in operands if id(a) in self.names] + [s.name for s in shared]
         if not used or not torch.is_grad_enabled() or getattr(func, "__name__", "") == "__get__":
             return func(*args, **kwargs)
+        if func in _CASTS and id(args[0]) in self.names and is_half(output := func(*args, **kwargs)):
+            self.names[id(output)] = used[0]  # it stands for the parameter
+            self._casts.append(output)
+            return output
         self.uses.update((name, func) for name in used)
         if func is F.multi_head_attention_forward:
             return self._attention(func, args, kwargs)
@@ -159,6 +178,11 @@ def _operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
             yield from operand
         else:
             yield operand
+
+
+def _raised(tensor: T) -> T:
+    """A tensor of 16 bits in float32; anything else as it is."""
+    return tensor.float() if isinstance(tensor, Tensor) and is_half(tensor) else tensor
 
 
 def _detached(operands: Operands) -> Operands:

@@ -51,6 +51,8 @@ class GradientProbe:
             return roughly
         double = next(iter(self.sample.task.named_parameters().values())).dtype is torch.float64
         exact, rough = (1e-8, 1e-5) if double else (2e-4, 1e-2)
+        if self.sample.task.tolerance is not None:
+            exact = rough = self.sample.task.tolerance[0]
         for ids, found in self._batches.items():
             total = sum(weights[i] for i in ids)
             if not total > 0:

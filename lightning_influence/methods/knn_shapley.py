@@ -110,7 +110,11 @@ class KNNShapley(ForwardOnly):
             batch = task.to_device(block.batch)
             batch = batch.batch if isinstance(batch, Copies) else batch
             with torch.no_grad():
-                found = embed(task.module, batch) if self.features is not None else embed(task, batch)
+                if self.features is None:
+                    found = embed(task, batch)
+                else:
+                    with task.precision.computing(task.module, task.device):
+                        found = embed(task.module, batch)
             found = found[: block.size] if isinstance(block.batch, Copies) else found
             if len(found) != block.size:
                 raise ValueError(

@@ -3,16 +3,19 @@
 import contextlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_influence.devices import has_float64
 from lightning_influence.module.data_hooks import attached
-from lightning_influence.module.precision import full_precision, no_autocast, plain_checkpointing
+from lightning_influence.module.eager import plain_checkpointing, plain_operations
+from lightning_influence.module.precision import Precision, full_products, outside_autocast
 from lightning_influence.module.random_state import isolated_random_state
 from lightning_influence.module.snapshot import ModuleSnapshot, restoring
-from lightning_influence.module.task import Loss, Task, is_half, settle, unwrapped
+from lightning_influence.module.task import Loss, Task, settle, unwrapped
 from lightning_influence.module.trainer_answers import answering
 from lightning_influence.module.trainer_reads import FitValues
 from lightning_influence.module.trainer_state import clock_restored, silent_loggers
@@ -26,12 +29,13 @@ def quiet(
     evaluate: bool = True,
     fit: FitValues | None = None,
     datamodule: Any = None,
+    precision: Precision | None = None,
 ) -> Iterator[Task]:
     """Yield ``module`` as a ``Task`` on the trainer's accelerator, and restore it, also after an exception.
 
-    Inside, the module is in eval mode, gradients are enabled, ``self.log`` and the loggers do nothing, and precision
-    is full float32. Restored are the weights (the same tensors), buffers, attributes, metric states, modes,
-    ``requires_grad``, the device and the random states.
+    Inside, the module is in eval mode, gradients are enabled, ``self.log`` and the loggers do nothing. Restored are
+    the weights (the same tensors), buffers, attributes, metric states, modes, ``requires_grad``, the device and the
+    random states.
 
     Args:
         module: a LightningModule, compiled or not.
@@ -40,13 +44,18 @@ def quiet(
         evaluate: switch to eval mode, without autocast. False keeps the modes that the submodules are in.
         fit: what the fit recorded of its Trainer, with which reads of the Trainer are answered; None: it answers them.
         datamodule: a LightningDataModule, whose batch-transfer hooks are used; None: the Trainer's, if it has one.
+        precision: of the user's choice; None: full float32 at least.
     """
     module = unwrapped(module)
-    with isolated_random_state(), full_precision(), plain_checkpointing(), contextlib.ExitStack() as stack:
+    with isolated_random_state(), plain_operations(), plain_checkpointing(), contextlib.ExitStack() as stack:
+        if precision is None or not precision.follows_tf32:
+            stack.enter_context(full_products())
+        precision = precision or Precision(as_written=not evaluate)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         _restore_afterwards(module, stack)
-        device = _enter_device(module, trainer)
+        lowers = precision.name is not None and any(t.dtype is torch.float64 for t in module.parameters())
+        device = _enter_device(module, trainer, precision)
         if trainer is not None:
             stack.enter_context(silent_loggers(trainer))
             if hasattr(module, "_trainer") and module._trainer is None:
@@ -58,14 +67,14 @@ def quiet(
         stack.enter_context(clock_restored(module))
         _silence(module)
         if evaluate:
-            stack.enter_context(no_autocast())
+            stack.enter_context(outside_autocast())
             module.eval()
         else:  # normalisation layers update their statistics without a change of the tensors' version counters
             for buffer in module.buffers():
                 buffer.data = buffer.data.clone()
         stack.callback(settle, module)
         task = Task(module, loss, device, trainer, datamodule)
-        task.exact = evaluate
+        task.exact, task.precision = evaluate, replace(precision, lowers=lowers)
         yield task
 
 
@@ -82,17 +91,22 @@ def _restore_afterwards(module: nn.Module, stack: contextlib.ExitStack) -> None:
             m.weight.data = m.weight.data.clone()
 
 
-def _enter_device(module: nn.Module, trainer: Any) -> torch.device:
-    """Move the module to the device of scoring, in float32 at least.
+def _enter_device(module: nn.Module, trainer: Any, precision: Precision) -> torch.device:
+    """Move the module to the device of scoring, in the type in which its weights are held.
 
     Only ``tensor.data`` and states of metrics are replaced, which ``_restore_afterwards`` puts back.
     """
     first = next(iter((*module.parameters(), *module.buffers())), None)
     here = torch.device("cpu") if first is None else first.device
     device: torch.device = here if trainer is None else trainer.strategy.root_device
+    if precision.name == "64-true" and not has_float64(device):
+        raise ValueError(
+            f"Expected a `precision` that the device has, got '64-true' on {device.type}, which has no float64. Use "
+            "None, or a Trainer with `accelerator='cpu'`."
+        )
     for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.device != device or is_half(tensor):
-            tensor.data = tensor.data.to(device, torch.float32 if is_half(tensor) else tensor.dtype)
+        if tensor.device != device or tensor.dtype != precision.held(tensor):
+            tensor.data = tensor.data.to(device, precision.held(tensor))
     torchmetrics: Any = sys.modules.get("torchmetrics")
     for part in module.modules() if torchmetrics is not None else ():
         if isinstance(part, torchmetrics.Metric) and part.device != device:

@@ -11,13 +11,16 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
+from lightning_influence.devices import has_coarse_products
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.data_hooks import transferred
 from lightning_influence.module.exact_losses import exact_losses
 from lightning_influence.module.loss_tail import NO_TAIL, LossTail, find_tail
 from lightning_influence.module.numbers import History, put_back
+from lightning_influence.module.precision import Precision, full_products
 from lightning_influence.module.random_state import isolated_random_state
 from lightning_influence.module.snapshot import ModuleSnapshot, restoring
 from lightning_influence.module.step import reads_index, step_of, takes_index
@@ -35,7 +38,8 @@ _UNSETTLED: WeakKeyDictionary[nn.Module, ModuleSnapshot] = WeakKeyDictionary()
 _TAKEN: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 _requires_grad = attrgetter("requires_grad")
-_LOW_PRECISIONS = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
+# See `Task.tolerance`.
+_TF32 = (1e-2, 1e-3)
 
 
 class NoLoss(TypeError):
@@ -82,6 +86,10 @@ class Task:
         """Whether the loss keeps its digits where the model is certain; False: it is computed as in the fit."""
         self.tail = LossTail()
         """The part of the loss after the network's last layer; found before the first pass in float32."""
+        self.precision = Precision()
+        """In which the module is computed; see ``in_full``."""
+        self.notes: list[str] = []
+        """What to say about it with the scores."""
         self.on_forward: Callable[[], Any] | None = None
         """Called after each forward pass, before the module's attributes and buffers are restored."""
 
@@ -93,13 +101,14 @@ class Task:
     def measuring(self, loss: Loss) -> "Task":
         """The same module with another loss; both tasks share their weights, also after a later ``load``."""
         other = Task(self.module, loss, self.device, self.trainer, self.datamodule)
-        other._snapshot, other.numbers = self._snapshot, self.numbers
+        other._snapshot, other.numbers, other.precision = self._snapshot, self.numbers, self.precision
         return other
 
     def of_step(self) -> "Task":
         """The same module with the loss of ``training_step``, at the same index of the batch."""
         other = type(self)(self.module, None, self.device, self.trainer)
         other.batch_idx, other.numbers, other.exact = self.batch_idx, self.numbers, self.exact
+        other.precision = self.precision
         return other
 
     @contextlib.contextmanager
@@ -204,9 +213,7 @@ class Task:
         if isinstance(batch, Copies):
             return batch.with_batch(self.to_device)
         batch = tree_map(lambda leaf: copy.copy(leaf) if foreign(leaf) else leaf, batch)
-        if self.trainer is not None and not _is_low_precision(self.trainer):
-            batch = self.trainer.precision_plugin.convert_input(batch)
-        batch = tree_map(lambda leaf: leaf.float() if is_half(leaf) else leaf, batch)
+        batch = self.precision.of_batch(batch, self.trainer)
         module: Any = self.module
         if not hasattr(module, "_apply_batch_transfer_handler"):
             return batch
@@ -237,14 +244,14 @@ class Task:
         tail = NO_TAIL
         if any(p.dtype is torch.float32 for p in self._parameters.values()):
             if self.tail.layers is None:
-                self.tail = find_tail(lambda: self._dry_run(batch), self.module)
+                self.tail = find_tail(lambda: self.dry_run(batch), self.module)
             tail = self.tail
         with exact_losses(), tail.in_double(self.module):
             loss = self._run(batch)
         # One after the other: a device without float64 must not get it, in the backward pass neither.
         return loss.to(tail.dtype).to(self.device) if tail.is_used else loss
 
-    def _dry_run(self, batch: Batch) -> Tensor:
+    def dry_run(self, batch: Batch) -> Tensor:
         """A pass without a trace, on a copy of the batch."""
         batch = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
         with torch.no_grad(), isolated_random_state(), restoring([self], "on_forward"):
@@ -257,7 +264,7 @@ class Task:
         parameters = list(self._parameters.values())
         trained = list(map(_requires_grad, parameters))
         try:
-            with self._precision(), training_stage(self.module):
+            with self.precision.computing(self.module, self.device, self.trainer), training_stage(self.module):
                 output = self._loss_of(batch, self.batch_idx) if self.takes_index else self._loss_of(batch)
             if self.on_forward is not None:
                 self.on_forward()
@@ -305,10 +312,28 @@ class Task:
                 parameter.requires_grad_(before)
         return found
 
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self.trainer is None or _is_low_precision(self.trainer):
-            return contextlib.nullcontext()
-        return self.trainer.precision_plugin.forward_context()
+    # ---- its precision --------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def in_full(self) -> Iterator[None]:
+        """Compute without 16 bits and TF32 inside, if the module runs so."""
+        with restoring([self], "precision"), full_products():
+            self.precision = self.precision.full
+            yield
+
+    @property
+    def tolerance(self) -> tuple[float, float] | None:
+        """Of comparisons of gradients, relative to a parameter's and to the largest entry; None: by their type."""
+        return self.precision.tolerance or (_TF32 if self.has_coarse_products else None)
+
+    @property
+    def has_coarse_products(self) -> bool:
+        """Whether products in float32 are rounded to TF32, as the user has set it."""
+        return has_coarse_products(self.device, self._convolves)
+
+    @functools.cached_property
+    def _convolves(self) -> bool:
+        return any(isinstance(part, (_ConvNd, nn.RNNBase)) for part in self.module.modules())
 
 
 def settle(module: nn.Module) -> None:
@@ -321,14 +346,3 @@ def settle(module: nn.Module) -> None:
 def unwrapped(module: nn.Module) -> nn.Module:
     """The LightningModule inside ``torch.compile``'s wrapper."""
     return getattr(module, "_orig_mod", module)
-
-
-def _is_low_precision(trainer: Any) -> bool:
-    """Whether the Trainer computes in less than float32, with which scores would lose three digits or more."""
-    precision = str(getattr(trainer.precision_plugin, "precision", ""))
-    return "mixed" in precision or precision in _LOW_PRECISIONS
-
-
-def is_half(tensor: Any) -> bool:
-    """Whether this is a tensor of 16-bit floats."""
-    return isinstance(tensor, Tensor) and tensor.dtype in (torch.float16, torch.bfloat16)

@@ -16,10 +16,17 @@ from torch.nn._reduction import legacy_get_string
 _KINDS = (torch.float32, torch.float64)
 
 
+def _as_on_cuda(input: Tensor) -> Tensor:
+    """Logits in float32 under autocast, which computes these functions in it on CUDA, but not on every device."""
+    low = input.dtype in (torch.float16, torch.bfloat16)
+    return input.float() if low and torch.is_autocast_enabled(input.device.type) else input
+
+
 def log_softmax(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Tensor:
     """As ``torch.nn.functional.log_softmax``."""
+    input = _as_on_cuda(input)
     logits = input if dtype is None else input.to(dtype)
     if dim is None or logits.dtype not in _KINDS or not logits.numel() or not logits.ndim:
         return F.log_softmax(input, dim, dtype=dtype)
@@ -52,6 +59,7 @@ def cross_entropy(
     """As ``torch.nn.functional.cross_entropy``."""
     if size_average is not None or reduce is not None:
         reduction = legacy_get_string(size_average, reduce, emit_warning=False)
+    input = _as_on_cuda(input)
     classes = 1 if input.ndim > 1 else 0
     soft = target.is_floating_point()
     odd = input.dtype not in _KINDS or not input.numel() or not input.ndim or not 0 <= label_smoothing <= 1
@@ -114,6 +122,7 @@ def binary_cross_entropy_with_logits(
     """As ``torch.nn.functional.binary_cross_entropy_with_logits``."""
     if size_average is not None or reduce is not None:
         reduction = legacy_get_string(size_average, reduce, emit_warning=False)
+    input = _as_on_cuda(input)
     if input.dtype not in _KINDS or input.shape != target.shape:
         return F.binary_cross_entropy_with_logits(input, target, weight, None, None, reduction, pos_weight)
     positive = target if pos_weight is None else target * pos_weight

@@ -61,6 +61,7 @@ class Forward:
         self.task.on_forward, self.task.exact = self._note_buffers, False
         try:
             with contextlib.ExitStack() as stack:
+                stack.enter_context(self.task.in_full())
                 stack.enter_context(math_attention())
                 if recurrent:  # neither library has second derivatives of its recurrent layers
                     stack.enter_context(torch.backends.cudnn.flags(enabled=False))

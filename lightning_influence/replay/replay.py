@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_influence.data.examples import Examples
 from lightning_influence.gradients import Engine
 from lightning_influence.module.buffer_paths import candidates, read_by
+from lightning_influence.module.precision import precision_of
 from lightning_influence.module.trainer_state import set_clock
 from lightning_influence.replay.forward import Forward
 from lightning_influence.replay.steps import Segment, Step, segments_of
@@ -232,8 +233,8 @@ class Replay:
         drew = {_drawn_on(batch.random) for batch in batches if batch.random}
         if drew and task.device.type not in drew:
             return f"The fit drew random numbers on {drew.pop()}, which cannot be repeated on {task.device.type}."
-        precision = str(getattr(getattr(task.trainer, "precision_plugin", None), "precision", ""))
-        if "mixed" in precision:
+        precision = precision_of(task.trainer)
+        if "mixed" in (precision or ""):
             return f"The fit ran in `precision={precision!r}`, the replay in the weights' own precision."
         others = (
             "something else changed the weights or the gradients (a callback, a hook of the module, another device or "

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_influence.devices import onto
-from lightning_influence.gradients.general import NotVectorisable, replacing, without_metrics
+from lightning_influence.gradients.general import NotVectorisable, without_metrics
+from lightning_influence.module.replacing import replacing
 from lightning_influence.module.trainer_state import set_clock
 from lightning_influence.numerics.optimizers import OptimizerState
 from lightning_influence.replay.forward import example_factors

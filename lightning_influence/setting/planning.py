@@ -9,11 +9,13 @@ from lightning_influence.data.source import Source
 from lightning_influence.gradients import Engine, Plan, Reduction, Sample, make_plan, probe_examples
 from lightning_influence.gradients.guard import Guard
 from lightning_influence.gradients.index_check import gradient_at, joined
+from lightning_influence.gradients.low_precision import LowPrecision, checked_in, compared
 from lightning_influence.gradients.self_check import bytes_of_one
 from lightning_influence.gradients.tail_check import check_tail
 from lightning_influence.module.loss_tail import LossTail
 from lightning_influence.module.task import Loss, Task
 from lightning_influence.setting.batch_index import BatchIndex
+from lightning_influence.setting.chosen_precision import other_precision
 from lightning_influence.setting.explained import explained
 from lightning_influence.setting.own_counters import note_changing
 from lightning_influence.setting.setting import Queries
@@ -48,6 +50,8 @@ class Findings:
         bytes_of_one: of the gradient of a training example.
         tokens: the weights of examples in a mean over tokens.
         share_of_copies: see ``Examples``.
+        low: the plans that were checked in a precision of 16 bits, by dataset and loss.
+        compared: gradients in 16 bits with those in full precision, once they were; None: they cannot be.
         tails: where the part of a loss that is computed in float64 begins, by dataset and loss.
         unreached: parameters that the loss in eval mode does not depend on.
     """
@@ -62,6 +66,8 @@ class Findings:
     notes: list[str] | None = None
     bytes_of_one: int | None = None
     tails: dict[_Key, LossTail] = field(default_factory=dict)
+    low: dict[_Key, Plan] = field(default_factory=dict)
+    compared: list[LowPrecision | None] = field(default_factory=list)
     tokens: TokenWeights = field(default_factory=TokenWeights)
     share_of_copies: float | None = None
     unreached: Unreached = field(default_factory=Unreached)
@@ -84,15 +90,35 @@ class Planner:
 
     def engine(self, task: Task, examples: Examples, index: BatchIndex) -> Engine:
         """The engine for the training examples, checked."""
-        reduction, plan = self._planned(task, examples, index)
-        self._settle_tail(task, examples)
-        return self._engine(task, examples, reduction, plan, examples)
+        with task.in_full():
+            reduction, plan = self._planned(task, examples, index)
+            self._settle_tail(task, examples)
+        engine = self._engine(task, examples, reduction, plan, examples)
+        other = other_precision(task) or task.precision
+        if other != other.full and not self.found.compared:
+            with task.in_full():
+                found = compared(engine, Sample(task, examples, self.names), other)
+            if found is not None and other == task.precision:
+                found.refuse_lost(other.name)
+            self.found.compared.append(found)
+        return self._checked(engine, examples)
 
     def query_engine(self, task: Task, data: Examples, examples: Examples) -> Engine:
         """The engine for queries, checked; that for the training examples has been made."""
-        planned = self._planned_for(task, data, examples)
-        self._settle_tail(task, data)
-        return self._engine(task, data, *planned)
+        with task.in_full():
+            planned = self._planned_for(task, data, examples)
+            self._settle_tail(task, data)
+        return self._checked(self._engine(task, data, *planned), data)
+
+    def _checked(self, engine: Engine, data: Examples) -> Engine:
+        """The engine with its plan checked in its task's precision as well, where that is of 16 bits."""
+        task, key = engine.task, _key(engine.task, data.dataset)
+        if task.precision == task.precision.full:
+            return engine
+        if key not in self.found.low:
+            self.found.low[key] = checked_in(engine, Sample(task, data, self.names, trained=False))
+        engine.plan = self.found.low[key]
+        return engine
 
     def _settle_tail(self, task: Task, data: Examples) -> None:
         """Where part of the loss may be computed in float64, it is checked once; later tasks do the same."""
@@ -202,7 +228,8 @@ class Planner:
     def notes_on_values(self, task: Task, examples: Examples) -> list[str]:
         """Sentences on values that change with every batch of a fit."""
         if self.found.notes is None:
-            self.found.notes = note_changing(task, examples, self.names, self.trajectory, self.found.values)
+            with task.in_full():
+                self.found.notes = note_changing(task, examples, self.names, self.trajectory, self.found.values)
             self.found.values = []
         return self.found.notes
 
@@ -231,7 +258,8 @@ class Planner:
     def reduction_of(self, task: Task, examples: Examples, queries: Queries | None) -> Reduction:
         """See ``Setting.reduction_of``. The first query is tried once, so that queries that do not fit are refused."""
         if self.found.tokens.probed is None:
-            self._probe(task, examples)
+            with task.in_full():
+                self._probe(task, examples)
         reduction = self._reduction()
         if queries is None:
             return reduction
@@ -249,9 +277,12 @@ class Planner:
 
     def probe_again(self, task: Task, examples: Examples, block: Sequence[int]) -> bool:
         """Probe the loss once more with some examples of a batch; whether it turns out to be a mean over tokens."""
-        if not self.found.tokens.find_again(task, examples, self.names, block):
+        with task.in_full():
+            found = self.found.tokens.find_again(task, examples, self.names, block)
+        if not found:
             return False
         self.found.plans.clear()
+        self.found.low.clear()
         self.found.tried.clear()
         self.found.guards.clear()
         return True

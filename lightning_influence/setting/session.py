@@ -6,16 +6,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_influence.data.examples import Examples
 from lightning_influence.data.source import Source
 from lightning_influence.gradients import Engine, Reduction
+from lightning_influence.module.precision import Precision
 from lightning_influence.module.quiet import quiet
 from lightning_influence.module.task import Loss, Task
 from lightning_influence.module.trainer_answers import notes_of
 from lightning_influence.module.trainer_reads import FitValues
 from lightning_influence.module.trainer_state import detached_trainer
+from lightning_influence.setting.batch_index import BatchIndex
+from lightning_influence.setting.chosen_precision import (
+    ChosenPrecision,
+    chosen_precision,
+    notes_on_precision,
+    type_of_half,
+)
 from lightning_influence.setting.planning import Planner
 from lightning_influence.setting.same_data import check_data
 from lightning_influence.setting.setting import Queries, Setting
@@ -39,6 +48,7 @@ class Session:
         own: without a trajectory, loaded in place of the module's own weights; None: they are used.
         datamodule: its batch-transfer hooks are used, or None.
         checks_data: compare data and module with those of the fit, before each question.
+        precision: Lightning's word for it, or None.
     """
 
     module: Any
@@ -51,9 +61,11 @@ class Session:
     own: Checkpoint | None = None
     datamodule: Any = None
     checks_data: bool = True
+    precision: str | None = None
     _planner: Planner = field(init=False)
     _data_notes: list[str] | None = field(init=False, default=None)
     _asked: Source | None = field(init=False, default=None)
+    _chosen: ChosenPrecision | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._planner = Planner(self.train, self.trajectory, self.names)
@@ -71,7 +83,8 @@ class Session:
         """
         trainer = self.trainer if self.trainer is not None else detached_trainer(self.module)
         fit = fit_values(self.trajectory, self.trainer is not None)
-        with quiet(self.module, self.loss, trainer, fit=fit, datamodule=self.datamodule) as task:
+        half, precision = type_of_half(self.module), Precision(self.precision)
+        with quiet(self.module, self.loss, trainer, fit=fit, datamodule=self.datamodule, precision=precision) as task:
             before = task.version
             task.numbers = {} if self.trajectory is None else self.trajectory.numbers
             task.weights_changed()  # the stages of a question that is open already must not be used in this one
@@ -82,9 +95,12 @@ class Session:
                 if (asked or self._data_notes is None) and self.checks_data and self.trajectory is not None:
                     task.load(state.parameters, state.buffers, last.step, last.epoch)
                     again = self._data_notes is not None  # somebody may have changed either since
-                    notes = check_data(task, self.train, self.trajectory, again)
+                    with task.in_full():
+                        notes = check_data(task, self.train, self.trajectory, again)
                     self._data_notes = list(dict.fromkeys([*(self._data_notes or ()), *notes]))
                 task.load(state.parameters, state.buffers, last.step, last.epoch)
+            self._chosen = self._chosen or chosen_precision(task, self.examples(self.train), half)
+            task.precision = self._chosen.precision
             try:
                 yield task
             finally:
@@ -111,7 +127,7 @@ class Session:
             planner, examples = self._planner, self.examples(self.train)
             index = planner.batch_index(task, examples)
             stack.enter_context(task.at(index.first))
-            engine = planner.engine(task, examples, index) if gradients else Engine(task, Reduction.NONE)
+            engine = self._engine(task, examples, index) if gradients else Engine(task, Reduction.NONE)
             setting = Setting(
                 engine,
                 examples,
@@ -137,7 +153,21 @@ class Session:
             finally:
                 for text in notes_of(getattr(self.module, "_trainer", None)):
                     setting.note(text)
+            assert self._chosen is not None
+            task.notes += notes_on_precision(task, self._chosen, planner.found.compared)
             planner.finished(engine, *([] if setting.queries is None else [setting.queries.engine]))
+
+    def _engine(self, task: Task, examples: Examples, index: BatchIndex) -> Engine:
+        """The engine for the training examples, in 16 bits where the module turns out to run in them only."""
+        try:
+            return self._planner.engine(task, examples, index)
+        except Exception:
+            tried = self.precision is not None or (self._chosen is not None and self._chosen.failed is not None)
+            again = None if tried else chosen_precision(task, examples, torch.bfloat16)
+            if again is None or again.failed is None:
+                raise
+        self._chosen, task.precision = again, again.precision
+        return self._planner.engine(task, examples, index)
 
     def _queries(
         self, task: Task, queries: Source, measurement: Loss | None, mean: bool, gradients: bool, examples: Examples

@@ -1,8 +1,11 @@
 """Each method on the stand-in device, with and without float64, gives the scores of the CPU."""
 
+import itertools
+
 import pytest
 import torch
 
+import devices
 from devices.fits_on import Net, data, fitted, trainer
 from lightning_influence import (
     EKFAC,
@@ -58,9 +61,10 @@ TRACKED = {
 }
 
 
-def asked(module, train, influence, method, device, folder):
+def asked(module, train, influence, method, device, folder, precision=None):
     refit = Refit(dirpath=folder) if isinstance(method, (LeaveOneOut, Downsampling)) else None
-    ask = Attributor(module, train, influence.trajectory, trainer=trainer(device), refit=refit, batch_size=5)
+    about = {"trainer": trainer(device), "refit": refit, "batch_size": 5, "precision": precision}
+    ask = Attributor(module, train, influence.trajectory, **about)
     queries = data(3, 2, train.tensors[0].dtype)
     return ask.score(method, queries).values
 
@@ -77,6 +81,22 @@ def test_scores_on_the_device_are_those_of_the_cpu(name, dtype, tmp_path):
     about = fitted(tmp_path / "runs", dtype)
     on_device, on_cpu = (asked(*about, METHODS[name], where, tmp_path / where) for where in (HERE, "cpu"))
     assert_same(on_device, on_cpu, dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [*((name, "bf16-mixed") for name in METHODS), *itertools.product(("TracInCP", "EKFAC"), ("bf16-true", "16-mixed"))],
+)
+def test_scores_in_16_bits_on_the_device_are_those_of_the_cpu(name, precision, tmp_path):
+    about = fitted(tmp_path / "runs", torch.float32)
+    on_device, on_cpu = (asked(*about, METHODS[name], where, tmp_path / where, precision) for where in (HERE, "cpu"))
+    torch.testing.assert_close(on_device, on_cpu, rtol=0, atol=0.02 * float(on_cpu.abs().max()), equal_nan=True)
+
+
+def test_a_device_without_float64_refuses_it(tmp_path):
+    about = fitted(tmp_path, torch.float32)
+    with devices.without_float64(), pytest.raises(ValueError, match="got '64-true' on standin, which has no float64"):
+        asked(*about, TracInCP(), HERE, tmp_path, "64-true")
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW], ids=["SGD", "AdamW"])

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -55,7 +56,8 @@ class _BatchNorm(_Normalization):
         statistics = {name: given[name] for name in ("running_mean", "running_var")}
         if given["training"] or any(statistic is None for statistic in statistics.values()):
             return None
-        return super().operands(**given | {name: statistic.clone() for name, statistic in statistics.items()})
+        kept = {n: s.to(torch.promote_types(s.dtype, torch.float32), copy=True) for n, s in statistics.items()}
+        return super().operands(**given | kept)
 
 
 class _InstanceNorm(_Normalization):
