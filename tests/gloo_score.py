@@ -12,6 +12,7 @@ from fits import QUIET, loader, seeded
 from torch.utils.data import TensorDataset
 
 import lightning_influence as li
+from lightning_influence.callback.end_of_fit import EndOfFit
 
 N = 23
 
@@ -38,6 +39,22 @@ class Digits(pl.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.5, weight_decay=0.01)
+
+
+class Interrupted:
+    """Ctrl-C in this process, between two questions."""
+
+    @staticmethod
+    def install():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in processes of some shells
+        guarded = EndOfFit._guarded
+
+        def asked(self, name, *rest):
+            guarded(self, name, *rest)
+            if name == "cosine":
+                signal.raise_signal(signal.SIGINT)
+
+        EndOfFit._guarded = asked
 
 
 def data(n, seed):
@@ -69,6 +86,8 @@ if __name__ == "__main__":
     warnings.simplefilter("default")
     torch.set_num_threads(1)
     folder, strategy, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    if "interrupted" in sys.argv and os.environ.get("LOCAL_RANK") == "1":
+        Interrupted.install()
     influence = li.Influence(
         methods(),
         data(5, 2),
@@ -88,7 +107,7 @@ if __name__ == "__main__":
     if "killed" in sys.argv and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     attributor = li.Attributor(module, data(N, 1), influence.trajectory, trainer)
-    group = None if "fails" in sys.argv else attributor.group(li.TracInCP(), [1, 9, 22], data(5, 2))
+    group = None if {"fails", "interrupted"} & {*sys.argv} else attributor.group(li.TracInCP(), [1, 9, 22], data(5, 2))
     best = {n: (s.proponents(3), s.opponents(3)) for n, s in found.items()}
     torch.save(
         {

@@ -12,6 +12,7 @@ from fits import seeded
 from gloo_score import Digits, N, data, methods
 
 from lightning_influence import Attributor, Scores, TracInCP, Trajectory
+from lightning_influence.attribution.accumulators import Share
 from lightning_influence.processes import Processes, processes_of
 
 PROGRAM = Path(__file__).parent / "gloo_score.py"
@@ -101,6 +102,14 @@ def test_what_one_process_refuses_all_refuse(tmp_path):
 
 
 @pytest.mark.slow
+def test_an_interrupt_of_one_process_between_two_questions_ends_the_scoring_of_all(tmp_path):
+    run(tmp_path, "ddp", 2, "interrupted")
+    for found in saved(tmp_path, 2):
+        assert set(found["scores"]) == {"TracInCP", "cosine"}
+        assert all("was interrupted" in found["reasons"][0][name] for name in methods().keys() - found["scores"].keys())
+
+
+@pytest.mark.slow
 def test_a_killed_process_takes_the_others_down(tmp_path):
     begun = time.monotonic()
     process = started(tmp_path, "ddp", 2, "killed")
@@ -133,6 +142,16 @@ def test_shares_are_a_partition(n, count):
     else:
         assert [i for share in shares for i in share] == list(range(n))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("columns", [1, 4, 11, 12, 100])
+@pytest.mark.parametrize(("n", "count"), [(23, 2), (23, 3), (8, 3), (2, 2)])
+def test_all_processes_have_as_many_tiles(n, count, columns):
+    found = [Share(range(5), Processes(rank, count).share(n), (5, n)).tiles(columns, count) for rank in range(count)]
+    assert len({len(tiles) for tiles in found}) == 1
+    assert [i for tiles in found for ids in tiles for i in ids] == list(range(n))
+    assert all(len(ids) <= columns for tiles in found for ids in tiles)
+    assert Share(range(5), range(n), (5, n)).tiles(columns, 1)[0] == range(min(n, columns))
 
 
 def test_a_trainer_that_is_not_connected_is_one_process():

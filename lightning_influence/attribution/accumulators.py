@@ -1,5 +1,6 @@
 """Collect tiles of scores: the full matrix, the strongest few, or the sum over a group."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -34,6 +35,17 @@ class Share:
     def divided(self) -> int | None:
         """The dimension that is divided among the processes; None: each computes everything."""
         return 0 if len(self.queries) < self.of[0] else 1 if len(self.train) < self.of[1] else None
+
+    def tiles(self, columns: int, count: int) -> list[range]:
+        """Consecutive parts of the columns, of a size or less.
+
+        As many in each of several processes, which prepare curvatures for every part together.
+        """
+        ids = self.train
+        if self.divided != 1:
+            return [ids[start : start + columns] for start in range(0, len(ids), columns)]
+        parts = math.ceil(math.ceil(self.of[1] / count) / columns)
+        return [ids[len(ids) * k // parts : len(ids) * (k + 1) // parts] for k in range(parts)]
 
     @property
     def fraction(self) -> float:
@@ -154,12 +166,11 @@ class NonFinite:
 
     def refuse(self, processes: Processes) -> None:
         """Raise ValueError if there were any, in any process."""
-        self.train = [i for ids in processes.gathered(self.train) for i in ids]
-        self.queries = [i for ids in processes.gathered(self.queries) for i in ids]
+        everyone = processes.gathered((self.train, self.queries))
         found = [
-            f"{kind} {sorted(set(ids))[:10]}{' and more' if len(set(ids)) > 10 else ''}"
-            for kind, ids in (("training examples", self.train), ("queries", self.queries))
-            if ids
+            f"{kind} {sorted(ids)[:10]}{' and more' if len(ids) > 10 else ''}"
+            for k, kind in enumerate(("training examples", "queries"))
+            if (ids := {i for lists in everyone for i in lists[k]})
         ]
         if found:
             raise ValueError(

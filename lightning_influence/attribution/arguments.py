@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_influence.checks import check_callable, check_instance, check_integer, check_not_empty, check_path_like
 from lightning_influence.files.arrow import check_absent
 from lightning_influence.methods.method import Evidence, Method
+from lightning_influence.module.layers import sharded_parts
 from lightning_influence.refit import Refit
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.tracking.record import load_record
@@ -26,8 +27,20 @@ AGAIN = (
 
 
 def check_parts(module: Any, trajectory: object, trainer: object, refit: object, loss: object, lookup: object) -> None:
-    """Raises TypeError for an attributor's arguments of another kind, such as a class in the place of an object."""
+    """Check an attributor's arguments.
+
+    Raises:
+        TypeError: one of another kind, such as a class in the place of an object.
+        ValueError: several processes share the module's weights.
+    """
     check_instance("module", module, "named_parameters", "the LightningModule that was trained", "Pass an instance.")
+    if sharded_parts(module) or any(hasattr(weight, "full_tensor") for weight in module.parameters()):
+        raise ValueError(
+            "Expected a module with its whole weights, got one whose weights several processes share (`fully_shard`)."
+            " What its fit recorded is whole: score it in a process of its own, with a new module (whose"
+            " `configure_model` calls `fully_shard` only where there is a `self.device_mesh`) and no Trainer, or one of"
+            " a single device."
+        )
     if trajectory is not None and not isinstance(trajectory, Trajectory):
         path = f"{str(trajectory)!r}" if isinstance(trajectory, (str, os.PathLike)) else "influence.run_dir"
         raise TypeError(

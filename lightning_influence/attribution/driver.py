@@ -56,8 +56,8 @@ def run_scores(
         for first in range(share.queries.start, share.queries.stop, block):
             some = queries[first : min(first + block, share.queries.stop)]
             finished.held, finished.train = len(some), 0
-            for start in range(share.train.start, share.train.stop, columns):
-                setting.ids = range(start, min(start + columns, share.train.stop))
+            for ids in share.tiles(columns, setting.processes.count):
+                setting.ids, start = ids, ids.start
                 tile = in_memory(functools.partial(method.score, setting, some), setting)
                 expected = [len(some), len(setting.ids)]
                 if list(tile.shape) != expected:

@@ -14,18 +14,23 @@ T = TypeVar("T")
 def in_memory(work: Callable[[], T], setting: Setting) -> T:
     """What the work returns; whenever memory runs out, blocks of training examples are halved and it starts again.
 
-    With several processes an error is raised, because the others would be waiting elsewhere.
-
     Raises:
-        RuntimeError: memory does not suffice for one example.
+        RuntimeError: memory does not suffice for one example, or in one of several processes, where the others would
+            be waiting elsewhere.
     """
     while True:
         try:
             return work()
         except RuntimeError as error:
             size = min(setting.examples.block_size, len(setting.ids))
-            if not is_out_of_memory(error) or size == 1 or setting.processes.count > 1:
+            if not is_out_of_memory(error) or size == 1:
                 raise
+            if setting.processes.count > 1:
+                raise RuntimeError(
+                    f"Expected memory for blocks of {size} training examples in each of {setting.processes.count} "
+                    f"processes, got too little in process {setting.processes.rank}. Pass `Attributor(batch_size="
+                    f"{size // 2})` in all of them, or score in one. {error}"
+                ) from error
         # Outside of the handler, whose traceback keeps what is in memory.
         _halve(setting, size)
 

@@ -84,26 +84,23 @@ def score_at_end(
     self_scores: Results,
 ) -> None:
     """Run the methods on what was recorded in `run_dir`, in all processes of the Trainer together; see `EndOfFit`."""
+    summary = None
     try:
-        with processes_of(trainer).together():
+        with processes_of(trainer).together():  # so that an interrupt between two questions reaches all as well
             attributor = open_attributor()
+            summary = Summary(run_dir, getattr(attributor.trajectory, "fit_seconds", None) or 0.0)
+            EndOfFit(plan, trainer, attributor, run_dir, summary, scores, self_scores).run()
     except KeyboardInterrupt:
         _interrupted(plan, scores, self_scores, offline_lines(run_dir, plan, trainer))
-        return
     except Exception as error:
         rank_zero_warn(
             f"Scores were not computed, the fit is complete: {type(error).__name__}: {error}\nTo continue:\n"
             f"{offline_lines(run_dir, plan, trainer)}"
         )
         for results in (scores, self_scores):
-            results.reasons |= {name: str(error) for name in plan.methods}
-        return
-    seconds = getattr(attributor.trajectory, "fit_seconds", None) or 0.0
-    summary = Summary(run_dir, seconds)
-    try:
-        EndOfFit(plan, trainer, attributor, run_dir, summary, scores, self_scores).run()
+            results.reasons |= {name: str(error) for name in plan.methods.keys() - results.keys()}
     finally:
-        if plan.verbose and str(summary):
+        if summary is not None and plan.verbose and str(summary):
             rank_zero_info(str(summary))
 
 
@@ -143,20 +140,17 @@ class EndOfFit:
     def run(self) -> None:
         """Run each method: first scores on the queries, then self-influence."""
         lost = set(self.scores.reasons)
-        try:
-            for name, method in self.plan.methods.items():
-                if name not in lost and self.plan.queries is not None:
-                    self._guarded(name, method, self.scores, self._score)
-                elif name not in lost:
-                    self.scores.reasons[name] = "no `queries` were given. Call `influence.attributor.score`."
-                if self.plan.self_influence:
-                    self._guarded(name, method, self.self_scores, self._score_itself)
-                else:
-                    self.self_scores.reasons[name] = (
-                        "`self_influence=True` was not given. Call `influence.attributor.self_influence`."
-                    )
-        except KeyboardInterrupt:
-            _interrupted(self.plan, self.scores, self.self_scores, self._lines())
+        for name, method in self.plan.methods.items():
+            if name not in lost and self.plan.queries is not None:
+                self._guarded(name, method, self.scores, self._score)
+            elif name not in lost:
+                self.scores.reasons[name] = "no `queries` were given. Call `influence.attributor.score`."
+            if self.plan.self_influence:
+                self._guarded(name, method, self.self_scores, self._score_itself)
+            else:
+                self.self_scores.reasons[name] = (
+                    "`self_influence=True` was not given. Call `influence.attributor.self_influence`."
+                )
 
     def _guarded(self, name: str, method: Method, results: Results, work: _Work) -> None:
         try:

@@ -201,7 +201,9 @@ class Influence(Guest):
         self.run_dir = Path(claimed)
         folder = self.run_dir if trainer.is_global_zero else self.run_dir / f"steps-rank{trainer.global_rank}"
         store = RunWriter(folder, trainer.world_size, parent, self.keep_last)
-        self._recorder = Recorder(trainer, pl_module, self._tap, store, self._schedule, self.sample_id, made)
+        self._recorder = Recorder(
+            trainer, pl_module, self._tap, store, self._schedule, self.sample_id, made, self.run_dir
+        )
         self._recorder.starts()
         self._during = DuringFit(self._plan, trainer, pl_module, self.run_dir)
         if self._during.loop.tracked:

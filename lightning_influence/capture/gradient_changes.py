@@ -26,7 +26,7 @@ _READERS = LIBRARIES | {"wandb"}
 _SHOWN = 6
 CLIPPED_OTHERWISE = (
     "Gradients were clipped by value or by the module's own `configure_gradient_clipping`, which no single coefficient"
-    " describes; exposure treats them as not clipped."
+    " describes, or as shards, whose norm is not asked for again; exposure treats them as not clipped."
 )
 
 

@@ -11,8 +11,7 @@ from lightning_influence.compat import MisconfigurationException, rank_zero_warn
 
 _UNSUPPORTED = {
     "DeepSpeedStrategy": "DeepSpeed steps inside its own engine",
-    "FSDPStrategy": "FSDP shards the weights",
-    "ModelParallelStrategy": "model parallelism shards the weights",
+    "FSDPStrategy": "FSDP shards the weights in its own wrapper",
     "XLAStrategy": "XLA compiles the step",
     "SingleDeviceXLAStrategy": "XLA compiles the step",
 }
@@ -31,15 +30,38 @@ def check_strategy(strategy: Any, dirpath: str | None) -> None:
     for cls in type(strategy).__mro__:
         if (why := _UNSUPPORTED.get(cls.__name__)) is not None:
             raise CannotRecord(
-                f"Expected a single device or DDP, got {type(strategy).__name__!r}: {why}, which `Influence` cannot"
-                " record. Use `strategy='ddp'` or leave the callback out."
+                f"Expected a single device, DDP or FSDP 2, got {type(strategy).__name__!r}: {why}, which `Influence`"
+                " cannot record. Use `strategy='ddp'` or `ModelParallelStrategy` with `fully_shard`, or leave the"
+                " callback out and pass a whole `.ckpt` file to `Attributor(weights=)`."
             )
+    if shards_weights(strategy):
+        _check_sharding(strategy)
     launcher = getattr(strategy, "launcher", None)
     spawns = any(cls.__name__ == "_MultiProcessingLauncher" for cls in type(launcher).__mro__)
     if spawns and dirpath is None:
         raise CannotRecord(
             f"Expected `Influence(dirpath=...)` with {type(strategy).__name__!r}, got `dirpath=None`: its processes end"
             " with the fit and leave only files. Pass `dirpath=` and load it with `Trajectory.load(dirpath)`."
+        )
+
+
+def shards_weights(strategy: Any) -> bool:
+    """Whether processes share the weights (FSDP 2), so that none has all of them."""
+    return any(cls.__name__ == "ModelParallelStrategy" for cls in type(strategy).__mro__)
+
+
+def _check_sharding(strategy: Any) -> None:
+    if not strategy.lightning_module.automatic_optimization:
+        raise CannotRecord(
+            "Expected automatic optimization where several processes share the weights, got manual optimization, which"
+            " `Influence` does not follow there. Use `strategy='ddp'` or leave the callback out."
+        )
+    count, parts = strategy.world_size, strategy.distributed_sampler_kwargs["num_replicas"]
+    if parts != count:
+        raise CannotRecord(
+            f"Expected each of the {count} processes to train on examples of its own, got {parts} parts of the data:"
+            f" tensor parallelism is not recorded. Use `ModelParallelStrategy(data_parallel_size={count},"
+            " tensor_parallel_size=1)` or leave the callback out."
         )
 
 

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import index as as_index
+from pathlib import Path
 from typing import Any
 
 from lightning_influence.capture.deployed_weights import averaged_state, best_file
@@ -13,7 +14,8 @@ from lightning_influence.capture.identity import LoaderTap, length_of, reloaded
 from lightning_influence.capture.in_memory import last_weights
 from lightning_influence.capture.loaders import as_indices
 from lightning_influence.capture.places import CannotRecord
-from lightning_influence.capture.states import encode_state, fingerprint, gather_state, has_lazy
+from lightning_influence.capture.sharded import states_of
+from lightning_influence.capture.states import encode_state, has_lazy
 from lightning_influence.capture.steps import StepRecorder, batch_size
 from lightning_influence.capture.store import RunWriter, without_earlier_steps
 from lightning_influence.capture.trainer_recorder import TrainerReads
@@ -49,6 +51,7 @@ class Recorder:
         schedule: Schedule,
         sample_id: str | Callable[[Any], Any] | None,
         made: int,
+        run_dir: Path,
     ) -> None:
         self._trainer, self._module, self._tap, self._store = trainer, module, tap, store
         self._schedule, self._sample_id = schedule, sample_id
@@ -60,11 +63,11 @@ class Recorder:
         self._made_at_start = made
         # step, epoch and state at the end of the last epoch: other callbacks may average the weights in `on_train_end`
         self._held: tuple[int, int, dict[str, dict]] | None = None
-        self._fingerprint: list[tuple[int, int]] | None = None
         self._warned: set[str] = set()
         self._dataset: Any = None
         self._changes = GradientChanges(trainer, module)
         self._lazy = False  # the initial checkpoint waits for the first forward pass
+        self._states = states_of(trainer, module, run_dir)
         self.reads = TrainerReads(trainer, module)
         self._numbers = ValueRecord(module, store.manifest["parent"] is not None)
 
@@ -135,12 +138,12 @@ class Recorder:
             return
         self.steps.batch_ended()
         trainer, every = self._trainer, self._schedule.every_n_epochs
-        self._fingerprint = fingerprint(self._module)
+        self._states.remember()
         self._numbers.note(self.made)
         if every and (trainer.current_epoch + 1) % every == 0:
             self._checkpoint("scheduled")
-        if trainer.is_global_zero and (self.failed or self._written != self.made) and _is_ending(trainer):
-            self._held = (self.made, trainer.current_epoch, gather_state(trainer, self._module))
+        if self._states.read_here and (self.failed or self._written != self.made) and _is_ending(trainer):
+            self._held = (self.made, trainer.current_epoch, self._states.read())
 
     def ended(self) -> None:
         """Save the final checkpoint: the weights after the last step, before other callbacks averaged them."""
@@ -149,10 +152,10 @@ class Recorder:
         if self.failed:
             self._store.tell_broken()
             return
-        if self._written != self.made and self._trainer.is_global_zero:
+        if self._written != self.made and self._states.read_here:
             if self._held is not None and self._held[0] == self.made:
                 self._checkpoint("final", self._held[2])
-            elif self.weights_changed:
+            elif self._states.changed:
                 self._note(
                     "Another callback changed the weights in `on_train_end` before `Influence` could save them, so the"
                     " final checkpoint is missing. List `Influence` before it in `callbacks`."
@@ -164,11 +167,6 @@ class Recorder:
         if not self.failed:
             self._store.manifest["finished"] = True
             self.flush()
-
-    @property
-    def weights_changed(self) -> bool:
-        """Whether another callback changed the weights since the last epoch ended."""
-        return self._fingerprint not in (None, fingerprint(self._module))
 
     @property
     def loader(self) -> Any:
@@ -183,9 +181,9 @@ class Recorder:
         """
         why, held = str(self.broken_off), self._held
         if held is None or held[0] != self.made:
-            if self.weights_changed:
+            if self._states.changed:
                 raise CannotRecord(f"{why} Then another callback changed the weights: the last are not known.")
-            held = self.made, self._trainer.current_epoch, gather_state(self._trainer, self._module)
+            held = self.made, self._trainer.current_epoch, self._states.read()
         manifest = self._store.manifest | {"settings": self.steps.settings, "fit_seconds": self._store.seconds}
         return last_weights(*held, manifest, why)
 
@@ -208,6 +206,7 @@ class Recorder:
 
     def broken(self, why: str) -> None:
         """Write what was recorded before an error, and that the record ends there while the fit went on."""
+        self._states.leave(why)
         manifest = self._store.manifest
         if not manifest["finished"] and (manifest["checkpoints"] or not self._trainer.is_global_zero):
             text = f"{BROKE_OFF} {self.made}, the fit went on: {why}"
@@ -235,14 +234,15 @@ class Recorder:
         step, epoch = self.made, self._trainer.current_epoch
         if step == self._written:
             return
+        if state is None and self._states.read_here and not self.failed:
+            state = self._states.read()
 
         def write() -> None:
-            if self._trainer.is_global_zero:
+            if state is not None and self._trainer.is_global_zero:
                 values, known = self.reads.now(), self._store.manifest["trainer"]
                 if known and values != known[-1][1]:
                     known.append([step, values])
-                content = encode_state(state or gather_state(self._trainer, self._module))
-                self._store.add_checkpoint(step, epoch, kind, content)
+                self._store.add_checkpoint(step, epoch, kind, encode_state(state))
             self._write_steps()
 
         self._written = step
@@ -283,6 +283,7 @@ class Recorder:
             self.failed = True
             why = f"`Influence` could not write {error.filename or str(self._store.folder)!r}"
             why += f" ({error.strerror or error})."
+            self._states.leave(why)
             if self._store.break_off(why):
                 self.broken_off = why
                 why += " The fit goes on without being recorded."

@@ -1,6 +1,7 @@
 """The content of a checkpoint: the state of a fit between two steps, as nested dicts of CPU tensors."""
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,12 +13,29 @@ from lightning_influence.capture.randomness import gather_random
 from lightning_influence.types import clean
 
 
-def gather_state(trainer: Any, module: Any) -> dict[str, dict]:
+def copied(value: Tensor | float) -> Tensor:
+    """A copy on the CPU."""
+    if not isinstance(value, Tensor):
+        return torch.tensor(value)
+    if value.is_meta:
+        raise CannotRecord(
+            "Expected weights with values, got a tensor on the meta device. Materialise the module before the fit, for"
+            " instance in `configure_model`."
+        )
+    if hasattr(value, "full_tensor"):
+        raise CannotRecord("Expected whole weights, got those of one process of several that share them.")
+    found = value.detach().to("cpu", copy=True)
+    return found.contiguous() if found.layout is torch.strided else found
+
+
+def gather_state(
+    trainer: Any, module: Any, copy: Callable[[Tensor | float], Tensor] = copied
+) -> dict[str, dict[str, Any]]:
     """Copy weights, buffers, optimizer state and random state to the CPU, without changing any of them."""
     return {
-        "parameters": {clean(name): copied(p) for name, p in module.named_parameters() if not is_lazy(p)},
-        "buffers": {clean(name): copied(b) for name, b in module.named_buffers() if not is_lazy(b)},
-        "optimizer": _optimizer_state(trainer, module),
+        "parameters": {clean(name): copy(p) for name, p in module.named_parameters() if not is_lazy(p)},
+        "buffers": {clean(name): copy(b) for name, b in module.named_buffers() if not is_lazy(b)},
+        "optimizer": _optimizer_state(trainer, module, copy),
         "random": gather_random(trainer.strategy.root_device),
     }
 
@@ -29,17 +47,14 @@ def encode_state(state: dict[str, dict]) -> memoryview:
     return buffer.getbuffer()
 
 
-def fingerprint(module: Any) -> list[tuple[int, int]]:
-    """Return a value that changes when any weight is modified or replaced."""
-    return [(0 if is_lazy(p) else p.data_ptr(), p._version) for p in module.parameters()]
-
-
 def has_lazy(module: Any) -> bool:
     """Whether a parameter or buffer waits for a forward pass that gives it its shape, as those of `LazyLinear` do."""
     return any(is_lazy(tensor) for tensors in (module.parameters(), module.buffers()) for tensor in tensors)
 
 
-def _optimizer_state(trainer: Any, module: Any) -> dict[str, dict[str, Tensor]]:
+def _optimizer_state(
+    trainer: Any, module: Any, copy: Callable[[Tensor | float], Tensor]
+) -> dict[str, dict[str, Tensor]]:
     names = {p: clean(name) for name, p in module.named_parameters()}
     found: dict[str, dict[str, Tensor]] = {}
     for optimizer in trainer.optimizers:
@@ -47,19 +62,6 @@ def _optimizer_state(trainer: Any, module: Any) -> dict[str, dict[str, Tensor]]:
             if parameter not in names:
                 continue
             # LBFGS keeps lists of tensors, which no method reads
-            kept = {key: copied(value) for key, value in values.items() if isinstance(value, (Tensor, int, float))}
+            kept = {key: copy(value) for key, value in values.items() if isinstance(value, (Tensor, int, float))}
             found.setdefault(names[parameter], {}).update(kept)
     return found
-
-
-def copied(value: Tensor | float) -> Tensor:
-    """A copy on the CPU."""
-    if not isinstance(value, Tensor):
-        return torch.tensor(value)
-    if value.is_meta:
-        raise CannotRecord(
-            "Expected weights with values, got a tensor on the meta device. Materialise the module before the fit, for"
-            " instance in `configure_model`."
-        )
-    found = value.detach().to("cpu", copy=True)
-    return found.contiguous() if found.layout is torch.strided else found

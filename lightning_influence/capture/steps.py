@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from lightning_influence.capture.gradient_changes import has_own_step
-from lightning_influence.capture.places import CannotRecord
+from lightning_influence.capture.places import CannotRecord, shards_weights
 from lightning_influence.capture.randomness import moved_since, read_generators
 from lightning_influence.capture.windows import AccumulationWindows, RecordedBatch, Window
 from lightning_influence.module.data_hooks import overrides
@@ -141,9 +141,10 @@ class StepRecorder:
 
     @property
     def clips_otherwise(self) -> bool:
-        """Whether gradients are clipped other than by one coefficient for all, which alone is recorded."""
-        by_value = self._trainer.gradient_clip_val and self._trainer.gradient_clip_algorithm not in (None, "norm")
-        return bool(by_value or self._clips_itself)
+        """Whether gradients are clipped other than by one coefficient for all, which this process knows alone."""
+        by_value = self._trainer.gradient_clip_algorithm not in (None, "norm")
+        otherwise = by_value or shards_weights(self._trainer.strategy)
+        return bool((self._trainer.gradient_clip_val and otherwise) or self._clips_itself)
 
 
 def _plain(value: Any) -> Any:

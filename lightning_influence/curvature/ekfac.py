@@ -110,8 +110,9 @@ class EKFAC(Curvature):
         own = len(processes.share(setting.n_train))
         with setting.progress(passes * own, f"{type(self).__name__}: factors") as done:
             factors = self._added(samples, shapes, done)
-            if len({tuple(layers) for layers in processes.gathered(list(factors))}) > 1:
-                return self.prepare(replace(setting, processes=Processes()))  # the examples reach other layers
+            forms = [(names, layer.sides, layer.transposed) for names, layer in factors.items()]
+            if any(other != forms for other in processes.gathered(forms)):  # its examples reach layers otherwise
+                return self.prepare(replace(setting, processes=Processes()))
             for layer in factors.values():
                 layer.decompose(processes)
             if self.corrected:

@@ -44,6 +44,11 @@ def make_layers(module: Any, saved: Callable[[], Mapping[str, Tensor]] | None) -
             _finish(layer)
 
 
+def sharded_parts(module: nn.Module) -> list[Any]:
+    """The submodules whose weights several processes share by ``fully_shard``."""
+    return [part for part in module.modules() if any(kind.__name__ == "FSDPModule" for kind in type(part).__mro__)]
+
+
 def _names(module: nn.Module) -> list[str]:
     return [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
 
@@ -63,7 +68,8 @@ def _configure(module: Any) -> None:
         except Exception as error:
             raise ValueError(
                 f"Expected a module with its layers, got an error when they were to be made: `configure_model` raised "
-                f"{type(error).__name__}: {error}. Call it before the module is passed."
+                f"{type(error).__name__}: {error}. Call it before the module is passed, or let it shard weights"
+                " only where there is a `self.device_mesh`."
             ) from error
         finally:
             module._trainer = own
