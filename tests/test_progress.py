@@ -42,8 +42,7 @@ def shown(monkeypatch):
 
         yield done
 
-    for room in ("driver", "attributor"):
-        monkeypatch.setattr(f"lightning_influence.attribution.{room}.progress", bar)
+    monkeypatch.setattr("lightning_influence.attribution.driver.progress", bar)
     return found
 
 
@@ -84,7 +83,7 @@ def test_refits_and_losses_are_counted_to_the_end(tmp_path, shown):
     fit = fitted(tmp_path)
     fit.attributor().score(HyDRA(checks=2), fit.queries)
     fit.attributor().losses()
-    assert {"HyDRA", "HyDRA: refits", "losses"} == shown.keys()
+    assert {"HyDRA", "HyDRA: refits", "PlainLoss: loss"} == shown.keys()
     assert all(done == total > 0 for total, done in shown.values()), shown
 
 

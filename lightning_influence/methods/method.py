@@ -88,6 +88,8 @@ class Method(ABC):
     """
 
     needs: ClassVar[Evidence] = Evidence.FINAL_WEIGHTS
+    quantity: ClassVar[str] = "self-influence"
+    """What ``self_influence`` returns, in words."""
 
     def __init_subclass__(cls) -> None:
         """Raises TypeError for a flag or method that earlier versions asked for and that nothing reads any more."""

@@ -1,4 +1,4 @@
-"""Figures of many scores: the distribution of self-influence with its tail, and the influence of classes on classes."""
+"""Figures of many scores: how one number per example is distributed, and the influence of classes on classes."""
 
 import math
 from collections.abc import Sequence
@@ -12,15 +12,21 @@ _WRITTEN = 150  # the most cells of a map whose numbers are written into them
 
 
 def self_influence(
-    values: Tensor, flagged_fraction: float = 0.1, *, method: str = "", units: str = ""
+    values: Tensor,
+    flagged_fraction: float = 0.1,
+    *,
+    method: str = "",
+    units: str = "",
+    quantity: str = "self-influence",
 ) -> tuple[Any, Any]:
-    """Draw the distribution of self-influence, with the highest fraction marked for review.
+    """Draw the distribution of self-influence or of losses, with the highest fraction marked for review.
 
     Args:
         values: [train] scores.
         flagged_fraction: Between 0 and 1; at least one example is marked.
         method: For the title.
         units: Of the scores.
+        quantity: What they are, in words.
 
     Returns:
         The figure and its axes.
@@ -53,9 +59,9 @@ def self_influence(
         axes.set_ylim(bottom=0)
     else:
         axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel(fit(f"self-influence ({units})" if units else "self-influence", 70))
+    axes.set_xlabel(fit(f"{quantity} ({units})" if units not in ("", quantity) else quantity, 70))
     axes.set_ylabel("training examples")
-    title = f"{method + ': ' if method else ''}self-influence of {values.numel():,} training examples"
+    title = f"{method + ': ' if method else ''}{quantity} of {values.numel():,} training examples"
     axes.set_title(fit(title, 80), fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)

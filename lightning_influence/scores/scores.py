@@ -278,7 +278,7 @@ class Scores(Answer):
         Args:
             path: The HTML file; an existing one is replaced.
             k: Proponents and opponents per query, at most.
-            self_scores: Self-influence of the same training examples, by which they are then sorted.
+            self_scores: Self-influence or losses of the same training examples, by which they are then sorted.
             train: The training `Dataset`, indexed by `train_ids`.
             queries: The queries' `Dataset`.
             render: Called with an example; returns what to show of it: a text, an image, a vector or a dict of them.
@@ -298,8 +298,8 @@ class Scores(Answer):
                 f"{self_scores.train_ids.numel()} others. Compute both from one attributor."
             )
         k = min(k, self._ranking.depth)
-        own = None if self_scores is None else self_scores.values
-        orders = (page.train_order(self._ranking, k, own), self.query_ids.tolist())
+        own = {} if self_scores is None else {self_scores.quantity.capitalize(): self_scores.values}
+        orders = (page.train_order(self._ranking, k, *own.values()), self.query_ids.tolist())
         showing = report.Showing(render, labels, columns, normalization, predictions)
         album = page.album_of(self, orders, (train, queries), showing, megabytes)
         return report.write_page(path, page.page_of(self, self._ranking, k, own, album))
