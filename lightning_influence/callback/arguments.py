@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_influence.callback.plan import LABELS
 from lightning_influence.capture.recorder import Schedule
 from lightning_influence.checks import check_integer
 from lightning_influence.methods.method import Evidence, Method
@@ -41,14 +42,20 @@ def named_methods(methods: Any) -> dict[str, Any]:
     return named
 
 
-def methods_of_a_fit(methods: Any) -> dict[str, Method]:
+def methods_of_a_fit(methods: Any, labels: bool) -> dict[str, Method]:
     """Return the methods by name, all of which can run when a fit ends.
 
+    Args:
+        methods: a list or dict.
+        labels: whether the list of suspect labels takes a name of its own.
+
     Raises:
-        ValueError: one retrains models, or two of one class are in a list.
+        ValueError: one retrains models, two of one class are in a list, or one has the name of the list of labels.
         TypeError: see `named_methods`.
     """
     named = named_methods(methods)
+    if labels and LABELS in named:
+        raise ValueError(f"Expected no method named {LABELS!r} with `labels=True`, got one. Give it another name.")
     for name, method in named.items():
         if method.needs & Evidence.REFIT:
             raise ValueError(

@@ -59,12 +59,14 @@ class Influence(Guest):
         max_cost: Do not start a method whose estimated time exceeds this many times the duration of the fit, nor a
             fit in which tracking would take this many times as long as plain training.
         log_scores: Write scores to the Trainer's loggers.
+        labels: Also rank the training examples by how suspect their labels are, as `self_scores["labels"]`: by the mean
+            of their losses over the checkpoints, which costs a forward pass for each.
         verbose: Say when the fit has ended what was scored, how long it took and where it is; False: only warn.
         precision: Precision of the scoring, see `Attributor`. None: that of the weights, whatever the fit's.
 
     Attributes:
         scores: `Scores` by name of the method, once the fit has ended.
-        self_scores: `SelfScores` by name of the method, with `self_influence=True`.
+        self_scores: `SelfScores` by name of the method, with `self_influence=True`; "labels" with `labels=True`.
         run_dir: Folder of the newest fit.
 
     Example:
@@ -91,9 +93,11 @@ class Influence(Guest):
         lookup: Callable[[int], Any] | None = None,
         verbose: bool = True,
         precision: str | None = None,
+        labels: bool = False,
     ) -> None:
         super().__init__()
-        self.methods = methods_of_a_fit(methods)
+        check_flag("labels", labels)
+        self.methods, self.labels = methods_of_a_fit(methods, labels), labels
         check_integer("top_k", top_k, optional=True)
         check_flag("self_influence", self_influence)
         check_callable("loss", loss)
@@ -256,13 +260,13 @@ class Influence(Guest):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Save the final checkpoint, then run the methods in all processes."""
         self._check_present()
-        processes = processes_of(trainer) if self.methods else Processes()
+        processes = processes_of(trainer) if self._plan.names else Processes()
         with processes.together():
             recorded = self._end_record(trainer, pl_module)
             everywhere = all(processes.gathered(recorded and self._last is None))
         if processes.count > 1 and not everywhere:
             self.scores.why = self.self_scores.why = "the fit was not recorded in every process"
-        elif recorded and self.methods and self.run_dir is not None:
+        elif recorded and self._plan.names and self.run_dir is not None:
             score_at_end(self._plan, trainer, self.run_dir, lambda: self.attributor, self.scores, self.self_scores)
 
     def _end_record(self, trainer: Any, pl_module: Any) -> bool:
