@@ -126,6 +126,9 @@ class Attributor:
         if refit is not None:
             refit.attach(self._session, self._train)
 
+    def __repr__(self) -> str:
+        return f"Attributor({type(self.module).__name__}, {len(self._train.dataset):,} training examples)"
+
     # ---- questions ------------------------------------------------------------------------------------------------
 
     @asking_again
@@ -167,7 +170,8 @@ class Attributor:
             dtype = setting.zeros().dtype
             ids, rows = arguments.scored_ids(method, setting.n_train), torch.arange(len(all_queries))
             finished = Finished(sign=-1.0 if higher_is_better else 1.0)
-            answers = self._answers(method, setting, source if aggregate is None else None)
+            queried = source if aggregate is None else None
+            answers = Answers(method, setting, self._final, self._train, self._stream, queried)
             accumulator: MatrixAccumulator | TopKAccumulator
             if top_k is None:
                 accumulator = MatrixAccumulator(len(all_queries), len(ids), dtype)
@@ -193,7 +197,7 @@ class Attributor:
         """
         self._check(method, path)
         with self._open(method) as setting:
-            answers, finished = self._answers(method, setting), Finished()
+            answers, finished = Answers(method, setting, self._final, self._train, self._stream), Finished()
             ids = arguments.scored_ids(method, setting.n_train)
             with kept(lambda said: answers.finished_self_scores(finished, ids, said), self.processes):
                 values = run_self_influence(method, setting, self.trainer, finished)
@@ -340,9 +344,6 @@ class Attributor:
             if self.limit_seconds is not None and self.processes.count == 1:  # several might stop at different places
                 setting.deadline = timing.clock() + self.limit_seconds
             yield setting
-
-    def _answers(self, method: Method, setting: Setting, queries: Source | None = None) -> Answers:
-        return Answers(method, setting, self._final, self._train, self._stream, queries)
 
     def _saved(self, scores: _Answer, path: str | PathLike[str] | None) -> _Answer:
         if path is not None and self.processes.rank == 0:

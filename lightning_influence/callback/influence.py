@@ -123,6 +123,10 @@ class Influence(Guest):
         self._restored: dict[str, Any] = {}
         self._key: str | None = None
 
+    def __repr__(self) -> str:
+        where = "no fit yet" if self.run_dir is None else f"newest fit in {str(self.run_dir)!r}"
+        return f"Influence({', '.join(self._plan.names) or 'records only'}; {where})"
+
     # ---- results ----
 
     @property
