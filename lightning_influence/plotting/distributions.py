@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_influence.plotting.style import blank, fit
+from lightning_influence.plotting.style import axis, blank, fit
 
 _WRITTEN = 150  # the most cells of a map whose numbers are written into them
 
@@ -59,7 +59,7 @@ def self_influence(
         axes.set_ylim(bottom=0)
     else:
         axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel(fit(f"{quantity} ({units})" if units not in ("", quantity) else quantity, 70))
+    axes.set_xlabel(fit(axis(quantity, units), 70))
     axes.set_ylabel("training examples")
     title = f"{method + ': ' if method else ''}{quantity} of {values.numel():,} training examples"
     axes.set_title(fit(title, 80), fontsize=11)
@@ -105,7 +105,7 @@ def by_class(
                     ink = "white" if abs(mean) > 0.6 * most else "black"
                     axes.text(column, row, f"{mean:.1g}", ha="center", va="center", fontsize=6, color=ink)
     bar = figure.colorbar(drawn, ax=axes)
-    bar.set_label(fit(f"mean score ({units})" if units else "mean score", 8 + 6 * max(rows, 3)))
+    bar.set_label(fit(axis("mean score", units), 8 + 6 * max(rows, 3)))
     title = f"{method + ': ' if method else ''}influence by class"
     axes.set_title(fit(title, 24 + 5 * max(columns, 4)), fontsize=11, color=colours.text)
     return figure, axes

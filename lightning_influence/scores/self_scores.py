@@ -18,7 +18,8 @@ from lightning_influence.plotting.normalization import Normalization
 from lightning_influence.scores import page
 from lightning_influence.scores.base import Answer, facts, file_head, paragraph, read_file
 from lightning_influence.scores.id_checks import name_of
-from lightning_influence.scores.ranking import TopK, floating, refuse_non_finite
+from lightning_influence.scores.ranking import floating, refuse_non_finite
+from lightning_influence.scores.topk import TopK
 
 _LOGGED = 100  # rows of the table in a tracker
 
@@ -72,6 +73,13 @@ class SelfScores(Answer):
             )
         refuse_non_finite(self.values[None], self.train_ids, None)
 
+    @property
+    def meaning(self) -> str:
+        """What a high score says."""
+        if self.quantity == "loss":
+            return "The highest are the labels to check first."
+        return "The highest are examples that the model had to memorise: wrong labels, odd or rare ones."
+
     def __len__(self) -> int:
         return self.train_ids.numel()
 
@@ -88,7 +96,7 @@ class SelfScores(Answer):
         if not 1 <= k <= len(self):
             raise ValueError(f"Expected `k` between 1 and {len(self)} (the number of training examples), got {k!r}.")
         scores, ids = top_k(self.values[None], self.train_ids, k)
-        return TopK(scores[0], ids[0])
+        return TopK(scores[0], ids[0]).about(None, self.train_ids, self._train_base)
 
     def to_arrow(self, k: int | None = None) -> pa.Table:
         """The ranking as a table: `train_id`, `score`, `rank` and, where it differs, `train_base_id`.
@@ -136,7 +144,7 @@ class SelfScores(Answer):
         return made
 
     def __repr__(self) -> str:
-        highest = ", ".join(f"{name} ({score:+.3g})" for name, score in self._highest(3))
+        highest = ", ".join(f"{name}: {score:.3g}" for name, score in self._highest(3))
         size = f"{self.quantity} of {len(self):,} training examples"
         return paragraph(self, size, [f"Mean {float(self.values.mean()):.3g}, highest: {highest}."])
 
