@@ -185,6 +185,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", required=True, help="npz with x_train, y_train, idx_train (into all of CIFAR-10)")
     parser.add_argument("--labels", required=True, help="npz with aggre_label, worse_label of all of CIFAR-10")
+    parser.add_argument("--noises", nargs="*", default=["aggre", "worse"], help="which labels of people")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=8, help="of the fit; more memorise more")
     parser.add_argument("--without", nargs="*", default=[], help="lists to leave out, by the beginning of their names")
@@ -193,7 +194,7 @@ def main():
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
 
-    for noise in ("aggre", "worse"):
+    for noise in arguments.noises:
         rows = {}
         for seed in range(arguments.seeds):
             train, held, wrong = noisy(arguments.images, arguments.labels, noise, seed)
