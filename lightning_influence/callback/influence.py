@@ -60,7 +60,8 @@ class Influence(Guest):
             fit in which tracking would take this many times as long as plain training.
         log_scores: Write scores to the Trainer's loggers.
         labels: Also rank the training examples by how suspect their labels are, as `self_scores["labels"]`: by the mean
-            of their losses over the checkpoints, which costs a forward pass for each.
+            of their losses over the checkpoints, a forward pass for each. Of the lists compared on labels of people it
+            was as good as any after a short fit, and the best where a fit had learned its labels by heart.
         verbose: Say when the fit has ended what was scored, how long it took and where it is; False: only warn.
         precision: Precision of the scoring, see `Attributor`. None: that of the weights, whatever the fit's.
 

@@ -5,7 +5,12 @@ python tests/benchmarks/labels.py --images cifar10_10k2k.npz --labels cifar10n.n
 
 5,000 images with the labels of people, of which 9 % (aggregate) or 40 % (worse) are wrong; a small CNN, one fit with
 eight checkpoints per seed, from which all lists are read. Held-out images, labelled by the same people, serve the lists
-that need queries. Rows with (by hand) are not the library's; those with (cross-validation) train three more models.
+that need queries. `Influence(labels=True)` gives the mean loss over the checkpoints: beside the loss at the end it is
+as good after 8 epochs (precision at 1, 5, 10 % of 0.64, 0.46, 0.35 and 0.61, 0.45, 0.35 with aggregate labels), and
+far better once the fit knows 97 % of the labels by heart (40 epochs; 0.56, 0.39, 0.32 and 0.12, 0.18, 0.19). The mean
+probability of the label is about as good, but is defined for classifiers only.
+
+Rows with (by hand) are not the library's; those with (cross-validation) train three more models.
 """
 
 import argparse
