@@ -35,7 +35,6 @@ from lightning_influence.module.task import Loss, unwrapped
 from lightning_influence.processes import Processes, processes_of
 from lightning_influence.refit import Refit
 from lightning_influence.scores import Scores, SelfScores
-from lightning_influence.scores.id_checks import whole_numbers
 from lightning_influence.setting.session import Session
 from lightning_influence.setting.setting import Setting
 from lightning_influence.timing import Work, seconds_of
@@ -125,9 +124,6 @@ class Attributor:
         self._final = final_weights(weights, self._session)
         if refit is not None:
             refit.attach(self._session, self._train)
-
-    def __repr__(self) -> str:
-        return f"Attributor({type(self.module).__name__}, {len(self._train.dataset):,} training examples)"
 
     # ---- questions ------------------------------------------------------------------------------------------------
 
@@ -219,11 +215,9 @@ class Attributor:
             ValueError: ids outside the training dataset, or without scores.
         """
         self._check(method)
-        ids = whole_numbers(ids).tolist()
-        ids = ids if self._stream is None else self._stream.positions(ids)
-        arguments.check_group(method, ids, len(self._train.dataset))
+        ids = arguments.group_of(method, ids, len(self._train.dataset), self._stream)
         with self._open(method, self._queries(queries)) as setting:
-            return run_group(method, setting, arguments.queries_of(setting), list(ids), self.trainer)
+            return run_group(method, setting, arguments.queries_of(setting), ids, self.trainer)
 
     @asking_again
     def losses(
@@ -253,8 +247,7 @@ class Attributor:
             asked = replace(setting, examples=examples, ids=range(len(examples)))
             values = run_self_influence(method, asked, self.trainer, Finished())
             answers = Answers(method, asked, self._final, source, self._stream if train else None)
-            scores = answers.self_scores(values, torch.arange(len(values)))
-        return self._saved(scores, path)
+            return self._saved(answers.self_scores(values, torch.arange(len(values))), path)
 
     def cost(self, method: Method, queries: Any = None, aggregate: str | None = None) -> float:
         """Estimate the seconds that ``score`` takes, or, without queries, ``self_influence``.
