@@ -24,12 +24,13 @@ class Progress(Protocol):
 def progress(trainer: Any, total: int, label: str, unit: str = "example") -> Iterator[Callable[[int], Any]]:
     """Yields a function to call with the number of training examples (or other units) just done.
 
-    Nothing is shown where the Trainer shows no progress bar. Without a Trainer, and where stderr is neither a terminal
-    nor that of a notebook (a job's log), a line is written every half minute.
+    Nothing is shown during a fit whose Trainer shows no progress bar. Where such a Trainer has ended, and without one
+    where stderr is neither a terminal nor that of a notebook (a job's log), a line is written every half minute.
     """
     bar = None if trainer is None else trainer.progress_bar_callback
     if trainer is not None and (bar is None or not bar.is_enabled or not trainer.is_global_zero):
-        yield lambda done: None
+        silent = not trainer.is_global_zero or trainer.state.status == "running"
+        yield (lambda done: None) if silent else _Lines(total, label, unit)
         return
     rich = getattr(bar, "progress", None)
     if rich is not None and hasattr(rich, "add_task") and getattr(rich, "live", None) and rich.live.is_started:

@@ -17,6 +17,7 @@ from lightning_influence import (
     Influence,
     Method,
     MissingEvidence,
+    SelfScores,
     TracInCP,
     Trajectory,
 )
@@ -148,10 +149,60 @@ def test_a_measurement_takes_the_place_of_the_loss(fitted):
     close(high, -low)
 
 
+def alone(net, examples):
+    return torch.stack([F.cross_entropy(net.net(x[None]), y[None]) for x, y in examples]).detach()
+
+
 def test_losses_are_those_of_the_examples_alone(fitted):
     net, _ = fitted
-    expected = torch.stack([F.cross_entropy(net.net(x[None]), y[None]) for x, y in TRAIN]).detach()
-    close(Attributor(net, TRAIN).losses(), expected)
+    close(Attributor(net, TRAIN).losses().values, alone(net, TRAIN))
+    close(Attributor(net, TRAIN).losses(QUERIES).values, alone(net, QUERIES))
+
+
+def test_losses_are_a_ranked_list_like_any_other(fitted, tmp_path):
+    _, influence = fitted
+    net, expected, after = Net(), torch.zeros(len(TRAIN)).double(), influence.trajectory.checkpoints[1:]
+    for checkpoint in after:
+        net.load_state_dict(checkpoint.load().parameters)
+        expected += alone(net, TRAIN) / len(after)
+    mean = influence.attributor.losses(checkpoints="all", path=tmp_path / "mean.arrow")
+    close(mean.values, expected)
+    assert mean.top(3).train_ids.tolist() == expected.argsort(descending=True)[:3].tolist()
+    saved = SelfScores.load(tmp_path / "mean.arrow")
+    assert (saved.quantity, saved.method, saved.units) == ("loss", "PlainLoss", "loss")
+    assert saved.checkpoints == tuple(point.step for point in after)
+    assert "PlainLoss: loss of 23 training examples" in repr(saved)
+    assert saved.plot()[1].get_xlabel() == "loss"
+    with pytest.raises(MissingEvidence):
+        Attributor(net, TRAIN).losses(checkpoints="all")
+    with pytest.raises(ValueError, match="positions, 'all' or None, got 'last'"):
+        influence.attributor.losses(checkpoints="last")
+
+
+def unmasked(module, batch):
+    """Counts padding as input: an example beside a longer one has another loss than alone."""
+    return F.cross_entropy(module.net(batch[0].sum(1)), batch[1], reduction="none") * batch[0].shape[1]
+
+
+def padded(rows):
+    x, y = zip(*rows, strict=True)
+    return torch.nn.utils.rnn.pad_sequence(x, batch_first=True), torch.stack(y)
+
+
+def test_losses_of_examples_that_are_padded_in_a_block_are_still_those_alone():
+    draw, net = torch.Generator().manual_seed(0), Net()
+    lengths = [4, 4, 4, 4, 4, 2, 4, 3, 4]
+    rows = [(torch.randn(n, 4, generator=draw, dtype=torch.float64), torch.tensor(n % 3)) for n in lengths]
+    expected = torch.cat([unmasked(net, (x[None], y[None])) for x, y in rows]).detach()
+    close(Attributor(net, DataLoader(rows, 4, collate_fn=padded), loss=unmasked).losses().values, expected)
+
+
+def test_losses_that_are_not_finite_are_refused_by_name(fitted):
+    net, _ = fitted
+    inputs = TRAIN.tensors[0].clone()
+    inputs[4] = torch.nan
+    with pytest.raises(ValueError, match=r"Expected finite losses, got NaN or infinity for training examples \[4\]"):
+        Attributor(net, TensorDataset(inputs, TRAIN.tensors[1])).losses()
 
 
 def test_a_fresh_process_asks_the_same(fitted):

@@ -89,7 +89,8 @@ def test_show_of_one_run_of_a_folder_of_scores_and_of_a_file(written, capsys):
     path = written / "run-1" / "scores" / "TracInCP.arrow"
     out = said(capsys, "show", path)[1]
     assert repr(Scores.load(path)) in out
-    assert cells(out, "normalize") == ["normalize", "None"]
+    assert cells(out, "units") == ["units", "loss"]
+    assert "normalize" not in out  # None says nothing
 
 
 def test_top_prints_both_ends_of_a_query_with_base_ids(written, capsys):
@@ -103,7 +104,7 @@ def test_top_prints_both_ends_of_a_query_with_base_ids(written, capsys):
     _, above, below = out.split("\nproponents\n")[0], *out.split("\nproponents\n")[1].split("\nopponents\n")
     assert [line.split() for line in above.splitlines()] == [["train_id", "train_base_id", "score"], *best]
     assert [line.split() for line in below.splitlines()] == [["train_id", "train_base_id", "score"], *worst]
-    assert said(capsys, "top", path)[1].startswith("TracInCP: influence on query 0 (loss")
+    assert said(capsys, "top", path)[1].startswith("TracInCP: influence on query 0, units: loss")
 
 
 def test_top_says_none_where_no_score_has_that_sign(tmp_path, capsys):
@@ -221,7 +222,8 @@ def test_top_refuses_what_was_not_scored(written, capsys, arguments, text):
 def test_top_of_self_influence_has_no_query_and_a_folder_of_two_is_ambiguous(written, capsys):
     scores = written / "run-1" / "scores"
     assert "Leave `--query` out" in said(capsys, "top", scores / "TracInCP.self.arrow", "--query", 1)[2]
-    assert "with " + str(scores / "TracInCP.arrow") in said(capsys, "top", scores)[2]
+    for folder in (scores, scores.parent, written):
+        assert f"Pass one of these:\n  {scores / 'TracInCP.arrow'}\n" in said(capsys, "top", folder)[2]
     assert said(capsys, "top", scores / "TracInCP.self.arrow", "-k", "-1")[0] == 1
 
 

@@ -169,6 +169,23 @@ def test_one_block_says_what_was_scored_and_what_to_look_at_first(tmp_path, capl
     ]
 
 
+def test_labels_are_ranked_by_the_mean_of_their_losses(tmp_path, caplog):
+    influence = Influence(labels=True)
+    with caplog.at_level("INFO"):
+        fit(influence, tmp_path, loggers=True)
+    found = influence.self_scores["labels"]
+    assert torch.equal(found.values, influence.attributor.losses(checkpoints="all").values)
+    assert torch.equal(SelfScores.load(influence.run_dir / "scores" / "labels.self.arrow").values, found.values)
+    (block,) = printed_at_the_end(caplog)
+    assert "labels  loss of each example" in block
+    assert "print(influence.self_scores['labels'].top(20))" in block
+    with pytest.raises(ValueError, match="Expected no method named 'labels' with `labels=True`"):
+        Influence({"labels": GradientDot()}, labels=True)
+    dear = Influence(labels=True, max_cost=1e-9)
+    with pytest.warns(UserWarning, match=r"`labels` was not started(.|\n)*losses\(checkpoints='all'\)"):
+        fit(dear, tmp_path)
+
+
 @pytest.mark.parametrize("options", [{"verbose": False}, {"max_cost": 1e-9}])
 def test_nothing_is_printed_when_nothing_was_asked_or_scored(tmp_path, caplog, options):
     with caplog.at_level("INFO"), warnings.catch_warnings():

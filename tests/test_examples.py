@@ -49,7 +49,7 @@ def test_example(tmp_path, name):
 def assert_written(out):
     assert (out / "wrong_prediction.png").stat().st_size > 5_000
     names = {path.name for path in out.glob("digits/version_0/influence/run-0/scores/*")}
-    assert names == {"TracInCP.arrow", "TracInCP.self.arrow"}
+    assert names == {"labels.self.arrow", "TracInCP.arrow", "TracInCP.self.arrow"}
     assert list(out.glob("digits/version_0/events.*"))
 
 

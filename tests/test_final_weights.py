@@ -161,7 +161,7 @@ def test_best_weights(fitted, tmp_path):
     losses = Attributor(make(), DATA["train"](), trajectory, weights="best").losses()
     module = loaded(keep.best_model_path).eval()
     expected = [module.training_step(default_collate([x]), 0).item() for x in DATA["train"]()]
-    assert losses.tolist() == pytest.approx(expected, abs=1e-12)
+    assert losses.values.tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_every_method_of_final_weights_uses_the_best(fitted, tmp_path):

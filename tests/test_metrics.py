@@ -126,9 +126,14 @@ def test_mislabel_detection_is_scikit_learns():
     found = metric.compute()
     assert float(found["auroc"]) == pytest.approx(roc_auc_score(wrong, suspicion), abs=1e-12)
     assert float(found["recall_at_1"]) == 1.0
+    assert float(found["precision_at_1"]) == pytest.approx(float(wrong.double().mean()))
+    assert float(found["precision_at_0.1"]) == pytest.approx(float(found["recall_at_0.1"] * wrong.sum() / 8))
     assert found["auroc_low"] < found["auroc"] < found["auroc_high"]
     constant = MislabelDetection()
     constant.update(torch.zeros(80), wrong)
+    assert {
+        f"{name}_at_{at}" for name in ("precision", "recall") for at in ("0.01", "0.05", "0.1")
+    } <= constant.compute().keys()
     assert {round(float(v), 9) for k, v in constant.compute().items() if k in ("auroc", "auroc_low")} == {0.5}
 
 

@@ -220,7 +220,7 @@ def test_a_query_that_was_not_scored_is_refused():
 def test_self_scores_draw_their_distribution():
     figure, axes = SelfScores(torch.arange(40), torch.rand(40), "TracInCP", units="arbitrary").plot(0.2)
     drawn(figure)
-    assert axes.get_xlabel() == "self-influence (arbitrary)"
+    assert axes.get_xlabel() == "self-influence (no unit)"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["32 others", "8 highest"]
 
 

@@ -1,6 +1,7 @@
 """What long calls show while they run: every step of the work is counted to its end; Ctrl-C leaves nothing changed."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from lightning_influence import (
     GradientDot,
     HyDRA,
     InfluenceFunction,
+    KNNShapley,
+    RepresenterPoints,
     TracIn,
     TracInCP,
     progress,
@@ -42,8 +45,7 @@ def shown(monkeypatch):
 
         yield done
 
-    for room in ("driver", "attributor"):
-        monkeypatch.setattr(f"lightning_influence.attribution.{room}.progress", bar)
+    monkeypatch.setattr("lightning_influence.attribution.driver.progress", bar)
     return found
 
 
@@ -84,7 +86,7 @@ def test_refits_and_losses_are_counted_to_the_end(tmp_path, shown):
     fit = fitted(tmp_path)
     fit.attributor().score(HyDRA(checks=2), fit.queries)
     fit.attributor().losses()
-    assert {"HyDRA", "HyDRA: refits", "losses"} == shown.keys()
+    assert {"HyDRA", "HyDRA: refits", "PlainLoss: loss"} == shown.keys()
     assert all(done == total > 0 for total, done in shown.values()), shown
 
 
@@ -124,6 +126,31 @@ def test_an_interrupt_leaves_the_module_as_it_was(name, call, tmp_path, monkeypa
     assert [m.training for m in fit.module.modules()] == modes
     assert all(torch.equal(before[n], v) for n, v in fit.module.state_dict().items())
     torch.testing.assert_close(attributor.self_influence(method).values, right)
+
+
+@pytest.mark.parametrize(("status", "lines"), [("finished", 1), ("running", 0)])
+def test_a_trainer_without_a_bar_is_silent_only_while_it_runs(monkeypatch, capsys, status, lines):
+    now = iter([0.0, 31.0])
+    monkeypatch.setattr("lightning_influence.progress.time.monotonic", lambda: next(now))
+    state = SimpleNamespace(status=status)
+    trainer = SimpleNamespace(progress_bar_callback=None, is_global_zero=True, state=state)
+    with progress.progress(trainer, 10, "TracInCP") as done:
+        done(5)
+    assert capsys.readouterr().err == "TracInCP: 5 of 10 examples, about 31 s left\n" * lines
+
+
+def test_methods_of_forward_passes_are_counted_to_the_end(tmp_path, shown):
+    fit = fitted(tmp_path)
+    attributor = fit.attributor(batch_size=4)
+    attributor.score(RepresenterPoints(), fit.queries)
+    attributor.score(KNNShapley(), fit.queries)
+    assert {label.split(" `")[0] for label in shown} == {
+        "RepresenterPoints",
+        "KNNShapley",
+        "inputs of the head",
+        "solving for the head",
+    }
+    assert all(done == total > 0 for total, done in shown.values()), shown
 
 
 def test_a_short_call_writes_nothing_into_a_log(capsys):

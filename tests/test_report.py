@@ -160,12 +160,18 @@ def test_decisions_are_read_back(tmp_path):
     assert read_decisions(path, "unsure").train_ids.dtype == torch.int64
     path.write_text("\ufefftrain_id;train_base_id;decision\n3;103;fine\n\n", encoding="utf-8")
     assert read_decisions(path, "fine").train_ids.tolist() == [3]
+    path.write_text("decision,train_id,why\nwrong label,4,blurred\nfine,2,\n")
+    assert read_decisions(path).train_ids.tolist() == [4]
+    assert read_decisions(path).base_ids is None
+    path.write_text("train_id,decision\n4\n")
+    with pytest.raises(ValueError, match=r"an id and a decision in row 2 of .*, got \['4'\]"):
+        read_decisions(path)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"to begin with the columns train_id, train_base_id, decision, got \[\]"),
+        ("", r"to begin with the columns train_id, train_base_id .* and decision, got \[\]"),
         ("id,decision\n1,fine\n", r"got \['id', 'decision'\]"),
         (
             "train_id,train_base_id,decision\nx,1,fine\n",

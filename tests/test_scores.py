@@ -3,6 +3,7 @@
 import builtins
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from lightning_influence.files.arrow import FORMAT
-from lightning_influence.scores import BaseIds, Scores, SelfScores, TopK
+from lightning_influence.scores import BaseIds, Scores, SelfScores, TopK, words
 
 TRAIN_IDS = torch.tensor([0, 2, 3, 7, 9, 10])
 QUERY_IDS = torch.tensor([4, 5, 8])
@@ -68,6 +69,47 @@ def test_proponents_descend_and_the_smaller_id_comes_first_among_equals(scores):
     assert scores.opponents(2).scores[0].tolist() == [-3.0, -1.0]
 
 
+@pytest.mark.parametrize("scores", [full(), kept(3)], ids=["full", "top_k"])
+def test_one_query_or_some_can_be_asked_for(scores):
+    one = scores.proponents(2, query=5)
+    assert (one.ids.tolist(), one.scores.tolist()) == (scores.proponents(2).train_ids[1].tolist(), [6.0, 5.0])
+    assert one.ids is one.train_ids
+    some = scores.opponents(1, query=[8, 4])
+    assert some.train_ids.tolist() == [[10], [10]]
+    assert some.query_ids.tolist() == [8, 4]
+    with pytest.raises(ValueError, match=r"`query` to be among the 3 ids 4 to 8 that were scored, got \[6\]"):
+        scores.proponents(1, query=6)
+
+
+def test_the_strongest_print_as_a_table():
+    scores = full(base=(TRAIN_IDS + 100, None))
+    assert [line.split() for line in str(scores.proponents(2, query=4)).splitlines()] == [
+        ["train_id", "train_base_id", "score"],
+        ["3", "103", "2"],
+        ["9", "109", "2"],
+    ]
+    lines = [line.split() for line in str(full().opponents(1)).splitlines()]
+    assert lines[:2] == [["query_id", "train_id", "score"], ["4", "10", "-3"]]
+    many = full(values=VALUES.repeat(20, 1), query_ids=torch.arange(60)).proponents(5)
+    assert len(str(many).splitlines()) == 32
+    assert str(many).endswith("and 54 more queries")
+    again = pickle.loads(pickle.dumps(many))
+    assert str(again) == str(many)
+    assert str(TopK(many.scores[0], many.train_ids[0])).splitlines()[0].split() == ["train_id", "score"]
+    values, ids = many
+    assert (values is many.scores, ids is many.train_ids) == (True, True)
+
+
+def test_diagnostics_settings_and_units_are_said_in_words():
+    text = repr(full(units="arbitrary", diagnostics={"score_error": 0.0, "solver_residual": 2e-4, "of_mine": 3}))
+    text = " ".join(text.split())
+    assert "no unit (they rank; sums mean nothing)" in text
+    assert "Largest relative residual of the solver 2.0e-04, of mine 3." in text
+    assert "score" not in text.split("opponent.")[1].split("Note")[0].replace("scores", "")
+    curvature = {"name": "EKFAC", "damping": None, "seed": 0}
+    assert words.settings({"curvature": curvature, "removal": None}) == {"curvature": "EKFAC(seed=0)"}
+
+
 def test_sizes_ids_and_settings_are_as_they_were_given():
     scores = full()
     assert len(scores) == 3
@@ -118,7 +160,7 @@ def test_repr_says_method_size_units_sign_checkpoints_notes_and_the_strongest():
         "TracInCP: scores of 3 queries by 6 training examples, units: loss.",
         "Positive is a proponent",
         "3 checkpoints (steps 10 to 30).",
-        "residual 0.000125, damping 3.",
+        "Residual 0.000125.",
         "Note: the momentum 0.9 is in the learning rate.",
         "Query 4: strongest proponent 3 (+2), strongest opponent 10 (-3).",
         "Query 5: strongest proponent 10 (+6), no opponent.",
@@ -431,7 +473,7 @@ def test_self_influence_as_a_table():
     assert table.to_pydict() == {"train_id": [3, 9], "score": [2.0, 2.0], "rank": [1, 2], "train_base_id": [4, 10]}
     assert itself().to_pandas()["rank"].tolist() == [1, 2, 3, 4, 5, 6]
     assert itself().base_ids().tolist() == TRAIN_IDS.tolist()
-    assert "highest: 3 (base 4) (+2)" in " ".join(repr(itself(base=TRAIN_IDS + 1)).split())
+    assert "highest: 3 (base 4): 2" in " ".join(repr(itself(base=TRAIN_IDS + 1)).split())
 
 
 def test_self_influence_of_another_number_is_refused():

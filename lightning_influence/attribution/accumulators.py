@@ -148,10 +148,11 @@ class GroupAccumulator:
 
 @dataclass
 class NonFinite:
-    """The examples whose gradients are NaN or infinite, as the scores show; ids in order of discovery."""
+    """The examples whose gradients (or losses) are NaN or infinite, as the scores show; ids in order of discovery."""
 
     train: list[int] = field(default_factory=list)
     queries: list[int] = field(default_factory=list)
+    of: str = "gradients"
 
     def clean(self, tile: Tensor, first_query: int, first_id: int) -> bool:
         """Whether all scores of a tile are finite; if not, the queries or training examples at fault are stored."""
@@ -174,6 +175,6 @@ class NonFinite:
         ]
         if found:
             raise ValueError(
-                f"Expected finite gradients, got NaN or infinity for {' and for '.join(found)}. Check their inputs and "
+                f"Expected finite {self.of}, got NaN or infinity for {' and for '.join(found)}. Check their inputs and "
                 "losses, or leave them out (`torch.utils.data.Subset`)."
             )

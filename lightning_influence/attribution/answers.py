@@ -61,8 +61,9 @@ class Answers:
     def self_scores(self, values: Tensor, columns: Tensor, record: Mapping[str, Any] | None = None) -> SelfScores:
         """Self-influence of training examples at these positions."""
         base = self.train.base_ids()
-        named = self._named(columns)
-        scores = SelfScores(named, values, base=None if base is None else base[columns], **(record or self.record()))
+        base = None if base is None else base[columns]
+        about = {"base": base, "quantity": self.method.quantity, **(record or self.record())}
+        scores = SelfScores(self._named(columns), values, **about)
         scores.at_hand = (self._shown(self.train), None)
         return scores
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from lightning_influence.checks import check_callable, check_instance, check_integer, check_not_empty, check_path_like
+from lightning_influence.data.lookup import Stream
 from lightning_influence.files.arrow import check_absent
 from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.module.layers import sharded_parts
 from lightning_influence.refit import Refit
+from lightning_influence.scores.id_checks import whole_numbers
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.tracking.record import load_record
 from lightning_influence.trajectory import Trajectory
@@ -141,12 +143,15 @@ def check_batch_index(method: Method, setting: Setting) -> None:
     setting.depends_on_index(None if setting.trajectory is None else len(setting.trajectory.checkpoints) - 1)
 
 
-def check_group(method: Method, ids: Sequence[int], n_train: int) -> None:
-    """Raises ValueError for ids of training examples that do not exist or have no scores."""
+def group_of(method: Method, given: Sequence[int], n_train: int, stream: Stream | None) -> list[int]:
+    """Positions of a group of training examples; raises ValueError for those that do not exist or have no scores."""
+    ids: list[int] = whole_numbers(given).tolist()
+    ids = ids if stream is None else stream.positions(ids)
     if wrong := [i for i in ids if not 0 <= i < n_train]:
         raise ValueError(f"Expected `ids` from 0 to {n_train - 1}, got {wrong[:5]!r}.")
     if unscored := sorted(set(ids) - set(scored_ids(method, n_train).tolist())):
         raise ValueError(f"Expected `ids` that {method!r} has scores for, got {unscored[:5]!r}.")
+    return ids
 
 
 def scored_ids(method: Method, n_train: int) -> Tensor:

@@ -5,23 +5,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from os import PathLike
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_influence import timing
+from lightning_influence.attribution import arguments
 from lightning_influence.attribution.accumulators import MatrixAccumulator, TopKAccumulator
 from lightning_influence.attribution.answers import Answers
-from lightning_influence.attribution.arguments import (
-    check_arguments,
-    check_batch_index,
-    check_group,
-    check_method,
-    check_parts,
-    queries_of,
-    scored_ids,
-)
 from lightning_influence.attribution.asking_again import asking_again
 from lightning_influence.attribution.data_arguments import datamodule_of, named_queries, training_source
 from lightning_influence.attribution.driver import run_group, run_scores, run_self_influence, share_of
@@ -35,20 +27,20 @@ from lightning_influence.data.lookup import stream_of
 from lightning_influence.data.source import Source, source_of
 from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.methods.method import Cost, Evidence, Method
+from lightning_influence.methods.plain_loss import PlainLoss
 from lightning_influence.methods.retraining import Estimate, Retraining
 from lightning_influence.module.layers import make_layers
 from lightning_influence.module.precision import check_precision, full_products
 from lightning_influence.module.task import Loss, unwrapped
 from lightning_influence.processes import Processes, processes_of
-from lightning_influence.progress import progress
 from lightning_influence.refit import Refit
 from lightning_influence.scores import Scores, SelfScores
-from lightning_influence.scores.id_checks import whole_numbers
-from lightning_influence.setting.batch_index import warn_of_losses
 from lightning_influence.setting.session import Session
 from lightning_influence.setting.setting import Setting
 from lightning_influence.timing import Work, seconds_of
 from lightning_influence.trajectory import Trajectory, fitted_trajectory
+
+_Answer = TypeVar("_Answer", Scores, SelfScores)
 
 
 class Attributor:
@@ -107,7 +99,7 @@ class Attributor:
         check_data: bool = True,
         precision: str | None = None,
     ) -> None:
-        check_parts(module, trajectory, trainer, refit, loss, lookup)
+        arguments.check_parts(module, trajectory, trainer, refit, loss, lookup)
         check_precision(precision)
         self._stream = None if lookup is None else stream_of(train, lookup, trajectory)
         if self._stream is not None:
@@ -167,14 +159,15 @@ class Attributor:
                 that were finished before an error are its attribute ``scores``.
         """
         self._check(method, path)
-        check_arguments(top_k, aggregate, measurement, higher_is_better)
+        arguments.check_arguments(top_k, aggregate, measurement, higher_is_better)
         source = self._queries(queries)
         with self._open(method, source, measurement, aggregate) as setting:
-            all_queries = queries_of(setting)
+            all_queries = arguments.queries_of(setting)
             dtype = setting.zeros().dtype
-            ids, rows = scored_ids(method, setting.n_train), torch.arange(len(all_queries))
+            ids, rows = arguments.scored_ids(method, setting.n_train), torch.arange(len(all_queries))
             finished = Finished(sign=-1.0 if higher_is_better else 1.0)
-            answers = self._answers(method, setting, source if aggregate is None else None)
+            queried = source if aggregate is None else None
+            answers = Answers(method, setting, self._final, self._train, self._stream, queried)
             accumulator: MatrixAccumulator | TopKAccumulator
             if top_k is None:
                 accumulator = MatrixAccumulator(len(all_queries), len(ids), dtype)
@@ -182,10 +175,7 @@ class Attributor:
                 accumulator = TopKAccumulator(len(all_queries), top_k, dtype, ids)
             with kept(lambda said: answers.finished_scores(accumulator, finished, ids, said), self.processes):
                 run_scores(method, setting, all_queries, accumulator, self.trainer, finished)
-        scores = answers.scores(accumulator.result(), ids, rows)
-        if path is not None and self.processes.rank == 0:
-            scores.save(path)
-        return scores
+        return self._saved(answers.scores(accumulator.result(), ids, rows), path)
 
     @asking_again
     def self_influence(self, method: Method, path: str | PathLike[str] | None = None) -> SelfScores:
@@ -203,14 +193,11 @@ class Attributor:
         """
         self._check(method, path)
         with self._open(method) as setting:
-            answers, finished = self._answers(method, setting), Finished()
-            ids = scored_ids(method, setting.n_train)
+            answers, finished = Answers(method, setting, self._final, self._train, self._stream), Finished()
+            ids = arguments.scored_ids(method, setting.n_train)
             with kept(lambda said: answers.finished_self_scores(finished, ids, said), self.processes):
                 values = run_self_influence(method, setting, self.trainer, finished)
-        scores = answers.self_scores(values, ids)
-        if path is not None and self.processes.rank == 0:
-            scores.save(path)
-        return scores
+        return self._saved(answers.self_scores(values, ids), path)
 
     @asking_again
     def group(self, method: Method, ids: Sequence[int], queries: Any) -> Tensor:
@@ -228,25 +215,39 @@ class Attributor:
             ValueError: ids outside the training dataset, or without scores.
         """
         self._check(method)
-        ids = whole_numbers(ids).tolist()
-        ids = ids if self._stream is None else self._stream.positions(ids)
-        check_group(method, ids, len(self._train.dataset))
+        ids = arguments.group_of(method, ids, len(self._train.dataset), self._stream)
         with self._open(method, self._queries(queries)) as setting:
-            return run_group(method, setting, queries_of(setting), list(ids), self.trainer)
+            return run_group(method, setting, arguments.queries_of(setting), ids, self.trainer)
 
-    def losses(self, data: Any = "train") -> Tensor:
-        """The loss of every example on its own at the final weights, [example]; a baseline for finding label errors."""
-        source = self._queries(data)
-        with self._final.end.open(gradients=False) as setting:
+    @asking_again
+    def losses(
+        self,
+        data: Any = "train",
+        checkpoints: Sequence[int] | str | None = None,
+        path: str | PathLike[str] | None = None,
+    ) -> SelfScores:
+        """Rank examples by their own loss in eval mode, highest first: the plainest list of labels to check.
+
+        Args:
+            data: ``"train"``, a Dataset or DataLoader; with a DataModule also ``"val"`` or ``"test"``.
+            checkpoints: positions of the checkpoints whose losses are averaged; ``"all"``: all but the initial weights,
+                which ranks better where the fit memorised its data; None: the final weights alone.
+            path: a file to save the losses in.
+
+        Raises:
+            ValueError: losses that are not finite.
+            MissingEvidence: ``checkpoints`` without a trajectory.
+        """
+        method, source = PlainLoss(checkpoints), self._queries(data)
+        arguments.check_method(method, self.trajectory, self.refit, path)
+        train = source is self._train
+        with self._final.session_of(method).open(gradients=False) as setting:
             setting.reduction_of(None)  # it finds out how an example is read alone
-            examples, task = self._final.end.examples(source), setting.task
-            warn_of_losses(setting, examples)
-            values = []
-            with torch.no_grad(), progress(self.trainer, len(examples), "losses") as done:
-                for i in range(len(examples)):
-                    values.append(float(task(task.to_device(examples.one(i))).sum()))
-                    done(1)
-        return torch.tensor(values, dtype=torch.float64)
+            examples = setting.examples if train else self._session.examples(source)
+            asked = replace(setting, examples=examples, ids=range(len(examples)))
+            values = run_self_influence(method, asked, self.trainer, Finished())
+            answers = Answers(method, asked, self._final, source, self._stream if train else None)
+            return self._saved(answers.self_scores(values, torch.arange(len(values))), path)
 
     def cost(self, method: Method, queries: Any = None, aggregate: str | None = None) -> float:
         """Estimate the seconds that ``score`` takes, or, without queries, ``self_influence``.
@@ -301,9 +302,9 @@ class Attributor:
         self._check(method)
         if not isinstance(method, Retraining):
             raise TypeError(f"Expected a method that retrains models, such as `Downsampling()`, got {method!r}.")
-        check_arguments(None, None, measurement, higher_is_better)
+        arguments.check_arguments(None, None, measurement, higher_is_better)
         with self._open(method, self._queries(queries), measurement) as setting:
-            found = method.estimate(setting, queries_of(setting))
+            found = method.estimate(setting, arguments.queries_of(setting))
         return replace(found, values=-found.values) if higher_is_better else found
 
     # ---- preparation ----------------------------------------------------------------------------------------------
@@ -311,7 +312,7 @@ class Attributor:
     def _check(self, method: Method, path: str | PathLike[str] | None = None) -> None:
         if self._stream is not None and isinstance(method, Method):
             check_method_on_stream(method, len(self._train.dataset))
-        check_method(method, self.trajectory, self.refit, path)
+        arguments.check_method(method, self.trajectory, self.refit, path)
 
     @contextlib.contextmanager
     def _open(
@@ -332,13 +333,15 @@ class Attributor:
             if self.refit is not None and queries is not None:
                 self.refit.asked = queries
             setting.processes = self.processes
-            check_batch_index(method, setting)
+            arguments.check_batch_index(method, setting)
             if self.limit_seconds is not None and self.processes.count == 1:  # several might stop at different places
                 setting.deadline = timing.clock() + self.limit_seconds
             yield setting
 
-    def _answers(self, method: Method, setting: Setting, queries: Source | None = None) -> Answers:
-        return Answers(method, setting, self._final, self._train, self._stream, queries)
+    def _saved(self, scores: _Answer, path: str | PathLike[str] | None) -> _Answer:
+        if path is not None and self.processes.rank == 0:
+            scores.save(path)
+        return scores
 
     def _queries(self, queries: Any) -> Source:
         if queries == "train" and isinstance(queries, str):

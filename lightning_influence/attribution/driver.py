@@ -128,8 +128,8 @@ def run_self_influence(method: Method, setting: Setting, trainer: Any, finished:
     setting.progress = functools.partial(progress, trainer)
     if isinstance(method, GradientProduct):
         setting.ids = setting.processes.share(setting.n_train)
-    label = f"{method.name}: self-influence"
-    with progress(trainer, len(setting.ids) * _visited(method, setting), label) as done:
+    visits = len(setting.ids) * _visited(method, setting)
+    with progress(trainer, visits, f"{method.name}: {method.quantity}") as done:
         setting.on_block = done
         values = in_memory(lambda: method.self_influence(setting).cpu(), setting)
     if isinstance(method, GradientProduct):
@@ -140,7 +140,8 @@ def run_self_influence(method: Method, setting: Setting, trainer: Any, finished:
     values = values[ids]
     if not isinstance(method, Retraining):
         finished.sums = StageSums(None, values)
-        NonFinite(train=ids[~values.isfinite()].tolist()).refuse(setting.processes)
+        bad = ids[~values.isfinite()].tolist()
+        NonFinite(bad, of="losses" if method.quantity == "loss" else "gradients").refuse(setting.processes)
     return values
 
 

@@ -1,10 +1,12 @@
 """Checks of `Influence`'s arguments: each returns the argument in its final form, or raises."""
 
 from collections.abc import Mapping, Sequence
+from os import fspath
 from typing import Any
 
+from lightning_influence.callback.plan import LABELS
 from lightning_influence.capture.recorder import Schedule
-from lightning_influence.checks import check_integer
+from lightning_influence.checks import check_integer, check_path_like
 from lightning_influence.methods.method import Evidence, Method
 
 
@@ -41,14 +43,20 @@ def named_methods(methods: Any) -> dict[str, Any]:
     return named
 
 
-def methods_of_a_fit(methods: Any) -> dict[str, Method]:
+def methods_of_a_fit(methods: Any, labels: bool) -> dict[str, Method]:
     """Return the methods by name, all of which can run when a fit ends.
 
+    Args:
+        methods: a list or dict.
+        labels: whether the list of suspect labels takes a name of its own.
+
     Raises:
-        ValueError: one retrains models, or two of one class are in a list.
+        ValueError: one retrains models, two of one class are in a list, or one has the name of the list of labels.
         TypeError: see `named_methods`.
     """
     named = named_methods(methods)
+    if labels and LABELS in named:
+        raise ValueError(f"Expected no method named {LABELS!r} with `labels=True`, got one. Give it another name.")
     for name, method in named.items():
         if method.needs & Evidence.REFIT:
             raise ValueError(
@@ -57,6 +65,18 @@ def methods_of_a_fit(methods: Any) -> dict[str, Method]:
                 f"refit=Refit()).score({type(method).__name__}(...), queries=...)`."
             )
     return named
+
+
+def checked_dirpath(dirpath: Any) -> str | None:
+    """The folder as text; None: next to the logger's run.
+
+    Raises:
+        TypeError: something else than a path.
+    """
+    if dirpath is None:
+        return None
+    check_path_like("dirpath", dirpath, "Pass a folder to write to, or None: next to the logger's run.")
+    return fspath(dirpath)
 
 
 def checked_queries(queries: Any) -> Any:

@@ -15,12 +15,13 @@ from torch.utils.data import DataLoader
 
 from lightning_influence.attribution.attributor import Attributor
 from lightning_influence.callback.offline import offline_lines
-from lightning_influence.callback.plan import ScoringPlan
+from lightning_influence.callback.plan import LABELS, ScoringPlan
 from lightning_influence.callback.summary import Summary
 from lightning_influence.compat import rank_zero_info, rank_zero_warn
 from lightning_influence.data.source import source_of
 from lightning_influence.loggers import listening
 from lightning_influence.methods.method import Method
+from lightning_influence.methods.plain_loss import PlainLoss
 from lightning_influence.processes import processes_of
 from lightning_influence.scores import Scores, SelfScores
 
@@ -71,7 +72,7 @@ def check_queries(queries: Any) -> None:
 
 def did_not_finish(error: BaseException, run_dir: Path, plan: ScoringPlan, trainer: Any) -> str:
     """Why there are no scores of a fit that an exception ended, and how to score what it recorded."""
-    how = f" To score what was recorded until then:\n{offline_lines(run_dir, plan, trainer)}" if plan.methods else ""
+    how = f" To score what was recorded until then:\n{offline_lines(run_dir, plan, trainer)}" if plan.names else ""
     return f"the fit was ended by {type(error).__name__}: {str(error)[:200] or 'no message'}.{how}"
 
 
@@ -98,7 +99,7 @@ def score_at_end(
             f"{offline_lines(run_dir, plan, trainer)}"
         )
         for results in (scores, self_scores):
-            results.reasons |= {name: str(error) for name in plan.methods.keys() - results.keys()}
+            results.reasons |= {name: str(error) for name in set(plan.names) - results.keys()}
     finally:
         if summary is not None and plan.verbose and str(summary):
             rank_zero_info(str(summary))
@@ -107,9 +108,9 @@ def score_at_end(
 def _interrupted(plan: ScoringPlan, scores: Results, self_scores: Results, lines: str) -> None:
     """Warn that Ctrl-C ended the scoring, and keep that as the reason of all results that there are not."""
     why = f"Scoring was interrupted; the fit itself is complete. To continue:\n{lines}"
-    wanted = [scores] * (plan.queries is not None) + [self_scores] * plan.self_influence
-    for results in wanted:
-        for name in plan.methods.keys() - results.keys():
+    own = [*(plan.methods if plan.self_influence else ()), *([LABELS] if plan.labels else ())]
+    for results, names in (scores, plan.methods if plan.queries is not None else ()), (self_scores, own):
+        for name in set(names) - results.keys():
             results.reasons.setdefault(name, why)
     rank_zero_warn(why)
 
@@ -138,8 +139,11 @@ class EndOfFit:
     self_scores: Results
 
     def run(self) -> None:
-        """Run each method: first scores on the queries, then self-influence."""
+        """Rank the labels, then run each method: first scores on the queries, then self-influence."""
         lost = set(self.scores.reasons)
+        if self.plan.labels:
+            whole = getattr(self.attributor.trajectory, "broken", None) is None
+            self._guarded(LABELS, PlainLoss("all" if whole else None), self.self_scores, self._score_itself)
         for name, method in self.plan.methods.items():
             if name not in lost and self.plan.queries is not None:
                 self._guarded(name, method, self.scores, self._score)
@@ -203,6 +207,8 @@ class EndOfFit:
 
     def _score_itself(self, name: str, method: Method) -> SelfScores:
         score = partial(self.attributor.self_influence, method)
+        if isinstance(method, PlainLoss):
+            score = partial(self.attributor.losses, checkpoints=method.checkpoints)
         scores = self._computed(name, method, self.attributor.cost(method), score)
         self._save(f"{name}.self", scores)
         if self.plan.log_scores:

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from lightning_influence.attribution.attributor import Attributor
-from lightning_influence.callback.arguments import checked_queries, methods_of_a_fit, patterns_of, schedule_of
+from lightning_influence.callback import arguments
 from lightning_influence.callback.confirmation import confirm_data
 from lightning_influence.callback.during_fit import DuringFit
 from lightning_influence.callback.end_of_fit import check_queries, did_not_finish, score_at_end
@@ -23,7 +23,7 @@ from lightning_influence.capture.places import (
 )
 from lightning_influence.capture.recorder import Recorder
 from lightning_influence.capture.store import RunWriter, claim_run, resume_point
-from lightning_influence.checks import check_callable, check_flag, check_integer, check_path_like, check_positive
+from lightning_influence.checks import check_callable, check_flag, check_integer, check_positive
 from lightning_influence.methods.method import Method
 from lightning_influence.module.precision import check_precision
 from lightning_influence.processes import Processes, processes_of
@@ -59,12 +59,15 @@ class Influence(Guest):
         max_cost: Do not start a method whose estimated time exceeds this many times the duration of the fit, nor a
             fit in which tracking would take this many times as long as plain training.
         log_scores: Write scores to the Trainer's loggers.
+        labels: Also rank the training examples by how suspect their labels are, as `self_scores["labels"]`: by the mean
+            of their losses over the checkpoints, a forward pass for each. Of the lists compared on labels of people it
+            was as good as any after a short fit, and the best where a fit had learned its labels by heart.
         verbose: Say when the fit has ended what was scored, how long it took and where it is; False: only warn.
         precision: Precision of the scoring, see `Attributor`. None: that of the weights, whatever the fit's.
 
     Attributes:
         scores: `Scores` by name of the method, once the fit has ended.
-        self_scores: `SelfScores` by name of the method, with `self_influence=True`.
+        self_scores: `SelfScores` by name of the method, with `self_influence=True`; "labels" with `labels=True`.
         run_dir: Folder of the newest fit.
 
     Example:
@@ -91,33 +94,36 @@ class Influence(Guest):
         lookup: Callable[[int], Any] | None = None,
         verbose: bool = True,
         precision: str | None = None,
+        labels: bool = False,
     ) -> None:
         super().__init__()
-        self.methods = methods_of_a_fit(methods)
+        flags = {"self_influence": self_influence, "log_scores": log_scores, "verbose": verbose, "labels": labels}
+        for name, flag in flags.items():
+            check_flag(name, flag)
+        self.methods, self.labels = arguments.methods_of_a_fit(methods, labels), labels
         check_integer("top_k", top_k, optional=True)
-        check_flag("self_influence", self_influence)
         check_callable("loss", loss)
         if not isinstance(sample_id, str):
             check_callable("sample_id", sample_id)
         check_callable("lookup", lookup)
         check_integer("keep_last", keep_last, optional=True)
         check_positive("max_cost", max_cost)
-        check_flag("log_scores", log_scores)
-        check_flag("verbose", verbose)
         check_precision(precision)
-        self.queries = checked_queries(queries)
-        if dirpath is not None:
-            check_path_like("dirpath", dirpath, "Pass a folder to write to, or None: next to the logger's run.")
-        self.dirpath = None if dirpath is None else fspath(dirpath)
-        self._schedule = schedule_of(every_n_epochs, every_n_train_steps)
+        self.queries = arguments.checked_queries(queries)
+        self.dirpath = arguments.checked_dirpath(dirpath)
+        self._schedule = arguments.schedule_of(every_n_epochs, every_n_train_steps)
         self.top_k, self.self_influence = top_k, self_influence
-        self.parameters = patterns_of(parameters)
+        self.parameters = arguments.patterns_of(parameters)
         self.loss, self.sample_id, self.lookup, self.precision = loss, sample_id, lookup, precision
         self.keep_last = keep_last
         self.max_cost, self.log_scores, self.verbose = float(max_cost), log_scores, verbose
         self._resolved: Path | None = None
         self._restored: dict[str, Any] = {}
         self._key: str | None = None
+
+    def __repr__(self) -> str:
+        where = "no fit yet" if self.run_dir is None else f"newest fit in {str(self.run_dir)!r}"
+        return f"Influence({', '.join(self._plan.names) or 'records only'}; {where})"
 
     # ---- results ----
 
@@ -258,13 +264,13 @@ class Influence(Guest):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Save the final checkpoint, then run the methods in all processes."""
         self._check_present()
-        processes = processes_of(trainer) if self.methods else Processes()
+        processes = processes_of(trainer) if self._plan.names else Processes()
         with processes.together():
             recorded = self._end_record(trainer, pl_module)
             everywhere = all(processes.gathered(recorded and self._last is None))
         if processes.count > 1 and not everywhere:
             self.scores.why = self.self_scores.why = "the fit was not recorded in every process"
-        elif recorded and self.methods and self.run_dir is not None:
+        elif recorded and self._plan.names and self.run_dir is not None:
             score_at_end(self._plan, trainer, self.run_dir, lambda: self.attributor, self.scores, self.self_scores)
 
     def _end_record(self, trainer: Any, pl_module: Any) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_influence.callback.plan import ScoringPlan
 from lightning_influence.methods.method import Method
+from lightning_influence.methods.plain_loss import PlainLoss
 
 
 def offline_lines(run_dir: Path, plan: ScoringPlan, trainer: Any, method: Method | None = None) -> str:
@@ -18,17 +19,23 @@ def offline_lines(run_dir: Path, plan: ScoringPlan, trainer: Any, method: Method
         trainer: of the fit.
         method: the one that is asked for; None: the first of the plan.
     """
-    method = method if method is not None else next(iter(plan.methods.values()))
-    names = ["Attributor", "Trajectory", *sorted(set(_classes(method)))]
+    method = method if method is not None else next(iter(plan.methods.values()), PlainLoss("all"))
+    losses = isinstance(method, PlainLoss)
+    names = ["Attributor", "Trajectory", *([] if losses else sorted(set(_classes(method))))]
     data = "trajectory=trajectory, datamodule=datamodule"
     if trainer.datamodule is None:
         data = "train=train_dataloader, trajectory=trajectory"
     top_k = "" if plan.top_k is None else f", top_k={plan.top_k}"
+    asked = (
+        "losses(checkpoints='all')"
+        if losses
+        else f"score({method!r}, queries={_queries(plan.queries, trainer)}{top_k})"
+    )
     return (
         f"  from lightning_influence import {', '.join(names)}\n"
         f"  trajectory = Trajectory.load({str(run_dir)!r})\n"
         f"  attributor = Attributor(model, {data}{_extras(plan, trainer)})\n"
-        f"  scores = attributor.score({method!r}, queries={_queries(plan.queries, trainer)}{top_k})"
+        f"  scores = attributor.{asked}"
     )
 
 

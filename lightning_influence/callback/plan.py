@@ -9,6 +9,9 @@ from lightning_influence.methods.method import Method
 from lightning_influence.module.task import Loss
 from lightning_influence.trajectory import Trajectory
 
+LABELS = "labels"
+"""Name of the list of suspect labels among the results."""
+
 
 @dataclass(frozen=True)
 class ScoringPlan:
@@ -23,11 +26,17 @@ class ScoringPlan:
     loss: Loss | None
     top_k: int | None
     self_influence: bool
+    labels: bool
     max_cost: float
     log_scores: bool
     verbose: bool
     lookup: Callable[[int], Any] | None
     precision: str | None
+
+    @property
+    def names(self) -> list[str]:
+        """Of all that is scored."""
+        return [*self.methods, *([LABELS] if self.labels else [])]
 
     def attributor(self, module: Any, trainer: Any, trajectory: Trajectory | None = None) -> Attributor:
         """Return what scores the examples of the training loader."""

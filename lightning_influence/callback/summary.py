@@ -32,7 +32,11 @@ class Summary:
         """A method's scores, and its estimated and real duration in seconds."""
         itself = isinstance(scores, SelfScores)
         where = f"influence.{'self_' * itself}scores[{name!r}]"
-        asked = "each example on itself" if isinstance(scores, SelfScores) else _count(len(scores.query_ids), "query")
+        asked = "each example on itself"
+        if isinstance(scores, Scores):
+            asked = _count(len(scores.query_ids), "query")
+        elif scores.quantity != "self-influence":
+            asked = f"{scores.quantity} of each example"
         notes = f", with {_count(len(scores.notes), 'note')}" if scores.notes else ""
         self._rows.append((name, asked, f"{taken:.1f} s (estimated: {estimated:.1f} s)", where + notes))
         self._seconds += taken

@@ -15,12 +15,13 @@ def load(path: Path) -> Scores | SelfScores:
         ValueError: the file is damaged or holds no scores, or the folder does not hold exactly one file of them.
     """
     if path.is_dir():
-        found = [file for file in score_files(path) if not is_partial(file)]
-        if len(found) != 1:
-            names = ", ".join(str(file) for file in found) or "none"
-            raise ValueError(
-                f"Expected one file of scores, got the folder {str(path)!r} with {names}. Pass one of the files."
-            )
+        runs = runs_of(path)
+        found = [file for file in score_files(runs[-1] if runs else path) if not is_partial(file)]
+        if not found:
+            raise ValueError(f"Expected a file of scores, got the folder {str(path)!r} with none.")
+        if len(found) > 1:
+            names = "".join(f"\n  {file}" for file in found)
+            raise ValueError(f"Expected one file of scores, got the folder {str(path)!r}. Pass one of these:{names}")
         path = found[0]
     kind = map_batches(path, ("scores", "top_k_scores", "self_scores")).kind
     return SelfScores.load(path) if kind == "self_scores" else Scores.load(path)

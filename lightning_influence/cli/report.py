@@ -3,7 +3,9 @@
 import argparse
 from pathlib import Path
 
-from lightning_influence import SelfScores
+import torch
+
+from lightning_influence import Scores, SelfScores
 from lightning_influence.cli.reading import existing, load
 
 
@@ -16,13 +18,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the page, sorted by self-influence where its file is beside that of the scores."""
+    """Write the page, sorted by the list of suspect labels beside the scores, or else by their self-influence."""
     path: Path = existing(options.scores)
     scores = load(path)
-    beside = path.with_suffix(".self.arrow")
     if isinstance(scores, SelfScores):
         scores.report(options.output)
     else:
-        scores.report(options.output, self_scores=SelfScores.load(beside) if beside.is_file() else None)
+        beside = (path.with_name("labels.self.arrow"), path.with_suffix(".self.arrow"))
+        found = [SelfScores.load(file) for file in beside if file.is_file()]
+        scores.report(options.output, self_scores=next((one for one in found if _same(one, scores)), None))
     print(options.output)
     return 0
+
+
+def _same(itself: SelfScores, scores: Scores) -> bool:
+    return torch.equal(itself.train_ids, scores.train_ids)

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_influence import MissingEvidence, Trajectory
+from lightning_influence import MissingEvidence, SelfScores, Trajectory
 from lightning_influence.cli.reading import existing, is_partial, load, runs_of, score_files
-from lightning_influence.cli.text import megabytes, table
+from lightning_influence.cli.text import megabytes
+from lightning_influence.scores.words import settings, table
 
 _ROWS = 12  # of a list of checkpoints that are printed
 
@@ -23,7 +24,8 @@ def run(options: argparse.Namespace) -> int:
     if path.is_file():
         scores = load(path)
         print(scores)
-        print(table(("setting", "value"), [(name, str(value)) for name, value in scores.settings.items()]))
+        if shown := settings(scores.settings):
+            print(table(("setting", "value"), list(shown.items())))
         return 0
     runs, files = runs_of(path), score_files(path)
     if not runs and not files:
@@ -83,8 +85,8 @@ def _scores(path: Path) -> list[Any]:
     except (ValueError, OSError) as error:
         return [path.name, f"unreadable: {type(error).__name__}", None, None, None, None, None]
     top = getattr(scores, "top_k", None)
-    itself = not hasattr(scores, "query_ids")
-    kept = "self-influence" if itself else "all" if top is None else f"top {top}"
+    kept = scores.quantity if isinstance(scores, SelfScores) else "all" if top is None else f"top {top}"
     kept += ", partial" * is_partial(path)
-    queries = None if itself else len(scores)
-    return [path.name, scores.method, queries, scores.train_ids.numel(), kept, scores.units, len(scores.notes)]
+    units = None if scores.units == "arbitrary" else scores.units
+    queries = None if isinstance(scores, SelfScores) else len(scores)
+    return [path.name, scores.method, queries, scores.train_ids.numel(), kept, units, len(scores.notes)]

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from lightning_influence import SelfScores
+from lightning_influence import SelfScores, TopK
 from lightning_influence.cli.reading import existing, load
-from lightning_influence.cli.text import table
 from lightning_influence.scores.id_checks import places
+from lightning_influence.scores.words import unit
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,22 +27,17 @@ def run(options: argparse.Namespace) -> int:
                 f"Expected scores of queries with `--query {options.query}`, got self-influence, which has none. "
                 "Leave `--query` out, or name the file without `.self`."
             )
-        ranked = scores.to_arrow(min(options.k, len(scores)) if options.k > 0 else options.k)
-        print(f"{scores.method}: highest self-influence of {len(scores):,} training examples ({scores.units})")
-        print(table(ranked.column_names, [list(row.values()) for row in ranked.to_pylist()]))
+        print(f"{scores.method}: highest {scores.quantity} of {len(scores):,} training examples, {unit(scores.units)}")
+        print(scores.top(min(options.k, len(scores)) if options.k > 0 else options.k))
         return 0
     query = int(scores.query_ids[0]) if options.query is None else options.query
     row = int(places(scores.query_ids, torch.tensor([query]), "--query"))
-    base = scores.base_ids().train_ids
     # Of this query only: a matrix on disk may be larger than memory.
     ((_, *sides),) = scores._ranking.sides(options.k, slice(row, row + 1))
-    print(f"{scores.method}: influence on query {query} ({scores.units})")
+    print(f"{scores.method}: influence on query {query}, {unit(scores.units)}")
     for title, side in zip(("proponents", "opponents"), sides, strict=True):
         print(f"\n{title}")
-        names, rows = ["train_id", "score"], [list(pair) for pair in side]
-        if not torch.equal(base, scores.train_ids):
-            at = places(scores.train_ids, torch.tensor([train_id for train_id, _ in side], dtype=torch.int64), "ids")
-            names = ["train_id", "train_base_id", "score"]
-            rows = [[i, other, score] for (i, score), other in zip(side, base[at].tolist(), strict=True)]
-        print(table(names, rows) if rows else "  none")
+        ids, values = zip(*side, strict=True) if side else ((), ())
+        found = TopK(torch.tensor(values, dtype=torch.float64), torch.tensor(ids, dtype=torch.int64))
+        print(found.about(None, scores.train_ids, scores.base_ids().train_ids) if side else "  none")
     return 0

@@ -11,12 +11,12 @@ from typing import Any
 import lightning_influence
 from lightning_influence import Evidence, Method, MissingEvidence, Trajectory
 from lightning_influence.cli.reading import existing, read_scores, runs_of, score_files
-from lightning_influence.cli.text import table
 from lightning_influence.curvature.store import read_any as read_prepared
 from lightning_influence.files.arrow import read_batches
 from lightning_influence.files.atomic import left_over
 from lightning_influence.refit.store import MANIFEST as BANK
 from lightning_influence.refit.store import check_models, read_bank
+from lightning_influence.scores.words import table
 from lightning_influence.tracking.record import load as load_tracked
 from lightning_influence.trajectory.files import read_manifest, read_verified
 

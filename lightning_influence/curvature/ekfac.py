@@ -159,7 +159,8 @@ class EKFAC(Curvature):
     def _note(self, factors: Mapping[Names, LayerFactors], labels: str, why: str) -> str:
         which = {"empirical": "empirical Fisher", "sampled": "Fisher with sampled labels", "exact": "Fisher"}[labels]
         name = "EK-FAC" if self.corrected else "K-FAC"
-        text = f"{name} of the {which}{why}: {sum(f.sides is not None for f in factors.values())} layers factored"
+        count = sum(f.sides is not None for f in factors.values())
+        text = f"{name} of the {which}{why}: {count} layer{'s' * (count != 1)} approximated by Kronecker factors"
         rest = [name for names, f in factors.items() if f.sides is None for name in names]
         shown = ", ".join(rest[:5]) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
         return f"{text}; with a diagonal Fisher: {shown}" if rest else text

@@ -71,10 +71,11 @@ class Plan:
             )
 
     def summary(self, parameters: Mapping[str, Tensor]) -> str:
-        """One line that says how many parameters have factored gradients, and names all others."""
+        """One line that says how many parameters have factored gradients, the fast way, and names all others."""
         total = sum(parameters[name].numel() for name in self.names)
         factored = sum(parameters[name].numel() for name in self.layouts)
-        text = f"{factored:,} of {total:,} parameters have factored per-sample gradients"
+        which = f"all {total:,}" if factored == total else f"{factored:,} of {total:,}"
+        text = f"Gradients of {which} parameters were computed the fast way"
         for label, names in (
             ("through torch.func", self.vectorised),
             ("one example at a time", self.one_by_one),

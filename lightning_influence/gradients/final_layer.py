@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -239,10 +239,11 @@ def find_head(
     return Head(last, layers[last], task, reduction, weights)
 
 
-def head_rows(head: Head, examples: Examples, path: Path) -> list[HeadRows]:
+def head_rows(head: Head, examples: Examples, path: Path, done: Callable[[int], Any]) -> list[HeadRows]:
     """The final layer's rows for all training examples, memory-mapped from an Arrow file.
 
-    The file is written if it is missing, damaged, or holds rows of other weights, data or another loss.
+    The file is written if it is missing, damaged, or holds rows of other weights, data or another loss; ``done`` is
+    called with the number of examples that were read.
 
     Raises:
         ValueError: features or gradients are not finite.
@@ -250,6 +251,7 @@ def head_rows(head: Head, examples: Examples, path: Path) -> list[HeadRows]:
     if path.is_file():
         stored = _read(path)
         if stored is not None and _same(head, examples, stored):
+            done(len(examples))
             return stored
 
     def rows() -> Iterator[dict[str, Tensor]]:
@@ -258,6 +260,7 @@ def head_rows(head: Head, examples: Examples, path: Path) -> list[HeadRows]:
             found = head.read(block.batch, block.size)
             _refuse_non_finite(found, block.ids)
             yield found.columns()
+            done(block.size)
 
     write_batches(path, "features", rows(), {"head": head.name}, overwrite=True)
     stored = _read(path)

@@ -72,7 +72,8 @@ def of_scores(highest: Tensor, values: Tensor | None) -> tuple[dict[str, float],
     return scalars, histograms
 
 
-def of_self_influence(values: Tensor) -> tuple[dict[str, float], dict[str, Histogram]]:
-    """Numbers and histograms about self-influence, [train]."""
-    scalars = {"self_mean": float(values.double().mean()), "self_top": float(values.max())}
-    return scalars, {"self_influence": Histogram.of(values.split(_BLOCK))}
+def of_self_influence(values: Tensor, what: str = "self_influence") -> tuple[dict[str, float], dict[str, Histogram]]:
+    """Numbers and histograms about one number for each example, [train]; ``what`` it is, as part of a name."""
+    head = what.removesuffix("_influence")
+    scalars = {f"{head}_mean": float(values.double().mean()), f"{head}_top": float(values.max())}
+    return scalars, {what: Histogram.of(values.split(_BLOCK))}

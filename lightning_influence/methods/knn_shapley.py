@@ -68,7 +68,9 @@ class KNNShapley(ForwardOnly):
         embed = self.features or setting.state(self, _features_of, setting, queries)
         if self.features is None:
             _refuse_index(setting, embed)
-        train, labels = self._embedded(embed, setting.engine.task, setting.examples, range(setting.n_train))
+        train, labels = self._embedded(
+            embed, setting.engine.task, setting.examples, range(setting.n_train), setting.on_block
+        )
         features, query_labels = self._embedded(embed, queries.engine.task, queries.examples, queries.ids)
         values = knn_shapley(torch.cdist(features, train), query_labels[:, None] == labels, self.k)
         return values.mean(0, keepdim=True) if queries.mean else values
@@ -103,8 +105,15 @@ class KNNShapley(ForwardOnly):
             "labels": getattr(self.labels, "__qualname__", self.labels and repr(self.labels)),
         }
 
-    def _embedded(self, embed: Features, task: Task, examples: Examples, ids: range) -> tuple[Tensor, Tensor]:
-        """Features, [example, dim] float64, and labels, [example]."""
+    def _embedded(
+        self,
+        embed: Features,
+        task: Task,
+        examples: Examples,
+        ids: range,
+        done: Callable[[int], Any] = lambda count: None,
+    ) -> tuple[Tensor, Tensor]:
+        """Features, [example, dim] float64, and labels, [example]; ``done`` is called after each block."""
         features, labels = [], []
         for block in examples.blocks(ids.start, ids.stop):
             batch = task.to_device(block.batch)
@@ -124,6 +133,7 @@ class KNNShapley(ForwardOnly):
             features.append(wide(found.flatten(1)))
             label = (_labels(batch) if self.labels is None else self.labels(batch))[: block.size]
             labels.append(label.to(features[-1].device))
+            done(block.size)
         return torch.cat(features), torch.cat(labels)
 
 

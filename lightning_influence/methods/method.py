@@ -49,6 +49,11 @@ class Cost(NamedTuple):
     checkpoints: int
     work: tuple[Work, ...] = ()
 
+    def __str__(self) -> str:
+        pieces = "".join(f"\n  {piece}" for piece in sorted(self.work, key=lambda piece: -piece.seconds))
+        at_once = f"{self.queries_at_once} quer{'y' if self.queries_at_once == 1 else 'ies'} at once"
+        return f"about {self.seconds:.3g} s, with {at_once} and {self.checkpoints} checkpoint(s) visited{pieces}"
+
     def of_share(self, fraction: float, *besides: Work) -> "Cost":
         """That of a share of the work, and of other work besides."""
         pieces = (*besides, *(piece._replace(times=piece.times * fraction) for piece in self.work))
@@ -88,6 +93,8 @@ class Method(ABC):
     """
 
     needs: ClassVar[Evidence] = Evidence.FINAL_WEIGHTS
+    quantity: ClassVar[str] = "self-influence"
+    """What ``self_influence`` returns, in words."""
 
     def __init_subclass__(cls) -> None:
         """Raises TypeError for a flag or method that earlier versions asked for and that nothing reads any more."""

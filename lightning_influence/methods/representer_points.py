@@ -178,7 +178,9 @@ class RepresenterPoints(ForwardOnly):
         head, link = self._head(setting)
         run = None if setting.trajectory is None else setting.trajectory.path
         folder = writable(None if run is None else run / "features", owner=head)
-        batches = head_rows(head, setting.examples, folder / f"{head.name}-step-{_step(setting)}.arrow")
+        path = folder / f"{head.name}-step-{_step(setting)}.arrow"
+        with setting.progress(setting.n_train, f"inputs of the head `{head.name}`") as done:
+            batches = head_rows(head, setting.examples, path, done)
         points = Points(head, link, batches, self.target == "model", self.weight_decay, setting.n_train)
         with setting.progress(_PARTS, f"solving for the head `{head.name}`", "%") as done:
             iterations = self.max_iterations if self.refit else 0

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from lightning_influence.numerics.statistics import interval, nanmean, pearson, ranks, resampled
 
+_MEANINGS = {
+    "lds": "lds: the rank correlation between predicted losses and those of models retrained on subsets (0: random).",
+    "spearman": "spearman: the rank correlation of scores with changes of the loss without each example (0: random).",
+}
 # Resamples of the differences: twice those of the metrics, since an interval for several differences is wider.
 _RESAMPLES = 1000
 
@@ -166,7 +170,8 @@ def _behind(observed: Tensor, best: Tensor, *others: Tensor) -> Tensor:
 
 
 def _shown(metrics: dict[str, float]) -> list[str]:
-    return [name for name in metrics if not name.endswith(("_low", "_high"))]
+    """Those with a column of their own; the recall of wrong labels follows from their precision."""
+    return [name for name in metrics if not (name.endswith(("_low", "_high")) or name.startswith("recall_at_"))]
 
 
 def _cell(name: str, column: dict[str, float]) -> str:
@@ -196,4 +201,4 @@ def _aligned(rows: list[list[Any]], widths: list[int]) -> list[str]:
 
 
 def _closing(found: Evaluation) -> list[str]:
-    return [f"noise ceiling of rank correlations: {found.ceiling:.2f}", *found.notes]
+    return [_MEANINGS[found.main], f"noise ceiling of rank correlations: {found.ceiling:.2f}", *found.notes]

@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 
 from lightning_influence.metrics.paired_metric import PairedMetric
-from lightning_influence.numerics.statistics import auroc, average_precision, recall_at
+from lightning_influence.numerics.statistics import auroc, average_precision, precision_at, recall_at
 
 
 class MislabelDetection(PairedMetric):
     """How high wrong labels rank among training examples sorted by suspicion.
 
     ``compute`` returns ``auroc`` (ties count half), ``average_precision``, each with its 95 % bootstrap interval over
-    examples, and ``recall_at_F``: the share of the wrong labels in the most suspicious fraction F. The plain loss is
-    the baseline to beat.
+    examples, and for each fraction F of the training set, the most suspicious ones, ``precision_at_F``: the share of
+    them that is wrong, and ``recall_at_F``: the share of all wrong labels that is among them. The baseline to beat is
+    the mean loss over checkpoints: ``attributor.losses(checkpoints="all").values``.
 
     Args:
         fractions: shares of the training set that would be reviewed.
@@ -30,11 +31,11 @@ class MislabelDetection(PairedMetric):
         >>> metric = MislabelDetection(fractions=(0.5,), n_bootstrap=0)
         >>> metric.update(torch.tensor([0.1, 3.0, 0.2, 0.3]), torch.tensor([False, True, False, True]))
         >>> {name: float(value) for name, value in metric.compute().items()}
-        {'auroc': 1.0, 'average_precision': 1.0, 'recall_at_0.5': 1.0}
+        {'auroc': 1.0, 'average_precision': 1.0, 'precision_at_0.5': 1.0, 'recall_at_0.5': 1.0}
     """
 
     def __init__(
-        self, fractions: Sequence[float] = (0.05, 0.1, 0.2), n_bootstrap: int = 500, seed: int = 0, **kwargs: Any
+        self, fractions: Sequence[float] = (0.01, 0.05, 0.1, 0.2), n_bootstrap: int = 500, seed: int = 0, **kwargs: Any
     ) -> None:
         super().__init__(n_bootstrap, seed, **kwargs)
         wrong = [f for f in fractions if not 0 < f <= 1]
@@ -66,6 +67,7 @@ class MislabelDetection(PairedMetric):
         found = self._interval("auroc", auroc, pairs)
         found |= self._interval("average_precision", average_precision, pairs)
         for fraction in self.fractions:
+            found[f"precision_at_{fraction:g}"] = precision_at(*pairs, fraction)
             found[f"recall_at_{fraction:g}"] = recall_at(*pairs, fraction)
         return found
 

@@ -67,13 +67,26 @@ def average_precision(scores: Tensor, positive: Tensor) -> Tensor:
 
 def recall_at(scores: Tensor, positive: Tensor, fraction: float) -> Tensor:
     """Fraction of the positives among the highest ``fraction`` of scores, in expectation over the order of ties."""
-    n = scores.shape[-1]
-    inspected = max(1, round(fraction * n))
+    return _found(scores, positive, fraction) / positive.sum(-1)
+
+
+def precision_at(scores: Tensor, positive: Tensor, fraction: float) -> Tensor:
+    """Fraction of positives among the highest ``fraction`` of scores, in expectation over the order of ties."""
+    return _found(scores, positive, fraction) / _inspected(scores, fraction)
+
+
+def _inspected(scores: Tensor, fraction: float) -> int:
+    return max(1, round(fraction * scores.shape[-1]))
+
+
+def _found(scores: Tensor, positive: Tensor, fraction: float) -> Tensor:
+    """How many positives are among the highest ``fraction`` of scores."""
+    inspected = _inspected(scores, fraction)
     descending, order = scores.sort(-1, descending=True)
     first = torch.searchsorted(-descending, -descending, right=False)
     beyond = torch.searchsorted(-descending, -descending, right=True)
     chance = ((inspected - first).clamp(min=0).double() / (beyond - first)).clamp(max=1.0)
-    return (chance * positive.gather(-1, order)).sum(-1) / positive.sum(-1)
+    return (chance * positive.gather(-1, order)).sum(-1)
 
 
 def nanmean(values: Tensor) -> Tensor:

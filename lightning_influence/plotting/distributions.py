@@ -1,4 +1,4 @@
-"""Figures of many scores: the distribution of self-influence with its tail, and the influence of classes on classes."""
+"""Figures of many scores: how one number per example is distributed, and the influence of classes on classes."""
 
 import math
 from collections.abc import Sequence
@@ -6,21 +6,27 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_influence.plotting.style import blank, fit
+from lightning_influence.plotting.style import axis, blank, fit
 
 _WRITTEN = 150  # the most cells of a map whose numbers are written into them
 
 
 def self_influence(
-    values: Tensor, flagged_fraction: float = 0.1, *, method: str = "", units: str = ""
+    values: Tensor,
+    flagged_fraction: float = 0.1,
+    *,
+    method: str = "",
+    units: str = "",
+    quantity: str = "self-influence",
 ) -> tuple[Any, Any]:
-    """Draw the distribution of self-influence, with the highest fraction marked for review.
+    """Draw the distribution of self-influence or of losses, with the highest fraction marked for review.
 
     Args:
         values: [train] scores.
         flagged_fraction: Between 0 and 1; at least one example is marked.
         method: For the title.
         units: Of the scores.
+        quantity: What they are, in words.
 
     Returns:
         The figure and its axes.
@@ -53,9 +59,9 @@ def self_influence(
         axes.set_ylim(bottom=0)
     else:
         axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel(fit(f"self-influence ({units})" if units else "self-influence", 70))
+    axes.set_xlabel(fit(axis(quantity, units), 70))
     axes.set_ylabel("training examples")
-    title = f"{method + ': ' if method else ''}self-influence of {values.numel():,} training examples"
+    title = f"{method + ': ' if method else ''}{quantity} of {values.numel():,} training examples"
     axes.set_title(fit(title, 80), fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
@@ -99,7 +105,7 @@ def by_class(
                     ink = "white" if abs(mean) > 0.6 * most else "black"
                     axes.text(column, row, f"{mean:.1g}", ha="center", va="center", fontsize=6, color=ink)
     bar = figure.colorbar(drawn, ax=axes)
-    bar.set_label(fit(f"mean score ({units})" if units else "mean score", 8 + 6 * max(rows, 3)))
+    bar.set_label(fit(axis("mean score", units), 8 + 6 * max(rows, 3)))
     title = f"{method + ': ' if method else ''}influence by class"
     axes.set_title(fit(title, 24 + 5 * max(columns, 4)), fontsize=11, color=colours.text)
     return figure, axes

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from lightning_influence.plotting.cell import Drawing, Item
-from lightning_influence.plotting.style import Palette, blank, fit
+from lightning_influence.plotting.style import Palette, axis, blank, fit
 
 _Side: TypeAlias = tuple[str, str, Sequence[Item]]
 """Its title, its colour and its examples."""
@@ -135,7 +135,7 @@ def _bars(axes: Any, case: Case, title: str, units: str, colours: Palette) -> An
     axes.set_yticks(range(len(items)), [fit(item.name, 32) for item in items])
     axes.invert_yaxis()
     axes.axvline(0, color=colours.text, linewidth=0.8)
-    axes.set_xlabel(fit(f"score ({units})" if units else "score", 60))
+    axes.set_xlabel(fit(axis("score", units), 60))
     axes.set_ylabel("training example")
     axes.set_title(fit(title, 70), fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)

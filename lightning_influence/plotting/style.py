@@ -48,3 +48,9 @@ def wrap(text: str, width: int, height: int) -> str:
     if len(lines) > height:
         lines = [*lines[: height - 1], lines[height - 1][: width - 1] + "…"]
     return "\n".join(line.replace("$", r"\$") for line in lines)
+
+
+def axis(quantity: str, units: str) -> str:
+    """The label of an axis, such as "score (loss)"."""
+    shown = "no unit" if units == "arbitrary" else units
+    return quantity if shown in ("", quantity) else f"{quantity} ({shown})"

@@ -29,6 +29,12 @@ class Bank:
     train_losses: Tensor | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        subsets, train = self.membership.shape
+        seeds, queries = self.losses.shape[1:]
+        text = f"{subsets} subsets of {train:,} training examples, {queries} queries, {seeds} seed(s)"
+        return f"Bank({text}{', the same for every seed' * self.deterministic})" + "".join(f"\n{n}" for n in self.notes)
+
     def __len__(self) -> int:
         return len(self.membership)
 

@@ -91,6 +91,9 @@ class Refit:
         self.asked: Source | None = None
         """The queries that the attributor last scored."""
 
+    def __repr__(self) -> str:
+        return f"Refit(seeds={self.seeds!r}, removal={self.removal!r})"
+
     def attach(self, session: Session, train: Source) -> None:
         """Set what is retrained; ``Attributor(refit=)`` calls this."""
         self._subject, self._models, self.asked = Subject(session, train), None, None

@@ -12,21 +12,25 @@ from lightning_influence.checks import one_of
 
 DECISIONS = ("wrong label", "fine", "unsure")
 _LINE = 200  # characters of a row that are shown
-_COLUMNS = ["train_id", "train_base_id", "decision"]
+_ID, _BASE, _DECISION = "train_id", "train_base_id", "decision"
 
 
 class Decisions(NamedTuple):
-    """The training examples with one decision: matching `train_ids` and `base_ids` (under any `Subset`), int64."""
+    """The training examples with one decision: matching `train_ids` and `base_ids` (under any `Subset`), int64.
+
+    `base_ids` are None where the file has no column `train_base_id`.
+    """
 
     train_ids: Tensor
-    base_ids: Tensor
+    base_ids: Tensor | None
 
 
 def read_decisions(path: str | os.PathLike[str], decision: str = "wrong label") -> Decisions:
     r"""The training examples that were marked with a decision, by ascending id; by default those with a wrong label.
 
     Args:
-        path: The CSV file that the page of `report` downloaded. A spreadsheet program may have saved it again.
+        path: The CSV file that the page of `report` downloaded, or one of your own with the columns `train_id` and
+            `decision`. A spreadsheet program may have saved it again.
         decision: "wrong label", "fine" or "unsure".
 
     Raises:
@@ -56,19 +60,22 @@ def read_decisions(path: str | os.PathLike[str], decision: str = "wrong label") 
                 f"Expected {str(path)!r} to be the table that the page downloaded, got another file ({error}). "
                 "Download the decisions from the page again."
             ) from error
-    if not rows or [cell.strip() for cell in rows[0]] != _COLUMNS:
+    names = [cell.strip() for cell in rows[0]] if rows else []
+    if not {_ID, _DECISION} <= set(names) or len(set(names)) < len(names):
         raise ValueError(
-            f"Expected {str(path)!r} to begin with the columns {', '.join(_COLUMNS)}, got "
-            f"{_shown(rows[0] if rows else [])}. Download the decisions from the page again."
+            f"Expected {str(path)!r} to begin with the columns {_ID}, {_BASE} (which may be left out) and {_DECISION}, "
+            f"got {_shown(rows[0] if rows else [])}. Download the decisions from the page again."
         )
+    based = _BASE in names
     found: dict[int, tuple[int, str]] = {}
     for line, row in enumerate(rows[1:], start=2):
         try:
-            train_id, base_id, word = int(row[0]), int(row[1]), row[2].strip()
-        except (ValueError, IndexError):
-            raise ValueError(
-                f"Expected two ids and a decision in row {line} of {str(path)!r}, got {_shown(row)}."
-            ) from None
+            cells = dict(zip(names, row[: len(names)], strict=True))
+            train_id, word = int(cells[_ID]), cells[_DECISION].strip()
+            base_id = int(cells[_BASE]) if based else train_id
+        except ValueError:
+            expected = f"{'two ids' if based else 'an id'} and a decision in row {line} of {str(path)!r}"
+            raise ValueError(f"Expected {expected}, got {_shown(row)}.") from None
         if not (0 <= train_id < 2**63 and 0 <= base_id < 2**63):
             raise ValueError(f"Expected ids from 0 on in row {line} of {str(path)!r}, got {_shown(row)}.")
         if word not in DECISIONS:
@@ -80,7 +87,7 @@ def read_decisions(path: str | os.PathLike[str], decision: str = "wrong label") 
             raise ValueError(f"Expected one decision per training example in {str(path)!r}, got two for {train_id}.")
     chosen = sorted((train_id, base_id) for train_id, (base_id, word) in found.items() if word == decision)
     ids = torch.tensor(chosen, dtype=torch.int64).reshape(-1, 2)
-    return Decisions(ids[:, 0].clone(), ids[:, 1].clone())
+    return Decisions(ids[:, 0].clone(), ids[:, 1].clone() if based else None)
 
 
 def _shown(value: object) -> str:

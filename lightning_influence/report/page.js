@@ -213,7 +213,7 @@
     $("status").textContent = order.length
       ? `${(page * SIZE + 1).toLocaleString("en")} to ${(page * SIZE + shown.length).toLocaleString("en")} of `
         + `${order.length.toLocaleString("en")} ${what}` + (order.length < total ? ` (${total.toLocaleString("en")} in all)` : "")
-        + ` · scores in units of ${data.units}`
+        + (data.units === "arbitrary" ? " · scores without a unit" : ` · units of the scores: ${data.units}`)
       : `No ${what} fit these filters.`;
     $("page").value = page + 1;
     $("page").max = pages;

@@ -12,6 +12,7 @@ from lightning_influence.checks import optional
 from lightning_influence.files import arrow
 from lightning_influence.plotting.example_view import printable
 from lightning_influence.report import Album
+from lightning_influence.scores import words
 from lightning_influence.scores.id_checks import ascending, base_of
 
 Data: TypeAlias = tuple[Any, Any]
@@ -19,8 +20,6 @@ Data: TypeAlias = tuple[Any, Any]
 
 MATRIX = "scores"
 """The column of `Scores` files that may be larger than the memory."""
-
-_SIGN = "Positive is a proponent (having the example in the training set makes the query better), negative an opponent."
 
 
 class Answer:
@@ -72,6 +71,14 @@ class Answer:
         """What the examples look like, where `save` kept it."""
 
     @property
+    def meaning(self) -> str:
+        """What a high and a low score say."""
+        return (
+            "Positive is a proponent (having the example in the training set makes the query better), negative an "
+            "opponent."
+        )
+
+    @property
     def figures(self) -> dict[str, float]:
         """`diagnostics` under their former name."""
         return self.diagnostics
@@ -111,16 +118,17 @@ def numbers(name: str, given: Mapping[str, float] | None) -> dict[str, float]:
 def paragraph(answer: Answer, size: str, findings: Sequence[str]) -> str:
     """What the scores are, what a reader must know about them, and what was found."""
     notes = [f"Note: {note.rstrip('.')}." for note in answer.notes]
-    sentences = [f"{answer.method}: {size}, units: {answer.units}.", _SIGN, *_evidence(answer), *notes, *findings]
+    head = f"{answer.method}: {size}, {words.unit(answer.units)}."
+    sentences = [head, answer.meaning, *_evidence(answer), *notes, *findings]
     return textwrap.fill(" ".join(sentences), width=100)
 
 
 def facts(answer: Answer) -> list[str]:
     """What a reader of the page must know, one or two sentences each."""
-    settings = printable(", ".join(f"{name} = {value}" for name, value in answer.settings.items()))
+    settings = printable(", ".join(f"{name} = {value}" for name, value in words.settings(answer.settings).items()))
     return [
-        f"Method: {answer.method}. Units of the scores: {answer.units}.",
-        _SIGN,
+        f"Method: {answer.method}, {words.unit(answer.units)}.",
+        answer.meaning,
         *([f"Settings: {settings}."] if settings else []),
         *_evidence(answer),
         *(f"{note.rstrip('.')}." for note in answer.notes),
@@ -161,6 +169,6 @@ def _evidence(answer: Answer) -> list[str]:
         first, last, count = min(answer.checkpoints), max(answer.checkpoints), len(answer.checkpoints)
         steps = f"step {first}" if count == 1 else f"steps {first} to {last}"
         sentences.append(f"{count} checkpoint{'s' * (count > 1)} ({steps}).")
-    if answer.diagnostics:
-        sentences.append(", ".join(f"{name} {value:.3g}" for name, value in answer.diagnostics.items()) + ".")
+    if words.diagnostics(answer.diagnostics):
+        sentences.append(f"{words.diagnostics(answer.diagnostics)}.")
     return sentences

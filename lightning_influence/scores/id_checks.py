@@ -52,7 +52,7 @@ def base_of(name: str, base: Tensor | None, ids: Tensor) -> Tensor | None:
     return None if torch.equal(base, ids) else base
 
 
-def whole_numbers(ids: Any) -> Tensor:
+def whole_numbers(ids: Any, name: str = "ids") -> Tensor:
     """Ids as an int64 vector. Fractions are not truncated, and a mask is refused: its True would be the id 1.
 
     Raises:
@@ -60,7 +60,7 @@ def whole_numbers(ids: Any) -> Tensor:
     """
     found = torch.as_tensor(ids).flatten()
     if found.numel() and (found.dtype is torch.bool or found.is_floating_point() or found.is_complex()):
-        raise TypeError(f"Expected `ids` to be whole numbers, got {found.dtype}. For a mask, pass `mask.nonzero()`.")
+        raise TypeError(f"Expected `{name}` to be whole numbers, got {found.dtype}. For a mask, pass `mask.nonzero()`.")
     return found.to(torch.int64)
 
 

@@ -17,9 +17,8 @@ Orders: TypeAlias = tuple[Iterable[int], Iterable[int]]
 _FIRST = 2000  # training examples that go into an album before those that explain queries
 
 
-def page_of(answer: Answer, ranking: Ranking, k: int, self_influence: Tensor | None, album: Album) -> report.Page:
-    """The page of a score matrix, whose training examples are sorted by `self_influence` where it is given."""
-    own = {} if self_influence is None else {"Self-influence": self_influence}
+def page_of(answer: Answer, ranking: Ranking, k: int, own: dict[str, Tensor], album: Album) -> report.Page:
+    """The page of a score matrix, whose training examples are sorted by `own` numbers, [train] by title, if any."""
     title = "Influence on all queries" if ranking.top is None else "Influence on all queries (of the scores kept)"
     return report.Page(
         title=f"{answer.method}: {len(ranking.query_ids):,} queries, {len(ranking.train_ids):,} training examples",

@@ -2,23 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_influence.numerics.topk import top_k
-from lightning_influence.scores.id_checks import name_of, places
+from lightning_influence.scores.id_checks import name_of, places, whole_numbers
+from lightning_influence.scores.topk import TopK
 
 _Side: TypeAlias = list[tuple[int, float]]
 BLOCK = 1 << 24  # scores processed at a time: 64 MB of float32
-
-
-class TopK(NamedTuple):
-    """The strongest training examples: scores and ids, [query, k] (of `SelfScores`: [k])."""
-
-    scores: Tensor
-    train_ids: Tensor
 
 
 def _trusted(rows: Tensor) -> None:
@@ -95,6 +89,22 @@ class Ranking:
         ids = top_k(known, self.train_ids, k, largest)[1]
         return TopK(values.gather(1, torch.searchsorted(self.train_ids, ids)), ids)
 
+    def asked(self, k: int, query: int | Sequence[int] | None, largest: bool) -> TopK:
+        """The k strongest of all queries, [query, k], of some, or of one, [k].
+
+        Raises:
+            ValueError: A query that was not scored; `k` is below 1 or above `depth`.
+        """
+        if query is None:
+            return self.strongest(k, largest).about(self.query_ids, self.train_ids, self.train_base)
+        wanted = whole_numbers(query, "query")
+        rows = places(self.query_ids, wanted, "query").tolist()
+        found = [self.strongest(k, largest, slice(row, row + 1)) for row in rows]
+        scores, ids = (torch.cat([getattr(one, part) for one in found]) for part in ("scores", "train_ids"))
+        if torch.as_tensor(query).ndim == 0:
+            return TopK(scores[0], ids[0]).about(None, self.train_ids, self.train_base)
+        return TopK(scores, ids).about(wanted, self.train_ids, self.train_base)
+
     def sides(self, k: int, rows: slice = slice(None)) -> Iterator[tuple[int, _Side, _Side]]:
         """For each query its id, and ids and scores of the proponents and the opponents among its k strongest.
 
@@ -140,7 +150,7 @@ def strongest_per_query(ranking: Ranking, first: int = 3) -> list[str]:
         ]
         sentences.append(f"Query {ranking.query_name(query)}: {', '.join(ends)}.")
     more = ranking.query_ids.numel() - first
-    return [*sentences, f"And {more:,} more queries."] if more > 0 else sentences
+    return [*sentences, f"And {more:,} more quer{'y' if more == 1 else 'ies'}."] if more > 0 else sentences
 
 
 def side(score: float) -> str:

@@ -18,8 +18,9 @@ from lightning_influence.plotting.normalization import Normalization
 from lightning_influence.scores import figures, page, tables
 from lightning_influence.scores.base import Answer, file_head, given_or_at_hand, numbers, paragraph, read_file
 from lightning_influence.scores.id_checks import BaseIds, ascending, base_of, whole_numbers
-from lightning_influence.scores.ranking import Ranking, TopK, checked_top, checked_values, side, strongest_per_query
+from lightning_influence.scores.ranking import Ranking, checked_top, checked_values, side, strongest_per_query
 from lightning_influence.scores.self_scores import SelfScores
+from lightning_influence.scores.topk import TopK
 
 
 class Scores(Answer):
@@ -106,21 +107,25 @@ class Scores(Answer):
         train, query = self._ranking.train_base, self._ranking.query_base
         return BaseIds(self.train_ids if train is None else train, self.query_ids if query is None else query)
 
-    def proponents(self, k: int = 5) -> TopK:
+    def proponents(self, k: int = 5, query: int | Sequence[int] | None = None) -> TopK:
         """The k highest scores of each query, descending; among equal ones the smaller id comes first.
 
-        Raises:
-            ValueError: `k` is below 1 or above the number of scores kept per query.
-        """
-        return self._ranking.strongest(k, largest=True)
-
-    def opponents(self, k: int = 5) -> TopK:
-        """The k lowest scores of each query, most negative first: the ranking of `proponents` from the other end.
+        Args:
+            k: How many.
+            query: Only of this query, [k], or of several, [query, k], by their ids; None: of all.
 
         Raises:
-            ValueError: `k` is below 1 or above the number of scores kept per query.
+            ValueError: `k` is below 1 or above the number of scores kept per query, or `query` was not scored.
         """
-        return self._ranking.strongest(k, largest=False)
+        return self._ranking.asked(k, query, largest=True)
+
+    def opponents(self, k: int = 5, query: int | Sequence[int] | None = None) -> TopK:
+        """The k lowest scores, most negative first: the ranking of `proponents` from the other end, which see.
+
+        Raises:
+            ValueError: `k` is below 1 or above the number of scores kept per query, or `query` was not scored.
+        """
+        return self._ranking.asked(k, query, largest=False)
 
     def group(self, ids: Sequence[int] | Tensor) -> Tensor:
         """[query] sums of the scores of some training examples: their joint influence to first order.
@@ -278,7 +283,7 @@ class Scores(Answer):
         Args:
             path: The HTML file; an existing one is replaced.
             k: Proponents and opponents per query, at most.
-            self_scores: Self-influence of the same training examples, by which they are then sorted.
+            self_scores: Self-influence or losses of the same training examples, by which they are then sorted.
             train: The training `Dataset`, indexed by `train_ids`.
             queries: The queries' `Dataset`.
             render: Called with an example; returns what to show of it: a text, an image, a vector or a dict of them.
@@ -298,8 +303,8 @@ class Scores(Answer):
                 f"{self_scores.train_ids.numel()} others. Compute both from one attributor."
             )
         k = min(k, self._ranking.depth)
-        own = None if self_scores is None else self_scores.values
-        orders = (page.train_order(self._ranking, k, own), self.query_ids.tolist())
+        own = {} if self_scores is None else {self_scores.quantity.capitalize(): self_scores.values}
+        orders = (page.train_order(self._ranking, k, *own.values()), self.query_ids.tolist())
         showing = report.Showing(render, labels, columns, normalization, predictions)
         album = page.album_of(self, orders, (train, queries), showing, megabytes)
         return report.write_page(path, page.page_of(self, self._ranking, k, own, album))

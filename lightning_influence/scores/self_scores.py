@@ -1,4 +1,4 @@
-"""`SelfScores`: what each training example does to itself, high where the model memorised it."""
+"""`SelfScores`: one number for each example, its self-influence or its loss, highest for what to look at first."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,18 +13,19 @@ from lightning_influence import loggers as trackers
 from lightning_influence import plotting, report
 from lightning_influence.files import arrow
 from lightning_influence.numerics.topk import top_k
-from lightning_influence.plotting.example_view import Classes
+from lightning_influence.plotting.example_view import Classes, printable
 from lightning_influence.plotting.normalization import Normalization
 from lightning_influence.scores import page
 from lightning_influence.scores.base import Answer, facts, file_head, paragraph, read_file
 from lightning_influence.scores.id_checks import name_of
-from lightning_influence.scores.ranking import TopK, floating, refuse_non_finite
+from lightning_influence.scores.ranking import floating, refuse_non_finite
+from lightning_influence.scores.topk import TopK
 
 _LOGGED = 100  # rows of the table in a tracker
 
 
 class SelfScores(Answer):
-    """The influence of every training example on itself; mislabelled and atypical examples score highest.
+    """One number for every training example: its influence on itself, or its loss; suspect labels are highest.
 
     Args:
         train_ids: [train] int64, ascending: indices into the training `Dataset`.
@@ -36,6 +37,7 @@ class SelfScores(Answer):
         checkpoints: Steps of the checkpoints that were used.
         base: [train] int64, the ids in the dataset under a `Subset`; None where they are the same.
         diagnostics: Numbers by name that show how far to trust the scores, such as a solver's residual.
+        quantity: What the numbers are, in words.
 
     Raises:
         TypeError: `values` or ids of another dtype; `settings` that JSON cannot hold; `diagnostics` not of numbers.
@@ -47,7 +49,7 @@ class SelfScores(Answer):
         [1, 2]
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         train_ids: Tensor,
         values: Tensor,
@@ -58,8 +60,11 @@ class SelfScores(Answer):
         checkpoints: Sequence[int] = (),
         base: Tensor | None = None,
         diagnostics: Mapping[str, float] | None = None,
+        *,
+        quantity: str = "self-influence",
     ) -> None:
         super().__init__(train_ids, base, method, settings, units, notes, checkpoints, diagnostics)
+        self.quantity = printable(quantity)
         self.values = floating(values)
         if self.values.shape != self.train_ids.shape:
             raise ValueError(
@@ -67,6 +72,13 @@ class SelfScores(Answer):
                 f"got shape {list(self.values.shape)}."
             )
         refuse_non_finite(self.values[None], self.train_ids, None)
+
+    @property
+    def meaning(self) -> str:
+        """What a high score says."""
+        if self.quantity == "loss":
+            return "The highest are the labels to check first."
+        return "The highest are examples that the model had to memorise: wrong labels, odd or rare ones."
 
     def __len__(self) -> int:
         return self.train_ids.numel()
@@ -84,7 +96,7 @@ class SelfScores(Answer):
         if not 1 <= k <= len(self):
             raise ValueError(f"Expected `k` between 1 and {len(self)} (the number of training examples), got {k!r}.")
         scores, ids = top_k(self.values[None], self.train_ids, k)
-        return TopK(scores[0], ids[0])
+        return TopK(scores[0], ids[0]).about(None, self.train_ids, self._train_base)
 
     def to_arrow(self, k: int | None = None) -> pa.Table:
         """The ranking as a table: `train_id`, `score`, `rank` and, where it differs, `train_base_id`.
@@ -114,7 +126,8 @@ class SelfScores(Answer):
             columns["train_base_id"] = self._train_base
         if shown:
             self.album = page.album_to_keep(self, self._orders(), shown)
-        return arrow.write_file(path, "self_scores", columns, file_head(self), overwrite)
+        head = file_head(self) | ({} if self.quantity == "self-influence" else {"quantity": self.quantity})
+        return arrow.write_file(path, "self_scores", columns, head, overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SelfScores":
@@ -131,13 +144,13 @@ class SelfScores(Answer):
         return made
 
     def __repr__(self) -> str:
-        highest = ", ".join(f"{name} ({score:+.3g})" for name, score in self._highest(3))
-        size = f"self-influence of {len(self):,} training examples"
+        highest = ", ".join(f"{name}: {score:.3g}" for name, score in self._highest(3))
+        size = f"{self.quantity} of {len(self):,} training examples"
         return paragraph(self, size, [f"Mean {float(self.values.mean()):.3g}, highest: {highest}."])
 
     def _repr_html_(self) -> str:
         rows = [[name, f"{score:.4g}"] for name, score in self._highest(10)]
-        return report.snippet(repr(self), ["training example", "self-influence"], rows)
+        return report.snippet(repr(self), ["training example", self.quantity], rows)
 
     def plot(self, flagged_fraction: float = 0.1) -> tuple[Any, Any]:
         """Draw the distribution, with the highest fraction marked.
@@ -149,7 +162,8 @@ class SelfScores(Answer):
             ValueError: `flagged_fraction` is not between 0 and 1.
             ImportError: matplotlib is not installed.
         """
-        return plotting.self_influence(self.values, flagged_fraction, method=self.method, units=self.units)
+        about = {"method": self.method, "units": self.units, "quantity": self.quantity}
+        return plotting.self_influence(self.values, flagged_fraction, **about)
 
     def report(
         self,
@@ -170,12 +184,12 @@ class SelfScores(Answer):
         """
         showing = report.Showing(render, labels, columns, normalization)
         content = report.Page(
-            title=f"{self.method}: self-influence of {len(self):,} training examples",
+            title=f"{self.method}: {self.quantity} of {len(self):,} training examples",
             facts=facts(self),
             units=self.units,
             train_ids=self.train_ids,
             train_base=self._train_base,
-            columns={"Self-influence": self.values},
+            columns={self.quantity.capitalize(): self.values},
             album=page.album_of(self, self._orders(), (train, None), showing, megabytes),
         )
         return report.write_page(path, content)
@@ -191,10 +205,11 @@ class SelfScores(Answer):
         """
         if not trackers.listening(loggers):
             return
-        scalars, histograms = trackers.of_self_influence(self.values)
-        table = {"self_influence": arrow.as_rows(self.to_arrow(min(_LOGGED, len(self))))}
-        drawn = trackers.drawn(self_influence=lambda: self.plot(**drawing)[0])
-        about = {"about_self_influence": repr(self)}
+        what = self.quantity.replace("-", "_").replace(" ", "_")
+        scalars, histograms = trackers.of_self_influence(self.values, what)
+        table = {what: arrow.as_rows(self.to_arrow(min(_LOGGED, len(self))))}
+        drawn = trackers.drawn(**{what: lambda: self.plot(**drawing)[0]})
+        about = {f"about_{what}": repr(self)}
         more = self.diagnostics | scalars
         results = trackers.TrackerResults(name or self.method, step, more, table, drawn, histograms, about)
         trackers.log_influence(loggers, results)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_influence.files import arrow
 from lightning_influence.numerics.topk import both_ends
-from lightning_influence.scores.ranking import Ranking, TopK
+from lightning_influence.scores.ranking import Ranking
+from lightning_influence.scores.topk import TopK
 
 
 def long_table(ranking: Ranking, k: int | None) -> pa.RecordBatchReader:

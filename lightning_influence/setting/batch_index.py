@@ -1,7 +1,6 @@
 """The index of a batch (``batch_idx``): whether the loss depends on it, and which indices examples met."""
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_influence.data.examples import ChosenBlock, Examples
+from lightning_influence.data.examples import ChosenBlock
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.index_check import gradient_at
 from lightning_influence.module.trainer_state import clock_at
@@ -171,12 +170,12 @@ def _put(module: Any, name: str, number: int) -> AbstractContextManager[None]:
     return clock_at(module, **{"step" if name == "global_step" else "epoch": number})
 
 
-def warn_of_losses(setting: "Setting", examples: Examples) -> None:
+def warn_of_losses(setting: "Setting") -> None:
     """Warn where losses at the weights loaded now depend on the index of a batch."""
     index, task = setting.batch_index, setting.task
     if index.run is None:
         return
     with torch.enable_grad():
-        pair = differing_indices(gradient_at(task, examples, (), task.at), index.met)
+        pair = differing_indices(gradient_at(task, setting.examples, (), task.at), index.met)
     if pair is not None:
-        warnings.warn(index.note(pair, queries=True, measured=False), UserWarning, stacklevel=3)
+        setting.warn(f"The loss depends on `batch_idx`: losses are those at `batch_idx={index.first}`.")

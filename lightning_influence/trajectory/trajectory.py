@@ -57,7 +57,7 @@ class Trajectory:
     """
 
     path: Path | None
-    checkpoints: Sequence[Checkpoint]
+    checkpoints: Sequence[Checkpoint] = field(repr=False)
     dataset_size: int | None
     steps: pa.Table = field(repr=False)
     settings: Sequence[dict[str, Any]] = field(repr=False)
@@ -67,7 +67,7 @@ class Trajectory:
     eval_modules: tuple[str, ...] = ()
     averaged: Checkpoint | None = field(default=None, repr=False)
     best: BestFile | None = field(default=None, repr=False)
-    trainer_values: tuple[tuple[int, Mapping[str, Any]], ...] = ()
+    trainer_values: tuple[tuple[int, Mapping[str, Any]], ...] = field(default=(), repr=False)
     numbers: Mapping[str, Sequence[tuple[int, Any]]] = field(default_factory=dict, repr=False)
     removed: tuple[int, ...] = ()
     fit_data: FitData | None = field(default=None, repr=False)

@@ -70,7 +70,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         subject = fitted(mlp(), images(arguments.mnist, n, n_queries), Path(folder), epochs, momentum=0.9, batch=64)
         trajectory = Trajectory.load(folder)
-        losses = Attributor(copy.deepcopy(subject.module), subject.train, trajectory).losses(subject.queries)
+        losses = Attributor(copy.deepcopy(subject.module), subject.train, trajectory).losses(subject.queries).values
         certain = losses < CERTAIN
         print(
             f"{n} examples, {n_queries} queries, {epochs} epochs; {float(certain.double().mean()):.1%} of the queries"

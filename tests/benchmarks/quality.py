@@ -255,7 +255,7 @@ def one_run(setting, train, queries, seed, truth, half, averaged, rows):
 def check(truth, attributor, queries, order, start):
     """Raises where the models trained at once do not repeat the Trainer's fit."""
     again = truth.losses(torch.ones(1, len(truth.train[0])), order, start)[0]
-    torch.testing.assert_close(again.double(), attributor.losses(queries), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(again.double(), attributor.losses(queries).values, rtol=1e-3, atol=1e-4)
 
 
 def main():

@@ -133,7 +133,7 @@ def main():
             with tempfile.TemporaryDirectory() as folder:
                 fit = fitted(optimizer, epochs, train, folder)
                 attributor, asked, ids, changes = left_out(*fit, train, queries, LEFT_OUT)
-                loss = float(attributor.losses().mean())
+                loss = float(attributor.losses().values.mean())
                 for name, method in list(METHODS.items())[: 3 if arguments.quick else None]:
                     scores = attributor.score(method, asked)
                     own, other, rank = slopes(scores.values[:, ids], changes)

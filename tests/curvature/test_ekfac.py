@@ -153,7 +153,7 @@ def test_exact_labels_are_the_expectation_over_the_models_own():
     for labels in ("exact", None):
         scores = scored(module, train, queries, EKFAC(DAMPING, labels=labels, tolerance=0))
         oracles.assert_scores(scores.values, expected, 1e-9)
-        assert "EK-FAC of the Fisher: 2 layers factored" in scores.notes
+        assert "EK-FAC of the Fisher: 2 layers approximated by Kronecker factors" in scores.notes
 
 
 @pytest.mark.parametrize("corrected", [True, False])
@@ -410,7 +410,7 @@ def test_without_a_head_to_draw_from_the_data_give_the_labels():
     data = both(2, 4, 4)
     module = Step(nn.Sequential(nn.Conv2d(2, 3, 4), nn.Flatten())).double()
     scores = scored(module, data["train"](), data["queries"](), EKFAC(DAMPING))
-    assert "EK-FAC of the empirical Fisher, since the model has no linear head to sample labels from: 1 layers" in (
+    assert "EK-FAC of the empirical Fisher, since the model has no linear head to sample labels from: 1 layer " in (
         " ".join(scores.notes)
     )
     with pytest.raises(ValueError, match="Expected a model that ends in a linear layer"):

@@ -1,0 +1,75 @@
+"""Units, diagnostics, hyper-parameters and tables in words, for readers who have not seen the code."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_DIAGNOSTICS = {
+    "agreement": "rank correlation with refits without a tenth of the examples {:.2f}",
+    "attention_drift": "gradients of one step differ by {:.1e} between kernels of attention",
+    "drift": "the replay strayed by at most {:.1e} of the way between checkpoints",
+    "eigenvectors": "{:.0f} eigenvectors",
+    "head_gradient_norm": "gradient norm of the last layer {:.1e}",
+    "leverage": "leverage {:.2g} (0: no example is memorised, 1: all are)",
+    "models": "{:.0f} models",
+    "queries_without_scores": "{:.0f} queries without scores",
+    "reconstruction_error": "largest error of the decomposition {:.1e}",
+    "score_error": "relative error of the approximation of the scores {:.2g}",
+    "share_of_gradient_in_eigenvectors": "at least {:.0%} of a gradient is in the eigenvectors",
+    "solver_iterations": "at most {:.0f} iterations of the solver",
+    "solver_residual": "largest relative residual of the solver {:.1e}",
+    "solver_scale": "scale of the solver {:.3g}",
+    "standard_error_median": "median standard error {:.3g}",
+}
+_NOTHING_AT_ZERO = ("attention_drift", "queries_without_scores", "score_error")
+_IN_A_NOTE = ("damping", "weight_decay")
+
+
+def unit(units: str) -> str:
+    """The unit in a sentence, such as "units: loss"."""
+    return "no unit (they rank; sums mean nothing)" if units == "arbitrary" else f"units: {units}"
+
+
+def diagnostics(found: Mapping[str, float]) -> str:
+    """Diagnostics as one sentence without its full stop; empty if all is well and none is left."""
+    shown = [
+        _DIAGNOSTICS.get(name, name.replace("_", " ") + " {:.3g}").format(value)
+        for name, value in found.items()
+        if name not in _IN_A_NOTE and (value or name not in _NOTHING_AT_ZERO)
+    ]
+    text = ", ".join(shown)
+    return text[:1].upper() + text[1:]
+
+
+def setting(value: Any) -> str:
+    """A hyper-parameter as code would write it, such as EKFAC(seed=0); what is None, the default, is left out."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    arguments = ", ".join(f"{k}={setting(v)}" for k, v in value.items() if k != "name" and v is not None)
+    return f"{value.get('name', '')}({arguments})"
+
+
+def settings(found: Mapping[str, Any]) -> dict[str, str]:
+    """Those hyper-parameters that are not None, in words."""
+    return {name: setting(value) for name, value in found.items() if value is not None}
+
+
+def table(names: Sequence[str], rows: Sequence[Sequence[Any]], indent: str = "  ") -> str:
+    """Rows as a plain-text table; columns of numbers are right-aligned."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(names), *cells]) for i in range(len(names))]
+    right = [
+        bool(rows) and all(isinstance(row[i], (int, float, type(None))) for row in rows) for i in range(len(names))
+    ]
+    lines = [
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)).rstrip()
+        for line in [list(names), *cells]
+    ]
+    return "\n".join(indent + line for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else f"{value}"
