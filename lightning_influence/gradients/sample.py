@@ -1,15 +1,16 @@
 """A few examples of a dataset, whose passes alone and together serve all checks that are made before scoring."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_influence.data.examples import ChosenBlock, Examples, versions_of
-from lightning_influence.devices import wide
+from lightning_influence.devices import Readings, widest
 from lightning_influence.gradients.digests import Digest, Digester
 from lightning_influence.gradients.engine import Engine
 from lightning_influence.gradients.general import loss_and_gradient, requiring_gradients
@@ -33,19 +34,34 @@ _READ, _ODD = 32, 4
 
 @dataclass(frozen=True)
 class Alone:
-    """What a pass of one example gave.
+    """What a pass of one example gave; numbers are read from the device with those of other passes.
 
     Args:
-        loss: of the example.
-        counts: what was counted, see ``CountWatch``.
-        class_weights: which of the counts are of unequal class weights.
         gradient: None if it was not wanted.
+        read_loss: reads the loss of the example.
+        read_counts: reads what was counted, see ``CountWatch``.
+        read_unequal: reads by cross-entropy whether its class weights are unequal.
     """
 
-    loss: float
-    counts: dict[Key, float]
-    class_weights: frozenset[Key]
     gradient: Digest | None
+    read_loss: Callable[[], list[float]]
+    read_counts: Mapping[Key, Callable[[], list[float]]]
+    read_unequal: Mapping[Key, Callable[[], list[float]]]
+
+    @property
+    def loss(self) -> float:
+        """The loss of the example."""
+        return self.read_loss()[0]
+
+    @property
+    def counts(self) -> dict[Key, float]:
+        """What was counted."""
+        return {key: read()[0] for key, read in self.read_counts.items()}
+
+    @property
+    def class_weights(self) -> list[Key]:
+        """Which of the counts are of unequal class weights."""
+        return [key for key, read in self.read_unequal.items() if read()[0]]
 
 
 class Sample:
@@ -67,7 +83,8 @@ class Sample:
         self.with_gradients = bool(names)
         trainable = [n for n, p in task.named_parameters().items() if p.requires_grad and not p.is_complex()]
         self.names = list(names) or trainable
-        self.digester = Digester()
+        self.readings = Readings()
+        self.digester = Digester(self.readings)
         self.copy_leaves = False
         """Whether activations are copied, since the model writes into them in place."""
         self.uses_of_index: list[OfIndex] = []
@@ -75,7 +92,7 @@ class Sample:
         self.values: list[dict[str, Any]] = []
         """The module's small values before and after the pass of the last block."""
         self._alone: dict[int, Alone] = {}
-        self._losses: dict[tuple[int, ...], float] = {}
+        self._losses: dict[tuple[int, ...], Callable[[], list[float]]] = {}
         self._gradients: dict[tuple[int, ...], Digest] = {}
         self._batches: dict[tuple[int, ...], tuple[Batch, list[int]]] = {}
 
@@ -128,32 +145,36 @@ class Sample:
             watch, names = CountWatch(), self.names if gradient else ()
             loss, found = self._pass(self.examples.one(example), example, names, watch)
             digest = self.digester.of(found) if gradient else None
-            known = Alone(loss, watch.totals(), frozenset(watch.class_weights), digest)
-            self._alone[example] = known
+            counts, unequal = ({k: self.readings.later(x) for k, x in of.items()} for of in watch.totals())
+            known = self._alone[example] = Alone(digest, self.readings.later(loss), counts, unequal)
         return known
 
-    def loss(self, ids: Sequence[int], plain: bool = False) -> float:
-        """The loss of a batch, as the step returned it; the sum of the losses of ``loss=``.
+    def losses(self, batches: Iterable[Sequence[int]], plain: bool = False) -> dict[tuple[int, ...], float]:
+        """The losses of batches, as the step returned them; the sums of the losses of ``loss=``.
 
         Args:
-            ids: of its examples.
-            plain: by a pass of its own. Otherwise a recorded one serves, in which no parameter requires a gradient, so
+            batches: the ids of their examples.
+            plain: by passes of their own. Otherwise recorded ones serve, in which no parameter requires a gradient, so
                 that a step may compute another loss.
         """
-        key = tuple(ids)
-        if not plain and list(ids) in self.chosen:
+        found = {tuple(ids): self._loss(list(ids), plain) for ids in batches}
+        return {ids: read()[0] for ids, read in found.items()}
+
+    def _loss(self, ids: list[int], plain: bool) -> Callable[[], list[float]]:
+        if not plain and ids in self.chosen:
             with contextlib.suppress(Exception):  # whoever needs the gradients meets the error
-                return float(self.tapes[self.chosen.index(list(ids))].total)  # type: ignore[arg-type]
+                return self.readings.later(self.tapes[self.chosen.index(ids)].total)  # type: ignore[arg-type]
+        key = tuple(ids)
         if key not in self._losses:
-            self._losses[key] = self._pass(self._batch(ids), ids[0], ())[0]
+            self._losses[key] = self.readings.later(self._pass(self._batch(ids), ids[0], ())[0])
         return self._losses[key]
 
     def gradient(self, ids: Sequence[int]) -> Digest:
         """The gradient of the loss of a batch, by plain autograd."""
         key = tuple(ids)
         if key not in self._gradients:
-            self._losses[key], found = self._pass(self._batch(ids), ids[0], self.names)
-            self._gradients[key] = self.digester.of(found)
+            loss, found = self._pass(self._batch(ids), ids[0], self.names)
+            self._losses[key], self._gradients[key] = self.readings.later(loss), self.digester.of(found)
         return self._gradients[key]
 
     @cached_property
@@ -192,19 +213,18 @@ class Sample:
 
     def _pass(
         self, batch: Batch, example: int, names: Sequence[str], watch: CountWatch | None = None
-    ) -> tuple[float, dict[str, Any]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch and its gradient."""
         try:
             if names:
-                loss, found = loss_and_gradient(self.task, batch, names, self.seed, example, watch)
-                return float(loss), found
+                return loss_and_gradient(self.task, batch, names, self.seed, example, watch)
             # gradients are enabled, and wanted of the same parameters: a step may use them, or ask which are wanted
             with requiring_gradients(self.task.module, self.names) if self.with_gradients else contextlib.nullcontext():
                 batch = self.task.to_device(batch)
                 seed_for(self.seed, example)
                 with watch or contextlib.nullcontext():
                     loss = self.task(batch)
-            return float(wide(loss.detach()).sum()), {}
+            return widest(loss.detach()).sum(), {}
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise

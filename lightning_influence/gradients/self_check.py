@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_influence.data.examples import Block
-from lightning_influence.gradients.digests import Digest, agreeing
+from lightning_influence.devices import read_numbers
+from lightning_influence.gradients.digests import Digest, agreements
 from lightning_influence.gradients.engine import Engine, Plan
 from lightning_influence.gradients.general import NotVectorisable, vectorised_rows
 from lightning_influence.gradients.layout import Layout, fits
@@ -98,6 +99,7 @@ def _merged(plan: Plan, precisely: Plan) -> Plan:
 
 def _made(engine: Engine, sample: Sample, names: Sequence[str]) -> Plan:
     recorded, blocks = _calls(engine, sample), sample.blocks
+    truths = [_truth(sample, example) for ids in sample.chosen for example in ids]
     separate = _separate(recorded)
     candidates = {name: _candidates(name, recorded, blocks) for name in names}
     layouts: dict[str, Layout] = {}
@@ -105,7 +107,7 @@ def _made(engine: Engine, sample: Sample, names: Sequence[str]) -> Plan:
         tried = {n: c[i] for n, c in candidates.items() if i < len(c) and n not in layouts}
         rows = [_factored(engine, sample, b, calls, tried, separate) for b, calls in enumerate(recorded)]
         layouts |= {name: tried[name] for name in _agreeing(sample, rows, set(tried))}
-    nonzero = set().union(*(_truth(sample, i).nonzero for ids in sample.chosen for i in ids))
+    nonzero = set().union(*(truth.nonzero for truth in truths))
     reached = {name for calls in recorded for call in calls for name in call.names.values()}
     unreached = tuple(name for name in names if name not in reached and name not in nonzero)
     general = [name for name in names if name not in layouts and name not in unreached]
@@ -162,13 +164,15 @@ def _vectorised(engine: Engine, sample: Sample, names: Sequence[str]) -> set[str
 
 def _agreeing(sample: Sample, rows: Sequence[_Rows], names: set[str]) -> set[str]:
     """The parameters whose gradients agree with plain autograd for all examples."""
-    for (of_block, failed), ids in zip(rows, sample.chosen, strict=True):
-        names = names - failed
+    names = names.difference(*(failed for _, failed in rows))
+    checked: list[tuple[str, Tensor]] = []
+    for (of_block, _), ids in zip(rows, sample.chosen, strict=True):
         for row, example in enumerate(ids):
             truth = _truth(sample, example)
             if truth.is_finite:  # otherwise there is nothing to compare; the attributor reports every such example
-                names = agreeing(of_block, row, truth, names)
-    return names
+                checked += agreements(of_block, row, truth, names)
+    right = read_numbers([same for _, same in checked])
+    return names - {name for (name, _), (same,) in zip(checked, right, strict=True) if not same}
 
 
 def _candidates(name: str, recorded: Sequence[Sequence[Call]], blocks: Sequence[Block]) -> list[Layout]:
