@@ -89,6 +89,8 @@ def _batches(sample: Sample, ids: Sequence[int], several: bool) -> list[tuple[in
     if several or not sample.with_gradients or len(of_sample) < len(sample.chosen):
         return list(dict.fromkeys([tuple(ids[:2]), tuple(ids)]))
     odd = [i for i in sample.odd if i in ids]
+    if any(set(odd) <= set(batch) for batch in of_sample):
+        return of_sample
     mixed = list(dict.fromkeys([*odd, *ids]))[: 2 * len(odd)]
     return [*of_sample, *([tuple(mixed)] if len(mixed) > 1 else [])]
 

@@ -1,6 +1,7 @@
 """A few examples of a dataset, whose passes alone and together serve all checks that are made before scoring."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from lightning_influence.gradients.reduction import WAY_OUT, Reduction
 from lightning_influence.gradients.tape import Tape
 from lightning_influence.gradients.token_counts import CountWatch, Key
 from lightning_influence.gradients.unlike_rows import UnlikeRows
+from lightning_influence.module.mode_reads import ModeReads
 from lightning_influence.module.numbers import small_values
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.module.task import Task
@@ -30,6 +32,9 @@ from lightning_influence.types import Batch, foreign
 _SIZES = (3, 5)
 # Among so many examples the odd ones are looked for, of which so many are run as well.
 _READ, _ODD = 32, 4
+# A model with more parameters has one batch, of so many examples, with odd ones among them.
+_LARGE = 10**6
+_FEW, _ODD_OF_FEW = 4, 2
 
 
 @dataclass(frozen=True)
@@ -73,14 +78,23 @@ class Sample:
         names: the parameters whose gradients will be taken; none: only losses will be.
         seed: of the random state.
         trained: whether they are training examples, whose batches have an index, and a step that may count.
+        few: of how many to make a single batch; None: by the size of the model.
     """
 
     def __init__(
-        self, task: Task, examples: Examples, names: Sequence[str] = (), seed: int = 0, trained: bool = True
+        self,
+        task: Task,
+        examples: Examples,
+        names: Sequence[str] = (),
+        seed: int = 0,
+        trained: bool = True,
+        few: int | None = None,
     ) -> None:
         self.task, self.examples, self.seed = task, examples, seed
-        self._follows_step = trained and task.loss is None
+        self.trained, self._follows_step = trained, trained and task.loss is None
         self.with_gradients = bool(names)
+        large = sum(p.numel() for p in task.named_parameters().values()) > _LARGE
+        self.few = _FEW if few is None and large and names else few
         trainable = [n for n, p in task.named_parameters().items() if p.requires_grad and not p.is_complex()]
         self.names = list(names) or trainable
         self.readings = Readings()
@@ -89,6 +103,8 @@ class Sample:
         """Whether activations are copied, since the model writes into them in place."""
         self.uses_of_index: list[OfIndex] = []
         """What the pass of the last block computed from the index of its batch, see ``WatchedIndex``."""
+        self.reads_mode = True
+        """Whether that pass may have depended on the mode (``self.training``) of the user's modules."""
         self.values: list[dict[str, Any]] = []
         """The module's small values before and after the pass of the last block."""
         self._alone: dict[int, Alone] = {}
@@ -100,8 +116,11 @@ class Sample:
 
     @cached_property
     def chosen(self) -> list[list[int]]:
-        """The ids of two batches of examples spread over the dataset, with repetition if it is tiny."""
+        """The ids of two batches of examples spread over the dataset, with repetition if it is tiny; or of one."""
         n = len(self.examples)
+        if self.few is not None:
+            some = list(dict.fromkeys([*self.odd, *evenly_spread(n, self.few)]))
+            return [[some[i % len(some)] for i in range(self.few)]]
         # Not `evenly_spread`: always this many, and other examples in the second batch than in the first.
         return [[(round((i + 0.5 * b) * n / size)) % n for i in range(size)] for b, size in enumerate(_SIZES)]
 
@@ -116,10 +135,12 @@ class Sample:
     @cached_property
     def odd(self) -> list[int]:
         """Those most unlike the others among some examples that are only read."""
+        if not self.trained:
+            return []
         read = list(evenly_spread(len(self.examples), _READ))
         with contextlib.suppress(Exception):  # one that cannot be read or collated is met where it is scored
             rows = UnlikeRows().new(self.examples.chosen(read)) or {}
-            return [read[row] for row in rows][:_ODD]
+            return [read[row] for row in rows][: _ODD if self.few is None else _ODD_OF_FEW]
         return []
 
     @property
@@ -127,7 +148,7 @@ class Sample:
         """All examples that are run alone."""
         if not self.with_gradients:
             return list(evenly_spread(len(self.examples), _READ))
-        return list(dict.fromkeys([*self.chosen[0], *self.chosen[1], *self.odd]))
+        return list(dict.fromkeys([*itertools.chain(*self.chosen), *self.odd]))
 
     # ---- passes ---------------------------------------------------------------------------------------------------
 
@@ -192,8 +213,8 @@ class Sample:
         self._batches.clear()
         tapes = []
         for block in self.blocks:
-            watched = self._follows_step and block.size == _SIZES[-1]
-            with self._noting_values() if watched else contextlib.nullcontext():
+            watched = self._follows_step and block.chosen == self.chosen[-1]
+            with self._noting() if watched else contextlib.nullcontext():
                 tape = (self._watched(block) if watched else None) or self._record(self._block(block.chosen))
             tapes.append(tape)
         return tapes
@@ -242,14 +263,16 @@ class Sample:
         return batch
 
     @contextlib.contextmanager
-    def _noting_values(self) -> Iterator[None]:
-        """Notes the module's small values before and after a pass inside."""
+    def _noting(self) -> Iterator[None]:
+        """Notes whether a pass inside reads the module's mode, and its small values before and after it."""
         self.task.settle()
         before, after = small_values(self.task.module), list[dict[str, Any]]()
         outer = self.task.on_forward
         self.task.on_forward = lambda: after.append(small_values(self.task.module))
         try:
-            yield
+            with ModeReads(self.task.module) as mode:
+                yield
         finally:
             self.task.on_forward = outer
+        self.reads_mode = mode.read
         self.values = [before, *after[-1:]]

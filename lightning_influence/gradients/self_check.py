@@ -46,6 +46,26 @@ def make_plan(engine: Engine, sample: Sample, names: Sequence[str]) -> Plan:
     return plan
 
 
+def confirmed(engine: Engine, sample: Sample, plan: Plan) -> bool:
+    """Whether a plan that was made for other examples of the same loss is right for these.
+
+    Args:
+        engine: the engine, at the weights where the plan was made.
+        sample: of the dataset, with gradients of the plan's parameters.
+        plan: with layer rules only, since others depend on how a batch is made.
+    """
+    if plan.vectorised or plan.one_by_one:
+        return False
+    recorded, blocks = _calls(engine, sample), sample.blocks
+    reached = _reached(recorded)
+    if sample.copy_leaves != plan.copy_leaves or any(tape.uses - plan.uses for tape in sample.tapes):
+        return False
+    if any(plan.layouts.get(name) not in _candidates(name, recorded, blocks) for name in reached):
+        return False
+    rows = [_factored(engine, sample, b, calls, plan.layouts, plan.separate) for b, calls in enumerate(recorded)]
+    return _agreeing(sample, rows, set(plan.names)) == set(plan.names) and _separate(recorded) <= plan.separate
+
+
 def bytes_of_one(engine: Engine, sample: Sample, plan: Plan) -> int:
     """The bytes of one example's gradient as the plan computes it."""
     calls, block = _calls(engine, sample)[-1], sample.blocks[-1]
@@ -108,7 +128,7 @@ def _made(engine: Engine, sample: Sample, names: Sequence[str]) -> Plan:
         rows = [_factored(engine, sample, b, calls, tried, separate) for b, calls in enumerate(recorded)]
         layouts |= {name: tried[name] for name in _agreeing(sample, rows, set(tried))}
     nonzero = set().union(*(truth.nonzero for truth in truths))
-    reached = {name for calls in recorded for call in calls for name in call.names.values()}
+    reached = _reached(recorded)
     unreached = tuple(name for name in names if name not in reached and name not in nonzero)
     general = [name for name in names if name not in layouts and name not in unreached]
     fast = _vectorised(engine, sample, general)
@@ -202,6 +222,11 @@ def _may_concatenate(blocks: Sequence[Block]) -> bool:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0]
         dimensions.append([{d for d, size in enumerate(t.shape[:2]) if size == block.size} for t in tensors])
     return any(not set.intersection(*same) for same in zip(*dimensions, strict=False))
+
+
+def _reached(recorded: Sequence[Sequence[Call]]) -> set[str]:
+    """The parameters on which the loss depends through recorded calls."""
+    return {name for calls in recorded for call in calls for name in call.names.values()}
 
 
 def _separate(recorded: Sequence[Sequence[Call]]) -> frozenset[str]:
