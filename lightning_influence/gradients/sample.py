@@ -34,7 +34,9 @@ _SIZES = (3, 5)
 _READ, _ODD = 32, 4
 # A model with more parameters has one batch, of so many examples, with odd ones among them.
 _LARGE = 10**6
-_FEW, _ODD_OF_FEW = 4, 2
+_FEW, _ODD_OF_FEW = 3, 2
+# On so many examples of another dataset a plan is tried that was found right before.
+CONFIRMED = 2
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ class Sample:
         self.task, self.examples, self.seed = task, examples, seed
         self.trained, self._follows_step = trained, trained and task.loss is None
         self.with_gradients = bool(names)
-        large = sum(p.numel() for p in task.named_parameters().values()) > _LARGE
-        self.few = _FEW if few is None and large and names else few
+        self._large = sum(p.numel() for p in task.named_parameters().values()) > _LARGE
+        self.few = _FEW if few is None and self._large and names else few
         trainable = [n for n, p in task.named_parameters().items() if p.requires_grad and not p.is_complex()]
         self.names = list(names) or trainable
         self.readings = Readings()
@@ -123,6 +125,12 @@ class Sample:
             return [[some[i % len(some)] for i in range(self.few)]]
         # Not `evenly_spread`: always this many, and other examples in the second batch than in the first.
         return [[(round((i + 0.5 * b) * n / size)) % n for i in range(size)] for b, size in enumerate(_SIZES)]
+
+    @property
+    def compared(self) -> list[dict[int, int]]:
+        """By block: the ids of the rows that are compared with passes alone; of the few of a large model the last."""
+        first = self.few - 1 if self._large and self.few == CONFIRMED else 0
+        return [dict(list(enumerate(ids))[first:]) for ids in self.chosen]
 
     @property
     def blocks(self) -> list[ChosenBlock]:

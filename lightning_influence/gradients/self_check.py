@@ -119,7 +119,7 @@ def _merged(plan: Plan, precisely: Plan) -> Plan:
 
 def _made(engine: Engine, sample: Sample, names: Sequence[str]) -> Plan:
     recorded, blocks = _calls(engine, sample), sample.blocks
-    truths = [_truth(sample, example) for ids in sample.chosen for example in ids]
+    truths = [_truth(sample, example) for ids in sample.compared for example in ids.values()]
     separate = _separate(recorded)
     candidates = {name: _candidates(name, recorded, blocks) for name in names}
     layouts: dict[str, Layout] = {}
@@ -186,9 +186,9 @@ def _agreeing(sample: Sample, rows: Sequence[_Rows], names: set[str]) -> set[str
     """The parameters whose gradients agree with plain autograd for all examples."""
     names = names.difference(*(failed for _, failed in rows))
     checked: list[tuple[str, Tensor]] = []
-    for (of_block, _), ids in zip(rows, sample.chosen, strict=True):
-        for row, example in enumerate(ids):
-            truth = _truth(sample, example)
+    truths = [{row: _truth(sample, i) for row, i in of.items()} for of in sample.compared]  # all before one is read
+    for (of_block, _), of in zip(rows, truths, strict=True):
+        for row, truth in of.items():
             if truth.is_finite:  # otherwise there is nothing to compare; the attributor reports every such example
                 checked += agreements(of_block, row, truth, names)
     right = read_numbers([same for _, same in checked])

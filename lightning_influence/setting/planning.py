@@ -9,6 +9,7 @@ from lightning_influence.data.source import Source
 from lightning_influence.gradients import Engine, Plan, Reduction, Sample, make_plan, probe_examples
 from lightning_influence.gradients.guard import Guard
 from lightning_influence.gradients.index_check import gradient_at, joined
+from lightning_influence.gradients.sample import CONFIRMED
 from lightning_influence.gradients.self_check import bytes_of_one, confirmed
 from lightning_influence.gradients.tail_check import check_tail
 from lightning_influence.module.loss_tail import LossTail
@@ -25,8 +26,6 @@ from lightning_influence.trajectory import Trajectory
 # Blocks of training examples are enlarged up to this many examples while their gradients' factors fit in these bytes.
 _BLOCK = 2048
 _BLOCK_BYTES = 2**24
-# Queries on which the plan of the training examples is tried first.
-_CONFIRMED = 2
 # Batches per epoch where they are unknown.
 _BATCHES = 1000
 
@@ -224,7 +223,7 @@ class Planner:
             with explained(examples, data):
                 engine = self._engine(task, data, reduction, Plan({}))
                 _, plan = self.found.plans.get(_key(task, examples.dataset), (reduction, None))
-                two = Sample(task, data, self.names, trained=False, few=_CONFIRMED)
+                two = Sample(task, data, self.names, trained=False, few=CONFIRMED)
                 if plan is None or not confirmed(engine, two, plan):
                     plan = make_plan(engine, Sample(task, data, self.names, trained=False), self.names)
                 self.found.plans[key] = reduction, plan
