@@ -71,6 +71,11 @@ class Alone:
         return [key for key, read in self.read_unequal.items() if read()[0]]
 
 
+def is_large(task: Task) -> bool:
+    """Whether few examples are checked, since a pass of one takes long."""
+    return sum(p.numel() for p in task.named_parameters().values()) > _LARGE
+
+
 class Sample:
     """A few examples at the module's current weights; each pass is made when it is first wanted, and once.
 
@@ -95,7 +100,7 @@ class Sample:
         self.task, self.examples, self.seed = task, examples, seed
         self.trained, self._follows_step = trained, trained and task.loss is None
         self.with_gradients = bool(names)
-        self._large = sum(p.numel() for p in task.named_parameters().values()) > _LARGE
+        self._large = not examples.thorough and is_large(task)
         self.few = _FEW if few is None and self._large and names else few
         trainable = [n for n, p in task.named_parameters().items() if p.requires_grad and not p.is_complex()]
         self.names = list(names) or trainable

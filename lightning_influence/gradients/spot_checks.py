@@ -42,6 +42,8 @@ class UnequalWeight(ValueError):
         self.block = block
         self.suspects: Sequence[int] = ()
         """Those of them that were most unlike the others."""
+        self.of_queries = False
+        """Whether they are queries."""
 
 
 class SuspectRows:

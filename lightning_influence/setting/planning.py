@@ -9,7 +9,7 @@ from lightning_influence.data.source import Source
 from lightning_influence.gradients import Engine, Plan, Reduction, Sample, make_plan, probe_examples
 from lightning_influence.gradients.guard import Guard
 from lightning_influence.gradients.index_check import gradient_at, joined
-from lightning_influence.gradients.sample import CONFIRMED
+from lightning_influence.gradients.sample import CONFIRMED, is_large
 from lightning_influence.gradients.self_check import bytes_of_one, confirmed
 from lightning_influence.gradients.tail_check import check_tail
 from lightning_influence.module.loss_tail import LossTail
@@ -51,6 +51,8 @@ class Findings:
         share_of_copies: see ``Examples``.
         tails: where the part of a loss that is computed in float64 begins, by dataset and loss.
         unreached: parameters that the loss in eval mode does not depend on.
+        thorough: see ``Examples``.
+        confirmed: whether a plan for queries is that of the training examples, tried on a few of them.
     """
 
     plans: dict[_Key, tuple[Reduction, Plan]] = field(default_factory=dict)
@@ -66,6 +68,8 @@ class Findings:
     tokens: TokenWeights = field(default_factory=TokenWeights)
     share_of_copies: float | None = None
     unreached: Unreached = field(default_factory=Unreached)
+    thorough: bool = False
+    confirmed: bool = False
 
 
 @dataclass
@@ -223,8 +227,11 @@ class Planner:
             with explained(examples, data):
                 engine = self._engine(task, data, reduction, Plan({}))
                 _, plan = self.found.plans.get(_key(task, examples.dataset), (reduction, None))
+                plan = None if data.thorough else plan
                 two = Sample(task, data, self.names, trained=False, few=CONFIRMED)
-                if plan is None or not confirmed(engine, two, plan):
+                if plan is not None and confirmed(engine, two, plan):
+                    self.found.confirmed = True
+                else:
                     plan = make_plan(engine, Sample(task, data, self.names, trained=False), self.names)
                 self.found.plans[key] = reduction, plan
             self.found.datasets.append(data.dataset)
@@ -251,12 +258,29 @@ class Planner:
 
     def probe_again(self, task: Task, examples: Examples, block: Sequence[int]) -> bool:
         """Probe the loss once more with some examples of a batch; whether it turns out to be a mean over tokens."""
-        if not self.found.tokens.find_again(task, examples, self.names, block):
+        found = self.found.tokens.find_again(task, examples, self.names, block)
+        if found:
+            self._forget_plans()
+        return found
+
+    def checks_more(self, task: Task, of_queries: bool) -> bool:
+        """Check as many examples as of a small model from now on; whether they were fewer so far.
+
+        Args:
+            task: the module.
+            of_queries: whether it is queries of which too few were checked.
+        """
+        if self.found.thorough or not (is_large(task) or (of_queries and self.found.confirmed)):
             return False
+        self.found.thorough = True
+        self.found.tokens = TokenWeights()
+        self._forget_plans()
+        return True
+
+    def _forget_plans(self) -> None:
         self.found.plans.clear()
         self.found.tried.clear()
         self.found.guards.clear()
-        return True
 
     @property
     def may_be_of_tokens(self) -> bool:
