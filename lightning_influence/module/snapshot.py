@@ -133,7 +133,7 @@ class ModuleSnapshot:
             if not first and self._is_unchanged():
                 return [saved for saved in self._saved if saved.silent] if self._any_silent else []
             if first:
-                self._compare([saved for saved in self._saved if saved.content is not None and not saved.is_written])
+                self._compare(self._saved)
             found = [saved for saved in self._saved if saved.is_written]
             self._any_silent = any(saved.silent for saved in self._saved)
             self._compared = None
@@ -143,9 +143,11 @@ class ModuleSnapshot:
 
     @staticmethod
     def _compare(all_saved: Sequence[_Saved]) -> None:
-        """Note which contents have changed: with a single wait for a device, at once on the CPU."""
+        """Note which contents have changed though nothing else shows it; a device is waited for once."""
         elsewhere = []
         for saved in all_saved:
+            if saved.content is None or saved.is_written:
+                continue
             if saved.tensor.device.type == "cpu":
                 saved.silent = not torch.equal(saved.tensor.detach(), saved.content)
             else:
@@ -192,7 +194,9 @@ class ModuleSnapshot:
         """Names of the module's parameters that were written since the snapshot."""
         parameters = [saved for saved in self._saved if id(saved.tensor) in self._names]
         with torch._C.DisableTorchFunction():
-            return sorted(self._names[id(saved.tensor)] for saved in parameters if saved.is_written(self._first))
+            if self._first:
+                self._compare(parameters)
+            return sorted(self._names[id(saved.tensor)] for saved in parameters if saved.is_written)
 
     def moved(self) -> None:
         """To be called by whoever gave tensors other memory: what they hold now is kept, parameters without a copy."""
