@@ -151,9 +151,9 @@ class ModuleSnapshot:
             if saved.tensor.device.type == "cpu":
                 saved.silent = not torch.equal(saved.tensor.detach(), saved.content)
             else:
-                elsewhere.append(saved)
-        same = read_numbers([(saved.tensor.detach() == saved.content).all() for saved in elsewhere])
-        for saved, (equal,) in zip(elsewhere, same, strict=True):
+                elsewhere.append((saved, torch.eq(saved.tensor.detach(), saved.content).all()))
+        same = read_numbers([equal for _, equal in elsewhere])
+        for (saved, _), (equal,) in zip(elsewhere, same, strict=True):
             saved.silent = not equal
 
     def _is_copied(self, tensor: Tensor) -> bool:
