@@ -1,6 +1,7 @@
 """What differs between devices: whether they have float64, their random generators, waiting for their work."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -64,6 +65,41 @@ def roundings() -> list[Any]:
     cudnn: Any = torch.backends.cudnn
     known = (getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None), getattr(torch.backends.mkldnn, "matmul", None))
     return [setting for setting in (torch.backends.cuda.matmul, *known) if hasattr(setting, "fp32_precision")]
+
+
+# ---- reading numbers ------------------------------------------------------------------------------------------------
+
+
+class Readings:
+    """Numbers that devices compute, which are read together when the first of them is needed: with a single wait."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Tensor] = []
+        self._known: list[list[float]] = []
+
+    def later(self, numbers: Tensor) -> Callable[[], list[float]]:
+        """A function that returns some numbers, and reads them together with all others when it is first called."""
+        at = len(self._known) + len(self._waiting)
+        self._waiting.append(numbers.detach())
+
+        def read() -> list[float]:
+            if at >= len(self._known):
+                waiting, self._waiting = self._waiting, []
+                self._known += read_numbers(waiting)
+            return self._known[at]
+
+        return read
+
+
+def read_numbers(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """The entries of some tensors, with a single wait for each of their devices."""
+    found: list[list[float]] = [[] for _ in tensors]
+    for device in {tensor.device for tensor in tensors}:
+        places = [i for i, tensor in enumerate(tensors) if tensor.device == device]
+        entries = iter(torch.cat([widest(tensors[i]).flatten() for i in places]).tolist())
+        for i in places:
+            found[i] = list(itertools.islice(entries, tensors[i].numel()))
+    return found
 
 
 # ---- accelerators ---------------------------------------------------------------------------------------------------

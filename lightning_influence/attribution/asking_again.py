@@ -1,4 +1,4 @@
-"""Asks a question once more where its first answer showed that examples weigh unequally in their batches."""
+"""Asks a question once more where its first answer showed that too few examples were checked before."""
 
 import functools
 from collections.abc import Callable
@@ -23,21 +23,21 @@ S = TypeVar("S", bound=HasSession)
 
 
 def asking_again(ask: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """A method that is called once more if a spot check finds that the loss is a mean over tokens.
+    """A method that is called once more if a spot check fails that more checks before scoring may explain.
 
-    Its examples then weigh by their tokens; those that the loss was probed with had equally many.
+    Its layers may be used in ways that few examples did not show, or the loss may be a mean over tokens, of which those
+    that it was probed with had equally many.
     """
 
     @functools.wraps(ask)
     def asked(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            with self.processes.together():
-                return ask(self, *args, **kwargs)
-        except UnequalWeight as error:
-            with self.processes.together():
-                if not any(self._session.probe_again(ids) for ids in (error.suspects, error.block) if ids):
-                    raise
-        with self.processes.together():
-            return ask(self, *args, **kwargs)
+        while True:
+            try:
+                with self.processes.together():
+                    return ask(self, *args, **kwargs)
+            except UnequalWeight as error:
+                with self.processes.together():
+                    if not self._session.knows_more_after(error):
+                        raise
 
     return asked

@@ -86,6 +86,8 @@ class Examples:
         self.block_size = block_size
         self.share_of_copies: float | None = None
         """If set, a batch of one holds two copies of its example, and this is the ``share`` of ``Copies``."""
+        self.thorough = False
+        """Whether as many of them are checked before scoring as for a small model, since fewer showed too little."""
         self._collate = collate or default_collate
         self._reader = _Reader(dataset, self._collate, seed, name)
         # Slicing tensors gives what torch's own collate makes of their rows, a hundred times faster.

@@ -2,12 +2,14 @@
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from lightning_influence.devices import Readings, read_numbers
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.precise import Tolerance
@@ -25,15 +27,23 @@ class Digest:
 
     Args:
         values: by parameter: its entries, or random combinations of them, which are of the size of its norm.
-        largest: the largest magnitude of an entry; NaN or infinity if there is one.
-        nonzero: the parameters with an entry other than 0.
         spread: by parameter: how much larger rounding errors of its entries may be together, in such a combination.
+        peaks: reads by parameter that has entries the largest magnitude of one; NaN or infinity if there is one.
     """
 
     values: Mapping[str, Tensor]
-    largest: float
-    nonzero: frozenset[str]
     spread: Mapping[str, float]
+    peaks: Callable[[], Mapping[str, float]]
+
+    @cached_property
+    def largest(self) -> float:
+        """The largest magnitude of an entry; NaN or infinity if there is one."""
+        return functools.reduce(_larger, self.peaks().values(), 0.0)
+
+    @cached_property
+    def nonzero(self) -> frozenset[str]:
+        """The parameters with an entry other than 0."""
+        return frozenset(name for name, peak in self.peaks().items() if peak)
 
     @property
     def is_finite(self) -> bool:
@@ -53,21 +63,21 @@ class Digest:
 
 @dataclass
 class Digester:
-    """Makes digests, with the same combinations for all gradients that are compared."""
+    """Makes digests, with the same combinations for all gradients that are compared.
 
+    Args:
+        readings: of the digests' largest entries.
+    """
+
+    readings: Readings = field(default_factory=Readings)
     _project: Projector = field(default_factory=lambda: Projector(RandomProjection(_COMBINATIONS, entries="gaussian")))
 
     def of(self, gradient: Mapping[str, Tensor]) -> Digest:
         """The digest of one gradient, [*shape] by parameter."""
         values = {name: self._sketch(name, g.shape, g).rows(g[None])[0] for name, g in gradient.items()}
         spread = {n: 1.0 if v.numel() == gradient[n].numel() else gradient[n].numel() ** 0.5 for n, v in values.items()}
-        most = {name: g.abs().max() for name, g in gradient.items() if g.numel()}
-        if not most:
-            return Digest(values, 0.0, frozenset(), spread)
-        widest = functools.reduce(torch.promote_types, (m.dtype for m in most.values()))
-        known = torch.stack([m.to(widest) for m in most.values()])
-        nonzero = frozenset(n for n, m in zip(most, known.tolist(), strict=True) if m)
-        return Digest(values, float(known.max()), nonzero, spread)
+        most = {name: self.readings.later(_peak(g)) for name, g in gradient.items() if g.numel()}
+        return Digest(values, spread, lambda: {name: read()[0] for name, read in most.items()})
 
     def rows(self, parts: Mapping[Names, Part], wanted: set[str]) -> dict[str, Tensor]:
         """[example, ...]: the values of the digests of a block's gradients, for parts with parameters in ``wanted``."""
@@ -89,10 +99,10 @@ class Digester:
         return self._project(name, tuple(shape), like)
 
 
-def agreeing(
-    rows: Mapping[str, Tensor], row: int, truth: Digest, names: set[str], tolerance: Tolerance = None
-) -> set[str]:
-    """The parameters among ``names`` whose gradient of one example is that of its digest, up to rounding errors.
+def agreements(
+    rows: Mapping[str, Tensor], row: int, truth: Digest, names: Iterable[str], tolerance: Tolerance = None
+) -> Iterator[tuple[str, Tensor]]:
+    """By parameter, whether the gradient of one example is that of its digest, up to rounding errors; see ``agrees``.
 
     Args:
         rows: [example, ...]: see ``Digester.rows``; what is absent is zero.
@@ -101,10 +111,25 @@ def agreeing(
         names: the parameters.
         tolerance: relative to the parameter's and to the largest entry; None: that of the dtype.
     """
-    found = set()
     for name in names:
         true, mine = truth.values[name], rows.get(name)
-        mine = None if mine is None else mine[row].view_as(true)
-        if agrees(mine, true, truth.largest * truth.spread[name], tolerance):
-            found.add(name)
-    return found
+        largest = truth.largest * truth.spread[name]
+        yield name, agrees(None if mine is None else mine[row].view_as(true), true, largest, tolerance)
+
+
+def without_wrong(names: set[str], checked: Sequence[tuple[str, Tensor]]) -> set[str]:
+    """The names of which no comparison failed; all comparisons are read together."""
+    right = read_numbers([same for _, same in checked])
+    return names - {name for (name, _), (same,) in zip(checked, right, strict=True) if not same}
+
+
+def _peak(gradient: Tensor) -> Tensor:
+    """The largest magnitude of an entry; NaN if there is one. Of large gradients, no copy is made."""
+    if gradient.numel() <= _SMALL or gradient.is_complex():
+        return gradient.abs().max()
+    return torch.stack(torch.aminmax(gradient)).abs().max()
+
+
+def _larger(one: float, other: float) -> float:
+    """The larger number, or NaN."""
+    return one if math.isnan(one) or one >= other else other

@@ -1,5 +1,6 @@
 """Checks while scoring: that examples weigh in a batch as they do alone, on whatever path their gradients come."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,14 @@ from lightning_influence.module.task import Task
 if TYPE_CHECKING:
     from lightning_influence.gradients.engine import Computed, Engine
 
-# On the first pass over the data, one example in this many is checked.
-_CHECKED = 128
+# On the first pass over the data, one example in this many is checked, and then one in a share of those before.
+_CHECKED, _SHARE = 128, 16
+
+
+def checks_of(examples: int) -> float:
+    """How many examples are checked on a first pass over so many, beside those that are most unlike the others."""
+    first = _CHECKED * _SHARE
+    return examples / _CHECKED if examples <= first else _SHARE * (1 + math.log(examples / first))
 
 
 @dataclass
@@ -50,14 +57,16 @@ class Guard:
     def choose(self, block: Block) -> tuple[dict[int, int | None], bool]:
         """The rows of a block to check, each with the id of an example unlike it, and whether the block is new.
 
-        They are those most unlike the examples before, one in 128 examples on the first pass, and one each of blocks
-        4, 16, 64 ...
+        They are those most unlike the examples before, one in 128 examples on the first pass (of the 2,048th on, one in
+        a sixteenth of those before), and one each of blocks 4, 16, 64 ...
         """
         unlike = self.unlike.new(block)
         rows: dict[int, int | None] = dict(unlike or {})
         self._blocks += 1
         self._waiting += block.size
-        if self._blocks == self._next or (block.start >= self._start and self._waiting >= _CHECKED):
+        if self._blocks == self._next or (
+            block.start >= self._start and self._waiting >= max(_CHECKED, block.start // _SHARE)
+        ):
             self._next *= 4 if self._blocks == self._next else 1
             self._start, self._waiting = block.start + 1, 0
             row = self._blocks * 7919 % block.size

@@ -46,7 +46,7 @@ def probe(sample: Sample, also: Sequence[int] = ()) -> Probed:
     losses, totals, declared = _singles(sample, probed)
     ids = [i for i, loss in losses.items() if math.isfinite(loss)]  # the scores report all others
     if not ids:
-        if len(probed) > 1 and math.isfinite(sample.loss(probed)):
+        if len(probed) > 1 and math.isfinite(sample.losses([probed])[tuple(probed)]):
             raise NoRelation(
                 "Expected the loss of a batch to be the mean or the sum of the losses of its examples, got a finite "
                 "loss for a batch, and NaN or infinity for each of its examples alone.",
@@ -56,13 +56,13 @@ def probe(sample: Sample, also: Sequence[int] = ()) -> Probed:
             f"Expected finite losses, got NaN or infinity for all probed training examples, {probed[:10]} among "
             "them. Check the data and the weights for NaN."
         )
-    batches = {batch: sample.loss(batch) for batch in _batches(sample, ids, bool(also))}
+    batches = sample.losses(_batches(sample, ids, bool(also)))
     if len(ids) == 1:
         return Probed(Reduction.MEAN)
     tolerance = 1e-4 if sample.task.tolerance is None else _OF_16_BITS
     found = _plain_relations(losses, batches, tolerance)
     if not found:
-        batches = {batch: sample.loss(batch, plain=True) for batch in batches}
+        batches = sample.losses(batches, plain=True)
         found = _plain_relations(losses, batches, tolerance)
     gradients = sample.with_gradients
     if found == [Reduction.SUM] or (found and not (declared or (gradients and _unequal(totals)))):
@@ -93,6 +93,8 @@ def _batches(sample: Sample, ids: Sequence[int], several: bool) -> list[tuple[in
     if several or not sample.with_gradients or len(of_sample) < len(sample.chosen):
         return list(dict.fromkeys([tuple(ids[:2]), tuple(ids)]))
     odd = [i for i in sample.odd if i in ids]
+    if any(set(odd) <= set(batch) for batch in of_sample):
+        return of_sample
     mixed = list(dict.fromkeys([*odd, *ids]))[: 2 * len(odd)]
     return [*of_sample, *([tuple(mixed)] if len(mixed) > 1 else [])]
 
@@ -100,8 +102,7 @@ def _batches(sample: Sample, ids: Sequence[int], several: bool) -> list[tuple[in
 def _singles(sample: Sample, probed: Sequence[int]) -> tuple[dict[int, float], _Totals, list[Key]]:
     """Losses of single examples, what was counted in each, and which counts are of unequal class weights."""
     losses, totals, declared = {}, _Totals(), dict[Key, None]()
-    for i in probed:
-        one = sample.alone(i)
+    for i, one in {i: sample.alone(i) for i in probed}.items():  # all passes before the first of them is read
         losses[i] = one.loss
         declared |= dict.fromkeys(one.class_weights)
         for key, total in one.counts.items():  # of two copies of an example twice as many: only ratios count

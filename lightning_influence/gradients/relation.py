@@ -80,6 +80,7 @@ def refusal(engine: "Engine", block: Block, row: int, names: Sequence[str]) -> U
     suspects = {row, *engine.guard.unlike.extremes(block)}
     error = UnequalWeight(str(_described(engine, block, row, names)), block.ids)
     error.suspects = [block.ids[r] for r in sorted(suspects)]
+    error.of_queries = engine.examples is None
     return error
 
 

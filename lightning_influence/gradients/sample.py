@@ -1,15 +1,17 @@
 """A few examples of a dataset, whose passes alone and together serve all checks that are made before scoring."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_influence.data.examples import ChosenBlock, Examples, versions_of
-from lightning_influence.devices import wide
+from lightning_influence.devices import Readings, widest
 from lightning_influence.gradients.digests import Digest, Digester
 from lightning_influence.gradients.engine import Engine
 from lightning_influence.gradients.general import loss_and_gradient, requiring_gradients
@@ -17,6 +19,7 @@ from lightning_influence.gradients.reduction import WAY_OUT, Reduction
 from lightning_influence.gradients.tape import Tape
 from lightning_influence.gradients.token_counts import CountWatch, Key
 from lightning_influence.gradients.unlike_rows import UnlikeRows
+from lightning_influence.module.mode_reads import ModeReads
 from lightning_influence.module.numbers import small_values
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.module.task import Task
@@ -29,23 +32,48 @@ from lightning_influence.types import Batch, foreign
 _SIZES = (3, 5)
 # Among so many examples the odd ones are looked for, of which so many are run as well.
 _READ, _ODD = 32, 4
+# A model with more parameters has one batch, of so many examples, with odd ones among them.
+_LARGE = 10**6
+_FEW, _ODD_OF_FEW = 3, 2
+# On so many examples of another dataset a plan is tried that was found right before.
+CONFIRMED = 2
 
 
 @dataclass(frozen=True)
 class Alone:
-    """What a pass of one example gave.
+    """What a pass of one example gave; numbers are read from the device with those of other passes.
 
     Args:
-        loss: of the example.
-        counts: what was counted, see ``CountWatch``.
-        class_weights: which of the counts are of unequal class weights.
         gradient: None if it was not wanted.
+        read_loss: reads the loss of the example.
+        read_counts: reads what was counted, see ``CountWatch``.
+        read_unequal: reads by cross-entropy whether its class weights are unequal.
     """
 
-    loss: float
-    counts: dict[Key, float]
-    class_weights: frozenset[Key]
     gradient: Digest | None
+    read_loss: Callable[[], list[float]]
+    read_counts: Mapping[Key, Callable[[], list[float]]]
+    read_unequal: Mapping[Key, Callable[[], list[float]]]
+
+    @property
+    def loss(self) -> float:
+        """The loss of the example."""
+        return self.read_loss()[0]
+
+    @property
+    def counts(self) -> dict[Key, float]:
+        """What was counted."""
+        return {key: read()[0] for key, read in self.read_counts.items()}
+
+    @property
+    def class_weights(self) -> list[Key]:
+        """Which of the counts are of unequal class weights."""
+        return [key for key, read in self.read_unequal.items() if read()[0]]
+
+
+def is_large(task: Task) -> bool:
+    """Whether few examples are checked, since a pass of one takes long."""
+    return sum(p.numel() for p in task.named_parameters().values()) > _LARGE
 
 
 class Sample:
@@ -57,25 +85,37 @@ class Sample:
         names: the parameters whose gradients will be taken; none: only losses will be.
         seed: of the random state.
         trained: whether they are training examples, whose batches have an index, and a step that may count.
+        few: of how many to make a single batch; None: by the size of the model.
     """
 
     def __init__(
-        self, task: Task, examples: Examples, names: Sequence[str] = (), seed: int = 0, trained: bool = True
+        self,
+        task: Task,
+        examples: Examples,
+        names: Sequence[str] = (),
+        seed: int = 0,
+        trained: bool = True,
+        few: int | None = None,
     ) -> None:
         self.task, self.examples, self.seed = task, examples, seed
-        self._follows_step = trained and task.loss is None
+        self.trained, self._follows_step = trained, trained and task.loss is None
         self.with_gradients = bool(names)
+        self._large = not examples.thorough and is_large(task)
+        self.few = _FEW if few is None and self._large and names else few
         trainable = [n for n, p in task.named_parameters().items() if p.requires_grad and not p.is_complex()]
         self.names = list(names) or trainable
-        self.digester = Digester()
+        self.readings = Readings()
+        self.digester = Digester(self.readings)
         self.copy_leaves = False
         """Whether activations are copied, since the model writes into them in place."""
         self.uses_of_index: list[OfIndex] = []
         """What the pass of the last block computed from the index of its batch, see ``WatchedIndex``."""
+        self.reads_mode = True
+        """Whether that pass may have depended on the mode (``self.training``) of the user's modules."""
         self.values: list[dict[str, Any]] = []
         """The module's small values before and after the pass of the last block."""
         self._alone: dict[int, Alone] = {}
-        self._losses: dict[tuple[int, ...], float] = {}
+        self._losses: dict[tuple[int, ...], Callable[[], list[float]]] = {}
         self._gradients: dict[tuple[int, ...], Digest] = {}
         self._batches: dict[tuple[int, ...], tuple[Batch, list[int]]] = {}
 
@@ -83,10 +123,19 @@ class Sample:
 
     @cached_property
     def chosen(self) -> list[list[int]]:
-        """The ids of two batches of examples spread over the dataset, with repetition if it is tiny."""
+        """The ids of two batches of examples spread over the dataset, with repetition if it is tiny; or of one."""
         n = len(self.examples)
+        if self.few is not None:
+            some = list(dict.fromkeys([*self.odd, *evenly_spread(n, self.few)]))
+            return [[some[i % len(some)] for i in range(self.few)]]
         # Not `evenly_spread`: always this many, and other examples in the second batch than in the first.
         return [[(round((i + 0.5 * b) * n / size)) % n for i in range(size)] for b, size in enumerate(_SIZES)]
+
+    @property
+    def compared(self) -> list[dict[int, int]]:
+        """By block: the ids of the rows that are compared with passes alone; of the few of a large model the last."""
+        first = self.few - 1 if self._large and self.few == CONFIRMED else 0
+        return [dict(list(enumerate(ids))[first:]) for ids in self.chosen]
 
     @property
     def blocks(self) -> list[ChosenBlock]:
@@ -99,10 +148,12 @@ class Sample:
     @cached_property
     def odd(self) -> list[int]:
         """Those most unlike the others among some examples that are only read."""
+        if not self.trained:
+            return []
         read = list(evenly_spread(len(self.examples), _READ))
         with contextlib.suppress(Exception):  # one that cannot be read or collated is met where it is scored
             rows = UnlikeRows().new(self.examples.chosen(read)) or {}
-            return [read[row] for row in rows][:_ODD]
+            return [read[row] for row in rows][: _ODD if self.few is None else _ODD_OF_FEW]
         return []
 
     @property
@@ -110,7 +161,7 @@ class Sample:
         """All examples that are run alone."""
         if not self.with_gradients:
             return list(evenly_spread(len(self.examples), _READ))
-        return list(dict.fromkeys([*self.chosen[0], *self.chosen[1], *self.odd]))
+        return list(dict.fromkeys([*itertools.chain(*self.chosen), *self.odd]))
 
     # ---- passes ---------------------------------------------------------------------------------------------------
 
@@ -128,32 +179,36 @@ class Sample:
             watch, names = CountWatch(), self.names if gradient else ()
             loss, found = self._pass(self.examples.one(example), example, names, watch)
             digest = self.digester.of(found) if gradient else None
-            known = Alone(loss, watch.totals(), frozenset(watch.class_weights), digest)
-            self._alone[example] = known
+            counts, unequal = ({k: self.readings.later(x) for k, x in of.items()} for of in watch.totals())
+            known = self._alone[example] = Alone(digest, self.readings.later(loss), counts, unequal)
         return known
 
-    def loss(self, ids: Sequence[int], plain: bool = False) -> float:
-        """The loss of a batch, as the step returned it; the sum of the losses of ``loss=``.
+    def losses(self, batches: Iterable[Sequence[int]], plain: bool = False) -> dict[tuple[int, ...], float]:
+        """The losses of batches, as the step returned them; the sums of the losses of ``loss=``.
 
         Args:
-            ids: of its examples.
-            plain: by a pass of its own. Otherwise a recorded one serves, in which no parameter requires a gradient, so
+            batches: the ids of their examples.
+            plain: by passes of their own. Otherwise recorded ones serve, in which no parameter requires a gradient, so
                 that a step may compute another loss.
         """
-        key = tuple(ids)
-        if not plain and list(ids) in self.chosen:
+        found = {tuple(ids): self._loss(list(ids), plain) for ids in batches}
+        return {ids: read()[0] for ids, read in found.items()}
+
+    def _loss(self, ids: list[int], plain: bool) -> Callable[[], list[float]]:
+        if not plain and ids in self.chosen:
             with contextlib.suppress(Exception):  # whoever needs the gradients meets the error
-                return float(self.tapes[self.chosen.index(list(ids))].total)  # type: ignore[arg-type]
+                return self.readings.later(self.tapes[self.chosen.index(ids)].total)  # type: ignore[arg-type]
+        key = tuple(ids)
         if key not in self._losses:
-            self._losses[key] = self._pass(self._batch(ids), ids[0], ())[0]
+            self._losses[key] = self.readings.later(self._pass(self._batch(ids), ids[0], ())[0])
         return self._losses[key]
 
     def gradient(self, ids: Sequence[int]) -> Digest:
         """The gradient of the loss of a batch, by plain autograd."""
         key = tuple(ids)
         if key not in self._gradients:
-            self._losses[key], found = self._pass(self._batch(ids), ids[0], self.names)
-            self._gradients[key] = self.digester.of(found)
+            loss, found = self._pass(self._batch(ids), ids[0], self.names)
+            self._losses[key], self._gradients[key] = self.readings.later(loss), self.digester.of(found)
         return self._gradients[key]
 
     @cached_property
@@ -171,8 +226,8 @@ class Sample:
         self._batches.clear()
         tapes = []
         for block in self.blocks:
-            watched = self._follows_step and block.size == _SIZES[-1]
-            with self._noting_values() if watched else contextlib.nullcontext():
+            watched = self._follows_step and block.chosen == self.chosen[-1]
+            with self._noting() if watched else contextlib.nullcontext():
                 tape = (self._watched(block) if watched else None) or self._record(self._block(block.chosen))
             tapes.append(tape)
         return tapes
@@ -192,19 +247,18 @@ class Sample:
 
     def _pass(
         self, batch: Batch, example: int, names: Sequence[str], watch: CountWatch | None = None
-    ) -> tuple[float, dict[str, Any]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch and its gradient."""
         try:
             if names:
-                loss, found = loss_and_gradient(self.task, batch, names, self.seed, example, watch)
-                return float(loss), found
+                return loss_and_gradient(self.task, batch, names, self.seed, example, watch)
             # gradients are enabled, and wanted of the same parameters: a step may use them, or ask which are wanted
             with requiring_gradients(self.task.module, self.names) if self.with_gradients else contextlib.nullcontext():
                 batch = self.task.to_device(batch)
                 seed_for(self.seed, example)
                 with watch or contextlib.nullcontext():
                     loss = self.task(batch)
-            return float(wide(loss.detach()).sum()), {}
+            return widest(loss.detach()).sum(), {}
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -222,14 +276,16 @@ class Sample:
         return batch
 
     @contextlib.contextmanager
-    def _noting_values(self) -> Iterator[None]:
-        """Notes the module's small values before and after a pass inside."""
+    def _noting(self) -> Iterator[None]:
+        """Notes whether a pass inside reads the module's mode, and its small values before and after it."""
         self.task.settle()
         before, after = small_values(self.task.module), list[dict[str, Any]]()
         outer = self.task.on_forward
         self.task.on_forward = lambda: after.append(small_values(self.task.module))
         try:
-            yield
+            with ModeReads(self.task.module) as mode:
+                yield
         finally:
             self.task.on_forward = outer
+        self.reads_mode = mode.read
         self.values = [before, *after[-1:]]

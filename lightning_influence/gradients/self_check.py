@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_influence.data.examples import Block
-from lightning_influence.gradients.digests import Digest, agreeing
+from lightning_influence.gradients.digests import Digest, agreements, without_wrong
 from lightning_influence.gradients.engine import Engine, Plan
 from lightning_influence.gradients.general import NotVectorisable, vectorised_rows
 from lightning_influence.gradients.layout import Layout, fits
@@ -43,6 +43,26 @@ def make_plan(engine: Engine, sample: Sample, names: Sequence[str]) -> Plan:
         again = Sample(task, sample.examples, names, sample.seed)
         return _merged(plan, _made(replace(engine, task=task), again, names))
     return plan
+
+
+def confirmed(engine: Engine, sample: Sample, plan: Plan) -> bool:
+    """Whether a plan that was made for other examples of the same loss is right for these.
+
+    Args:
+        engine: the engine, at the weights where the plan was made.
+        sample: of the dataset, with gradients of the plan's parameters.
+        plan: with layer rules only, since others depend on how a batch is made.
+    """
+    if plan.vectorised or plan.one_by_one:
+        return False
+    recorded, blocks = _calls(engine, sample), sample.blocks
+    reached = _reached(recorded)
+    if sample.copy_leaves != plan.copy_leaves or any(tape.uses - plan.uses for tape in sample.tapes):
+        return False
+    if any(plan.layouts.get(name) not in _candidates(name, recorded, blocks) for name in reached):
+        return False
+    rows = [_factored(engine, sample, b, calls, plan.layouts, plan.separate) for b, calls in enumerate(recorded)]
+    return _agreeing(sample, rows, set(plan.names)) == set(plan.names) and _separate(recorded) <= plan.separate
 
 
 def bytes_of_one(engine: Engine, sample: Sample, plan: Plan) -> int:
@@ -98,6 +118,7 @@ def _merged(plan: Plan, precisely: Plan) -> Plan:
 
 def _made(engine: Engine, sample: Sample, names: Sequence[str]) -> Plan:
     recorded, blocks = _calls(engine, sample), sample.blocks
+    truths = [_truth(sample, example) for ids in sample.compared for example in ids.values()]
     separate = _separate(recorded)
     candidates = {name: _candidates(name, recorded, blocks) for name in names}
     layouts: dict[str, Layout] = {}
@@ -105,8 +126,8 @@ def _made(engine: Engine, sample: Sample, names: Sequence[str]) -> Plan:
         tried = {n: c[i] for n, c in candidates.items() if i < len(c) and n not in layouts}
         rows = [_factored(engine, sample, b, calls, tried, separate) for b, calls in enumerate(recorded)]
         layouts |= {name: tried[name] for name in _agreeing(sample, rows, set(tried))}
-    nonzero = set().union(*(_truth(sample, i).nonzero for ids in sample.chosen for i in ids))
-    reached = {name for calls in recorded for call in calls for name in call.names.values()}
+    nonzero = set().union(*(truth.nonzero for truth in truths))
+    reached = _reached(recorded)
     unreached = tuple(name for name in names if name not in reached and name not in nonzero)
     general = [name for name in names if name not in layouts and name not in unreached]
     fast = _vectorised(engine, sample, general)
@@ -162,13 +183,14 @@ def _vectorised(engine: Engine, sample: Sample, names: Sequence[str]) -> set[str
 
 def _agreeing(sample: Sample, rows: Sequence[_Rows], names: set[str]) -> set[str]:
     """The parameters whose gradients agree with plain autograd for all examples."""
-    for (of_block, failed), ids in zip(rows, sample.chosen, strict=True):
-        names = names - failed
-        for row, example in enumerate(ids):
-            truth = _truth(sample, example)
+    names = names.difference(*(failed for _, failed in rows))
+    checked: list[tuple[str, Tensor]] = []
+    truths = [{row: _truth(sample, i) for row, i in of.items()} for of in sample.compared]  # all before one is read
+    for (of_block, _), of in zip(rows, truths, strict=True):
+        for row, truth in of.items():
             if truth.is_finite:  # otherwise there is nothing to compare; the attributor reports every such example
-                names = agreeing(of_block, row, truth, names, sample.task.tolerance)
-    return names
+                checked += agreements(of_block, row, truth, names, sample.task.tolerance)
+    return without_wrong(names, checked)
 
 
 def _candidates(name: str, recorded: Sequence[Sequence[Call]], blocks: Sequence[Block]) -> list[Layout]:
@@ -198,6 +220,11 @@ def _may_concatenate(blocks: Sequence[Block]) -> bool:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0]
         dimensions.append([{d for d, size in enumerate(t.shape[:2]) if size == block.size} for t in tensors])
     return any(not set.intersection(*same) for same in zip(*dimensions, strict=False))
+
+
+def _reached(recorded: Sequence[Sequence[Call]]) -> set[str]:
+    """The parameters on which the loss depends through recorded calls."""
+    return {name for calls in recorded for call in calls for name in call.names.values()}
 
 
 def _separate(recorded: Sequence[Sequence[Call]]) -> frozenset[str]:

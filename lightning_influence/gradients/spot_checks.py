@@ -42,6 +42,8 @@ class UnequalWeight(ValueError):
         self.block = block
         self.suspects: Sequence[int] = ()
         """Those of them that were most unlike the others."""
+        self.of_queries = False
+        """Whether they are queries."""
 
 
 class SuspectRows:
@@ -110,8 +112,8 @@ def _scaled_by_number(operands: Sequence[Any]) -> bool:
     return any(t.requires_grad for t in tensors) and any(t.numel() == 1 and not t.requires_grad for t in tensors)
 
 
-def agrees(row: Tensor | None, truth: Tensor, largest: Tensor | float, tolerance: Tolerance = None) -> bool:
-    """Whether one parameter's gradient is right up to rounding errors.
+def agrees(row: Tensor | None, truth: Tensor, largest: Tensor | float, tolerance: Tolerance = None) -> Tensor:
+    """Whether one parameter's gradient is right up to rounding errors: true or false, where the gradients are.
 
     Args:
         row: the gradient to check, [*shape]; None means zeros.
@@ -120,11 +122,6 @@ def agrees(row: Tensor | None, truth: Tensor, largest: Tensor | float, tolerance
             is zero up to rounding (as for a bias before a normalisation layer).
         tolerance: relative to the parameter's and to the largest entry; None: that of the dtype.
     """
-    return bool(_agreement(row, truth, largest, tolerance))
-
-
-def _agreement(row: Tensor | None, truth: Tensor, largest: Tensor | float, tolerance: Tolerance) -> Tensor:
-    """See ``agrees``: true or false, on the device of the gradients, which is not waited for."""
     if row is None or not truth.numel():
         return ~truth.any()
     relative, floor = tolerance or tolerance_of(truth)
@@ -166,7 +163,7 @@ def differing(row: Mapping[str, Tensor], truth: Mapping[str, Tensor], tolerance:
         tolerance: relative to the parameter's and to the largest entry; None: that of the dtype.
     """
     largest = largest_entry(truth.values())
-    right = [_agreement(row.get(n), true, largest, tolerance) for n, true in truth.items()]
+    right = [agrees(row.get(n), true, largest, tolerance) for n, true in truth.items()]
     finite, *agree = _read([largest.isfinite(), *right])
     if not finite:  # the attributor reports it, unless it is finite in the block
         return next((n for n, g in row.items() if n in truth and bool(g.any())), None) if is_finite(row) else None

@@ -61,8 +61,8 @@ class CountWatch(TorchFunctionMode):
         self._only = only
         self._met: dict[str, int] = {}
         self.found: dict[Key, Tensor] = {}
-        self.class_weights: set[Key] = set()
-        """The cross-entropies with unequal class weights."""
+        self.unequal: dict[Key, Tensor] = {}
+        """By cross-entropy with class weights: whether they are unequal."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -74,19 +74,19 @@ class CountWatch(TorchFunctionMode):
             self._met[name] = key[1] + 1
             if self._only in (None, key):
                 self.found[key] = values()
-                self.class_weights |= {key} if weighted else set()
+                self.unequal |= {} if weighted is None else {key: weighted}
         return func(*args, **kwargs)
 
-    def totals(self) -> dict[Key, float]:
-        """The sums over the whole batch."""
-        return {key: float(values.sum()) for key, values in self.found.items()}
+    def totals(self) -> tuple[dict[Key, Tensor], dict[Key, Tensor]]:
+        """The sums over the whole batch, and by cross-entropy whether its class weights are unequal."""
+        return {key: values.sum() for key, values in self.found.items()}, self.unequal
 
 
-_Counted = tuple[str, Callable[[], Tensor], bool]
+_Counted = tuple[str, Callable[[], Tensor], Tensor | None]
 
 
 def _counted(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[_Counted]:
-    """What a call may count: the kind of operation, a function that computes it, whether there are class weights."""
+    """What a call may count: the kind of operation, a function that computes it, whether class weights are unequal."""
     first = args[0] if args else kwargs.get("input")
     if func in _SUMS and isinstance(first, Tensor):
         yield from _summed(func, first, *args[1:], **kwargs)
@@ -95,11 +95,11 @@ def _counted(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
     elif func in _DIVISIONS and isinstance(first, Tensor) and first.requires_grad:
         by = args[1] if len(args) > 1 else kwargs.get("other")
         if isinstance(by, (int, float)) or (isinstance(by, Tensor) and by.numel() == 1 and not by.requires_grad):
-            yield "divisor", partial(wide, torch.as_tensor(by).detach()), False
+            yield "divisor", partial(wide, torch.as_tensor(by).detach()), None
     elif func is Tensor.tolist and isinstance(first, Tensor) and not first.is_complex():
-        yield "list", partial(wide, first.detach()), False
+        yield "list", partial(wide, first.detach()), None
     for mask in _masks(func, first, args, kwargs):
-        yield "mask", partial(wide, mask), False
+        yield "mask", partial(wide, mask), None
 
 
 def _summed(func: Callable[..., Any], values: Tensor, *args: Any, **kwargs: Any) -> Iterator[_Counted]:
@@ -108,12 +108,12 @@ def _summed(func: Callable[..., Any], values: Tensor, *args: Any, **kwargs: Any)
         return
     name, over = func.__name__, _dimensions(values, *args, **kwargs)
     if name == "nanmean" and over == values.ndim:
-        yield name, partial(wide, values.detach().isnan().logical_not()), False
+        yield name, partial(wide, values.detach().isnan().logical_not()), None
     elif name == "mean" and values.requires_grad and over == values.ndim:
-        yield "elements", torch.tensor(values.numel()).double, False
+        yield "elements", torch.tensor(values.numel()).double, None
     elif not values.requires_grad and over in (values.ndim, values.ndim - 1):
         found = {"count_nonzero": lambda: values != 0, "nansum": lambda: values.nan_to_num(0.0)}
-        yield "sum" if over == values.ndim else "sums", lambda: wide(found.get(name, lambda: values)()), False
+        yield "sum" if over == values.ndim else "sums", lambda: wide(found.get(name, lambda: values)()), None
 
 
 def _averaged(
@@ -125,9 +125,9 @@ def _averaged(
         return
     target, weight = bound["target"], bound.get("weight")
     if func not in (F.cross_entropy, F.nll_loss) or target.is_floating_point():
-        yield "elements", torch.tensor(prediction.numel()).double, False
+        yield "elements", torch.tensor(prediction.numel()).double, None
         return
-    unequal = weight is not None and bool((weight != weight[0]).any())
+    unequal = None if weight is None else (weight != weight[0]).any()
     yield "cross entropy", lambda: _class_weights(target, weight, bound["ignore_index"]), unequal
 
 

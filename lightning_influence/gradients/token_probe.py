@@ -32,6 +32,8 @@ class GradientProbe:
 
     def __post_init__(self) -> None:
         self.chosen = self._most_unlike()
+        sizes = (2, 3, 5, len(self.chosen)) if self.sample.few is None else (2, len(self.chosen))
+        self._sizes = sorted({min(n, len(self.chosen)) for n in sizes})
 
     def holds(self, weights: Mapping[int, float], roughly: bool = False) -> bool:
         """Whether the gradient of each batch is the mean of its examples' with these weights.
@@ -44,7 +46,7 @@ class GradientProbe:
             return roughly
         if not self._singles:
             self._singles = {i: self._gradient(i) for i in self.chosen}
-            several = {tuple(self.chosen[:n]) for n in (2, 3, 5, len(self.chosen))}
+            several = {tuple(self.chosen[:n]) for n in self._sizes}
             self._batches = {ids: self.sample.gradient(ids).flat() for ids in several}
         largest = max(float(g.norm() if roughly else g.abs().max()) for g in self._singles.values())
         if largest == 0:  # they tell nothing
@@ -73,7 +75,7 @@ class GradientProbe:
 
     def _has_layout(self, key: Key, layout: int) -> bool:
         """Whether the counts of a batch, split by the layout, are those of its examples alone."""
-        for size in (2, 3, len(self.chosen)):
+        for size in self._sizes:
             ids = self.chosen[:size]
             batch = self.sample.task.to_device(self.sample.examples.some(ids))
             seed_for(self.sample.seed, ids[0])

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from operator import attrgetter, is_
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset
 
+from lightning_influence.devices import read_numbers
 from lightning_influence.types import LIBRARIES
 
 # Beyond so many elements in all, tensors are copied only once something writes into them.
@@ -38,11 +39,9 @@ class _Saved:
     content: Tensor | None
     silent: bool = False  # written in ways that leave version and memory as they are, such as `.data.add_`
 
-    def is_written(self, compare: bool) -> bool:
-        if self.silent or self.tensor._version != self.version or not self.tensor.is_set_to(self.memory):
-            return True
-        self.silent = compare and self.content is not None and not torch.equal(self.tensor.detach(), self.content)
-        return self.silent
+    @property
+    def is_written(self) -> bool:
+        return self.silent or self.tensor._version != self.version or not self.tensor.is_set_to(self.memory)
 
 
 class ModuleSnapshot:
@@ -133,12 +132,29 @@ class ModuleSnapshot:
         with torch._C.DisableTorchFunction():  # nothing here is part of the pass that a tape may record
             if not first and self._is_unchanged():
                 return [saved for saved in self._saved if saved.silent] if self._any_silent else []
-            found = [saved for saved in self._saved if saved.is_written(first)]
+            if first:
+                self._compare(self._saved)
+            found = [saved for saved in self._saved if saved.is_written]
             self._any_silent = any(saved.silent for saved in self._saved)
             self._compared = None
             self._written.update(id(saved.tensor) for saved in found)
             self._silent.update(id(saved.tensor) for saved in found if saved.silent)
             return found
+
+    @staticmethod
+    def _compare(all_saved: Sequence[_Saved]) -> None:
+        """Note which contents have changed though nothing else shows it; a device is waited for once."""
+        elsewhere = []
+        for saved in all_saved:
+            if saved.content is None or saved.is_written:
+                continue
+            if saved.tensor.device.type == "cpu":
+                saved.silent = not torch.equal(saved.tensor.detach(), saved.content)
+            else:
+                elsewhere.append((saved, torch.eq(saved.tensor.detach(), saved.content).all()))
+        same = read_numbers([equal for _, equal in elsewhere])
+        for (saved, _), (equal,) in zip(elsewhere, same, strict=True):
+            saved.silent = not equal
 
     def _is_copied(self, tensor: Tensor) -> bool:
         return self._first or id(tensor) not in self._names or id(tensor) in self._written
@@ -178,7 +194,9 @@ class ModuleSnapshot:
         """Names of the module's parameters that were written since the snapshot."""
         parameters = [saved for saved in self._saved if id(saved.tensor) in self._names]
         with torch._C.DisableTorchFunction():
-            return sorted(self._names[id(saved.tensor)] for saved in parameters if saved.is_written(self._first))
+            if self._first:
+                self._compare(parameters)
+            return sorted(self._names[id(saved.tensor)] for saved in parameters if saved.is_written)
 
     def moved(self) -> None:
         """To be called by whoever gave tensors other memory: what they hold now is kept, parameters without a copy."""

@@ -10,7 +10,8 @@ from lightning_influence.gradients import Engine, Plan, Reduction, Sample, make_
 from lightning_influence.gradients.guard import Guard
 from lightning_influence.gradients.index_check import gradient_at, joined
 from lightning_influence.gradients.low_precision import LowPrecision, checked_in, compared
-from lightning_influence.gradients.self_check import bytes_of_one
+from lightning_influence.gradients.sample import CONFIRMED, is_large
+from lightning_influence.gradients.self_check import bytes_of_one, confirmed
 from lightning_influence.gradients.tail_check import check_tail
 from lightning_influence.module.loss_tail import LossTail
 from lightning_influence.module.task import Loss, Task
@@ -54,6 +55,8 @@ class Findings:
         compared: gradients in 16 bits with those in full precision, once they were; None: they cannot be.
         tails: where the part of a loss that is computed in float64 begins, by dataset and loss.
         unreached: parameters that the loss in eval mode does not depend on.
+        thorough: see ``Examples``.
+        confirmed: whether a plan for queries is that of the training examples, tried on a few of them.
     """
 
     plans: dict[_Key, tuple[Reduction, Plan]] = field(default_factory=dict)
@@ -71,6 +74,8 @@ class Findings:
     tokens: TokenWeights = field(default_factory=TokenWeights)
     share_of_copies: float | None = None
     unreached: Unreached = field(default_factory=Unreached)
+    thorough: bool = False
+    confirmed: bool = False
 
 
 @dataclass
@@ -247,11 +252,15 @@ class Planner:
             data.check_steady()
             reduction = Reduction.NONE if task.loss is not None else self._reduction()
             with explained(examples, data):
-                engine, sample = (
-                    self._engine(task, data, reduction, Plan({})),
-                    Sample(task, data, self.names, trained=False),
-                )
-                self.found.plans[key] = reduction, make_plan(engine, sample, self.names)
+                engine = self._engine(task, data, reduction, Plan({}))
+                _, plan = self.found.plans.get(_key(task, examples.dataset), (reduction, None))
+                plan = None if data.thorough else plan
+                two = Sample(task, data, self.names, trained=False, few=CONFIRMED)
+                if plan is not None and confirmed(engine, two, plan):
+                    self.found.confirmed = True
+                else:
+                    plan = make_plan(engine, Sample(task, data, self.names, trained=False), self.names)
+                self.found.plans[key] = reduction, plan
             self.found.datasets.append(data.dataset)
         return self.found.plans[key]
 
@@ -279,13 +288,29 @@ class Planner:
         """Probe the loss once more with some examples of a batch; whether it turns out to be a mean over tokens."""
         with task.in_full():
             found = self.found.tokens.find_again(task, examples, self.names, block)
-        if not found:
+        if found:
+            self._forget_plans()
+        return found
+
+    def checks_more(self, task: Task, of_queries: bool) -> bool:
+        """Check as many examples as of a small model from now on; whether they were fewer so far.
+
+        Args:
+            task: the module.
+            of_queries: whether it is queries of which too few were checked.
+        """
+        if self.found.thorough or not (is_large(task) or (of_queries and self.found.confirmed)):
             return False
+        self.found.thorough = True
+        self.found.tokens = TokenWeights()
+        self._forget_plans()
+        return True
+
+    def _forget_plans(self) -> None:
         self.found.plans.clear()
         self.found.low.clear()
         self.found.tried.clear()
         self.found.guards.clear()
-        return True
 
     @property
     def may_be_of_tokens(self) -> bool:

@@ -9,12 +9,10 @@ import torch
 
 from lightning_influence.data.examples import Block
 from lightning_influence.gradients import Gradients
+from lightning_influence.gradients.guard import checks_of
 from lightning_influence.processes import Processes
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.timing import Work, seconds_of, timed
-
-# One example in this many is computed alone as well, on the first pass (see ``Guard``).
-_CHECKED = 128
 
 
 class Samples:
@@ -82,7 +80,7 @@ class Samples:
 
     def checks(self) -> Work:
         """Comparing some training examples with passes of them alone."""
-        return Work("spot checks", len(self.examples) / _CHECKED + 2, self.alone)
+        return Work("spot checks", checks_of(len(self.examples)) + 2, self.alone)
 
 
 def first_queries(queries: Queries) -> Queries:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_influence.data.examples import Examples
 from lightning_influence.data.source import Source
 from lightning_influence.gradients import Engine, Reduction
+from lightning_influence.gradients.spot_checks import UnequalWeight
 from lightning_influence.module.precision import Precision
 from lightning_influence.module.quiet import quiet
 from lightning_influence.module.task import Loss, Task
@@ -195,9 +196,17 @@ class Session:
         """The examples of a source, in blocks of ``batch_size``."""
         examples = source.examples(self.batch_size)
         examples.share_of_copies = self._planner.found.share_of_copies
+        examples.thorough = self._planner.found.thorough
         return examples
 
-    def probe_again(self, block: Sequence[int]) -> bool:
+    def knows_more_after(self, error: UnequalWeight) -> bool:
+        """Check more examples where a spot check failed; whether there were more to check, or they showed more."""
+        with self.quiet() as task:
+            if self._planner.checks_more(task, error.of_queries):
+                return True
+        return any(self._probe_again(ids) for ids in (error.suspects, error.block) if ids)
+
+    def _probe_again(self, block: Sequence[int]) -> bool:
         """Probe the loss once more with some examples of a batch, one of which does not weigh as it does alone.
 
         Returns:

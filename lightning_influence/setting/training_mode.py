@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_influence.data.examples import Examples
 from lightning_influence.gradients import Engine, Sample
 from lightning_influence.gradients.general import loss_and_gradient, requiring_gradients
 from lightning_influence.gradients.precise import precise
+from lightning_influence.module.mode_reads import has_known_modes
 from lightning_influence.module.random_state import random_states, seed_for
 from lightning_influence.module.snapshot import restoring
 from lightning_influence.numerics.subsets import evenly_spread
@@ -33,7 +32,7 @@ def note_on_training(engine: Engine, sample: Sample, frozen: Collection[str] = (
         A note if they differ, and neither drew random numbers.
     """
     examples = sample.examples
-    if engine.task.loss is not None or _same(engine, sample, frozen):
+    if engine.task.loss is not None or not sample.reads_mode or _same(engine, sample, frozen):
         return None
     with contextlib.suppress(Exception), precise(engine.task, None) as task:  # or it does not run in training mode
         other = replace(engine, task=task)
@@ -100,6 +99,5 @@ def _in_training(module: nn.Module, frozen: Collection[str]) -> Iterator[None]:
     """Training mode for what a user wrote: layers of torch, dropout and normalisation differ in known ways."""
     with restoring(module.modules(), "training"):
         for name, part in module.named_modules():
-            of_torch = type(part).__module__.partition(".")[0] == "torch" or isinstance(part, (_NormBase, _DropoutNd))
-            part.training = not of_torch and clean(name) not in frozen
+            part.training = not has_known_modes(part) and clean(name) not in frozen
         yield

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset, default_collate
 
 from lightning_influence import Attributor, GradientDot
-from lightning_influence.data.examples import Examples
-from lightning_influence.gradients.guard import Guard
+from lightning_influence.data.examples import Block, Examples
+from lightning_influence.gradients.guard import Guard, checks_of
 from lightning_influence.gradients.token_probe import GradientProbe
 
 torch.set_num_threads(1)
@@ -241,3 +241,13 @@ def test_examples_are_checked_that_are_like_the_others():
     rows = [len(guard.choose(block)[0]) for _ in range(2) for block in data.blocks()]
     assert sum(rows[:32]) == 16  # one in 128 on the first pass
     assert sum(rows[32:]) == 1  # block 64
+
+
+@pytest.mark.parametrize("n", [1000, 2048, 40_000])
+def test_spot_checks_of_a_first_pass_are_few(n):
+    watching, found = Guard(), 0
+    for start in range(0, n, 64):
+        rows, _ = watching.choose(Block(start, 64, [torch.zeros(64, 2)], lambda i: i))
+        found += len(rows)
+    assert abs(found - checks_of(n)) <= 6
+    assert n < 40_000 or found < 0.002 * n

@@ -1,0 +1,251 @@
+"""What a first question costs beside plain passes over the same data, beside later questions and beside dattri-LLM.
+
+python tests/benchmarks/first_call.py [SUBJECT ...] [--mnist mnist.npz] [--ag-news FOLDER] [--repeats 5]
+
+For each subject, in one run: medians of a plain pass, of the checks before scoring (self-check, probing, planning), of
+a first and a later `GradientDot`, and of dattri-LLM's where it is installed (`pip install --no-deps dattri-llm`, with
+transformers and accelerate); the examples that the checks run, their time in example passes, the peak of memory beside
+that of the plain pass and beside model and optimizer state (AdamW); the share of the spot checks in a longer question.
+
+Promised are at most 20 example passes where a model has more than a million parameters, and 0.15 s where it has fewer.
+"""
+
+import argparse
+import contextlib
+import copy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from subjects import BATCH, Classifier, Encoder, cnn, images, mlp, texts
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lightning_influence import Attributor, GradientDot
+from lightning_influence.gradients.guard import Guard
+from lightning_influence.module.task import Task
+
+
+class Attention(nn.Module):
+    """A block of GPT-2."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        n, tokens, width = x.shape
+        query, key, value = self.qkv(self.norm1(x)).view(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(n, tokens, width))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT2(nn.Module):
+    """GPT-2's shape, with its width of 768 and its output layer tied to the embedding."""
+
+    def __init__(self, vocabulary, layers, width=768):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(1024, width)
+        self.blocks, self.norm = nn.Sequential(*[Attention(width, 12) for _ in range(layers)]), nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.02)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, x):
+        hidden = self.tokens(x) + self.places(torch.arange(x.shape[1], device=x.device))
+        return self.head(self.norm(self.blocks(hidden))).transpose(1, 2)
+
+
+class LoRA(nn.Module):
+    """A frozen layer and a product of two small matrices."""
+
+    def __init__(self, layer, rank=8):
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.a, self.b = nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, layer.out_features, bias=False)
+        nn.init.normal_(self.b.weight, std=0.01)  # as after some steps
+
+    def forward(self, x):
+        return self.layer(x) + self.b(self.a(x))
+
+
+def with_lora(net):
+    net.requires_grad_(False)
+    for block in net.blocks:
+        block.qkv, block.out = LoRA(block.qkv), LoRA(block.out)
+    return net
+
+
+def lines(n_train, n_queries, vocabulary, tokens=32):
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randint(vocabulary, (n_train + n_queries, tokens + 1), generator=draw)
+    pairs = TensorDataset(x[:, :-1], x[:, 1:])
+    return TensorDataset(*pairs[:n_train]), TensorDataset(*pairs[n_train:])
+
+
+SUBJECTS = {
+    "mlp": (mlp, lambda a: images(a.mnist, 1000, 50)),
+    "cnn": (cnn, lambda a: images(a.mnist, 1000, 50)),
+    "transformer": (Encoder, lambda a: texts(a.ag_news, 1000, 50)),
+    "gpt2-21M": (lambda: GPT2(8000, 2), lambda a: lines(64, 8, 8000)),
+    "gpt2-68M": (lambda: GPT2(50257, 4), lambda a: lines(16, 4, 50257)),
+    "gpt2-68M-lora": (lambda: with_lora(GPT2(50257, 4)), lambda a: lines(16, 4, 50257)),
+}
+
+
+def plain(module, datasets):
+    """Seconds of forward and backward passes; batches of 16 where the model has a vocabulary to predict."""
+    batch = 16 if isinstance(module.net, GPT2) else BATCH
+    start = time.perf_counter()
+    for data in datasets:
+        for some in DataLoader(data, batch):
+            module.zero_grad()
+            module.training_step(some, 0).backward()
+    module.zero_grad()
+    return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def examples_run():
+    """Counts the examples of all calls of the step inside."""
+    found, run = [], Task._run
+    Task._run = lambda task, batch: (found.append(len(batch[-1])), run(task, batch))[1]
+    try:
+        yield found
+    finally:
+        Task._run = run
+
+
+class Named(Dataset):
+    """dattri-LLM wants dicts."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        x, y = self.data[i]
+        return {"x": x, "y": y}
+
+
+def dattri(module, train, queries):
+    """Seconds of dattri-LLM's TracIn; None where it is not installed."""
+    try:
+        from dattri_llm import AttributionArguments, AttributionTask, TracInAttributor
+    except ImportError:
+        return None
+    batch = min(BATCH, len(train))
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+        start = time.perf_counter()
+        task = AttributionTask(loss_func=lambda net, b: F.cross_entropy(net(b["x"]), b["y"]), model=module.net)
+        options = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": batch}
+        found = TracInAttributor(AttributionArguments(output_dir=folder, **options), task=task)
+        found.attribute(Named(train), Named(queries))
+        return time.perf_counter() - start
+
+
+def measure(name, options):
+    make, read = SUBJECTS[name]
+    torch.manual_seed(0)
+    module, (train, queries) = Classifier(make()).eval(), read(options)
+    seconds = {key: [] for key in ("plain", "checks", "first", "later", "dattri-LLM")}
+    for turn in range(options.repeats + 1):
+        found = {"plain": plain(module, (train, queries))}
+        start = time.perf_counter()
+        with examples_run() as ran, Attributor(module, train).session(queries):
+            pass
+        found["checks"] = time.perf_counter() - start
+        asked = Attributor(module, train)
+        for key in ("first", "later"):
+            start = time.perf_counter()
+            asked.score(GradientDot(), queries)
+            found[key] = time.perf_counter() - start
+        found["dattri-LLM"] = dattri(copy.deepcopy(module), train, queries)
+        for key, value in found.items():
+            if turn and value is not None:  # the first turn warms up
+                seconds[key].append(value)
+    medians = {key: statistics.median(values) if values else float("nan") for key, values in seconds.items()}
+    each = medians["plain"] / (len(train) + len(queries))
+    parameters = sum(p.numel() for p in module.parameters())
+    print(f"{name}: {parameters:,} parameters, {len(train)} + {len(queries)} examples")
+    for key, value in medians.items():
+        print(f"    {key:<12}{value:9.3f} s {value / medians['plain']:8.2f} x plain")
+    print(
+        f"    checks: {sum(ran)} examples in {len(ran)} calls, as long as {medians['checks'] / each:.1f} plain example "
+        f"passes; later / plain {medians['later'] / medians['plain']:.2f}; first / dattri-LLM "
+        f"{medians['first'] / medians['dattri-LLM']:.2f}"
+    )
+    peaks = {what: peak(name, what) for what in ("plain", "ours")}
+    state = 4 * (parameters + 2 * sum(p.numel() for p in module.parameters() if p.requires_grad)) / 2**20
+    print(f"    peak memory: ours {peaks['ours']:.0f} MiB, plain {peaks['plain']:.0f}, model + AdamW {state:.0f}")
+    print(f"    spot checks: {spot_checks(module, train, queries):.1%} of a question of {10 * len(train)} examples")
+
+
+def spot_checks(module, train, queries):
+    """The share of the spot checks in a longer question."""
+    longer = TensorDataset(*(t.repeat(10, *[1] * (t.ndim - 1)) for t in train.tensors))
+    spent, check = [], Guard.check
+
+    def timed(*args):
+        start = time.perf_counter()
+        check(*args)
+        spent.append(time.perf_counter() - start)
+
+    asked = Attributor(module, longer)
+    with asked.session(queries):
+        Guard.check, start = timed, time.perf_counter()
+        try:
+            asked.score(GradientDot(), queries)
+        finally:
+            Guard.check = check
+    return sum(spent) / (time.perf_counter() - start)
+
+
+def peak(name, what):
+    """Mebibytes that a plain pass or a first question adds to a process that has torch and the data."""
+    command = [sys.executable, __file__, name, "--peak", what]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def print_peak(name, what, options):
+    make, read = SUBJECTS[name]
+    train, queries = read(options)
+    before = high_water()
+    module = Classifier(make()).eval()
+    if what == "plain":
+        plain(module, (train, queries))
+    else:
+        Attributor(module, train).score(GradientDot(), queries)
+    print((high_water() - before) / 1024)
+
+
+def high_water():
+    """Kibibytes that this process has had at most; `ru_maxrss` would count what its parent had."""
+    return int(next(line for line in Path("/proc/self/status").open() if line.startswith("VmHWM")).split()[1])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("subjects", nargs="*", default=list(SUBJECTS))
+    parser.add_argument("--mnist")
+    parser.add_argument("--ag-news")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--peak")
+    given = parser.parse_args()
+    for subject in given.subjects:
+        if given.peak:
+            print_peak(subject, given.peak, given)
+        else:
+            measure(subject, given)
