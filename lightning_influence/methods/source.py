@@ -261,8 +261,7 @@ class SOURCE(SegmentProduct):
     def _own_work(self, setting: Setting, gradients: QueryGradients, descent: Descent) -> list[Work]:
         """Carrying each example back, of which some gradients are given, sums and products with its own."""
         segments, held, step = self.segments_of(setting), len(gradients), self._own_at_once(setting)
-        descend, prepared = self.curvature.descend_own, self.curvature.sampled(setting)
-        moved, kept = descend(prepared, gradients, setting, descent)
+        moved, first, again = self.curvature.seconds_of_own_descent(setting, gradients, descent)
         own = Samples.of(setting).gradients().slice(slice(0, held))
 
         def one_segment() -> Tensor:
@@ -271,14 +270,12 @@ class SOURCE(SegmentProduct):
                 total.add(own)
             return moved.slice(slice(0, len(own))).diagonal(total.result())
 
-        first = timed(lambda: descend(prepared, gradients, setting, descent)) / held
-        again = timed(lambda: descend(prepared, kept, setting, descent)) / held
         passes, n = len(self.positions(setting.trajectory)), setting.n_train
         return [
             Work("checkpoints", (passes + 2 * len(segments)) * -(-n // step), seconds_of(setting.final)),
             *Samples.of(setting).passes(passes + 1),
-            Work("carrying examples into a segment", n, first),
-            Work("carrying examples back", (len(segments) - 1) * n, again),
+            Work("carrying examples into a segment", n, first / held),
+            Work("carrying examples back", (len(segments) - 1) * n, again / held),
             Work("sums and products", len(segments) * n, timed(one_segment) / len(own)),
         ]
 
