@@ -66,34 +66,34 @@ def scores(method, **options):
     return lambda ask: ask.score(method, data(BLOCK, 2, torch.float32), **options)
 
 
-# Waits for the device: of a first question about few blocks, of a second one, and in that of each further block.
+# Waits for the device: of a first question about few blocks and of a second one. Further blocks of it have none.
 CEILINGS = {
-    "TracInCP": (scores(TracInCP()), 260, 20, 0),
-    "GradientDot": (scores(GradientDot()), 260, 20, 0),
-    "top-k": (scores(TracInCP(), top_k=3), 260, 30, 0),
-    "EKFAC": (scores(InfluenceFunction(EKFAC())), 330, 60, 0),
-    "LiSSA": (scores(InfluenceFunction(LiSSA(damping=0.5))), 360, 120, 0),
-    "ConjugateGradient": (scores(InfluenceFunction(ConjugateGradient(damping=0.1))), 360, 120, 0),
-    "Arnoldi": (scores(InfluenceFunction(Arnoldi(damping=0.1, steps=10))), 320, 70, 0),
-    "ExactGGN": (scores(InfluenceFunction(ExactGGN(damping=0.1))), 320, 70, 0),
-    "SOURCE": (scores(SOURCE(segments=2)), 330, 100, 0),
-    "HyDRA": (scores(HyDRA()), 330, 100, 0),
-    "TracIn": (scores(TracIn()), 330, 100, 0),
-    "KNNShapley": (scores(KNNShapley()), 330, 100, 0),
-    "RepresenterPoints": (scores(RepresenterPoints()), 330, 100, 0),
-    "self-influence": (lambda ask: ask.self_influence(TracInCP()), 260, 20, 0),
-    "self-influence by EKFAC": (lambda ask: ask.self_influence(InfluenceFunction(EKFAC())), 330, 60, 0),
-    "a group": (lambda ask: ask.group(TracInCP(), [1, 4], data(BLOCK, 2, torch.float32)), 260, 30, 0),
+    "TracInCP": (scores(TracInCP()), 310, 110),
+    "GradientDot": (scores(GradientDot()), 280, 120),
+    "top-k": (scores(TracInCP(), top_k=3), 320, 120),
+    "EKFAC": (scores(InfluenceFunction(EKFAC())), 390, 195),
+    "LiSSA": (scores(InfluenceFunction(LiSSA(damping=0.5))), 335, 160),
+    "ConjugateGradient": (scores(InfluenceFunction(ConjugateGradient(damping=0.1))), 335, 175),
+    "Arnoldi": (scores(InfluenceFunction(Arnoldi(damping=0.1, steps=10))), 320, 130),
+    "ExactGGN": (scores(InfluenceFunction(ExactGGN(damping=0.1))), 305, 140),
+    "SOURCE": (scores(SOURCE(segments=2)), 390, 200),
+    "HyDRA": (scores(HyDRA()), 320, 155),
+    "TracIn": (scores(TracIn()), 280, 140),
+    "KNNShapley": (scores(KNNShapley()), 45, 25),
+    "RepresenterPoints": (scores(RepresenterPoints()), 170, 45),
+    "self-influence": (lambda ask: ask.self_influence(TracInCP()), 225, 35),
+    "self-influence by EKFAC": (lambda ask: ask.self_influence(InfluenceFunction(EKFAC())), 265, 100),
+    "a group": (lambda ask: ask.group(TracInCP(), [1, 4], data(BLOCK, 2, torch.float32)), 310, 110),
 }
 
 
 @pytest.mark.parametrize("name", CEILINGS)
 def test_the_host_seldom_waits(name, folder):
-    question, first, again, each = CEILINGS[name]
+    question, first, again = CEILINGS[name]
     some, more = (counts_of(asking(n, folder), question) for n in (FEW, MANY))
     assert some[0].waits <= first
     assert some[1].waits <= again
-    assert more[1].waits - some[1].waits <= (MANY - FEW) * each
+    assert more[1].waits <= some[1].waits + 2
 
 
 def test_blocks_are_copied_to_the_device_once_and_from_pinned_memory(folder):
@@ -129,7 +129,7 @@ def late(blocks=40):
 
 def test_an_example_that_weighs_otherwise_is_refused_however_late_it_comes():
     ask = asking(0, None, (Weighed(), late()))
-    with pytest.raises(ValueError, match="Expected .* to weigh in its batch"):
+    with pytest.raises(ValueError, match=r"Expected .* to weigh in its batch"):
         ask.score(GradientDot(), data(BLOCK, 2, torch.float32))
 
 
