@@ -170,7 +170,10 @@ class Guard:
     ) -> None:
         """Compute whether a block is to be looked at; see ``_check_rows``."""
         names = _names(engine, computed)
-        doubts = [~same(computed.row(row), _alone(engine, block, row, names)) for row in rows] if names else []
+        doubts = [
+            ~same(computed.row(row), _alone(engine, block, row, names), engine.task.tolerance)
+            for row in (rows if names else ())
+        ]
         doubts += [differ.bool() for differ, *_ in unequal]
         if doubts:
             self._unread.append(Unread(block.ids, rows, torch.stack(doubts).any(), again))

@@ -140,10 +140,10 @@ def _agreement(row: Tensor | None, truth: Tensor, largest: Tensor | float, toler
     return _most(row - truth) <= allowed + torch.finfo(truth.dtype).tiny
 
 
-def same(row: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Tensor:
-    """Whether an example's gradient in its block is finite and that of the example alone: true or false, not read."""
+def same(row: Mapping[str, Tensor], truth: Mapping[str, Tensor], tolerance: Tolerance = None) -> Tensor:
+    """Whether an example's gradient is finite, and in its block that of the example alone: see ``differing``, not read."""
     largest = largest_entry(truth.values())
-    agree = [_agreement(row.get(n), true, largest, None) for n, true in truth.items()]
+    agree = [_agreement(row.get(n), true, largest, tolerance) for n, true in truth.items()]
     return torch.stack([largest.isfinite(), *agree]).all()
 
 
