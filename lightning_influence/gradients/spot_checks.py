@@ -141,7 +141,7 @@ def _agreement(row: Tensor | None, truth: Tensor, largest: Tensor | float, toler
 
 
 def same(row: Mapping[str, Tensor], truth: Mapping[str, Tensor], tolerance: Tolerance = None) -> Tensor:
-    """Whether an example's gradient is finite, and in its block that of the example alone: see ``differing``, not read."""
+    """Whether an example's gradient is finite and the same in its block, as by ``differing``; not read."""
     largest = largest_entry(truth.values())
     agree = [_agreement(row.get(n), true, largest, tolerance) for n, true in truth.items()]
     return torch.stack([largest.isfinite(), *agree]).all()
