@@ -102,6 +102,28 @@ def read_numbers(tensors: Sequence[Tensor]) -> list[list[float]]:
     return found
 
 
+# ---- copies to a device ---------------------------------------------------------------------------------------------
+
+
+@cache
+def has_pinned_memory(device: torch.device) -> bool:
+    """Whether the host has memory that a device copies from without being waited for."""
+    if device.type in ("cpu", "mps"):  # Lightning waits for copies to MPS, which may be wrong otherwise
+        return False
+    try:
+        return torch.empty(1).pin_memory().is_pinned()
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def pinned(leaf: Any, device: torch.device) -> Any:
+    """A tensor of a batch, in memory from which a device copies while the host goes on; anything else as it is."""
+    plain = isinstance(leaf, Tensor) and type(leaf) is Tensor and leaf.is_cpu and leaf.layout is torch.strided
+    if not plain or leaf.requires_grad or not has_pinned_memory(device):
+        return leaf
+    return leaf.pin_memory()
+
+
 # ---- accelerators ---------------------------------------------------------------------------------------------------
 
 

@@ -49,6 +49,7 @@ def run_scores(
     n_train, share = setting.n_train, share_of(method, setting, len(queries))
     visits = len(share.train) * _visited(method, setting) * -(-len(share.queries) // block)
     bad, scored = NonFinite(), torch.zeros(len(queries), dtype=torch.bool)
+    keep_all = isinstance(accumulator, MatrixAccumulator)
     finished.sums = setting.state("sums", StageSums)
     setting.progress = functools.partial(progress, trainer)
     with progress(trainer, visits, method.name) as done:
@@ -58,17 +59,12 @@ def run_scores(
             finished.held, finished.train = len(some), 0
             for ids in share.tiles(columns, setting.processes.count):
                 setting.ids, start = ids, ids.start
-                tile = in_memory(functools.partial(method.score, setting, some), setting)
-                expected = [len(some), len(setting.ids)]
-                if list(tile.shape) != expected:
-                    raise ValueError(
-                        f"Expected `{method.name}.score` to return [query, train] = {expected}, got {list(tile.shape)}."
-                    )
+                tile = in_memory(functools.partial(_tile, method, setting, some, keep_all), setting)
                 clean = isinstance(method, Retraining) or bad.clean(tile, first, start)  # their NaN is an unknown score
                 scored = scored.to(tile.device)
                 scored[first : first + len(some)] |= (tile != 0).any(1)
                 tile, column = _scored(tile, start, method.scored(n_train))
-                if clean or isinstance(accumulator, MatrixAccumulator):
+                if clean or keep_all:
                     accumulator.add(tile if finished.sign > 0 else -tile, first, column)
                 finished.gaps |= not clean
                 finished.train = column + tile.shape[1]
@@ -78,6 +74,20 @@ def run_scores(
         _note_vanished(method, setting, int((~scored).sum()))
     accumulator.merge(share, setting.processes)
     _join_notes(setting)
+
+
+def _tile(method: Method, setting: Setting, queries: Queries, on_host: bool) -> Tensor:
+    """The scores of a tile, [query, train]; on the host, where a device's errors have all been raised.
+
+    Raises:
+        ValueError: scores of another shape.
+    """
+    tile, expected = method.score(setting, queries), [len(queries), len(setting.ids)]
+    if list(tile.shape) != expected:
+        raise ValueError(
+            f"Expected `{method.name}.score` to return [query, train] = {expected}, got {list(tile.shape)}."
+        )
+    return tile.cpu() if on_host else tile
 
 
 def _note_vanished(method: Method, setting: Setting, count: int) -> None:

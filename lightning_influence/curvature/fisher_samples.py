@@ -1,7 +1,8 @@
 """Per-sample gradients for a Fisher matrix: with the labels of the data, or with labels sampled from the model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lightning_influence.data.examples import Block
 from lightning_influence.devices import wide
 from lightning_influence.gradients import Engine, Gradients, Reduction
 from lightning_influence.gradients.final_layer import Head, find_head
+from lightning_influence.gradients.guard import Again
 from lightning_influence.numerics.heads import Link
 from lightning_influence.setting.setting import Setting
 
@@ -73,9 +75,11 @@ class FisherSamples:
     def computed(self) -> Iterator[Gradients]:
         """The blocks, computed now."""
         engine, loss, share = self.setting.engine, self._loss, self.setting.processes.share(self.setting.n_train)
-        blocks = self.setting.examples.blocks(share.start, share.stop)
+        blocks, chosen = self.setting.examples.blocks(share.start, share.stop), self.setting.examples.chosen
         if loss is None:
-            yield from (self._weighted(engine.gradients(block), block) for block in blocks)
+            for block in blocks:
+                yield self._weighted(engine.gradients(block, again=chosen), block)
+            engine.read_checks()
             return
         task = engine.task.measuring(loss)
         task.exact = False  # the loss is linear in the logits
@@ -83,7 +87,9 @@ class FisherSamples:
         for block in blocks:
             # For the expectation each class in turn; None: one sampled label per example.
             for label in [None] if self.labels == "sampled" else range(loss.classes):
-                yield self._weighted(other.gradients(loss.for_block(block, label)), block)
+                again = partial(loss.again, chosen, label)
+                yield self._weighted(other.gradients(loss.for_block(block, label), again=again), block)
+        other.read_checks()
 
     def _weighted(self, gradients: Gradients, block: Block) -> Gradients:
         weights = self.setting.engine.weights_of(block.ids)
@@ -121,6 +127,10 @@ class SampledLabelLoss:
             return block.one(example)
 
         return replace(block, one=one)
+
+    def again(self, chosen: Again, label: int | None, ids: Sequence[int]) -> Block:
+        """The block of some examples, read once more; see ``for_block``."""
+        return self.for_block(chosen(ids), label)
 
     def __call__(self, module: nn.Module, batch: Any) -> Tensor:
         """The losses, [batch]."""

@@ -17,7 +17,7 @@ from lightning_influence.gradients.general import (
     rows_one_by_one,
     vectorised_rows,
 )
-from lightning_influence.gradients.guard import Guard
+from lightning_influence.gradients.guard import Again, Guard
 from lightning_influence.gradients.layout import Layout, LayoutMismatch, Split
 from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.reduction import Reduction
@@ -144,7 +144,11 @@ class Engine:
         return sum(parameters[name].numel() * parameters[name].element_size() for name in self.plan.names)
 
     def gradients(
-        self, block: Block, set_random_state: Callable[[], Any] | None = None, checked: bool = True
+        self,
+        block: Block,
+        set_random_state: Callable[[], Any] | None = None,
+        checked: bool = True,
+        again: Again | None = None,
     ) -> Gradients:
         """Per-sample gradients of the plan's parameters, each in the cheapest form that its operations allow.
 
@@ -153,6 +157,8 @@ class Engine:
             set_random_state: called before the batch's forward pass. The examples then have gradients that depend on
                 the batch's random numbers, which a pass of a single example cannot reproduce: there are no spot checks.
             checked: whether there are spot checks; not for gradients that are only measured.
+            again: reads the block once more. With it, what a device finds out in spot checks is not waited for, until
+                ``read_checks`` is called.
 
         Raises:
             ValueError: a spot check found an example whose gradient in its batch differs from its gradient alone; or,
@@ -176,12 +182,19 @@ class Engine:
             found, computed.alone = rows_one_by_one(self.task, block, slow, self.seed)
             computed.parts.update(found)
         if watch is not None:
-            rows |= {row: None for row in watch.rows if row not in rows}
-            self.guard.check(self, block, computed, rows, new)
+            self.guard.check(self, block, computed, rows, new, watch, again)
         groups = {names: self.groups.get(names[0], 0) for names in computed.parts}
         weights = self.weights_of(block.ids)
         parts = computed.parts if weights is None else _without_empty(computed.parts, weights != 0)
         return Gradients(parts, groups, block.size)
+
+    def read_checks(self) -> None:
+        """Wait for what spot checks found out since the last time; see ``gradients``.
+
+        Raises:
+            ValueError: an example's gradient in its batch differs from its gradient alone.
+        """
+        self.guard.read(self)
 
     def in_block(
         self, block: Block, watch: SuspectRows | None = None, set_random_state: Callable[[], Any] | None = None

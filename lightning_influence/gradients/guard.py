@@ -1,17 +1,18 @@
 """Checks while scoring: that examples weigh in a batch as they do alone, on whatever path their gradients come."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lightning_influence.data.examples import Block
 from lightning_influence.gradients.general import one_gradient
 from lightning_influence.gradients.precise import Tolerance, holds_precisely
 from lightning_influence.gradients.relation import add_up, losses_add_up, refusal
-from lightning_influence.gradients.spot_checks import differing, is_finite
+from lightning_influence.gradients.spot_checks import SuspectRows, differing, is_finite, rows_of, same
 from lightning_influence.gradients.unlike_rows import UnlikeRows
 from lightning_influence.module.task import Task
 
@@ -28,9 +29,36 @@ def checks_of(examples: int) -> float:
     return examples / _CHECKED if examples <= first else _SHARE * (1 + math.log(examples / first))
 
 
+# Blocks whose checks are read at once, at the latest.
+_UNREAD = 1024
+
+
+Again = Callable[[Sequence[int]], Block]
+"""Reads the block of some examples once more."""
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A block of which a device knows whether its checks hold, and the host does not yet.
+
+    Args:
+        ids: the examples.
+        rows: those that were checked.
+        doubtful: whether a check failed, or there are other rows to check; on the device.
+        again: reads the block once more.
+    """
+
+    ids: Sequence[int]
+    rows: Collection[int]
+    doubtful: Tensor
+    again: Again
+
+
 @dataclass
 class Guard:
     """Chooses the examples to check, repeats in float64 what rounding may have caused, and refuses.
+
+    Devices compute whether checks hold without being waited for, until ``read`` is called.
 
     Args:
         made: the checks so far.
@@ -49,10 +77,12 @@ class Guard:
     _next: int = 4
     _start: int = 0
     _waiting: int = 0
+    _unread: list[Unread] = field(default_factory=list)
+    _uneven: bool = False
 
     def again(self) -> "Guard":
         """For a later question about the same examples: what was checked is not, unless it has changed."""
-        return Guard(unlike=self.unlike.again(), dataset=self.dataset, _start=self._start)
+        return Guard(unlike=self.unlike.again(), dataset=self.dataset, _start=self._start, _uneven=self._uneven)
 
     def choose(self, block: Block) -> tuple[dict[int, int | None], bool]:
         """The rows of a block to check, each with the id of an example unlike it, and whether the block is new.
@@ -74,7 +104,14 @@ class Guard:
         return rows, unlike is not None
 
     def check(
-        self, engine: "Engine", block: Block, computed: "Computed", rows: Mapping[int, int | None], new: bool
+        self,
+        engine: "Engine",
+        block: Block,
+        computed: "Computed",
+        rows: Mapping[int, int | None],
+        new: bool,
+        watch: SuspectRows,
+        again: Again | None = None,
     ) -> None:
         """Check a block on the paths that its gradients came by.
 
@@ -84,11 +121,21 @@ class Guard:
             computed: their gradients.
             rows: the rows to check, each with the id of an example unlike it, if one is known.
             new: whether the block was not seen before.
+            watch: followed the block's pass, and names other rows to check.
+            again: reads the block once more, if its checks may be read later; None: they are read at once.
 
         Raises:
             ValueError: an example weighs otherwise in its batch than alone.
         """
-        self._check_rows(engine, block, computed, rows)
+        every, unequal = {*rows, *watch.rows}, watch.unequal
+        if again is None or self._uneven or self._blocks == 1:  # where examples are unequal, they are in most blocks
+            found, unequal = rows_of(unequal), []
+            self._uneven |= bool(found)
+            every |= found
+        if again is None:
+            self._check_rows(engine, block, computed, every)
+        else:
+            self._check_later(engine, block, computed, every, unequal, again)
         if engine.examples is None or not (computed.slow or engine.plan.vectorised or block.size == 1):
             return
         if new and computed.alone is not None and block.size > 1:
@@ -123,11 +170,49 @@ class Guard:
             return None
         return f"{self.repeated} of {self.made} spot checks failed by rounding errors: repeated in float64, they hold."
 
+    def _check_later(
+        self,
+        engine: "Engine",
+        block: Block,
+        computed: "Computed",
+        rows: Collection[int],
+        unequal: Sequence[Tensor],
+        again: Again,
+    ) -> None:
+        """Compute whether a block is to be looked at; see ``_check_rows``."""
+        names = _names(engine, computed)
+        doubts = [
+            ~same(computed.row(row), _alone(engine, block, row, names), engine.task.tolerance)
+            for row in (rows if names else ())
+        ]
+        doubts += [differ.bool() for differ, *_ in unequal]
+        if doubts:
+            self._unread.append(Unread(block.ids, rows, torch.stack(doubts).any(), again))
+            self.made += len(rows)
+        if len(self._unread) >= _UNREAD:
+            self.read(engine)
+
+    def read(self, engine: "Engine") -> None:
+        """Read whether the checks so far hold, with a single wait; blocks in doubt are computed once more.
+
+        Raises:
+            ValueError: an example weighs otherwise in its batch than alone.
+        """
+        unread, self._unread = self._unread, []
+        doubtful = torch.stack([each.doubtful for each in unread]).tolist() if unread else []
+        for each in (each for each, doubt in zip(unread, doubtful, strict=True) if doubt):
+            block = each.again(each.ids)
+            watch = SuspectRows(block.size)
+            computed, unequal = engine.in_block(block, watch), rows_of(watch.unequal)
+            self._uneven |= bool(unequal)
+            self.made -= len(each.rows)
+            self._check_rows(engine, block, computed, {*each.rows, *unequal})
+
     def _check_rows(self, engine: "Engine", block: Block, computed: "Computed", rows: Iterable[int]) -> None:
         """Compare the gradients of some rows of a block with those of the examples alone."""
-        names = [name for name in engine.plan.names if name not in computed.slow]
+        names = _names(engine, computed)
         failed: list[int] = []
-        todo = sorted(rows) if engine.plan.layouts or engine.plan.vectorised else []
+        todo = sorted(rows) if names else []
         while todo:
             row = todo.pop()
             truth = _alone(engine, block, row, names)
@@ -165,6 +250,12 @@ class Guard:
             self.refused = True
             raise refused()
         self.repeated += 1
+
+
+def _names(engine: "Engine", computed: "Computed") -> list[str]:
+    """The parameters whose gradients are compared with those of examples alone."""
+    compared = engine.plan.layouts or engine.plan.vectorised
+    return [name for name in engine.plan.names if name not in computed.slow] if compared else []
 
 
 def _alone(engine: "Engine", block: Block, row: int, names: Sequence[str]) -> dict[str, Tensor]:

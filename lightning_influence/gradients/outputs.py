@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_influence.devices import widest
+
 # Loss functions that are convex in their first argument, the prediction.
 _LOSSES = frozenset(
     {
@@ -100,13 +102,18 @@ def refuse_other_paths(total: Tensor, outputs: Sequence[Tensor], parameters: Map
     through = torch.autograd.grad(
         [o for o, _ in pairs], values, [g for _, g in pairs], retain_graph=True, allow_unused=True
     )
-    size = max((float(g.abs().max()) for g in whole if g is not None and g.numel()), default=0.0)
-    allowed = {torch.float64: 1e-9}.get(outputs[0].dtype, 1e-3) * size
+    missed = {}
     for name, one, other in zip(parameters, whole, through, strict=True):
-        missed = sum(g if s > 0 else -g for g, s in ((one, 1), (other, -1)) if g is not None)
-        if isinstance(missed, Tensor) and missed.numel() and float(missed.abs().max()) > allowed:
-            raise ValueError(
-                "Expected, for the Gauss-Newton matrix (GGN), a loss that depends on the parameters only through the "
-                f"network's output, got `{name}` reaching it by another path, such as a penalty inside the loss. "
-                f"{way_out}"
-            )
+        found = [g if s > 0 else -g for g, s in ((one, 1), (other, -1)) if g is not None and g.numel()]
+        if found:
+            missed[name] = widest(torch.stack(found).sum(0).abs().max())
+    if not missed:
+        return
+    size = torch.stack([widest(g.abs().max()) for g in whole if g is not None and g.numel()] or [torch.zeros(())]).max()
+    allowed = {torch.float64: 1e-9}.get(outputs[0].dtype, 1e-3) * size
+    beyond = (torch.stack([*missed.values()]) > allowed).tolist()
+    if name := next((name for name, too_much in zip(missed, beyond, strict=True) if too_much), ""):
+        raise ValueError(
+            "Expected, for the Gauss-Newton matrix (GGN), a loss that depends on the parameters only through the "
+            f"network's output, got `{name}` reaching it by another path, such as a penalty inside the loss. {way_out}"
+        )

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_influence.data.examples import Block
 from lightning_influence.gradients.block import Gradients, SketchOf, inverse_length, layer_of
 from lightning_influence.gradients.engine import Engine
+from lightning_influence.gradients.guard import Again
 from lightning_influence.gradients.part import one_row_per_example
 
 
@@ -177,12 +178,12 @@ def _squared(rows: Tensor) -> Tensor:
     return rows.reshape(len(rows), -1).square().sum(1)
 
 
-def own_gradients(engine: Engine, block: Block) -> Gradients:
-    """The gradients of a block of queries; NaN for one without any tokens whose loss is NaN.
+def own_gradients(engine: Engine, block: Block, again: Again | None = None) -> Gradients:
+    """The gradients of a block of queries, as by the engine; NaN for one without any tokens whose loss is NaN.
 
     As a training example, it has a weight of zero, so that its gradient does not matter.
     """
-    found, weights = engine.gradients(block), engine.weights_of(block.ids)
+    found, weights = engine.gradients(block, again=again), engine.weights_of(block.ids)
     if weights is None or not bool((weights == 0).any()):
         return found
     defined = [w != 0 or engine.has_loss(block, i) for w, i in zip(weights.tolist(), block.ids, strict=True)]

@@ -49,7 +49,8 @@ class UnequalWeight(ValueError):
 class SuspectRows:
     """Watches one forward pass for operations that the few examples of the self-check may not have covered.
 
-    ``rows`` collects the examples of the block that should be checked.
+    ``rows`` collects the examples of the block that should be checked. Others depend on values, for which a device
+    would be waited for: ``unequal`` collects them where they are computed, and ``rows_of`` reads them.
 
     Args:
         examples: the number of examples in the block.
@@ -58,7 +59,8 @@ class SuspectRows:
     def __init__(self, examples: int) -> None:
         self.examples = examples
         self.rows: set[int] = set()
-        self._counted: set[int] = set()  # examples that differ in a count over the batch, which may be a denominator
+        self.unequal: list[Tensor] = []
+        self._counted: list[Tensor] = []  # likewise, of counts over the batch, which may be a denominator
 
     def __call__(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Inspect a call of a torch function."""
@@ -74,36 +76,42 @@ class SuspectRows:
         elif func in _COUNTS:
             self._count(*args, **kwargs)
         elif self._counted and (func in _READS or (func in _SCALES and _scaled_by_number(args))):
-            self.rows |= self._counted
+            self.unequal += self._counted
+            self._counted = []
 
     def _reordered(self, by: Any = None) -> None:
         self.rows |= {0, self.examples - 1}
         if isinstance(by, Tensor) and by.dtype is torch.bool:
-            self.rows |= self._extremes(by)
+            self.unequal += self._extremes(by)
 
     def _count(self, input: Any, dim: Any = None, *_: Any, **options: Any) -> None:
         """Remember a sum over the whole batch of a tensor without gradient."""
         if isinstance(input, Tensor) and not input.requires_grad and not input.is_complex():
             over = [] if dim is None else dim if isinstance(dim, (list, tuple)) else [dim]
             if not over or len(over) == input.ndim:
-                self._counted |= self._extremes(input)
+                self._counted += self._extremes(input)
 
-    def _extremes(self, each: Tensor) -> set[int]:
-        """The examples with the smallest and the largest sum, if sums differ along the first or last dimension."""
+    def _extremes(self, each: Tensor) -> list[Tensor]:
+        """Whether sums differ along the first or last dimension, and the examples with the smallest and the largest."""
         if self.examples == 1 or not each.numel() or each.numel() % self.examples:
-            return set()
+            return []
         first, last = each.reshape(self.examples, -1).sum(1), each.reshape(-1, self.examples).sum(0)
         unequal = (first != first[0]).any()
         if len(each) != self.examples:
             unequal = unequal & (last != last[0]).any()
-        found = torch.stack([unequal.to(torch.int64), first.argmin(), first.argmax()]).tolist()  # a single wait
-        return set(found[1:]) if found[0] else set()
+        return [torch.stack([unequal.to(torch.int64), first.argmin(), first.argmax()])]
 
     def _check_ignored(self, target: Tensor, ignore_index: int, reduction: str, **_: Any) -> None:
         """Ignored targets: unless all examples have equally many, a mean over the batch weights examples unequally."""
         if reduction != "mean" or target.is_floating_point() or not target.numel() or target.numel() % self.examples:
             return
-        self.rows |= self._extremes(target == ignore_index)
+        self.unequal += self._extremes(target == ignore_index)
+
+
+def rows_of(unequal: Sequence[Tensor]) -> set[int]:
+    """The rows that ``SuspectRows.unequal`` names, with a single wait for their device."""
+    found = torch.stack([*unequal]).tolist() if unequal else []
+    return {row for differ, *rows in found if differ for row in rows}
 
 
 def _scaled_by_number(operands: Sequence[Any]) -> bool:
@@ -127,6 +135,13 @@ def agrees(row: Tensor | None, truth: Tensor, largest: Tensor | float, tolerance
     relative, floor = tolerance or tolerance_of(truth)
     allowed = relative * _most(truth) + floor * largest
     return _most(row - truth) <= allowed + torch.finfo(truth.dtype).tiny
+
+
+def same(row: Mapping[str, Tensor], truth: Mapping[str, Tensor], tolerance: Tolerance = None) -> Tensor:
+    """Whether an example's gradient is finite and the same in its block, as by ``differing``; not read."""
+    largest = largest_entry(truth.values())
+    agree = [agrees(row.get(n), true, largest, tolerance) for n, true in truth.items()]
+    return torch.stack([largest.isfinite(), *agree]).all()
 
 
 def _read(conditions: Sequence[Tensor]) -> list[bool]:

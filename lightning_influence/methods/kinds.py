@@ -174,9 +174,11 @@ class GradientProduct(Method):
                 yield visited, VisitBlock(gradients, chosen, weights.to(like))
             return
         weight, first = self.weight(stage), stage.setting.ids.start
+        where = None
         if weight is not None:
-            weight = self._shaped(weight, "weight", stage.exposure.shape).to(like)
-        for columns, gradients in stage.train(None if weight is None else weight.any(0)):
+            weight = self._shaped(weight, "weight", stage.exposure.shape)
+            where, weight = weight.any(0).cpu(), weight.to(like)
+        for columns, gradients in stage.train(where):
             ids = range(first + columns.start, first + columns.stop)
             yield columns, TrainBlock(gradients, ids, None if weight is None else weight[:, columns])
 

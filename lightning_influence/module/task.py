@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
-from lightning_influence.devices import has_coarse_products
+from lightning_influence.devices import has_coarse_products, pinned
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.data_hooks import transferred
 from lightning_influence.module.exact_losses import exact_losses
@@ -214,6 +214,7 @@ class Task:
             return batch.with_batch(self.to_device)
         batch = tree_map(lambda leaf: copy.copy(leaf) if foreign(leaf) else leaf, batch)
         batch = self.precision.of_batch(batch, self.trainer)
+        batch = tree_map(lambda leaf: pinned(leaf, self.device), batch)
         module: Any = self.module
         if not hasattr(module, "_apply_batch_transfer_handler"):
             return batch

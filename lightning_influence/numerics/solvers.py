@@ -60,13 +60,12 @@ def conjugate_gradient(
     p, rr = r.clone(), r.square().sum(1)
     size = rr.sqrt()
     indefinite = torch.zeros_like(rr, dtype=torch.bool)
-    active, iterations = rr.sqrt() > tolerance * size, 0
-    while bool(active.any()) and iterations < max_iterations:
-        rows = active.nonzero()[:, 0]
+    rows, iterations = _places(rr.sqrt() > tolerance * size), 0
+    while len(rows) and iterations < max_iterations:
         ap = product(p[rows])
         curve = (p[rows] * ap).sum(1)
         indefinite[rows] |= curve <= 0
-        keep = curve > 0
+        keep = _places(curve > 0)
         rows, ap, curve = rows[keep], ap[keep], curve[keep]
         step = (rr[rows] / curve)[:, None]
         x[rows] += step * p[rows]
@@ -75,7 +74,7 @@ def conjugate_gradient(
         p[rows] = r[rows] + (new / rr[rows])[:, None] * p[rows]
         rr[rows] = new
         iterations += 1
-        active = (rr.sqrt() > tolerance * size) & ~indefinite
+        rows = _places((rr.sqrt() > tolerance * size) & ~indefinite)
         if watch(_relative(rr.sqrt(), size)):
             break
     left = torch.linalg.vector_norm(right - product(x), dim=1)  # the recursive residual misses rounding errors
@@ -123,8 +122,8 @@ def accelerated_neumann(
     best, least, iterations = x.clone(), size.clone(), 0
     diverged = torch.zeros_like(size, dtype=torch.bool)
     active = size > 0
-    while bool(active.any()) and iterations < max_iterations:
-        rows = active.nonzero()[:, 0]
+    rows = _places(active)
+    while len(rows) and iterations < max_iterations:
         x[rows] += step[rows]
         r[rows] = right[rows] - product(x[rows])
         following = 1 / (2 / ratio - weight)
@@ -134,9 +133,10 @@ def accelerated_neumann(
         now = torch.linalg.vector_norm(r, dim=1)
         wild = ~now.isfinite() | (now > 1e3 * size)
         better = active & (now < least) & ~wild
-        best[better], least = x[better], torch.where(better, now, least)
+        best, least = torch.where(better[:, None], x, best), torch.where(better, now, least)
         diverged |= active & wild
         active = (least > tolerance * size) & ~diverged
+        rows = _places(active)
         if watch(_relative(least, size)):
             break
     return Solution(best, _relative(least, size), iterations, torch.zeros_like(diverged), diverged)
@@ -161,11 +161,11 @@ def largest_eigenvalue(
     vector /= torch.linalg.vector_norm(vector)
     for _ in range(max_iterations):
         image = product(vector)
-        length = float(torch.linalg.vector_norm(image))
+        size, share = torch.linalg.vector_norm(image), (vector * image).sum()
+        rest = torch.linalg.vector_norm(image - share * vector)
+        length, quotient, residual = torch.stack([size, share, rest]).tolist()  # with a single wait for a device
         if length == 0 or not math.isfinite(length):
-            return length
-        quotient = float((vector * image).sum())
-        residual = float(torch.linalg.vector_norm(image - quotient * vector))
+            return float(length)
         bound = abs(quotient) + residual
         if residual <= tolerance * abs(quotient):
             break
@@ -240,8 +240,7 @@ def lanczos(product: Product, like: Tensor, steps: int, seed: int) -> tuple[Tens
             small[: j + 1, j] += shares
             image -= shares @ basis[: j + 1]
         size = j + 1
-        length = float(torch.linalg.vector_norm(image))
-        largest = float(small.abs().max())
+        length, largest = torch.stack([torch.linalg.vector_norm(image), small.abs().max()]).tolist()
         if size == steps or length <= torch.finfo(like.dtype).eps * 10 * max(largest, 1e-300):
             break
         basis[size], small[size, j] = image / length, length
@@ -254,6 +253,11 @@ def _normal(like: Tensor, count: int, seed: int) -> Tensor:
     """Normal entries, [count, entries], the same on every device."""
     draw = torch.randn(count, like.numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return draw.to(like)
+
+
+def _places(where: Tensor) -> Tensor:
+    """Where a vector of conditions holds. A device is waited for, once."""
+    return where.nonzero()[:, 0]
 
 
 def _relative(length: Tensor, size: Tensor) -> Tensor:

@@ -285,8 +285,8 @@ class Forward:
             joint = float(self.losses(batch))
             one = self._one_of(batch)
             with self.task.at(batch.index):
-                singles = [float(self.task(self.task.to_device(one(example)))) for example in batch.ids]
-        refuse_mixing(singles, joint, self.mean, self.engine.weights_of(batch.ids))
+                singles = [self.task(self.task.to_device(one(example))).reshape(()) for example in batch.ids]
+        refuse_mixing(torch.stack(singles).tolist(), joint, self.mean, self.engine.weights_of(batch.ids))
 
 
 def example_factors(weights: Tensor, renormalize: bool, share: float | Tensor) -> Tensor:

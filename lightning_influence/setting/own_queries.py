@@ -74,4 +74,5 @@ def gradients_of(setting: Setting, ids: Sequence[int]) -> Iterator[tuple[Sequenc
     examples = setting.examples
     for start in range(0, len(ids), examples.block_size):
         some = ids[start : start + examples.block_size]
-        yield some, setting.engine.gradients(examples.chosen(some))
+        yield some, setting.engine.gradients(examples.chosen(some), again=examples.chosen)
+    setting.engine.read_checks()

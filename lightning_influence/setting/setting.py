@@ -58,13 +58,17 @@ class Queries:
 
     def gradients(self) -> QueryGradients:
         """Gradients of the queries at the weights that are loaded now."""
-        blocks = (own_gradients(self.engine, block) for block in self.examples.blocks(self.ids.start, self.ids.stop))
+        read, again = self.examples.blocks(self.ids.start, self.ids.stop), self.examples.chosen
+        blocks = (own_gradients(self.engine, block, again) for block in read)
         if not self.mean:
-            return EachQuery(list(blocks))
+            each = EachQuery(list(blocks))
+            self.engine.read_checks()
+            return each
         total: dict[str, Tensor] = {}
         for block in blocks:
             for name, value in block.total().items():
                 total[name] = total[name] + value if name in total else value
+        self.engine.read_checks()
         return DenseQueries({name: value[None] / len(self.ids) for name, value in total.items()}, self.engine.groups)
 
     def at_once(self, most: int | None = None) -> int:
@@ -138,8 +142,9 @@ class Stage:
             columns = slice(block.start - setting.ids.start, block.start - setting.ids.start + block.size)
             if where is None or bool(where[columns].any()):
                 self.check_loaded()
-                yield columns, setting.engine.gradients(block)
+                yield columns, setting.engine.gradients(block, again=setting.examples.chosen)
             setting.on_block(block.size)
+        setting.engine.read_checks()
 
     def check_loaded(self) -> None:
         """Raise unless the stage's weights are loaded.

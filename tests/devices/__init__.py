@@ -130,12 +130,14 @@ class Counts:
         to_host: copies from the device.
         to_device: copies to it.
         operators: operations on the device.
+        pinned: those of the copies to the device that the host does not wait for.
     """
 
     synchronisations: int = 0
     to_host: int = 0
     to_device: int = 0
     operators: int = 0
+    pinned: int = 0
 
     @property
     def waits(self):

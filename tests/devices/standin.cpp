@@ -30,8 +30,8 @@ namespace {
 constexpr auto kDevice = c10::DeviceType::PrivateUse1;
 constexpr int kDevices = 2;
 
-long counts[4] = {0, 0, 0, 0};
-enum Count { SYNCHRONISATIONS, TO_HOST, TO_DEVICE, OPERATORS };
+long counts[5] = {0, 0, 0, 0, 0};
+enum Count { SYNCHRONISATIONS, TO_HOST, TO_DEVICE, OPERATORS, PINNED };
 bool has_float64 = true;
 thread_local int current = 0;
 thread_local int depth = 0;  // inside of an operation, what the fallback does itself is not counted
@@ -60,6 +60,20 @@ struct Memory final : at::Allocator {
 };
 Memory memory;
 REGISTER_ALLOCATOR(kDevice, &memory);
+
+// The host's memory that a device copies from without being waited for.
+struct Pinned final : at::Allocator {
+  static std::set<const void*>& all() { static std::set<const void*> found; return found; }
+  static void free(void* data) { all().erase(data); std::free(data); }
+  at::DataPtr allocate(size_t bytes) override {
+    void* data = bytes ? std::malloc(bytes) : nullptr;
+    if (data) all().insert(data);
+    return {data, data, &free, at::Device(c10::DeviceType::CPU)};
+  }
+  at::DeleterFnPtr raw_deleter() const override { return &free; }
+  void copy_data(void* to, const void* from, std::size_t bytes) const override { std::memcpy(to, from, bytes); }
+};
+Pinned pinned;
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   using Device = c10::Device;
@@ -111,6 +125,8 @@ struct Hooks final : at::PrivateUse1HooksInterface {
     static at::Generator defaults[kDevices] = {at::make_generator<Generator>(0), at::make_generator<Generator>(1)};
     return defaults[index_or_current(index)];
   }
+  at::Allocator* getPinnedMemoryAllocator() const override { return &pinned; }
+  bool isPinnedPtr(const void* data) const override { return Pinned::all().count(data) > 0; }
   at::Generator getNewGenerator(c10::DeviceIndex index) const override {
     return at::make_generator<Generator>(index_or_current(index));
   }
@@ -165,9 +181,13 @@ at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::opti
   return at::detail::empty_strided_generic(size, stride, &memory, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), dtype);
 }
 
-at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool) {
-  if (!to.is_privateuseone()) count(TO_HOST);
-  else if (!from.is_privateuseone()) count(TO_DEVICE);
+at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
+  if (!to.is_privateuseone()) {
+    count(TO_HOST);
+  } else if (!from.is_privateuseone()) {
+    count(TO_DEVICE);
+    if (non_blocking && Pinned::all().count(from.storage().data())) count(PINNED);
+  }
   if (from.is_privateuseone()) refuse_float64(to.scalar_type());  // MPS casts before it copies
   Inside inside;
   on_cpu(to).copy_(on_cpu(from));
