@@ -21,6 +21,7 @@ from lightning_influence.gradients.general import requiring_gradients
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.module.task import Task
+from lightning_influence.module.transforms import in_transform
 from lightning_influence.numerics.heads import Link, recognise
 from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.types import Batch, clean
@@ -155,6 +156,11 @@ class _HeadHook:
         self.calls: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if in_transform():
+            raise ValueError(
+                f"Expected the linear layer `{self.name}` to be called outside the transforms of `torch.func`, got a "
+                "call within one. Name another layer by `head=`."
+            )
         features = args[0].detach()
         if output.ndim != 2 or len(output) != self.size:
             raise ValueError(
