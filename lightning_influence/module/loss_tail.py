@@ -42,13 +42,13 @@ class LossTail:
             is not known yet.
         waits: whether it begins with the first critical function, since their number varies.
         dtype: of the loss without it.
-        unseen: a function that may lose digits, called after the last layer by code that no mode sees.
+        doubt: a function after the last layer that may lose digits in float32, and why it does not run in float64.
     """
 
     layers: float | None = None
     waits: bool = False
     dtype: torch.dtype = torch.float32
-    unseen: str | None = None
+    doubt: str | None = None
 
     @property
     def is_used(self) -> bool:
@@ -96,16 +96,18 @@ class _Search(_LayerWatch):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self._layers: list[tuple[Any, int]] = []
-        self._before, self._after = False, False  # a critical function was called before, after the last layer
+        self._before, self._after = "", ""  # a critical function that was called before, after the last layer
         self._unseen: str | None = None
         self._is_inside = False
 
     def found(self, dtype: torch.dtype) -> LossTail:
         """Where it begins. A step that uses a layer again may do so as often as its data say."""
         repeats = len(set(self._layers)) < len(self._layers)
+        doubt = self._unseen and f"`{self._unseen}` in code that torch's modes do not see, such as TorchScript,"
         if not self._after or (repeats and self._before):
-            return LossTail(math.inf, dtype=dtype, unseen=self._unseen)
-        return LossTail(0 if repeats else len(self._layers), repeats, dtype, self._unseen)
+            again = f"`{self._after}` after layers that may be used another number of times," if self._after else None
+            return LossTail(math.inf, dtype=dtype, doubt=doubt or again)
+        return LossTail(0 if repeats else len(self._layers), repeats, dtype, doubt)
 
     def dispatched(self, name: str) -> None:
         """Called with the name of every operator that runs, also inside TorchScript."""
@@ -127,8 +129,9 @@ class _Search(_LayerWatch):
         if weights:
             self._unseen = None
             self._layers.append((func, id(weights[0])))
-            self._before, self._after = self._before or self._after, False
-        self._after |= _is_critical(func)
+            self._before, self._after = self._before or self._after, ""
+        if _is_critical(func):
+            self._after = func.__name__
         return output
 
 
@@ -213,7 +216,7 @@ def find_tail(loss: Callable[[], Tensor], module: nn.Module) -> LossTail:
                 with found.in_double(module):
                     loss()
             except Exception:
-                return LossTail(math.inf, unseen=found.unseen)
+                return LossTail(math.inf, doubt=found.doubt)
         return found
     finally:
         put_back(above)
