@@ -90,6 +90,13 @@ class Head:
         try:
             with self.task.in_full(), requiring_gradients(self.task.module, ()):
                 total = self.reduction.total(self.task(self.task.to_device(batch)), size)
+        except RuntimeError as error:
+            if "used in the graph" not in str(error):
+                raise
+            raise ValueError(
+                f"Expected a loss that is a function of the outputs of the linear layer `{self.name}`, got a step that "
+                "differentiates them. Name another layer by `head=`."
+            ) from error
         finally:
             handle.remove()
         features, leaf = hook.one_call()
