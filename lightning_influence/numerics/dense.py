@@ -55,7 +55,7 @@ def eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
     for scale in (0.0, 1.0, 3.0):
         try:
             values, vectors = torch.linalg.eigh(wide(matrix) / scale if scale else matrix)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
         if bool(values.isfinite().all() & vectors.isfinite().all()):
             return (values * scale).to(matrix) if scale else values, vectors.to(matrix)
