@@ -14,6 +14,7 @@ from cases_offline import OFFLINE
 from cases_single import SINGLE
 from cases_tokens import TOKENS
 from cases_trainer import TRAINER
+from cases_transforms import TRANSFORMS
 
 GROUPS = (
     LAYERS,
@@ -30,6 +31,7 @@ GROUPS = (
     OFFLINE,
     TOKENS,
     CONFIDENT,
+    TRANSFORMS,
 )
 
 CASES = {case.name: case for group in GROUPS for case in group}

@@ -14,6 +14,7 @@ from lightning_influence.curvature.iterative import Iterative, smallest_entry
 from lightning_influence.devices import wide, wide_device
 from lightning_influence.gradients.products import Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
+from lightning_influence.numerics.dense import eigenpairs
 from lightning_influence.numerics.solvers import PROBES, lanczos
 from lightning_influence.setting.setting import Setting
 from lightning_influence.timing import timed
@@ -119,7 +120,7 @@ class Arnoldi(Iterative):
 
     def _on_the_span(self, values: Tensor, vectors: Tensor, right: Tensor, added: Tensor) -> Tensor:
         small = values.diag_embed() + (vectors * added) @ vectors.T
-        eigenvalues, rotation = torch.linalg.eigh((small + small.T) / 2)
+        eigenvalues, rotation = eigenpairs((small + small.T) / 2)
         if float(eigenvalues.abs().min()) <= 1e-14 * float(eigenvalues.abs().max()):
             raise ValueError(
                 f"Expected an invertible curvature, got a {self.name} that is singular on the span of its leading "

@@ -14,7 +14,7 @@ from lightning_influence.curvature.descent import Descent, mean_exponential
 from lightning_influence.devices import wide, wide_device
 from lightning_influence.gradients.products import Matrix, Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
-from lightning_influence.numerics.dense import Factorisation, SingularError, factorise
+from lightning_influence.numerics.dense import Factorisation, SingularError, eigenpairs, factorise
 from lightning_influence.setting.setting import Setting
 from lightning_influence.timing import timed
 
@@ -97,7 +97,7 @@ class Exact(Curvature):
             for entries in (descent.preconditioner, descent.added, descent.decoupled_decay)
         )
         curvature, root = matrix + added.diag_embed(), preconditioner.sqrt()
-        values, basis = torch.linalg.eigh(root[:, None] * curvature * root + decay.diag_embed())
+        values, basis = eigenpairs(root[:, None] * curvature * root + decay.diag_embed())
         rows = wide(flat.join(vectors, len(next(iter(vectors.values()))), products.like))
         moved = ((rows * root) @ basis * mean_exponential(values)) @ basis.T  # F v = root * moved
         # S^T = I - (C + A + D / P) F, without dividing by a P of 0, where D is 0 too.

@@ -1,5 +1,6 @@
 """The inverses of all layers of an EK-FAC curvature, applied to the gradients of queries."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -107,6 +108,11 @@ def _concatenated(parts: list[OuterProducts]) -> OuterProducts:
 
 def _inverted(eigenvalues: Tensor, added: float, names: Names) -> Tensor:
     total = wide(eigenvalues) + added
+    if not math.isfinite(float(total.sum())):
+        raise ValueError(
+            f"Expected finite gradients, got NaN or infinity in the Fisher of {', '.join(f'`{n}`' for n in names)}. "
+            "`GradientDot()` names the training examples at fault: check their inputs and losses, or leave them out."
+        )
     if not float(total.min()) > torch.finfo(eigenvalues.dtype).eps * float(total.max()) * (added <= 0):
         _refuse_singular(names, added)
     return (1 / total).to(eigenvalues)

@@ -21,6 +21,7 @@ from lightning_influence.gradients.general import requiring_gradients
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.module.task import Task
+from lightning_influence.module.transforms import in_transform
 from lightning_influence.numerics.heads import Link, recognise
 from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.types import Batch, clean
@@ -89,6 +90,13 @@ class Head:
         try:
             with self.task.in_full(), requiring_gradients(self.task.module, ()):
                 total = self.reduction.total(self.task(self.task.to_device(batch)), size)
+        except RuntimeError as error:
+            if "used in the graph" not in str(error):
+                raise
+            raise ValueError(
+                f"Expected a loss that is a function of the outputs of the linear layer `{self.name}`, got a step that "
+                "differentiates them. Name another layer by `head=`."
+            ) from error
         finally:
             handle.remove()
         features, leaf = hook.one_call()
@@ -155,6 +163,11 @@ class _HeadHook:
         self.calls: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if in_transform():
+            raise ValueError(
+                f"Expected the linear layer `{self.name}` to be called outside the transforms of `torch.func`, got a "
+                "call within one. Name another layer by `head=`."
+            )
         features = args[0].detach()
         if output.ndim != 2 or len(output) != self.size:
             raise ValueError(

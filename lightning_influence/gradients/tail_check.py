@@ -1,13 +1,14 @@
 """Whether the part of a loss that is computed in float64 leaves the gradients as they are, on two examples."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lightning_influence.data.examples import Examples
 from lightning_influence.gradients.precise import CANNOT, precise
-from lightning_influence.module.loss_tail import NO_TAIL
 from lightning_influence.module.snapshot import restoring
 from lightning_influence.module.task import Task
 from lightning_influence.numerics.subsets import evenly_spread
@@ -41,7 +42,7 @@ def check_tail(task: Task, examples: Examples, names: Sequence[str]) -> bool:
                 task.exact = False
                 plain = _error(_gradient(task, examples, example, names), truth)
             if plain < found:
-                task.tail = NO_TAIL
+                task.tail = replace(task.tail, layers=math.inf)
                 return True
     return False
 

@@ -16,6 +16,7 @@ from lightning_influence.gradients.rules.recurrent import RECURRENT, unrolled
 from lightning_influence.gradients.rules.shared import SHARED_SUM, Shared, shared_tensor
 from lightning_influence.module.precision import is_half
 from lightning_influence.module.snapshot import restoring
+from lightning_influence.module.transforms import in_transform
 
 _LINEAR = F.linear
 _CASTS = frozenset({Tensor.to, Tensor.bfloat16, Tensor.half})
@@ -99,6 +100,8 @@ class Tape(TorchFunctionMode):
             self._casts.append(output)
             return output
         self.uses.update((name, func) for name in used)
+        if in_transform():  # the self-check sends these parameters to the general path
+            return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self._attention(func, args, kwargs)
         if func in RECURRENT and not kwargs:

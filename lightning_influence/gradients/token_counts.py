@@ -16,6 +16,7 @@ from lightning_influence.gradients.rules.rule import arguments
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.module.task import Task
+from lightning_influence.module.transforms import without_transforms
 
 Key = tuple[str, int]
 """A kind of operation, and how many of this kind came before it in the forward pass."""
@@ -72,8 +73,8 @@ class CountWatch(TorchFunctionMode):
         for name, values, weighted in _counted(func, args, kwargs):
             key = name, self._met.get(name, 0)
             self._met[name] = key[1] + 1
-            if self._only in (None, key):
-                self.found[key] = values()
+            if self._only in (None, key) and (counted := without_transforms(values())) is not None:
+                self.found[key] = counted
                 self.unequal |= {} if weighted is None else {key: weighted}
         return func(*args, **kwargs)
 
@@ -127,7 +128,8 @@ def _averaged(
     if func not in (F.cross_entropy, F.nll_loss) or target.is_floating_point():
         yield "elements", torch.tensor(prediction.numel()).double, None
         return
-    unequal = None if weight is None else (weight != weight[0]).any()
+    plain = None if weight is None else without_transforms(weight)
+    unequal = None if plain is None else (plain != plain[0]).any()
     yield "cross entropy", lambda: _class_weights(target, weight, bound["ignore_index"]), unequal
 
 

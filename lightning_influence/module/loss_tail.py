@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from lightning_influence.module.exact_losses import put_back, taken_off
@@ -28,6 +29,8 @@ _CRITICAL = frozenset(
         *("norm", "vector_norm", "cdist", "pairwise_distance", "acos", "asin", "atanh"),
     }
 )
+# Of these, code that modes see calls versions that keep the digits.
+_EXACT = frozenset({"log_softmax", "binary_cross_entropy_with_logits", "cross_entropy_loss", "log_sigmoid_forward"})
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,13 @@ class LossTail:
             is not known yet.
         waits: whether it begins with the first critical function, since their number varies.
         dtype: of the loss without it.
+        doubt: a function after the last layer that may lose digits in float32, and why it does not run in float64.
     """
 
     layers: float | None = None
     waits: bool = False
     dtype: torch.dtype = torch.float32
+    doubt: str | None = None
 
     @property
     def is_used(self) -> bool:
@@ -91,28 +96,57 @@ class _Search(_LayerWatch):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self._layers: list[tuple[Any, int]] = []
-        self._before, self._after = False, False  # a critical function was called before, after the last layer
+        self._before, self._after = "", ""  # a critical function that was called before, after the last layer
+        self._unseen: str | None = None
+        self._is_inside = False
 
     def found(self, dtype: torch.dtype) -> LossTail:
         """Where it begins. A step that uses a layer again may do so as often as its data say."""
         repeats = len(set(self._layers)) < len(self._layers)
+        doubt = self._unseen and f"`{self._unseen}` in code that torch's modes do not see, such as TorchScript,"
         if not self._after or (repeats and self._before):
-            return LossTail(math.inf, dtype=dtype)
-        return LossTail(0 if repeats else len(self._layers), repeats, dtype)
+            again = f"`{self._after}` after layers that may be used another number of times," if self._after else None
+            return LossTail(math.inf, dtype=dtype, doubt=doubt or again)
+        return LossTail(0 if repeats else len(self._layers), repeats, dtype, doubt)
+
+    def dispatched(self, name: str) -> None:
+        """Called with the name of every operator that runs, also inside TorchScript."""
+        if not self._is_inside and name.strip("_") in _CRITICAL | _EXACT:
+            self._unseen = name.strip("_")
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
+        outside, self._is_inside = not self._is_inside, True
+        try:
+            output = func(*args, **kwargs)
+        finally:
+            self._is_inside = not outside
         weights, alone = self.weights(args, kwargs)
         if weights and alone:
             return self.derived(output)
         if weights:
+            self._unseen = None
             self._layers.append((func, id(weights[0])))
-            self._before, self._after = self._before or self._after, False
-        self._after |= _is_critical(func)
+            self._before, self._after = self._before or self._after, ""
+        if _is_critical(func):
+            self._after = func.__name__
         return output
+
+
+class _OperatorWatch(TorchDispatchMode):
+    """Tells a search about the operators that run."""
+
+    def __init__(self, search: _Search) -> None:
+        super().__init__()
+        self._search = search
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self._search.dispatched(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 class _InDouble(_LayerWatch):
@@ -175,14 +209,14 @@ def find_tail(loss: Callable[[], Tensor], module: nn.Module) -> LossTail:
     """
     above, found = taken_off(), LossTail()  # they watch what the passes below are not part of
     try:
-        with contextlib.suppress(Exception), _Search(module) as search:
+        with contextlib.suppress(Exception), _Search(module) as search, _OperatorWatch(search):
             found = search.found(loss().dtype)
         if found.is_used:
             try:
                 with found.in_double(module):
                     loss()
             except Exception:
-                return LossTail(math.inf)
+                return LossTail(math.inf, doubt=found.doubt)
         return found
     finally:
         put_back(above)

@@ -76,7 +76,7 @@ class Task:
         self._buffers = [
             (f"{clean(name)}.{key}" if name else key, part._buffers, key)
             for name, part in module.named_modules()
-            for key in part._buffers
+            for key, _ in part._buffers.items()  # a scripted module's cannot be iterated over
         ]
         settle(module)
         self._snapshot = [self._taken()]  # shared by the tasks of one module

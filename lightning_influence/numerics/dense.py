@@ -1,10 +1,12 @@
-"""Factorisation of a dense symmetric matrix, made once for many solves; a singular matrix raises."""
+"""Factorisations and eigenvectors of dense symmetric matrices."""
 
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from lightning_influence.devices import wide
 
 _INVERSE_ITERATIONS = 8
 
@@ -40,6 +42,24 @@ class Factorisation:
     def inverse(self) -> Tensor:
         """A^-1 as a dense matrix."""
         return self.solve(torch.eye(len(self.factor)).to(self.factor))
+
+
+def eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues in ascending order and eigenvectors as columns, as of ``torch.linalg.eigh``, which may fail.
+
+    In float32 it raises, or returns NaN, for some matrices of low rank (of 200 digits of MNIST, say), depending on
+    their scale: then they are computed in float64. NaN or infinity in the matrix gives NaN.
+    """
+    if not bool(matrix.isfinite().all()):
+        return torch.full_like(matrix[0], torch.nan), torch.full_like(matrix, torch.nan)
+    for scale in (0.0, 1.0, 3.0):
+        try:
+            values, vectors = torch.linalg.eigh(wide(matrix) / scale if scale else matrix)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            continue
+        if bool(values.isfinite().all() & vectors.isfinite().all()):
+            return (values * scale).to(matrix) if scale else values, vectors.to(matrix)
+    raise ArithmeticError(f"Expected eigenvalues of a symmetric matrix of width {len(matrix)}, got no convergence.")
 
 
 def factorise(matrix: Tensor, precision: float) -> Factorisation:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_influence.numerics.dense import eigenpairs
 from lightning_influence.numerics.heads import Link, Rows
 
 # Up to this many features or classes, their eigenvectors are computed.
@@ -102,7 +103,7 @@ class Preconditioner:
         total = weight.new_zeros(len(weight), len(weight))
         for _, mean in self._blocks(weight):
             total.addmm_(mean.T, mean, alpha=-1).diagonal().add_(mean.sum(0))
-        return torch.linalg.eigh(total).eigenvectors
+        return eigenpairs(total)[1]
 
     def _directions(self, diagonal: Tensor) -> int:
         """In how many of the directions the Hessian is worth computing exactly."""
@@ -158,7 +159,7 @@ def _rotated(features: Tensor) -> tuple[Tensor, Tensor]:
     if len(features) < features.shape[1]:
         span, triangle = torch.linalg.qr(features.T)
         features = triangle.T
-    directions = torch.linalg.eigh(features.T @ features).eigenvectors.flip(1)
+    directions = eigenpairs(features.T @ features)[1].flip(1)
     return features @ directions, directions if span is None else span @ directions
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_influence.devices import wide
+from lightning_influence.numerics.dense import eigenpairs
 
 STORED = 0.75
 """While there are at most this many rows per column, they are stored."""
@@ -66,11 +67,11 @@ class SecondMoment:
             stored, else None.
         """
         if self._sum is not None:
-            values, vectors = torch.linalg.eigh(self._sum)
+            values, vectors = eigenpairs(self._sum)
             return *_leading(values, vectors, 2.0), None
         rows = torch.cat(self._rows)
         # The small eigenvalues of a Gram matrix of rounded rows are less accurate.
-        values, vectors = torch.linalg.eigh(rows @ rows.T)
+        values, vectors = eigenpairs(rows @ rows.T)
         values, vectors = _leading(values, vectors, 8.0)
         return values, rows.T @ (vectors / values.sqrt()), vectors * values.sqrt()
 
@@ -102,7 +103,7 @@ def weighted_truncation(table: Tensor, left: Tensor, right: Tensor) -> Callable[
     turned = weighted.shape[0] > weighted.shape[1]
     if turned:
         weighted = weighted.T
-    _, vectors = torch.linalg.eigh(weighted @ weighted.T)
+    _, vectors = eigenpairs(weighted @ weighted.T)
     vectors = vectors.flip(1)
     others = weighted.T @ vectors
     if turned:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.devices import wide, wide_device
+from lightning_influence.numerics.dense import eigenpairs
 
 Product = Callable[[Tensor], Tensor]
 """[vector, entries] -> [vector, entries]: the matrix times each vector."""
@@ -204,7 +205,7 @@ def eigenvalue_bounds(product: Product, like: Tensor, seed: int, steps: int = 60
     matrix = torch.tensor(diagonal, dtype=torch.float64).diag() + edges.diag(1) + edges.diag(-1)
     if not bool(matrix.isfinite().all()):
         return -math.inf, math.inf
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = eigenpairs(matrix)
     least, most = (float(values[k] + sign * length * vectors[-1, k].abs()) for k, sign in ((0, -1), (-1, 1)))
     return least, most + 0.05 * (most - least)
 
@@ -245,7 +246,7 @@ def lanczos(product: Product, like: Tensor, steps: int, seed: int) -> tuple[Tens
             break
         basis[size], small[size, j] = image / length, length
     symmetric = (small[:size, :size] + small[:size, :size].T) / 2
-    values, vectors = torch.linalg.eigh(symmetric)
+    values, vectors = eigenpairs(symmetric)
     return values, vectors.T @ basis[:size]
 
 

@@ -189,6 +189,12 @@ class Session:
         yield from self._planner.notes_on_values(task, examples)
         if engine.weights is not None:
             yield describe(engine.weights)
+        if engine.task.tail.doubt is not None:
+            yield (
+                f"The loss calls {engine.task.tail.doubt} in float32: scores of examples that the model is certain of "
+                "may have lost their digits. Call `.double()` on the module, or pass `loss=`, with "
+                "`F.cross_entropy` or the like in Python"
+            )
         if found.share_of_copies is not None:
             yield "`training_step` fails on a batch of one: two copies of an example stand for it alone."
 

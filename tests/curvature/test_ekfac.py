@@ -474,3 +474,21 @@ def test_a_singular_fisher_needs_damping(name):
     module, train, queries = problem(name)
     with pytest.raises(ValueError, match=r"Expected `damping` to be positive where the Fisher of .* singular, got 0"):
         scored(module, train, queries, EKFAC(0.0, labels="empirical"))
+
+
+class Differentiated(Step):
+    """A penalty on the derivatives of the outputs by the inputs."""
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0].clone().requires_grad_()
+        out = self.net(x)
+        (slope,) = torch.autograd.grad(out.logsumexp(1).sum(), x, create_graph=True)
+        return F.cross_entropy(out, batch[1]) + 0.1 * slope.square().sum(1).mean()
+
+
+def test_a_head_that_the_step_differentiates_leaves_the_empirical_fisher():
+    data = both(5)
+    module = Differentiated(mlp()).double()
+    attributor = Attributor(module, DataLoader(data["train"](), 3))
+    notes = attributor.score(InfluenceFunction(EKFAC(damping=0.1)), data["queries"]()).notes
+    assert any("empirical Fisher" in note for note in notes)
