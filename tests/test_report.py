@@ -215,3 +215,33 @@ def test_without_jinja_the_error_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(ImportError, match=r'pip install "lightning-influence\[report\]"'):
         scores().report(tmp_path / "page.html")
+
+
+def judging(side, ids):
+    from lightning_influence.report import Opinion
+
+    return {i: Opinion(0.5 + i, 1, 0.25, False) for i in ids}
+
+
+def test_the_page_holds_the_models_opinions_beside_predictions_that_were_given(tmp_path):
+    found = scores()
+    found.at_hand, found.opinions = (TEXTS, TEXTS), judging
+    data = embedded(found.report(tmp_path / "page.html", labels=["cat", "dog"], predictions={4: 0}))
+    assert data["train"]["looks"]["2"].items() >= {"prediction": "dog", "probability": 0.25, "loss": 5.5}.items()
+    assert data["queries"]["looks"]["0"]["prediction"] == "dog"
+    given = data["queries"]["looks"]["1"]
+    assert (given["prediction"], given["loss"]) == ("cat", 4.5)
+    assert "probability" not in given
+
+
+def test_names_of_classes_are_those_of_the_dataset():
+    from torch.utils.data import Subset, TensorDataset
+
+    from lightning_influence.plotting.example_view import classes_of
+
+    data = TensorDataset(torch.zeros(3, 2))
+    assert classes_of(data) is None
+    data.classes = ["cat", ("dog", "hound")]
+    assert classes_of(Subset(Subset(data, [1, 2]), [0])) == ["cat", "dog"]
+    data.classes = [0, 1]
+    assert classes_of(data) is None

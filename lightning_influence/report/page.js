@@ -40,15 +40,16 @@
     { title: "Strongest opponent", signed: true, get: (i) => ends[i][1] },
   ];
   const columns = () => (view === "train" ? trainColumns() : queryColumns);
-  const hasClasses = (of) => Object.values(of.looks).some((look) => look.class !== undefined);
   const hasLooks = (of) => Object.values(of.looks).some((look) => look.kind !== "nothing");
-  const hasPredictions = queries ? Object.values(queries.looks).some((look) => look.prediction !== undefined) : false;
+  // What is known of examples beside their scores: key in their looks, title, and whether it is a number.
+  const KNOWN = [["class", "Class"], ["prediction", "Predicted"], ["probability", "Probability", true], ["loss", "Loss", true]];
+  const knownOf = (of) => KNOWN.filter(([key]) => Object.values(of.looks).some((look) => look[key] !== undefined));
+  const extras = new Map([train, queries].filter((of) => of).map((of) => [of, knownOf(of)]));
 
   const fields = () => {
     const of = side(), made = [{ key: "id", title: "Id", get: (i) => of.id[i] }];
-    if (hasClasses(of)) made.push({ key: "class", title: "Class", get: (i) => lookOf(of, i).class });
-    if (view === "queries" && hasPredictions)
-      made.push({ key: "prediction", title: "Predicted", get: (i) => lookOf(of, i).prediction });
+    for (const [key, title, numeric] of extras.get(of))
+      made.push({ key, title, numeric, get: (i) => lookOf(of, i)[key] });
     columns().forEach((column, at) => made.push({ ...column, key: "score" + at }));
     return made;
   };
@@ -141,6 +142,9 @@
     } else if (field.key.startsWith("score")) {
       td.className = "number" + (field.signed && value > 0 ? " positive" : field.signed && value < 0 ? " negative" : "");
       td.append(make("span", field.signed ? number(value) : plain(value)));
+    } else if (field.numeric) {
+      td.className = "number";
+      td.append(make("span", plain(value)));
     } else {
       const name = make("bdi", value === undefined ? "–" : value);
       td.append(name);
@@ -194,7 +198,7 @@
       th.setAttribute("aria-sort", sort.key !== field.key ? "none" : sort.down ? "descending" : "ascending");
       button.type = "button";
       button.addEventListener("click", () => {
-        sort = { key: field.key, down: sort.key === field.key ? !sort.down : field.key.startsWith("score") };
+        sort = { key: field.key, down: sort.key === field.key ? !sort.down : field.numeric || field.key.startsWith("score") };
         page = 0;
         arrange();
         head.querySelectorAll("button")[known.findIndex((f) => f.key === field.key)].focus();

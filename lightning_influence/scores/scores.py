@@ -307,6 +307,7 @@ class Scores(Answer):
         orders = (page.train_order(self._ranking, k, *own.values()), self.query_ids.tolist())
         showing = report.Showing(render, labels, columns, normalization, predictions)
         album = page.album_of(self, orders, (train, queries), showing, megabytes)
+        album = album.with_train(None if self_scores is None else self_scores.album)
         return report.write_page(path, page.page_of(self, self._ranking, k, own, album))
 
     def log(
