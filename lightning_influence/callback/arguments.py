@@ -103,7 +103,13 @@ def checked_queries(queries: Any) -> Any:
     return queries
 
 
-def album_options(album: Any) -> dict[str, Any]:
+def check_flags(**flags: Any) -> None:
+    """Raises TypeError unless each is True or False."""
+    for name, flag in flags.items():
+        check_flag(name, flag)
+
+
+def album_options(album: bool | Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of `Scores.save` with which it keeps what examples look like; none for False.
 
     Raises:

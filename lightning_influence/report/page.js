@@ -31,7 +31,7 @@
     const scores = query === null ? [] : [{ title: `Influence on query ${nameOf(queries, query)}`, signed: true,
       get: (i) => onQuery.get(i) }];
     return scores.concat(train.columns.map((column) => ({ title: column.title,
-      signed: column.title !== "Self-influence", get: (i) => column.scores[i] })));
+      signed: column.title.startsWith("Influence"), get: (i) => column.scores[i] })));
   };
   const ends = queries ? queries.pairs.map((pairs) => pairs.reduce(
     (ends, pair) => [Math.max(ends[0], pair[1]), Math.min(ends[1], pair[1])], [0, 0])) : [];
@@ -42,7 +42,7 @@
   const columns = () => (view === "train" ? trainColumns() : queryColumns);
   const hasLooks = (of) => Object.values(of.looks).some((look) => look.kind !== "nothing");
   // What is known of examples beside their scores: key in their looks, title, and whether it is a number.
-  const KNOWN = [["class", "Class"], ["prediction", "Predicted"], ["probability", "Probability", true], ["loss", "Loss", true]];
+  const KNOWN = [["class", "Class"], ["prediction", "Predicted"], ["probability", "Probability", true], ["loss", "Final loss", true]];
   const knownOf = (of) => KNOWN.filter(([key]) => Object.values(of.looks).some((look) => look[key] !== undefined));
   const extras = new Map([train, queries].filter((of) => of).map((of) => [of, knownOf(of)]));
 
@@ -146,7 +146,9 @@
       td.className = "number";
       td.append(make("span", plain(value)));
     } else {
-      const name = make("bdi", value === undefined ? "–" : value);
+      const name = make("bdi", value === undefined ? "–" : value), look = lookOf(side(), i);
+      if (field.key === "prediction" && look.probability !== undefined && look.class !== undefined && value !== look.class)
+        td.className = "negative"; // another class than its own
       td.append(name);
     }
     row.append(td);

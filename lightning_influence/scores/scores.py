@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -341,7 +342,9 @@ class Scores(Answer):
         scalars, histograms = trackers.of_scores(self.proponents(1).scores[:, 0], self._ranking.matrix_if_kept)
         table = arrow.as_rows(self.to_arrow(k), side=lambda row: side(row["score"]))
         told = {"scores": tracked.described(self, table, drawing)}
-        drawn = trackers.drawn(explanation=lambda: tracked.explanation(self, k, drawing))
+        drawn = trackers.drawn(
+            explanation=lambda: tracked.explanation(self, self.query_ids.tolist(), partial(self.plot, k=k), drawing)
+        )
         about = {"about": repr(self)}
         results = trackers.TrackerResults(name or self.method, step, more | scalars, told, drawn, histograms, about)
         trackers.log_influence(loggers, results)

@@ -1,6 +1,6 @@
 """What trackers get of scores beside the numbers: which examples they are, and the query that tells most."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning_influence.loggers.summary import Table
@@ -39,7 +39,7 @@ def described(answer: Answer, table: Table, drawing: Mapping[str, Any]) -> Table
             if any(key in words for words in found.values()):
                 names.append(f"{side}_{word}")
                 for row in rows:
-                    row.append(found.get(row[place], {}).get(key, ""))
+                    row.append(found.get(row[place], {}).get(key))
     return names, rows
 
 
@@ -59,12 +59,14 @@ def telling_query(answer: Answer, query_ids: Sequence[int]) -> tuple[int | None,
     return chosen, {} if prediction is None else {chosen: prediction}, f"Query {chosen} has {why}."
 
 
-def explanation(scores: Any, k: int, drawing: Mapping[str, Any]) -> Any:
-    """The figure of a query, of the most telling one where none is named, and then with a line that says why."""
+def explanation(
+    answer: Answer, query_ids: Sequence[int], plot: Callable[..., tuple[Any, Any]], drawing: Mapping[str, Any]
+) -> Any:
+    """The figure of a query; of the most telling one where none is named, and then with a line that says why."""
     if drawing.get("query") is not None:
-        return scores.plot(k=k, **drawing)[0]
-    query, predictions, why = telling_query(scores, scores.query_ids.tolist())
-    figure = scores.plot(k=k, **{"predictions": predictions or None, **drawing, "query": query})[0]
+        return plot(**drawing)[0]
+    query, predictions, why = telling_query(answer, query_ids)
+    figure = plot(**{"predictions": predictions or None, **drawing, "query": query})[0]
     if why:
         figure.supxlabel(why, fontsize=8)
     return figure
