@@ -245,3 +245,35 @@ def test_names_of_classes_are_those_of_the_dataset():
     assert classes_of(Subset(Subset(data, [1, 2]), [0])) == ["cat", "dog"]
     data.classes = [0, 1]
     assert classes_of(data) is None
+
+
+def test_trackers_tell_what_the_first_examples_of_a_table_are():
+    from lightning_influence.scores.tracked import described
+
+    found = scores()
+    found.opinions = judging
+    table = ["query_id", "train_id"], [[3, 1], [4, 6]]
+    columns, rows = described(found, table, {"train": TEXTS, "queries": [None] * 3 + [5, 7], "labels": ["cat", "dog"]})
+    assert columns[2:5] == ["query_predicted", "query_loss", "train_class"]
+    assert rows[1][2:] == ["dog", 4.5, "cat", "dog", 6.5, "text 6"]
+    assert described(scores(), table, {}) == table
+    assert table[1] == [[3, 1], [4, 6]]
+
+
+def test_the_query_that_tells_most_is_the_wrongly_predicted_one_of_highest_loss():
+    from lightning_influence.report import Opinion
+    from lightning_influence.scores.tracked import telling_query
+
+    found = scores()
+    assert telling_query(found, [3, 4]) == (None, {}, "")
+    told = {
+        3: Opinion(0.5, 1, 0.9, False),
+        4: Opinion(0.4, 0, 0.9, False),
+        5: Opinion(9.0, 0, 0.9, True),
+        6: Opinion(None),
+    }
+    found.opinions = lambda side, ids: {i: told[i] for i in ids}
+    query, predictions, why = telling_query(found, [3, 4, 5, 6])
+    assert (query, predictions) == (3, {3: 1})
+    assert "2 wrongly predicted among 3 queries" in why
+    assert telling_query(found, [5, 6])[0] == 5
