@@ -29,6 +29,7 @@ def run(options: argparse.Namespace) -> int:
         scores.report(options.output, self_scores=next((one for one in found if _same(one, scores)), None))
     if scores.album is None:
         call = f"{type(scores).__name__}.load({str(path)!r}).report({str(options.output)!r}, train=dataset"
+        call += "" if isinstance(scores, SelfScores) else ", queries=queries"
         print(
             "Examples are shown by their ids alone: the file has none. `Influence(album=True)` keeps some with the "
             f"scores of the next fit; for these, where the data are, in Python: `{call})`."

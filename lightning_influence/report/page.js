@@ -300,6 +300,7 @@
     document.querySelectorAll(".of-train").forEach((node) => node.classList.toggle("hidden", view !== "train"));
     const names = [...new Set(Object.values(side().looks).map((look) => look.class).filter((name) => name !== undefined))];
     // The prefix distinguishes the class "" from no filter at all.
+    $("class").parentElement.classList.toggle("hidden", !names.length);
     options($("class"), names.sort(compare).map((name) => ["=" + name, name]), "");
     choose(query);
   }

@@ -39,7 +39,11 @@ def snippet(paragraph: str, ranking: Ranking) -> str:
     """The first queries with their strongest proponents and opponents, for a notebook."""
     rows = []
     for query, *sides in ranking.sides(min(3, ranking.depth), slice(5)):
-        cells = [", ".join(f"{ranking.train_name(i)} ({score:+.3g})" for i, score in side) for side in sides]
+        # An id and its score stay on one line.
+        cells = [
+            ", ".join(f"{ranking.train_name(i)} ({score:+.3g})".replace(" ", "\u00a0") for i, score in side)
+            for side in sides
+        ]
         rows.append([ranking.query_name(query), *cells])
     return report.snippet(paragraph, ["query", "strongest proponents", "strongest opponents"], rows)
 
