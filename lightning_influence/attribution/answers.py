@@ -130,8 +130,6 @@ class Answers:
         return self.stream.ids[positions]
 
     def _opinions(self) -> Opinions | None:
-        if self.setting.processes.count > 1:  # they are asked for in one process alone
-            return None
         return opinions_of(self.final.session_of(self.method), self.train, self.queries, self.stream)
 
     def _shown(self, source: Source) -> Any:

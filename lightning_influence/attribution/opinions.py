@@ -13,6 +13,7 @@ from lightning_influence.data.lookup import Stream
 from lightning_influence.data.source import Source
 from lightning_influence.gradients.losses import losses_alone
 from lightning_influence.gradients.predicted import predictions_of
+from lightning_influence.processes import processes_of
 from lightning_influence.report import Opinion
 from lightning_influence.setting.session import Session
 
@@ -71,4 +72,6 @@ class ModelOpinions:
 def opinions_of(session: Session, train: Source, queries: Source | None, stream: Stream | None) -> ModelOpinions | None:
     """The model's opinions; None without recorded weights, as the module's own may have changed when they are read."""
     recorded = session.own if session.trajectory is None else session.trajectory
+    if processes_of(session.trainer).count > 1:  # one of them alone logs and writes pages
+        return None
     return None if recorded is None else ModelOpinions(session, train, queries, stream)
