@@ -131,7 +131,10 @@ def test_report_writes_the_page_with_the_self_influence_beside_it(written, capsy
     pytest.importorskip("jinja2")
     scores = written / "run-1" / "scores"
     code, out, _ = said(capsys, "report", scores / "TracInCP.arrow", "-o", tmp_path / "both.html")
-    assert (code, out) == (0, f"{tmp_path / 'both.html'}\n")
+    assert (code, out.splitlines()[1:]) == (0, [str(tmp_path / "both.html")])
+    assert "`Influence(album=True)`" in out.splitlines()[0]
+    said(capsys, "report", written, "-o", tmp_path / "folder.html")
+    assert (tmp_path / "folder.html").read_text() == (tmp_path / "both.html").read_text()
     said(capsys, "report", scores / "TracInCP.self.arrow", "-o", tmp_path / "self.html")
     alone = shutil.copy(scores / "TracInCP.arrow", tmp_path / "alone.arrow")
     said(capsys, "report", alone, "-o", tmp_path / "alone.html")

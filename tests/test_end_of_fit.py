@@ -359,3 +359,28 @@ def test_the_lines_that_are_printed_give_the_scores(tmp_path, method, options, g
     expected = influence.attributor.score(method, queries, top_k=asked.get("top_k"))
     for found, wanted in zip(names["scores"].proponents(2), expected.proponents(2), strict=True):
         torch.testing.assert_close(found.float(), wanted.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("album", [True, {"labels": {0: "zero"}, "render": lambda example: "a text"}, {"render": int}])
+def test_an_album_is_kept_with_the_scores_or_a_warning_says_why_not(tmp_path, album):
+    influence = Influence([GradientDot()], queries="val", self_influence=True, album=album, max_cost=1e6)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(influence, tmp_path)
+    saved = influence.run_dir / "scores"
+    both = [Scores.load(saved / "GradientDot.arrow"), SelfScores.load(saved / "GradientDot.self.arrow")]
+    if isinstance(album, dict) and "labels" not in album:
+        assert [one.album for one in both] == [None, None]
+        assert sum("what the examples look like" in str(one.message) for one in caught) == 2
+        return
+    assert [(len(one.album.train), len(one.album.queries)) for one in both] == [(24, 6), (24, 0)]
+    shown = both[0].album.queries[0]
+    assert shown["kind"] == ("row" if album is True else "text")
+    losses = influence.attributor.losses(VAL).values
+    assert shown["loss"] == pytest.approx(float(losses[0]), rel=1e-3)
+
+
+@pytest.mark.parametrize(("album", "text"), [({"lables": []}, "lables"), (1, "album")])
+def test_an_unknown_album_is_refused_at_once(album, text):
+    with pytest.raises((ValueError, TypeError), match=text):
+        Influence(album=album)

@@ -200,6 +200,7 @@ def test_wrong_asking_for_decisions_is_refused(tmp_path):
 def test_notebooks_get_the_paragraph_and_a_table_as_text():
     html = scores(notes=["<b>bold</b>"])._repr_html_()
     assert "&lt;b&gt;bold&lt;/b&gt;" in html
+    html = html.replace("\u00a0", " ")
     assert "<td>3</td><td>5 (base 15) (+2), 1 (base 11) (+0.5)</td><td>2 (base 12) (-1)</td>" in html
     assert "<td>2</td><td>0.4</td>" in itself()._repr_html_()
 
@@ -215,3 +216,65 @@ def test_without_jinja_the_error_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(ImportError, match=r'pip install "lightning-influence\[report\]"'):
         scores().report(tmp_path / "page.html")
+
+
+def judging(side, ids):
+    from lightning_influence.report import Opinion
+
+    return {i: Opinion(0.5 + i, 1, 0.25, False) for i in ids}
+
+
+def test_the_page_holds_the_models_opinions_beside_predictions_that_were_given(tmp_path):
+    found = scores()
+    found.at_hand, found.opinions = (TEXTS, TEXTS), judging
+    data = embedded(found.report(tmp_path / "page.html", labels=["cat", "dog"], predictions={4: 0}))
+    assert data["train"]["looks"]["2"].items() >= {"prediction": "dog", "probability": 0.25, "loss": 5.5}.items()
+    assert data["queries"]["looks"]["0"]["prediction"] == "dog"
+    given = data["queries"]["looks"]["1"]
+    assert (given["prediction"], given["loss"]) == ("cat", 4.5)
+    assert "probability" not in given
+
+
+def test_names_of_classes_are_those_of_the_dataset():
+    from torch.utils.data import Subset, TensorDataset
+
+    from lightning_influence.plotting.example_view import classes_of
+
+    data = TensorDataset(torch.zeros(3, 2))
+    assert classes_of(data) is None
+    data.classes = ["cat", ("dog", "hound")]
+    assert classes_of(Subset(Subset(data, [1, 2]), [0])) == ["cat", "dog"]
+    data.classes = [0, 1]
+    assert classes_of(data) is None
+
+
+def test_trackers_tell_what_the_first_examples_of_a_table_are():
+    from lightning_influence.scores.tracked import described
+
+    found = scores()
+    found.opinions = judging
+    table = ["query_id", "train_id"], [[3, 1], [4, 6]]
+    columns, rows = described(found, table, {"train": TEXTS, "queries": [None] * 3 + [5, 7], "labels": ["cat", "dog"]})
+    assert columns[2:5] == ["query_predicted", "query_loss", "train_class"]
+    assert rows[1][2:] == ["dog", 4.5, "cat", "dog", 6.5, "text 6"]
+    assert described(scores(), table, {}) == table
+    assert table[1] == [[3, 1], [4, 6]]
+
+
+def test_the_query_that_tells_most_is_the_wrongly_predicted_one_of_highest_loss():
+    from lightning_influence.report import Opinion
+    from lightning_influence.scores.tracked import telling_query
+
+    found = scores()
+    assert telling_query(found, [3, 4]) == (None, {}, "")
+    told = {
+        3: Opinion(0.5, 1, 0.9, False),
+        4: Opinion(0.4, 0, 0.9, False),
+        5: Opinion(9.0, 0, 0.9, True),
+        6: Opinion(None),
+    }
+    found.opinions = lambda side, ids: {i: told[i] for i in ids}
+    query, predictions, why = telling_query(found, [3, 4, 5, 6])
+    assert (query, predictions) == (3, {3: 1})
+    assert "2 wrongly predicted among 3 queries" in why
+    assert telling_query(found, [5, 6])[0] == 5

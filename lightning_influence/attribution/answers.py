@@ -9,11 +9,13 @@ from torch import Tensor
 from lightning_influence.attribution.accumulators import MatrixAccumulator, TopKAccumulator
 from lightning_influence.attribution.final_weights import FinalWeights
 from lightning_influence.attribution.finished import Finished, Kept, Part
+from lightning_influence.attribution.opinions import opinions_of
 from lightning_influence.data.lookup import Stream
 from lightning_influence.data.source import Source
 from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.methods.method import Method
 from lightning_influence.methods.retraining import Retraining
+from lightning_influence.report import Opinions
 from lightning_influence.scores import Scores, SelfScores, TopK
 from lightning_influence.setting.setting import Setting
 
@@ -56,6 +58,7 @@ class Answers:
             **(record or self.record()),
         )
         scores.at_hand = (self._shown(self.train), None if self.queries is None else self._shown(self.queries))
+        scores.opinions = self._opinions()
         return scores
 
     def self_scores(self, values: Tensor, columns: Tensor, record: Mapping[str, Any] | None = None) -> SelfScores:
@@ -65,6 +68,7 @@ class Answers:
         about = {"base": base, "quantity": self.method.quantity, **(record or self.record())}
         scores = SelfScores(self._named(columns), values, **about)
         scores.at_hand = (self._shown(self.train), None)
+        scores.opinions = self._opinions()
         return scores
 
     def finished_scores(
@@ -124,6 +128,9 @@ class Answers:
         if self.stream is None or (source is not None and source is not self.train):
             return positions
         return self.stream.ids[positions]
+
+    def _opinions(self) -> Opinions | None:
+        return opinions_of(self.final.session_of(self.method), self.train, self.queries, self.stream)
 
     def _shown(self, source: Source) -> Any:
         return source.dataset if self.stream is None or source is not self.train else self.stream.by_id

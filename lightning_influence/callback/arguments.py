@@ -6,8 +6,11 @@ from typing import Any
 
 from lightning_influence.callback.plan import LABELS
 from lightning_influence.capture.recorder import Schedule
-from lightning_influence.checks import check_integer, check_path_like
+from lightning_influence.checks import check_flag, check_integer, check_path_like
 from lightning_influence.methods.method import Evidence, Method
+
+_MEGABYTES = 5.0  # of an album, in each file of scores
+_SHOWN = ("labels", "render", "columns", "normalization", "megabytes", "predictions")
 
 
 def named_methods(methods: Any) -> dict[str, Any]:
@@ -98,6 +101,28 @@ def checked_queries(queries: Any) -> Any:
     elif queries is not None and not (hasattr(queries, "__getitem__") or hasattr(queries, "__iter__")):
         raise TypeError(f"Expected `queries` to be a Dataset, a DataLoader, 'train', 'val' or 'test', got {queries!r}.")
     return queries
+
+
+def check_flags(**flags: Any) -> None:
+    """Raises TypeError unless each is True or False."""
+    for name, flag in flags.items():
+        check_flag(name, flag)
+
+
+def album_options(album: bool | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `Scores.save` with which it keeps what examples look like; none for False.
+
+    Raises:
+        TypeError: neither True, False nor a dict.
+        ValueError: an unknown argument.
+    """
+    if not isinstance(album, Mapping):
+        check_flag("album", album)
+        return {"megabytes": _MEGABYTES} if album else {}
+    unknown = sorted(set(map(str, album)) - set(_SHOWN))
+    if unknown:
+        raise ValueError(f"Expected `album` to have arguments of `Scores.save` ({', '.join(_SHOWN)}), got {unknown!r}.")
+    return {"megabytes": _MEGABYTES, **album}
 
 
 def schedule_of(every_n_epochs: Any, every_n_train_steps: Any) -> Schedule:

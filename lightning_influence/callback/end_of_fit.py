@@ -235,12 +235,25 @@ class EndOfFit:
         if not self.trainer.is_global_zero:
             return
         try:
-            scores.save(self._place(name), overwrite=True)
+            self._write(name, scores)
             self.summary.saved = True
         except OSError as error:
             rank_zero_warn(
                 f"`{name}` was scored, but could not be saved ({error}): the scores are in memory only. Save them "
                 "elsewhere: `influence.scores[name].save(path)`."
+            )
+
+    def _write(self, name: str, scores: Scores | SelfScores) -> None:
+        """Save the scores, with what the examples look like if that is wanted and they can be shown."""
+        try:
+            scores.save(self._place(name), overwrite=True, **self.plan.album)
+        except Exception as error:
+            if not self.plan.album:
+                raise
+            scores.save(self._place(name), overwrite=True)
+            rank_zero_warn(
+                f"`{name}` was saved without what the examples look like: {type(error).__name__}: {error} Pass "
+                "`album={'render': function}`, where the function returns a text, an image or a vector for an example."
             )
 
     def _log(self, scores: Scores | SelfScores, name: str, **drawing: Any) -> None:

@@ -23,7 +23,7 @@ from lightning_influence.capture.places import (
 )
 from lightning_influence.capture.recorder import Recorder
 from lightning_influence.capture.store import RunWriter, claim_run, resume_point
-from lightning_influence.checks import check_callable, check_flag, check_integer, check_positive
+from lightning_influence.checks import check_callable, check_integer, check_positive
 from lightning_influence.methods.method import Method
 from lightning_influence.module.precision import check_precision
 from lightning_influence.processes import Processes, processes_of
@@ -58,6 +58,8 @@ class Influence(Guest):
             cannot be read by index again.
         max_cost: Do not start a method whose estimated time exceeds this many times the duration of the fit, nor a
             fit in which tracking would take this many times as long as plain training.
+        album: Keep in the files of scores what the strongest examples look like and their predictions, up to 5 MB each
+            of your data, for the pages of `report`. A dict: arguments of `Scores.save`, as `{"labels": class_names}`.
         log_scores: Write scores to the Trainer's loggers.
         labels: Also rank the training examples by how suspect their labels are, as `self_scores["labels"]`: by the mean
             of their losses over the checkpoints, a forward pass for each. Of the lists compared on labels of people it
@@ -95,11 +97,11 @@ class Influence(Guest):
         verbose: bool = True,
         precision: str | None = None,
         labels: bool = False,
+        album: bool | Mapping[str, Any] = False,
     ) -> None:
         super().__init__()
-        flags = {"self_influence": self_influence, "log_scores": log_scores, "verbose": verbose, "labels": labels}
-        for name, flag in flags.items():
-            check_flag(name, flag)
+        arguments.check_flags(labels=labels, self_influence=self_influence, log_scores=log_scores, verbose=verbose)
+        self.album = arguments.album_options(album)
         self.methods, self.labels = arguments.methods_of_a_fit(methods, labels), labels
         check_integer("top_k", top_k, optional=True)
         check_callable("loss", loss)

@@ -28,6 +28,7 @@ class ScoringPlan:
     self_influence: bool
     labels: bool
     max_cost: float
+    album: Mapping[str, Any]
     log_scores: bool
     verbose: bool
     lookup: Callable[[int], Any] | None

@@ -45,5 +45,5 @@ def markdown(table: Table) -> str:
 
 
 def _cell(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
     return text.replace("|", r"\|").replace("\n", " ")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_influence.plotting.normalization import Normalization, normalization_of
+from lightning_influence.plotting.normalization import Normalization, inwards, normalization_of
 from lightning_influence.types import LABELS, labels_in
 
 Classes: TypeAlias = Sequence[str] | Mapping[int, str]
@@ -37,7 +37,7 @@ class ViewOptions:
 
     Args:
         render: Called with the example, in place of the built-in view.
-        labels: Names of the classes, by number.
+        labels: Names of the classes, by number; by default those of `classes_of`.
         columns: Names of the numbers in a table's row.
         normalization: Mean and standard deviation to undo in images; by default what `normalization_of` finds.
     """
@@ -47,11 +47,10 @@ class ViewOptions:
     columns: Sequence[str] | None = None
     normalization: Normalization | None = None
 
-    def normalized_as(self: _Options, dataset: Any) -> _Options:
-        """These options, with the normalisation of a dataset where none was given."""
-        if self.normalization is not None:
-            return self
-        return replace(self, normalization=normalization_of(dataset))
+    def suited_to(self: _Options, dataset: Any) -> _Options:
+        """These options, with the normalisation and the class names of a dataset where none were given."""
+        found = normalization_of(dataset) if self.normalization is None else self.normalization
+        return replace(self, normalization=found, labels=classes_of(dataset) if self.labels is None else self.labels)
 
     def class_of(self, label: Any) -> str:
         """The name of a class, or its number."""
@@ -114,6 +113,20 @@ def look_at(example: Any, columns: Sequence[str] | None = None, normalization: N
 
 class _Cells(list):
     """Names and texts of a row, already formatted."""
+
+
+def classes_of(dataset: Any) -> Classes | None:
+    """Names of the classes of a dataset, or of one that it wraps: `classes` as in torchvision, or Hugging Face's."""
+    for owner in inwards(dataset):
+        features = getattr(owner, "features", None)
+        features = features if isinstance(features, Mapping) else {}
+        named = (getattr(features[name], "names", None) for name in LABELS if name in features)
+        for names in (getattr(owner, "classes", None), *named):
+            if isinstance(names, (list, tuple)) and names:
+                first = [one[0] if isinstance(one, (list, tuple)) and one else one for one in names]  # synonyms
+                if all(isinstance(one, str) for one in first):
+                    return first
+    return None
 
 
 def class_name(label: Any, labels: Classes | None = None) -> str:

@@ -20,7 +20,7 @@ def normalization_of(dataset: Any) -> Normalization | None:
     Looked for: a `Normalize` among the transforms (torchvision, albumentations, Kornia), and numbers named mean and std
     among the attributes of the dataset and what its ``__getitem__`` reads.
     """
-    for owner in _inwards(dataset):
+    for owner in inwards(dataset):
         attributes = _attributes(owner)
         reads = _read_by(getattr(type(owner), "__getitem__", None))
         for value in (*attributes.values(), *reads.values()):
@@ -31,7 +31,7 @@ def normalization_of(dataset: Any) -> Normalization | None:
     return None
 
 
-def _inwards(dataset: Any) -> Iterator[Any]:
+def inwards(dataset: Any) -> Iterator[Any]:
     """The dataset, and those that it wraps."""
     for _ in range(_DEEP):
         yield dataset

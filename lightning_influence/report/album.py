@@ -3,10 +3,11 @@
 import base64
 import json
 import struct
+import textwrap
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +19,20 @@ _SIDE = 96  # pixels of a thumbnail's longer side
 _TEXT = 1500  # characters of a text
 _CURVE = 120  # points of a curve
 _CELLS = 40  # cells of a row
+_OPINION = 80  # characters of an opinion
+
+
+class Opinion(NamedTuple):
+    """What a model thinks of an example: its loss, the predicted class or number, and of a class how probable it is."""
+
+    loss: float | None
+    prediction: float | str | None = None
+    probability: float | None = None
+    right: bool | None = None
+
+
+Opinions: TypeAlias = Callable[[str, Sequence[int]], Mapping[int, Opinion]]
+"""Called with "train" or "queries" and ids."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +40,11 @@ class Showing(ViewOptions):
     """How an example is turned into what the page shows.
 
     `render` returns what to show in its place: a text, an image, a vector or a dict of them. `predictions` are what was
-    predicted for the queries, indexed by their ids.
+    predicted for the queries, indexed by their ids; `opinions` are the model's, of any examples.
     """
 
     predictions: Any = None
+    opinions: Opinions | None = None
 
     def entry(self, example: Any) -> dict[str, Any]:
         """What the page shows of one example, JSON-able: its kind, content and class.
@@ -50,6 +66,33 @@ class Showing(ViewOptions):
             found = None
         return {} if found is None else {"prediction": self.class_of(found)}
 
+    def judged(self, side: str, entries: Mapping[int, dict[str, Any]]) -> None:
+        """Add the model's opinions to entries, which keep a prediction that was given."""
+        found = {} if self.opinions is None else self.opinions(side, list(entries))
+        for i, opinion in found.items():
+            words: dict[str, float | str] = {
+                name: float(f"{v:.4g}") for name in ("probability", "loss") if (v := getattr(opinion, name)) is not None
+            }
+            if opinion.prediction is not None:
+                words["prediction"] = self.class_of(opinion.prediction)
+            if "prediction" in entries[i]:
+                words = {name: words[name] for name in ("loss",) if name in words}
+            entries[i].update(words)
+
+    def words(self, example: Any, most: int) -> dict[str, str]:
+        """The class of an example and a line about it, where it is a text or a row; empty if it cannot be shown."""
+        try:
+            look = self._look(example)
+        except ValueError:
+            return {}
+        made = {} if look.label is None else {"class": self.class_of(look.label)}
+        text = look.value if look.kind == "text" else ""
+        if look.kind == "row":
+            text = ", ".join(f"{name} {value}".strip() for name, value in look.value)
+        if text:
+            made["example"] = textwrap.shorten(text, most, placeholder="…")
+        return made
+
     def _look(self, example: Any) -> Look:
         if self.render is None:
             return look_at(example, self.columns, self.normalization)
@@ -68,6 +111,10 @@ class Album:
 
     train: dict[int, dict[str, Any]] = field(default_factory=dict)
     queries: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def with_train(self, other: "Album | None") -> "Album":
+        """This one with the training examples of another, too."""
+        return Album((other.train if other else {}) | self.train, self.queries)
 
     def to_json(self) -> str:
         """The album as JSON, which `from_json` reads."""
@@ -97,7 +144,7 @@ def collect(
     Raises:
         ValueError: An example cannot be shown, and there is no `render`.
     """
-    showing = showing.normalized_as(queries if train is None else train)
+    showing = showing.suited_to(queries if train is None else train)
     album, budget = Album(), megabytes * 1e6
     sides = (queries, query_order, album.queries, 1 / 3), (train, train_order, album.train, 1.0)
     for dataset, order, into, share in sides:
@@ -115,8 +162,10 @@ def collect(
                 break
             into[i] = made
             # The id and the separators take about 12 characters more.
-            size = len(json.dumps(made)) + 12
+            size = len(json.dumps(made)) + 12 + _OPINION * (showing.opinions is not None)
             left, budget = left - size, budget - size
+    showing.judged("train", album.train if train is not None else {})
+    showing.judged("queries", album.queries)
     return album
 
 

@@ -31,7 +31,7 @@
     const scores = query === null ? [] : [{ title: `Influence on query ${nameOf(queries, query)}`, signed: true,
       get: (i) => onQuery.get(i) }];
     return scores.concat(train.columns.map((column) => ({ title: column.title,
-      signed: column.title !== "Self-influence", get: (i) => column.scores[i] })));
+      signed: column.title.startsWith("Influence"), get: (i) => column.scores[i] })));
   };
   const ends = queries ? queries.pairs.map((pairs) => pairs.reduce(
     (ends, pair) => [Math.max(ends[0], pair[1]), Math.min(ends[1], pair[1])], [0, 0])) : [];
@@ -40,15 +40,16 @@
     { title: "Strongest opponent", signed: true, get: (i) => ends[i][1] },
   ];
   const columns = () => (view === "train" ? trainColumns() : queryColumns);
-  const hasClasses = (of) => Object.values(of.looks).some((look) => look.class !== undefined);
   const hasLooks = (of) => Object.values(of.looks).some((look) => look.kind !== "nothing");
-  const hasPredictions = queries ? Object.values(queries.looks).some((look) => look.prediction !== undefined) : false;
+  // What is known of examples beside their scores: key in their looks, title, and whether it is a number.
+  const KNOWN = [["class", "Class"], ["prediction", "Predicted"], ["probability", "Probability", true], ["loss", "Final loss", true]];
+  const knownOf = (of) => KNOWN.filter(([key]) => Object.values(of.looks).some((look) => look[key] !== undefined));
+  const extras = new Map([train, queries].filter((of) => of).map((of) => [of, knownOf(of)]));
 
   const fields = () => {
     const of = side(), made = [{ key: "id", title: "Id", get: (i) => of.id[i] }];
-    if (hasClasses(of)) made.push({ key: "class", title: "Class", get: (i) => lookOf(of, i).class });
-    if (view === "queries" && hasPredictions)
-      made.push({ key: "prediction", title: "Predicted", get: (i) => lookOf(of, i).prediction });
+    for (const [key, title, numeric] of extras.get(of))
+      made.push({ key, title, numeric, get: (i) => lookOf(of, i)[key] });
     columns().forEach((column, at) => made.push({ ...column, key: "score" + at }));
     return made;
   };
@@ -141,8 +142,13 @@
     } else if (field.key.startsWith("score")) {
       td.className = "number" + (field.signed && value > 0 ? " positive" : field.signed && value < 0 ? " negative" : "");
       td.append(make("span", field.signed ? number(value) : plain(value)));
+    } else if (field.numeric) {
+      td.className = "number";
+      td.append(make("span", plain(value)));
     } else {
-      const name = make("bdi", value === undefined ? "–" : value);
+      const name = make("bdi", value === undefined ? "–" : value), look = lookOf(side(), i);
+      if (field.key === "prediction" && look.probability !== undefined && look.class !== undefined && value !== look.class)
+        td.className = "negative"; // another class than its own
       td.append(name);
     }
     row.append(td);
@@ -194,7 +200,7 @@
       th.setAttribute("aria-sort", sort.key !== field.key ? "none" : sort.down ? "descending" : "ascending");
       button.type = "button";
       button.addEventListener("click", () => {
-        sort = { key: field.key, down: sort.key === field.key ? !sort.down : field.key.startsWith("score") };
+        sort = { key: field.key, down: sort.key === field.key ? !sort.down : field.numeric || field.key.startsWith("score") };
         page = 0;
         arrange();
         head.querySelectorAll("button")[known.findIndex((f) => f.key === field.key)].focus();
@@ -294,6 +300,7 @@
     document.querySelectorAll(".of-train").forEach((node) => node.classList.toggle("hidden", view !== "train"));
     const names = [...new Set(Object.values(side().looks).map((look) => look.class).filter((name) => name !== undefined))];
     // The prefix distinguishes the class "" from no filter at all.
+    $("class").parentElement.classList.toggle("hidden", !names.length);
     options($("class"), names.sort(compare).map((name) => ["=" + name, name]), "");
     choose(query);
   }

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_influence.checks import optional
 from lightning_influence.files import arrow
 from lightning_influence.plotting.example_view import printable
-from lightning_influence.report import Album
+from lightning_influence.report import Album, Opinions
 from lightning_influence.scores import words
 from lightning_influence.scores.id_checks import ascending, base_of
 
@@ -67,6 +67,9 @@ class Answer:
         self.at_hand: Data = (None, None)
         """The training dataset and the queries', for pictures; only in the process that computed the scores."""
 
+        self.opinions: Opinions | None = None
+        """The model's predictions and losses, likewise."""
+
         self.album: Album | None = None
         """What the examples look like, where `save` kept it."""
 
@@ -100,7 +103,7 @@ class Answer:
 
     def __getstate__(self) -> dict[str, Any]:
         # Datasets may be large, or bound to open files: neither travels with the scores.
-        return self.__dict__ | {"at_hand": (None, None)}
+        return self.__dict__ | {"at_hand": (None, None), "opinions": None}
 
 
 def numbers(name: str, given: Mapping[str, float] | None) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Scores in a browser: the page to review, the album of examples that a file keeps, and the view in a notebook."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -38,7 +39,11 @@ def snippet(paragraph: str, ranking: Ranking) -> str:
     """The first queries with their strongest proponents and opponents, for a notebook."""
     rows = []
     for query, *sides in ranking.sides(min(3, ranking.depth), slice(5)):
-        cells = [", ".join(f"{ranking.train_name(i)} ({score:+.3g})" for i, score in side) for side in sides]
+        # An id and its score stay on one line.
+        cells = [
+            ", ".join(f"{ranking.train_name(i)} ({score:+.3g})".replace(" ", "\u00a0") for i, score in side)
+            for side in sides
+        ]
         rows.append([ranking.query_name(query), *cells])
     return report.snippet(paragraph, ["query", "strongest proponents", "strongest opponents"], rows)
 
@@ -47,6 +52,7 @@ def album_of(answer: Answer, orders: Orders, data: Data, how: Showing, megabytes
     """The album that the scores already have, or a new one where other data or a `render` is given."""
     if answer.album is not None and all(one is None for one in (*data, how.render)):
         return answer.album
+    how = replace(how, opinions=answer.opinions)
     return report.collect(*given_or_at_hand(answer, *data), *orders, how, megabytes)
 
 
@@ -64,7 +70,7 @@ def album_to_keep(answer: Answer, orders: Orders, shown: Mapping[str, Any]) -> A
             "process that computed the scores. Pass `train=` and `queries=` too."
         )
     megabytes = how.pop("megabytes", 15.0)
-    return report.collect(*data, *orders, Showing(**how), megabytes)
+    return report.collect(*data, *orders, Showing(**how, opinions=answer.opinions), megabytes)
 
 
 def train_order(ranking: Ranking, k: int, self_influence: Tensor | None = None) -> Iterator[int]:

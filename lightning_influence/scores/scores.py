@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lightning_influence import plotting, report
 from lightning_influence.files import arrow
 from lightning_influence.plotting.example_view import Classes
 from lightning_influence.plotting.normalization import Normalization
-from lightning_influence.scores import figures, page, tables
+from lightning_influence.scores import figures, page, tables, tracked
 from lightning_influence.scores.base import Answer, file_head, given_or_at_hand, numbers, paragraph, read_file
 from lightning_influence.scores.id_checks import BaseIds, ascending, base_of, whole_numbers
 from lightning_influence.scores.ranking import Ranking, checked_top, checked_values, side, strongest_per_query
@@ -307,6 +308,7 @@ class Scores(Answer):
         orders = (page.train_order(self._ranking, k, *own.values()), self.query_ids.tolist())
         showing = report.Showing(render, labels, columns, normalization, predictions)
         album = page.album_of(self, orders, (train, queries), showing, megabytes)
+        album = album.with_train(None if self_scores is None else self_scores.album)
         return report.write_page(path, page.page_of(self, self._ranking, k, own, album))
 
     def log(
@@ -326,7 +328,8 @@ class Scores(Answer):
             name: What follows `influence/`; the method by default.
             k: Proponents and opponents per query, at most.
             metrics: Further numbers, such as `evaluate(scores, bank)`.
-            drawing: Arguments of `plot`: `query`, `train`, `queries`, `render`, `labels`.
+            drawing: Arguments of `plot`: `query` (by default a wrongly predicted one of highest loss), `train`,
+                `queries`, `render`, `labels`.
 
         Raises:
             TypeError: `metrics` that are not numbers.
@@ -337,8 +340,11 @@ class Scores(Answer):
             return
         k = min(k, self._ranking.depth)
         scalars, histograms = trackers.of_scores(self.proponents(1).scores[:, 0], self._ranking.matrix_if_kept)
-        table = {"scores": arrow.as_rows(self.to_arrow(k), side=lambda row: side(row["score"]))}
-        drawn = trackers.drawn(explanation=lambda: self.plot(k=k, **drawing)[0])
+        table = arrow.as_rows(self.to_arrow(k), side=lambda row: side(row["score"]))
+        told = {"scores": tracked.described(self, table, drawing)}
+        drawn = trackers.drawn(
+            explanation=lambda: tracked.explanation(self, self.query_ids.tolist(), partial(self.plot, k=k), drawing)
+        )
         about = {"about": repr(self)}
-        results = trackers.TrackerResults(name or self.method, step, more | scalars, table, drawn, histograms, about)
+        results = trackers.TrackerResults(name or self.method, step, more | scalars, told, drawn, histograms, about)
         trackers.log_influence(loggers, results)

@@ -15,7 +15,7 @@ from lightning_influence.files import arrow
 from lightning_influence.numerics.topk import top_k
 from lightning_influence.plotting.example_view import Classes, printable
 from lightning_influence.plotting.normalization import Normalization
-from lightning_influence.scores import page
+from lightning_influence.scores import page, tracked
 from lightning_influence.scores.base import Answer, facts, file_head, paragraph, read_file
 from lightning_influence.scores.id_checks import name_of
 from lightning_influence.scores.ranking import floating, refuse_non_finite
@@ -207,7 +207,7 @@ class SelfScores(Answer):
             return
         what = self.quantity.replace("-", "_").replace(" ", "_")
         scalars, histograms = trackers.of_self_influence(self.values, what)
-        table = {what: arrow.as_rows(self.to_arrow(min(_LOGGED, len(self))))}
+        table = {what: tracked.described(self, arrow.as_rows(self.to_arrow(min(_LOGGED, len(self)))), {})}
         drawn = trackers.drawn(**{what: lambda: self.plot(**drawing)[0]})
         about = {f"about_{what}": repr(self)}
         more = self.diagnostics | scalars

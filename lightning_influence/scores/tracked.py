@@ -1,0 +1,72 @@
+"""What trackers get of scores beside the numbers: which examples they are, and the query that tells most."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lightning_influence.loggers.summary import Table
+from lightning_influence.report import Opinion, Showing
+from lightning_influence.scores.base import Answer, given_or_at_hand
+
+_TRAIN, _QUERIES = 200, 100  # examples that are described, in the order of the rows
+_ASKED = 2000  # queries that the model predicts to choose one
+_TEXT = 80  # characters of a text
+_COLUMNS = {"class": "class", "prediction": "predicted", "loss": "loss", "example": "example"}
+
+
+def described(answer: Answer, table: Table, drawing: Mapping[str, Any]) -> Table:
+    """The table with the class, the prediction, the loss and a line of text of the first examples in it.
+
+    Args:
+        answer: Has the data at hand, or `drawing` has them.
+        table: With columns `query_id` and `train_id`, or the latter alone.
+        drawing: Arguments of `plot`.
+    """
+    names, rows = [*table[0]], [[*row] for row in table[1]]
+    train, queries = given_or_at_hand(answer, drawing.get("train"), drawing.get("queries"))
+    options = {name: drawing[name] for name in ("labels", "columns") if name in drawing}
+    showing = Showing(**options, opinions=answer.opinions).suited_to(queries if train is None else train)
+    for side, dataset, most in (("query", queries, _QUERIES), ("train", train, _TRAIN)):
+        if dataset is None or f"{side}_id" not in names:
+            continue
+        place = names.index(f"{side}_id")
+        ids = list(dict.fromkeys(row[place] for row in rows))[:most]
+        try:
+            found: dict[int, dict[str, Any]] = {i: showing.words(dataset[i], _TEXT) for i in ids}
+        except Exception:  # what the data raise is no reason to lose the table; the figure's warning tells of it
+            continue
+        showing.judged("train" if side == "train" else "queries", found)
+        for key, word in _COLUMNS.items():
+            if any(key in words for words in found.values()):
+                names.append(f"{side}_{word}")
+                for row in rows:
+                    row.append(found.get(row[place], {}).get(key))
+    return names, rows
+
+
+def telling_query(answer: Answer, query_ids: Sequence[int]) -> tuple[int | None, dict[int, Any], str]:
+    """A wrongly predicted query of highest loss, or that of highest loss; its prediction, and why it was chosen."""
+    ids = list(query_ids[:_ASKED])
+    found: Mapping[int, Opinion] = {} if answer.opinions is None else answer.opinions("queries", ids)
+    known = {i: opinion for i, opinion in found.items() if opinion.loss is not None}
+    if not known:
+        return None, {}, ""
+    chosen = max(known, key=lambda i: (known[i].right is False, known[i].loss))
+    wrong = sum(opinion.right is False for opinion in known.values())
+    why = f"the highest loss of {len(known):,} queries: {known[chosen].loss:.3g}"
+    if wrong:
+        why = f"the highest loss ({known[chosen].loss:.3g}) of {wrong:,} wrongly predicted among {len(known):,} queries"
+    prediction = known[chosen].prediction
+    return chosen, {} if prediction is None else {chosen: prediction}, f"Query {chosen} has {why}."
+
+
+def explanation(
+    answer: Answer, query_ids: Sequence[int], plot: Callable[..., tuple[Any, Any]], drawing: Mapping[str, Any]
+) -> Any:
+    """The figure of a query; of the most telling one where none is named, and then with a line that says why."""
+    if drawing.get("query") is not None:
+        return plot(**drawing)[0]
+    query, predictions, why = telling_query(answer, query_ids)
+    figure = plot(**{"predictions": predictions or None, **drawing, "query": query})[0]
+    if why:
+        figure.supxlabel(why, fontsize=8)
+    return figure
