@@ -228,11 +228,14 @@ def _reached(recorded: Sequence[Sequence[Call]]) -> set[str]:
 
 
 def _separate(recorded: Sequence[Sequence[Call]]) -> frozenset[str]:
-    """Parameters that are used with different partners, such as a weight tied between layers with their own biases."""
-    partners: dict[str, set[frozenset[str]]] = {}
+    """Parameters that are used with different partners, such as a weight tied between layers with their own biases.
+
+    So are those of calls that read a weight as stored in different ways: a bias cannot share a part with both.
+    """
+    partners: dict[str, set[tuple[frozenset[str], bool]]] = {}
     for calls in recorded:
         for call in calls:
-            together = frozenset(call.names.values())
-            for name in together:
+            together = frozenset(call.names.values()), bool(call.operands.options.get("transposed"))
+            for name in together[0]:
                 partners.setdefault(name, set()).add(together)
-    return frozenset(name for name, sets in partners.items() if len(sets) > 1)
+    return frozenset(name for name, uses in partners.items() if len(uses) > 1)
