@@ -144,13 +144,15 @@ class UnlikeRows:
             return {}
         found: dict[int, int] = {}
         ends = float(numbers[0]), float(numbers[-1])
-        for count, number in sorted(zip(counts.tolist(), numbers.tolist(), strict=True)):
+        rarest_first = sorted(zip(counts.tolist(), numbers.tolist(), strict=True))
+        usual = next(iter(known.values())) if known else block.ids[int((values == rarest_first[-1][1]).nonzero()[0, 0])]
+        for count, number in rarest_first:
             if number in known:
                 continue
             row = int((values == number).nonzero()[0, 0])
             rare = count <= block.size // _LARGE and (len(numbers) <= block.size // 8 or number in ends)
-            if (rare or not first) and known and self._affordable(where) and len(found) < _RARE:
-                found[row] = next(iter(known.values()))
+            if (rare or not first) and self._affordable(where) and len(found) < _RARE:
+                found[row] = usual
             known[number] = block.ids[row]
         return found
 
