@@ -312,3 +312,29 @@ def test_blocks_that_branch_in_the_same_way_are_checked_once(passes):
         Attributor(kind(mlp(5, classes=3)), data("MLP", 300), batch_size=16).self_influence(GradientDot())
         counts.append(passes.count(1))
     assert counts[1] <= counts[0] + 2
+
+
+def test_what_an_interrupted_question_named_is_looked_at_in_the_next():
+    class Interrupted(torch.utils.data.Dataset):
+        interrupts = False
+
+        def __len__(self):
+            return len(y)
+
+        def __getitem__(self, i):
+            if self.interrupts and i == len(y) - 1:
+                raise KeyboardInterrupt
+            return x[i], y[i]
+
+    torch.manual_seed(0)
+    x, y = data("MLP", 100).tensors
+    y[y == 2] = 0
+    train = Interrupted()
+    asked = Attributor(MixesRare(mlp(5, classes=3)), train, batch_size=16)
+    asked.self_influence(GradientDot())
+    y[50], train.interrupts = 2, True
+    with pytest.raises(KeyboardInterrupt):
+        asked.self_influence(GradientDot())
+    train.interrupts = False
+    with pytest.raises(ValueError, match="Expected"):
+        asked.self_influence(GradientDot())

@@ -85,7 +85,7 @@ class Guard:
 
     def again(self) -> "Guard":
         """For a later question about the same examples: what was checked is not, unless it has changed."""
-        known = {"_start": self._start, "_uneven": self._uneven, "_branches": self._branches}
+        known = {"_start": self._start, "_uneven": self._uneven, "_branches": set(self._branches)}
         return Guard(unlike=self.unlike.again(), dataset=self.dataset, **known)  # type: ignore[arg-type]
 
     def choose(self, block: Block) -> tuple[dict[int, int | None], bool]:
