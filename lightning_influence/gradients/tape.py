@@ -14,6 +14,7 @@ from lightning_influence.gradients.rules import RULES, LayerRule, Operands
 from lightning_influence.gradients.rules.elementwise import SUMS
 from lightning_influence.gradients.rules.recurrent import RECURRENT, unrolled
 from lightning_influence.gradients.rules.shared import SHARED_SUM, Shared, shared_tensor
+from lightning_influence.gradients.spot_checks import CONDITIONS, SuspectRows
 from lightning_influence.module.precision import is_half
 from lightning_influence.module.snapshot import restoring
 from lightning_influence.module.transforms import in_transform
@@ -66,12 +67,10 @@ class Tape(TorchFunctionMode):
     Args:
         names: parameter names by ``id`` of the parameter.
         copy_leaves: return copies of the outputs that become leaves, for models that write into them in place.
-        watch: called with every function call.
+        watch: called with every function call; None: nobody watches.
     """
 
-    def __init__(
-        self, names: Mapping[int, str], copy_leaves: bool = False, watch: Callable[..., None] | None = None
-    ) -> None:
+    def __init__(self, names: Mapping[int, str], copy_leaves: bool = False, watch: SuspectRows | None = None) -> None:
         super().__init__()
         self.names = dict(names)
         self.copy_leaves = copy_leaves
@@ -94,7 +93,10 @@ class Tape(TorchFunctionMode):
         shared = [self._shared[id(a)] for a in operands if id(a) in self._shared]
         used = [self.names[id(a)] for a in operands if id(a) in self.names] + [s.name for s in shared]
         if not used or not torch.is_grad_enabled() or getattr(func, "__name__", "") == "__get__":
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if func in CONDITIONS and self.watch is not None and isinstance(result, bool):
+                self.watch.outcomes.append(result)
+            return result
         if func in _CASTS and id(args[0]) in self.names and is_half(output := func(*args, **kwargs)):
             self.names[id(output)] = used[0]  # it stands for the parameter
             self._casts.append(output)
