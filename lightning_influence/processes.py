@@ -145,11 +145,28 @@ def _whole() -> Iterator[None]:
         handler(number, frame)
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Code in it takes this process for the only one, as metrics must that would wait for processes at other work."""
+    if not connected():
+        yield
+        return
+    known, torch.distributed.is_initialized = torch.distributed.is_initialized, lambda: False
+    try:
+        yield
+    finally:
+        torch.distributed.is_initialized = known
+
+
+def connected() -> bool:
+    """Whether this process is connected to others."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def processes_of(trainer: Any) -> Processes:
     """The processes of a Trainer that trains in several, if they are connected now; otherwise this one alone."""
     count = getattr(trainer, "world_size", 1)
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if count == 1 or not distributed or torch.distributed.get_world_size() != count:
+    if count == 1 or not connected() or torch.distributed.get_world_size() != count:
         return Processes()
     return _group(torch.distributed.get_rank(), count)
 

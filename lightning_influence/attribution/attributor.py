@@ -123,7 +123,7 @@ class Attributor:
         self._session = Session(*about, datamodule=datamodule, checks_data=check_data, precision=precision)
         self._final = final_weights(weights, self._session)
         if refit is not None:
-            refit.attach(self._session, self._train)
+            refit.attach(self._session, self._train, self.processes)
 
     # ---- questions ------------------------------------------------------------------------------------------------
 
@@ -282,6 +282,7 @@ class Attributor:
         """
         return self._session.open(None if queries is None else self._queries(queries))
 
+    @asking_again
     def estimate(
         self, method: Retraining, queries: Any, measurement: Loss | None = None, higher_is_better: bool = False
     ) -> Estimate:
