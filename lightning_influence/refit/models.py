@@ -127,7 +127,7 @@ class Models:
     def _of_all(self, losses: Tensor, count: int = 0) -> Tensor:
         """The shares of rows as one, or the first process's: all decide by the same numbers what to train next."""
         shared = self.processes.shares(count)
-        return self.processes.joined(losses, count) if shared else self.processes.from_first(losses)
+        return self.processes.joined(losses, count) if shared else self.processes.from_rank(losses)
 
     def _seeds(self, seeds: Sequence[int]) -> list[int]:
         return list(seeds) if self.backend.seeded else [0] * len(seeds)

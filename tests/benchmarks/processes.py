@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_influence as li
 
 METHODS = {"TracInCP": li.TracInCP(), "EK-FAC": li.InfluenceFunction(li.EKFAC())}
-N, QUERIES = 1000, 50
+N, QUERIES = 1600, 32
 OPTIONS = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -49,8 +49,9 @@ def measure(folder, count):
     """
     influence = li.Influence(dirpath=folder)
     strategy = "ddp" if count > 1 else "auto"
-    options = OPTIONS | {"accelerator": "cpu", "devices": count, "strategy": strategy, "max_epochs": 2}
+    options = OPTIONS | {"accelerator": "cpu", "devices": count, "strategy": strategy, "max_epochs": 1}
     trainer, module = pl.Trainer(**options, callbacks=[influence]), Net()
+    queries = data(QUERIES, 2)
     trainer.fit(module, DataLoader(data(N, 1), 50, shuffle=True))
     for name, method in METHODS.items():
         attributor = li.Attributor(module, data(N, 1), influence.trajectory, trainer)
@@ -59,7 +60,7 @@ def measure(folder, count):
                 shutil.rmtree(influence.run_dir / "curvature", ignore_errors=True)
             trainer.strategy.barrier()
             begun = time.perf_counter(), time.process_time()
-            attributor.score(method, data(QUERIES, 2))
+            attributor.score(method, queries)
             wall, own = time.perf_counter() - begun[0], time.process_time() - begun[1]
             if trainer.is_global_zero:
                 print(f"{name}, {when}\t{wall:.3f}\t{own:.3f}", flush=True)
