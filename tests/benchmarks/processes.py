@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_influence as li
 
 METHODS = {"TracInCP": li.TracInCP(), "EK-FAC": li.InfluenceFunction(li.EKFAC())}
-N, QUERIES = 1600, 32
+N, QUERIES = 800, 32
 OPTIONS = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
