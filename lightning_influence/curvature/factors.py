@@ -68,7 +68,8 @@ class LayerFactors:
                 blank = moment.replace_sum(processes.summed).new_empty(0)
             # Another process may be the one that computes them.
             self.values_out = self.basis_out = self.values_in = self.basis_in = blank
-            self.stored_inputs, self.n_measured = None, 0
+            self.stored_inputs: Tensor | None = None
+            self.n_measured = 0
 
     @property
     def cost(self) -> float:
