@@ -289,6 +289,7 @@ class Attributor:
         """Scores of a method that retrains, [query, train], with their standard errors and numbers of models.
 
         After ``score`` this takes forward passes only.
+
         Args:
             method: one that retrains, such as ``Downsampling()``.
             queries: Dataset, DataLoader or ``"train"``.
