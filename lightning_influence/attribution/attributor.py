@@ -267,7 +267,6 @@ class Attributor:
             fraction = share_of(method, setting, n).fraction
             setting.processes = Processes()  # each times its own pieces
             cost = in_memory(lambda: method.cost(setting, setting.queries), setting)
-
         with contextlib.ExitStack() as again:  # the first time also looks at the loss and the gradients, only once
             opening = seconds_of(lambda: again.enter_context(self._open(method, source, aggregate=aggregate)))
         return cost.of_share(fraction, Work("opening", 1, opening))
