@@ -270,11 +270,9 @@ class Influence(Guest):
         with processes.together():  # after it, each can read what the others have recorded
             recorded = self._end_record(trainer, pl_module)
             everywhere = all(processes.gathered(recorded and self._last is None))
-        if not self._plan.names:
-            return
-        if processes.count > 1 and not everywhere:
+        if self._plan.names and processes.count > 1 and not everywhere:
             self.scores.why = self.self_scores.why = "the fit was not recorded in every process"
-        elif recorded and self.run_dir is not None:
+        elif recorded and self._plan.names and self.run_dir is not None:
             score_at_end(self._plan, trainer, self.run_dir, lambda: self.attributor, self.scores, self.self_scores)
 
     def _end_record(self, trainer: Any, pl_module: Any) -> bool:
