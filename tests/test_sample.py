@@ -289,7 +289,7 @@ class BranchesOnRare(Step):
 
 
 @pytest.mark.usefixtures("large")
-@pytest.mark.parametrize(("kind", "size"), [(MixesRare, 300), (BranchesOnRare, 16)])
+@pytest.mark.parametrize(("kind", "size"), [pytest.param(MixesRare, 300, marks=pytest.mark.slow), (BranchesOnRare, 16)])
 def test_a_rare_class_by_which_a_batch_is_computed_otherwise_is_refused(kind, size):
     torch.manual_seed(0)
     x, y = data("MLP", 300).tensors
