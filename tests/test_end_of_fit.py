@@ -133,9 +133,11 @@ def test_an_unknown_key_lists_what_exists(tmp_path):
         influence.scores["EKFAC"]
 
 
-def test_without_queries_the_reason_is_given(tmp_path):
+def test_without_queries_the_reason_is_given(tmp_path, caplog):
     influence = Influence([GradientDot()])
-    fit(influence, tmp_path)
+    with caplog.at_level("INFO"):
+        fit(influence, tmp_path)
+    assert "GradientDot did not run, since no `queries` were given" in caplog.text
     with pytest.raises(KeyError, match=r"no `queries` were given"):
         influence.scores["GradientDot"]
 
