@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_influence import timing
 from lightning_influence.attribution import arguments
-from lightning_influence.attribution.accumulators import MatrixAccumulator, TopKAccumulator
+from lightning_influence.attribution.accumulators import accumulator_of
 from lightning_influence.attribution.answers import Answers
 from lightning_influence.attribution.asking_again import asking_again
 from lightning_influence.attribution.data_arguments import datamodule_of, named_queries, training_source
@@ -22,7 +22,6 @@ from lightning_influence.attribution.finished import Finished, kept
 from lightning_influence.attribution.out_of_memory import in_memory
 from lightning_influence.attribution.parameter_selection import selected_parameters
 from lightning_influence.attribution.streams import check_method_on_stream, check_stream
-from lightning_influence.checks import check_flag, check_integer
 from lightning_influence.data.lookup import stream_of
 from lightning_influence.data.source import Source, source_of
 from lightning_influence.methods.kinds import ForwardOnly
@@ -30,7 +29,7 @@ from lightning_influence.methods.method import Cost, Evidence, Method
 from lightning_influence.methods.plain_loss import PlainLoss
 from lightning_influence.methods.retraining import Estimate, Retraining
 from lightning_influence.module.layers import make_layers
-from lightning_influence.module.precision import check_precision, full_products
+from lightning_influence.module.precision import full_products
 from lightning_influence.module.task import Loss, unwrapped
 from lightning_influence.processes import Processes, processes_of
 from lightning_influence.refit import Refit
@@ -100,7 +99,7 @@ class Attributor:
         precision: str | None = None,
     ) -> None:
         arguments.check_parts(module, trajectory, trainer, refit, loss, lookup)
-        check_precision(precision)
+        arguments.check_options(batch_size, check_data, precision)
         self._stream = None if lookup is None else stream_of(train, lookup, trajectory)
         if self._stream is not None:
             check_stream(refit)
@@ -112,9 +111,7 @@ class Attributor:
         self.processes = processes_of(trainer)
         self.refit, self.loss, self.precision = refit, loss, precision
         self.limit_seconds: float | None = None
-        check_integer("batch_size", batch_size, optional=True)
         self.batch_size = batch_size
-        check_flag("check_data", check_data)
         self._datamodule = datamodule_of(datamodule, self.module, self.trainer)
         self._train = training_source(train, self._datamodule, trajectory)
         make_layers(self.module, None if trajectory is None else trajectory.checkpoints[-1].tensors)
@@ -168,11 +165,7 @@ class Attributor:
             finished = Finished(sign=-1.0 if higher_is_better else 1.0)
             queried = source if aggregate is None else None
             answers = Answers(method, setting, self._final, self._train, self._stream, queried)
-            accumulator: MatrixAccumulator | TopKAccumulator
-            if top_k is None:
-                accumulator = MatrixAccumulator(len(all_queries), len(ids), dtype)
-            else:
-                accumulator = TopKAccumulator(len(all_queries), top_k, dtype, ids)
+            accumulator = accumulator_of(top_k, len(all_queries), ids, dtype)
             with kept(lambda said: answers.finished_scores(accumulator, finished, ids, said), self.processes):
                 run_scores(method, setting, all_queries, accumulator, self.trainer, finished)
         return self._saved(answers.scores(accumulator.result(), ids, rows), path)

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader
-
+from lightning_influence.attribution.data_arguments import loader_named
 from lightning_influence.data.source import source_of
+from lightning_influence.module.data_hooks import loaders_in
 
 
 def check_queries(queries: Any) -> None:
@@ -22,9 +21,8 @@ def resolve_queries(queries: Any, trainer: Any) -> Any:
     """
     if not isinstance(queries, str) or queries == "train":
         return queries
-    kind, _, number = queries.partition(":")
+    kind, position = loader_named(queries)
     loaders = _loaders(kind, trainer)
-    position = int(number or 0)
     if position >= len(loaders):
         raise ValueError(
             f"Expected the Trainer to have a loader for `queries={queries!r}`, got {len(loaders)} of that kind. "
@@ -41,5 +39,4 @@ def _loaders(kind: str, trainer: Any) -> list[Any]:
             found = getattr(owner, f"{kind}_dataloader")()
         except Exception:
             found = None
-    leaves = tree_leaves(found, is_leaf=lambda x: isinstance(x, DataLoader))
-    return [loader for loader in leaves if loader is not None]
+    return loaders_in(found)
