@@ -1,7 +1,7 @@
 """Attributor: scores of a module's training examples by any method."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from os import PathLike
@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_influence import timing
 from lightning_influence.attribution import arguments
 from lightning_influence.attribution.accumulators import accumulator_of
 from lightning_influence.attribution.answers import Answers
@@ -19,17 +18,16 @@ from lightning_influence.attribution.data_arguments import datamodule_of, named_
 from lightning_influence.attribution.driver import run_group, run_scores, run_self_influence, share_of
 from lightning_influence.attribution.final_weights import final_weights
 from lightning_influence.attribution.finished import Finished, kept
+from lightning_influence.attribution.opening import opened
 from lightning_influence.attribution.out_of_memory import in_memory
 from lightning_influence.attribution.parameter_selection import selected_parameters
 from lightning_influence.attribution.streams import check_method_on_stream, check_stream
 from lightning_influence.data.lookup import stream_of
 from lightning_influence.data.source import Source, source_of
-from lightning_influence.methods.kinds import ForwardOnly
-from lightning_influence.methods.method import Cost, Evidence, Method
+from lightning_influence.methods.method import Cost, Method
 from lightning_influence.methods.plain_loss import PlainLoss
 from lightning_influence.methods.retraining import Estimate, Retraining
 from lightning_influence.module.layers import make_layers
-from lightning_influence.module.precision import full_products
 from lightning_influence.module.task import Loss, unwrapped
 from lightning_influence.processes import Processes, processes_of
 from lightning_influence.refit import Refit
@@ -178,6 +176,9 @@ class Attributor:
             method: how influence is estimated.
             path: a file to save the scores in.
 
+        Returns:
+            ``SelfScores`` [train].
+
         Raises:
             MissingEvidence: the method needs what was not captured.
             NotImplementedError: the method has no self-influence.
@@ -203,7 +204,11 @@ class Attributor:
             ids: of the group.
             queries: Dataset, DataLoader or ``"train"``.
 
+        Returns:
+            [query], in the units of the method's scores.
+
         Raises:
+            MissingEvidence: the method needs what was not captured.
             TypeError: ids that are not whole numbers, such as a mask.
             ValueError: ids outside the training dataset, or without scores.
         """
@@ -227,6 +232,9 @@ class Attributor:
                 which ranks better where the fit memorised its data; None: the final weights alone.
             path: a file to save the losses in.
 
+        Returns:
+            ``SelfScores`` [example], in the units of the loss.
+
         Raises:
             ValueError: losses that are not finite.
             MissingEvidence: ``checkpoints`` without a trajectory.
@@ -247,6 +255,15 @@ class Attributor:
 
         Pieces of the work are timed and counted, which takes ten passes of a block of training examples and of queries;
         60 products of 64 examples with solvers, and seven steps of a replayed fit. Nothing is changed by it.
+
+        Args:
+            method: how influence is estimated.
+            queries: as for ``score``; None: the cost of ``self_influence``.
+            aggregate: as for ``score``.
+
+        Raises:
+            MissingEvidence: the method needs what was not captured.
+            ValueError: queries that the module does not accept.
         """
         return self._cost(method, queries, aggregate).seconds
 
@@ -307,29 +324,15 @@ class Attributor:
             check_method_on_stream(method, len(self._train.dataset))
         arguments.check_method(method, self.trajectory, self.refit, path)
 
-    @contextlib.contextmanager
     def _open(
         self,
         method: Method,
         queries: Source | None = None,
         measurement: Loss | None = None,
         aggregate: str | None = None,
-    ) -> Iterator[Setting]:
-        """Opens the question with what the method needs: a plan of the gradients, retrained models."""
-        gradients = not isinstance(method, ForwardOnly)
-        # Rounding to TF32 is multiplied where equations are solved.
-        products = full_products() if hasattr(method, "curvature") else contextlib.nullcontext()
-        opened = self._final.session_of(method).open(queries, measurement, aggregate == "mean", gradients)
-        with products, opened as setting:
-            if self.refit is not None and method.needs & Evidence.REFIT:
-                setting.models = self.refit.models
-            if self.refit is not None and queries is not None:
-                self.refit.asked = queries
-            setting.processes = self.processes
-            arguments.check_batch_index(method, setting)
-            if self.limit_seconds is not None and self.processes.count == 1:  # several might stop at different places
-                setting.deadline = timing.clock() + self.limit_seconds
-            yield setting
+    ) -> AbstractContextManager[Setting]:
+        session, mean = self._final.session_of(method), aggregate == "mean"
+        return opened(session, method, queries, measurement, mean, self.refit, self.processes, self.limit_seconds)
 
     def _saved(self, scores: _Answer, path: str | PathLike[str] | None) -> _Answer:
         if path is not None and self.processes.rank == 0:

@@ -73,6 +73,11 @@ class Influence(Guest):
         self_scores: `SelfScores` by name of the method, with `self_influence=True`; "labels" with `labels=True`.
         run_dir: Folder of the newest fit.
 
+    Raises:
+        TypeError: an argument of another kind, such as the class of a method in place of a method.
+        ValueError: a number out of range; a method that retrains models, or two of one class in a list; another name of
+            a loader; another word for a precision.
+
     Example:
         >>> influence = Influence([TracInCP()], queries="val")  # doctest: +SKIP
         >>> Trainer(max_epochs=5, callbacks=[influence]).fit(model, datamodule)  # doctest: +SKIP
