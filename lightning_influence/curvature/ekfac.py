@@ -181,7 +181,7 @@ class EKFAC(Curvature):
         first = timed(lambda: self.descend_own(prepared, gradients, setting, descent))
         return moved, first, timed(lambda: self.descend_own(prepared, kept, setting, descent))
 
-    def seconds(self, setting: Setting, vectors: int) -> float:
+    def seconds_of_preparing(self, setting: Setting) -> float:
         """Passes over the gradients for each label, the factors' sums and eigendecompositions, and the eigenvalues."""
         return FactorSamples(setting, lambda few: self._fisher_samples(few)[0], self.corrected).seconds()
 
