@@ -13,7 +13,7 @@ from lightning_influence.curvature.curvature import Curvature
 from lightning_influence.curvature.damping import Diagonal, diagonal_at, of_group
 from lightning_influence.curvature.exact import Exact
 from lightning_influence.curvature.iterative import Iterative
-from lightning_influence.curvature.leverage import own_influence, seconds_of_solving
+from lightning_influence.curvature.leverage import own_influence, seconds_of_leverage
 from lightning_influence.curvature.newton_correction import NewtonCorrection
 from lightning_influence.curvature.stand_in import StandIn
 from lightning_influence.curvature.store import prepared_at, preparing
@@ -149,8 +149,7 @@ class InfluenceFunction(GradientProduct):
         prepared = preparing(self.curvature, setting, self.stages(setting))
         stage, visited = next(self.stages(setting)), self._visited(setting)
         method = replace(self, curvature=StandIn.at(self.curvature, setting, stage), correction=None)
-        unit = seconds_of(lambda: _Inverse(method, stage))
-        unit += seconds_of_solving(self.curvature, setting) if "leverage" in setting.diagnostics else 0.0
+        unit = seconds_of(lambda: _Inverse(method, stage)) + seconds_of_leverage(self.curvature, setting)
         products = super(InfluenceFunction, method).work(setting, queries)
         own = setting.n_train if queries is None or self.normalize else 0
         solved = self.curvature.seconds_of_solving(setting, own + (0 if queries is None else len(queries)))

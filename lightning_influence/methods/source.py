@@ -62,9 +62,10 @@ class SOURCE(SegmentProduct):
     whose damping is :math:`1 / T`: the longer the segment, the smaller the damping.
 
     Adam and AdamW are taken as gradient descent with a preconditioner P, 1 / (root of the mean squares + eps), that is
-    constant in a segment: the one at its middle checkpoint (0 for weights that had no gradient yet). Then :math:`S = P^{1/2} e^{-T M} P^{-1/2}` and
-    :math:`F = P^{1/2} (I - e^{-T M}) M^{-1} P^{1/2}` with :math:`M = P^{1/2} C P^{1/2}`, to which AdamW's decoupled
-    weight decay is added. Different learning rates of parameter groups are part of P.
+    constant in a segment: the one at its middle checkpoint, 0 for weights that had no gradient by then. Then
+    :math:`S = P^{1/2} e^{-T M} P^{-1/2}` and :math:`F = P^{1/2} (I - e^{-T M}) M^{-1} P^{1/2}` with
+    :math:`M = P^{1/2} C P^{1/2}`, to which AdamW's decoupled weight decay is added. Different learning rates of
+    parameter groups are part of P.
 
     Source: Bae, Lin, Lorraine, Grosse. Training Data Attribution via Approximate Unrolled Differentiation.
     NeurIPS 2024.
