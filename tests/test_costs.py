@@ -186,7 +186,12 @@ def test_estimates_hold_within_a_factor_of_four(subject, monkeypatch):
     monkeypatch.setattr(timing, "clock", time.process_time)
     wide = subject in ("cnn", "transformer")
     slow = ("HyDRA", "TracIn", "Arnoldi", "EKFAC exact ranks", "EKFAC relatif", "LeaveOneOut", "Downsampling")
-    rows = {name: row for name, row in costs.ROWS.items() if not (wide and name in slow)}
+    alone = ("CG", "LiSSA") if subject == "logistic" else ()  # 7,850 weights × 500 examples: ten seconds
+    rows = {
+        name: replace(row, itself=row.itself and name not in alone)
+        for name, row in costs.ROWS.items()
+        if not (wide and name in slow)
+    }
     lines = costs.table([subject], rows, (None, None), share=20 if wide else 10)
     wrong = [str(line) for line in lines if line.off > 4]
     assert not wrong, "\n".join(
