@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_influence.attribution.accumulators import MatrixAccumulator, TopKAccumulator
 from lightning_influence.attribution.final_weights import FinalWeights
 from lightning_influence.attribution.finished import Finished, Kept, Part
+from lightning_influence.attribution.magnitude import FLAG
 from lightning_influence.attribution.opinions import opinions_of
 from lightning_influence.data.lookup import Stream
 from lightning_influence.data.source import Source
@@ -110,7 +111,7 @@ class Answers:
         return {
             "method": method.name,
             "settings": method.hyperparameters() | ({} if precision is None else {"precision": precision}),
-            "units": method.unit(setting),
+            "units": "arbitrary" if FLAG in setting.diagnostics else method.unit(setting),
             "notes": notes,
             "checkpoints": checkpoints,
             "diagnostics": setting.diagnostics,

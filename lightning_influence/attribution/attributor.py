@@ -254,7 +254,7 @@ class Attributor:
         """Estimate the seconds that ``score`` takes, or, without queries, ``self_influence``.
 
         Pieces of the work are timed and counted, which takes ten passes of a block of training examples and of queries;
-        60 products of 64 examples with solvers, and seven steps of a replayed fit. Nothing is changed by it.
+        60 products of 64 examples with solvers, and a dozen steps of a replayed fit. Nothing is changed by it.
 
         Args:
             method: how influence is estimated.

@@ -15,6 +15,7 @@ from lightning_influence.attribution.accumulators import (
     Share,
 )
 from lightning_influence.attribution.finished import Finished
+from lightning_influence.attribution.magnitude import note_impossible
 from lightning_influence.attribution.out_of_memory import in_memory
 from lightning_influence.methods.kinds import ForwardOnly, GradientProduct, StageSums, WholeRun
 from lightning_influence.methods.method import Method
@@ -48,7 +49,7 @@ def run_scores(
     block, columns = method.tile(setting, queries)
     n_train, share = setting.n_train, share_of(method, setting, len(queries))
     visits = len(share.train) * _visited(method, setting) * -(-len(share.queries) // block)
-    bad, scored = NonFinite(), torch.zeros(len(queries), dtype=torch.bool)
+    bad, largest = NonFinite(), torch.zeros(len(queries))
     keep_all = isinstance(accumulator, MatrixAccumulator)
     finished.sums = setting.state("sums", StageSums)
     setting.progress = functools.partial(progress, trainer)
@@ -61,8 +62,8 @@ def run_scores(
                 setting.ids, start = ids, ids.start
                 tile = in_memory(functools.partial(_tile, method, setting, some, keep_all), setting)
                 clean = isinstance(method, Retraining) or bad.clean(tile, first, start)  # their NaN is an unknown score
-                scored = scored.to(tile.device)
-                scored[first : first + len(some)] |= (tile != 0).any(1)
+                rows, largest = slice(first, first + len(some)), largest.to(tile)
+                largest[rows] = torch.maximum(largest[rows], tile.abs().amax(1))
                 tile, column = _scored(tile, start, method.scored(n_train))
                 if clean or keep_all:
                     accumulator.add(tile if finished.sign > 0 else -tile, first, column)
@@ -71,7 +72,9 @@ def run_scores(
             finished.queries = first + len(some)
     bad.refuse(setting.processes)
     if len(share.train) == n_train and len(share.queries) == len(queries):
-        _note_vanished(method, setting, int((~scored).sum()))
+        _note_vanished(method, setting, int((largest == 0).sum()))
+    if not (queries.mean or queries.measured):
+        note_impossible(method, setting, queries.engine, queries.examples, largest)
     accumulator.merge(share, setting.processes)
     _join_notes(setting)
 
@@ -144,6 +147,7 @@ def run_self_influence(method: Method, setting: Setting, trainer: Any, finished:
         values = in_memory(lambda: method.self_influence(setting).cpu(), setting)
     if isinstance(method, GradientProduct):
         values = setting.processes.joined(values, setting.n_train)
+    note_impossible(method, setting, setting.engine, setting.examples, values.abs())
     _join_notes(setting)
     scored = method.scored(setting.n_train)
     ids = torch.arange(len(values)) if scored is None else torch.as_tensor(scored)

@@ -31,6 +31,12 @@ def root_of(state: SavedState, name: str, options: Mapping[str, Any]) -> Tensor:
     return square.sqrt() / math.sqrt(corrected) + options["eps"]
 
 
+def scale_of(state: SavedState, name: str, options: Mapping[str, Any]) -> Tensor:
+    """What Adam multiplies the gradients of a parameter by, [*shape] float64; 0 where it has had none yet."""
+    squares = state.optimizer[name]["exp_avg_sq"]
+    return torch.where(squares > 0, 1 / root_of(state, name, options), 0.0)
+
+
 def mean_roots(setting: Setting, stage: Stage) -> Tensor | None:
     """[group] float64: what the optimizer divides gradients by at a checkpoint, one number for each group.
 

@@ -74,18 +74,24 @@ class Arnoldi(Iterative):
             values, vectors = lanczos(counted, like, self.steps, self.seed)
         return PreparedCurvature({"values": values, "vectors": vectors}, super().prepare(setting).diagnostics)
 
-    def seconds(self, setting: Setting, vectors: int) -> float:
-        """One product for each step of the Krylov space, its basis, and the probes; solving takes products with it."""
-        times, products = ProductTimes.at(setting, self.matrix), Products(setting.engine, setting.examples)
-        steps = min(self.steps, len(products.flat))
-        some = torch.ones(
-            min(steps, _TIMED), len(products.flat), dtype=torch.float64, device=wide_device(products.like.device)
-        )
-        # Each step multiplies with the basis so far four times; then come the eigenvectors, and three for each query.
+    def seconds_of_preparing(self, setting: Setting) -> float:
+        """One product for each step of the Krylov space, its basis, and the probes."""
+        times, (some, steps) = ProductTimes.at(setting, self.matrix), self._some(setting)
+        # Each step multiplies with the basis so far four times; then come the eigenvectors.
         along = timed(lambda: some @ some[0]) / len(some)
         turned = timed(lambda: some[:, :_TIMED] @ some) / len(some) ** 2
-        basis = along * 2 * steps**2 + turned * steps**2 + along * 3 * steps * vectors
-        return times.of(1) * steps + times.of(PROBES) + basis
+        return times.of(1) * steps + times.of(PROBES) + (2 * along + turned) * steps**2
+
+    def seconds_of_solving(self, setting: Setting, vectors: int) -> float:
+        """Three multiplications with the basis for each vector."""
+        some, steps = self._some(setting)
+        return 3 * steps * vectors * timed(lambda: some @ some[0]) / len(some)
+
+    def _some(self, setting: Setting) -> tuple[Tensor, int]:
+        """What stands for a few vectors of the basis, [vector, parameter], and how many it has."""
+        products = Products(setting.engine, setting.examples)
+        steps, device = min(self.steps, len(products.flat)), wide_device(products.like.device)
+        return torch.ones(min(steps, _TIMED), len(products.flat), dtype=torch.float64, device=device), steps
 
     def solve(
         self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor

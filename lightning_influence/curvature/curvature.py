@@ -182,8 +182,12 @@ class Curvature(ABC):
 
     # ---- estimates ----------------------------------------------------------------------------------------------
 
-    def seconds(self, setting: Setting, vectors: int) -> float:
-        """Estimate the seconds of ``prepare`` and of ``solve`` for this many vectors."""
+    def seconds_of_preparing(self, setting: Setting) -> float:
+        """Estimate the seconds of ``prepare``."""
+        return 0.0
+
+    def seconds_of_solving(self, setting: Setting, vectors: int) -> float:
+        """Estimate the seconds of ``solve`` for this many vectors."""
         return 0.0
 
     def seconds_of_descent(self, setting: Setting, vectors: Mapping[str, Tensor], descent: Descent) -> float:

@@ -22,11 +22,9 @@ from lightning_influence.curvature.own_descent import OwnVectors, descend_own
 from lightning_influence.curvature.own_products import own_products
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.block import Names
-from lightning_influence.gradients.outer_products import OuterProducts
 from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
 from lightning_influence.processes import Processes
-from lightning_influence.setting.samples import Samples
 from lightning_influence.setting.setting import Setting
 from lightning_influence.timing import timed
 
@@ -181,16 +179,14 @@ class EKFAC(Curvature):
         first = timed(lambda: self.descend_own(prepared, gradients, setting, descent))
         return moved, first, timed(lambda: self.descend_own(prepared, kept, setting, descent))
 
-    def seconds(self, setting: Setting, vectors: int) -> float:
+    def seconds_of_preparing(self, setting: Setting) -> float:
         """Passes over the gradients for each label, the factors' sums and eigendecompositions, and the eigenvalues."""
         return FactorSamples(setting, lambda few: self._fisher_samples(few)[0], self.corrected).seconds()
 
     def sampled(self, setting: Setting) -> PreparedCurvature:
         """Prepared on a few examples, in the sizes of that of all."""
-        parts = Samples.of(setting).gradients().parts.values()
-        positions = max((part.outputs.shape[1] for part in parts if isinstance(part, OuterProducts)), default=1)
         exact = self._fisher_samples(setting)[0].labels == "exact"
-        return stand_in((replace(self, labels="sampled") if exact else self).prepare, setting, positions)
+        return stand_in((replace(self, labels="sampled") if exact else self).prepare, setting)
 
     def like_solved(
         self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor

@@ -13,8 +13,9 @@ from lightning_influence.curvature.factors import LayerFactors, add_block, with_
 from lightning_influence.curvature.fisher_samples import KEPT_BYTES, FisherSamples
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.block import Names
+from lightning_influence.gradients.outer_products import OuterProducts
 from lightning_influence.numerics.kronecker import STORED
-from lightning_influence.setting.samples import first_examples
+from lightning_influence.setting.samples import Samples, first_examples
 from lightning_influence.setting.setting import Setting
 from lightning_influence.timing import seconds_of, timed
 
@@ -89,21 +90,23 @@ class FactorSamples:
                 layer.measure(part)
 
 
-def stand_in(prepare: Callable[[Setting], PreparedCurvature], setting: Setting, positions: int) -> PreparedCurvature:
+def stand_in(prepare: Callable[[Setting], PreparedCurvature], setting: Setting) -> PreparedCurvature:
     """A curvature prepared on so few examples that it takes no time, in the sizes of that of all.
 
     Args:
         prepare: of the curvature.
         setting: of the question.
-        positions: the most positions that an example has in a layer.
     """
-    few = first_examples(setting, max(1, min(_EXAMPLES, _ROWS // positions)))
+    parts = Samples.of(setting).gradients().parts.items()
+    positions = {"|".join(names): part.outputs.shape[1] for names, part in parts if isinstance(part, OuterProducts)}
+    most = max(positions.values(), default=1)
+    few = first_examples(setting, max(1, min(_EXAMPLES, _ROWS // most)))
     made = prepare(few)
     tensors = dict(made.tensors)
     for key in tensors:
         layer, _, what = key.rpartition("/")
         if what == "eigenvalues":
-            _pad(tensors, layer, len(setting.examples) * positions)
+            _pad(tensors, layer, len(setting.examples) * positions.get(layer, most))
     return PreparedCurvature(tensors, made.diagnostics)
 
 

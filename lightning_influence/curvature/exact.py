@@ -138,16 +138,21 @@ class Exact(Curvature):
             )
         return found
 
-    def seconds(self, setting: Setting, vectors: int) -> float:
-        """One product per parameter, a Cholesky factorisation, and two multiplications by its factor a vector."""
-        products = Products(setting.engine, setting.examples)
-        size, device = len(products.flat), wide_device(products.like.device)
+    def seconds_of_preparing(self, setting: Setting) -> float:
+        """One product per parameter."""
+        size = len(Products(setting.engine, setting.examples).flat)
         if size > self.max_parameters:  # `prepare` raises at once
             return 0.0
         at_once = min(size, _COLUMNS)
-        multiplied = ProductTimes.at(setting, self.matrix).of(at_once) * size / at_once
-        factored = _scaled(torch.linalg.cholesky, size, 3, device)
-        return multiplied + factored + 2 * vectors * _scaled_product(size, device)
+        return ProductTimes.at(setting, self.matrix).of(at_once) * size / at_once
+
+    def seconds_of_solving(self, setting: Setting, vectors: int) -> float:
+        """A Cholesky factorisation, and two multiplications by its factor a vector."""
+        products = Products(setting.engine, setting.examples)
+        size, device = len(products.flat), wide_device(products.like.device)
+        if size > self.max_parameters:
+            return 0.0
+        return _scaled(torch.linalg.cholesky, size, 3, device) + 2 * vectors * _scaled_product(size, device)
 
     def seconds_of_descent(self, setting: Setting, vectors: Mapping[str, Tensor], descent: Descent) -> float:
         """An eigendecomposition, and four multiplications by matrices a vector."""

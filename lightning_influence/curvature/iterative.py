@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,20 @@ _EXAMPLES, _QUERIES, _TRIED = 64, 2, 60
 
 Solver = Callable[[Product, Tensor, Watch], Solution]
 """Called with the product, the right-hand sides and what is called after each iteration."""
+
+
+class _OnFew(NamedTuple):
+    """A curvature prepared on a few training examples, for an estimate.
+
+    Args:
+        setting: a question on these examples alone.
+        prepared: the curvature.
+        products: how many vectors each product had that it took.
+    """
+
+    setting: Setting
+    prepared: PreparedCurvature
+    products: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -56,24 +70,37 @@ class Iterative(Curvature):
         """The mean eigenvalue, by Hutchinson's estimate with 32 seeded random vectors."""
         return PreparedCurvature(diagnostics={"mean_eigenvalue": mean_diagonal(*self._undamped(setting), self.seed)})
 
-    def seconds(self, setting: Setting, vectors: int) -> float:
-        """The products that preparing and solving take on a few training examples, at the time of those on all.
+    def seconds_of_preparing(self, setting: Setting) -> float:
+        """The products that it takes on a few training examples, at the time of those on all."""
+        times = ProductTimes.at(setting, self.matrix)
+        return sum(times.of(vectors) for vectors in self._on_few(setting).products)
 
-        They are about as many: at most 60 of 64 examples with two queries are made, besides those of ``prepare``.
+    def seconds_of_solving(self, setting: Setting, vectors: int) -> float:
+        """The iterations that it takes on a few training examples, at the time of products with all.
+
+        They are about as many: at most 60 with 64 examples and two queries are made.
         """
-        few, times = first_examples(setting, _EXAMPLES), ProductTimes.at(setting, self.matrix)
-        made = _products_of(few)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            iterations = self._iterations(setting)
+        at_once = min(vectors, self.at_once(setting) or vectors)
+        each = ProductTimes.at(setting, self.matrix).of(at_once)
+        return (iterations + 1) * each * vectors / max(1, at_once)
+
+    def _on_few(self, setting: Setting) -> "_OnFew":
+        """The curvature prepared on a few training examples, once for all estimates."""
+        return setting.state(("on few", self), self._prepared_on_few, setting)
+
+    def _prepared_on_few(self, setting: Setting) -> "_OnFew":
+        few = first_examples(setting, _EXAMPLES)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             prepared = self.prepare(few)
-            prepared_by = sum(times.of(vectors) for vectors in made)
-            made.clear()
-            iterations = self._iterations(few, setting, prepared)
-        at_once = min(vectors, self.at_once(setting) or vectors)
-        return prepared_by + (iterations + 1) * times.of(at_once) * vectors / max(1, at_once)
+        return _OnFew(few, prepared, tuple(_products_of(few)))
 
-    def _iterations(self, few: Setting, setting: Setting, prepared: PreparedCurvature) -> float:
+    def _iterations(self, setting: Setting) -> float:
         """How many iterations a solver takes, by those on a few training examples."""
+        few, prepared, _ = self._on_few(setting)
         queries = some_queries(setting, _QUERIES)
         limit = next(name for name in ("max_iterations", "depth") if hasattr(self, name))
         tolerance, most = float(self.tolerance), int(getattr(self, limit))  # type: ignore[attr-defined]
@@ -90,8 +117,8 @@ class Iterative(Curvature):
 
     def rough_seconds(self, setting: Setting, vectors: int, tolerance: float, iterations: int) -> float:
         """Estimate the seconds of ``roughly_solved`` for so many vectors likewise."""
-        few = first_examples(setting, _EXAMPLES)
-        diagonal = self._diagonal(few, setting, self.prepare(few))
+        few, prepared, _ = self._on_few(setting)
+        diagonal = self._diagonal(few, setting, prepared)
         solution, _ = self._rough(some_queries(setting, _QUERIES), few, diagonal, tolerance, iterations)
         return (solution.iterations + 1) * ProductTimes.at(setting, "ggn").of(vectors)
 

@@ -71,9 +71,9 @@ def own_influence(
     return OwnInfluence(own, other, losses, _is_squared(setting))
 
 
-def seconds_of_solving(curvature: Curvature, setting: Setting) -> float:
-    """Estimate the seconds of the solves in ``own_influence``, besides those that a ``StandIn`` makes too."""
-    if not isinstance(curvature, Iterative):
+def seconds_of_leverage(curvature: Curvature, setting: Setting) -> float:
+    """Estimate the seconds of the solves in ``own_influence``, besides those that a ``StandIn`` has just made too."""
+    if not isinstance(curvature, Iterative) or "leverage" not in setting.diagnostics:
         return 0.0
     return curvature.rough_seconds(setting, min(_FEWER, setting.n_train), _TOLERANCE, _ITERATIONS)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.adam_state import ADAM, options_at, root_of
+from lightning_influence.curvature.adam_state import ADAM, options_at, scale_of
 from lightning_influence.curvature.damping import decay_at, of_group
 from lightning_influence.curvature.descent import Descent
 from lightning_influence.devices import wide_device
@@ -65,7 +65,11 @@ def descent_at(setting: Setting, stage: Stage, damping: float, reach: Tensor, de
 
 
 def _preconditioner(setting: Setting, stage: Stage, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By parameter: 1 under SGD, 1 / (√(mean squared gradient) + eps) under Adam, 0 before Adam's first step."""
+    """By parameter: 1 under SGD, 1 / (√(mean squared gradient) + eps) under Adam, 0 where Adam has not moved a weight.
+
+    A weight that has had no gradient yet would have 1 / eps. No step was ever made with that: the first gradient makes
+    its own mean square. Rounding in an eigenbasis would also spread it over weights that do move.
+    """
     trajectory = setting.trajectory
     assert trajectory is not None
     assert stage.position is not None
@@ -84,7 +88,7 @@ def _preconditioner(setting: Setting, stage: Stage, like: Mapping[str, Tensor]) 
             "yet: these parameters are taken as fixed throughout the segment"
         )
     return {
-        name: 1 / root_of(state, name, options[name]).to(one) if name in known else one * (name not in adaptive)
+        name: scale_of(state, name, options[name]).to(one) if name in known else one * (name not in adaptive)
         for name, one in like.items()
     }
 

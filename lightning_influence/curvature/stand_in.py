@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
+from lightning_influence.curvature.store import is_stored, prepared_at
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.setting.setting import Setting, Stage
@@ -23,10 +24,11 @@ class StandIn(Curvature):
 
     @classmethod
     def at(cls, curvature: Curvature, setting: Setting, stage: Stage) -> "StandIn":
-        """That of a curvature, as if it were prepared at a stage: neither computed nor stored."""
+        """That of a curvature, as if it were prepared at a stage: read if it is stored, but not computed."""
         made = cls(curvature.damping, of=curvature)
         kept: dict[int | None, PreparedCurvature] = setting.state(made, dict)  # where `prepared_at` looks first
-        kept[stage.position] = curvature.sampled(setting)
+        read = is_stored(curvature, setting, stage)
+        kept[stage.position] = prepared_at(curvature, setting, stage) if read else curvature.sampled(setting)
         return made
 
     def prepare(self, setting: Setting) -> PreparedCurvature:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
 from lightning_influence.devices import wide_device
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.setting.setting import Setting, Stage, cached
+from lightning_influence.timing import Work, seconds_of
 from lightning_influence.trajectory.files import write_atomically
 
 _FORMAT = 1
@@ -43,9 +45,7 @@ def _read_or_prepare(curvature: Curvature, setting: Setting, stage: Stage, folde
         return curvature.prepare(setting)
     processes = setting.processes
     about = processes.gathered(_description(curvature, setting, stage))[0]
-    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    path = folder / "curvature" / f"{type(curvature).__name__}-{name}"
-    stored = None
+    path, stored = _file(curvature, folder, about), None
     if path.is_file():
         try:
             stored = read(path, about, setting.zeros().device)
@@ -63,6 +63,35 @@ def _read_or_prepare(curvature: Curvature, setting: Setting, stage: Stage, folde
     except OSError as error:
         setting.note(f"The curvature could not be stored on disk ({error}): later scores compute it again.")
     return prepared
+
+
+def is_stored(curvature: Curvature, setting: Setting, stage: Stage) -> bool:
+    """Whether the curvature at a checkpoint, whose weights are loaded, is on disk, so that it need not be computed."""
+    folder = None if setting.trajectory is None else setting.trajectory.path
+    if folder is None or next((folder / "curvature").glob(f"{type(curvature).__name__}-*"), None) is None:
+        return False
+    stage.check_loaded()
+    return _file(curvature, folder, _description(curvature, setting, stage)).is_file()
+
+
+def _file(curvature: Curvature, folder: Path, about: dict[str, Any]) -> Path:
+    """Where a curvature is stored in a run's folder, by what it depends on."""
+    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    return folder / "curvature" / f"{type(curvature).__name__}-{name}"
+
+
+def preparing(curvature: Curvature, setting: Setting, stages: Iterable[Stage]) -> list[Work]:
+    """What ``prepared_at`` takes at some checkpoints: stored curvatures are read, the others computed."""
+    known, reading = [], 0.0
+    for stage in stages:
+        known.append(is_stored(curvature, setting, stage))
+        if sum(known) == 1 and known[-1]:
+            reading = seconds_of(lambda here=stage: prepared_at(curvature, setting, here))  # type: ignore[misc]
+    computed = 0.0 if all(known) else curvature.seconds_of_preparing(setting)
+    return [
+        Work("reading stored curvatures", sum(known), reading),
+        Work(f"preparing {type(curvature).__name__}", known.count(False), computed),
+    ]
 
 
 def write(path: Path, about: dict[str, Any], prepared: PreparedCurvature) -> None:

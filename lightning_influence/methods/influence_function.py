@@ -13,10 +13,10 @@ from lightning_influence.curvature.curvature import Curvature
 from lightning_influence.curvature.damping import Diagonal, diagonal_at, of_group
 from lightning_influence.curvature.exact import Exact
 from lightning_influence.curvature.iterative import Iterative
-from lightning_influence.curvature.leverage import own_influence, seconds_of_solving
+from lightning_influence.curvature.leverage import own_influence, seconds_of_leverage
 from lightning_influence.curvature.newton_correction import NewtonCorrection
 from lightning_influence.curvature.stand_in import StandIn
-from lightning_influence.curvature.store import prepared_at
+from lightning_influence.curvature.store import prepared_at, preparing
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.products import Products
 from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
@@ -146,14 +146,14 @@ class InfluenceFunction(GradientProduct):
 
     def work(self, setting: Setting, queries: Queries | None) -> list[Work]:
         """Preparing the curvature and solving; products with what stands for the solutions."""
+        prepared = preparing(self.curvature, setting, self.stages(setting))
         stage, visited = next(self.stages(setting)), self._visited(setting)
         method = replace(self, curvature=StandIn.at(self.curvature, setting, stage), correction=None)
-        unit = seconds_of(lambda: _Inverse(method, stage))
-        unit += seconds_of_solving(self.curvature, setting) if "leverage" in setting.diagnostics else 0.0
-        pieces = [Work("damping and unit", visited, unit), *super(InfluenceFunction, method).work(setting, queries)]
+        unit = seconds_of(lambda: _Inverse(method, stage)) + seconds_of_leverage(self.curvature, setting)
+        products = super(InfluenceFunction, method).work(setting, queries)
         own = setting.n_train if queries is None or self.normalize else 0
-        solved = self.curvature.seconds(setting, own + (0 if queries is None else len(queries)))
-        pieces.append(Work(f"preparing and solving with {type(self.curvature).__name__}", visited, solved))
+        solved = self.curvature.seconds_of_solving(setting, own + (0 if queries is None else len(queries)))
+        pieces = [*prepared, Work("damping and unit", visited, unit), Work("solving", visited, solved), *products]
         if self.normalize and queries is not None:
             inverse = _Inverse(method, next(method.stages(setting)))
             norms = Samples.of(setting).with_gradients(lambda gradients: inverse._own_products(gradients, (2,)))

@@ -1,5 +1,6 @@
 """RepresenterPoints: a prediction as a sum over training examples, by the last linear layer (Yeh et al., 2018)."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.numerics.head_preconditioner import operations_once
 from lightning_influence.numerics.heads import Link, Rows
 from lightning_influence.numerics.penalised_head import HeadFit, PenalisedHead, passes
+from lightning_influence.setting.samples import Samples
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.timing import Work, timed
 
@@ -141,21 +143,19 @@ class RepresenterPoints(ForwardOnly):
         return setting.state(self, self._decompose, setting)
 
     def work(self, setting: Setting, queries: Queries | None) -> list[Work]:
-        """The head's minimum too."""
-        return [Work("head's minimum", 1, self.seconds_of_minimum(setting)), *super().work(setting, queries)]
-
-    def seconds_of_minimum(self, setting: Setting) -> float:
-        """Estimated seconds of finding the head's minimum, at usual numbers of passes; 0 if it is stored."""
-        if not self.refit:
-            return 0.0
-        try:
+        """Forward passes of the queries, and of the training examples and the head's minimum unless they are stored."""
+        samples, folder = Samples.of(setting), _folder(setting)
+        minimum, read = 0.0, 0
+        with contextlib.suppress(ValueError):  # raised again when scores are computed
             head, link = self._head(setting)
-        except ValueError:  # raised again when scores are computed
-            return 0.0
-        if setting.trajectory is not None and setting.trajectory.path is not None:
-            path = setting.trajectory.path / "features" / self._file(setting, head)
-            if path.is_file():
-                return 0.0
+            stored = [folder is not None and path.is_file() for path in self._files(setting, head, folder or Path())]
+            read = 0 if stored[0] else setting.n_train
+            minimum = self._seconds_of_minimum(setting, head, link) if self.refit and not stored[1] else 0.0
+        forward = Work("forward passes", read + (0 if queries is None else len(queries.ids)), samples.forward)
+        return [Work("head's minimum", 1, minimum), samples.reading(read / setting.n_train), forward]
+
+    def _seconds_of_minimum(self, setting: Setting, head: Head, link: Link) -> float:
+        """Estimated seconds of finding the head's minimum, at usual numbers of passes."""
         count, (classes, dim) = setting.n_train, head.weight().shape
         features = torch.ones(min(count, _ROWS), dim, dtype=torch.float64)
         weight = torch.zeros(classes, dim, dtype=torch.float64)
@@ -170,21 +170,20 @@ class RepresenterPoints(ForwardOnly):
         head = find_head(setting.task, setting.reduction_of(None), setting.examples, self.head)
         return head, head.link(setting.examples)
 
-    def _file(self, setting: Setting, head: Head) -> str:
-        """Name of the file with the head's minimum."""
-        return f"{head.name}-step-{_step(setting)}-{self.target}-{self.weight_decay!r}.head.arrow"
+    def _files(self, setting: Setting, head: Head, folder: Path) -> tuple[Path, Path]:
+        """Where the training examples' features and the head's minimum are stored in a folder."""
+        start = f"{head.name}-step-{_step(setting)}"
+        return folder / f"{start}.arrow", folder / f"{start}-{self.target}-{self.weight_decay!r}.head.arrow"
 
     def _decompose(self, setting: Setting) -> "Points":
         head, link = self._head(setting)
-        run = None if setting.trajectory is None else setting.trajectory.path
-        folder = writable(None if run is None else run / "features", owner=head)
-        path = folder / f"{head.name}-step-{_step(setting)}.arrow"
+        path, solved = self._files(setting, head, writable(_folder(setting), owner=head))
         with setting.progress(setting.n_train, f"inputs of the head `{head.name}`") as done:
             batches = head_rows(head, setting.examples, path, done)
         points = Points(head, link, batches, self.target == "model", self.weight_decay, setting.n_train)
         with setting.progress(_PARTS, f"solving for the head `{head.name}`", "%") as done:
             iterations = self.max_iterations if self.refit else 0
-            points.solve(folder / self._file(setting, head), iterations, _watch(setting, done))
+            points.solve(solved, iterations, _watch(setting, done))
         self._report(setting, points)
         return points
 
@@ -290,6 +289,12 @@ class Points:
     def _rows(self) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in self.batches:
             yield self.head.augmented(rows.features), self.target(rows)
+
+
+def _folder(setting: Setting) -> Path | None:
+    """Where features are stored with the trajectory, if it is on disk."""
+    run = None if setting.trajectory is None else setting.trajectory.path
+    return None if run is None else run / "features"
 
 
 def _step(setting: Setting) -> int:

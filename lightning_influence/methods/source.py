@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from lightning_influence.curvature.damping import reach_at
 from lightning_influence.curvature.descent import Descent
 from lightning_influence.curvature.ekfac import EKFAC
 from lightning_influence.curvature.preconditioner import check_optimizers, descent_at
-from lightning_influence.curvature.store import prepared_at
+from lightning_influence.curvature.store import prepared_at, preparing
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.gradients.running_sum import RunningSum
 from lightning_influence.methods.kinds import TrainBlock
@@ -25,7 +25,6 @@ from lightning_influence.setting.setting import Queries, Setting, Stage
 from lightning_influence.timing import Work, seconds_of, timed
 from lightning_influence.types import MissingEvidence
 
-V = TypeVar("V")
 # Vectors of the model's size for each example that is carried back for itself.
 _OWN_COPIES = 3
 
@@ -63,9 +62,10 @@ class SOURCE(SegmentProduct):
     whose damping is :math:`1 / T`: the longer the segment, the smaller the damping.
 
     Adam and AdamW are taken as gradient descent with a preconditioner P, 1 / (root of the mean squares + eps), that is
-    constant in a segment: the one at its middle checkpoint. Then :math:`S = P^{1/2} e^{-T M} P^{-1/2}` and
-    :math:`F = P^{1/2} (I - e^{-T M}) M^{-1} P^{1/2}` with :math:`M = P^{1/2} C P^{1/2}`, to which AdamW's decoupled
-    weight decay is added. Different learning rates of parameter groups are part of P.
+    constant in a segment: the one at its middle checkpoint, 0 for weights that had no gradient by then. Then
+    :math:`S = P^{1/2} e^{-T M} P^{-1/2}` and :math:`F = P^{1/2} (I - e^{-T M}) M^{-1} P^{1/2}` with
+    :math:`M = P^{1/2} C P^{1/2}`, to which AdamW's decoupled weight decay is added. Different learning rates of
+    parameter groups are part of P.
 
     Source: Bae, Lin, Lorraine, Grosse. Training Data Attribution via Approximate Unrolled Differentiation.
     NeurIPS 2024.
@@ -138,7 +138,9 @@ class SOURCE(SegmentProduct):
             setting.final()
             carried: Any = ExampleQueries(setting, own).gradients()
             for segment in reversed(self.segments_of(setting)):
-                moved, carried = self.curvature.descend_own(*self._descent(setting, segment, carried))
+                stage, descent = self._stretch(setting, segment)
+                prepared = prepared_at(self.curvature, setting, stage)
+                moved, carried = self.curvature.descend_own(prepared, carried, setting, descent)
                 if here:
                     total[start : start + len(here)] += self._own_products(setting, segment, here, moved)
         return total
@@ -211,16 +213,16 @@ class SOURCE(SegmentProduct):
         carried = final.dense()
         directions: list[DenseQueries] = []
         for segment in reversed(self.segments_of(setting)):
-            moved, carried = self.curvature.descend(*self._descent(setting, segment, carried))
+            stage, descent = self._stretch(setting, segment)
+            prepared = prepared_at(self.curvature, setting, stage)
+            moved, carried = self.curvature.descend(prepared, carried, setting, descent)
             directions.append(DenseQueries(moved, setting.engine.groups))
         return directions[::-1]
 
-    def _descent(self, setting: Setting, segment: SourceSegment, vectors: V) -> tuple[Any, V, Setting, Descent]:
-        """What ``descend`` of the curvature takes to carry vectors through a segment."""
+    def _stretch(self, setting: Setting, segment: SourceSegment) -> tuple[Stage, Descent]:
+        """A segment's middle checkpoint, which is loaded, and the segment as a stretch of gradient descent."""
         (stage,) = setting.stages([segment.middle])
-        prepared = prepared_at(self.curvature, setting, stage)
-        descent = descent_at(setting, stage, self.curvature.damping or 0.0, segment.reach, segment.shrunk)
-        return prepared, vectors, setting, descent
+        return stage, descent_at(setting, stage, self.curvature.damping or 0.0, segment.reach, segment.shrunk)
 
     # ---- the record ---------------------------------------------------------------------------------------------
 
@@ -236,28 +238,23 @@ class SOURCE(SegmentProduct):
 
     def work(self, setting: Setting, queries: Queries | None) -> list[Work]:
         """The curvatures of all segments and the queries carried through them, besides sums and products."""
-        run = setting.state(self, _SegmentedRun)
         divided, size = seconds_of(lambda: self.segments_of(setting)), setting.examples.block_size
-        count, segments = setting.n_train if queries is None else len(queries), len(run.segments)
-        prepared, last = self.curvature.seconds(setting, 0), run.segments[-1]
+        count, segments = setting.n_train if queries is None else len(queries), self.segments_of(setting)
+        middles = setting.stages([segment.middle for segment in segments])
+        begun = [Work("segments", 1, divided), *preparing(self.curvature, setting, middles)]
+        _, descent = self._stretch(setting, segments[-1])
         held = min(
             count, size, (self._own_at_once(setting) if queries is None else self.queries_at_once(setting)) or size
         )
         some = ExampleQueries(setting, range(held)) if queries is None else first_queries(queries)[:held]
-        (stage,) = setting.stages([last.middle])
         gradients = some.gradients()
-        descent = descent_at(setting, stage, self.curvature.damping or 0.0, last.reach, last.shrunk)
-        begun = [
-            Work("segments", 1, divided),
-            Work(f"preparing {type(self.curvature).__name__}", segments, prepared),
-        ]
         if queries is None:
             return [*begun, *self._own_work(setting, gradients, descent)]
         carried = self.curvature.seconds_of_descent(setting, gradients.dense(), descent) / held
         return [
             *begun,
             Work("gradients of queries", count, timed(lambda: some.gradients().dense()) / held),
-            Work("carrying queries back", segments * count, carried),
+            Work("carrying queries back", len(segments) * count, carried),
             *super().work(setting, queries),
         ]
 

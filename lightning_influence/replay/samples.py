@@ -7,7 +7,7 @@ from typing import Any
 from lightning_influence.replay.replay import Replay
 from lightning_influence.replay.steps import Step, examples_of
 from lightning_influence.replay.training_state import TrainingState
-from lightning_influence.timing import seconds_of
+from lightning_influence.timing import seconds_of, timed
 
 # Steps of the longer of the two walks that are compared.
 _STEPS = 5
@@ -32,7 +32,7 @@ class FewSteps(Replay):
 
 
 def seconds_of_walk(replay: Replay, walk: Callable[[Replay], Any]) -> float:
-    """Estimate the seconds of a walk through a whole fit, by walks through seven of its steps, or a segment's.
+    """Estimate the seconds of a walk through a whole fit, by a few walks through some of its steps, or a segment's.
 
     Args:
         replay: the fit.
@@ -41,16 +41,17 @@ def seconds_of_walk(replay: Replay, walk: Callable[[Replay], Any]) -> float:
     number = max(range(len(replay.segments)), key=lambda k: len(replay.segments[k].steps))
     steps, whole = replay.segments[number].steps, examples_of(replay.steps)
 
-    def took(start: int, count: int) -> tuple[float, int]:
+    def took(start: int, count: int, by: Callable[[Callable[[], Any]], float] = timed) -> tuple[float, int]:
         some = steps[start : start + count] or steps[:count]
-        return seconds_of(lambda: walk(FewSteps.of(replay, number, some))), examples_of(some)
+        return by(lambda: walk(FewSteps.of(replay, number, some))), examples_of(some)
 
-    if len(steps) <= 1 + _STEPS:  # where a segment starts takes a good part of the time
-        first, size = took(0, len(steps))
-        again, _ = took(0, len(steps))
-        return max(first, again) + again * (whole - size) / max(1, size)
-    first, size = took(0, 1)  # with what is looked at only once
-    short, _ = took(1, 1)
-    long, longer = took(2, _STEPS)
-    each = (long - short) / (longer - size) if longer > size and long > short else short / max(1, size)
+    whole_segment = len(steps) <= 1 + _STEPS  # where a segment starts takes a good part of the time
+    count = len(steps) if whole_segment else 1
+    first, _ = took(0, count, by=seconds_of)  # with what is looked at only once
+    short, size = took(0 if whole_segment else 1, count)
+    each = short / max(1, size)
+    if not whole_segment:
+        long, longer = took(2, _STEPS)
+        if longer > size and long > short:  # by what is added, as a start takes time too
+            each = min((long - short) / (longer - size), long / longer)
     return max(first, short) + each * max(0, whole - size)

@@ -259,10 +259,13 @@ def table(names, rows, paths, share=1, show=lambda line: None):
             fit = subjects(*paths, share)[name]()
             tracked = [row.method for row in rows.values() if row.method.tracker() and name in row.only]
             module, trajectory = fitted(fit, Path(folder) / "runs", tracked)
+            gc.collect()
+            gc.freeze()  # to look through all there is takes as long as most lines do
             for method, row in rows.items():
                 for line in measure(name, method, row, fit, module, trajectory, folder):
                     lines.append(line)
                     show(line)
+            gc.unfreeze()
     return lines
 
 

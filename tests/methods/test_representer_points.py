@@ -359,22 +359,22 @@ def both_kinds(progress, total, label, unit="example"):
     return progress(total, label, unit) if unit == "%" else contextlib.nullcontext(lambda done: None)
 
 
-def test_what_the_solve_takes_is_in_the_cost_until_it_is_stored(captured, monkeypatch):
+def test_features_and_minimum_are_in_the_cost_until_they_are_stored(captured):
     module, train, queries, trajectory = captured
     attributor = Attributor(module, train, trajectory)
 
-    def seconds(method):
-        with attributor.session(queries) as setting:
-            return method.seconds_of_minimum(setting)
+    def work(**options):
+        """Whether the head is solved for, and how many forward passes are made."""
+        pieces = {piece.what: piece for piece in attributor._cost(RepresenterPoints(**options), queries).work}
+        return pieces["head's minimum"].seconds > 0, pieces["forward passes"].times
 
-    assert seconds(RepresenterPoints()) > 0
-    assert seconds(RepresenterPoints(refit=False)) == 0
-    assert seconds(RepresenterPoints(head="net.7")) == 0  # refused when it is asked
+    new, stored = len(train) + len(queries), len(queries)
+    assert work() == (True, new)
+    assert work(refit=False) == (False, new)
+    assert work(head="net.7") == (False, stored)  # refused when it is asked
     attributor.score(RepresenterPoints(), queries)
-    assert seconds(RepresenterPoints()) == 0
-    assert seconds(RepresenterPoints(weight_decay=0.1)) > 0
-    monkeypatch.setattr(RepresenterPoints, "seconds_of_minimum", lambda *_: 1e6)
-    assert attributor.cost(RepresenterPoints(), queries) > 1e6
+    assert work() == (False, stored)
+    assert work(weight_decay=0.1) == (True, stored)
 
 
 @pytest.mark.parametrize("held", [1, 2**26])

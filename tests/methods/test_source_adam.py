@@ -7,7 +7,7 @@ import torch
 from case import Step, both, mlp
 from fits import fit
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from traced import still
 
 from lightning_influence import EKFAC, SOURCE, Attributor, ExactGGN, Influence, MissingEvidence, Trajectory
@@ -71,7 +71,8 @@ def segments_of(case, module, train, trajectory, bend=dense.softmax_bend):
             elif kind != "SGD":
                 square = own["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
                 beta = group.get("betas", (0.9, 0.999))[1]
-                scale = 1 / ((square / (1 - beta ** float(own["step"]))).sqrt() + group.get("eps", 1e-8))
+                root = (square / (1 - beta ** float(own["step"]))).sqrt()
+                scale = torch.where(square > 0, 1 / (root + group.get("eps", 1e-8)), 0.0)
             reach = steps * group["lr"] / (1 - group.get("momentum", 0))
             wanted = group.get("weight_decay", 0.01 if kind == "AdamW" else 0.0)
             pace.append(reach * scale.flatten())
@@ -171,6 +172,41 @@ def test_a_parameter_that_adam_had_not_moved_stands_still(tmp_path):
     assert any(
         "Adam had not updated net.2.bias yet: these parameters are taken as fixed" in note for note in found.notes
     )
+
+
+class Sparse(Step):
+    """Rare inputs and units that are switched off: some weights have had no gradient by the middle of the fit."""
+
+    def __init__(self, eps):
+        super().__init__(nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 3)))
+        self.eps = eps
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-2, eps=self.eps)
+
+
+def sparse(seed, n):
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 20, generator=draw).clamp(min=0) * (torch.rand(n, 20, generator=draw) < 0.2)
+    x[:, :5] = 0
+    return TensorDataset(x, (x[:, 10:13] + 0.3 * torch.randn(n, 3, generator=draw)).argmax(1))
+
+
+@pytest.mark.parametrize("eps", [pytest.param(1e-8, marks=pytest.mark.slow), 1e-20])
+def test_weights_that_had_no_gradient_yet_stand_still(eps, tmp_path):
+    """At 1 / eps they gave scores of 10^5 with the default eps, and of 10^17 with the smaller one."""
+    train, queries = sparse(0, 40), sparse(1, 10)
+    torch.manual_seed(0)
+    module = Sparse(eps)
+    fit(module, DataLoader(train, 20, shuffle=True), Influence(dirpath=tmp_path), max_epochs=4)
+    single = Attributor(module, train, Trajectory.load(tmp_path))
+    wide = [TensorDataset(d.tensors[0].double(), d.tensors[1]) for d in (train, queries)]
+    double = Attributor(Sparse(eps).double(), wide[0], single.trajectory, check_data=False)
+    for method in (SOURCE(1, EKFAC(tolerance=0)), SOURCE(1, ExactGGN())):
+        found = single.score(method, queries)
+        assert float(found.values.abs().max()) < 5
+        assert found.units == "loss"
+        oracles.assert_scores(found.values.double(), double.score(method, wide[1]).values, 1e-2)
 
 
 def test_it_keeps_every_promise():
