@@ -258,7 +258,7 @@ def one_entry(gradient):
 @pytest.mark.usefixtures("shortened")
 def test_a_wrong_gradient_has_another_digest(fault, shape, dtype):
     g = torch.Generator().manual_seed(0)
-    truth, digester = torch.randn(3, *shape, generator=g, dtype=dtype), digests.Digester()
+    truth, digester = torch.randn(3, *shape, generator=g, dtype=dtype), digests.Digester(Readings())
     rounded = truth * (1 + 4 * torch.finfo(dtype).eps * torch.rand(truth.shape, generator=g, dtype=dtype))
     wrong = truth.clone()
     fault(wrong[1])

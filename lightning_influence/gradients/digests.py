@@ -69,7 +69,7 @@ class Digester:
         readings: of the digests' largest entries.
     """
 
-    readings: Readings = field(default_factory=Readings)
+    readings: Readings
     _project: Projector = field(default_factory=lambda: Projector(RandomProjection(_COMBINATIONS, entries="gaussian")))
 
     def of(self, gradient: Mapping[str, Tensor]) -> Digest:

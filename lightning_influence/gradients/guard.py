@@ -14,6 +14,7 @@ from lightning_influence.gradients.precise import Tolerance, holds_precisely
 from lightning_influence.gradients.relation import add_up, losses_add_up, refusal
 from lightning_influence.gradients.spot_checks import SuspectRows, differing, is_finite, rows_of, same
 from lightning_influence.gradients.unlike_rows import UnlikeRows
+from lightning_influence.module.snapshot import read_comparisons, readings_of
 from lightning_influence.module.task import Task
 
 if TYPE_CHECKING:
@@ -208,8 +209,9 @@ class Guard:
             ValueError: an example weighs otherwise in its batch than alone.
         """
         unread, self._unread = self._unread, []
-        doubtful = torch.stack([each.doubtful for each in unread]).tolist() if unread else []
-        for each in (each for each, doubt in zip(unread, doubtful, strict=True) if doubt):
+        doubtful = readings_of(engine.task.module).read([each.doubtful for each in unread])
+        read_comparisons(engine.task.module)
+        for each in (each for each, (doubt,) in zip(unread, doubtful, strict=True) if doubt):
             block = each.again(each.ids)
             watch = SuspectRows(block.size)
             computed, unequal = engine.in_block(block, watch), rows_of(watch.unequal)

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_influence.data.examples import Examples
 from lightning_influence.data.source import Source
+from lightning_influence.devices import widest
 from lightning_influence.module.random_state import random_states, seed_for
 from lightning_influence.module.task import Task
 from lightning_influence.trajectory.fingerprints import Fingerprint, difference, fingerprint, splits
@@ -141,4 +142,4 @@ def loss_of(task: Task, batch: Batch, ids: Sequence[int]) -> Tensor:
     """The loss of ``training_step`` on a small batch, under a random state that follows from its first example."""
     batch = _copied(batch)  # the step may write into it
     seed_for(0, ids[0])
-    return task(batch).detach().double().sum().cpu()
+    return widest(task(batch).detach()).sum()

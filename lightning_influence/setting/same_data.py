@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from lightning_influence.data.source import Source
+from lightning_influence.devices import read_numbers
 from lightning_influence.module.task import Task
 from lightning_influence.setting.checkpoints import put_in_place
 from lightning_influence.setting.made_again import first_mismatch, loss_of, remade
@@ -92,6 +93,7 @@ def _check_losses(task: Task, source: Source, checkpoints: Sequence[Checkpoint],
     # Of a loss that is almost 0, rounding is a larger part: a tenth of the loss before training is the measure then.
     known = [abs(value) for _, _, value in losses.values]
     scale = 0.1 * max(known if len(known) > 1 else [*known, 1.0])
+    computed = []
     for step, checksum, then in losses.values:
         # not with other weights in the place of a checkpoint, such as averaged ones
         checkpoint = next((c for c in checkpoints if (c.step, c.crc32) == (step, checksum)), None)
@@ -99,9 +101,11 @@ def _check_losses(task: Task, source: Source, checkpoints: Sequence[Checkpoint],
             continue
         put_in_place(task, checkpoint)
         try:
-            now = float(loss_of(task, found.batch, losses.ids))
+            computed.append((step, then, loss_of(task, found.batch, losses.ids)))
         except Exception:
             return  # the question fails with the same error, and says more about it
+    values = read_numbers([loss for _, _, loss in computed])
+    for (step, then, _), (now,) in zip(computed, values, strict=True):
         if not abs(now - then) <= relative * (abs(then) + scale):
             raise ValueError(
                 f"Expected the module to give the losses of the fit, got {now:.6g} for {then:.6g} on the same examples "
