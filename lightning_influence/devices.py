@@ -74,30 +74,35 @@ _SMALL, _TOGETHER = 2**20, 2**25
 
 
 class Readings:
-    """Numbers that devices compute, which are read together when the first of them is needed: with a single wait."""
+    """What devices compute and the host reads together when the first of it is needed: with a single wait."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Tensor, list[float]]] = []
+        self._waiting: list[tuple[Tensor, list[Tensor]]] = []
 
-    def later(self, numbers: Tensor) -> Callable[[], list[float]]:
-        """A function that returns some numbers, and reads them together with all others when it is first called."""
-        found: list[float] = []
-        self._waiting.append((numbers.detach(), found))
+    def arriving(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """A function that returns a tensor on the CPU, and reads it with all that waits when it is first called."""
+        found: list[Tensor] = []
+        self._waiting.append((tensor.detach(), found))
 
-        def read() -> list[float]:
-            if any(each is found for _, each in self._waiting):
+        def read() -> Tensor:
+            if not found:
                 self.read()
-            return found
+            return found[0]
 
         return read
 
+    def later(self, numbers: Tensor) -> Callable[[], list[float]]:
+        """The same for some numbers."""
+        read = self.arriving(numbers)
+        return lambda: read().flatten().tolist()
+
     def read(self, tensors: Sequence[Tensor] = ()) -> list[list[float]]:
-        """The entries of some tensors, which are read now together with all that wait."""
+        """The entries of some tensors, which are read now together with all that waits."""
         waiting, self._waiting = self._waiting, []
-        numbers = read_numbers([*tensors, *(tensor for tensor, _ in waiting)])
-        for (_, found), each in zip(waiting, numbers[len(tensors) :], strict=True):
-            found += each
-        return numbers[: len(tensors)]
+        arrived = on_host([*tensors, *(tensor for tensor, _ in waiting)])
+        for (_, found), tensor in zip(waiting, arrived[len(tensors) :], strict=True):
+            found.append(tensor)
+        return [tensor.flatten().tolist() for tensor in arrived[: len(tensors)]]
 
 
 def read_numbers(tensors: Sequence[Tensor]) -> list[list[float]]:
@@ -123,7 +128,7 @@ def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _is_small(tensor: Tensor) -> bool:
     """Whether it may be copied together with others."""
-    return tensor.layout is torch.strided and not tensor.is_complex() and not tensor.is_neg() and tensor.nbytes < _SMALL
+    return tensor.layout is torch.strided and not tensor.is_complex() and not tensor.is_neg() and tensor.nbytes <= _SMALL
 
 
 # ---- copies to a device ---------------------------------------------------------------------------------------------

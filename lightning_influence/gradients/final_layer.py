@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import ConcatDataset
 
 from lightning_influence.data.examples import Examples
-from lightning_influence.devices import wide
+from lightning_influence.devices import on_host, wide
 from lightning_influence.files.arrow import read_batches, write_batches
 from lightning_influence.gradients import Reduction
 from lightning_influence.gradients.general import requiring_gradients
@@ -29,6 +29,8 @@ from lightning_influence.types import Batch, clean
 _PROBED = 32
 # Stored rows that are computed again, to verify that they are of the same module, data and loss.
 _COMPARED = 8
+# Bytes of rows that are copied from a device at once.
+_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,13 @@ class HeadRows:
     gradients: Tensor
 
     def columns(self) -> dict[str, Tensor]:
-        """The tensors by name, on the CPU, in dtypes that Arrow can store."""
-        return {name: t.cpu() if t.dtype == torch.float64 else t.float().cpu() for name, t in vars(self).items()}
+        """The tensors by name, in dtypes that Arrow can store."""
+        return {name: t if t.dtype == torch.float64 else t.float() for name, t in vars(self).items()}
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the tensors."""
+        return sum(tensor.nbytes for tensor in vars(self).values())
 
     def __getitem__(self, rows: slice) -> "HeadRows":
         return HeadRows(self.features[rows], self.outputs[rows], self.gradients[rows])
@@ -111,7 +118,7 @@ class Head:
     def weight(self) -> Tensor:
         """The current weight, [class, dim] float64 on the CPU, with a bias as its last column."""
         parts = [self.layer.weight] + ([] if self.layer.bias is None else [self.layer.bias[:, None]])
-        return torch.cat([p.detach().cpu().double() for p in parts], 1)
+        return torch.cat([part.double() for part in on_host(parts)], 1)
 
     def augmented(self, features: Tensor) -> Tensor:
         """Features in float64 on the CPU, with a 1 appended if the layer has a bias."""
@@ -133,10 +140,10 @@ class Head:
             batch = examples.some(ids)
             seed_for(0, ids[0])
             probed.append(self._unweighted(self.read(batch, len(ids), noise=noise), ids))
-            _refuse_non_finite(probed[0], ids)
-        tolerance = 1e-6 if probed[0].outputs.dtype == torch.float64 else 1e-2
-        (z, gradient), (moved, moved_gradient) = [(s.outputs.cpu(), s.gradients.cpu()) for s in probed]
-        found = recognise(z, gradient, moved, moved_gradient, tolerance)
+        own, moved = _on_host(probed)
+        _refuse_non_finite(own, ids)
+        tolerance = 1e-6 if own.outputs.dtype == torch.float64 else 1e-2
+        found = recognise(own.outputs, own.gradients, moved.outputs, moved.gradients, tolerance)
         if found is None:
             raise ValueError(
                 f"Expected cross-entropy, binary cross-entropy (with logits) or a squared error on the outputs of "
@@ -268,12 +275,17 @@ def head_rows(head: Head, examples: Examples, path: Path, done: Callable[[int], 
             return stored
 
     def rows() -> Iterator[dict[str, Tensor]]:
+        read: dict[Sequence[int], HeadRows] = {}
         for block in examples.blocks():
             seed_for(0, block.start)
-            found = head.read(block.batch, block.size)
-            _refuse_non_finite(found, block.ids)
-            yield found.columns()
+            read[block.ids] = head.read(block.batch, block.size)
             done(block.size)
+            last = block.start + block.size == len(examples)
+            if last or sum(found.nbytes for found in read.values()) >= _AT_ONCE:
+                for ids, found in zip(read, _on_host([*read.values()]), strict=True):
+                    _refuse_non_finite(found, ids)
+                    yield found.columns()
+                read.clear()
 
     write_batches(path, "features", rows(), {"head": head.name}, overwrite=True)
     stored = _read(path)
@@ -303,6 +315,12 @@ def _read(path: Path) -> list[HeadRows] | None:
         return [HeadRows(b["features"], b["outputs"], b["gradients"]) for b in batches]
     except (ValueError, KeyError):
         return None
+
+
+def _on_host(read: Sequence[HeadRows]) -> list[HeadRows]:
+    """The rows of some batches on the CPU, with a single wait for their device."""
+    tensors = iter(on_host([tensor for rows in read for tensor in vars(rows).values()]))
+    return [HeadRows(next(tensors), next(tensors), next(tensors)) for _ in read]
 
 
 def _refuse_non_finite(found: HeadRows, ids: Sequence[int]) -> None:

@@ -130,7 +130,9 @@ class Guard:
             ValueError: an example weighs otherwise in its batch than alone.
         """
         every, unequal = {*rows, *watch.rows, *self._branching(block, watch)}, watch.unequal
-        if again is None or self._uneven or self._blocks == 1:  # where examples are unequal, they are in most blocks
+        if self._blocks == 2:  # where examples are unequal, they are in most blocks
+            self.read(engine)
+        if again is None or self._uneven:
             found, unequal = rows_of(unequal), []
             self._uneven |= bool(found)
             every |= found

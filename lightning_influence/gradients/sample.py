@@ -195,10 +195,23 @@ class Sample:
         found = {tuple(ids): self._loss(list(ids), plain) for ids in batches}
         return {ids: read()[0] for ids, read in found.items()}
 
+    def prepare_losses(self, batches: Iterable[Sequence[int]]) -> None:
+        """Have the losses of batches read together with those of single examples; see ``losses``."""
+        for ids in batches:
+            with contextlib.suppress(Exception):  # whoever needs them meets the error
+                self._loss(list(ids), False)
+
+    def _of_block(self, ids: list[int]) -> Callable[[], list[float]]:
+        """The loss of a block, from its recorded pass."""
+        key = (-1, *ids)
+        if key not in self._losses:
+            self._losses[key] = self.readings.later(self.tapes[self.chosen.index(ids)].total)  # type: ignore[arg-type]
+        return self._losses[key]
+
     def _loss(self, ids: list[int], plain: bool) -> Callable[[], list[float]]:
         if not plain and ids in self.chosen:
             with contextlib.suppress(Exception):  # whoever needs the gradients meets the error
-                return self.readings.later(self.tapes[self.chosen.index(ids)].total)  # type: ignore[arg-type]
+                return self._of_block(ids)
         key = tuple(ids)
         if key not in self._losses:
             self._losses[key] = self.readings.later(self._pass(self._batch(ids), ids[0], ())[0])

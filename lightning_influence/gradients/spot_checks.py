@@ -156,7 +156,12 @@ def tolerance_of(like: Tensor) -> tuple[float, float]:
 
 def largest_entry(gradients: Iterable[Tensor]) -> Tensor:
     """The largest magnitude of an entry of one example's gradient, over all parameters."""
-    return torch.stack([widest(peak(g)) for g in gradients if g.numel()] or [torch.zeros(())]).max()
+    return largest_of(peak(g) for g in gradients if g.numel())
+
+
+def largest_of(peaks: Iterable[Tensor]) -> Tensor:
+    """The largest of some numbers; NaN if one is, 0 if there are none."""
+    return torch.stack([widest(each) for each in peaks] or [torch.zeros(())]).max()
 
 
 def is_finite(gradient: Mapping[str, Tensor]) -> bool:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.devices import on_host
+from lightning_influence.devices import Readings
 
 # Elements of a tensor, or of an example's row of it, that are looked at: all up to this number, else evenly spread.
 _ELEMENTS = 2**13
@@ -58,13 +58,20 @@ def fingerprint(batch: Any, size: int, positions: Sequence[int]) -> Fingerprint:
         size: number of its examples.
         positions: of those whose rows are summarised.
     """
+    return fingerprint_later(batch, size, positions, Readings())()
+
+
+def fingerprint_later(
+    batch: Any, size: int, positions: Sequence[int], readings: Readings
+) -> Callable[[], Fingerprint]:
+    """The same by a function, which reads what is on a device; until then the batch must stay as it is."""
     with torch.no_grad():
         leaves = [(path, _stored(value)) for path, value in islice(_leaves(batch, size, "", set(), 0), _LEAVES)]
-        parts = [_elements(value, size, positions) for _, value in leaves]
-        rows = iter(on_host([part for of_leaf in parts for part in of_leaf]))
-        summaries = [[_summary(next(rows)) for _ in of_leaf] for of_leaf in parts]
-        found = zip(leaves, summaries, strict=True)
-        return [_leaf(path, value, size, positions, summary) for (path, value), summary in found]
+        parts = [[_summary_later(part, readings) for part in _elements(v, size, positions)] for _, v in leaves]
+    return lambda: [
+        _leaf(path, value, size, positions, [read() for read in reads])
+        for (path, value), reads in zip(leaves, parts, strict=True)
+    ]
 
 
 def splits(found: Fingerprint) -> bool:
@@ -254,6 +261,14 @@ def _dense(value: Tensor) -> Tensor:
 
 def _checksum(value: Any) -> list[float]:
     return [float(zlib.crc32(repr(value).encode()))]
+
+
+def _summary_later(rows: Tensor, readings: Readings) -> Callable[[], list[list[float]]]:
+    if rows.is_cpu:
+        known = _summary(rows)
+        return lambda: known
+    arrives = readings.arriving(rows)
+    return lambda: _summary(arrives())
 
 
 def _summary(rows: Tensor) -> list[list[float]]:
