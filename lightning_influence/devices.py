@@ -42,6 +42,11 @@ def onto(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, torch.float32 if narrow else tensor.dtype)
 
 
+def decomposable(matrix: Tensor) -> Tensor:
+    """A matrix where its eigenvectors, or a basis, can be computed: MPS has no such operations, nor float64."""
+    return matrix if has_float64(matrix.device) else matrix.cpu()
+
+
 def has_coarse_products(device: torch.device, convolutions: bool) -> bool:
     """Whether products of float32 matrices are rounded to TF32 (bfloat16 on some CPUs), as the user has set it.
 
@@ -128,7 +133,9 @@ def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _is_small(tensor: Tensor) -> bool:
     """Whether it may be copied together with others."""
-    return tensor.layout is torch.strided and not tensor.is_complex() and not tensor.is_neg() and tensor.nbytes <= _SMALL
+    return (
+        tensor.layout is torch.strided and not tensor.is_complex() and not tensor.is_neg() and tensor.nbytes <= _SMALL
+    )
 
 
 # ---- copies to a device ---------------------------------------------------------------------------------------------

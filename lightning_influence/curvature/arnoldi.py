@@ -64,14 +64,16 @@ class Arnoldi(Iterative):
 
     def prepare(self, setting: Setting) -> PreparedCurvature:
         """Tensors ``values`` [k] and ``vectors`` [k, parameter]."""
-        with self._undamped(setting) as (product, like):
-            with setting.progress(min(self.steps, like.numel()), "Arnoldi: eigenvectors", "step") as done:
+        with (
+            self._undamped(setting) as (product, like),
+            setting.progress(min(self.steps, like.numel()), "Arnoldi: eigenvectors", "step") as done,
+        ):
 
-                def counted(vectors: Tensor) -> Tensor:
-                    done(1)
-                    return product(vectors)
+            def counted(vectors: Tensor) -> Tensor:
+                done(1)
+                return product(vectors)
 
-                values, vectors = lanczos(counted, like, self.steps, self.seed)
+            values, vectors = lanczos(counted, like, self.steps, self.seed)
         return PreparedCurvature({"values": values, "vectors": vectors}, super().prepare(setting).diagnostics)
 
     def seconds(self, setting: Setting, vectors: int) -> float:

@@ -289,8 +289,7 @@ class EKFAC(Curvature):
 
 
 def _note_neglected(setting: Setting, descent: Descent) -> None:
-    ends = read_numbers([torch.stack(torch.aminmax(p)) for p in descent.preconditioner.values() if p.numel()])
-    if any(least < most for least, most in ends):
+    if descent.preconditions:
         setting.note(
             "The optimizer's preconditioner is not diagonal in the layers' Kronecker eigenbases: only its diagonal "
             "there is used, an approximation that `ExactGGN()` does not make"

@@ -131,10 +131,11 @@ class Iterative(Curvature):
         with setting.progress(PARTS, f"{type(self).__name__}: solving", "%") as done:
             watch = SolverWatch(setting, float(self.tolerance), done)  # type: ignore[attr-defined]
             solution = run(damped, torch.where(good[:, None], right, 0), watch)
-        named = {name: getattr(solution, name) for name in ("residuals", "indefinite", "diverged")}
-        reads = {name: readings_of(setting.engine.task.module).arriving(tensor) for name, tensor in named.items()}
+        readings = readings_of(setting.engine.task.module)
+        arriving = [readings.arriving(each) for each in (solution.residuals, solution.indefinite, solution.diverged)]
         products.check()
-        solution = replace(solution, **{name: read() for name, read in reads.items()})
+        residuals, indefinite, diverged = (read() for read in arriving)
+        solution = replace(solution, residuals=residuals, indefinite=indefinite, diverged=diverged)
         worst = float(solution.residuals.max())
         watch.refuse(type(self).__name__, worst, solution.iterations)
         if watch.stopped:

@@ -29,7 +29,9 @@ class LayerInverses:
         ends = setting.state("ends of tables", _Ends).of(prepared)
         for names, tensors in by_layer(prepared).items():
             added = float(diagonal[setting.engine.groups.get(names[0], 0)])
-            inverted = tuple(_inverted(tensors[key], ends["|".join(names), key], added, names) for key in _tables(tensors))
+            inverted = tuple(
+                _inverted(tensors[key], ends["|".join(names), key], added, names) for key in _tables(tensors)
+            )
             if "eigenvalues" in tensors:
                 self.inverses[names] = self._inverse(names, tensors, inverted[0], added)
             else:

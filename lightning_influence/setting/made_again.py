@@ -91,9 +91,7 @@ def remade(task: Task, source: Source, ids: Sequence[int], positions: Sequence[i
     return Remade(loaded, entered, batch, before != random_states())
 
 
-def mismatch(
-    task: Task, source: Source, batch: FirstBatch, whole: bool, least: float
-) -> Callable[[], Mismatch | None]:
+def mismatch(task: Task, source: Source, batch: FirstBatch, whole: bool, least: float) -> Callable[[], Mismatch | None]:
     """Make a batch of the fit; returns a function that compares it with that of the fit.
 
     Args:

@@ -61,9 +61,7 @@ def fingerprint(batch: Any, size: int, positions: Sequence[int]) -> Fingerprint:
     return fingerprint_later(batch, size, positions, Readings())()
 
 
-def fingerprint_later(
-    batch: Any, size: int, positions: Sequence[int], readings: Readings
-) -> Callable[[], Fingerprint]:
+def fingerprint_later(batch: Any, size: int, positions: Sequence[int], readings: Readings) -> Callable[[], Fingerprint]:
     """The same by a function, which reads what is on a device; until then the batch must stay as it is."""
     with torch.no_grad():
         leaves = [(path, _stored(value)) for path, value in islice(_leaves(batch, size, "", set(), 0), _LEAVES)]
