@@ -103,8 +103,9 @@ class Readings:
 
     def read(self, tensors: Sequence[Tensor] = ()) -> list[list[float]]:
         """The entries of some tensors, which are read now together with all that waits."""
-        waiting, self._waiting = self._waiting, []
+        waiting = [*self._waiting]
         arrived = on_host([*tensors, *(tensor for tensor, _ in waiting)])
+        del self._waiting[: len(waiting)]  # not where memory ran out
         for (_, found), tensor in zip(waiting, arrived[len(tensors) :], strict=True):
             found.append(tensor)
         return [tensor.flatten().tolist() for tensor in arrived[: len(tensors)]]

@@ -67,8 +67,8 @@ def scores(method, **options):
     return lambda ask: ask.score(method, data(BLOCK, 2, torch.float32), **options)
 
 
-# Waits for the device: of a first question about few blocks and of a second one. Further blocks of it have none. At most
-# 20, but for solvers that wait once a product, which is a pass over all data (11 in LiSSA, 10 in Arnoldi), and for
+# Waits for the device: of a first question about few blocks and of a second one. Further blocks of it have none. At
+# most 20, but for solvers that wait once a product, which is a pass over all data (11 in LiSSA, 10 in Arnoldi), and for
 # SOURCE, which prepares a curvature for each of its two segments.
 CEILINGS = {
     "TracInCP": (scores(TracInCP()), 12, 10),
