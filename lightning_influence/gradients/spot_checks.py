@@ -116,7 +116,12 @@ class SuspectRows:
 
 def rows_of(unequal: Sequence[Tensor]) -> set[int]:
     """The rows that ``SuspectRows.unequal`` names, with a single wait for their device."""
-    return {int(row) for differ, *rows in read_numbers(unequal) if differ for row in rows}
+    return named_rows(read_numbers(unequal))
+
+
+def named_rows(unequal: Iterable[Sequence[float]]) -> set[int]:
+    """The same of what was read."""
+    return {int(row) for differ, *rows in unequal if differ for row in rows}
 
 
 def _scaled_by_number(operands: Sequence[Any]) -> bool:

@@ -81,7 +81,7 @@ CEILINGS = {
     "ExactGGN": (scores(InfluenceFunction(ExactGGN(damping=0.1))), 15, 10),
     "SOURCE": (scores(SOURCE(segments=2)), 27, 13),
     "HyDRA": (scores(HyDRA()), 19, 17),
-    "TracIn": (scores(TracIn()), 17, 13),
+    "TracIn": (scores(TracIn()), 16, 13),
     "KNNShapley": (scores(KNNShapley()), 5, 5),
     "RepresenterPoints": (scores(RepresenterPoints()), 9, 9),
     "self-influence": (lambda ask: ask.self_influence(TracInCP()), 9, 7),
