@@ -232,7 +232,7 @@ def _few(rows: Tensor) -> Tensor:
 
 
 def _leaf(
-    path: str, value: Any, size: int, positions: Sequence[int], summaries: Sequence[list[list[float]]]
+    path: str, value: object, size: int, positions: Sequence[int], summaries: Sequence[list[list[float]]]
 ) -> LeafSummary:
     if isinstance(value, list):  # one plain value per example
         return LeafSummary(path, "text", [size], _checksum(value), [_checksum(value[p]) for p in positions])
@@ -249,6 +249,7 @@ def _dense(value: Tensor) -> Tensor:
         return value.dequantize()
     if value.layout is torch.strided and not value.is_nested:
         return value
+    value = value if value.is_nested else value.cpu()  # a device may lack the operations, and float64
     if value.layout is torch.sparse_coo:
         value = value.coalesce()
         return torch.cat([value.indices().reshape(-1).double(), value.values().reshape(-1).double()])
