@@ -42,6 +42,11 @@ def onto(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, torch.float32 if narrow else tensor.dtype)
 
 
+def decomposable(matrix: Tensor) -> Tensor:
+    """A matrix where its eigenvectors, or a basis, can be computed: MPS has no such operations, nor float64."""
+    return matrix if has_float64(matrix.device) else matrix.cpu()
+
+
 def has_coarse_products(device: torch.device, convolutions: bool) -> bool:
     """Whether products of float32 matrices are rounded to TF32 (bfloat16 on some CPUs), as the user has set it.
 
@@ -69,37 +74,69 @@ def roundings() -> list[Any]:
 
 # ---- reading numbers ------------------------------------------------------------------------------------------------
 
+# Bytes of tensors that are copied together with others, and of such a copy.
+_SMALL, _TOGETHER = 2**20, 2**25
+
 
 class Readings:
-    """Numbers that devices compute, which are read together when the first of them is needed: with a single wait."""
+    """What devices compute and the host reads together when the first of it is needed: with a single wait."""
 
     def __init__(self) -> None:
-        self._waiting: list[Tensor] = []
-        self._known: list[list[float]] = []
+        self._waiting: list[tuple[Tensor, list[Tensor]]] = []
 
-    def later(self, numbers: Tensor) -> Callable[[], list[float]]:
-        """A function that returns some numbers, and reads them together with all others when it is first called."""
-        at = len(self._known) + len(self._waiting)
-        self._waiting.append(numbers.detach())
+    def arriving(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """A function that returns a tensor on the CPU, and reads it with all that waits when it is first called."""
+        found: list[Tensor] = []
+        self._waiting.append((tensor.detach(), found))
 
-        def read() -> list[float]:
-            if at >= len(self._known):
-                waiting, self._waiting = self._waiting, []
-                self._known += read_numbers(waiting)
-            return self._known[at]
+        def read() -> Tensor:
+            if not found:
+                self.read()
+            return found[0]
 
         return read
+
+    def later(self, numbers: Tensor) -> Callable[[], list[float]]:
+        """The same for some numbers."""
+        read = self.arriving(numbers)
+        return lambda: read().flatten().tolist()
+
+    def read(self, tensors: Sequence[Tensor] = ()) -> list[list[float]]:
+        """The entries of some tensors, which are read now together with all that waits."""
+        waiting = [*self._waiting]
+        arrived = on_host([*tensors, *(tensor for tensor, _ in waiting)])
+        del self._waiting[: len(waiting)]  # not where memory ran out
+        for (_, found), tensor in zip(waiting, arrived[len(tensors) :], strict=True):
+            found.append(tensor)
+        return [tensor.flatten().tolist() for tensor in arrived[: len(tensors)]]
 
 
 def read_numbers(tensors: Sequence[Tensor]) -> list[list[float]]:
     """The entries of some tensors, with a single wait for each of their devices."""
-    found: list[list[float]] = [[] for _ in tensors]
-    for device in {tensor.device for tensor in tensors}:
-        places = [i for i, tensor in enumerate(tensors) if tensor.device == device]
-        entries = iter(torch.cat([widest(tensors[i]).flatten() for i in places]).tolist())
-        for i in places:
-            found[i] = list(itertools.islice(entries, tensors[i].numel()))
-    return found
+    return [tensor.flatten().tolist() for tensor in on_host(tensors)]
+
+
+def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors on the CPU, as they are; small ones come from their device in one copy, with a single wait."""
+    found = [tensor.detach() for tensor in tensors]
+    for device in {tensor.device for tensor in found if not tensor.is_cpu}:
+        small = [i for i, tensor in enumerate(found) if tensor.device == device and _is_small(tensor)]
+        small.sort(key=lambda i: -found[i].itemsize)  # each begins at a multiple of its own size
+        ends = itertools.accumulate(found[i].nbytes for i in small)
+        for _, pairs in itertools.groupby(zip(small, ends, strict=True), lambda pair: pair[1] // _TOGETHER):
+            places = [i for i, _ in pairs]
+            sizes = [found[i].nbytes for i in places]
+            joined = torch.cat([found[i].reshape(-1).view(torch.uint8) for i in places]).cpu()
+            for i, own in zip(places, joined.split(sizes), strict=True):
+                found[i] = own.view(found[i].dtype).reshape(found[i].shape).clone()
+    return [tensor.cpu() for tensor in found]
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Whether it may be copied together with others."""
+    return (
+        tensor.layout is torch.strided and not tensor.is_complex() and not tensor.is_neg() and tensor.nbytes <= _SMALL
+    )
 
 
 # ---- copies to a device ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from cases_guard import MISSED, PATHS, OverTokens, token_labels
 from torch import nn
 from torch.utils.data import TensorDataset, default_collate
 
-from lightning_influence import Attributor, GradientDot
+from lightning_influence import Attributor, GradientDot, devices
 from lightning_influence.gradients import Engine, digests, engine, sample
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.module.task import Task
@@ -258,7 +258,7 @@ def one_entry(gradient):
 @pytest.mark.usefixtures("shortened")
 def test_a_wrong_gradient_has_another_digest(fault, shape, dtype):
     g = torch.Generator().manual_seed(0)
-    truth, digester = torch.randn(3, *shape, generator=g, dtype=dtype), digests.Digester()
+    truth, digester = torch.randn(3, *shape, generator=g, dtype=dtype), digests.Digester(devices.Readings())
     rounded = truth * (1 + 4 * torch.finfo(dtype).eps * torch.rand(truth.shape, generator=g, dtype=dtype))
     wrong = truth.clone()
     fault(wrong[1])

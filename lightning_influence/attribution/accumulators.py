@@ -107,13 +107,16 @@ class TopKAccumulator:
             ValueError: unknown scores (NaN), which have no rank.
         """
         ids = self._ids[first_id : first_id + tile.shape[1]]
-        if bool(tile.isnan().any()):
+        try:
+            self._best.update(tile, ids, first_query)
+        except ValueError as error:
             unknown = ids[tile.isnan().any(0).cpu()]
+            if not len(unknown):
+                raise
             raise ValueError(
                 f"Expected no unknown scores with `top_k`, got NaN for training examples {unknown[:10].tolist()}. "
                 "Leave `top_k` out."
-            )
-        self._best.update(tile, ids, first_query)
+            ) from error
 
     def merge(self, share: Share, processes: Processes) -> None:
         """Keep the strongest of what all processes kept."""

@@ -112,7 +112,8 @@ def run_group(method: Method, setting: Setting, queries: Queries, ids: Sequence[
     block, setting.progress = method.tile(setting, queries).queries, functools.partial(progress, trainer)
     found = []
     for first in range(0, len(queries), block):
-        values = method.group(setting, queries[first : first + block], ids)
+        some = queries[first : first + block]
+        values = in_memory(functools.partial(method.group, setting, some, ids), setting)
         if values is None:
             scored = method.scored(setting.n_train)
             columns = ids if scored is None else torch.searchsorted(torch.as_tensor(scored), torch.as_tensor(ids))

@@ -6,13 +6,16 @@ from typing import TypeVar
 
 import torch
 
+from lightning_influence.data.examples import Examples
 from lightning_influence.setting.setting import Setting
 
 T = TypeVar("T")
+# Of errors that have no type of their own, from an allocator or from cuBLAS and the like.
+_TEXTS = ("out of memory", "not enough memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
 
 
 def in_memory(work: Callable[[], T], setting: Setting) -> T:
-    """What the work returns; whenever memory runs out, blocks of training examples are halved and it starts again.
+    """What the work returns; whenever memory runs out, blocks of examples are halved and it starts again.
 
     Raises:
         RuntimeError: memory does not suffice for one example, or in one of several processes, where the others would
@@ -21,13 +24,13 @@ def in_memory(work: Callable[[], T], setting: Setting) -> T:
     while True:
         try:
             return work()
-        except RuntimeError as error:
-            size = min(setting.examples.block_size, len(setting.ids))
+        except (RuntimeError, MemoryError) as error:
+            size = max(min(examples.block_size, count) for examples, count in _read(setting))
             if not is_out_of_memory(error) or size == 1:
                 raise
             if setting.processes.count > 1:
                 raise RuntimeError(
-                    f"Expected memory for blocks of {size} training examples in each of {setting.processes.count} "
+                    f"Expected memory for blocks of {size} examples in each of {setting.processes.count} "
                     f"processes, got too little in process {setting.processes.rank}. Pass `Attributor(batch_size="
                     f"{size // 2})` in all of them, or score in one. {error}"
                 ) from error
@@ -36,14 +39,20 @@ def in_memory(work: Callable[[], T], setting: Setting) -> T:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an accelerator or the CPU could not allocate memory."""
-    out = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-    return out or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    """Whether an accelerator, one of its libraries, the CPU or Python could not allocate memory."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in _TEXTS)
+
+
+def _read(setting: Setting) -> list[tuple[Examples, int]]:
+    """The datasets that are read in blocks, each with how many of its examples are."""
+    queries = setting.queries
+    return [(setting.examples, len(setting.ids))] + ([] if queries is None else [(queries.examples, len(queries.ids))])
 
 
 def _halve(setting: Setting, size: int) -> None:
-    setting.examples.close()
-    setting.examples.block_size = size // 2
+    for examples, _ in _read(setting):
+        examples.close()
+        examples.block_size = min(examples.block_size, size // 2)
     gc.collect()
     empty = getattr(torch.get_device_module(setting.zeros().device), "empty_cache", None)
     if empty is not None:
@@ -53,4 +62,4 @@ def _halve(setting: Setting, size: int) -> None:
     most = size if before is None else int(before.removeprefix(told).split()[0])
     if before is not None:
         setting.notes.remove(before)
-    setting.note(f"{told} {most} training examples: they were scored in blocks of {size // 2} (`batch_size=`).")
+    setting.note(f"{told} {most} examples: they were scored in blocks of {size // 2} (`batch_size=`).")

@@ -11,7 +11,7 @@ from lightning_influence.curvature.cost import ProductTimes
 from lightning_influence.curvature.curvature import PreparedCurvature
 from lightning_influence.curvature.damping import of_group
 from lightning_influence.curvature.iterative import Iterative, smallest_entry
-from lightning_influence.devices import wide, wide_device
+from lightning_influence.devices import read_numbers, wide, wide_device
 from lightning_influence.gradients.products import Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
 from lightning_influence.numerics.dense import eigenpairs
@@ -64,8 +64,10 @@ class Arnoldi(Iterative):
 
     def prepare(self, setting: Setting) -> PreparedCurvature:
         """Tensors ``values`` [k] and ``vectors`` [k, parameter]."""
-        product, like = self._undamped(setting)
-        with setting.progress(min(self.steps, like.numel()), "Arnoldi: eigenvectors", "step") as done:
+        with (
+            self._undamped(setting) as (product, like),
+            setting.progress(min(self.steps, like.numel()), "Arnoldi: eigenvectors", "step") as done,
+        ):
 
             def counted(vectors: Tensor) -> Tensor:
                 done(1)
@@ -102,7 +104,9 @@ class Arnoldi(Iterative):
         right = wide(products.flat.join(queries.dense(), len(queries), products.like))
         added = products.flat.fill(of_group(diagonal, setting.engine.groups)).to(right)
         setting.diagnostic("eigenvectors", len(values))
-        if float(values.min()) + float(diagonal.min()) < 0:
+        share = (right @ vectors.T).square().sum() / right.square().sum().clamp_min(1e-300)
+        (least,), (known,) = read_numbers([values.min(), share])
+        if least + float(diagonal.min()) < 0:
             setting.note(
                 f"The {self.name} is not positive definite with this damping: the weights are not at a minimum of the "
                 "loss. Use `matrix='ggn'` or a larger `damping=`"
@@ -113,8 +117,7 @@ class Arnoldi(Iterative):
         else:
             smallest_entry(diagonal, self.name, "Arnoldi")
             solved = _low_rank(values, vectors, right, added)
-            share = (right @ vectors.T).square().sum() / right.square().sum().clamp_min(1e-300)
-            setting.diagnostic("share_of_gradient_in_eigenvectors", float(share), keep=min)
+            setting.diagnostic("share_of_gradient_in_eigenvectors", known, keep=min)
         return DenseQueries(products.flat.split(solved.to(products.like)), setting.engine.groups)
 
     def _leading(self, prepared: PreparedCurvature) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,13 @@
 """A stretch of preconditioned gradient descent on a quadratic loss, and the matrices that describe it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from lightning_influence.devices import read_numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +31,27 @@ class Descent:
     preconditioner: Mapping[str, Tensor]
     added: Mapping[str, Tensor]
     decoupled_decay: Mapping[str, Tensor]
+
+    @cached_property
+    def _ends(self) -> dict[tuple[int, str], list[float]]:
+        """The smallest and the largest entry of P, A and D (0, 1, 2) by parameter, with a single wait."""
+        diagonals = enumerate((self.preconditioner, self.added, self.decoupled_decay))
+        entries = {(i, name): entry for i, of_all in diagonals for name, entry in of_all.items() if entry.numel()}
+        found = read_numbers([torch.stack(torch.aminmax(entry)) for entry in entries.values()])
+        return dict(zip(entries, found, strict=True))
+
+    @property
+    def preconditions(self) -> bool:
+        """Whether P has different entries for one parameter."""
+        return any(least < most for (i, _), (least, most) in self._ends.items() if i == 0)
+
+    def is_uniform(self, names: Collection[str]) -> bool:
+        """Whether P, A and D are numbers for some parameters together."""
+        of_each = [
+            {end for (k, name), ends in self._ends.items() if k == i and name in names for end in ends}
+            for i in range(3)
+        ]
+        return all(len(numbers) <= 1 for numbers in of_each)
 
 
 def mean_exponential(exponents: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from lightning_influence.curvature.fisher_samples import KEPT_BYTES, FisherSampl
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.outer_products import OuterProducts
+from lightning_influence.numerics.dense import eigenpairs
 from lightning_influence.numerics.kronecker import STORED
 from lightning_influence.setting.samples import Samples, first_examples
 from lightning_influence.setting.setting import Setting
@@ -58,7 +59,7 @@ class FactorSamples:
         passes = 2 if self.corrected and size > KEPT_BYTES * self.share else 1
         layers: dict[Names, LayerFactors] = {}
         added = seconds_of(lambda: self._add(layers))
-        each = timed(lambda: torch.linalg.eigh(torch.eye(_SIDE).to(self._like))) / _SIDE**3
+        each = timed(lambda: eigenpairs(torch.eye(_SIDE).to(self._like))) / _SIDE**3
         decomposed = sum(each * side**3 for layer in layers.values() for side in self._sides(layer))
         measured = 0.0
         if self.corrected:

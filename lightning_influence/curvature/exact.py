@@ -14,6 +14,7 @@ from lightning_influence.curvature.descent import Descent, mean_exponential
 from lightning_influence.devices import wide, wide_device
 from lightning_influence.gradients.products import Matrix, Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
+from lightning_influence.module.snapshot import readings_of
 from lightning_influence.numerics.dense import Factorisation, SingularError, eigenpairs, factorise
 from lightning_influence.setting.setting import Setting
 from lightning_influence.timing import timed
@@ -73,8 +74,9 @@ class Exact(Curvature):
                 matrix[start : start + len(unit)] = wide(products.times(self.matrix, unit))
                 done(len(unit))
         matrix = (matrix + matrix.T) / 2
-        mean = float(matrix.diagonal().mean()) if size else 0.0
-        return PreparedCurvature({"matrix": matrix}, {"mean_eigenvalue": mean})
+        read = readings_of(setting.engine.task.module).later(matrix.diagonal().mean())
+        products.check()
+        return PreparedCurvature({"matrix": matrix}, {"mean_eigenvalue": read()[0] if size else 0.0})
 
     def solve(
         self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor

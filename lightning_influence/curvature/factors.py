@@ -1,6 +1,6 @@
 """The Kronecker factors of one layer's Fisher, accumulated from per-sample gradients, with corrected eigenvalues."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.outer_products import OuterProducts
 from lightning_influence.gradients.part import WORKSPACE, Part
-from lightning_influence.numerics.kronecker import SecondMoment
+from lightning_influence.numerics.kronecker import SecondMoment, bases
 from lightning_influence.processes import Processes
 
 # A wider factor is not decomposed: its layer keeps a diagonal Fisher.
@@ -76,14 +76,6 @@ class LayerFactors:
         """Of the eigenbases, up to a factor."""
         return 0.0 if self.sides is None else float(sum(side**3 for side in self.sides))
 
-    def decompose(self) -> None:
-        """Compute the eigenbases of both sides, between the passes."""
-        if self.sides is None:
-            return
-        self.values_out, self.basis_out, _ = self.output_moment.basis()
-        self.values_in, self.basis_in, self.stored_inputs = self.input_moment.basis()
-        self.n_measured = 0
-
     def take_bases(self, processes: Processes, rank: int) -> None:
         """Those of the process that computed them: the same in all, where each might round them differently."""
         if self.sides is None or processes.count == 1:
@@ -141,6 +133,16 @@ class LayerFactors:
             **{"values_out": self.values_out, "values_in": self.values_in},
             "transposed": torch.tensor(self.transposed),
         }
+
+
+def decompose(layers: Iterable[LayerFactors]) -> None:
+    """Compute the eigenbases of both sides of layers, between the passes."""
+    chosen = [layer for layer in layers if layer.sides is not None]
+    found = bases([moment for layer in chosen for moment in (layer.output_moment, layer.input_moment)])
+    for layer in chosen:
+        layer.values_out, layer.basis_out, _ = next(found)
+        layer.values_in, layer.basis_in, layer.stored_inputs = next(found)
+        layer.n_measured = 0
 
 
 def side_widths(part: Part) -> tuple[int, int] | None:

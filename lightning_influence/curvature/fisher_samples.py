@@ -14,7 +14,7 @@ from lightning_influence.gradients import Engine, Gradients, Reduction
 from lightning_influence.gradients.final_layer import Head, find_head
 from lightning_influence.gradients.guard import Again
 from lightning_influence.numerics.heads import Link
-from lightning_influence.setting.setting import Setting
+from lightning_influence.setting.setting import Setting, cached
 
 # Gradients of a pass over the training data that take at most this many bytes are kept for the next pass.
 KEPT_BYTES = 2**28
@@ -43,11 +43,9 @@ class FisherSamples:
     _kept: list[Gradients] | None = None
 
     def __post_init__(self) -> None:
-        engine = self.setting.engine
         self._loss: SampledLabelLoss | None = None
         if self.labels != "empirical":
-            head = find_head(engine.task, engine.reduction, self.setting.examples, None, engine.weights)
-            self._loss = SampledLabelLoss(head, head.link(self.setting.examples), self.seed, self.setting.n_train)
+            self._loss = SampledLabelLoss(*head_of(self.setting), self.seed, self.setting.n_train)
 
     @property
     def classes(self) -> int:
@@ -94,6 +92,22 @@ class FisherSamples:
     def _weighted(self, gradients: Gradients, block: Block) -> Gradients:
         weights = self.setting.engine.weights_of(block.ids)
         return gradients if weights is None else gradients.scaled(dict.fromkeys(gradients.parts, weights.sqrt()))
+
+
+def head_of(setting: Setting) -> tuple[Head, Link]:
+    """The final linear layer and the loss on it, found once for the weights in place.
+
+    Raises:
+        ValueError: there is no such layer, or another loss.
+    """
+
+    def found() -> tuple[Head, Link]:
+        engine = setting.engine
+        head = find_head(engine.task, engine.reduction, setting.examples, None, engine.weights)
+        return head, head.link(setting.examples)
+
+    kept: dict[int, tuple[Head, Link]] = setting.state("head", dict)  # by version of the weights
+    return cached(kept, setting.engine.task.version, found)
 
 
 class SampledLabelLoss:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -17,6 +17,7 @@ from lightning_influence.curvature.damping import diagonal_at, of_group
 from lightning_influence.curvature.watch import GO_ON, PARTS, SolverWatch
 from lightning_influence.gradients.products import Matrix, Products
 from lightning_influence.gradients.queries import DenseQueries, QueryGradients
+from lightning_influence.module.snapshot import readings_of
 from lightning_influence.numerics.solvers import Product, Solution, Watch, conjugate_gradient, mean_diagonal
 from lightning_influence.setting.samples import first_examples
 from lightning_influence.setting.setting import Setting
@@ -68,7 +69,9 @@ class Iterative(Curvature):
 
     def prepare(self, setting: Setting) -> PreparedCurvature:
         """The mean eigenvalue, by Hutchinson's estimate with 32 seeded random vectors."""
-        return PreparedCurvature(diagnostics={"mean_eigenvalue": mean_diagonal(*self._undamped(setting), self.seed)})
+        with self._undamped(setting) as undamped:
+            read = readings_of(setting.engine.task.module).later(mean_diagonal(*undamped, self.seed))
+        return PreparedCurvature(diagnostics={"mean_eigenvalue": read()[0]})
 
     def seconds_of_preparing(self, setting: Setting) -> float:
         """The products that it takes on a few training examples, at the time of those on all."""
@@ -127,11 +130,13 @@ class Iterative(Curvature):
         mean = lambda: self.mean_eigenvalue(prepared, few)  # noqa: E731
         return diagonal_at(setting, setting.final(), self.damping, mean, self.share).total
 
-    def _undamped(self, setting: Setting) -> tuple[Product, Tensor]:
+    @contextlib.contextmanager
+    def _undamped(self, setting: Setting) -> Iterator[tuple[Product, Tensor]]:
         """The product with the curvature alone, and a vector of zeros of its size, dtype and device."""
         products = Products(setting.engine, setting.examples)
         like = products.like.detach().new_zeros(len(products.flat))
-        return lambda vectors: self._product(setting, products, vectors), like
+        yield lambda vectors: self._product(setting, products, vectors), like
+        products.check()
 
     def _product(self, setting: Setting, products: Products, vectors: Tensor) -> Tensor:
         """A product with the curvature, which is counted."""
@@ -153,6 +158,11 @@ class Iterative(Curvature):
         with setting.progress(PARTS, f"{type(self).__name__}: solving", "%") as done:
             watch = SolverWatch(setting, float(self.tolerance), done)  # type: ignore[attr-defined]
             solution = run(damped, torch.where(good[:, None], right, 0), watch)
+        readings = readings_of(setting.engine.task.module)
+        arriving = [readings.arriving(each) for each in (solution.residuals, solution.indefinite, solution.diverged)]
+        products.check()
+        residuals, indefinite, diverged = (read() for read in arriving)
+        solution = replace(solution, residuals=residuals, indefinite=indefinite, diverged=diverged)
         worst = float(solution.residuals.max())
         watch.refuse(type(self).__name__, worst, solution.iterations)
         if watch.stopped:
@@ -161,7 +171,7 @@ class Iterative(Curvature):
                 f"`{type(self).__name__}` was stopped at the limit of time after {solution.iterations} iterations, "
                 f"with a residual of {worst:.2g}. {GO_ON}"
             )
-        setting.diagnostic("solver_residual", float(solution.residuals.max()))
+        setting.diagnostic("solver_residual", worst)
         setting.diagnostic("solver_iterations", solution.iterations)
         found = torch.where(good[:, None], solution.vectors, torch.nan)
         return solution, DenseQueries(products.flat.split(found), setting.engine.groups)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from lightning_influence.curvature.descent import Descent, mean_exponential
 from lightning_influence.curvature.factors import as_matrices, from_matrices, rotated, rows_of
 from lightning_influence.curvature.kronecker_part import Bases
-from lightning_influence.devices import wide
+from lightning_influence.devices import decomposable, wide
 from lightning_influence.gradients.block import Names
 
 Pair = tuple[Tensor, Tensor]
@@ -32,7 +32,7 @@ def descend_layer(
         pairs = [_diagonals(wide(t), *entries) for t, *entries in zip(tables, *of_layer, strict=True)]
         moved, left = (tuple(r * p[k].to(r) for r, p in zip(rows, pairs, strict=True)) for k in (0, 1))
     else:
-        moved, left = _in_eigenbasis(kept, of_layer, rows)
+        moved, left = _in_eigenbasis(kept, of_layer, rows, descent.is_uniform(names))
     return dict(zip(names, moved, strict=True)), dict(zip(names, left, strict=True))
 
 
@@ -47,8 +47,7 @@ def complete_descent(names: Names, kept: Mapping[str, Tensor], descent: Descent)
     entries, eigenvalues = [as_matrices(_rows(e), transposed) for e in _entries(names, descent)], kept["eigenvalues"]
     beyond = _Outside(*bases)
     if beyond:
-        outside = _diagonals(torch.zeros_like(entries[0][0]), *(e[0] for e in entries))
-        if not (beyond.narrow and all(_constant(factors) for factors in outside)):
+        if not (beyond.narrow and descent.is_uniform(names)):
             return None
         bases = [torch.cat(sides, 1) for sides in zip(bases, beyond.ends, strict=True)]
         more = [end.shape[1] for end in beyond.ends]
@@ -65,10 +64,6 @@ def _rows(entries: list[Tensor]) -> list[Tensor]:
     return [e[None] for e in entries]
 
 
-def _constant(values: Tensor) -> bool:
-    return bool((values == values.flatten()[0]).all())
-
-
 def _inside(eigenvalues: Tensor, entries: list[Tensor], left: Tensor, right: Tensor) -> Pair:
     """The diagonals of F and S^T in an eigenbasis, from those of P, A and D, [1, out, in] each."""
     squares = wide(left).square(), wide(right).square()
@@ -76,7 +71,7 @@ def _inside(eigenvalues: Tensor, entries: list[Tensor], left: Tensor, right: Ten
 
 
 def _in_eigenbasis(
-    kept: Mapping[str, Tensor], of_layer: list[list[Tensor]], rows: tuple[Tensor, ...]
+    kept: Mapping[str, Tensor], of_layer: list[list[Tensor]], rows: tuple[Tensor, ...], uniform: bool
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     transposed = bool(kept["transposed"])
     left, right = kept["basis_out"], kept["basis_in"]
@@ -91,7 +86,7 @@ def _in_eigenbasis(
     for within, without in zip(inside, outside, strict=True):
         made = rotated(projected * within.to(projected), left.T, right.T)
         if rest is not None:
-            made += beyond.scaled(rest, without)
+            made += beyond.scaled(rest, without, uniform)
         found.append(from_matrices(made, [row.shape[1:] for row in rows], transposed))
     return found[0], found[1]
 
@@ -117,16 +112,18 @@ class _Outside:
             found += self.ends[0] @ ((self.ends[0].T @ matrices) @ right) @ right.T
         return found
 
-    def scaled(self, rest: Tensor, factors: Tensor) -> Tensor:
-        """What is outside, times factors [out, in], as far as that is outside."""
+    def scaled(self, rest: Tensor, factors: Tensor, uniform: bool) -> Tensor:
+        """What is outside, times factors [out, in] (all the same if ``uniform``), as far as that is outside."""
         scaled = rest * factors.to(rest)
-        return scaled if self.narrow and _constant(factors) else self.of(scaled)
+        return scaled if self.narrow and uniform else self.of(scaled)
 
 
 def _complement(basis: Tensor) -> Tensor:
     """An orthonormal basis, [side, side - k], of what is orthogonal to one, [side, k]."""
     side, count = basis.shape
-    return basis[:, :0] if side == count else torch.linalg.qr(basis, mode="complete")[0][:, count:]
+    if side == count:
+        return basis[:, :0]
+    return torch.linalg.qr(decomposable(basis), mode="complete")[0][:, count:].to(basis)
 
 
 def _diagonals(eigenvalues: Tensor, preconditioner: Tensor, added: Tensor, decoupled_decay: Tensor) -> Pair:

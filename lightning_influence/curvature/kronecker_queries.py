@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.kronecker_part import KroneckerPart
+from lightning_influence.devices import read_numbers
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.block import Names, SketchOf
 from lightning_influence.gradients.dense_rows import DenseRows
@@ -107,16 +108,19 @@ def lower_ranks(
     length = torch.stack([table.exact for table in tables.values()]).sum(0).norm(dim=1)
     length = torch.where(length > 0, length, torch.inf)
 
-    def relative(errors: Tensor) -> float:
-        return float((errors.norm(dim=1) / length).square().mean().sqrt())
+    def relative(errors: Tensor) -> Tensor:
+        return (errors.norm(dim=1) / length).square().mean().sqrt()
 
-    while True:
-        error = relative(torch.stack([table.errors for table in tables.values()]).sum(0))
+    error = 0.0
+    while any(table.low_rank is not None for table in tables.values()):
+        errors = [table.errors for table in tables.values()]
+        (error,), *own = read_numbers([relative(each) for each in (torch.stack(errors).sum(0), *errors)])
         if error <= tolerance:
             break
         # Raise the rank where the error is largest for the cost.
-        best = max(tables.values(), key=lambda table: relative(table.errors) ** 2 / sum(table.part.inverse.table.shape))
-        best.raise_rank()
+        shares = {n: e**2 / sum(t.part.inverse.table.shape) for (n, t), (e,) in zip(tables.items(), own, strict=True)}
+        tables[max(shares, key=lambda names: shares[names])].raise_rank()
+        error = 0.0
     found = {names: replace(part, low_rank=tables[names].low_rank) for names, part in parts.items()}
     return found, error
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from lightning_influence.curvature.curvature import PreparedCurvature
 from lightning_influence.curvature.factors import rows_of
 from lightning_influence.curvature.kronecker_part import KroneckerInverse, KroneckerPart
-from lightning_influence.devices import wide
+from lightning_influence.devices import read_numbers, wide
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.directions import Directions
 from lightning_influence.gradients.lookup import Lookup
@@ -25,21 +26,23 @@ class LayerInverses:
         self.shapes = {name: tuple(p.shape) for name, p in setting.engine.task.named_parameters().items()}
         self.inverses: dict[Names, KroneckerInverse] = {}
         self.diagonals: dict[Names, tuple[Tensor, ...]] = {}
+        ends = setting.state("ends of tables", _Ends).of(prepared)
         for names, tensors in by_layer(prepared).items():
             added = float(diagonal[setting.engine.groups.get(names[0], 0)])
+            inverted = tuple(
+                _inverted(tensors[key], ends["|".join(names), key], added, names) for key in _tables(tensors)
+            )
             if "eigenvalues" in tensors:
-                self.inverses[names] = self._inverse(names, tensors, added)
+                self.inverses[names] = self._inverse(names, tensors, inverted[0], added)
             else:
-                tables = (tensors[f"diagonal{i}"] for i in range(len(names)))
-                self.diagonals[names] = tuple(_inverted(table, added, names) for table in tables)
+                self.diagonals[names] = inverted
 
     def __iter__(self) -> Iterator[Names]:
         return iter((*self.inverses, *self.diagonals))
 
-    def _inverse(self, names: Names, tensors: Mapping[str, Tensor], added: float) -> KroneckerInverse:
+    def _inverse(self, names: Names, tensors: Mapping[str, Tensor], table: Tensor, added: float) -> KroneckerInverse:
         shapes = tuple(self.shapes[name] for name in names)
         bases = tensors["basis_out"], tensors["basis_in"]
-        table = _inverted(tensors["eigenvalues"], added, names)
         outside = 1 / added if added > 0 else torch.inf
         found = KroneckerInverse(*bases, bool(tensors["transposed"]), table, outside, shapes)
         if not added > 0 and not found.complete:
@@ -106,16 +109,38 @@ def _concatenated(parts: list[OuterProducts]) -> OuterProducts:
     return OuterProducts(inputs, outputs, parts[0].shape, parts[0].bias, parts[0].transposed, None, factors)
 
 
-def _inverted(eigenvalues: Tensor, added: float, names: Names) -> Tensor:
-    total = wide(eigenvalues) + added
-    if not math.isfinite(float(total.sum())):
+@dataclass
+class _Ends:
+    """The smallest and the largest entry of each table of the latest prepared curvature, read together."""
+
+    prepared: PreparedCurvature | None = None
+    found: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+
+    def of(self, prepared: PreparedCurvature) -> dict[tuple[str, str], list[float]]:
+        """By layer and name of the table."""
+        if self.prepared is not prepared:
+            layers = by_layer(prepared)
+            tables = {("|".join(n), key): tensors[key] for n, tensors in layers.items() for key in _tables(tensors)}
+            ends = read_numbers([torch.stack(torch.aminmax(table)) for table in tables.values()])
+            self.prepared, self.found = prepared, dict(zip(tables, ends, strict=True))
+        return self.found
+
+
+def _tables(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of a layer's eigenvalues, or of the diagonals of its parameters."""
+    return ["eigenvalues"] if "eigenvalues" in tensors else [f"diagonal{i}" for i in range(len(tensors))]
+
+
+def _inverted(eigenvalues: Tensor, ends: Sequence[float], added: float, names: Names) -> Tensor:
+    if not all(map(math.isfinite, ends)):
         raise ValueError(
             f"Expected finite gradients, got NaN or infinity in the Fisher of {', '.join(f'`{n}`' for n in names)}. "
             "`GradientDot()` names the training examples at fault: check their inputs and losses, or leave them out."
         )
-    if not float(total.min()) > torch.finfo(eigenvalues.dtype).eps * float(total.max()) * (added <= 0):
+    least, most = (end + added for end in ends)
+    if not least > torch.finfo(eigenvalues.dtype).eps * most * (added <= 0):
         _refuse_singular(names, added)
-    return (1 / total).to(eigenvalues)
+    return (1 / (wide(eigenvalues) + added)).to(eigenvalues)
 
 
 def _refuse_singular(names: Names, added: float) -> None:

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
+from lightning_influence.curvature.fisher_samples import head_of
 from lightning_influence.curvature.iterative import Iterative
-from lightning_influence.gradients.final_layer import find_head
 from lightning_influence.gradients.losses import Losses
 from lightning_influence.gradients.queries import EachQuery, QueryGradients
+from lightning_influence.module.snapshot import readings_of
 from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.setting.setting import Setting
 
@@ -58,17 +59,19 @@ def own_influence(
     for start in range(0, len(ids), step):
         chosen = ids[start : start + step]
         block = setting.examples.chosen(chosen)
-        gradients, weights = setting.engine.gradients(block), setting.engine.weights_of(chosen)
+        gradients = setting.engine.gradients(block, again=setting.examples.chosen)
+        weights = setting.engine.weights_of(chosen)
         for products, diagonal in zip(found, (implied, used), strict=False):
             if products is found[1] and bool((implied == used).all()):
                 products.append(found[0][-1])
                 continue
             each = _solved(curvature, prepared, EachQuery([gradients]), setting, diagonal).diagonal(gradients)
-            each = (each if weights is None else each * weights.to(each)).cpu().double()
-            products.append(each / setting.n_train)
-        found[2].append(losses_of(setting.engine, block).cpu())
-    own, other, losses = map(torch.cat, found)
-    return OwnInfluence(own, other, losses, _is_squared(setting))
+            products.append(each if weights is None else each * weights.to(each))
+        found[2].append(losses_of(setting.engine, block))
+    reads = [readings_of(setting.engine.task.module).arriving(torch.cat(of_kind)) for of_kind in found]
+    setting.engine.read_checks()
+    own, other, losses = (read().double() for read in reads)
+    return OwnInfluence(own / setting.n_train, other / setting.n_train, losses, _is_squared(setting))
 
 
 def seconds_of_leverage(curvature: Curvature, setting: Setting) -> float:
@@ -95,10 +98,8 @@ def weighted_leverage(own: Tensor, losses: Tensor, squared: bool = False) -> flo
 
 
 def _is_squared(setting: Setting) -> bool:
-    engine = setting.engine
     with contextlib.suppress(ValueError):  # no linear head, or another loss
-        head = find_head(engine.task, engine.reduction, setting.examples, None, engine.weights)
-        return head.link(setting.examples).kind == "identity"
+        return head_of(setting)[1].kind == "identity"
     return False
 
 

@@ -63,7 +63,8 @@ class LiSSA(Iterative):
 
     def prepare(self, setting: Setting) -> PreparedCurvature:
         """The mean and the largest eigenvalue."""
-        largest = largest_eigenvalue(*self._undamped(setting), self.seed)
+        with self._undamped(setting) as undamped:
+            largest = largest_eigenvalue(*undamped, self.seed)
         return PreparedCurvature(diagnostics={**super().prepare(setting).diagnostics, "largest_eigenvalue": largest})
 
     def solve(
@@ -84,7 +85,8 @@ class LiSSA(Iterative):
         if solution.stopped:
             return directions
         if float(solution.residuals.max()) > self.tolerance and position not in bounds:
-            bounds[position] = eigenvalue_bounds(*self._undamped(setting), self.seed)
+            with self._undamped(setting) as undamped:
+                bounds[position] = eigenvalue_bounds(*undamped, self.seed)
             largest = bounds[position][1] + float(diagonal.max())
             if scale < largest < math.inf:
                 scale = largest

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
-from lightning_influence.devices import wide_device
+from lightning_influence.devices import on_host, read_numbers, wide_device
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.setting.setting import Setting, Stage, cached
 from lightning_influence.timing import Work, seconds_of
@@ -97,7 +97,8 @@ def preparing(curvature: Curvature, setting: Setting, stages: Iterable[Stage]) -
 def write(path: Path, about: dict[str, Any], prepared: PreparedCurvature) -> None:
     """Write a prepared curvature atomically to one file with a checksum."""
     content = io.BytesIO()
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in prepared.tensors.items()}
+    on_cpu = on_host([*prepared.tensors.values()])
+    tensors = {name: tensor.contiguous() for name, tensor in zip(prepared.tensors, on_cpu, strict=True)}
     head = {"format": _FORMAT, "about": about, "figures": dict(prepared.diagnostics), "notes": list(prepared.notes)}
     torch.save({"head": json.dumps(head), "tensors": tensors}, content)
     body = content.getvalue()
@@ -139,7 +140,9 @@ def read_any(path: Path, device: torch.device | None = None) -> tuple[dict[str, 
 
 
 def _placed(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
-    """The tensor where ``prepare`` would have made it."""
+    """The tensor where ``prepare`` would have made it: flags on the CPU."""
+    if tensor.dtype is torch.bool:
+        return tensor
     if device is not None and tensor.dtype == torch.float64:
         device = wide_device(device)
     return tensor.to(device)
@@ -174,5 +177,5 @@ def _some_losses(setting: Setting) -> list[str]:
             example = k * (setting.n_train - 1) // max(1, min(_COMPARED, setting.n_train) - 1)
             batch = task.to_device(setting.examples.one(example))
             seed_for(setting.engine.seed, example)
-            losses.append(f"{float(task(batch).sum()):.4e}")
-    return losses
+            losses.append(task(batch).sum())
+    return [f"{loss:.4e}" for (loss,) in read_numbers(losses)]

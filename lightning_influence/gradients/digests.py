@@ -13,7 +13,7 @@ from lightning_influence.devices import Readings, read_numbers
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.precise import Tolerance
-from lightning_influence.gradients.spot_checks import agrees, peak
+from lightning_influence.gradients.spot_checks import agrees, largest_of, peak
 from lightning_influence.numerics.projections import PlainSketch, Projector, RandomProjection, Sketch
 
 # Parameters of at most this many entries are compared entry by entry, others by so many random combinations.
@@ -29,11 +29,13 @@ class Digest:
         values: by parameter: its entries, or random combinations of them, which are of the size of its norm.
         spread: by parameter: how much larger rounding errors of its entries may be together, in such a combination.
         peaks: reads by parameter that has entries the largest magnitude of one; NaN or infinity if there is one.
+        peak: the largest of them, where the gradient is.
     """
 
     values: Mapping[str, Tensor]
     spread: Mapping[str, float]
     peaks: Callable[[], Mapping[str, float]]
+    peak: Tensor
 
     @cached_property
     def largest(self) -> float:
@@ -69,15 +71,16 @@ class Digester:
         readings: of the digests' largest entries.
     """
 
-    readings: Readings = field(default_factory=Readings)
+    readings: Readings
     _project: Projector = field(default_factory=lambda: Projector(RandomProjection(_COMBINATIONS, entries="gaussian")))
 
     def of(self, gradient: Mapping[str, Tensor]) -> Digest:
         """The digest of one gradient, [*shape] by parameter."""
         values = {name: self._sketch(name, g.shape, g).rows(g[None])[0] for name, g in gradient.items()}
         spread = {n: 1.0 if v.numel() == gradient[n].numel() else gradient[n].numel() ** 0.5 for n, v in values.items()}
-        most = {name: self.readings.later(peak(g)) for name, g in gradient.items() if g.numel()}
-        return Digest(values, spread, lambda: {name: read()[0] for name, read in most.items()})
+        peaks = {name: peak(g) for name, g in gradient.items() if g.numel()}
+        most = {name: self.readings.later(largest) for name, largest in peaks.items()}
+        return Digest(values, spread, lambda: {n: read()[0] for n, read in most.items()}, largest_of(peaks.values()))
 
     def rows(self, parts: Mapping[Names, Part], wanted: set[str]) -> dict[str, Tensor]:
         """[example, ...]: the values of the digests of a block's gradients, for parts with parameters in ``wanted``."""
@@ -104,6 +107,8 @@ def agreements(
 ) -> Iterator[tuple[str, Tensor]]:
     """By parameter, whether the gradient of one example is that of its digest, up to rounding errors; see ``agrees``.
 
+    If the digest is not finite there is nothing to compare; the attributor reports every such example.
+
     Args:
         rows: [example, ...]: see ``Digester.rows``; what is absent is zero.
         row: of the example.
@@ -113,8 +118,9 @@ def agreements(
     """
     for name in names:
         true, mine = truth.values[name], rows.get(name)
-        largest = truth.largest * truth.spread[name]
-        yield name, agrees(None if mine is None else mine[row].view_as(true), true, largest, tolerance)
+        largest = truth.peak.to(true.device) * truth.spread[name]
+        right = agrees(None if mine is None else mine[row].view_as(true), true, largest, tolerance)
+        yield name, right | ~largest.isfinite()
 
 
 def without_wrong(names: set[str], checked: Sequence[tuple[str, Tensor]]) -> set[str]:

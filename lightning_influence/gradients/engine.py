@@ -124,6 +124,8 @@ class Engine:
         guard: checks the gradients.
         weights: [example] of the dataset, where a batch's loss is a mean over tokens: the tokens of each example,
             relative to their mean. None: all examples of a batch have the same weight.
+        outputs_checked_at: the task, and the version of its weights, whose loss was found to depend on the parameters
+            through the network's outputs only.
     """
 
     task: Task
@@ -134,6 +136,7 @@ class Engine:
     examples: Examples | None = None
     guard: Guard = field(default_factory=Guard)
     weights: Tensor | None = None
+    outputs_checked_at: tuple[Task, int] | None = None
     _width: int = 0
     _positions: set[tuple[str, float]] = field(default_factory=set)
 

@@ -1,21 +1,15 @@
 """The final linear layer of a module: finding it, and reading its inputs and the gradients of its outputs."""
 
-import contextlib
-import tempfile
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import ConcatDataset
 
 from lightning_influence.data.examples import Examples
-from lightning_influence.devices import wide
-from lightning_influence.files.arrow import read_batches, write_batches
+from lightning_influence.devices import on_host, wide
 from lightning_influence.gradients import Reduction
 from lightning_influence.gradients.general import requiring_gradients
 from lightning_influence.module.copies import Copies
@@ -27,8 +21,6 @@ from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.types import Batch, clean
 
 _PROBED = 32
-# Stored rows that are computed again, to verify that they are of the same module, data and loss.
-_COMPARED = 8
 
 
 @dataclass(frozen=True)
@@ -46,8 +38,13 @@ class HeadRows:
     gradients: Tensor
 
     def columns(self) -> dict[str, Tensor]:
-        """The tensors by name, on the CPU, in dtypes that Arrow can store."""
-        return {name: t.cpu() if t.dtype == torch.float64 else t.float().cpu() for name, t in vars(self).items()}
+        """The tensors by name, in dtypes that Arrow can store."""
+        return {name: t if t.dtype == torch.float64 else t.float() for name, t in vars(self).items()}
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the tensors."""
+        return sum(tensor.nbytes for tensor in vars(self).values())
 
     def __getitem__(self, rows: slice) -> "HeadRows":
         return HeadRows(self.features[rows], self.outputs[rows], self.gradients[rows])
@@ -108,10 +105,15 @@ class Head:
         (gradient,) = torch.autograd.grad(total, leaf)
         return HeadRows(features, leaf.detach(), gradient)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """That of ``weight``."""
+        return self.layer.out_features, self.layer.in_features + (self.layer.bias is not None)
+
     def weight(self) -> Tensor:
         """The current weight, [class, dim] float64 on the CPU, with a bias as its last column."""
         parts = [self.layer.weight] + ([] if self.layer.bias is None else [self.layer.bias[:, None]])
-        return torch.cat([p.detach().cpu().double() for p in parts], 1)
+        return torch.cat([part.double() for part in on_host(parts)], 1)
 
     def augmented(self, features: Tensor) -> Tensor:
         """Features in float64 on the CPU, with a 1 appended if the layer has a bias."""
@@ -133,10 +135,10 @@ class Head:
             batch = examples.some(ids)
             seed_for(0, ids[0])
             probed.append(self._unweighted(self.read(batch, len(ids), noise=noise), ids))
-            _refuse_non_finite(probed[0], ids)
-        tolerance = 1e-6 if probed[0].outputs.dtype == torch.float64 else 1e-2
-        (z, gradient), (moved, moved_gradient) = [(s.outputs.cpu(), s.gradients.cpu()) for s in probed]
-        found = recognise(z, gradient, moved, moved_gradient, tolerance)
+        own, moved = rows_on_host(probed)
+        refuse_non_finite(own, ids)
+        tolerance = 1e-6 if own.outputs.dtype == torch.float64 else 1e-2
+        found = recognise(own.outputs, own.gradients, moved.outputs, moved.gradients, tolerance)
         if found is None:
             raise ValueError(
                 f"Expected cross-entropy, binary cross-entropy (with logits) or a squared error on the outputs of "
@@ -252,60 +254,14 @@ def find_head(
     return Head(last, layers[last], task, reduction, weights)
 
 
-def head_rows(head: Head, examples: Examples, path: Path, done: Callable[[int], Any]) -> list[HeadRows]:
-    """The final layer's rows for all training examples, memory-mapped from an Arrow file.
-
-    The file is written if it is missing, damaged, or holds rows of other weights, data or another loss; ``done`` is
-    called with the number of examples that were read.
-
-    Raises:
-        ValueError: features or gradients are not finite.
-    """
-    if path.is_file():
-        stored = _read(path)
-        if stored is not None and _same(head, examples, stored):
-            done(len(examples))
-            return stored
-
-    def rows() -> Iterator[dict[str, Tensor]]:
-        for block in examples.blocks():
-            seed_for(0, block.start)
-            found = head.read(block.batch, block.size)
-            _refuse_non_finite(found, block.ids)
-            yield found.columns()
-            done(block.size)
-
-    write_batches(path, "features", rows(), {"head": head.name}, overwrite=True)
-    stored = _read(path)
-    if stored is None:
-        raise OSError(
-            f"Expected to read back {str(path)!r}, which was just written, got a damaged file. Check that its disk is "
-            "not full."
-        )
-    return stored
+def rows_on_host(read: Sequence[HeadRows]) -> list[HeadRows]:
+    """The rows of some batches on the CPU, with a single wait for their device."""
+    tensors = iter(on_host([tensor for rows in read for tensor in vars(rows).values()]))
+    return [HeadRows(next(tensors), next(tensors), next(tensors)) for _ in read]
 
 
-def writable(folder: Path | None, owner: object) -> Path:
-    """The folder if files can be written to it, otherwise a temporary one that is removed together with ``owner``."""
-    if folder is not None:
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-            return folder
-    temporary = tempfile.TemporaryDirectory(prefix="lightning_influence_", ignore_cleanup_errors=True)
-    weakref.finalize(owner, temporary.cleanup)  # by itself it would warn of a resource that was not closed
-    return Path(temporary.name)
-
-
-def _read(path: Path) -> list[HeadRows] | None:
-    try:
-        batches = read_batches(path, ["features"]).batches
-        return [HeadRows(b["features"], b["outputs"], b["gradients"]) for b in batches]
-    except (ValueError, KeyError):
-        return None
-
-
-def _refuse_non_finite(found: HeadRows, ids: Sequence[int]) -> None:
+def refuse_non_finite(found: HeadRows, ids: Sequence[int]) -> None:
+    """Raises ValueError that names the training examples whose features or gradients are not finite."""
     finite = found.features.isfinite().all(1) & found.gradients.isfinite().all(1)
     if not bool(finite.all()):
         rows = [ids[row] for row in (~finite).nonzero()[:, 0].tolist()]
@@ -313,22 +269,3 @@ def _refuse_non_finite(found: HeadRows, ids: Sequence[int]) -> None:
             f"Expected finite features and losses, got NaN or infinity for training examples {rows[:10]!r}. "
             "Repair these examples, or leave them out of the training data."
         )
-
-
-def _same(head: Head, examples: Examples, stored: list[HeadRows]) -> bool:
-    """Whether a few examples, computed again, equal those stored."""
-    if sum(len(s.features) for s in stored) != len(examples):
-        return False
-    ids = evenly_spread(len(examples), _COMPARED)
-    batch = examples.some(ids)
-    seed_for(0, ids[0])
-    now = head.read(batch, len(ids)).columns()
-    for name, found in now.items():
-        column = ConcatDataset[Tensor]([getattr(s, name) for s in stored])
-        then = torch.stack([column[i] for i in ids])
-        tolerance = 1e-9 if found.dtype == torch.float64 else 1e-3
-        if then.shape != found.shape or then.dtype != found.dtype:
-            return False
-        if float((then - found).abs().max()) > tolerance * max(float(found.abs().max()), 1e-30):
-            return False
-    return True

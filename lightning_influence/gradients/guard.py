@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_influence.data.examples import Block
+from lightning_influence.devices import read_numbers
 from lightning_influence.gradients.general import one_gradient
 from lightning_influence.gradients.precise import Tolerance, holds_precisely
 from lightning_influence.gradients.relation import add_up, losses_add_up, refusal
-from lightning_influence.gradients.spot_checks import SuspectRows, differing, is_finite, rows_of, same
+from lightning_influence.gradients.spot_checks import SuspectRows, differing, is_finite, named_rows, rows_of, same
 from lightning_influence.gradients.unlike_rows import UnlikeRows
+from lightning_influence.module.snapshot import read_comparisons, readings_of
 from lightning_influence.module.task import Task
 
 if TYPE_CHECKING:
@@ -42,12 +44,14 @@ class Unread:
 
     Args:
         ids: the examples.
-        rows: those that were checked.
+        made: how many checks were made.
+        rows: those to check.
         doubtful: whether a check failed, or there are other rows to check; on the device.
         again: reads the block once more.
     """
 
     ids: Sequence[int]
+    made: int
     rows: Collection[int]
     doubtful: Tensor
     again: Again
@@ -129,13 +133,13 @@ class Guard:
             ValueError: an example weighs otherwise in its batch than alone.
         """
         every, unequal = {*rows, *watch.rows, *self._branching(block, watch)}, watch.unequal
-        if again is None or self._uneven or self._blocks == 1:  # where examples are unequal, they are in most blocks
-            found, unequal = rows_of(unequal), []
-            self._uneven |= bool(found)
-            every |= found
+        if self._blocks == 2:  # where examples are unequal, they are in most blocks
+            self.read(engine)
         if again is None:
-            self._check_rows(engine, block, computed, every)
+            self._check_now(engine, block, computed, every, unequal)
         else:
+            if self._uneven:
+                every, unequal = every | rows_of(unequal), []
             self._check_later(engine, block, computed, every, unequal, again)
         if engine.examples is None or not (computed.slow or engine.plan.vectorised or block.size == 1):
             return
@@ -179,6 +183,26 @@ class Guard:
             return None
         return f"{self.repeated} of {self.made} spot checks failed by rounding errors: repeated in float64, they hold."
 
+    def _check_now(
+        self, engine: "Engine", block: Block, computed: "Computed", rows: Collection[int], unequal: Sequence[Tensor]
+    ) -> None:
+        """Check rows, and those that ``unequal`` names, with a single wait where all is well; see ``_check_rows``."""
+        agree = self._agreeing(engine, block, computed, rows)
+        numbers = read_numbers([*agree, *unequal])
+        more = named_rows(numbers[len(agree) :]).difference(rows)
+        self._uneven |= bool(named_rows(numbers[len(agree) :]))
+        if more or not all(right for (right,) in numbers[: len(agree)]):
+            self.made -= len(agree)
+            self._check_rows(engine, block, computed, {*rows, *more})
+
+    def _agreeing(self, engine: "Engine", block: Block, computed: "Computed", rows: Collection[int]) -> list[Tensor]:
+        """Whether the gradients of rows are those of the examples alone, where they are computed."""
+        names = _names(engine, computed)
+        tolerance = engine.task.tolerance
+        found = [same(computed.row(r), _alone(engine, block, r, names), tolerance) for r in (rows if names else ())]
+        self.made += len(found)
+        return found
+
     def _check_later(
         self,
         engine: "Engine",
@@ -189,15 +213,10 @@ class Guard:
         again: Again,
     ) -> None:
         """Compute whether a block is to be looked at; see ``_check_rows``."""
-        names = _names(engine, computed)
-        doubts = [
-            ~same(computed.row(row), _alone(engine, block, row, names), engine.task.tolerance)
-            for row in (rows if names else ())
-        ]
-        doubts += [differ.bool() for differ, *_ in unequal]
+        agree = self._agreeing(engine, block, computed, rows)
+        doubts = [*(~right for right in agree), *(differ.bool() for differ, *_ in unequal)]
         if doubts:
-            self._unread.append(Unread(block.ids, rows, torch.stack(doubts).any(), again))
-            self.made += len(rows)
+            self._unread.append(Unread(block.ids, len(agree), rows, torch.stack(doubts).any(), again))
         if len(self._unread) >= _UNREAD:
             self.read(engine)
 
@@ -208,13 +227,14 @@ class Guard:
             ValueError: an example weighs otherwise in its batch than alone.
         """
         unread, self._unread = self._unread, []
-        doubtful = torch.stack([each.doubtful for each in unread]).tolist() if unread else []
-        for each in (each for each, doubt in zip(unread, doubtful, strict=True) if doubt):
+        doubtful = readings_of(engine.task.module).read([each.doubtful for each in unread])
+        read_comparisons(engine.task.module)
+        for each in (each for each, (doubt,) in zip(unread, doubtful, strict=True) if doubt):
             block = each.again(each.ids)
             watch = SuspectRows(block.size)
             computed, unequal = engine.in_block(block, watch), rows_of(watch.unequal)
             self._uneven |= bool(unequal)
-            self.made -= len(each.rows)
+            self.made -= each.made
             self._check_rows(engine, block, computed, {*each.rows, *unequal})
 
     def _check_rows(self, engine: "Engine", block: Block, computed: "Computed", rows: Iterable[int]) -> None:

@@ -13,6 +13,7 @@ from lightning_influence.gradients.general import math_attention, requiring_grad
 from lightning_influence.gradients.hessian import NamedProduct, gradient_of, hessian_of
 from lightning_influence.gradients.outputs import OutputWatch, refuse_other_paths
 from lightning_influence.gradients.vjp import named, vectors_per_pass, vjp
+from lightning_influence.module.snapshot import readings_of
 
 Matrix = Literal["ggn", "hessian"]
 _BLOCK = 256
@@ -70,7 +71,7 @@ class Products:
         parameters = engine.task.named_parameters()
         self.parameters = {name: parameters[name] for name in engine.plan.names if name not in unreached}
         self.flat = Flat({name: p.shape for name, p in self.parameters.items()})
-        self._outputs_checked = False
+        self._doubts: list[Tensor] = []  # by product: whether it is not finite where its vectors are
 
     @property
     def like(self) -> Tensor:
@@ -88,9 +89,10 @@ class Products:
         Returns:
             [vector, entries].
 
+        Whether they are finite is not waited for until ``check`` is called.
+
         Raises:
-            ValueError: the network's output is not found (GGN), the module cannot be differentiated twice, or second
-                derivatives are not finite.
+            ValueError: the network's output is not found (GGN), or the module cannot be differentiated twice.
         """
         total = torch.zeros_like(vectors)
         matrix_of = self._hessian if matrix == "hessian" else self._ggn
@@ -114,20 +116,24 @@ class Products:
                         f"Expected a module that can be differentiated twice, got {error}. Use `EKFAC()`, which takes "
                         "first derivatives only."
                     ) from error
-        if not bool(total.isfinite().all()):
-            self._refuse_non_finite(vectors)
+        self._doubts.append(vectors.isfinite().all() & ~total.isfinite().all())
         return total if ids is not None else total / len(self.examples)
 
-    def _refuse_non_finite(self, vectors: Tensor) -> None:
-        """Raises unless the NaN or infinity came with the vectors and all examples are finite."""
-        blocks = self.examples.blocks()
-        wrong = [b.start + row for b in blocks for row in self.engine.gradients(b).not_finite()]
-        if wrong or bool(vectors.isfinite().all()):
-            where = f"for training examples {wrong[:10]}" if wrong else "in second derivatives"
-            raise ValueError(
-                f"Expected finite gradients, got NaN or infinity {where}. Look at their inputs and losses, or leave "
-                "them out (`torch.utils.data.Subset`)."
-            )
+    def check(self) -> None:
+        """Wait for the products so far.
+
+        Raises:
+            ValueError: one was not finite, though its vectors were.
+        """
+        doubts, self._doubts = self._doubts, []
+        if not any(doubt for (doubt,) in readings_of(self.engine.task.module).read(doubts)):
+            return
+        wrong = [b.start + row for b in self.examples.blocks() for row in self.engine.gradients(b).not_finite()]
+        where = f"for training examples {wrong[:10]}" if wrong else "in second derivatives"
+        raise ValueError(
+            f"Expected finite gradients, got NaN or infinity {where}. Look at their inputs and losses, or leave them "
+            "out (`torch.utils.data.Subset`)."
+        )
 
     def _blocks(self, ids: Sequence[int] | None) -> Iterator[Block]:
         if ids is None:
@@ -158,9 +164,10 @@ class Products:
         with watch:
             total = self.engine.total(block)
         outputs = dict(enumerate(watch.outputs()))
-        if not self._outputs_checked:
+        at = self.engine.task, self.engine.task.version
+        if self.engine.outputs_checked_at != at:
             refuse_other_paths(total, list(outputs.values()), self.parameters)
-            self._outputs_checked = True
+            self.engine.outputs_checked_at = at
         by_outputs = gradient_of(total, outputs, create_graph=True)
         weights = {i: torch.zeros_like(output, requires_grad=True) for i, output in outputs.items()}
         found = torch.autograd.grad(

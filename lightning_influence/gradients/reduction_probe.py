@@ -43,6 +43,7 @@ def probe(sample: Sample, also: Sequence[int] = ()) -> Probed:
     if sample.task.loss is not None:
         return Probed(Reduction.NONE)
     probed = list(dict.fromkeys([*also, *sample.ids]))
+    sample.prepare_losses(_batches(sample, probed, bool(also)))
     losses, totals, declared = _singles(sample, probed)
     ids = [i for i, loss in losses.items() if math.isfinite(loss)]  # the scores report all others
     if not ids:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_influence.data.examples import ChosenBlock, Examples, versions_of
-from lightning_influence.devices import Readings, widest
+from lightning_influence.devices import widest
 from lightning_influence.gradients.digests import Digest, Digester
 from lightning_influence.gradients.engine import Engine
 from lightning_influence.gradients.general import loss_and_gradient, requiring_gradients
@@ -22,6 +22,7 @@ from lightning_influence.gradients.unlike_rows import UnlikeRows
 from lightning_influence.module.mode_reads import ModeReads
 from lightning_influence.module.numbers import small_values
 from lightning_influence.module.random_state import seed_for
+from lightning_influence.module.snapshot import readings_of
 from lightning_influence.module.task import Task
 from lightning_influence.module.watched_index import Key as OfIndex
 from lightning_influence.module.watched_index import WatchedIndex
@@ -104,7 +105,7 @@ class Sample:
         self.few = _FEW if few is None and self._large and names else few
         trainable = [n for n, p in task.named_parameters().items() if p.requires_grad and not p.is_complex()]
         self.names = list(names) or trainable
-        self.readings = Readings()
+        self.readings = readings_of(task.module)
         self.digester = Digester(self.readings)
         self.copy_leaves = False
         """Whether activations are copied, since the model writes into them in place."""
@@ -194,10 +195,23 @@ class Sample:
         found = {tuple(ids): self._loss(list(ids), plain) for ids in batches}
         return {ids: read()[0] for ids, read in found.items()}
 
+    def prepare_losses(self, batches: Iterable[Sequence[int]]) -> None:
+        """Have the losses of batches read together with those of single examples; see ``losses``."""
+        for ids in batches:
+            with contextlib.suppress(Exception):  # whoever needs them meets the error
+                self._loss(list(ids), False)
+
+    def _of_block(self, ids: list[int]) -> Callable[[], list[float]]:
+        """The loss of a block, from its recorded pass."""
+        key = (-1, *ids)
+        if key not in self._losses:
+            self._losses[key] = self.readings.later(self.tapes[self.chosen.index(ids)].total)  # type: ignore[arg-type]
+        return self._losses[key]
+
     def _loss(self, ids: list[int], plain: bool) -> Callable[[], list[float]]:
         if not plain and ids in self.chosen:
             with contextlib.suppress(Exception):  # whoever needs the gradients meets the error
-                return self.readings.later(self.tapes[self.chosen.index(ids)].total)  # type: ignore[arg-type]
+                return self._of_block(ids)
         key = tuple(ids)
         if key not in self._losses:
             self._losses[key] = self.readings.later(self._pass(self._batch(ids), ids[0], ())[0])

@@ -185,11 +185,9 @@ def _agreeing(sample: Sample, rows: Sequence[_Rows], names: set[str]) -> set[str
     """The parameters whose gradients agree with plain autograd for all examples."""
     names = names.difference(*(failed for _, failed in rows))
     checked: list[tuple[str, Tensor]] = []
-    truths = [{row: _truth(sample, i) for row, i in of.items()} for of in sample.compared]  # all before one is read
-    for (of_block, _), of in zip(rows, truths, strict=True):
-        for row, truth in of.items():
-            if truth.is_finite:  # otherwise there is nothing to compare; the attributor reports every such example
-                checked += agreements(of_block, row, truth, names, sample.task.tolerance)
+    for (of_block, _), of in zip(rows, sample.compared, strict=True):
+        for row, example in of.items():
+            checked += agreements(of_block, row, _truth(sample, example), names, sample.task.tolerance)
     return without_wrong(names, checked)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_influence.devices import widest
+from lightning_influence.devices import read_numbers, widest
 from lightning_influence.gradients.precise import Tolerance
 from lightning_influence.gradients.rules.rule import arguments
 
@@ -116,8 +116,12 @@ class SuspectRows:
 
 def rows_of(unequal: Sequence[Tensor]) -> set[int]:
     """The rows that ``SuspectRows.unequal`` names, with a single wait for their device."""
-    found = torch.stack([*unequal]).tolist() if unequal else []
-    return {row for differ, *rows in found if differ for row in rows}
+    return named_rows(read_numbers(unequal))
+
+
+def named_rows(unequal: Iterable[Sequence[float]]) -> set[int]:
+    """The same of what was read."""
+    return {int(row) for differ, *rows in unequal if differ for row in rows}
 
 
 def _scaled_by_number(operands: Sequence[Any]) -> bool:
@@ -150,11 +154,6 @@ def same(row: Mapping[str, Tensor], truth: Mapping[str, Tensor], tolerance: Tole
     return torch.stack([largest.isfinite(), *agree]).all()
 
 
-def _read(conditions: Sequence[Tensor]) -> list[bool]:
-    """The values of conditions, with a single wait for their device."""
-    return torch.stack([*conditions]).tolist() if conditions else []
-
-
 def tolerance_of(like: Tensor) -> tuple[float, float]:
     """Rounding errors of a gradient relative to its own and to the example's largest entry, by dtype."""
     return {torch.float64: (1e-9, 1e-13), torch.float32: (2e-4, 1e-6)}.get(like.dtype, (5e-2, 1e-2))
@@ -162,12 +161,17 @@ def tolerance_of(like: Tensor) -> tuple[float, float]:
 
 def largest_entry(gradients: Iterable[Tensor]) -> Tensor:
     """The largest magnitude of an entry of one example's gradient, over all parameters."""
-    return torch.stack([widest(peak(g)) for g in gradients if g.numel()] or [torch.zeros(())]).max()
+    return largest_of(peak(g) for g in gradients if g.numel())
+
+
+def largest_of(peaks: Iterable[Tensor]) -> Tensor:
+    """The largest of some numbers; NaN if one is, 0 if there are none."""
+    return torch.stack([widest(each) for each in peaks] or [torch.zeros(())]).max()
 
 
 def is_finite(gradient: Mapping[str, Tensor]) -> bool:
     """Whether all entries are finite."""
-    return all(_read([peak(g).isfinite() for g in gradient.values() if g.numel()]))
+    return all(finite for (finite,) in read_numbers([peak(g).isfinite() for g in gradient.values() if g.numel()]))
 
 
 def peak(values: Tensor) -> Tensor:
@@ -187,7 +191,7 @@ def differing(row: Mapping[str, Tensor], truth: Mapping[str, Tensor], tolerance:
     """
     largest = largest_entry(truth.values())
     right = [agrees(row.get(n), true, largest, tolerance) for n, true in truth.items()]
-    finite, *agree = _read([largest.isfinite(), *right])
+    (finite,), *agree = read_numbers([largest.isfinite(), *right])
     if not finite:  # the attributor reports it, unless it is finite in the block
         return next((n for n, g in row.items() if n in truth and bool(g.any())), None) if is_finite(row) else None
-    return next((n for n, same in zip(truth, agree, strict=True) if not same), None)
+    return next((n for n, (same,) in zip(truth, agree, strict=True) if not same), None)

@@ -334,9 +334,10 @@ class _Inverse:
 
     def _group_change(self, ids: Sequence[int]) -> dict[str, Tensor]:
         products, n = Products(self.setting.engine, self.setting.examples), self.setting.n_train
-        matrix = self.curvature.matrix  # type: ignore[attr-defined]
         first = self._flat_solve(products, products.gradient(ids) / n)
-        second = self._flat_solve(products, products.times(matrix, first, ids) / n)
+        moved = products.times(self.curvature.matrix, first, ids) / n  # type: ignore[attr-defined]
+        products.check()
+        second = self._flat_solve(products, moved)
         return {name: change[0] for name, change in products.flat.split(first + second).items()}
 
     def _flat_solve(self, products: Products, vectors: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_influence.checks import check_integer, check_positive, one_of
 from lightning_influence.files.arrow import read_file, write_file
 from lightning_influence.gradients import Reduction
-from lightning_influence.gradients.final_layer import Head, HeadRows, find_head, head_rows, writable
+from lightning_influence.gradients.final_layer import Head, HeadRows, find_head, rows_on_host
+from lightning_influence.gradients.stored_rows import head_rows, writable
 from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.numerics.head_preconditioner import operations_once
 from lightning_influence.numerics.heads import Link, Rows
@@ -121,12 +122,12 @@ class RepresenterPoints(ForwardOnly):
     def _at_head(self, points: "Points", queries: Queries, reduction: Reduction) -> tuple[Tensor, Tensor]:
         """Features of the queries, [query, dim], and the weight of each class in their scores, [query, class]."""
         head = Head(points.head.name, points.head.layer, queries.engine.task, reduction)
+        blocks, own = queries.examples.blocks(queries.ids.start, queries.ids.stop), points.fit.weight
         features, weights = [], []
-        for block in queries.examples.blocks(queries.ids.start, queries.ids.stop):
-            seen = head.read(block.batch, block.size, points.fit.weight if self.refit else None)
-            gradient = seen.gradients.cpu().double()
+        for seen in rows_on_host([head.read(b.batch, b.size, own if self.refit else None) for b in blocks]):
+            gradient = seen.gradients.double()
             features.append(head.augmented(seen.features))
-            weights.append(self._weights(gradient, points.link.target(seen.outputs.cpu().double(), gradient)))
+            weights.append(self._weights(gradient, points.link.target(seen.outputs.double(), gradient)))
         return torch.cat(features), torch.cat(weights)
 
     def _weights(self, gradient: Tensor, target: Tensor) -> Tensor:
@@ -276,7 +277,7 @@ class Points:
 
     def _training_set(self) -> Rows:
         """The rows, in memory in larger blocks if they fit, since the solve takes many passes over them."""
-        classes, dim = self.head.weight().shape
+        classes, dim = self.head.shape
         if self.n_train * dim > _HELD:
             return self._rows
         features = torch.empty(self.n_train, dim, dtype=torch.float64)

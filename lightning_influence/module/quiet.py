@@ -14,7 +14,7 @@ from lightning_influence.module.data_hooks import attached
 from lightning_influence.module.eager import plain_checkpointing, plain_operations
 from lightning_influence.module.precision import Precision, full_products, outside_autocast
 from lightning_influence.module.random_state import isolated_random_state
-from lightning_influence.module.snapshot import ModuleSnapshot, restoring
+from lightning_influence.module.snapshot import ModuleSnapshot, comparing, restoring
 from lightning_influence.module.task import Loss, Task, settle, unwrapped
 from lightning_influence.module.trainer_answers import answering
 from lightning_influence.module.trainer_reads import FitValues
@@ -72,6 +72,7 @@ def quiet(
         else:  # normalisation layers update their statistics without a change of the tensors' version counters
             for buffer in module.buffers():
                 buffer.data = buffer.data.clone()
+        stack.enter_context(comparing(module))
         stack.callback(settle, module)
         task = Task(module, loss, device, trainer, datamodule)
         task.exact, task.precision = evaluate, replace(precision, lowers=lowers)

@@ -2,8 +2,8 @@
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from operator import attrgetter, is_
 from types import FunctionType, ModuleType
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset
 
-from lightning_influence.devices import read_numbers
+from lightning_influence.devices import Readings
 from lightning_influence.types import LIBRARIES
 
 # Beyond so many elements in all, tensors are copied only once something writes into them.
@@ -23,8 +23,8 @@ _LARGE = 2**26
 # How deep objects that are no modules are looked into, such as an average of the weights, and how long their lists are.
 _DEPTH, _LONG = 2, 10_000
 
-# Ids of each module's tensors that passes wrote into, and of those among them that kept their version and memory.
-_WRITTEN: WeakKeyDictionary[nn.Module, tuple[set[int], set[int]]] = WeakKeyDictionary()
+# What is known of the tensors of each module.
+_KNOWN: "WeakKeyDictionary[nn.Module, _Known]" = WeakKeyDictionary()
 
 _version_of = attrgetter("_version")
 
@@ -42,6 +42,59 @@ class _Saved:
     @property
     def is_written(self) -> bool:
         return self.silent or self.tensor._version != self.version or not self.tensor.is_set_to(self.memory)
+
+
+@dataclass
+class _Known:
+    """What passes of a module have written into.
+
+    Args:
+        written: ids of the tensors.
+        silent: of those among them that kept their version and memory.
+        readings: of what devices know of the module.
+        unread: names of tensors, the tensors, and what reads whether a pass left their content as it was.
+        compared: whether contents were compared, so that another comparison need not be waited for.
+    """
+
+    written: set[int] = field(default_factory=set)
+    silent: set[int] = field(default_factory=set)
+    readings: Readings = field(default_factory=Readings)
+    unread: list[tuple[str, Tensor, Callable[[], list[float]]]] = field(default_factory=list)
+    compared: bool = False
+
+
+def _known_of(module: nn.Module) -> _Known:
+    return _KNOWN.setdefault(module, _Known())
+
+
+def readings_of(module: nn.Module) -> Readings:
+    """What devices know of a module and the host has yet to read."""
+    return _known_of(module).readings
+
+
+def read_comparisons(module: nn.Module) -> None:
+    """Read whether passes of a module wrote into tensors in ways that nothing else shows.
+
+    Raises:
+        RuntimeError: one did, where those before did not: what was computed since is of other weights.
+    """
+    known = _known_of(module)
+    unread, known.unread = known.unread, []
+    found = {id(tensor): name for name, tensor, equal in unread if not equal()[0]}
+    known.silent.update(found)
+    for name in found.values():
+        raise RuntimeError(
+            f"Expected the forward pass to write into the same tensors each time, got a first write into {name} "
+            "through `.data` or the like. Ask again, now that this is known; or write into it in `on_train_batch_end`."
+        )
+
+
+@contextlib.contextmanager
+def comparing(module: nn.Module) -> Iterator[None]:
+    """Passes inside may write into other tensors of a module than those before; see ``read_comparisons``."""
+    _known_of(module).compared = False
+    yield
+    read_comparisons(module)
 
 
 class ModuleSnapshot:
@@ -64,7 +117,7 @@ class ModuleSnapshot:
         found = {id(tensor): tensor for tensor in self._tensors_in([module], set(), 0)}
         tensors = [t for t in found.values() if _has_memory(t) and (parameters or id(t) not in self._names)]
         lazily = sum(t.numel() for t in tensors) > _LARGE
-        self._written, self._silent = _WRITTEN.setdefault(module, (set(), set()))
+        self._known = _known_of(module)
         self._first = thorough
         self._saved = [
             _Saved(
@@ -72,7 +125,7 @@ class ModuleSnapshot:
                 t.detach(),
                 t._version,
                 _copy(t, lazily) if self._is_copied(t) else None,
-                not thorough and id(t) in self._silent,
+                not thorough and id(t) in self._known.silent,
             )
             for t in tensors
         ]
@@ -137,27 +190,34 @@ class ModuleSnapshot:
             found = [saved for saved in self._saved if saved.is_written]
             self._any_silent = any(saved.silent for saved in self._saved)
             self._compared = None
-            self._written.update(id(saved.tensor) for saved in found)
-            self._silent.update(id(saved.tensor) for saved in found if saved.silent)
+            self._known.written.update(id(saved.tensor) for saved in found)
+            self._known.silent.update(id(saved.tensor) for saved in found if saved.silent)
             return found
 
-    @staticmethod
-    def _compare(all_saved: Sequence[_Saved]) -> None:
-        """Note which contents have changed though nothing else shows it; a device is waited for once."""
-        elsewhere = []
+    def _compare(self, all_saved: Sequence[_Saved]) -> None:
+        """Note which contents have changed though nothing else shows it; a device is waited for the first time only."""
+        known = self._known
+        elsewhere: list[tuple[_Saved, Tensor]] = []
         for saved in all_saved:
             if saved.content is None or saved.is_written:
                 continue
             if saved.tensor.device.type == "cpu":
                 saved.silent = not torch.equal(saved.tensor.detach(), saved.content)
+            elif known.compared and id(saved.tensor) in known.silent:
+                saved.silent = True
             else:
                 elsewhere.append((saved, torch.eq(saved.tensor.detach(), saved.content).all()))
-        same = read_numbers([equal for _, equal in elsewhere])
-        for (saved, _), (equal,) in zip(elsewhere, same, strict=True):
-            saved.silent = not equal
+        if known.compared:
+            for saved, equal in elsewhere:
+                name = f"`{self._names.get(id(saved.tensor), 'a tensor')}` {tuple(saved.tensor.shape)}"
+                known.unread.append((name, saved.tensor, known.readings.later(equal)))
+        else:
+            for (saved, _), (same,) in zip(elsewhere, known.readings.read([e for _, e in elsewhere]), strict=True):
+                saved.silent = not same
+            known.compared = bool(elsewhere)
 
     def _is_copied(self, tensor: Tensor) -> bool:
-        return self._first or id(tensor) not in self._names or id(tensor) in self._written
+        return self._first or id(tensor) not in self._names or id(tensor) in self._known.written
 
     def _is_unchanged(self) -> bool:
         """Whether all tensors have their version and memory still; runs after every pass, hence the loops in C."""

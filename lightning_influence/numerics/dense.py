@@ -1,14 +1,17 @@
 """Factorisations and eigenvectors of dense symmetric matrices."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from lightning_influence.devices import wide
+from lightning_influence.devices import has_float64, on_host, read_numbers, wide
 
 _INVERSE_ITERATIONS = 8
+SMALL = 512
+"""Up to this width, eigenvectors take no longer on the CPU than on a device."""
 
 
 class SingularError(ArithmeticError):
@@ -50,6 +53,18 @@ def eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
     In float32 it raises, or returns NaN, for some matrices of low rank (of 200 digits of MNIST, say), depending on
     their scale: then they are computed in float64. NaN or infinity in the matrix gives NaN.
     """
+    ((values, vectors),) = all_eigenpairs([matrix])
+    return values.to(matrix), vectors.to(matrix)
+
+
+def all_eigenpairs(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The same for several matrices, on the CPU where it is the faster: small ones come there with a single wait."""
+    moved = [i for i, matrix in enumerate(matrices) if len(matrix) <= SMALL or not has_float64(matrix.device)]
+    here = dict(zip(moved, on_host([matrices[i] for i in moved]), strict=True))
+    return [_eigenpairs(here.get(i, matrix)) for i, matrix in enumerate(matrices)]
+
+
+def _eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(matrix.isfinite().all()):
         return torch.full_like(matrix[0], torch.nan), torch.full_like(matrix, torch.nan)
     for scale in (0.0, 1.0, 3.0):
@@ -72,31 +87,33 @@ def factorise(matrix: Tensor, precision: float) -> Factorisation:
     Raises:
         SingularError: its smallest eigenvalue in magnitude does not exceed ``precision`` times its largest.
     """
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    pivots = None
-    if int(failed):
-        factor, pivots, failed = torch.linalg.lu_factor_ex(matrix)
-        if int(failed):
-            raise SingularError("a pivot of its LU factorisation is exactly zero")
-    factorisation = Factorisation(factor, pivots)
-    largest = float(torch.linalg.matrix_norm(matrix, 1)) if matrix.numel() else 1.0
-    smallest = _smallest(factorisation, len(matrix))
-    if not smallest > precision * largest:
-        raise SingularError(f"its smallest eigenvalue is about {smallest:.1g}, its largest {largest:.3g}")
+    for positive in (True, False):
+        if positive:
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            factorisation = Factorisation(factor)
+        else:
+            factor, pivots, failed = torch.linalg.lu_factor_ex(matrix)
+            factorisation = Factorisation(factor, pivots)
+        largest = torch.linalg.matrix_norm(matrix, 1) if matrix.numel() else matrix.new_ones(())
+        (wrong,), (most,), (growth, finite) = read_numbers([failed, largest, _growth(factorisation, len(matrix))])
+        if not wrong:
+            break
+    if wrong:
+        raise SingularError("a pivot of its LU factorisation is exactly zero")
+    smallest = 1 / growth if growth and finite else 0.0 if len(matrix) else torch.inf
+    if not smallest > precision * most:
+        raise SingularError(f"its smallest eigenvalue is about {smallest:.1g}, its largest {most:.3g}")
     return factorisation
 
 
-def _smallest(factorisation: Factorisation, size: int) -> float:
-    """An estimate of the smallest eigenvalue in magnitude, by inverse iteration."""
-    if not size:
-        return torch.inf
+def _growth(factorisation: Factorisation, size: int) -> Tensor:
+    """[2]: 1 over the smallest eigenvalue in magnitude, by inverse iteration, and whether all iterates were finite."""
     start = torch.randn(1, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     vector = start.to(factorisation.factor) / torch.linalg.vector_norm(start)
-    growth = 0.0
+    growth = finite = vector.new_ones(())
     for _ in range(_INVERSE_ITERATIONS):
         image = factorisation.solve(vector)
-        growth = float(torch.linalg.vector_norm(image))
-        if not growth < torch.inf:
-            return 0.0
+        growth = torch.linalg.vector_norm(image)
+        finite = finite * growth.isfinite()
         vector = image / growth
-    return 1 / growth
+    return torch.stack([growth, finite])

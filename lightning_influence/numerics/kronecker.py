@@ -1,13 +1,13 @@
 """Second moments with their eigenbases, and low-rank approximations of a table of eigenvalues."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_influence.devices import wide
-from lightning_influence.numerics.dense import eigenpairs
+from lightning_influence.numerics.dense import SMALL, all_eigenpairs, eigenpairs
 
 STORED = 0.75
 """While there are at most this many rows per column, they are stored."""
@@ -60,21 +60,39 @@ class SecondMoment:
             self._rows.clear()
         return self._sum
 
-    def basis(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The eigenbasis of the row space; directions orthogonal to all rows are left out.
+    @property
+    def side(self) -> int:
+        """The width of the matrix whose eigenvectors are computed."""
+        return self.width if self._sum is not None else self.count
 
-        Returns:
-            Eigenvalues in descending order; eigenvectors as columns; the rows expressed in the basis if they were
-            stored, else None.
-        """
+    def _matrix(self) -> Tensor:
+        """The sum, or the Gram matrix of the stored rows."""
+        if self._sum is None:
+            self._rows = [torch.cat(self._rows)]
+        return self._rows[0] @ self._rows[0].T if self._sum is None else self._sum
+
+    def _basis(self, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See ``bases``; from the eigenvectors of the matrix."""
         if self._sum is not None:
-            values, vectors = eigenpairs(self._sum)
-            return *_leading(values, vectors, 2.0), None
-        rows = torch.cat(self._rows)
+            values, vectors = _leading(values, vectors, 2.0)
+            return values.to(self._sum), vectors.to(self._sum), None
+        (rows,) = self._rows
         # The small eigenvalues of a Gram matrix of rounded rows are less accurate.
-        values, vectors = eigenpairs(rows @ rows.T)
-        values, vectors = _leading(values, vectors, 8.0)
+        values, vectors = (each.to(rows) for each in _leading(values, vectors, 8.0))
         return values, rows.T @ (vectors / values.sqrt()), vectors * values.sqrt()
+
+
+def bases(moments: Sequence[SecondMoment]) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """The eigenbasis of each row space; directions orthogonal to all rows are left out.
+
+    Yields:
+        Eigenvalues in descending order; eigenvectors as columns; the rows expressed in the basis if they were stored,
+        else None.
+    """
+    small = [moment for moment in moments if moment.side <= SMALL]
+    found = dict(zip(map(id, small), all_eigenpairs([moment._matrix() for moment in small]), strict=True))
+    for moment in moments:
+        yield moment._basis(*(found.get(id(moment)) or all_eigenpairs([moment._matrix()])[0]))
 
 
 def _leading(values: Tensor, vectors: Tensor, noise: float) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_influence.devices import wide, wide_device
+from lightning_influence.devices import on_host, read_numbers, wide, wide_device
 from lightning_influence.numerics.dense import eigenpairs
 
 Product = Callable[[Tensor], Tensor]
@@ -28,7 +28,7 @@ class Solution:
         vectors: the solutions x, [vector, entries].
         residuals: [vector]: norm of b - A x relative to the norm of b.
         iterations: those of the slowest right-hand side.
-        indefinite: [vector]: whether a search direction had a curvature of at most 0: A is not positive definite.
+        indefinite: [vector]: whether a search direction had no positive curvature: A is not positive definite.
         diverged: [vector]: whether the residual grew without bound; the best iterate is returned then.
         stopped: whether it was stopped by ``watch``.
     """
@@ -61,22 +61,22 @@ def conjugate_gradient(
     p, rr = r.clone(), r.square().sum(1)
     size = rr.sqrt()
     indefinite = torch.zeros_like(rr, dtype=torch.bool)
-    rows, iterations = _places(rr.sqrt() > tolerance * size), 0
+    rows, _ = _places(rr.sqrt() > tolerance * size, rr)
+    iterations = 0
     while len(rows) and iterations < max_iterations:
         ap = product(p[rows])
         curve = (p[rows] * ap).sum(1)
-        indefinite[rows] |= curve <= 0
-        keep = _places(curve > 0)
-        rows, ap, curve = rows[keep], ap[keep], curve[keep]
-        step = (rr[rows] / curve)[:, None]
+        goes = curve > 0
+        indefinite[rows] |= ~goes
+        step = torch.where(goes, rr[rows] / curve, 0)[:, None]
         x[rows] += step * p[rows]
         r[rows] -= step * ap
         new = r[rows].square().sum(1)
         p[rows] = r[rows] + (new / rr[rows])[:, None] * p[rows]
         rr[rows] = new
         iterations += 1
-        rows = _places((rr.sqrt() > tolerance * size) & ~indefinite)
-        if watch(_relative(rr.sqrt(), size)):
+        rows, residuals = _places((rr.sqrt() > tolerance * size) & ~indefinite, _relative(rr.sqrt(), size))
+        if watch(residuals):
             break
     left = torch.linalg.vector_norm(right - product(x), dim=1)  # the recursive residual misses rounding errors
     return Solution(x, _relative(left, size), iterations, indefinite, torch.zeros_like(indefinite))
@@ -112,7 +112,7 @@ def accelerated_neumann(
     best, least, iterations = x.clone(), size.clone(), 0
     diverged = torch.zeros_like(size, dtype=torch.bool)
     active = size > 0
-    rows = _places(active)
+    rows, _ = _places(active, size)
     while len(rows) and iterations < max_iterations:
         x[rows] += step[rows]
         r[rows] = right[rows] - product(x[rows])
@@ -126,8 +126,8 @@ def accelerated_neumann(
         best, least = torch.where(better[:, None], x, best), torch.where(better, now, least)
         diverged |= active & wild
         active = (least > tolerance * size) & ~diverged
-        rows = _places(active)
-        if watch(_relative(least, size)):
+        rows, residuals = _places(active, _relative(least, size))
+        if watch(residuals):
             break
     return Solution(best, _relative(least, size), iterations, torch.zeros_like(diverged), diverged)
 
@@ -153,7 +153,7 @@ def largest_eigenvalue(
         image = product(vector)
         size, share = torch.linalg.vector_norm(image), (vector * image).sum()
         rest = torch.linalg.vector_norm(image - share * vector)
-        length, quotient, residual = torch.stack([size, share, rest]).tolist()  # with a single wait for a device
+        (length,), (quotient,), (residual,) = read_numbers([size, share, rest])
         if length == 0 or not math.isfinite(length):
             return float(length)
         bound = abs(quotient) + residual
@@ -199,10 +199,10 @@ def eigenvalue_bounds(product: Product, like: Tensor, seed: int, steps: int = 60
     return least, most + 0.05 * (most - least)
 
 
-def mean_diagonal(product: Product, like: Tensor, seed: int, probes: int = PROBES) -> float:
-    """The trace over the size of a matrix, by Hutchinson's estimate with seeded random signs."""
+def mean_diagonal(product: Product, like: Tensor, seed: int, probes: int = PROBES) -> Tensor:
+    """The trace over the size of a matrix, by Hutchinson's estimate with seeded random signs; not waited for."""
     signs = _normal(like, probes, seed).sign()
-    return float((signs * product(signs)).sum() / (probes * like.numel()))
+    return (signs * product(signs)).sum() / (probes * like.numel())
 
 
 def lanczos(product: Product, like: Tensor, steps: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -230,8 +230,8 @@ def lanczos(product: Product, like: Tensor, steps: int, seed: int) -> tuple[Tens
             small[: j + 1, j] += shares
             image -= shares @ basis[: j + 1]
         size = j + 1
-        length, largest = torch.stack([torch.linalg.vector_norm(image), small.abs().max()]).tolist()
-        if size == steps or length <= torch.finfo(like.dtype).eps * 10 * max(largest, 1e-300):
+        (length,), (largest,) = read_numbers([torch.linalg.vector_norm(image), small.abs().max()])
+        if size == steps or not length > torch.finfo(like.dtype).eps * 10 * max(largest, 1e-300):
             break
         basis[size], small[size, j] = image / length, length
     symmetric = (small[:size, :size] + small[:size, :size].T) / 2
@@ -245,9 +245,10 @@ def _normal(like: Tensor, count: int, seed: int) -> Tensor:
     return draw.to(like)
 
 
-def _places(where: Tensor) -> Tensor:
-    """Where a vector of conditions holds. A device is waited for, once."""
-    return where.nonzero()[:, 0]
+def _places(where: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a vector of conditions holds, and the residuals on the CPU. A device is waited for, once."""
+    held, residuals = on_host([where, residuals])
+    return held.nonzero()[:, 0].to(where.device), residuals
 
 
 def _relative(length: Tensor, size: Tensor) -> Tensor:

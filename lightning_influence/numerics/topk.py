@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.checks import check_integer
+from lightning_influence.devices import on_host
 
 _TIE_BLOCK = 1 << 24  # scores that are searched together for ties at the boundary: 64 MB of float32
 
@@ -72,13 +73,17 @@ class StreamingTopK:
         if not tile.numel():
             return
         rows = slice(first_query, first_query + tile.shape[0])
-        best = {largest: top_k(tile, ids, self.k, largest) for largest in (True, False)}
+        found = {largest: _candidates(tile, ids.to(tile.device), self.k, largest) for largest in (True, False)}
+        arrived = iter(on_host([part for parts in found.values() for part in parts]))
+        best = {
+            largest: _resolved(tile, ids, next(arrived), next(arrived), next(arrived), largest) for largest in found
+        }
         # `topk` ranks NaN above everything, so a score that is not finite is the first at one of the ends.
         for scores, names in best.values():
             _refuse_non_finite(scores[:, 0], names[:, 0], first_query)
         for largest, (scores, names) in best.items():
-            joint_scores = torch.cat([self._scores[largest][rows], scores.cpu().to(self._dtype)], dim=1)
-            joint_ids = torch.cat([self._ids[largest][rows], names.cpu()], dim=1)
+            joint_scores = torch.cat([self._scores[largest][rows], scores.to(self._dtype)], dim=1)
+            joint_ids = torch.cat([self._ids[largest][rows], names], dim=1)
             joint_scores, joint_ids = _in_order(joint_scores, joint_ids, largest)
             self._scores[largest][rows] = joint_scores[:, : self.k]
             self._ids[largest][rows] = joint_ids[:, : self.k]
@@ -132,16 +137,28 @@ def top_k(scores: Tensor, ids: Tensor, k: int, largest: bool = True) -> tuple[Te
         Scores and ids, each [query, min(k, columns)], on the scores' device.
     """
     ids = ids.to(scores.device)
-    columns = scores.shape[1]
-    if k >= columns:
-        return _in_order(scores, ids.expand(scores.shape), largest)
+    return _resolved(scores, ids, *_candidates(scores, ids, k, largest), largest)
+
+
+def _candidates(scores: Tensor, ids: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The k best scores of each row, ids for them, and whether scores outside tie with the last of them, [query]."""
+    if k >= scores.shape[1]:
+        return scores, ids.expand(scores.shape), scores.new_zeros(len(scores), dtype=torch.bool)
     # One more than k shows whether scores outside tie with the boundary: only such rows need more work.
     values, index = scores.topk(k + 1, dim=1, largest=largest)
-    names = ids[index[:, :k]]
-    tied = (values[:, k - 1] == values[:, k]).nonzero().squeeze(1)
-    for rows in tied.split(max(1, _TIE_BLOCK // columns)):
-        names[rows] = _ids_at_tie(scores[rows], values[rows, :k], names[rows], ids, largest)
-    return _in_order(values[:, :k], names, largest)
+    return values[:, :k], ids[index[:, :k]], values[:, k - 1] == values[:, k]
+
+
+def _resolved(
+    scores: Tensor, ids: Tensor, values: Tensor, names: Tensor, tied: Tensor, largest: bool
+) -> tuple[Tensor, Tensor]:
+    """The candidates in their order, with the ids that come first where scores tie."""
+    for rows in tied.nonzero().squeeze(1).split(max(1, _TIE_BLOCK // scores.shape[1])):
+        if len(rows):
+            there = rows.to(scores.device)
+            parts = values[rows].to(scores.device), names[rows].to(scores.device), ids.to(scores.device)
+            names[rows] = _ids_at_tie(scores[there], *parts, largest).to(names.device)
+    return _in_order(values, names, largest)
 
 
 def both_ends(

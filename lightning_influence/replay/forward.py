@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_influence.data.examples import ChosenBlock, Examples, versions_of
-from lightning_influence.devices import onto
+from lightning_influence.devices import onto, read_numbers
 from lightning_influence.gradients import Engine, Gradients, Reduction
 from lightning_influence.gradients.general import math_attention, requiring_gradients
 from lightning_influence.gradients.hessian import gradient_of
@@ -282,11 +282,12 @@ class Forward:
         if batch.random or (self.examples.draws and not batch.read):  # an example alone would draw other numbers
             return
         with torch.no_grad():
-            joint = float(self.losses(batch))
+            joint = self.losses(batch)
             one = self._one_of(batch)
             with self.task.at(batch.index):
                 singles = [self.task(self.task.to_device(one(example))).reshape(()) for example in batch.ids]
-        refuse_mixing(torch.stack(singles).tolist(), joint, self.mean, self.engine.weights_of(batch.ids))
+        own, (whole,) = read_numbers([torch.stack(singles), joint])
+        refuse_mixing(own, whole, self.mean, self.engine.weights_of(batch.ids))
 
 
 def example_factors(weights: Tensor, renormalize: bool, share: float | Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.data.examples import Examples
+from lightning_influence.devices import read_numbers
 from lightning_influence.gradients import Engine
 from lightning_influence.module.buffer_paths import candidates, read_by
 from lightning_influence.module.precision import precision_of
@@ -192,8 +193,7 @@ class Replay:
         """
         found = self.segments[segment]
         end = self._state(found.end)
-        moved = end.distance(self._state(found.start))
-        missed = here.distance(end)
+        (moved,), (missed,) = read_numbers([end.distance(self._state(found.start)), here.distance(end)])
         drift = 0.0 if missed == 0.0 else missed / moved if moved else float("inf")
         self.drifts[found.end.step] = max(drift, self.drifts.get(found.end.step, 0.0))
         if not drift <= self.max_drift:

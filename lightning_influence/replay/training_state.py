@@ -74,10 +74,10 @@ class TrainingState:
             counts[name] = counts.get(name, 0) + 1
         return TrainingState(weights, {**self.buffers, **buffers}, optimizer, counts)
 
-    def distance(self, other: "TrainingState") -> float:
-        """Euclidean distance of all weights."""
+    def distance(self, other: "TrainingState") -> Tensor:
+        """Euclidean distance of all weights, where they are."""
         squares = [wide(self.weights[n] - other.weights[n]).square().sum() for n in self.weights]
-        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        return torch.stack(squares or [torch.zeros(())]).sum().sqrt()
 
     def bytes(self) -> int:
         """Memory that one state and one gradient take."""

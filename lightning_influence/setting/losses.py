@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from lightning_influence.devices import on_host
 from lightning_influence.gradients.losses import Losses
 from lightning_influence.setting.setting import Queries
 
@@ -23,6 +24,6 @@ def losses_under(models: Iterable[Mapping[str, Tensor]], queries: Queries) -> Te
     for weights in models:
         queries.engine.task.load(weights, weights)
         blocks = queries.examples.blocks(queries.ids.start, queries.ids.stop)
-        row = torch.cat([losses_of(queries.engine, block).cpu() for block in blocks])
+        row = torch.cat([losses_of(queries.engine, block) for block in blocks])
         rows.append(row.mean(0, keepdim=True) if queries.mean else row)
-    return torch.stack(rows) if rows else torch.empty(0, len(queries), dtype=torch.float64)
+    return torch.stack(on_host(rows)) if rows else torch.empty(0, len(queries), dtype=torch.float64)

@@ -2,17 +2,20 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_influence.data.examples import Examples
 from lightning_influence.data.source import Source
+from lightning_influence.devices import widest
 from lightning_influence.module.random_state import random_states, seed_for
+from lightning_influence.module.snapshot import readings_of
 from lightning_influence.module.task import Task
-from lightning_influence.trajectory.fingerprints import Fingerprint, difference, fingerprint, splits
+from lightning_influence.trajectory.fingerprints import Fingerprint, difference, fingerprint, fingerprint_later, splits
 from lightning_influence.trajectory.fit_data import WHOLE_BATCHES, FirstBatch, FitData
 from lightning_influence.types import Batch
 
@@ -28,15 +31,20 @@ class Remade:
 
     Args:
         loaded: fingerprint of what the collate function returned.
-        entered: of what enters ``training_step``.
+        read_entered: reads that of what enters ``training_step``, from the device.
         batch: as it enters.
         drew: whether making it drew random numbers.
     """
 
     loaded: Fingerprint
-    entered: Fingerprint
+    read_entered: Callable[[], Fingerprint]
     batch: Batch
     drew: bool
+
+    @cached_property
+    def entered(self) -> Fingerprint:
+        """The fingerprint of what enters ``training_step``."""
+        return self.read_entered()
 
 
 @dataclass(frozen=True)
@@ -79,11 +87,12 @@ def remade(task: Task, source: Source, ids: Sequence[int], positions: Sequence[i
     loaded = fingerprint(batch, len(ids), positions)
     # A hook may write into its batch, and a collate function may return the dataset's own tensors.
     batch = task.to_device(_copied(batch))
-    return Remade(loaded, fingerprint(batch, len(ids), positions), batch, before != random_states())
+    entered = fingerprint_later(batch, len(ids), positions, readings_of(task.module))
+    return Remade(loaded, entered, batch, before != random_states())
 
 
-def mismatch(task: Task, source: Source, batch: FirstBatch, whole: bool, least: float) -> Mismatch | None:
-    """Compare a batch of the fit with the same batch made now.
+def mismatch(task: Task, source: Source, batch: FirstBatch, whole: bool, least: float) -> Callable[[], Mismatch | None]:
+    """Make a batch of the fit; returns a function that compares it with that of the fit.
 
     Args:
         task: prepares the batch.
@@ -96,9 +105,14 @@ def mismatch(task: Task, source: Source, batch: FirstBatch, whole: bool, least: 
     try:
         found = remade(task, source, ids, positions)
     except Exception as error:
-        return Mismatch(batch, None, f"{type(error).__name__}: {error}", whole)
-    what = difference(batch.entered, found.entered, rows=not whole, least=least)
-    return None if what is None else Mismatch(batch, found, what, whole)
+        failed = Mismatch(batch, None, f"{type(error).__name__}: {error}", whole)
+        return lambda: failed
+
+    def compared() -> Mismatch | None:
+        what = difference(batch.entered, found.entered, rows=not whole, least=least)
+        return None if what is None else Mismatch(batch, found, what, whole)
+
+    return compared
 
 
 def first_mismatch(
@@ -120,15 +134,18 @@ def first_mismatch(
     batches = [batch for batch in record.batches if max(batch.ids) in indices and min(batch.ids) in indices]
     few = [batch.few(FEW[min(number, 1)]) for number, batch in enumerate(batches)]
     more = [b for b, known in zip(batches, few, strict=True) if b.positions != known.positions and splits(b.entered)]
-    for number, batch in enumerate([*few, *(() if again else more)]):
+    made: list[tuple[FirstBatch, Callable[[], Mismatch | None] | None]] = []
+    for number, batch in enumerate([*few, *(() if again else more)]):  # all are made before the first of them is read
         if number == len(few) and not again:
             until = time.monotonic() + seconds
         if number and time.monotonic() > until:
             break
-        if splits(batch.entered) and mismatch(task, source, batch, False, least) is None:
+        made.append((batch, mismatch(task, source, batch, False, least) if splits(batch.entered) else None))
+    for batch, compared in made:
+        if compared is not None and compared() is None:
             continue  # one of a few examples is tried before the whole batch
         whole += 1
-        if whole <= WHOLE_BATCHES and (found := mismatch(task, source, batch, True, least)) is not None:
+        if whole <= WHOLE_BATCHES and (found := mismatch(task, source, batch, True, least)()) is not None:
             return found
     return None
 
@@ -141,4 +158,4 @@ def loss_of(task: Task, batch: Batch, ids: Sequence[int]) -> Tensor:
     """The loss of ``training_step`` on a small batch, under a random state that follows from its first example."""
     batch = _copied(batch)  # the step may write into it
     seed_for(0, ids[0])
-    return task(batch).detach().double().sum().cpu()
+    return widest(task(batch).detach()).sum()

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import torch
 
 from lightning_influence.data.source import Source
+from lightning_influence.module.snapshot import readings_of
 from lightning_influence.module.task import Task
 from lightning_influence.setting.checkpoints import put_in_place
-from lightning_influence.setting.made_again import first_mismatch, loss_of, remade
+from lightning_influence.setting.made_again import Remade, first_mismatch, loss_of, remade
 from lightning_influence.setting.other_data import cause_of
 from lightning_influence.trajectory import Checkpoint, Trajectory
 from lightning_influence.trajectory.fingerprints import difference
-from lightning_influence.trajectory.fit_data import FitData
+from lightning_influence.trajectory.fit_data import FirstLosses, FitData
 from lightning_influence.trajectory.numbering import combines_loaders
 
 # Others than the few examples of each batch are compared for so long.
@@ -41,8 +42,9 @@ def check_data(task: Task, source: Source, trajectory: Trajectory, again: bool =
     record = trajectory.fit_data
     if record is None:
         return []
-    found = first_mismatch(task, source, record, _SECONDS_FOR_OTHERS, again)
     losses = record.losses if task.loss is None else None
+    batch = None if losses is None else _batch_of(task, source, record, losses)  # read with those compared first
+    found = first_mismatch(task, source, record, _SECONDS_FOR_OTHERS, again)
     if found is not None and not (found.in_text and losses is not None):
         cause = cause_of(found, task, source, record)
         if record.certain and not found.in_text:
@@ -55,9 +57,10 @@ def check_data(task: Task, source: Source, trajectory: Trajectory, again: bool =
             f"The batches that `train` gives differ from those that were trained on: {found.what}. {doubt}, which is "
             f"not known of this fit, the scores are wrong. {cause}"
         ]
-    if losses is not None:  # they also tell whether strings that differ matter, which may be names of files
+    # They also tell whether strings that differ matter, which may be names of files.
+    if losses is not None and batch is not None and difference(losses.entered, batch.entered, False, False) is None:
         what = "" if found is None else f" ({found.what})"
-        _check_losses(task, source, trajectory.checkpoints[-1 if again else 0 :], record, what)
+        _check_losses(task, trajectory.checkpoints[-1 if again else 0 :], record, losses, batch, what)
     return []
 
 
@@ -74,24 +77,26 @@ def _check_step(task: Task, source: Source) -> None:
         ) from error
 
 
-def _check_losses(task: Task, source: Source, checkpoints: Sequence[Checkpoint], record: FitData, what: str) -> None:
-    """Raises ValueError if the module gives other losses than in the fit for the same batch and weights."""
-    losses = record.losses
-    if losses is None or max(losses.ids) >= len(source.dataset):
-        return
+def _batch_of(task: Task, source: Source, record: FitData, losses: FirstLosses) -> Remade | None:
+    """The batch whose losses are known, made again; None where they tell nothing."""
+    if max(losses.ids) >= len(source.dataset) or (losses.drew and record.device != task.device.type):
+        return None
     try:
-        found = remade(task, source, losses.ids, range(len(losses.ids)))
+        return remade(task, source, losses.ids, range(len(losses.ids)))
     except Exception:
-        return  # it was made with augmentation that is absent here
-    if difference(losses.entered, found.entered, rows=False, text=False) is not None:
-        return
-    if losses.drew and record.device != task.device.type:
-        return
+        return None  # it was made with augmentation that is absent here
+
+
+def _check_losses(
+    task: Task, checkpoints: Sequence[Checkpoint], record: FitData, losses: FirstLosses, batch: Remade, what: str
+) -> None:
+    """Raises ValueError if the module gives other losses than in the fit for the same batch and weights."""
     double = losses.dtype == "float64" and all(p.dtype is torch.float64 for p in task.named_parameters().values())
     relative = 1e-2 if record.device != task.device.type else 1e-8 if double else 1e-4
     # Of a loss that is almost 0, rounding is a larger part: a tenth of the loss before training is the measure then.
     known = [abs(value) for _, _, value in losses.values]
     scale = 0.1 * max(known if len(known) > 1 else [*known, 1.0])
+    computed = []
     for step, checksum, then in losses.values:
         # not with other weights in the place of a checkpoint, such as averaged ones
         checkpoint = next((c for c in checkpoints if (c.step, c.crc32) == (step, checksum)), None)
@@ -99,9 +104,12 @@ def _check_losses(task: Task, source: Source, checkpoints: Sequence[Checkpoint],
             continue
         put_in_place(task, checkpoint)
         try:
-            now = float(loss_of(task, found.batch, losses.ids))
+            loss = loss_of(task, batch.batch, losses.ids)
         except Exception:
             return  # the question fails with the same error, and says more about it
+        computed.append((step, then, readings_of(task.module).later(loss)))
+    for step, then, read in computed:
+        (now,) = read()
         if not abs(now - then) <= relative * (abs(then) + scale):
             raise ValueError(
                 f"Expected the module to give the losses of the fit, got {now:.6g} for {then:.6g} on the same examples "

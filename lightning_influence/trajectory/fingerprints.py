@@ -4,12 +4,15 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_influence.devices import Readings
 
 # Elements of a tensor, or of an example's row of it, that are looked at: all up to this number, else evenly spread.
 _ELEMENTS = 2**13
@@ -55,13 +58,18 @@ def fingerprint(batch: Any, size: int, positions: Sequence[int]) -> Fingerprint:
         size: number of its examples.
         positions: of those whose rows are summarised.
     """
-    found: Fingerprint = []
+    return fingerprint_later(batch, size, positions, Readings())()
+
+
+def fingerprint_later(batch: Any, size: int, positions: Sequence[int], readings: Readings) -> Callable[[], Fingerprint]:
+    """The same by a function, which reads what is on a device; until then the batch must stay as it is."""
     with torch.no_grad():
-        for path, value in _leaves(batch, size, "", set(), 0):
-            if len(found) == _LEAVES:
-                break
-            found.append(_leaf(path, value, size, positions))
-    return found
+        leaves = [(path, _stored(value)) for path, value in islice(_leaves(batch, size, "", set(), 0), _LEAVES)]
+        parts = [[_summary_later(part, readings) for part in _elements(v, size, positions)] for _, v in leaves]
+    return lambda: [
+        _leaf(path, value, size, positions, [read() for read in reads])
+        for (path, value), reads in zip(leaves, parts, strict=True)
+    ]
 
 
 def splits(found: Fingerprint) -> bool:
@@ -198,32 +206,50 @@ def _as_tensor(value: Any) -> Any:
         return repr(value.tolist())
 
 
-def _leaf(path: str, value: Any, size: int, positions: Sequence[int]) -> LeafSummary:
+def _stored(value: Any) -> Any:
+    """The value; numbers as tensors."""
+    of_examples = isinstance(value, list) and all(isinstance(item, (int, float)) for item in value)
+    return torch.tensor(value, dtype=torch.float64) if of_examples or isinstance(value, (int, float)) else value
+
+
+def _elements(value: Any, size: int, positions: Sequence[int]) -> list[Tensor]:
+    """Of a tensor: [1, element] of the whole, and [row, element] of each of a few examples, if it has a row of each."""
+    if not isinstance(value, Tensor):
+        return []
+    dense = _dense(value.detach())
+    found = [_few(dense.reshape(1, -1))]
+    if dense.ndim and dense.shape == value.shape and len(dense) == size:
+        chosen = dense[torch.as_tensor(positions, dtype=torch.int64, device=dense.device)]
+        found.append(_few(chosen.reshape(len(positions), -1)))
+    return found
+
+
+def _few(rows: Tensor) -> Tensor:
+    """[row, element]: some of the elements, evenly spread."""
+    rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
+    count = rows.shape[1]
+    return rows if count <= _ELEMENTS else rows[:, torch.arange(_ELEMENTS, device=rows.device) * count // _ELEMENTS]
+
+
+def _leaf(
+    path: str, value: object, size: int, positions: Sequence[int], summaries: Sequence[list[list[float]]]
+) -> LeafSummary:
     if isinstance(value, list):  # one plain value per example
-        if all(isinstance(item, (int, float)) for item in value):
-            return _leaf(path, torch.tensor(value, dtype=torch.float64), size, positions)
         return LeafSummary(path, "text", [size], _checksum(value), [_checksum(value[p]) for p in positions])
-    if isinstance(value, (int, float)):
-        value = torch.tensor(value, dtype=torch.float64)
     if not isinstance(value, Tensor):
         return LeafSummary(path, "text", [], _checksum(value), None)
-    value = value.detach()
-    shape = list(value.shape)
+    (whole,), *rows = summaries
     dtype = str(value.dtype).removeprefix("torch.")
-    if value.layout is not torch.strided or value.is_quantized or value.is_nested:
-        value = _dense(value)
-    if not shape or shape[0] != size or shape != list(value.shape):
-        return LeafSummary(path, dtype, shape, _summary(value.reshape(1, -1))[0], None)
-    chosen = value[torch.as_tensor(positions, dtype=torch.int64, device=value.device)]
-    return LeafSummary(
-        path, dtype, shape, _summary(value.reshape(1, -1))[0], _summary(chosen.reshape(len(positions), -1))
-    )
+    return LeafSummary(path, dtype, list(value.shape), whole, rows[0] if rows else None)
 
 
 def _dense(value: Tensor) -> Tensor:
-    """The stored elements of a sparse, nested or quantised tensor."""
+    """The stored elements of a sparse, nested or quantised tensor; any other as it is."""
     if value.is_quantized:
         return value.dequantize()
+    if value.layout is torch.strided and not value.is_nested:
+        return value
+    value = value if value.is_nested else value.cpu()  # a device may lack the operations, and float64
     if value.layout is torch.sparse_coo:
         value = value.coalesce()
         return torch.cat([value.indices().reshape(-1).double(), value.values().reshape(-1).double()])
@@ -236,13 +262,17 @@ def _checksum(value: Any) -> list[float]:
     return [float(zlib.crc32(repr(value).encode()))]
 
 
+def _summary_later(rows: Tensor, readings: Readings) -> Callable[[], list[list[float]]]:
+    if rows.is_cpu:
+        known = _summary(rows)
+        return lambda: known
+    arrives = readings.arriving(rows)
+    return lambda: _summary(arrives())
+
+
 def _summary(rows: Tensor) -> list[list[float]]:
     """[row, element] to [row][3]: norm and two sums with fixed weights, which an exchange of elements changes."""
-    rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
-    count = rows.shape[1]
-    if count > _ELEMENTS:
-        rows = rows[:, (torch.arange(_ELEMENTS) * count // _ELEMENTS).to(rows.device)]
-    rows = rows.cpu().double().nan_to_num(nan=-7.25, posinf=1e4, neginf=-1e4)
+    rows = rows.double().nan_to_num(nan=-7.25, posinf=1e4, neginf=-1e4)
     norms = rows.square().sum(1).sqrt()
     return torch.cat([norms[:, None], rows @ _weights(rows.shape[1])], 1).tolist()
 

@@ -1,6 +1,7 @@
 """Ceilings on how often the host waits for a device, and on copies to it."""
 
 import functools
+import shutil
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from lightning_influence import (
 
 pytestmark = [pytest.mark.device, pytest.mark.filterwarnings("ignore")]
 BLOCK = 8
-FEW, MANY = 10, 20  # blocks
+FEW, MANY = 4, 8  # blocks
 
 
 @functools.cache
@@ -66,30 +67,34 @@ def scores(method, **options):
     return lambda ask: ask.score(method, data(BLOCK, 2, torch.float32), **options)
 
 
-# Waits for the device: of a first question about few blocks and of a second one. Further blocks of it have none.
+# Waits for the device: of a first question about few blocks and of a second one. Further blocks of it have none. At
+# most 20, but for solvers that wait once a product, which is a pass over all data (11 in LiSSA, 10 in Arnoldi), and for
+# SOURCE, which prepares a curvature for each of its two segments.
 CEILINGS = {
-    "TracInCP": (scores(TracInCP()), 36, 25),
-    "GradientDot": (scores(GradientDot()), 33, 22),
-    "top-k": (scores(TracInCP(), top_k=3), 47, 35),
-    "EKFAC": (scores(InfluenceFunction(EKFAC())), 172, 107),
-    "LiSSA": (scores(InfluenceFunction(LiSSA(damping=1.0))), 83, 53),
-    "ConjugateGradient": (scores(InfluenceFunction(ConjugateGradient(damping=1.0))), 74, 59),
-    "Arnoldi": (scores(InfluenceFunction(Arnoldi(damping=0.1, steps=10))), 78, 33),
-    "ExactGGN": (scores(InfluenceFunction(ExactGGN(damping=0.1))), 57, 40),
-    "SOURCE": (scores(SOURCE(segments=2)), 146, 82),
-    "HyDRA": (scores(HyDRA()), 56, 41),
-    "TracIn": (scores(TracIn()), 44, 32),
-    "KNNShapley": (scores(KNNShapley()), 23, 15),
-    "RepresenterPoints": (scores(RepresenterPoints()), 82, 31),
-    "self-influence": (lambda ask: ask.self_influence(TracInCP()), 31, 19),
-    "self-influence by EKFAC": (lambda ask: ask.self_influence(InfluenceFunction(EKFAC())), 110, 96),
-    "a group": (lambda ask: ask.group(TracInCP(), [1, 4], data(BLOCK, 2, torch.float32)), 38, 27),
+    "TracInCP": (scores(TracInCP()), 12, 10),
+    "GradientDot": (scores(GradientDot()), 10, 8),
+    "top-k": (scores(TracInCP(), top_k=3), 14, 12),
+    "EKFAC": (scores(InfluenceFunction(EKFAC())), 20, 13),
+    "LiSSA": (scores(InfluenceFunction(LiSSA(damping=1.0))), 27, 17),
+    "ConjugateGradient": (scores(InfluenceFunction(ConjugateGradient(damping=1.0))), 20, 17),
+    "Arnoldi": (scores(InfluenceFunction(Arnoldi(damping=0.1, steps=10))), 28, 11),
+    "ExactGGN": (scores(InfluenceFunction(ExactGGN(damping=0.1))), 15, 10),
+    "SOURCE": (scores(SOURCE(segments=2)), 27, 13),
+    "HyDRA": (scores(HyDRA()), 19, 17),
+    "TracIn": (scores(TracIn()), 16, 13),
+    "KNNShapley": (scores(KNNShapley()), 5, 5),
+    "RepresenterPoints": (scores(RepresenterPoints()), 9, 9),
+    "self-influence": (lambda ask: ask.self_influence(TracInCP()), 9, 7),
+    "self-influence by EKFAC": (lambda ask: ask.self_influence(InfluenceFunction(EKFAC())), 18, 11),
+    "a group": (lambda ask: ask.group(TracInCP(), [1, 4], data(BLOCK, 2, torch.float32)), 14, 12),
 }
 
 
 @pytest.mark.parametrize("name", CEILINGS)
 def test_the_host_seldom_waits(name, folder):
     question, first, again = CEILINGS[name]
+    for kept in [*folder.rglob("curvature"), *folder.rglob("features")]:  # of other questions
+        shutil.rmtree(kept)
     some, more = (counts_of(asking(n, folder), question) for n in (FEW, MANY))
     assert some[0].waits <= first
     assert some[1].waits <= again
@@ -97,8 +102,9 @@ def test_the_host_seldom_waits(name, folder):
 
 
 def test_blocks_are_copied_to_the_device_once_and_from_pinned_memory(folder):
-    some, more = (counts_of(asking(n, folder), scores(GradientDot()))[1] for n in (FEW, MANY))
-    copies, blocks = more.to_device - some.to_device, MANY - FEW
+    few, many = 10, 20
+    some, more = (counts_of(asking(n, folder), scores(GradientDot()))[1] for n in (few, many))
+    copies, blocks = more.to_device - some.to_device, many - few
     assert copies <= blocks * 2.2  # inputs and labels; now and then an example for a spot check
     assert copies == more.pinned - some.pinned
 
