@@ -11,7 +11,7 @@ from lightning_influence.gradients.guard import Guard
 from lightning_influence.gradients.index_check import gradient_at, joined
 from lightning_influence.gradients.low_precision import LowPrecision, checked_in, compared
 from lightning_influence.gradients.sample import CONFIRMED, is_large
-from lightning_influence.gradients.self_check import bytes_of_one, confirmed
+from lightning_influence.gradients.self_check import confirmed, measured
 from lightning_influence.gradients.tail_check import check_tail
 from lightning_influence.module.loss_tail import LossTail
 from lightning_influence.module.task import Loss, Task
@@ -48,7 +48,6 @@ class Findings:
         of_clock: see ``BatchIndex``.
         values: the module's small values before and after a call of the step.
         notes: on what the step changes; None: not known yet.
-        bytes_of_one: of the gradient of a training example.
         tokens: the weights of examples in a mean over tokens.
         share_of_copies: see ``Examples``.
         low: the plans that were checked in a precision of 16 bits, by dataset and loss.
@@ -67,7 +66,6 @@ class Findings:
     of_clock: dict[tuple[str, int], tuple[int, int] | None] = field(default_factory=dict)
     values: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] | None = None
-    bytes_of_one: int | None = None
     tails: dict[_Key, LossTail] = field(default_factory=dict)
     low: dict[_Key, Plan] = field(default_factory=dict)
     compared: list[LowPrecision | None] = field(default_factory=list)
@@ -145,7 +143,7 @@ class Planner:
     ) -> Engine:
         weights = self.found.tokens.of(task, data, reduction)
         known = self.found.guards.get(_key(task, data.dataset))
-        guard = Guard(dataset=data.dataset) if known is None or trained is None else known.again()
+        guard = Guard(dataset=data.dataset) if known is None else known.again()
         return Engine(task, reduction, self._groups(), plan=plan, examples=trained, guard=guard, weights=weights)
 
     def _groups(self) -> Mapping[str, int]:
@@ -179,8 +177,8 @@ class Planner:
             pair = index.differing(self._last)
             if pair is not None:
                 plan = joined(plan, self._plan_at(task, examples, reduction, pair))
+            plan = measured(engine, sample, plan)
             self.found.plans[key] = reduction, plan
-            self.found.bytes_of_one = bytes_of_one(engine, sample, plan)
             self.found.values = sample.values
             version = task.version
             engine = self._engine(task, examples, reduction, plan)
@@ -238,11 +236,6 @@ class Planner:
             self.found.values = []
         return self.found.notes
 
-    def block_size(self, at_least: int) -> int:
-        """Larger blocks if the factors of an example's gradient are small: fewer, larger matrix products."""
-        each = self.found.bytes_of_one
-        return at_least if each is None else max(at_least, min(_BLOCK, _BLOCK_BYTES // max(1, each)))
-
     # ---- queries --------------------------------------------------------------------------------------------------
 
     def _planned_for(self, task: Task, data: Examples, examples: Examples) -> tuple[Reduction, Plan]:
@@ -255,12 +248,13 @@ class Planner:
                 engine = self._engine(task, data, reduction, Plan({}))
                 _, plan = self.found.plans.get(_key(task, examples.dataset), (reduction, None))
                 plan = None if data.thorough else plan
-                two = Sample(task, data, self.names, trained=False, few=CONFIRMED)
-                if plan is not None and confirmed(engine, two, plan):
+                sample = Sample(task, data, self.names, trained=False, few=CONFIRMED)
+                if plan is not None and confirmed(engine, sample, plan):
                     self.found.confirmed = True
                 else:
-                    plan = make_plan(engine, Sample(task, data, self.names, trained=False), self.names)
-                self.found.plans[key] = reduction, plan
+                    sample = Sample(task, data, self.names, trained=False)
+                    plan = make_plan(engine, sample, self.names)
+                self.found.plans[key] = reduction, measured(engine, sample, plan)
             self.found.datasets.append(data.dataset)
         return self.found.plans[key]
 
@@ -317,6 +311,12 @@ class Planner:
         """Whether the loss was found to be a mean over examples, which may have had equally many tokens."""
         probed = self.found.tokens.probed
         return probed is not None and probed.reduction is Reduction.MEAN
+
+
+def block_size(plan: Plan, at_least: int) -> int:
+    """Larger blocks if the factors of an example's gradient are small: fewer, larger matrix products."""
+    each = plan.bytes_of_one
+    return at_least if each is None else max(at_least, min(_BLOCK, _BLOCK_BYTES // max(1, each)))
 
 
 def _key(task: Task, dataset: Any) -> _Key:

@@ -27,7 +27,7 @@ from lightning_influence.setting.chosen_precision import (
     notes_on_precision,
     type_of_half,
 )
-from lightning_influence.setting.planning import Planner
+from lightning_influence.setting.planning import Planner, block_size
 from lightning_influence.setting.same_data import check_data
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.setting.token_weights import describe
@@ -149,7 +149,7 @@ class Session:
             if queries is not None:
                 setting.queries = self._queries(task, queries, measurement, mean, gradients, examples)
             if gradients and self.batch_size is None:
-                examples.block_size = planner.block_size(examples.block_size)
+                examples.block_size = block_size(engine.plan, examples.block_size)
             try:
                 yield setting
             finally:

@@ -79,8 +79,12 @@ class Queries:
         """
         held, size = 1, self.examples.block_size
         if len(self) > 1:
-            some = next(self.examples.blocks(0, min(4, len(self.examples))))
-            each = self.engine.gradients(some, checked=False).query_bytes(len(self))
+            known, whole = self.engine.plan.bytes_of_one, self.engine.vector_bytes
+            if known is not None and len(self) * (known + whole) <= GRADIENT_BYTES:
+                each = known + whole  # factors, and at most the gradient written out
+            else:
+                some = next(self.examples.blocks(0, min(4, len(self.examples))))
+                each = self.engine.gradients(some, checked=False).query_bytes(len(self))
             held = whole_blocks(max(1, GRADIENT_BYTES // max(1, each)), size)
         return held if most is None else min(held, whole_blocks(max(1, most), size))
 
