@@ -1,5 +1,6 @@
 """What is found out once about a module's gradients, at its final weights, before questions are answered."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,8 @@ from lightning_influence.gradients import Engine, Plan, Reduction, Sample, make_
 from lightning_influence.gradients.guard import Guard
 from lightning_influence.gradients.index_check import gradient_at, joined
 from lightning_influence.gradients.low_precision import LowPrecision, checked_in, compared
+from lightning_influence.gradients.reduction_probe import Probed
+from lightning_influence.gradients.reduction_probe import probe as probe_sample
 from lightning_influence.gradients.sample import CONFIRMED, is_large
 from lightning_influence.gradients.self_check import confirmed, measured
 from lightning_influence.gradients.tail_check import check_tail
@@ -18,6 +21,7 @@ from lightning_influence.module.task import Loss, Task
 from lightning_influence.setting.batch_index import BatchIndex
 from lightning_influence.setting.chosen_precision import other_precision
 from lightning_influence.setting.explained import explained
+from lightning_influence.setting.kept_checks import KeptChecks, Verdict
 from lightning_influence.setting.own_counters import note_changing
 from lightning_influence.setting.setting import Queries
 from lightning_influence.setting.token_weights import TokenWeights, probe
@@ -56,6 +60,7 @@ class Findings:
         unreached: parameters that the loss in eval mode does not depend on.
         thorough: see ``Examples``.
         confirmed: whether a plan for queries is that of the training examples, tried on a few of them.
+        kept: whether the plan of these is one of an earlier process, tried on a few of them.
     """
 
     plans: dict[_Key, tuple[Reduction, Plan]] = field(default_factory=dict)
@@ -74,6 +79,7 @@ class Findings:
     unreached: Unreached = field(default_factory=Unreached)
     thorough: bool = False
     confirmed: bool = False
+    kept: bool = False
 
 
 @dataclass
@@ -168,10 +174,16 @@ class Planner:
         """Reduction and plan of the training examples' gradients, from the self-check."""
         key = _key(task, examples.dataset)
         if key not in self.found.plans:
-            sample = self._sample(task, examples)
+            kept = KeptChecks.of(task, Sample(task, examples, self.names), self.trajectory, index.first)
+            verdict = None if kept is None else kept.read()
+            found = None if verdict is None else self._confirmed(task, examples, verdict)
+            if found is None:
+                verdict, sample = None, self._sample(task, examples)
+                engine = self._engine(task, examples, self._reduction(), Plan({}), examples)
+                plan = make_plan(engine, sample, self.names)
+            else:
+                engine, sample, plan = found
             reduction = self._reduction()
-            engine = self._engine(task, examples, reduction, Plan({}), examples)
-            plan = make_plan(engine, sample, self.names)
             if not sample.uses_of_index:
                 index.found.setdefault(self._last, None)
             pair = index.differing(self._last)
@@ -180,11 +192,28 @@ class Planner:
             plan = measured(engine, sample, plan)
             self.found.plans[key] = reduction, plan
             self.found.values = sample.values
+            if verdict is not None:
+                self.found.unreached = Unreached(note=verdict.note)
+                return self.found.plans[key]
             version = task.version
             engine = self._engine(task, examples, reduction, plan)
-            self.found.unreached = self._unreached(engine, sample)
+            self.found.unreached = unreached = self._unreached(engine, sample)
             task.weights_returned(version)
+            if kept is not None and pair is None and unreached.error is None:
+                kept.keep(reduction, plan, unreached.note)
         return self.found.plans[key]
+
+    def _confirmed(self, task: Task, examples: Examples, verdict: Verdict) -> tuple[Engine, Sample, Plan] | None:
+        """The plan of a verdict that was kept, if it is right for two examples; None if it is in any way in doubt."""
+        examples.check_steady()
+        sample = Sample(task, examples, self.names, few=CONFIRMED)
+        with contextlib.suppress(Exception):  # then all are checked, which meets the error as well and says more
+            probed, plan = probe_sample(sample), verdict.plan_for(sample)
+            engine = self._engine(task, examples, verdict.reduction, Plan({}), examples)
+            if probed == Probed(verdict.reduction) and plan is not None and confirmed(engine, sample, plan):
+                self.found.tokens.probed, self.found.kept = probed, True
+                return engine, sample, plan
+        return None
 
     def _plan_at(self, task: Task, examples: Examples, reduction: Reduction, pair: tuple[int, int]) -> Plan:
         """The plan at another index of the batch."""
@@ -293,7 +322,8 @@ class Planner:
             task: the module.
             of_queries: whether it is queries of which too few were checked.
         """
-        if self.found.thorough or not (is_large(task) or (of_queries and self.found.confirmed)):
+        fewer = is_large(task) or self.found.kept or (of_queries and self.found.confirmed)
+        if self.found.thorough or not fewer:
             return False
         self.found.thorough = True
         self.found.tokens = TokenWeights()
