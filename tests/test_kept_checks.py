@@ -56,9 +56,30 @@ class Net(pl.LightningModule):
 TWO = [1, 1, 1, 2]  # two alone, one of them also for a look at the operations of the loss, and both together
 
 
-def made(*changes):
+LIBRARIES = """
+import torch
+import torchmetrics
+import pytorch_lightning as pl
+from torch.nn import functional as F
+
+class Layer(torch.nn.TransformerEncoderLayer):
+    def _ff_block(self, x):
+        return super()._ff_block(x) + 1.0
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.save_hyperparameters({"beta": 1.0})
+        self.layer = Layer(4, 1, 8, batch_first=True)
+        self.accuracy = torchmetrics.classification.BinaryAccuracy(threshold=0.5)
+
+    def training_step(self, batch, batch_idx):
+        return F.softplus(self.layer(batch)).mean() * self.hparams.beta * getattr(self, "accuracy").threshold
+"""
+
+
+def made(*changes, text=SOURCE):
     """A module of the source with some of its text replaced, as a file that was edited has it."""
-    text = SOURCE
     for old, new in changes:
         assert old in text
         text = text.replace(old, new)
@@ -148,6 +169,22 @@ def test_changed_code_is_checked_anew(what, asked, folder):
 def test_what_no_loss_reads_may_change(asked):
     changes = ("return time.time()", "return 1"), ("object()\n\n    def logits", "3\n\n    def logits")
     assert sorted(asked(made(*changes, ("lr=self.trainer.max_epochs * 0.05", "lr=0.2")))) == TWO
+
+
+def test_what_libraries_call_and_read_is_seen(monkeypatch):
+    changes = (
+        ("+ 1.0", "+ 2.0"),
+        ('"beta": 1.0', '"beta": 2.0'),
+        ("=0.5", "=0.6"),
+        ("1, 8", "2, 8"),
+        ("softplus", "mish"),
+    )
+    modules = [made(text=LIBRARIES), *(made(change, text=LIBRARIES) for change in changes)]
+    assert len({code_digest.digest(module) for module in modules}) == len(modules)
+    assert code_digest.digest(made(text=LIBRARIES)) == code_digest.digest(modules[0])
+    before = code_digest.digest(modules[0])
+    monkeypatch.setattr(torch.nn.functional, "softplus", lambda x: x)
+    assert code_digest.digest(modules[0]) != before
 
 
 def one_label(train):

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_influence.types import LIBRARIES
+
 # What reads more than its arguments, or names that no code spells.
 _DOUBTFUL = frozenset(
     {"open", "eval", "exec", "globals", "locals", "vars", "input", "compile", "trainer", "_trainer", "fabric", "dir"}
@@ -32,6 +34,12 @@ _PLAIN = frozenset(
         *("warnings", "__future__", "_operator", "_functools", "_collections", "_collections_abc"),
     }
 )
+_RELEASED = LIBRARIES | {
+    *("numpy", "scipy", "torchvision", "torchaudio", "transformers", "tokenizers", "timm", "einops", "peft"),
+    *("accelerate", "diffusers", "safetensors", "torch_geometric", "jaxtyping"),
+}
+# Whose base classes call what `_ENTERED` names.
+_CALLERS = frozenset({"pytorch_lightning", "lightning", "lightning_fabric", "builtins", "abc", "typing"})
 # Attributes that Lightning and torch give a module, and that say nothing about what it computes.
 _ASIDE = frozenset({"_trainer", "_fabric", "training", "log", "log_dict", "print", "prepare_data_per_node"})
 # Methods of a class that nothing calls but its name.
@@ -48,8 +56,9 @@ class Unclear(ValueError):
     """Something may change what a module computes, and cannot be seen."""
 
 
+_DYNAMIC = frozenset({"getattr", "hasattr", "attrgetter", "methodcaller", "__dict__", "__getattribute__"})
 _ENTERED = (
-    *("training_step", "forward"),
+    *("training_step", "forward", "_call_impl"),
     *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"),
 )
 EVERYTHING = ("getattr",)
@@ -85,7 +94,7 @@ class _Walk:
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names, self.found = frozenset(names), set[str]()
-        self.everything = "getattr" in self.names or "__dict__" in self.names
+        self.everything = not self.names.isdisjoint(_DYNAMIC)
         self.hash = hashlib.sha256()
         self._met: dict[int, tuple[int, Any]] = {}
 
@@ -93,7 +102,9 @@ class _Walk:
         self.hash.update(repr(values).encode())
 
     def _is_reached(self, name: str) -> bool:
-        return self.everything or name in self.names or (name.startswith("__") and name.endswith("__"))
+        """Whether code names an attribute, or the property that gives it: ``hparams`` gives ``_hparams``."""
+        special = name.startswith("__") and name.endswith("__")
+        return self.everything or special or not self.names.isdisjoint((name, name.lstrip("_")))
 
     def add(self, value: Any) -> None:
         """Add a value of any kind."""
@@ -119,10 +130,10 @@ class _Walk:
                     self.add(part)
         elif (plain := _plain(value)) is not None:
             self._feed(_label(type(value)), plain)
-        elif isinstance(value, ModuleType):
-            self._feed("module", value.__name__, _version(value.__name__))
-        elif isinstance(value, (FunctionType, type)):
-            (self._add_class if isinstance(value, type) else self._add_function)(value)
+        elif isinstance(value, type):
+            self._add_class(value)
+        elif isinstance(value, FunctionType):
+            self._add_function(value)
         elif isinstance(value, nn.Module):
             self._add_module(value)
         elif (parts := _parts(value)) is not None:
@@ -132,7 +143,7 @@ class _Walk:
             self._add_foreign(value)
         else:
             self.add(type(value))
-            self._add_attributes(vars(value), _is_library(type(value).__module__))
+            self._add_attributes(vars(value), _extends_library(type(value)))
 
     def _add_tensor(self, value: Tensor) -> None:
         if isinstance(value, nn.Parameter):  # its values are those of a checkpoint
@@ -194,6 +205,7 @@ class _Walk:
                 self.add(vars(value)[inner])
 
     def _add_class(self, cls: type) -> None:
+        extends = _extends_library(cls)
         for base in cls.__mro__:
             library = _is_library(base.__module__)
             self._feed("class", _label(base), _version(base.__module__) if library else "")
@@ -201,7 +213,8 @@ class _Walk:
             if library:  # what somebody else has put into it
                 own = {n: v for n, v in own.items() if isinstance(v, FunctionType) and not _is_library(v.__module__)}
             for name in sorted(own):
-                if base.__name__ in self.names if name in _MAKING else self._is_reached(name):
+                made = name in _MAKING and base.__name__ in self.names
+                if made or (name not in _MAKING and (extends or self._is_reached(name))):
                     self._feed(name)
                     self.add(own[name])
 
@@ -222,7 +235,9 @@ class _Walk:
         for name, hook in hooks.items():
             self._feed(name)
             self.add(list(hook.values()) if isinstance(hook, Mapping) else hook)
-        self._add_attributes(values, _is_library(type(module).__module__))
+        if type(module).__module__.startswith("torchmetrics"):
+            values = {name: value for name, value in values.items() if type(value) in _PLAIN_TYPES}
+        self._add_attributes(values, _extends_library(type(module)))
 
     def _add_attributes(self, values: Mapping[str, Any], every: bool) -> None:
         for name in sorted(values):
@@ -232,7 +247,9 @@ class _Walk:
 
 
 def _plain(value: Any) -> Any:
-    """What sets of plain values, members of an ``Enum`` and patterns hold; None for others."""
+    """What sets of plain values, members of an ``Enum`` and patterns hold, or Python's modules are; None for others."""
+    if isinstance(value, ModuleType):
+        return value.__name__, _version(value.__name__)
     if isinstance(value, (set, frozenset)) and all(type(item) in _PLAIN_TYPES for item in value):
         return sorted(map(repr, value))
     if isinstance(value, re.Pattern):
@@ -289,13 +306,20 @@ def _label(value: Any) -> str:
 
 @functools.cache
 def _is_library(name: str | None) -> bool:
-    """Whether a module of this name is Python's, or of an installed package."""
+    """Whether a module of this name is Python's, or of a package that changes with its version only."""
     top = str(name).partition(".")[0]
-    if top in sys.stdlib_module_names and top != "__main__":
+    if top == __name__.partition(".")[0] or (top in sys.stdlib_module_names and top != "__main__"):
         return True
     file = getattr(sys.modules.get(top), "__file__", None)
-    return top == __name__.partition(".")[0] or (
-        file is not None and not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
+    released = file is not None and not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
+    return released and top in _RELEASED
+
+
+def _extends_library(cls: type) -> bool:
+    """Whether code of a library may call any method and read any attribute of objects of a class."""
+    return any(
+        _is_library(base.__module__) and base is not nn.Module and base.__module__.partition(".")[0] not in _CALLERS
+        for base in cls.__mro__
     )
 
 
