@@ -125,7 +125,7 @@ def album_options(album: bool | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def schedule_of(
-    every_n_epochs: Any, every_n_train_steps: Any, keep_last: Any, keep: Any, methods: Mapping[str, Method]
+    every_n_epochs: Any, every_n_train_steps: Any, keep_last: Any, keep: str, methods: Mapping[str, Method]
 ) -> Schedule:
     """Return the checkpoint schedule; every epoch by default.
 

@@ -29,9 +29,6 @@ from lightning_influence.setting.training_mode import note_on_training
 from lightning_influence.setting.unreached import Unreached
 from lightning_influence.trajectory import Trajectory
 
-# Blocks of training examples are enlarged up to this many examples while their gradients' factors fit in these bytes.
-_BLOCK = 2048
-_BLOCK_BYTES = 2**24
 # Batches per epoch where they are unknown.
 _BATCHES = 1000
 
@@ -341,12 +338,6 @@ class Planner:
         """Whether the loss was found to be a mean over examples, which may have had equally many tokens."""
         probed = self.found.tokens.probed
         return probed is not None and probed.reduction is Reduction.MEAN
-
-
-def block_size(plan: Plan, at_least: int) -> int:
-    """Larger blocks if the factors of an example's gradient are small: fewer, larger matrix products."""
-    each = plan.bytes_of_one
-    return at_least if each is None else max(at_least, min(_BLOCK, _BLOCK_BYTES // max(1, each)))
 
 
 def _key(task: Task, dataset: Any) -> _Key:

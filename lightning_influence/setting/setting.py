@@ -79,10 +79,8 @@ class Queries:
         """
         held, size = 1, self.examples.block_size
         if len(self) > 1:
-            known, whole = self.engine.plan.bytes_of_one, self.engine.vector_bytes
-            if known is not None and len(self) * (known + whole) <= GRADIENT_BYTES:
-                each = known + whole  # factors, and at most the gradient written out
-            else:
+            each = (self.engine.plan.bytes_of_one or GRADIENT_BYTES) + self.engine.vector_bytes  # at most
+            if len(self) * each > GRADIENT_BYTES:
                 some = next(self.examples.blocks(0, min(4, len(self.examples))))
                 each = self.engine.gradients(some, checked=False).query_bytes(len(self))
             held = whole_blocks(max(1, GRADIENT_BYTES // max(1, each)), size)
