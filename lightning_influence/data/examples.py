@@ -88,7 +88,7 @@ class Examples:
         """If set, a batch of one holds two copies of its example, and this is the ``share`` of ``Copies``."""
         self.thorough = False
         """Whether as many of them are checked before scoring as for a small model, since fewer showed too little."""
-self.looked_at: Block | None = None
+        self.looked_at: Block | None = None
         """What checks have read of them, for others."""
         self.collate = collate or default_collate
         self._reader = _Reader(dataset, self.collate, name)
