@@ -137,15 +137,14 @@ def _key(task: Task, sample: Sample, trajectory: Trajectory, index: int) -> str:
         Unclear: there may be more.
     """
     examples, last = sample.examples, trajectory.checkpoints[-1]
-    if examples.share_of_copies is not None or sample.read is None:
-        raise Unclear("examples that are not read as they are")
-    moved = [task.to_device(block.batch) for block in sample.blocks]
+    if examples.share_of_copies is not None or sample.read is None or last.size < 0:
+        raise Unclear("examples that are not read as they are, or weights without a checksum")
     makers = [task.datamodule, getattr(task.trainer, "datamodule", None), examples.collate]
     about = {
         "format": _FORMAT,
         "versions": [sys.version, str(torch.__version__), str(torch.version.git_version), _stamp()],
         "code": digest(task.module, task.loss, *makers),
-        "batches": digest(sample.read.batch, moved, names=EVERYTHING),
+        "batches": digest(sample.read.batch, [block.batch for block in sample.blocks], names=EVERYTHING),
         "examples": [len(examples), *sample.chosen, sample.ids],
         "weights": [last.step, last.crc32],
         "parameters": [list(sample.names), [[n, str(p.dtype), list(p.shape)] for n, p in _all(task)]],
