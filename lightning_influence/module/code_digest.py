@@ -5,21 +5,21 @@ What it cannot see through raises `Unclear`, such as a step that reads its Train
 """
 
 import builtins
-import dis
 import enum
 import functools
 import hashlib
 import importlib.metadata
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_influence.module.code_reading import imports_in, names_in, written
 from lightning_influence.types import LIBRARIES
 
 # What reads more than its arguments, or names that no code spells.
@@ -49,7 +49,6 @@ _OBJECTS = 20_000
 _PLAIN_TYPES = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice)
 _TORCH_TYPES = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
 _OF_ALL = frozenset({"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__abstractmethods__"})
-_IMPORT = dis.opmap["IMPORT_NAME"]
 
 
 class Unclear(ValueError):
@@ -177,11 +176,11 @@ class _Walk:
         if _is_library(function.__module__):
             self._feed("function", _label(function), _version(function.__module__))
             return
-        names = set(_names_in(function.__code__))
+        names = set(names_in(function.__code__))
         if doubtful := names & _DOUBTFUL:
             raise Unclear(f"`{sorted(doubtful)[0]}` in `{function.__qualname__}`")
         self.found |= names
-        self._feed("function", _label(function), _code(function.__code__))
+        self._feed("function", _label(function), written(function.__code__))
         for part in (function.__defaults__, function.__kwdefaults__):
             self.add(part)
         for cell in function.__closure__ or ():
@@ -191,7 +190,7 @@ class _Walk:
                 raise Unclear("an empty cell") from error
         for name in sorted(names & function.__globals__.keys()):
             self._add_global(name, function.__globals__[name], names)
-        for name in sorted(_imports_in(function.__code__)):
+        for name in sorted(imports_in(function.__code__)):
             if name not in sys.modules:
                 raise Unclear(f"an import of `{name}`")
             self._add_global(name, sys.modules[name], names)
@@ -266,37 +265,6 @@ def _parts(value: Any) -> list[Any] | None:
     if isinstance(value, (property, classmethod, staticmethod, functools.cached_property)):
         return [getattr(value, name, None) for name in ("fget", "__func__", "func")]
     return None
-
-
-def _code(code: CodeType) -> tuple[Any, ...]:
-    """What a function does, without where it is written."""
-    consts = [_code(c) if isinstance(c, CodeType) else _constant(c) for c in code.co_consts]
-    variables = code.co_varnames, code.co_freevars, code.co_cellvars
-    return code.co_code, code.co_names, *variables, consts, code.co_flags, code.co_argcount, code.co_kwonlyargcount
-
-
-def _constant(value: Any) -> str:
-    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
-
-
-def _names_in(code: CodeType) -> Iterator[str]:
-    """The names that code reads, and text that may be one."""
-    for part in _codes(code):
-        yield from part.co_names
-        yield from (c for c in part.co_consts if isinstance(c, str) and c.isidentifier())
-
-
-def _imports_in(code: CodeType) -> Iterator[str]:
-    for part in _codes(code):
-        if _IMPORT in part.co_code[::2]:
-            yield from (i.argval for i in dis.get_instructions(part) if i.opcode == _IMPORT)
 
 
 def _label(value: Any) -> str:

@@ -139,6 +139,7 @@ def _key(task: Task, sample: Sample, trajectory: Trajectory, index: int) -> str:
     examples, last = sample.examples, trajectory.checkpoints[-1]
     if examples.share_of_copies is not None or sample.read is None or last.size < 0:
         raise Unclear("examples that are not read as they are, or weights without a checksum")
+    tensors: dict[str, Any] = {**task.named_parameters(), **task.named_buffers()}
     makers = [task.datamodule, getattr(task.trainer, "datamodule", None), examples.collate]
     about = {
         "format": _FORMAT,
@@ -147,7 +148,7 @@ def _key(task: Task, sample: Sample, trajectory: Trajectory, index: int) -> str:
         "batches": digest(sample.read.batch, [block.batch for block in sample.blocks], names=EVERYTHING),
         "examples": [len(examples), *sample.chosen, sample.ids],
         "weights": [last.step, last.crc32],
-        "parameters": [list(sample.names), [[n, str(p.dtype), list(p.shape)] for n, p in _all(task)]],
+        "parameters": [list(sample.names), [[n, str(p.dtype), list(p.shape)] for n, p in tensors.items()]],
         "settings": [
             index,
             str(task.device),
@@ -160,10 +161,6 @@ def _key(task: Task, sample: Sample, trajectory: Trajectory, index: int) -> str:
         ],
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-
-
-def _all(task: Task) -> list[tuple[str, Any]]:
-    return [*task.named_parameters().items(), *task.named_buffers().items()]
 
 
 @functools.cache
