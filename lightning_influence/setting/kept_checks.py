@@ -95,13 +95,14 @@ class KeptChecks:
             found: Any = checked_json.decode(read_regular(self.path, _LARGEST))
             if found["key"] != self.key:
                 return None
-            layouts = {name: Layout[layout] for name, layout in found["layouts"].items()}
+            layouts = {name: Layout[layout] for name, layout in found["layouts"]}
             plan = Plan(
                 layouts,
                 separate=frozenset(found["separate"]),
                 copy_leaves=bool(found["copy_leaves"]),
                 unreached=tuple(found["unreached"]),
                 zero=tuple(found["zero"]),
+                bytes_of_one=int(found["bytes_of_one"]),  # by which all processes choose the size of blocks
             )
             if sorted(plan.names) != sorted(self.names):
                 return None
@@ -117,11 +118,12 @@ class KeptChecks:
         content = {
             "key": self.key,
             "reduction": reduction.value,
-            "layouts": {name: layout.name for name, layout in plan.layouts.items()},
+            "layouts": [[name, layout.name] for name, layout in plan.layouts.items()],  # vectors are in this order
             "separate": sorted(plan.separate),
             "copy_leaves": plan.copy_leaves,
             "unreached": list(plan.unreached),
             "zero": list(plan.zero),
+            "bytes_of_one": plan.bytes_of_one,
             "uses": sorted(map(list, _names_of(plan.uses))),
             "note": note,
         }

@@ -171,7 +171,9 @@ class Planner:
         """Reduction and plan of the training examples' gradients, from the self-check."""
         key = _key(task, examples.dataset)
         if key not in self.found.plans:
-            kept = KeptChecks.of(task, Sample(task, examples, self.names), self.trajectory, index.first)
+            kept = None
+            if self.found.tokens.probed is None:  # otherwise something was found out since
+                kept = KeptChecks.of(task, Sample(task, examples, self.names), self.trajectory, index.first)
             verdict = None if kept is None else kept.read()
             found = None if verdict is None else self._confirmed(task, examples, verdict)
             if found is None:
@@ -186,7 +188,7 @@ class Planner:
             pair = index.differing(self._last)
             if pair is not None:
                 plan = joined(plan, self._plan_at(task, examples, reduction, pair))
-            plan = measured(engine, sample, plan)
+            plan = measured(engine, sample, plan) if plan.bytes_of_one is None else plan
             self.found.plans[key] = reduction, plan
             self.found.values = sample.values
             if verdict is not None:
