@@ -27,6 +27,11 @@ LIBRARIES = frozenset(
 """Top-level packages whose code is not the user's."""
 
 
+def is_own(value: Any) -> bool:
+    """Whether a class or function is a user's."""
+    return str(getattr(value, "__module__", None)).partition(".")[0] not in LIBRARIES | {"builtins", "typing", "abc"}
+
+
 class MissingEvidence(RuntimeError):
     """A method needs something that this fit did not capture; the message says what is missing and how to get it."""
 

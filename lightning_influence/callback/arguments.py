@@ -6,8 +6,8 @@ from typing import Any
 
 from lightning_influence.attribution.data_arguments import loader_named
 from lightning_influence.callback.plan import LABELS
-from lightning_influence.capture.recorder import Schedule
-from lightning_influence.checks import check_flag, check_integer, check_path_like
+from lightning_influence.capture.schedule import Schedule
+from lightning_influence.checks import check_flag, check_integer, check_path_like, one_of
 from lightning_influence.methods.method import Evidence, Method
 
 _MEGABYTES = 5.0  # of an album, in each file of scores
@@ -124,22 +124,27 @@ def album_options(album: bool | Mapping[str, Any]) -> dict[str, Any]:
     return {"megabytes": _MEGABYTES, **album}
 
 
-def schedule_of(every_n_epochs: Any, every_n_train_steps: Any) -> Schedule:
+def schedule_of(
+    every_n_epochs: Any, every_n_train_steps: Any, keep_last: Any, keep: str, methods: Mapping[str, Method]
+) -> Schedule:
     """Return the checkpoint schedule; every epoch by default.
 
     Raises:
-        ValueError: both arguments are given, or one is not an integer of at least 0.
+        ValueError: both arguments are given, one is not an integer of at least 0, or ``keep`` is another word.
     """
+    check_integer("keep_last", keep_last, optional=True)
+    one_of("keep", keep, ("all", "needed"))
+    kept = keep_last, keep == "all" or any(method.reads_optimizer for method in methods.values())
     check_integer("every_n_epochs", every_n_epochs, least=0, optional=True)
     check_integer("every_n_train_steps", every_n_train_steps, least=0, optional=True)
     if not every_n_train_steps:
-        return Schedule(every_n_epochs or 0, 0)
+        return Schedule(every_n_epochs or 0, 0, *kept)
     if every_n_epochs not in (None, 0, 1):  # 1 is the default, which `every_n_train_steps` replaces
         raise ValueError(
             "Expected `every_n_epochs` or `every_n_train_steps`, got both"
             f" ({every_n_epochs!r}, {every_n_train_steps!r}). Leave one of them out."
         )
-    return Schedule(0, every_n_train_steps)
+    return Schedule(0, every_n_train_steps, *kept)
 
 
 def patterns_of(parameters: str | Sequence[str] | None) -> list[str] | None:

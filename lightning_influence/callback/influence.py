@@ -49,6 +49,8 @@ class Influence(Guest):
         every_n_train_steps: Save a checkpoint every n optimizer steps instead.
         keep_last: Keep the newest n of these checkpoints and the initial one, and remove older ones of this fit while
             it runs. What sums over checkpoints then counts the steps of those kept only. None: keep all.
+        keep: "all": every checkpoint holds the optimizer's state. "needed": only the first and those of the last epoch
+            do, and under Adam others take a third of the space, unless `methods` has `SOURCE`, which reads them all.
         top_k: Keep only the k strongest proponents and opponents of each query. None: keep all scores.
         self_influence: Also score each training example on itself.
         parameters: Patterns (fnmatch) over `named_parameters()`. None: all parameters that are trained.
@@ -104,6 +106,7 @@ class Influence(Guest):
         precision: str | None = None,
         labels: bool = False,
         album: bool | Mapping[str, Any] = False,
+        keep: str = "all",
     ) -> None:
         super().__init__()
         arguments.check_flags(labels=labels, self_influence=self_influence, log_scores=log_scores, verbose=verbose)
@@ -114,16 +117,13 @@ class Influence(Guest):
         if not isinstance(sample_id, str):
             check_callable("sample_id", sample_id)
         check_callable("lookup", lookup)
-        check_integer("keep_last", keep_last, optional=True)
         check_positive("max_cost", max_cost)
         check_precision(precision)
         self.queries = arguments.checked_queries(queries)
         self.dirpath = arguments.checked_dirpath(dirpath)
-        self._schedule = arguments.schedule_of(every_n_epochs, every_n_train_steps)
-        self.top_k, self.self_influence = top_k, self_influence
-        self.parameters = arguments.patterns_of(parameters)
+        self._schedule = arguments.schedule_of(every_n_epochs, every_n_train_steps, keep_last, keep, self.methods)
+        self.top_k, self.self_influence, self.parameters = top_k, self_influence, arguments.patterns_of(parameters)
         self.loss, self.sample_id, self.lookup, self.precision = loss, sample_id, lookup, precision
-        self.keep_last = keep_last
         self.max_cost, self.log_scores, self.verbose = float(max_cost), log_scores, verbose
         self._resolved: Path | None = None
         self._key: str | None = None
@@ -213,11 +213,11 @@ class Influence(Guest):
         claimed = on_rank_zero(trainer, lambda: str(claim_run(resolved)), f"to create a folder in `{resolved}`")
         self.run_dir = Path(claimed)
         folder = self.run_dir if trainer.is_global_zero else self.run_dir / f"steps-rank{trainer.global_rank}"
-        store = RunWriter(folder, trainer.world_size, parent, self.keep_last)
+        store = RunWriter(folder, trainer.world_size, parent, self._schedule.keep_last)
         self._recorder = Recorder(
             trainer, pl_module, self._tap, store, self._schedule, self.sample_id, made, self.run_dir
         )
-        self._recorder.starts()
+        self._recorder.starts(self.verbose)
         self._during = DuringFit(self._plan, trainer, pl_module, self.run_dir)
         if self._during.loop.tracked:
             self._recorder.steps.follower = self._during.loop.stepped

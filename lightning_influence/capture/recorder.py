@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from operator import index as as_index
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,14 @@ from lightning_influence.capture.identity import LoaderTap, length_of, reloaded
 from lightning_influence.capture.in_memory import last_weights
 from lightning_influence.capture.loaders import as_indices
 from lightning_influence.capture.places import CannotRecord
+from lightning_influence.capture.schedule import Schedule, is_ending
 from lightning_influence.capture.sharded import states_of
 from lightning_influence.capture.states import encode_state, has_lazy
 from lightning_influence.capture.steps import StepRecorder, batch_size
 from lightning_influence.capture.store import RunWriter, without_earlier_steps
 from lightning_influence.capture.trainer_recorder import TrainerReads
 from lightning_influence.capture.windows import RecordedBatch
-from lightning_influence.compat import rank_zero_warn
+from lightning_influence.compat import rank_zero_info, rank_zero_warn
 from lightning_influence.module.code_values import ValueRecord
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.files import BROKE_OFF
@@ -29,14 +29,6 @@ from lightning_influence.types import clean
 
 _ROWS_IN_MEMORY = 1024
 _RELOADED = "The training loader was reloaded during the fit"
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When checkpoints are saved, with the names of `ModelCheckpoint`; 0 disables it."""
-
-    every_n_epochs: int
-    every_n_train_steps: int
 
 
 class Recorder:
@@ -81,8 +73,8 @@ class Recorder:
         """The manifest of the run so far."""
         return self._store.manifest
 
-    def starts(self) -> None:
-        """Save the initial checkpoint."""
+    def starts(self, verbose: bool = False) -> None:
+        """Save the initial checkpoint; ``verbose``: say what those of the fit will weigh."""
         self._tap.epoch_starts(self._trainer)
         if self.steps.clips_otherwise:
             self._store.manifest["notes"].append(CLIPPED_OTHERWISE)
@@ -95,6 +87,8 @@ class Recorder:
         self._lazy = has_lazy(self._module)
         if not self._lazy:
             self._checkpoint("initial")
+        for first in self._store.manifest["checkpoints"] if verbose else ():
+            rank_zero_info(self._schedule.weight(self._trainer, first["size"]))
 
     def before_backward(self) -> None:
         """The batch has a loss: the Trainer is watched no longer, and lazy layers have their initial weights."""
@@ -142,7 +136,7 @@ class Recorder:
         self._numbers.note(self.made)
         if every and (trainer.current_epoch + 1) % every == 0:
             self._checkpoint("scheduled")
-        if self._states.read_here and (self.failed or self._written != self.made) and _is_ending(trainer):
+        if self._states.read_here and (self.failed or self._written != self.made) and is_ending(trainer):
             self._held = (self.made, trainer.current_epoch, self._states.read())
 
     def ended(self) -> None:
@@ -234,15 +228,16 @@ class Recorder:
         step, epoch = self.made, self._trainer.current_epoch
         if step == self._written:
             return
+        whole = self._schedule.holds_state(self._trainer, kind)
         if state is None and self._states.read_here and not self.failed:
-            state = self._states.read()
+            state = self._states.read(whole)
 
         def write() -> None:
             if state is not None and self._trainer.is_global_zero:
                 values, known = self.reads.now(), self._store.manifest["trainer"]
                 if known and values != known[-1][1]:
                     known.append([step, values])
-                self._store.add_checkpoint(step, epoch, kind, encode_state(state))
+                self._store.add_checkpoint(step, epoch, kind, encode_state(state), whole)
             self._write_steps()
 
         self._written = step
@@ -342,9 +337,3 @@ class Recorder:
             self._warned.add(text)
             self._store.manifest["notes"].append(text)
             rank_zero_warn(text)
-
-
-def _is_ending(trainer: Any) -> bool:
-    last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
-    last_step = trainer.max_steps not in (None, -1) and trainer.global_step >= trainer.max_steps
-    return bool(trainer.should_stop or last_epoch or last_step)

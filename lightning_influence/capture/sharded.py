@@ -29,9 +29,9 @@ class States:
         """Whether this process takes part in reading."""
         return bool(self._trainer.is_global_zero)
 
-    def read(self) -> dict[str, dict]:
-        """The present state on the CPU."""
-        return gather_state(self._trainer, self._module)
+    def read(self, whole: bool = True) -> dict[str, dict]:
+        """The present state on the CPU; not ``whole``: without the optimizer's."""
+        return gather_state(self._trainer, self._module, whole=whole)
 
     def leave(self, why: str) -> None:
         """This process reads no more states, and nobody waits for it."""
@@ -73,8 +73,8 @@ class ShardedStates(States):
         """Until this process leaves."""
         return not self._left
 
-    def read(self) -> dict[str, dict]:
-        """The whole state in rank 0, one without values elsewhere.
+    def read(self, whole: bool = True) -> dict[str, dict]:
+        """That of all processes in rank 0, one without values elsewhere.
 
         Raises:
             CannotRecord: a process no longer records the fit.
@@ -82,7 +82,7 @@ class ShardedStates(States):
         self._meet()
         for part in sharded_parts(self._module):
             part.reshard()  # a forward pass leaves whole weights, perhaps rounded, in place of its shards
-        return gather_state(self._trainer, self._module, self._whole)
+        return gather_state(self._trainer, self._module, self._joined, whole)
 
     def leave(self, why: str) -> None:
         """Tell the other processes."""
@@ -100,7 +100,7 @@ class ShardedStates(States):
         if why := self._store.get(here).decode():
             raise CannotRecord(why)
 
-    def _whole(self, value: Tensor | float) -> Tensor:
+    def _joined(self, value: Tensor | float) -> Tensor:
         if hasattr(value, "full_tensor"):
             value = value.full_tensor()
         return copied(value) if self._trainer.is_global_zero else torch.empty(0)

@@ -29,13 +29,13 @@ def copied(value: Tensor | float) -> Tensor:
 
 
 def gather_state(
-    trainer: Any, module: Any, copy: Callable[[Tensor | float], Tensor] = copied
+    trainer: Any, module: Any, copy: Callable[[Tensor | float], Tensor] = copied, whole: bool = True
 ) -> dict[str, dict[str, Any]]:
-    """Copy weights, buffers, optimizer state and random state to the CPU, without changing any of them."""
+    """Copy weights, buffers, random state and, if ``whole``, optimizer state to the CPU; nothing is changed."""
     return {
         "parameters": {clean(name): copy(p) for name, p in module.named_parameters() if not is_lazy(p)},
         "buffers": {clean(name): copy(b) for name, b in module.named_buffers() if not is_lazy(b)},
-        "optimizer": _optimizer_state(trainer, module, copy),
+        "optimizer": _optimizer_state(trainer, module, copy) if whole else {},
         "random": gather_random(trainer.strategy.root_device),
     }
 

@@ -103,13 +103,13 @@ class RunWriter:
             "fit_seconds": 0.0,
         }
 
-    def add_checkpoint(self, step: int, epoch: int, kind: str, content: bytes | memoryview) -> None:
-        """Write a checkpoint; readers see it once the manifest is written."""
+    def add_checkpoint(self, step: int, epoch: int, kind: str, content: bytes | memoryview, whole: bool = True) -> None:
+        """Write a checkpoint, ``whole`` with the optimizer's state; readers see it once the manifest is written."""
         (self.folder / "checkpoints").mkdir(exist_ok=True)
         file = f"checkpoints/step-{step:08d}.pt"
         entry = self._write(file, content)
         listed = self.manifest["checkpoints"]
-        listed.append({"file": file, "step": step, "epoch": epoch, "kind": kind} | entry)
+        listed.append({"file": file, "step": step, "epoch": epoch, "kind": kind, "whole": whole} | entry)
         later = [each for each in listed if each["kind"] != "initial"]  # replays start from the initial weights
         if self._keep_last is not None and len(later) > self._keep_last:
             oldest = later[0]

@@ -80,7 +80,7 @@ def _preconditioner(setting: Setting, stage: Stage, like: Mapping[str, Tensor]) 
     adaptive = {name for name in like if name in options and not is_plain_sgd(dict(options[name]))}
     known = {name for name in adaptive if "exp_avg_sq" in state.optimizer.get(name, {})}
     if adaptive and not known:
-        raise _no_state(f"none at step {checkpoint.step}")
+        raise _no_state(f"none at step {checkpoint.step}", "" if checkpoint.whole else "keep='all'")
     still = sorted(adaptive - known)
     if still:
         setting.note(
@@ -93,8 +93,8 @@ def _preconditioner(setting: Setting, stage: Stage, like: Mapping[str, Tensor]) 
     }
 
 
-def _no_state(got: str) -> MissingEvidence:
+def _no_state(got: str, by: str = "") -> MissingEvidence:
     return MissingEvidence(
         f"Expected checkpoints with the state of Adam, which its preconditioner is computed from, got {got}. Fit with "
-        "`Trainer(callbacks=[Influence()])`, or use `InfluenceFunction(EKFAC())`."
+        f"`Trainer(callbacks=[Influence({by})])`, or use `InfluenceFunction(EKFAC())`."
     )

@@ -88,10 +88,12 @@ class Examples:
         """If set, a batch of one holds two copies of its example, and this is the ``share`` of ``Copies``."""
         self.thorough = False
         """Whether as many of them are checked before scoring as for a small model, since fewer showed too little."""
-        self._collate = collate or default_collate
-        self._reader = _Reader(dataset, self._collate, name)
+        self.looked_at: Block | None = None
+        """What checks have read of them, for others."""
+        self.collate = collate or default_collate
+        self._reader = _Reader(dataset, self.collate, name)
         # Slicing tensors gives what torch's own collate makes of their rows, a hundred times faster.
-        self._sliced = type(dataset) is TensorDataset and self._collate is default_collate
+        self._sliced = type(dataset) is TensorDataset and self.collate is default_collate
         self.workers = 0 if self._sliced else workers
         self._opened, self._name = opened, name
         self._cache: dict[range, tuple[Batch, list[int]]] = {}
@@ -128,7 +130,7 @@ class Examples:
         return read_item(self.dataset, example, self._name, self._opened)
 
     def _collated(self, items: list[Any], ids: Sequence[int]) -> Batch:
-        return collated(self._collate, items, ids, self.dataset, self._name)
+        return collated(self.collate, items, ids, self.dataset, self._name)
 
     def some(self, ids: Sequence[int]) -> Batch:
         """A batch of the given examples."""

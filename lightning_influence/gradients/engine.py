@@ -41,6 +41,7 @@ class Plan:
         uses: the functions that each parameter is passed to.
         unreached: parameters that the loss does not depend on.
         zero: others, whose gradients were 0 for all examples of the self-check.
+        bytes_of_one: of the gradient of an example of the self-check; None: not known.
     """
 
     layouts: Mapping[str, Layout]
@@ -51,6 +52,7 @@ class Plan:
     uses: frozenset[Use] = frozenset()
     unreached: tuple[str, ...] = ()
     zero: tuple[str, ...] = ()
+    bytes_of_one: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -142,9 +142,9 @@ def loss_and_gradient(
 @contextlib.contextmanager
 def requiring_gradients(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Make only the named parameters require gradients inside."""
-    wanted = set(names)
-    with restoring(module.parameters(), "requires_grad"):
-        for name, parameter in module.named_parameters():
+    wanted, parameters = set(names), dict(module.named_parameters())
+    with restoring(parameters.values(), "requires_grad"):
+        for name, parameter in parameters.items():
             if parameter.is_floating_point():
                 parameter.requires_grad_(clean(name) in wanted)
         yield

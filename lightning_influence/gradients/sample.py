@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_influence.data.examples import ChosenBlock, Examples, versions_of
+from lightning_influence.data.examples import Block, ChosenBlock, Examples, versions_of
 from lightning_influence.devices import widest
 from lightning_influence.gradients.digests import Digest, Digester
 from lightning_influence.gradients.engine import Engine
@@ -135,7 +135,7 @@ class Sample:
     @property
     def compared(self) -> list[dict[int, int]]:
         """By block: the ids of the rows that are compared with passes alone; of the few of a large model the last."""
-        first = self.few - 1 if self._large and self.few == CONFIRMED else 0
+        first = self.few - 1 if self._large and self.few == CONFIRMED and not self.trained else 0
         return [dict(list(enumerate(ids))[first:]) for ids in self.chosen]
 
     @property
@@ -147,14 +147,21 @@ class Sample:
         return ChosenBlock(ids[0], len(ids), self._batch(ids), self.examples.one, ids)
 
     @cached_property
+    def read(self) -> Block | None:
+        """Some examples that are only read; None if one of them cannot be, which is met where it is scored."""
+        with contextlib.suppress(Exception):
+            ids = list(evenly_spread(len(self.examples), _READ))
+            self.examples.looked_at = self.examples.looked_at or self.examples.chosen(ids)
+        return self.examples.looked_at
+
+    @cached_property
     def odd(self) -> list[int]:
-        """Those most unlike the others among some examples that are only read."""
-        if not self.trained:
+        """Those of them that are most unlike the others."""
+        if not self.trained or self.read is None:
             return []
-        read = list(evenly_spread(len(self.examples), _READ))
-        with contextlib.suppress(Exception):  # one that cannot be read or collated is met where it is scored
-            rows = UnlikeRows().new(self.examples.chosen(read)) or {}
-            return [read[row] for row in rows][: _ODD if self.few is None else _ODD_OF_FEW]
+        with contextlib.suppress(Exception):
+            rows = UnlikeRows().new(self.read) or {}
+            return [self.read.ids[row] for row in rows][: _ODD if self.few is None else _ODD_OF_FEW]
         return []
 
     @property

@@ -65,13 +65,13 @@ def confirmed(engine: Engine, sample: Sample, plan: Plan) -> bool:
     return _agreeing(sample, rows, set(plan.names)) == set(plan.names) and _separate(recorded) <= plan.separate
 
 
-def bytes_of_one(engine: Engine, sample: Sample, plan: Plan) -> int:
-    """The bytes of one example's gradient as the plan computes it."""
+def measured(engine: Engine, sample: Sample, plan: Plan) -> Plan:
+    """The plan with the bytes of one example's gradient, as it computes it."""
     calls, block = _calls(engine, sample)[-1], sample.blocks[-1]
     parts, lost = engine.parts_of(calls, block, plan.layouts, plan.separate)
     parameters = engine.task.named_parameters([*plan.vectorised, *plan.one_by_one, *lost])
     dense = sum(p.numel() * p.element_size() for p in parameters.values())
-    return dense + sum(part.query_bytes(1) for part in parts.values())
+    return replace(plan, bytes_of_one=dense + sum(part.query_bytes(1) for part in parts.values()))
 
 
 def _check_sum(engine: Engine, sample: Sample, block: Block, names: Sequence[str]) -> None:

@@ -94,6 +94,8 @@ class Method(ABC):
     """
 
     needs: ClassVar[Evidence] = Evidence.FINAL_WEIGHTS
+    reads_optimizer: ClassVar[bool] = False
+    """Whether it reads the optimizer's state at checkpoints between the first and the last."""
     quantity: ClassVar[str] = "self-influence"
     """What ``self_influence`` returns, in words."""
 

@@ -93,6 +93,7 @@ class SOURCE(SegmentProduct):
     segments: int = 3
     curvature: Curvature = field(default_factory=EKFAC)
     needs: ClassVar[Evidence] = Evidence.CHECKPOINTS
+    reads_optimizer: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_integer("segments", self.segments)

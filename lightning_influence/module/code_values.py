@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_influence.module.numbers import NOTHING, NumberRecord, encoded, same
 from lightning_influence.module.snapshot import is_plain_object
-from lightning_influence.types import LIBRARIES
+from lightning_influence.types import is_own
 
 # Functions that are looked through at most.
 _FUNCTIONS = 300
@@ -81,7 +81,7 @@ class ValueRecord(NumberRecord):
 
 def _values_of(module: nn.Module) -> Iterator[tuple[str, _Read]]:
     """How to read each value, by a name for it."""
-    classes = {cls: None for part in module.modules() for cls in type(part).__mro__ if _is_own(cls)}
+    classes = {cls: None for part in module.modules() for cls in type(part).__mro__ if is_own(cls)}
     functions: list[FunctionType] = []
     for cls in classes:
         for name, value in list(vars(cls).items()):
@@ -92,7 +92,7 @@ def _values_of(module: nn.Module) -> Iterator[tuple[str, _Read]]:
     visited: set[int] = set()
     while functions and len(visited) < _FUNCTIONS:
         function = functions.pop(0)
-        if id(function) not in visited and _is_own(function):
+        if id(function) not in visited and is_own(function):
             visited.add(id(function))
             for path, owner, name in _names_in(function):
                 if isinstance(inner := _function(owner.get(name)), FunctionType):
@@ -140,15 +140,10 @@ def _reader(owner: Mapping[str, Any], key: Any) -> _Read:
 
 
 def _is_holder(value: Any) -> bool:
-    return is_plain_object(value) and _is_own(type(value))
+    return is_plain_object(value) and is_own(type(value))
 
 
 def _function(value: Any) -> Any:
     """The function behind a method, property or wrapper."""
     value = getattr(value, "fget", None) or getattr(value, "__func__", value)
     return inspect.unwrap(value) if callable(value) else value
-
-
-def _is_own(value: Any) -> bool:
-    """Whether a class or function is a user's."""
-    return str(getattr(value, "__module__", None)).partition(".")[0] not in LIBRARIES | {"builtins", "typing", "abc"}

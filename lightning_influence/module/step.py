@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_influence.types import is_own
+
 # Ways to read a variable other than by its name.
 _INDIRECT = frozenset({"locals", "vars", "eval", "exec", "currentframe", "_getframe", "stack"})
 
@@ -57,15 +59,10 @@ def set_by_hook(module: nn.Module) -> list[str]:
     """Attributes that the module's ``on_train_batch_start`` sets, given the batch's index, and its other code reads."""
     hook = getattr(module, "on_train_batch_start", None)
     code = getattr(getattr(hook, "__func__", None), "__code__", None)
-    if hook is None or code is None or not _is_own(hook) or not reads_index(hook):
+    if hook is None or code is None or not is_own(hook) or not reads_index(hook):
         return []
     stored = {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_ATTR"}
     names = [name for name in dir(type(module)) if name != "on_train_batch_start"]
     others = [function for name in names if inspect.isfunction(function := inspect.getattr_static(module, name))]
-    read = {name for function in others if _is_own(function) for name in function.__code__.co_names}
+    read = {name for function in others if is_own(function) for name in function.__code__.co_names}
     return sorted(stored & read)
-
-
-def _is_own(function: Callable[..., Any]) -> bool:
-    """Whether a user wrote it, not Lightning or torch."""
-    return function.__module__.partition(".")[0] not in ("pytorch_lightning", "lightning", "torch")

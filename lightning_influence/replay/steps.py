@@ -1,5 +1,6 @@
 """The steps of a captured fit: their micro-batches, optimizer options and random states."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,7 +72,7 @@ class Segment:
 
 
 def segments_of(trajectory: Trajectory | None) -> list[Segment]:
-    """Splits a captured fit at its checkpoints.
+    """Splits a captured fit at its checkpoints that hold the optimizer's state, from which a replay can start.
 
     Raises:
         MissingEvidence: no captured fit with steps and batch order; a step without a record; the module clips gradients
@@ -91,11 +92,9 @@ def segments_of(trajectory: Trajectory | None) -> list[Segment]:
             f"{'; '.join(trajectory.notes) or 'none'}). Pass `Influence(sample_id=)`, which identifies the examples of "
             "a batch, and fit again."
         )
-    steps = _steps(trajectory)
-    return [
-        Segment(start, end, _between(steps, start.step, end.step))
-        for start, end in zip(trajectory.checkpoints[:-1], trajectory.checkpoints[1:], strict=True)
-    ]
+    steps, (*earlier, last) = _steps(trajectory), trajectory.checkpoints
+    ends = [*(checkpoint for checkpoint in earlier if checkpoint.whole), last]
+    return [Segment(start, end, _between(steps, start.step, end.step)) for start, end in itertools.pairwise(ends)]
 
 
 def _steps(trajectory: Trajectory) -> dict[int, Step]:

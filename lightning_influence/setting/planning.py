@@ -1,5 +1,6 @@
 """What is found out once about a module's gradients, at its final weights, before questions are answered."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,14 +11,17 @@ from lightning_influence.gradients import Engine, Plan, Reduction, Sample, make_
 from lightning_influence.gradients.guard import Guard
 from lightning_influence.gradients.index_check import gradient_at, joined
 from lightning_influence.gradients.low_precision import LowPrecision, checked_in, compared
+from lightning_influence.gradients.reduction_probe import Probed
+from lightning_influence.gradients.reduction_probe import probe as probe_sample
 from lightning_influence.gradients.sample import CONFIRMED, is_large
-from lightning_influence.gradients.self_check import bytes_of_one, confirmed
+from lightning_influence.gradients.self_check import confirmed, measured
 from lightning_influence.gradients.tail_check import check_tail
 from lightning_influence.module.loss_tail import LossTail
 from lightning_influence.module.task import Loss, Task
 from lightning_influence.setting.batch_index import BatchIndex
 from lightning_influence.setting.chosen_precision import other_precision
 from lightning_influence.setting.explained import explained
+from lightning_influence.setting.kept_checks import KeptChecks, Verdict
 from lightning_influence.setting.own_counters import note_changing
 from lightning_influence.setting.setting import Queries
 from lightning_influence.setting.token_weights import TokenWeights, probe
@@ -25,9 +29,6 @@ from lightning_influence.setting.training_mode import note_on_training
 from lightning_influence.setting.unreached import Unreached
 from lightning_influence.trajectory import Trajectory
 
-# Blocks of training examples are enlarged up to this many examples while their gradients' factors fit in these bytes.
-_BLOCK = 2048
-_BLOCK_BYTES = 2**24
 # Batches per epoch where they are unknown.
 _BATCHES = 1000
 
@@ -48,7 +49,6 @@ class Findings:
         of_clock: see ``BatchIndex``.
         values: the module's small values before and after a call of the step.
         notes: on what the step changes; None: not known yet.
-        bytes_of_one: of the gradient of a training example.
         tokens: the weights of examples in a mean over tokens.
         share_of_copies: see ``Examples``.
         low: the plans that were checked in a precision of 16 bits, by dataset and loss.
@@ -57,6 +57,7 @@ class Findings:
         unreached: parameters that the loss in eval mode does not depend on.
         thorough: see ``Examples``.
         confirmed: whether a plan for queries is that of the training examples, tried on a few of them.
+        kept: whether the plan of these is one of an earlier process, tried on a few of them.
     """
 
     plans: dict[_Key, tuple[Reduction, Plan]] = field(default_factory=dict)
@@ -67,7 +68,6 @@ class Findings:
     of_clock: dict[tuple[str, int], tuple[int, int] | None] = field(default_factory=dict)
     values: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] | None = None
-    bytes_of_one: int | None = None
     tails: dict[_Key, LossTail] = field(default_factory=dict)
     low: dict[_Key, Plan] = field(default_factory=dict)
     compared: list[LowPrecision | None] = field(default_factory=list)
@@ -76,6 +76,7 @@ class Findings:
     unreached: Unreached = field(default_factory=Unreached)
     thorough: bool = False
     confirmed: bool = False
+    kept: bool = False
 
 
 @dataclass
@@ -145,7 +146,7 @@ class Planner:
     ) -> Engine:
         weights = self.found.tokens.of(task, data, reduction)
         known = self.found.guards.get(_key(task, data.dataset))
-        guard = Guard(dataset=data.dataset) if known is None or trained is None else known.again()
+        guard = Guard(dataset=data.dataset) if known is None else known.again()
         return Engine(task, reduction, self._groups(), plan=plan, examples=trained, guard=guard, weights=weights)
 
     def _groups(self) -> Mapping[str, int]:
@@ -170,23 +171,48 @@ class Planner:
         """Reduction and plan of the training examples' gradients, from the self-check."""
         key = _key(task, examples.dataset)
         if key not in self.found.plans:
-            sample = self._sample(task, examples)
+            kept = None
+            if self.found.tokens.probed is None:  # otherwise something was found out since
+                kept = KeptChecks.of(task, Sample(task, examples, self.names), self.trajectory, index.first)
+            verdict = None if kept is None else kept.read()
+            found = None if verdict is None else self._confirmed(task, examples, verdict)
+            if found is None:
+                verdict, sample = None, self._sample(task, examples)
+                engine = self._engine(task, examples, self._reduction(), Plan({}), examples)
+                plan = make_plan(engine, sample, self.names)
+            else:
+                engine, sample, plan = found
             reduction = self._reduction()
-            engine = self._engine(task, examples, reduction, Plan({}), examples)
-            plan = make_plan(engine, sample, self.names)
             if not sample.uses_of_index:
                 index.found.setdefault(self._last, None)
             pair = index.differing(self._last)
             if pair is not None:
                 plan = joined(plan, self._plan_at(task, examples, reduction, pair))
+            plan = measured(engine, sample, plan) if plan.bytes_of_one is None else plan
             self.found.plans[key] = reduction, plan
-            self.found.bytes_of_one = bytes_of_one(engine, sample, plan)
             self.found.values = sample.values
+            if verdict is not None:
+                self.found.unreached = Unreached(note=verdict.note)
+                return self.found.plans[key]
             version = task.version
             engine = self._engine(task, examples, reduction, plan)
-            self.found.unreached = self._unreached(engine, sample)
+            self.found.unreached = unreached = self._unreached(engine, sample)
             task.weights_returned(version)
+            if kept is not None and pair is None and unreached.error is None:
+                kept.keep(reduction, plan, unreached.note)
         return self.found.plans[key]
+
+    def _confirmed(self, task: Task, examples: Examples, verdict: Verdict) -> tuple[Engine, Sample, Plan] | None:
+        """The plan of a verdict that was kept, if it is right for two examples; None if it is in any way in doubt."""
+        examples.check_steady()
+        sample = Sample(task, examples, self.names, few=CONFIRMED)
+        with contextlib.suppress(Exception):  # then all are checked, which meets the error as well and says more
+            probed, plan = probe_sample(sample), verdict.plan_for(sample)
+            engine = self._engine(task, examples, verdict.reduction, Plan({}), examples)
+            if probed == Probed(verdict.reduction) and plan is not None and confirmed(engine, sample, plan):
+                self.found.tokens.probed, self.found.kept = probed, True
+                return engine, sample, plan
+        return None
 
     def _plan_at(self, task: Task, examples: Examples, reduction: Reduction, pair: tuple[int, int]) -> Plan:
         """The plan at another index of the batch."""
@@ -238,11 +264,6 @@ class Planner:
             self.found.values = []
         return self.found.notes
 
-    def block_size(self, at_least: int) -> int:
-        """Larger blocks if the factors of an example's gradient are small: fewer, larger matrix products."""
-        each = self.found.bytes_of_one
-        return at_least if each is None else max(at_least, min(_BLOCK, _BLOCK_BYTES // max(1, each)))
-
     # ---- queries --------------------------------------------------------------------------------------------------
 
     def _planned_for(self, task: Task, data: Examples, examples: Examples) -> tuple[Reduction, Plan]:
@@ -255,12 +276,13 @@ class Planner:
                 engine = self._engine(task, data, reduction, Plan({}))
                 _, plan = self.found.plans.get(_key(task, examples.dataset), (reduction, None))
                 plan = None if data.thorough else plan
-                two = Sample(task, data, self.names, trained=False, few=CONFIRMED)
-                if plan is not None and confirmed(engine, two, plan):
+                sample = Sample(task, data, self.names, trained=False, few=CONFIRMED)
+                if plan is not None and confirmed(engine, sample, plan):
                     self.found.confirmed = True
                 else:
-                    plan = make_plan(engine, Sample(task, data, self.names, trained=False), self.names)
-                self.found.plans[key] = reduction, plan
+                    sample = Sample(task, data, self.names, trained=False)
+                    plan = make_plan(engine, sample, self.names)
+                self.found.plans[key] = reduction, measured(engine, sample, plan)
             self.found.datasets.append(data.dataset)
         return self.found.plans[key]
 
@@ -299,7 +321,8 @@ class Planner:
             task: the module.
             of_queries: whether it is queries of which too few were checked.
         """
-        if self.found.thorough or not (is_large(task) or (of_queries and self.found.confirmed)):
+        fewer = is_large(task) or self.found.kept or (of_queries and self.found.confirmed)
+        if self.found.thorough or not fewer:
             return False
         self.found.thorough = True
         self.found.tokens = TokenWeights()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_influence.data.examples import Examples
 from lightning_influence.data.source import Source
-from lightning_influence.gradients import Engine, Reduction
+from lightning_influence.gradients import Engine, Plan, Reduction
 from lightning_influence.gradients.spot_checks import UnequalWeight
 from lightning_influence.module.precision import Precision
 from lightning_influence.module.quiet import quiet
@@ -33,6 +33,10 @@ from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.setting.token_weights import describe
 from lightning_influence.setting.unreached import refuse_all_unreached
 from lightning_influence.trajectory import Checkpoint, LightningCheckpoint, Trajectory
+
+# Blocks of training examples are enlarged up to this many examples while their gradients' factors fit in these bytes.
+_BLOCK = 2048
+_BLOCK_BYTES = 2**24
 
 
 @dataclass
@@ -149,7 +153,7 @@ class Session:
             if queries is not None:
                 setting.queries = self._queries(task, queries, measurement, mean, gradients, examples)
             if gradients and self.batch_size is None:
-                examples.block_size = planner.block_size(examples.block_size)
+                examples.block_size = _block_size(engine.plan, examples.block_size)
             try:
                 yield setting
             finally:
@@ -241,6 +245,12 @@ def fit_values(trajectory: Trajectory | None, given: bool) -> FitValues:
         return FitValues(given=given)
     exact = frozenset(checkpoint.step for checkpoint in trajectory.checkpoints)
     return FitValues(trajectory.trainer_values, exact, given)
+
+
+def _block_size(plan: Plan, at_least: int) -> int:
+    """Larger blocks if the factors of an example's gradient are small: fewer, larger matrix products."""
+    each = plan.bytes_of_one
+    return at_least if each is None else max(at_least, min(_BLOCK, _BLOCK_BYTES // max(1, each)))
 
 
 def _check_same_model(task: Task, saved: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:

@@ -79,8 +79,10 @@ class Queries:
         """
         held, size = 1, self.examples.block_size
         if len(self) > 1:
-            some = next(self.examples.blocks(0, min(4, len(self.examples))))
-            each = self.engine.gradients(some, checked=False).query_bytes(len(self))
+            each = (self.engine.plan.bytes_of_one or GRADIENT_BYTES) + self.engine.vector_bytes  # at most
+            if len(self) * each > GRADIENT_BYTES:
+                some = next(self.examples.blocks(0, min(4, len(self.examples))))
+                each = self.engine.gradients(some, checked=False).query_bytes(len(self))
             held = whole_blocks(max(1, GRADIENT_BYTES // max(1, each)), size)
         return held if most is None else min(held, whole_blocks(max(1, most), size))
 

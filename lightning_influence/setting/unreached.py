@@ -150,9 +150,10 @@ def _moved(trajectory: Trajectory, names: Sequence[str]) -> set[str]:
 
 
 def _has_state(trajectory: Trajectory, name: str) -> bool:
-    """Whether the optimizer made steps by gradients of a parameter, as its moments or momentum show."""
-    state = trajectory.checkpoints[-1].load().optimizer.get(name, {})
-    return any(key != "step" and bool(value.any()) for key, value in state.items())
+    """Whether the optimizer made steps by gradients of a parameter, as its moments or momentum show, if kept."""
+    last = trajectory.checkpoints[-1]
+    state = last.load().optimizer.get(name, {})
+    return not last.whole or any(key != "step" and bool(value.any()) for key, value in state.items())
 
 
 def _reached_elsewhere(engine: Engine, sample: Block, names: set[str], trajectory: Trajectory) -> set[str]:

@@ -29,13 +29,17 @@ class SavedState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk; ``load`` reads it and verifies its size and checksum."""
+    """A checkpoint on disk; ``load`` reads it and verifies its size and checksum.
+
+    It is ``whole`` unless the fit left out the optimizer's state, as `Influence(keep=)` may say.
+    """
 
     step: int
     epoch: int
     path: Path
     size: int = field(default=-1, repr=False)
     crc32: int = field(default=0, repr=False)
+    whole: bool = field(default=True, repr=False)
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers together, by name."""

@@ -157,7 +157,8 @@ def _fit_data(folder: Path, manifest: Mapping[str, Any]) -> FitData | None:
 
 
 def _checkpoint(folder: Path, entry: Mapping[str, Any]) -> Checkpoint:
-    return Checkpoint(entry["step"], entry["epoch"], folder / entry["file"], entry["size"], entry["crc32"])
+    path, whole = folder / entry["file"], entry.get("whole", True) is not False
+    return Checkpoint(entry["step"], entry["epoch"], path, entry["size"], entry["crc32"], whole)
 
 
 def _join(run: Run, manifest: Mapping[str, Any], older: Run) -> None:

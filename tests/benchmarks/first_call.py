@@ -5,7 +5,7 @@ python tests/benchmarks/first_call.py [SUBJECT ...] [--mnist mnist.npz] [--ag-ne
 For each subject, in one run: medians of a plain pass, of the checks before scoring (self-check, probing, planning), of
 a first and a later `GradientDot`, and of dattri-LLM's where it is installed (`pip install --no-deps dattri-llm`, with
 transformers and accelerate); the examples that the checks run, their time in example passes, the peak of memory beside
-that of the plain pass and beside model and optimizer state (AdamW); the share of the spot checks in a longer question.
+that of plain passes of such blocks, and these with AdamW's state; the share of the spot checks in a longer question.
 
 Promised are at most 20 example passes where a model has more than a million parameters, and 0.15 s where it has fewer.
 """
@@ -98,14 +98,15 @@ SUBJECTS = {
     "cnn": (cnn, lambda a: images(a.mnist, 1000, 50)),
     "transformer": (Encoder, lambda a: texts(a.ag_news, 1000, 50)),
     "gpt2-21M": (lambda: GPT2(8000, 2), lambda a: lines(64, 8, 8000)),
+    "gpt2-21M-256": (lambda: GPT2(8000, 2), lambda a: lines(16, 4, 8000, 256)),
     "gpt2-68M": (lambda: GPT2(50257, 4), lambda a: lines(16, 4, 50257)),
     "gpt2-68M-lora": (lambda: with_lora(GPT2(50257, 4)), lambda a: lines(16, 4, 50257)),
 }
 
 
-def plain(module, datasets):
+def plain(module, datasets, batch=None):
     """Seconds of forward and backward passes; batches of 16 where the model has a vocabulary to predict."""
-    batch = 16 if isinstance(module.net, GPT2) else BATCH
+    batch = batch or (16 if isinstance(module.net, GPT2) else BATCH)
     start = time.perf_counter()
     for data in datasets:
         for some in DataLoader(data, batch):
@@ -164,8 +165,8 @@ def measure(name, options):
     for turn in range(options.repeats + 1):
         found = {"plain": plain(module, (train, queries))}
         start = time.perf_counter()
-        with examples_run() as ran, Attributor(module, train).session(queries):
-            pass
+        with examples_run() as ran, Attributor(module, train).session(queries) as setting:
+            block = min(setting.examples.block_size, len(train))
         found["checks"] = time.perf_counter() - start
         asked = Attributor(module, train)
         for key in ("first", "later"):
@@ -187,9 +188,12 @@ def measure(name, options):
         f"passes; later / plain {medians['later'] / medians['plain']:.2f}; first / dattri-LLM "
         f"{medians['first'] / medians['dattri-LLM']:.2f}"
     )
-    peaks = {what: peak(name, what) for what in ("plain", "ours")}
-    state = 4 * (parameters + 2 * sum(p.numel() for p in module.parameters() if p.requires_grad)) / 2**20
-    print(f"    peak memory: ours {peaks['ours']:.0f} MiB, plain {peaks['plain']:.0f}, model + AdamW {state:.0f}")
+    ours, at_once = (peak(name, what, block, options) for what in ("ours", "plain"))
+    state = 8 * sum(p.numel() for p in module.parameters() if p.requires_grad) / 2**20
+    print(
+        f"    peak memory: ours {ours:.0f} MiB; plain passes of blocks of {block} {at_once:.0f}, with AdamW's state "
+        f"{at_once + state:.0f}"
+    )
     print(f"    spot checks: {spot_checks(module, train, queries):.1%} of a question of {10 * len(train)} examples")
 
 
@@ -213,9 +217,10 @@ def spot_checks(module, train, queries):
     return sum(spent) / (time.perf_counter() - start)
 
 
-def peak(name, what):
-    """Mebibytes that a plain pass or a first question adds to a process that has torch and the data."""
-    command = [sys.executable, __file__, name, "--peak", what]
+def peak(name, what, block, options):
+    """Mebibytes that plain passes or a first question add to a process that has torch and the data."""
+    command = [sys.executable, __file__, name, "--peak", what, "--batch", str(block)]
+    command += [f"--{key.replace('_', '-')}={path}" for key in ("mnist", "ag_news") if (path := getattr(options, key))]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -225,7 +230,7 @@ def print_peak(name, what, options):
     before = high_water()
     module = Classifier(make()).eval()
     if what == "plain":
-        plain(module, (train, queries))
+        plain(module, (train, queries), options.batch)
     else:
         Attributor(module, train).score(GradientDot(), queries)
     print((high_water() - before) / 1024)
@@ -243,6 +248,7 @@ if __name__ == "__main__":
     parser.add_argument("--ag-news")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peak")
+    parser.add_argument("--batch", type=int)
     given = parser.parse_args()
     for subject in given.subjects:
         if given.peak:
