@@ -6,32 +6,34 @@ from typing import TypeVar
 
 import torch
 
+from lightning_influence.processes import Processes
 from lightning_influence.setting.setting import Setting
 
 T = TypeVar("T")
 
 
-def in_memory(work: Callable[[], T], setting: Setting) -> T:
+def in_memory(work: Callable[[], T], setting: Setting, processes: Processes) -> T:
     """What the work returns; whenever memory runs out, blocks of training examples are halved and it starts again.
 
+    Args:
+        work: what to do.
+        setting: the question.
+        processes: that do it together: where memory runs out in one, all of them start again.
+
     Raises:
-        RuntimeError: memory does not suffice for one example, or in one of several processes, where the others would
-            be waiting elsewhere.
+        RuntimeError: memory does not suffice for one example.
     """
     while True:
         try:
-            return work()
+            with processes.together():
+                return work()
         except RuntimeError as error:
-            size = min(setting.examples.block_size, len(setting.ids))
-            if not is_out_of_memory(error) or size == 1:
+            if not is_out_of_memory(error):
                 raise
-            if setting.processes.count > 1:
-                raise RuntimeError(
-                    f"Expected memory for blocks of {size} training examples in each of {setting.processes.count} "
-                    f"processes, got too little in process {setting.processes.rank}. Pass `Attributor(batch_size="
-                    f"{size // 2})` in all of them, or score in one. {error}"
-                ) from error
-        # Outside of the handler, whose traceback keeps what is in memory.
+            size = max(processes.gathered(min(setting.examples.block_size, len(setting.ids))))
+            if size == 1:
+                raise
+            error.__traceback__ = None  # all processes know the error, which would keep what is in memory
         _halve(setting, size)
 
 
