@@ -1,6 +1,7 @@
 """Scores by several real processes equal those of one, and what one process refuses all refuse."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from fits import seeded
-from gloo_score import Digits, N, data, dtype_of, methods
+from gloo_score import FEW, Digits, N, data, dtype_of, methods
 from oracles import assert_scores
 
 from lightning_influence import Attributor, Scores, TracInCP, Trajectory
@@ -37,6 +38,7 @@ def saved(folder, count):
 
 def attributor_of(folder, word):
     dtype = dtype_of(word)
+    shutil.rmtree(folder / "influence" / "run-0" / "curvature", ignore_errors=True)  # it is computed once more
     return Attributor(seeded(Digits, dtype), data(N, 1, dtype), Trajectory.load(folder / "influence"))
 
 
@@ -114,14 +116,14 @@ def test_what_happens_to_one_process_all_know(tmp_path):
     for found in saved(tmp_path / "memory", 2):
         assert not found["reasons"][0]
         assert any("Memory did not suffice for blocks of 12" in note for note in found["notes"]["EKFAC"])
-        for name in ("GradientDot", "EKFAC"):
+        for name in FEW:
             assert_scores(found["scores"][name], attributor.score(methods()[name], data(5, 2)).values, 1e-10)
     for found in saved(tmp_path / "interrupted", 2):
         assert set(found["scores"]) == {"TracInCP", "cosine"}
-        assert all("was interrupted" in found["reasons"][0][name] for name in methods().keys() - found["scores"].keys())
-    assert done.returncode < 0
+        assert all("was interrupted" in found["reasons"][0][name] for name in ("EKFAC", "GradientDot"))
+    assert done.returncode != 0
     assert "which one no longer does" in (tmp_path / "lost.txt").read_text()
-    assert time.monotonic() - begun < 200
+    assert time.monotonic() - begun < 250  # most of it are three fits
 
 
 # ---- one process ----------------------------------------------------------------------------------------------------
