@@ -13,6 +13,7 @@ from oracles import assert_scores
 
 from lightning_influence import Attributor, TracInCP, Trajectory
 from lightning_influence.capture.places import CannotRecord, check_strategy
+from lightning_influence.capture.steps import _keeps_gradients
 
 PROGRAM = Path(__file__).parent / "gloo_fsdp.py"
 
@@ -125,3 +126,11 @@ def test_what_is_not_recorded_is_refused_by_name(strategy, text):
     with pytest.raises(CannotRecord, match=text):
         check_strategy(strategy, None)
     check_strategy(ModelParallelStrategy(), None)
+
+
+def test_only_steps_that_keep_gradients_tell_how_much_shards_were_clipped():
+    weight = [torch.nn.Parameter(torch.zeros(1))]
+    assert _keeps_gradients(torch.optim.SGD(weight, 0.1, momentum=0.9))
+    assert _keeps_gradients(torch.optim.AdamW(weight))
+    assert not _keeps_gradients(torch.optim.SGD(weight, 0.1, momentum=0.9, nesterov=True))
+    assert not _keeps_gradients(torch.optim.Adagrad(weight))

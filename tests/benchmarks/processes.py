@@ -1,6 +1,5 @@
 """Seconds and bytes to score on two processes over one, one thread each: python processes.py FOLDER [PROCESSES]."""
 
-import atexit
 import os
 import pickle
 import shutil
@@ -16,8 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_influence as li
 
-METHODS = {"TracInCP": li.TracInCP(), "EK-FAC": li.InfluenceFunction(li.EKFAC())}
-N, QUERIES = 800, 32
+# By name: the method and the number of training examples. EK-FAC passes over them ten times for each of its passes.
+METHODS = {"TracInCP": (li.TracInCP(), 4000), "EK-FAC": (li.InfluenceFunction(li.EKFAC()), 1000)}
+QUERIES = 32
 OPTIONS = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -49,9 +49,9 @@ class Sent:
 
     def __init__(self):
         self.bytes = 0
-        self._count("all_gather_object", lambda everyone, mine: len(pickle.dumps(mine)))
-        self._count("all_reduce", lambda tensor: tensor.nbytes)
-        self._count("broadcast_object_list", lambda sent, src: len(pickle.dumps(sent)) * (src == rank()))
+        self._count("all_gather_object", lambda everyone, mine, *_, **__: len(pickle.dumps(mine)))
+        self._count("all_reduce", lambda tensor, *_, **__: tensor.nbytes)
+        self._count("broadcast_object_list", lambda sent, src=0, **_: len(pickle.dumps(sent)) * (src == rank()))
 
     def _count(self, name, size):
         exchange = getattr(torch.distributed, name)
@@ -68,21 +68,17 @@ def rank():
 
 
 def measure(folder, count):
-    """Fit, then ask each question twice, the second time without the curvature that the first one stored.
+    """Fit and ask each question twice, the second time without the curvature that the first one stored.
 
-    Each has an attributor of its own, whose first question includes the checks of the module and of its gradients.
+    The first question includes the checks of the module and of its gradients.
     """
-    influence = li.Influence(dirpath=folder)
-    strategy = "ddp" if count > 1 else "auto"
-    options = OPTIONS | {"accelerator": "cpu", "devices": count, "strategy": strategy, "max_epochs": 1}
-    trainer, module = pl.Trainer(**options, callbacks=[influence]), Net()
-    queries = data(QUERIES, 2)
-    trainer.fit(module, DataLoader(data(N, 1), 50, shuffle=True))
-    if count > 1:
-        atexit.register(torch.distributed.destroy_process_group)
-    sent = Sent()
-    for name, method in METHODS.items():
-        attributor = li.Attributor(module, data(N, 1), influence.trajectory, trainer)
+    sent, strategy = Sent(), "ddp" if count > 1 else "auto"
+    for name, (method, n) in METHODS.items():
+        influence, module = li.Influence(dirpath=folder / name), Net()
+        options = OPTIONS | {"accelerator": "cpu", "devices": count, "strategy": strategy, "max_epochs": 1}
+        trainer, train, queries = pl.Trainer(**options, callbacks=[influence]), data(n, 1), data(QUERIES, 2)
+        trainer.fit(module, DataLoader(train, 50, shuffle=True))
+        attributor = li.Attributor(module, train, influence.trajectory, trainer)
         for when in ("first", "later"):
             if trainer.is_global_zero:
                 shutil.rmtree(influence.run_dir / "curvature", ignore_errors=True)
@@ -92,6 +88,8 @@ def measure(folder, count):
             wall, own = time.perf_counter() - begun[0], time.process_time() - begun[1]
             if trainer.is_global_zero:
                 print(f"{name}, {when}\t{wall:.3f}\t{own:.3f}\t{sent.bytes - before}", flush=True)
+    if count > 1:
+        torch.distributed.destroy_process_group()
 
 
 def rates(folder):
