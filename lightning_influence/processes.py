@@ -5,6 +5,7 @@ import functools
 import pickle
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -16,6 +17,13 @@ T = TypeVar("T")
 
 class OtherProcessFailed(RuntimeError):
     """Another process failed with an error that cannot be sent to this one."""
+
+
+class ProcessLost(BaseException):
+    """A process that the others wait for is gone, and they can do nothing together any more.
+
+    No ``Exception``: what goes on after those, such as the rest of a fit, would wait for it again.
+    """
 
 
 class Processes:
@@ -92,16 +100,16 @@ class _Group(Processes):
         return self._exchanged(value)
 
     def summed(self, tensor: Tensor) -> Tensor:
-        with _whole():
+        total = tensor.clone()
+        with self._in_step():
             self._exchanged(None)  # nobody has failed
-            total = tensor.clone()
             torch.distributed.all_reduce(total)
         return total
 
     def from_rank(self, tensor: Tensor, rank: int = 0) -> Tensor:
-        with _whole():
+        sent = [tensor.cpu() if self.rank == rank else None]  # by way of the CPU: each process has its own device
+        with self._in_step():
             self._exchanged(None)
-            sent = [tensor.cpu() if self.rank == rank else None]  # by way of the CPU: each process has its own device
             torch.distributed.broadcast_object_list(sent, src=rank)
         return tensor if self.rank == rank or sent[0] is None else sent[0].to(tensor.device)
 
@@ -111,7 +119,7 @@ class _Group(Processes):
         try:
             yield
         except BaseException as error:
-            if error is not self._known and not isinstance(error, GeneratorExit):
+            if error is not self._known and not isinstance(error, (GeneratorExit, ProcessLost)):
                 self._exchanged(None, error)
             raise
         else:
@@ -124,13 +132,28 @@ class _Group(Processes):
     def _exchanged(self, value: Any, error: BaseException | None = None) -> list[Any]:
         """The values of all processes. Raises the error of the lowest rank that has one."""
         everyone: list[Any] = [None] * self.count
-        with _whole():
+        with self._in_step():
             torch.distributed.all_gather_object(everyone, (value, None if error is None else _packed(error)))
             for rank, (_, packed) in enumerate(everyone):
                 if packed is not None:
                     self._known = error if rank == self.rank and error is not None else _unpacked(packed, rank)
                     raise self._known
         return [value for value, _ in everyone]
+
+    @contextlib.contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """An exchange: as a whole or not at all, and with all processes."""
+        with _whole():
+            try:
+                yield
+            except RuntimeError as error:
+                if error is self._known:
+                    raise
+                raise ProcessLost(
+                    f"Expected all {self.count} processes to answer process {self.rank}, which one no longer does: it "
+                    "was killed, has ended, or did not ask the same question. Start them again and let all of them ask,"
+                    f" or ask in one without `trainer=`. {error}"
+                ) from error
 
 
 @contextlib.contextmanager
@@ -174,7 +197,17 @@ def connected() -> bool:
 def processes_of(trainer: Any) -> Processes:
     """The processes of a Trainer that trains in several, if they are connected now; otherwise this one alone."""
     count = getattr(trainer, "world_size", 1)
-    if count == 1 or not connected() or torch.distributed.get_world_size() != count:
+    if count == 1:
+        return Processes()
+    if not connected() or torch.distributed.get_world_size() != count:
+        environment = getattr(getattr(trainer, "strategy", None), "cluster_environment", None)
+        external = getattr(environment, "creates_processes_externally", False)  # as by `torchrun`
+        if external and not connected() and getattr(trainer, "is_global_zero", True):
+            warnings.warn(
+                f"The {count} processes are not connected: each computes everything. Call"
+                " `trainer.strategy.setup_environment()` in all of them, and they share the work.",
+                stacklevel=3,
+            )
         return Processes()
     return _group(torch.distributed.get_rank(), count)
 

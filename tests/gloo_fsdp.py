@@ -1,4 +1,4 @@
-"""A fit whose two processes share the weights (FSDP 2): python gloo_fsdp.py FOLDER [plain] [fails] [adam] [steps]."""
+"""A fit whose two processes share the weights: gloo_fsdp.py FOLDER [plain] [fails] [clip] [adam] [steps]."""
 
 import sys
 import warnings
@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 import lightning_influence as li
 
 N = 23
+LIMIT = 0.1
 
 
 class Sharded(pl.LightningModule):
@@ -93,7 +94,7 @@ if __name__ == "__main__":
     trainer = pl.Trainer(
         **QUIET
         | {"devices": 2, "strategy": strategy, "max_epochs": 3, "callbacks": callbacks}
-        | ({"gradient_clip_val": 0.1} if "clip" in sys.argv else {})
+        | ({"gradient_clip_val": LIMIT} if "clip" in sys.argv else {})
     )
     module = seeded(Sharded, adam="adam" in sys.argv)
     trainer.fit(module, loader(data(N, 1)), loader(data(5, 2)))

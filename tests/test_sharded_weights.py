@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from fits import seeded
-from gloo_fsdp import N, Sharded, data
+from gloo_fsdp import LIMIT, N, Sharded, data
 from oracles import assert_scores
 
 from lightning_influence import Attributor, TracInCP, Trajectory
 from lightning_influence.capture.places import CannotRecord, check_strategy
+from lightning_influence.capture.steps import _keeps_gradients
 
 PROGRAM = Path(__file__).parent / "gloo_fsdp.py"
 
@@ -27,8 +28,29 @@ def run(folder, *arguments):
     return [torch.load(folder / f"whole-{rank}.pt") for rank in (0, 1)], done.stderr
 
 
+def gradients(module, examples):
+    """By autograd, [example, entry]."""
+    rows, trained = [], [p for p in module.parameters() if p.requires_grad]
+    for x, y in examples:
+        loss = torch.nn.functional.cross_entropy(module(x[None]), y[None])
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)]))
+    return torch.stack(rows)
+
+
+def assert_clipped(trajectory):
+    """The coefficients of the steps from recorded weights are those of the norm over both processes."""
+    module, starts = seeded(Sharded), {checkpoint.step + 1: checkpoint for checkpoint in trajectory.checkpoints}
+    found = {row["step"]: row for row in trajectory.steps.to_pylist() if row["step"] in starts}
+    assert len(found) == 3
+    for step, row in found.items():
+        module.load_state_dict(starts[step].load().parameters, strict=False)
+        mean = torch.stack([gradients(module, [data(N, 1)[i] for i in ids]).mean(0) for ids in row["ids"]]).mean(0)
+        assert row["clip"] == pytest.approx(LIMIT / (float(mean.norm()) + 1e-6), rel=1e-10)
+        assert row["clip"] < 1
+
+
 def by_hand(trajectory):
-    """TracInCP of one query after another, by autograd on modules of the recorded weights; nothing is clipped."""
+    """TracInCP of one query after another, by autograd on modules of the recorded weights."""
     module, total = seeded(Sharded), 0
     exposed = torch.zeros(len(trajectory.checkpoints), N, dtype=torch.float64)
     ends = [checkpoint.step for checkpoint in trajectory.checkpoints]
@@ -36,24 +58,15 @@ def by_hand(trajectory):
         for micro in row["ids"]:
             for i in micro:
                 position = next(k for k, end in enumerate(ends) if row["step"] <= end)
-                exposed[position, i] += row["lr"][0] / (row["divisor"] * len(micro)) / (1 - 0.5)
+                exposed[position, i] += row["clip"] * row["lr"][0] / (row["divisor"] * len(micro)) / (1 - 0.5)
     for k, checkpoint in enumerate(trajectory.checkpoints):
         module.load_state_dict(checkpoint.load().parameters, strict=False)
-        trained = [p for p in module.parameters() if p.requires_grad]
-
-        def gradients(examples, trained=trained):
-            rows = []
-            for x, y in examples:
-                loss = torch.nn.functional.cross_entropy(module(x[None]), y[None])
-                rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)]))
-            return torch.stack(rows)
-
-        total = total + gradients(data(5, 2)) @ gradients(data(N, 1)).T * exposed[k]
+        total = total + gradients(module, data(5, 2)) @ gradients(module, data(N, 1)).T * exposed[k]
     return total
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [(), ("adam", "steps")])
+@pytest.mark.parametrize("words", [("clip",), ("adam", "steps")])
 def test_the_whole_state_is_recorded_and_training_is_the_same(tmp_path, words):
     (first, second), errors = run(tmp_path / "with", *words)
     plain, _ = run(tmp_path / "plain", "plain", *words)
@@ -63,7 +76,7 @@ def test_the_whole_state_is_recorded_and_training_is_the_same(tmp_path, words):
             assert torch.equal(one[1], other[1])
     trajectory = Trajectory.load(tmp_path / "with" / "influence")
     assert trajectory.finished
-    assert [c.step for c in trajectory.checkpoints] == ([0, 2, 4, 6, 8, 9] if words else [0, 3, 6, 9])
+    assert [c.step for c in trajectory.checkpoints] == ([0, 2, 4, 6, 8, 9] if "steps" in words else [0, 3, 6, 9])
     last, (weights, state) = trajectory.checkpoints[-1].load(), first
     assert last.parameters.keys() == dict(seeded(Sharded).named_parameters()).keys()
     assert all(torch.equal(value, weights[name]) for name, value in last.parameters.items())
@@ -73,7 +86,9 @@ def test_the_whole_state_is_recorded_and_training_is_the_same(tmp_path, words):
     assert last.buffers["scale"] == 0.9
     assert "whose weights several processes share" in errors
     scores = Attributor(seeded(Sharded), data(N, 1), trajectory).score(TracInCP(), data(5, 2))
-    if not words:
+    if "clip" in words:
+        assert not any("as shards" in note for note in trajectory.notes)
+        assert_clipped(trajectory)
         assert_scores(scores.values, by_hand(trajectory), 1e-10)
 
 
@@ -85,14 +100,6 @@ def test_an_error_in_one_process_ends_the_recording_of_both(tmp_path):
         assert "no more disk" in reasons["TracInCP"]
     trajectory = Trajectory.load(tmp_path / "influence")
     assert "no more disk" in trajectory.broken
-
-
-@pytest.mark.slow
-def test_the_coefficient_of_clipped_shards_is_not_recorded(tmp_path):
-    run(tmp_path, "clip")
-    trajectory = Trajectory.load(tmp_path / "influence")
-    assert any("as shards" in note for note in trajectory.notes)
-    assert set(trajectory.steps["clip"].to_pylist()) == {None}
 
 
 class ModelParallelStrategy:
@@ -119,3 +126,11 @@ def test_what_is_not_recorded_is_refused_by_name(strategy, text):
     with pytest.raises(CannotRecord, match=text):
         check_strategy(strategy, None)
     check_strategy(ModelParallelStrategy(), None)
+
+
+def test_only_steps_that_keep_gradients_tell_how_much_shards_were_clipped():
+    weight = [torch.nn.Parameter(torch.zeros(1))]
+    assert _keeps_gradients(torch.optim.SGD(weight, 0.1, momentum=0.9))
+    assert _keeps_gradients(torch.optim.AdamW(weight))
+    assert not _keeps_gradients(torch.optim.SGD(weight, 0.1, momentum=0.9, nesterov=True))
+    assert not _keeps_gradients(torch.optim.Adagrad(weight))

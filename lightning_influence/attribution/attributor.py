@@ -275,8 +275,8 @@ class Attributor:
         with self._open(method, source, aggregate=aggregate) as setting:
             n = 1 if setting.queries is None else len(setting.queries)
             fraction = share_of(method, setting, n).fraction
-            setting.processes = Processes()  # each times its own pieces
-            cost = in_memory(lambda: method.cost(setting, setting.queries), setting)
+            alone = setting.processes = Processes()  # each times its own pieces
+            cost = in_memory(lambda: method.cost(setting, setting.queries), setting, alone)
         with contextlib.ExitStack() as again:  # the first time also looks at the loss and the gradients, only once
             opening = seconds_of(lambda: again.enter_context(self._open(method, source, aggregate=aggregate)))
         return cost.of_share(fraction, Work("opening", 1, opening))

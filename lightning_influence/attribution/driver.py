@@ -20,6 +20,7 @@ from lightning_influence.attribution.out_of_memory import in_memory
 from lightning_influence.methods.kinds import ForwardOnly, GradientProduct, StageSums, WholeRun
 from lightning_influence.methods.method import Method
 from lightning_influence.methods.retraining import Retraining
+from lightning_influence.processes import Processes
 from lightning_influence.progress import progress
 from lightning_influence.setting.setting import Queries, Setting
 
@@ -53,6 +54,8 @@ def run_scores(
     keep_all = isinstance(accumulator, MatrixAccumulator)
     finished.sums = setting.state("sums", StageSums)
     setting.progress = functools.partial(progress, trainer)
+    # Of divided queries each process may have another number of blocks.
+    together = Processes() if share.divided == 0 else setting.processes
     with progress(trainer, visits, method.name) as done:
         setting.on_block = done
         for first in range(share.queries.start, share.queries.stop, block):
@@ -60,7 +63,7 @@ def run_scores(
             finished.held, finished.train = len(some), 0
             for ids in share.tiles(columns, setting.processes.count):
                 setting.ids, start = ids, ids.start
-                tile = in_memory(functools.partial(_tile, method, setting, some, keep_all), setting)
+                tile = in_memory(functools.partial(_tile, method, setting, some, keep_all), setting, together)
                 clean = isinstance(method, Retraining) or bad.clean(tile, first, start)  # their NaN is an unknown score
                 rows, largest = slice(first, first + len(some)), largest.to(tile)
                 largest[rows] = torch.maximum(largest[rows], tile.abs().amax(1))
@@ -113,7 +116,7 @@ def run_group(method: Method, setting: Setting, queries: Queries, ids: Sequence[
     found = []
     for first in range(0, len(queries), block):
         some = queries[first : first + block]
-        values = in_memory(functools.partial(method.group, setting, some, ids), setting)
+        values = in_memory(functools.partial(method.group, setting, some, ids), setting, setting.processes)
         if values is None:
             scored = method.scored(setting.n_train)
             columns = ids if scored is None else torch.searchsorted(torch.as_tensor(scored), torch.as_tensor(ids))
@@ -145,7 +148,7 @@ def run_self_influence(method: Method, setting: Setting, trainer: Any, finished:
     visits = len(setting.ids) * _visited(method, setting)
     with progress(trainer, visits, f"{method.name}: {method.quantity}") as done:
         setting.on_block = done
-        values = in_memory(lambda: method.self_influence(setting).cpu(), setting)
+        values = in_memory(lambda: method.self_influence(setting).cpu(), setting, setting.processes)
     if isinstance(method, GradientProduct):
         values = setting.processes.joined(values, setting.n_train)
     note_impossible(method, setting, setting.engine, setting.examples, values.abs())

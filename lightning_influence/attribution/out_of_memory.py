@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 
 from lightning_influence.data.examples import Examples
+from lightning_influence.processes import Processes
 from lightning_influence.setting.setting import Setting
 
 T = TypeVar("T")
@@ -14,27 +15,28 @@ T = TypeVar("T")
 _TEXTS = ("out of memory", "not enough memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
 
 
-def in_memory(work: Callable[[], T], setting: Setting) -> T:
+def in_memory(work: Callable[[], T], setting: Setting, processes: Processes) -> T:
     """What the work returns; whenever memory runs out, blocks of examples are halved and it starts again.
 
+    Args:
+        work: what to do.
+        setting: the question.
+        processes: that do it together: where memory runs out in one, all of them start again.
+
     Raises:
-        RuntimeError: memory does not suffice for one example, or in one of several processes, where the others would
-            be waiting elsewhere.
+        RuntimeError: memory does not suffice for one example.
     """
     while True:
         try:
-            return work()
+            with processes.together():
+                return work()
         except (RuntimeError, MemoryError) as error:
-            size = max(min(examples.block_size, count) for examples, count in _read(setting))
-            if not is_out_of_memory(error) or size == 1:
+            if not is_out_of_memory(error):
                 raise
-            if setting.processes.count > 1:
-                raise RuntimeError(
-                    f"Expected memory for blocks of {size} examples in each of {setting.processes.count} "
-                    f"processes, got too little in process {setting.processes.rank}. Pass `Attributor(batch_size="
-                    f"{size // 2})` in all of them, or score in one. {error}"
-                ) from error
-        # Outside of the handler, whose traceback keeps what is in memory.
+            size = max(processes.gathered(max(min(read.block_size, count) for read, count in _read(setting))))
+            if size == 1:
+                raise
+            error.__traceback__ = None  # all processes know the error, which would keep what is in memory
         _halve(setting, size)
 
 

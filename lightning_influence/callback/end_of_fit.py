@@ -1,6 +1,5 @@
 """What `Influence` does when a fit ends: estimate the cost, score, save and log, or record why not."""
 
-import re
 import time
 import traceback
 import warnings
@@ -16,7 +15,7 @@ from lightning_influence.attribution.attributor import Attributor
 from lightning_influence.callback.offline import offline_lines
 from lightning_influence.callback.plan import LABELS, ScoringPlan
 from lightning_influence.callback.queries import resolve_queries
-from lightning_influence.callback.results import Results
+from lightning_influence.callback.results import Results, scores_file
 from lightning_influence.callback.summary import Summary
 from lightning_influence.compat import rank_zero_info, rank_zero_warn
 from lightning_influence.loggers import listening
@@ -245,9 +244,9 @@ class EndOfFit:
         return offline_lines(self.run_dir, self.plan, self.trainer, method)
 
     def _place(self, name: str) -> Path:
-        folder = self.run_dir / "scores"
-        folder.mkdir(exist_ok=True)
-        return folder / (re.sub(r"[^\w.-]", "_", name) + ".arrow")
+        path = scores_file(self.run_dir, name)
+        path.parent.mkdir(exist_ok=True)
+        return path
 
     def _afforded(self, name: str, method: Method, seconds: float) -> float:
         """The estimated time, the same in every process, which is announced where somebody would wait for it."""

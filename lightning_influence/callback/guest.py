@@ -6,6 +6,7 @@ A fit that cannot be recorded goes on without it.
 import contextlib
 import copy
 import functools
+import os
 import traceback
 import warnings
 from collections.abc import Callable
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning_influence.callback.during_fit import DuringFit
-from lightning_influence.callback.results import Results
+from lightning_influence.callback.plan import LABELS
+from lightning_influence.callback.results import Results, run_of
 from lightning_influence.capture.identity import LoaderTap
 from lightning_influence.capture.places import CannotRecord
 from lightning_influence.capture.recorder import Recorder
 from lightning_influence.compat import CallbackBase, MisconfigurationException, rank_zero_warn
 from lightning_influence.methods.method import Method
+from lightning_influence.scores import Scores, SelfScores
 from lightning_influence.trajectory import Trajectory
 
 # attributes that hold the model or open files
@@ -81,21 +84,16 @@ def warn_of(error: Exception, recorded: Path | None) -> None:
 
 
 class Guest(CallbackBase):
-    """A callback that holds what belongs to one fit, and can let go of it at any time.
-
-    Attributes:
-        scores: by name of the method, or why there are none.
-        self_scores: the same for self-influence.
-        run_dir: folder of the newest fit.
-    """
+    """A callback that holds what belongs to one fit, and can let go of it at any time."""
 
     methods: dict[str, Method]
+    dirpath: str | None = None
 
     def __init__(self) -> None:
         super().__init__()
-        self.scores = Results()
-        self.self_scores = Results()
-        self.run_dir: Path | None = None
+        self._scores, self._self_scores = Results(), Results()
+        self._run_dir: Path | None = None
+        self._token = os.urandom(16).hex()  # by which the process that starts those of a fit finds what they left
         self._phase = "new"  # then "set up", and "training" from the first step on
         self._trainer: Any = None
         self._module: Any = None
@@ -106,6 +104,36 @@ class Guest(CallbackBase):
         self._restored: dict[str, Any] = {}  # the link to the run that this fit resumes
         self._broken: str | None = None  # the record lacks the end of the fit, since
         self._last: Trajectory | None = None  # the last weights in memory, where the record of the fit broke off
+
+    @property
+    def scores(self) -> Results:
+        """`Scores` by name of the method, or why there are none."""
+        self._read_left()
+        return self._scores
+
+    @property
+    def self_scores(self) -> Results:
+        """`SelfScores` by name of the method, or why there are none."""
+        self._read_left()
+        return self._self_scores
+
+    @property
+    def run_dir(self) -> Path | None:
+        """Folder of the newest fit."""
+        self._read_left()
+        return self._run_dir
+
+    @run_dir.setter
+    def run_dir(self, folder: Path | None) -> None:
+        self._run_dir = folder
+
+    def _read_left(self) -> None:
+        """Where no fit was set up in this process: what the processes of one left, if it started any."""
+        found = run_of(self.dirpath, self._token) if self._phase == "new" else None
+        if found is not None and found != self._run_dir:
+            self._run_dir = found
+            self._scores.read(found, Scores, self.methods)
+            self._self_scores.read(found, SelfScores, (*self.methods, LABELS))
 
     def records_another(self, trainer: Any) -> bool:
         """Whether another Trainer's fit is being recorded, to which this one's hooks must add nothing."""
@@ -197,4 +225,6 @@ class Guest(CallbackBase):
         copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         if self._phase == "set up":
             copied._phase, copied._tap = self._phase, self._tap
+        else:
+            copied._token = os.urandom(16).hex()
         return copied

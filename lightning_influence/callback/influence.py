@@ -71,7 +71,7 @@ class Influence(Guest):
         precision: Precision of the scoring, see `Attributor`. None: that of the weights, whatever the fit's.
 
     Attributes:
-        scores: `Scores` by name of the method, once the fit has ended.
+        scores: `Scores` by name of the method, once the fit has ended; read from its files after `ddp_spawn`.
         self_scores: `SelfScores` by name of the method, with `self_influence=True`; "labels" with `labels=True`.
         run_dir: Folder of the newest fit.
 
@@ -161,7 +161,7 @@ class Influence(Guest):
         found = self.trajectory if self._last is None else self._last
         if self._trainer is None or self._module is None:
             raise MissingEvidence(
-                "Expected the callback that the fit was run with, got a copy of it, which holds neither the module nor "
+                "Expected the callback in a process of its fit, got a copy of it, which holds neither the module nor "
                 "the Trainer. Make one: `Attributor(model, train=train_dataloader, trajectory=influence.trajectory)`."
             )
         return self._plan.attributor(self._module, self._trainer, found)
@@ -213,7 +213,7 @@ class Influence(Guest):
         claimed = on_rank_zero(trainer, lambda: str(claim_run(resolved)), f"to create a folder in `{resolved}`")
         self.run_dir = Path(claimed)
         folder = self.run_dir if trainer.is_global_zero else self.run_dir / f"steps-rank{trainer.global_rank}"
-        store = RunWriter(folder, trainer.world_size, parent, self._schedule.keep_last)
+        store = RunWriter(folder, trainer.world_size, parent, self._schedule.keep_last, self._token)
         self._recorder = Recorder(
             trainer, pl_module, self._tap, store, self._schedule, self.sample_id, made, self.run_dir
         )

@@ -1,6 +1,15 @@
-"""What a fit leaves in `Influence`: scores by method name, and why others are missing."""
+"""The results of a fit by name: of this process, or what those that it started (`ddp_spawn`) have left in files."""
 
+import contextlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+from lightning_influence.capture.places import local_path
+from lightning_influence.scores import Scores, SelfScores
+from lightning_influence.trajectory.files import read_manifest, runs_in
+from lightning_influence.types import MissingEvidence
 
 
 class NoScores(KeyError):
@@ -35,3 +44,26 @@ class Results(dict[str, Any]):
         self.partial.clear()
         self.reasons.clear()
         self.why = None
+
+    def read(self, run_dir: Path, kind: type[Scores] | type[SelfScores], names: Iterable[str]) -> None:
+        """Replace the results by those that the processes of a fit have saved, and say why there are no others."""
+        self.clear()
+        self.why = "the processes of the fit, which have ended, left no file of it; they have told why."
+        for name in names:
+            if (path := scores_file(run_dir, f"{name}{'.self' * (kind is SelfScores)}")).exists():
+                self[name] = kind.load(path)
+
+
+def scores_file(run_dir: Path, name: str) -> Path:
+    """Where the scores of a name are saved when the fit ends."""
+    return run_dir / "scores" / (re.sub(r"[^\w.-]", "_", name) + ".arrow")
+
+
+def run_of(dirpath: str | None, token: str) -> Path | None:
+    """The newest run that a callback with this token has recorded; None if there is none."""
+    folder = None if dirpath is None else local_path(dirpath)
+    for run in () if folder is None else reversed(runs_in(Path(folder).expanduser())):
+        with contextlib.suppress(MissingEvidence):
+            if read_manifest(run).get("callback") == token:
+                return run
+    return None

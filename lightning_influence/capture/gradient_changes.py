@@ -26,7 +26,8 @@ _READERS = LIBRARIES | {"wandb"}
 _SHOWN = 6
 CLIPPED_OTHERWISE = (
     "Gradients were clipped by value or by the module's own `configure_gradient_clipping`, which no single coefficient"
-    " describes, or as shards, whose norm is not asked for again; exposure treats them as not clipped."
+    " describes, or as shards by an optimizer that may change them in its step (others than SGD without Nesterov's"
+    " momentum, Adam and AdamW); exposure treats them as not clipped."
 )
 
 

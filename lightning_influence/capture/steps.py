@@ -1,5 +1,6 @@
 """Records each optimizer step: its micro-batches, learning rates, optimizer options and clipping."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ class StepRecorder:
         self._settings_of: dict[int, tuple[Any, int]] = {}
         self._names = {p: clean(name) for name, p in module.named_parameters()}
         self._clips_itself = overrides(module, "configure_gradient_clipping")
+        self._sharded = shards_weights(trainer.strategy)
         self.windows = AccumulationWindows(trainer, module, self._record)
 
     def batch_starts(
@@ -64,7 +66,8 @@ class StepRecorder:
         rows, self.rows = self.rows, []
         for row in rows:
             if row["clip"] is not None:  # read here, all at once, not within a step
-                row["clip"] = float(row["clip"])
+                clip = float(row["clip"])
+                row["clip"] = None if self._sharded and math.isnan(clip) else clip
         return rows
 
     def _record(self, window: Window, skipped: bool) -> None:
@@ -84,7 +87,7 @@ class StepRecorder:
             # the learning rate applied: schedulers step later, and a warm-up in `optimizer_step` has run already
             "lr": [float(group["lr"]) for group in window.optimizer.param_groups],
             "settings": self._settings_entry(window.index, window.optimizer),
-            "clip": window.clip,
+            "clip": self._clipped_by(window),
             "skipped": skipped,
         }
         self._open.append((row, batches))
@@ -132,19 +135,44 @@ class StepRecorder:
         limit = self._trainer.gradient_clip_val
         if not limit or not self._module.automatic_optimization or self.clips_otherwise:
             return None
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients:
-            return None
-        with torch.no_grad():
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-            return (limit / (norm + 1e-6)).clamp(max=1.0)  # as in torch.nn.utils.clip_grad_norm_
+        norm = _norm_here(optimizer)
+        if norm is None or self._sharded:
+            return norm
+        return (limit / (norm + 1e-6)).clamp(max=1.0)  # as in torch.nn.utils.clip_grad_norm_
+
+    def _clipped_by(self, window: Window) -> Tensor | None:
+        """The coefficient; of shards, whose norm only all processes know together, by how much they shrank.
+
+        NaN where this process has no gradient, or one of 0.
+        """
+        if window.clip is None or not self._sharded:
+            return window.clip
+        norm = _norm_here(window.optimizer)
+        return None if norm is None else norm / window.clip
 
     @property
     def clips_otherwise(self) -> bool:
-        """Whether gradients are clipped other than by one coefficient for all, which this process knows alone."""
-        by_value = self._trainer.gradient_clip_algorithm not in (None, "norm")
-        otherwise = by_value or shards_weights(self._trainer.strategy)
+        """Whether gradients are clipped other than by one coefficient for all."""
+        otherwise = self._trainer.gradient_clip_algorithm not in (None, "norm")
+        if self._sharded:
+            otherwise |= not all(map(_keeps_gradients, self._trainer.optimizers))
         return bool((self._trainer.gradient_clip_val and otherwise) or self._clips_itself)
+
+
+def _keeps_gradients(optimizer: Optimizer) -> bool:
+    """Whether gradients are after a step what they were before it, as they are not where torch adds Nesterov's term."""
+    known = type(optimizer).__name__ in ("SGD", "Adam", "AdamW")
+    return known and not any(group.get("nesterov") for group in optimizer.param_groups)
+
+
+def _norm_here(optimizer: Optimizer) -> Tensor | None:
+    """The norm of all gradients, or of the shards of them that this process has; None if there are none."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not gradients:
+        return None
+    with torch.no_grad():
+        here = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(here)))
 
 
 def _plain(value: Any) -> Any:

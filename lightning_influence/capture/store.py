@@ -78,7 +78,14 @@ _SYNC_SECONDS = 30.0
 class RunWriter:
     """Writes the files of one process: checkpoints on rank 0, steps on every rank."""
 
-    def __init__(self, folder: Path, world_size: int, parent: ParentLink | None, keep_last: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        world_size: int,
+        parent: ParentLink | None,
+        keep_last: int | None = None,
+        callback: str = "",
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._started = self._synced = time.monotonic()
@@ -89,6 +96,7 @@ class RunWriter:
         self.manifest: dict[str, Any] = {
             "format": FORMAT,
             "id": os.urandom(16).hex(),  # not from Python's or torch's generator, whose states belong to training
+            "callback": callback,
             "versions": {"torch": str(torch.__version__)},
             "parent": None if parent is None else vars(parent),
             "world_size": world_size,

@@ -150,6 +150,7 @@ _OPTIONAL: dict[str, tuple[str, _Check]] = {
     "best": (f"None or an entry with {', '.join(_BEST)}", _optional(_only(list(_BEST), _entry(**_BEST)))),
     "data": ("a text, or None", _optional(_text)),
     "broken": ("a text", _text),
+    "callback": ("a text", _text),
 }
 
 _SUMMARY = _list(_real)

@@ -230,6 +230,7 @@ def _union_of_ranks(parts: Sequence[tuple[Path, Mapping[str, Any] | None]]) -> p
             parts = [row[name], *(other[name] for other in others)]
             row[name] = None if any(part is None for part in parts) else [x for part in parts for x in part]
         row["divisor"] *= len(tables)
+        row["clip"] = next((each["clip"] for each in (row, *others) if each["clip"] is not None), None)
     return pa.Table.from_batches([encode_rows(rows[0], STEPS)])
 
 
