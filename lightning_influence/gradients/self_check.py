@@ -14,6 +14,7 @@ from lightning_influence.gradients.engine import Engine, Plan
 from lightning_influence.gradients.general import NotVectorisable, vectorised_rows
 from lightning_influence.gradients.layout import Layout, fits
 from lightning_influence.gradients.precise import CANNOT, precise
+from lightning_influence.gradients.rules.computed import Source
 from lightning_influence.gradients.sample import Sample
 from lightning_influence.gradients.spot_checks import tolerance_of
 from lightning_influence.gradients.tape import Call
@@ -106,7 +107,7 @@ def _made(engine: Engine, sample: Sample, names: Sequence[str]) -> Plan:
         rows = [_factored(engine, sample, b, calls, tried, separate) for b, calls in enumerate(recorded)]
         layouts |= {name: tried[name] for name in _agreeing(sample, rows, set(tried))}
     nonzero = set().union(*(_truth(sample, i).nonzero for ids in sample.chosen for i in ids))
-    reached = {name for calls in recorded for call in calls for name in call.names.values()}
+    reached = {name for calls in recorded for call in calls for name in call.names}
     unreached = tuple(name for name in names if name not in reached and name not in nonzero)
     general = [name for name in names if name not in layouts and name not in unreached]
     fast = _vectorised(engine, sample, general)
@@ -177,7 +178,7 @@ def _candidates(name: str, recorded: Sequence[Sequence[Call]], blocks: Sequence[
         (call.shape[: call.operands.positions], block.size)
         for calls, block in zip(recorded, blocks, strict=True)
         for call in calls
-        if name in call.names.values()
+        if name in call.names
     ]
     allowed = [Layout.FIRST, Layout.SECOND] if _may_concatenate(blocks) else list(Layout)
     return [layout for layout in allowed if uses and all(fits(shape, n, layout) for shape, n in uses)]
@@ -205,7 +206,8 @@ def _separate(recorded: Sequence[Sequence[Call]]) -> frozenset[str]:
     partners: dict[str, set[frozenset[str]]] = {}
     for calls in recorded:
         for call in calls:
-            together = frozenset(call.names.values())
-            for name in together:
+            direct = frozenset(s.names[0] for s in call.sources.values() if type(s) is Source)
+            computed = [frozenset(s.names) for s in call.sources.values() if type(s) is not Source]
+            for together, name in ((t, n) for t in (direct, *computed) for n in t):
                 partners.setdefault(name, set()).add(together)
     return frozenset(name for name, sets in partners.items() if len(sets) > 1)
