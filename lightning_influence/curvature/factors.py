@@ -135,7 +135,7 @@ def side_widths(part: Part) -> tuple[int, int] | None:
     if isinstance(part, OuterProducts):
         out = part.outputs.shape[2]
         inner = sum(int(torch.Size(shape).numel()) for shape in part.shapes()[:1]) // out + part.bias
-    elif isinstance(part, (DenseRows, Pulled)) and len(part.shapes()[0]) >= 2:
+    elif _is_matrix(part) and len(part.shapes()[0]) >= 2:
         shape, *others = part.shapes()
         out, inner = shape[0], math.prod(shape[1:]) + len(others)
         if others and others[0] != (out,):
@@ -145,6 +145,13 @@ def side_widths(part: Part) -> tuple[int, int] | None:
     if max(out, inner) > WIDEST or (min(out, inner) == 1 and not isinstance(part, OuterProducts)):
         return None
     return out, inner
+
+
+def _is_matrix(part: Part) -> bool:
+    """Whether gradients are neither outer products nor of tables."""
+    if isinstance(part, SumOfParts):
+        return any(_is_matrix(term) for term in part.terms)
+    return isinstance(part, (DenseRows, Pulled))
 
 
 def pieces(part: Part) -> Iterator[Part]:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.dense_rows import DenseRows
-from lightning_influence.gradients.derivations import Derivation, Elementwise
+from lightning_influence.gradients.derivations import Elementwise
 from lightning_influence.gradients.lookup import Lookup
 from lightning_influence.gradients.outer_products import OuterProducts
 from lightning_influence.gradients.part import Part
@@ -107,8 +107,7 @@ def _product(result: Result, part: Part) -> list[tuple[Source, Part]] | None:
         return None
     scaled = _scaled(part, other, source.value)
     if scaled is None and type(source) is Source and isinstance(other, Tensor):
-        factor = other.detach().expand(source.value.shape).clone()
-        derivation: Derivation = Elementwise(factor, _Constant(other))
+        derivation = Elementwise(other, source.value.shape)
         scaled = DenseRows(derivation.back(part.rows[0])) if isinstance(part, DenseRows) else Pulled(part, derivation)
     return None if scaled is None else [(source, scaled)]
 
@@ -119,19 +118,6 @@ def _quotient(result: Result, part: Part) -> list[tuple[Source, Part]] | None:
         return None
     inverse = replace(result, args=(left, 1 / right))
     return _product(inverse, part)
-
-
-class _Constant:
-    """A constant as a key: the same tensor with the same values."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.version = tensor, tensor._version
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Constant) and self.tensor is other.tensor and self.version == other.version
-
-    def __hash__(self) -> int:
-        return hash((id(self.tensor), self.version))
 
 
 def _scaled(part: Part, by: Any, weight: Tensor) -> Part | None:
@@ -153,7 +139,7 @@ def _scaled(part: Part, by: Any, weight: Tensor) -> Part | None:
 
 
 def _matrix_product(result: Result, part: Part) -> list[tuple[Source, Part]] | None:
-    """B A: with gradients sum_t l_t r_t^T by it, those by B are sum_t l_t (A r_t)^T, those by A sum_t (B^T l_t) r_t^T."""
+    """B A, with gradients l r^T by it: those by B are l (A r)^T, those by A are (B^T l) r^T."""
     left, right = result.args
     if not isinstance(part, OuterProducts) or left.ndim != 2 or right.ndim != 2:
         return None

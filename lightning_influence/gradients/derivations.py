@@ -7,7 +7,9 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_influence.gradients.outer_products import TRAFFIC
 from lightning_influence.gradients.vjp import named, vjp
 
 
@@ -96,22 +98,46 @@ def _range(of: Selection) -> tuple[int, int]:
     return of.offset, of.offset + sum((n - 1) * s for n, s in zip(of.size, of.stride, strict=True))
 
 
-@dataclass(frozen=True, eq=False)
-class Elementwise(Derivation):
-    """A parameter times a constant of its shape, such as a mask.
+class Constant:
+    """A constant as a key: the same tensor with the same values."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor, tensor._version
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and self.tensor is other.tensor and self.version == other.version
+
+    def __hash__(self) -> int:
+        return hash((id(self.tensor), self.version))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A matrix with few distinct rows and columns, as masks have whose rows are nested.
 
     Args:
-        factor: the constant.
-        key: identifies it.
+        rows: the indices of equal rows, [distinct row, most that are equal]; the number of rows where there are fewer.
+        columns: likewise.
+        table: [distinct row, distinct column]: the entries.
     """
 
-    factor: Tensor
-    key: Hashable
+    rows: Tensor
+    columns: Tensor
+    table: Tensor
 
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:  # type: ignore[override]
-        """The parameter's shape."""
-        return (tuple(self.factor.shape),)
+
+class Elementwise(Derivation):
+    """A parameter times a constant, such as a mask; its values are copied, since they may change.
+
+    Args:
+        constant: the constant.
+        shape: of the parameter.
+    """
+
+    def __init__(self, constant: Tensor, shape: Sequence[int]) -> None:
+        self.key = Constant(constant), tuple(shape)
+        self.shapes = (tuple(shape),)
+        self.factor = constant.detach().expand(shape).clone()
 
     def back(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Times the constant."""
@@ -120,6 +146,36 @@ class Elementwise(Derivation):
     def forward(self, vectors: Sequence[Tensor]) -> Tensor:
         """Times the constant."""
         return vectors[0] * self.factor.to(vectors[0])
+
+    def tiles(self) -> Tiles | None:
+        """The constant by its distinct rows and columns, found once; None unless they are few."""
+        constant = self.key[0]
+        known = _TILES.get(constant.tensor)
+        if known is None or known[:2] != (constant.version, self.key[1]):
+            known = constant.version, self.key[1], _tiles(self.factor.flatten(1))
+            _TILES[constant.tensor] = known
+        return known[2]  # type: ignore[no-any-return]
+
+
+_TILES = WeakTensorKeyDictionary()
+
+
+def _tiles(factor: Tensor) -> Tiles | None:
+    rows, row_of = factor.unique(dim=0, return_inverse=True)
+    table, column_of = rows.unique(dim=1, return_inverse=True)
+    found = Tiles(_equal(row_of), _equal(column_of), table)
+    operations = found.rows.numel() + found.columns.numel() + table.numel() + TRAFFIC * sum(table.shape)
+    return found if operations < factor.numel() / 2 else None
+
+
+def _equal(which: Tensor) -> Tensor:
+    """The indices of each group in one row, filled up with their total number."""
+    sizes = which.bincount()
+    order = which.argsort(stable=True)
+    within = torch.arange(len(which), device=which.device) - (sizes.cumsum(0) - sizes)[which[order]]
+    found = which.new_full((len(sizes), int(sizes.max())), len(which))
+    found[which[order], within] = order
+    return found
 
 
 def vjp_graph(value: Tensor, given: Mapping[int, Tensor], weight: Tensor) -> dict[int, Tensor]:

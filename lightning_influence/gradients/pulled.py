@@ -6,10 +6,12 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.derivations import Derivation, Elementwise, Selection
-from lightning_influence.gradients.part import Part, flat
+from lightning_influence.gradients.outer_products import OuterProducts
+from lightning_influence.gradients.part import WORKSPACE, Part, flat
 from lightning_influence.numerics.projections import Sketch
 
 
@@ -75,7 +77,30 @@ class Pulled(Part):
                 return
             if not mine.overlaps(theirs):
                 return
+        if isinstance(theirs, Elementwise) and theirs.key == mine.key and self._accumulate_tiles(theirs, other, out):
+            return
         out += other.part.times_each((self._forward(theirs),))
+
+    def _accumulate_tiles(self, derivation: Elementwise, other: "Pulled", out: Tensor) -> bool:
+        """The same in factors, for a mask of few distinct rows and columns; whether it can be done."""
+        pair = self.part, other.part
+        if any(not isinstance(p, OuterProducts) or p.outputs.shape[1] > 1 for p in pair):
+            return False
+        tiles = derivation.tiles()
+        if tiles is None:
+            return False
+        sides = [(p.inputs[:, 0], p.scaled_outputs()[:, 0]) for p in pair if isinstance(p, OuterProducts)]
+        table = tiles.table.to(out).square()
+        step = max(1, WORKSPACE // max(1, len(self) * sum(table.shape)))
+        for start in range(0, len(other), step):
+            (a, g), (b, h) = sides[0], [side[start : start + step] for side in sides[1]]
+            if isinstance(self.part, OuterProducts) and self.part.transposed:
+                a, g, b, h = g, a, h, b
+            by_columns = torch.bmm(_grouped(a, tiles.columns), _grouped(b, tiles.columns).mT)
+            by_rows = torch.bmm(_grouped(g, tiles.rows), _grouped(h, tiles.rows).mT)
+            by_rows *= (table @ by_columns.flatten(1)).view_as(by_rows)
+            out[:, start : start + step] += by_rows.sum(0)
+        return True
 
     def norm2(self) -> Tensor:
         """[example]: squared length of each example's gradient."""
@@ -147,3 +172,8 @@ class Pulled(Part):
     def finite(self) -> Tensor:
         """[example]: whether every number is finite."""
         return self.part.finite()
+
+
+def _grouped(vectors: Tensor, groups: Tensor) -> Tensor:
+    """[group, example, entry of the group] of [example, entry], with zeros for the index behind the last."""
+    return F.pad(vectors, (0, 1))[:, groups].transpose(0, 1)
