@@ -69,7 +69,7 @@ class Selection(Derivation):
     def back(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Zeros for entries that are not selected."""
         found = rows.new_zeros(len(rows), *self.shape)
-        self._within(found).copy_(rows)
+        self._within(found).copy_(rows.reshape(len(rows), *self.size))
         return (found,)
 
     def forward(self, vectors: Sequence[Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ from lightning_influence import GradientDot
 
 torch.set_num_threads(1)
 OTHERWISE = {
+    "a computed weight that is written to",
     "EmbeddingBag, max",
     "EmbeddingBag with offsets",
     "InstanceNorm with running statistics",
