@@ -144,11 +144,11 @@ def _matrix_product(result: Result, part: Part) -> list[tuple[Source, Part]] | N
     if not isinstance(part, OuterProducts) or left.ndim != 2 or right.ndim != 2:
         return None
     first, then = (part.inputs, part.outputs) if part.transposed else (part.outputs, part.inputs)
-    found = []
+    found: list[tuple[Source, Part]] = []
     if id(left) in result.sources:
-        found.append((result.sources[id(left)], _with_sides(part, first, then @ right.detach().T, left.shape)))
+        found.append((result.sources[id(left)], _with_sides(part, first, then @ right.detach().to(then).T, left.shape)))
     if id(right) in result.sources:
-        found.append((result.sources[id(right)], _with_sides(part, first @ left.detach(), then, right.shape)))
+        found.append((result.sources[id(right)], _with_sides(part, first @ left.detach().to(first), then, right.shape)))
     return found
 
 
@@ -165,7 +165,8 @@ def _joined(result: Result, part: Part) -> list[tuple[Source, Part]] | None:
         return None
     tensors, dim = result.args[0], [*result.args[1:], result.kwargs.get("dim", 0)][0]
     first, then = (part.inputs, part.outputs) if part.transposed else (part.outputs, part.inputs)
-    found, start = [], 0
+    found: list[tuple[Source, Part]] = []
+    start = 0
     for tensor in tensors:
         rows = slice(start, start + tensor.shape[dim])
         start = rows.stop

@@ -135,7 +135,8 @@ class Elementwise(Derivation):
     """
 
     def __init__(self, constant: Tensor, shape: Sequence[int]) -> None:
-        self.key = Constant(constant), tuple(shape)
+        self.constant = Constant(constant)
+        self.key = self.constant, tuple(shape)
         self.shapes = (tuple(shape),)
         self.factor = constant.detach().expand(shape).clone()
 
@@ -149,12 +150,12 @@ class Elementwise(Derivation):
 
     def tiles(self) -> Tiles | None:
         """The constant by its distinct rows and columns, found once; None unless they are few."""
-        constant = self.key[0]
-        known = _TILES.get(constant.tensor)
-        if known is None or known[:2] != (constant.version, self.key[1]):
-            known = constant.version, self.key[1], _tiles(self.factor.flatten(1))
-            _TILES[constant.tensor] = known
-        return known[2]  # type: ignore[no-any-return]
+        made_of = self.constant.version, self.shapes
+        known = _TILES.get(self.constant.tensor)
+        if known is None or known[0] != made_of:
+            known = made_of, _tiles(self.factor.flatten(1))
+            _TILES[self.constant.tensor] = known
+        return known[1]  # type: ignore[no-any-return]
 
 
 _TILES = WeakTensorKeyDictionary()
@@ -205,16 +206,23 @@ class Replayed(Derivation):
 
     def back(self, rows: Tensor) -> tuple[Tensor, ...]:
         """By a vectorised backward pass."""
-        found = vjp({0: self._value}, self._given, {0: rows}, self._value.numel())
+        found = vjp(
+            {0: self._value},
+            self._given,
+            {0: rows.reshape(len(rows), *self._value.shape).to(self._value)},
+            self._value.numel(),
+        )
         return tuple(
-            found[i] if i in found else rows.new_zeros(len(rows), *shape) for i, shape in enumerate(self.shapes)
+            found[i].to(rows) if i in found else rows.new_zeros(len(rows), *shape)
+            for i, shape in enumerate(self.shapes)
         )
 
     def forward(self, vectors: Sequence[Tensor]) -> Tensor:
         """By the derivative of J^T w with respect to w."""
         wanted = {i: v.to(self._weight) for i, v in enumerate(vectors) if i in self._transposed}
         found = vjp(self._transposed, {0: self._weight}, wanted, self._value.numel())
-        return found[0] if found else self._weight.new_zeros(len(vectors[0]), *self._weight.shape)
+        zeros = vectors[0].new_zeros(len(vectors[0]), *self._weight.shape)
+        return found[0].to(vectors[0]) if found else zeros
 
     def only(self, which: int) -> Derivation:
         """With respect to one of the parameters."""
@@ -248,4 +256,4 @@ class _OneOf(Derivation):
             {0: vectors[0].to(self.whole._weight)},
             self.whole._value.numel(),
         )
-        return found[0] if found else vectors[0].new_zeros(len(vectors[0]), *self.whole._weight.shape)
+        return found[0].to(vectors[0]) if found else vectors[0].new_zeros(len(vectors[0]), *self.whole._weight.shape)

@@ -207,9 +207,9 @@ class Tape(TorchFunctionMode):
         if operands is None:
             return func(*args, **kwargs)
         found = {role: sources[id(p)] for role, p in operands.parameters.items() if id(p) in sources}
-        if func in ELEMENTWISE:
-            shape = torch.broadcast_shapes(*(a.shape for a in args if isinstance(a, Tensor)))
-            found = {role: s for role, s in found.items() if type(s) is Source or s.is_shared_in(shape)}
+        if any(type(source) is not Source for source in found.values()):
+            shape = _broadcast_shape(args) if func in ELEMENTWISE else None
+            found = {role: s for role, s in found.items() if s.is_weight(shape)}
         # They may have become leaves where they were computed; the gradient is taken from this operation's output.
         own = {id(s.value): s.value.detach() for s in found.values() if s.value.requires_grad}
         args, kwargs = [own.get(id(a), a) for a in args], {key: own.get(id(a), a) for key, a in kwargs.items()}
@@ -258,6 +258,10 @@ def _operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
             yield from operand
         else:
             yield operand
+
+
+def _broadcast_shape(operands: Iterable[Any]) -> torch.Size:
+    return torch.broadcast_shapes(*(a.shape for a in operands if isinstance(a, Tensor)))
 
 
 def _raised(tensor: T) -> T:

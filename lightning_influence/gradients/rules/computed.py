@@ -48,6 +48,16 @@ class Source:
         """The tensor, computed from other values of the parameters."""
         return values[id(self.value)]
 
+    def is_weight(self, shape: Sequence[int] | None) -> bool:
+        """Whether an operation takes it as one for all examples.
+
+        Args:
+            shape: of a sum or product with activations; None: it is passed to another function.
+        """
+        if type(self) is Source:
+            return True
+        return not self.by_index if shape is None else self.is_shared_in(shape)
+
     def is_shared_in(self, shape: Sequence[int]) -> bool:
         """Whether all examples share this tensor in a sum or product of that shape.
 
@@ -68,7 +78,7 @@ class View(Source):
         """Of the base's entries."""
         own, base = self.value, self.value._base  # or the base in another precision
         assert base is not None
-        start = own.storage_offset() - base.storage_offset()
+        start = int(own.storage_offset() - base.storage_offset())
         return Selection(tuple(base.shape), tuple(own.shape), own.stride(), start)
 
     @property
