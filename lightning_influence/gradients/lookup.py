@@ -58,6 +58,11 @@ class Lookup(Part):
         table[examples, ids] = summed
         return (table,)
 
+    def add_to(self, rows: tuple[Tensor, ...]) -> None:
+        """Add the rows that were looked up."""
+        ids, examples, summed = self._merged
+        rows[0].index_put_((examples, ids), summed, accumulate=True)
+
     def accumulate_dot(self, other: Part, out: Tensor) -> None:
         """``out[i, j] += <gradient i of self, gradient j of other>``, a join over the ids that both looked up."""
         if isinstance(other, OuterProducts):

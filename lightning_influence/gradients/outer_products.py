@@ -271,7 +271,7 @@ class OuterProducts(Part):
         """Add the dense gradients to ``rows``, without building them first where the memory layout allows."""
         outputs, inputs = self.scaled_outputs(), self.inputs
         left, right = (inputs, outputs) if self.transposed else (outputs, inputs)
-        rows[0].view(len(self), left.shape[2], -1).baddbmm_(left.transpose(1, 2), right)
+        rows[0].view(len(self), left.shape[2], right.shape[2]).baddbmm_(left.transpose(1, 2), right)
         if self.bias:
             rows[1].add_(outputs.sum(1))
 

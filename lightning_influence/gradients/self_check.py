@@ -14,6 +14,7 @@ from lightning_influence.gradients.engine import Engine, Plan
 from lightning_influence.gradients.general import NotVectorisable, vectorised_rows
 from lightning_influence.gradients.layout import Layout, fits
 from lightning_influence.gradients.precise import CANNOT, precise
+from lightning_influence.gradients.rules.computed import Source
 from lightning_influence.gradients.sample import Sample
 from lightning_influence.gradients.spot_checks import tolerance_of
 from lightning_influence.gradients.tape import Call
@@ -199,7 +200,7 @@ def _candidates(name: str, recorded: Sequence[Sequence[Call]], blocks: Sequence[
         (call.shape[: call.operands.positions], block.size)
         for calls, block in zip(recorded, blocks, strict=True)
         for call in calls
-        if name in call.names.values()
+        if name in call.names
     ]
     allowed = [Layout.FIRST, Layout.SECOND] if _may_concatenate(blocks) else list(Layout)
     return [layout for layout in allowed if uses and all(fits(shape, n, layout) for shape, n in uses)]
@@ -224,7 +225,7 @@ def _may_concatenate(blocks: Sequence[Block]) -> bool:
 
 def _reached(recorded: Sequence[Sequence[Call]]) -> set[str]:
     """The parameters on which the loss depends through recorded calls."""
-    return {name for calls in recorded for call in calls for name in call.names.values()}
+    return {name for calls in recorded for call in calls for name in call.names}
 
 
 def _separate(recorded: Sequence[Sequence[Call]]) -> frozenset[str]:
@@ -232,7 +233,8 @@ def _separate(recorded: Sequence[Sequence[Call]]) -> frozenset[str]:
     partners: dict[str, set[frozenset[str]]] = {}
     for calls in recorded:
         for call in calls:
-            together = frozenset(call.names.values())
-            for name in together:
+            direct = frozenset(s.names[0] for s in call.sources.values() if type(s) is Source)
+            computed = [frozenset(s.names) for s in call.sources.values() if type(s) is not Source]
+            for together, name in ((t, n) for t in (direct, *computed) for n in t):
                 partners.setdefault(name, set()).add(together)
     return frozenset(name for name, sets in partners.items() if len(sets) > 1)

@@ -43,7 +43,7 @@ def _log_softmax(x: Tensor, dim: int) -> Tensor:
     below = (x - top).masked_fill_(own, -torch.inf)
     others = below.exp().sum(dim, keepdim=True)
     one = top.detach() * 0 + 1  # NaN where torch's result is: of an infinite logit
-    return below.masked_fill(own, 0.0) - others.log1p() * one
+    return below.masked_fill(own, 0.0).sub_(others.log1p() * one)  # in place: there may be many classes
 
 
 def cross_entropy(
