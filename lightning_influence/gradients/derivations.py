@@ -3,11 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_influence.gradients.outer_products import TRAFFIC
 from lightning_influence.gradients.vjp import named, vjp
@@ -99,13 +98,15 @@ def _range(of: Selection) -> tuple[int, int]:
 
 
 class Constant:
-    """A constant as a key: the same tensor with the same values."""
+    """A constant as a key: the same tensor with the same values, in the same memory, which is kept meanwhile."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.version = tensor, tensor._version
+        self.tensor, self.version, self.memory = tensor, tensor._version, tensor.detach()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Constant) and self.tensor is other.tensor and self.version == other.version
+        if not isinstance(other, Constant) or self.tensor is not other.tensor or self.version != other.version:
+            return False
+        return self.memory.data_ptr() == other.memory.data_ptr()
 
     def __hash__(self) -> int:
         return hash((id(self.tensor), self.version))
@@ -148,17 +149,10 @@ class Elementwise(Derivation):
         """Times the constant."""
         return vectors[0] * self.factor.to(vectors[0])
 
+    @cached_property
     def tiles(self) -> Tiles | None:
-        """The constant by its distinct rows and columns, found once; None unless they are few."""
-        made_of = self.constant.version, self.shapes
-        known = _TILES.get(self.constant.tensor)
-        if known is None or known[0] != made_of:
-            known = made_of, _tiles(self.factor.flatten(1))
-            _TILES[self.constant.tensor] = known
-        return known[1]  # type: ignore[no-any-return]
-
-
-_TILES = WeakTensorKeyDictionary()
+        """The constant by its distinct rows and columns; None unless they are few."""
+        return _tiles(self.factor.flatten(1))
 
 
 def _tiles(factor: Tensor) -> Tiles | None:

@@ -77,7 +77,7 @@ class Pulled(Part):
                 return
             if not mine.overlaps(theirs):
                 return
-        if isinstance(theirs, Elementwise) and theirs.key == mine.key and self._accumulate_tiles(theirs, other, out):
+        if isinstance(mine, Elementwise) and theirs.key == mine.key and self._accumulate_tiles(mine, other, out):
             return
         out += other.part.times_each((self._forward(theirs),))
 
@@ -86,7 +86,7 @@ class Pulled(Part):
         pair = self.part, other.part
         if any(not isinstance(p, OuterProducts) or p.outputs.shape[1] > 1 for p in pair):
             return False
-        tiles = derivation.tiles()
+        tiles = derivation.tiles
         if tiles is None:
             return False
         sides = [(p.inputs[:, 0], p.scaled_outputs()[:, 0]) for p in pair if isinstance(p, OuterProducts)]

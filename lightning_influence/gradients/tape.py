@@ -92,6 +92,7 @@ class Tape(TorchFunctionMode):
         self.uses: set[Use] = set()
         self.edges: list[Any] = []
         self._known: dict[int, Source] = {id(p): Source(p, {name: p}) for name, p in parameters.items()}
+        self._data: dict[int, tuple[Tensor, Tensor]] = {}  # what ``.data`` returned, and of which tensor
         self._casts: list[Tensor] = []  # kept, so that no other tensor has the id of one
         self._constants = {id(tensor): tensor for tensor in constants if id(tensor) not in self._known}
 
@@ -107,7 +108,7 @@ class Tape(TorchFunctionMode):
         if not sources or not torch.is_grad_enabled() or name == "__get__":
             output = func(*args, **kwargs)
             if not sources:
-                self._follow_constants(args, kwargs, output)
+                self._follow_constants(func, args, kwargs, output)
             return output
         if func in _CASTS and type(sources.get(id(args[0]))) is Source and is_half(output := func(*args, **kwargs)):
             self._known[id(output)] = sources[id(args[0])]  # it stands for the parameter
@@ -123,7 +124,7 @@ class Tape(TorchFunctionMode):
             return func(*args) if output is None else output
         rule = RULES.get(func)
         output = func(*args, **kwargs) if rule is None else self._record(rule, func, args, kwargs, sources)
-        if name in _WRITES or (name.endswith("_") and not name.endswith("__")):
+        if _writes(name):
             self._forget(args[:1])
         elif isinstance(output, Tensor) and id(output) not in self._known:
             if output.is_floating_point():
@@ -168,11 +169,26 @@ class Tape(TorchFunctionMode):
         parameters = {name: p for source in sources.values() for name, p in source.parameters.items()}
         self._known[id(output)] = Result(output, parameters, by_index, func, tuple(args), kwargs, sources)
 
-    def _follow_constants(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
-        """Note what is computed from constants alone."""
+    def _follow_constants(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        """Note what is computed from constants alone; one written to through ``.data``, unversioned, is none."""
+        name = getattr(func, "__name__", "")
+        if name == "__get__" and func == _DATA:
+            self._data[id(output)] = output, args[0]
+        elif self._data and _writes(name):
+            for written in (args[0], getattr(args[0], "_base", None)):
+                self._no_constant(self._data.get(id(written), (None, None))[1])
+        elif name == "__set__":
+            self._no_constant(args[0])
         tensors = [a for a in _operands(args, kwargs) if isinstance(a, Tensor)]
         if tensors and isinstance(output, Tensor) and all(id(a) in self._constants for a in tensors):
             self._constants[id(output)] = output
+
+    def _no_constant(self, tensor: Tensor | None) -> None:
+        if tensor is not None:
+            for one in (tensor, tensor._base):
+                self._constants.pop(id(one), None)
 
     def _forget(self, operands: Iterable[Any]) -> None:
         """What is written to in place is no longer what it was computed as."""
@@ -246,6 +262,12 @@ _COPIES = frozenset(
 )
 _RANDOM = ("dropout", "rand", "bernoulli", "multinomial", "normal_")
 _WRITES = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"})
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+def _writes(name: str) -> bool:
+    """Whether a function of this name writes into its first operand."""
+    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
 
 
 def constants_of(module: nn.Module) -> Iterator[Tensor]:

@@ -378,7 +378,7 @@ def test_a_mask_of_few_distinct_rows_stays_in_factors(n, m, transposed, seed):
     generator, degrees = torch.Generator().manual_seed(seed), torch.arange(40) % 2
     mask = (degrees[:, None] >= degrees[:30]).double() + 0.5
     derivation = Elementwise(mask, mask.shape)
-    assert derivation.tiles() is not None
+    assert derivation.tiles is not None
     width = (40, 30) if transposed else (30, 40)
     one, two = (
         Pulled(

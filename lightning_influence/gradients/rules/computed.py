@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_influence.gradients.derivations import Replayed, Selection
+from lightning_influence.gradients.derivations import Constant, Replayed, Selection
 
 Values = Mapping[int, Tensor]
 """Values of parameters, by ``id`` of the parameter."""
@@ -123,7 +123,7 @@ class Result(Source):
 
     @cached_property
     def key(self) -> Hashable:  # type: ignore[override]
-        """Identifies the value; constants by their ``id``, so that it holds while they are alive."""
+        """Identifies the value."""
         return self.func, self._key(self.args), self._key(tuple(sorted(self.kwargs.items())))
 
     def _key(self, of: Any) -> Hashable:
@@ -134,7 +134,7 @@ class Result(Source):
         if id(of) in self.sources:
             return self.sources[id(of)].key
         if isinstance(of, Tensor):
-            return "constant", id(of), of._version
+            return Constant(of)
         return of if isinstance(of, Hashable) else id(of)
 
     def replayed(self, values: Values) -> Tensor:
