@@ -173,6 +173,35 @@ def by_length(m, x):
     return m.head(torch.tanh(x + m.pos[: x.shape[1]] * m.scale).mean(1) @ m.w[1:5, :4].mT)
 
 
+class Masked(Step):
+    """A mask with few distinct rows that changes: after each epoch, or in each step, past its version."""
+
+    each_step = False
+
+    def training_step(self, batch, batch_idx):
+        if self.each_step:
+            self.net._mask.data.copy_(self.net._first.flip(batch_idx % 2))
+        return super().training_step(batch, batch_idx)
+
+    def on_train_epoch_end(self):
+        self.net._mask.copy_(self.net._mask.flip(0))
+
+
+def masked(each_step=False):
+    tiles = torch.arange(80)[:, None] // 20 >= torch.arange(60)[None] // 15
+    step = Masked(
+        Applied(
+            lambda m, x: m.head(F.linear(x, m.w * m._mask).tanh()),
+            w=torch.randn(80, 60) / 8,
+            head=nn.Linear(80, 3),
+            _mask=tiles.double(),
+            _first=tiles.double(),
+        )
+    )
+    step.each_step = each_step
+    return step
+
+
 def latent(m, x):
     h = m.attention(torch.tanh(x[:, :2]), x, x)[0]
     return m.head(torch.tanh(h).mean(1))
@@ -272,6 +301,17 @@ COMPUTED = [
         over_space(lambda: parametrizations.spectral_norm(nn.Conv1d(2, 4, 3)), 4),
         2,
         9,
+    ),
+    Case("a mask that changes between checkpoints", masked, **both(60), fit=True),
+    Case("a mask written to in the step", lambda: masked(True), **both(60), fit=True, by_index=True),
+    computed(
+        "an empty matrix",
+        lambda m, x: F.linear(x, torch.cat([m.a, m.b]) + m.c @ m.d),
+        5,
+        a=(0, 5),
+        b=(3, 5),
+        c=(3, 0),
+        d=(0, 5),
     ),
     Case("weight norm in two groups", lambda: Step(computed_net(), two_groups=True), **both(5), fit=True),
 ]

@@ -23,7 +23,9 @@ Carried = Iterator[tuple[Source, Part]]
 
 
 def carried_back(source: Source, part: Part) -> Iterator[tuple[Names, Part]]:
-    """Parts of the parameters from the gradients by a tensor that is computed from them."""
+    """Parts of the parameters from the gradients by a tensor that is computed from them; none of an empty one."""
+    if not source.value.numel():
+        return
     if isinstance(source, View):
         reshaped = _reshaped(source, part)
         if reshaped is not None:
