@@ -325,8 +325,7 @@ class Engine:
         self, call: Call, layouts: Mapping[str, Layout], separate: frozenset[str]
     ) -> list[tuple[str, ...]]:
         """The roles of a call that may share a part: parameters with the same parameter group and layout."""
-        full = {role: s for role, s in call.sources.items() if s.value.numel()}
-        wanted = {role: s for role, s in full.items() if not layouts.keys().isdisjoint(s.names)}
+        wanted = {r: s for r, s in call.sources.items() if s.value.numel() and not layouts.keys().isdisjoint(s.names)}
         kinds = {(self.groups.get(name, 0), layouts.get(name)) for s in wanted.values() for name in s.names}
         direct = all(type(s) is Source for s in wanted.values())
         if len(kinds) > 1 or not direct or not separate.isdisjoint(call.names):
