@@ -5,7 +5,7 @@ import functools
 import pickle
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -58,8 +58,16 @@ class Processes:
         """The sum of the processes' tensors of one shape."""
         return tensor
 
-    def from_first(self, tensor: Tensor) -> Tensor:
-        """The tensor of the process of rank 0, whatever the others have."""
+    def dealt(self, costs: Sequence[float]) -> list[int]:
+        """The rank that does each piece of work, so that all have about as much to do."""
+        loads, ranks = [0.0] * self.count, [0] * len(costs)
+        for piece in sorted(range(len(costs)), key=lambda piece: -costs[piece]):
+            ranks[piece] = loads.index(min(loads))
+            loads[ranks[piece]] += costs[piece]
+        return ranks
+
+    def from_rank(self, tensor: Tensor, rank: int = 0) -> Tensor:
+        """The tensor of the process of a rank, on the device of this one's, whatever the others have."""
         return tensor
 
     @contextlib.contextmanager
@@ -90,12 +98,12 @@ class _Group(Processes):
             torch.distributed.all_reduce(total)
         return total
 
-    def from_first(self, tensor: Tensor) -> Tensor:
+    def from_rank(self, tensor: Tensor, rank: int = 0) -> Tensor:
         with _whole():
             self._exchanged(None)
-            sent = [tensor.cpu() if self.rank == 0 else None]  # by way of the CPU: each process has its own device
-            torch.distributed.broadcast_object_list(sent, src=0)
-        return tensor if self.rank == 0 or sent[0] is None else sent[0].to(tensor.device)
+            sent = [tensor.cpu() if self.rank == rank else None]  # by way of the CPU: each process has its own device
+            torch.distributed.broadcast_object_list(sent, src=rank)
+        return tensor if self.rank == rank or sent[0] is None else sent[0].to(tensor.device)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -145,11 +153,28 @@ def _whole() -> Iterator[None]:
         handler(number, frame)
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Code in it takes this process for the only one, as metrics must that would wait for processes at other work."""
+    if not connected():
+        yield
+        return
+    known, torch.distributed.is_initialized = torch.distributed.is_initialized, lambda: False
+    try:
+        yield
+    finally:
+        torch.distributed.is_initialized = known
+
+
+def connected() -> bool:
+    """Whether this process is connected to others."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def processes_of(trainer: Any) -> Processes:
     """The processes of a Trainer that trains in several, if they are connected now; otherwise this one alone."""
     count = getattr(trainer, "world_size", 1)
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if count == 1 or not distributed or torch.distributed.get_world_size() != count:
+    if count == 1 or not connected() or torch.distributed.get_world_size() != count:
         return Processes()
     return _group(torch.distributed.get_rank(), count)
 

@@ -58,6 +58,35 @@ def tied_linear():
     return net
 
 
+class BothWays(nn.Module):
+    """A square weight that multiplies from the right, and by ``linear``."""
+
+    def __init__(self, positions=1):
+        super().__init__()
+        self.weight, self.head, self.positions = nn.Parameter(torch.randn(5, 5)), nn.Linear(5, 3), positions
+
+    def forward(self, x):
+        x = torch.stack([x * (k + 1) for k in range(self.positions)], 1).squeeze(1)
+        x = self.head(torch.tanh(F.linear(torch.tanh(x @ self.weight), self.weight)))
+        return x if x.ndim == 2 else x.mean(1)
+
+
+class BothWaysWithBias(nn.Module):
+    """The same with a bias, both times."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias, self.head = (
+            nn.Parameter(torch.randn(5, 5)),
+            nn.Parameter(torch.randn(5)),
+            nn.Linear(5, 3),
+        )
+
+    def forward(self, x):
+        x = torch.tanh(torch.addmm(self.bias, x, self.weight))
+        return self.head(torch.tanh(F.linear(x, self.weight, self.bias)))
+
+
 class Odd(nn.Module):
     """A parameter of a rare kind, beside a usual network."""
 
@@ -366,6 +395,9 @@ LAYERS = [
     layer("parameters=: biases only", mlp, 5, parameters=["*.bias"]),
     layer("tied Linear weights with their own biases", tied_linear, 5, fit=True),
     layer("reused Linear", reused, 5),
+    layer("square weight used both ways", BothWays, 5, fit=True),
+    layer("square weight used both ways at 40 positions", lambda: BothWays(40), 5),
+    layer("square weight and bias used both ways", BothWaysWithBias, 5),
     layer("reused Conv2d", reused_convolution, 2, 5, 4),
     # convolutions
     layer("Conv1d", over_space(lambda: nn.Conv1d(2, 4, 3), 4), 2, 9),

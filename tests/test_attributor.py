@@ -326,6 +326,11 @@ class Misshapen(Watches):
             r"Expected real parameters, got complex numbers in `net\.0`\. Leave them out with `parameters=`",
         ),
         ({"train": 3}, TypeError, r"Expected `train` to be a map-style Dataset or a DataLoader of one, got int"),
+        (
+            {"train": TRAIN[0]},
+            TypeError,
+            r"got a tuple of unlike parts, which looks like one example\. Pass `\[example",
+        ),
         ({"batch_size": 0}, ValueError, r"Expected `batch_size` to be a positive integer or None, got 0"),
         ({"batch_size": True}, ValueError, r"Expected `batch_size` to be a positive integer or None, got True"),
         ({"parameters": ["nett.*"]}, ValueError, r"got 'nett\.\*', which matches none of net\.0\.weight"),

@@ -129,6 +129,7 @@ def test_a_validation_run_records_nothing(tmp_path):
     assert not (tmp_path / "influence").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["pytorch_lightning", "lightning.pytorch"])
 def test_the_users_own_package_keeps_its_voice(first):
     said = "from lightning_utilities.core import rank_zero; print(rank_zero.log.name)"

@@ -51,6 +51,7 @@ def test_numbers_are_those_of_pyarrow(kind):
     assert number(-7, kind) == pa.scalar(-7, kind)
 
 
+@pytest.mark.slow
 def test_a_fit_and_its_first_question_do_not_import_pandas():
     pytest.importorskip("pandas")
     code = (

@@ -35,9 +35,8 @@ def test_every_example_is_tested():
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(SAYS)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "quickstart.py" else pytest.mark.slow) for name in SAYS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAYS)
 def test_example(tmp_path, name):
     output = run(tmp_path, name, *(["--quick"] if '"--quick"' in (EXAMPLES / name).read_text() else []))
     for words in SAYS[name]:

@@ -214,6 +214,7 @@ def test_what_a_killed_process_left_is_named_and_removed_and_a_live_one_is_left_
         alive.unlink()
 
 
+@pytest.mark.slow
 def test_threads_that_save_one_file_publish_whole_ones(tmp_path):
     """A thousand times, with readers beside them; containers with equal process ids are alike."""
     path, stop, seen = tmp_path / "one.arrow", threading.Event(), []

@@ -39,6 +39,7 @@ def test_the_help_of_the_command_line_loads_no_torch():
     assert loaded == {"lightning_influence", "lightning_influence.cli"}
 
 
+@pytest.mark.slow
 def test_a_star_import_brings_every_public_name():
     names = "from lightning_influence import *; import lightning_influence as li; assert set(li.__all__) <= set(dir())"
     assert "lightning_influence.callback.influence" in loaded_after(names)

@@ -38,6 +38,7 @@ def attributor(most):
     return Attributor(seeded(Hungry, most), data(), batch_size=128)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "most", "size"),
     [(GradientDot(), 70, 64), (GradientDot(), 50, 32), (GradientDot(), 32, 32), (InfluenceFunction(EKFAC()), 70, 64)],

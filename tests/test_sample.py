@@ -267,3 +267,74 @@ def test_a_wrong_gradient_has_another_digest(fault, shape, dtype):
         for rows, right in ((truth, True), (rounded, True), (wrong, row != 1)):
             found = {"p": digester.of({"p": rows[row]}).values["p"][None]}
             assert all(same for _, same in digests.agreements(found, 0, of_truth, {"p"})) == right
+
+
+# ---- examples of which there are few -------------------------------------------------------------------------------
+
+
+class MixesRare(Step):
+    """Examples of a rare class are centred by their batch."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return self.loss(self(x - (y == 2)[:, None] * x.mean(0)), y)
+
+
+class BranchesOnRare(Step):
+    """An example of a rare class changes the loss of its whole batch."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return 2 * loss if (batch[1] == 2).any() else loss
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize(("kind", "size"), [pytest.param(MixesRare, 300, marks=pytest.mark.slow), (BranchesOnRare, 16)])
+def test_a_rare_class_by_which_a_batch_is_computed_otherwise_is_refused(kind, size):
+    torch.manual_seed(0)
+    x, y = data("MLP", 300).tensors
+    y = torch.where(y == 2, 0, y)
+    y[[37, 211]] = 2
+    with pytest.raises(ValueError, match="to weigh in its batch as it does alone"):
+        Attributor(kind(mlp(5, classes=3)), TensorDataset(x, y), batch_size=size).self_influence(GradientDot())
+
+
+def test_blocks_that_branch_in_the_same_way_are_checked_once(passes):
+    class Branches(Step):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss if loss.isfinite() else 0 * loss
+
+    torch.manual_seed(0)
+    counts = []
+    for kind in (Step, Branches):
+        passes.clear()
+        Attributor(kind(mlp(5, classes=3)), data("MLP", 300), batch_size=16).self_influence(GradientDot())
+        counts.append(passes.count(1))
+    assert counts[1] <= counts[0] + 2
+
+
+def test_what_an_interrupted_question_named_is_looked_at_in_the_next():
+    class Interrupted(torch.utils.data.Dataset):
+        interrupts = False
+
+        def __len__(self):
+            return len(y)
+
+        def __getitem__(self, i):
+            if self.interrupts and i == len(y) - 1:
+                raise KeyboardInterrupt
+            return x[i], y[i]
+
+    torch.manual_seed(0)
+    x, y = data("MLP", 100).tensors
+    y[y == 2] = 0
+    train = Interrupted()
+    asked = Attributor(MixesRare(mlp(5, classes=3)), train, batch_size=16)
+    asked.self_influence(GradientDot())
+    y[50], train.interrupts = 2, True
+    with pytest.raises(KeyboardInterrupt):
+        asked.self_influence(GradientDot())
+    train.interrupts = False
+    with pytest.raises(ValueError, match="Expected"):
+        asked.self_influence(GradientDot())

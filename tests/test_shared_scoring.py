@@ -128,7 +128,7 @@ def test_a_process_alone_has_everything():
     assert alone.gathered(3) == [3]
     assert torch.equal(alone.joined(torch.ones(2), 2), torch.ones(2))
     assert torch.equal(alone.summed(torch.ones(2)), torch.ones(2))
-    assert torch.equal(alone.from_first(torch.ones(2)), torch.ones(2))
+    assert torch.equal(alone.from_rank(torch.ones(2)), torch.ones(2))
     with pytest.raises(ValueError, match="mine"), alone.together():
         raise ValueError("mine")
 
@@ -142,6 +142,15 @@ def test_shares_are_a_partition(n, count):
     else:
         assert [i for share in shares for i in share] == list(range(n))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_work_is_dealt_out_evenly(count):
+    costs = [8.0, 1.0, 27.0, 1.0, 64.0, 8.0]
+    ranks = Processes(0, count).dealt(costs)
+    loads = [sum(cost for cost, rank in zip(costs, ranks, strict=True) if rank == r) for r in range(count)]
+    assert max(loads) == max(64.0, sum(costs) if count == 1 else 0)
+    assert Processes(count - 1, count).dealt(costs) == ranks
 
 
 @pytest.mark.parametrize("columns", [1, 4, 11, 12, 100])

@@ -123,7 +123,7 @@ class Attributor:
         self._session = Session(*about, datamodule=datamodule, checks_data=check_data, precision=precision)
         self._final = final_weights(weights, self._session)
         if refit is not None:
-            refit.attach(self._session, self._train)
+            refit.attach(self._session, self._train, self.processes)
 
     # ---- questions ------------------------------------------------------------------------------------------------
 
@@ -267,7 +267,6 @@ class Attributor:
             fraction = share_of(method, setting, n).fraction
             setting.processes = Processes()  # each times its own pieces
             cost = in_memory(lambda: method.cost(setting, setting.queries), setting)
-
         with contextlib.ExitStack() as again:  # the first time also looks at the loss and the gradients, only once
             opening = seconds_of(lambda: again.enter_context(self._open(method, source, aggregate=aggregate)))
         return cost.of_share(fraction, Work("opening", 1, opening))
@@ -282,12 +281,13 @@ class Attributor:
         """
         return self._session.open(None if queries is None else self._queries(queries))
 
+    @asking_again
     def estimate(
         self, method: Retraining, queries: Any, measurement: Loss | None = None, higher_is_better: bool = False
     ) -> Estimate:
         """Scores of a method that retrains, [query, train], with their standard errors and numbers of models.
 
-        After ``score`` this takes forward passes only, because the models are kept.
+        After ``score`` this takes forward passes only.
 
         Args:
             method: one that retrains, such as ``Downsampling()``.

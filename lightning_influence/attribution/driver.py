@@ -158,12 +158,14 @@ def run_self_influence(method: Method, setting: Setting, trainer: Any, finished:
 def share_of(method: Method, setting: Setting, n_queries: int) -> Share:
     """What this process computes: some training examples, or some queries where a method needs the whole training set.
 
-    Everything where models are retrained, which only some examples get a score from.
+    Everything where models are retrained: the processes share the models, and decide by all queries which to train.
     """
     train, queries = range(setting.n_train), range(n_queries)
-    if isinstance(method, (WholeRun, ForwardOnly)):
+    if isinstance(method, Retraining):
+        pass
+    elif isinstance(method, (WholeRun, ForwardOnly)):
         queries = setting.processes.share(n_queries)
-    elif not isinstance(method, Retraining) and method.scored(setting.n_train) is None:
+    elif method.scored(setting.n_train) is None:
         train = setting.processes.share(setting.n_train)
     return Share(queries, train, (n_queries, setting.n_train))
 

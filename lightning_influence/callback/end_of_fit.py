@@ -144,6 +144,11 @@ class EndOfFit:
         if self.plan.labels:
             whole = getattr(self.attributor.trajectory, "broken", None) is None
             self._guarded(LABELS, PlainLoss("all" if whole else None), self.self_scores, self._score_itself)
+        if self.plan.methods and self.plan.queries is None and not self.plan.self_influence and self.plan.verbose:
+            rank_zero_info(
+                f"Influence: {', '.join(self.plan.methods)} did not run, since no `queries` were given; the fit is "
+                "recorded. Ask: `influence.attributor.score(method, queries)`."
+            )
         for name, method in self.plan.methods.items():
             if name not in lost and self.plan.queries is not None:
                 self._guarded(name, method, self.scores, self._score)
@@ -202,7 +207,10 @@ class EndOfFit:
         if self.plan.log_scores:
             train = getattr(self.trainer.train_dataloader, "dataset", None)
             dataset = queries.dataset if isinstance(queries, DataLoader) else queries
-            self._log(scores, name, train=train, queries=train if isinstance(dataset, str) else dataset)
+            shown = {
+                key: self.plan.album[key] for key in ("labels", "columns", "normalization") if key in self.plan.album
+            }
+            self._log(scores, name, train=train, queries=train if isinstance(dataset, str) else dataset, **shown)
         return scores
 
     def _score_itself(self, name: str, method: Method) -> SelfScores:
@@ -261,6 +269,8 @@ class EndOfFit:
             return
         try:
             with warnings.catch_warnings():
+                if self.summary.loggers:  # it was said with the scores that were logged before
+                    warnings.filterwarnings("ignore", ".*is stretched to its own range")
                 scores.log(self.trainer.loggers, step=self.trainer.global_step, name=name, **drawing)
             self.summary.loggers = tuple(type(logger).__name__ for logger in listening(self.trainer.loggers))
         except Exception as error:

@@ -26,7 +26,7 @@ from lightning_influence.capture.store import RunWriter, claim_run, resume_point
 from lightning_influence.checks import check_callable, check_integer, check_positive
 from lightning_influence.methods.method import Method
 from lightning_influence.module.precision import check_precision
-from lightning_influence.processes import Processes, processes_of
+from lightning_influence.processes import processes_of
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.run import parent_run
 from lightning_influence.types import MissingEvidence
@@ -266,11 +266,11 @@ class Influence(Guest):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Save the final checkpoint, then run the methods in all processes."""
         self._check_present()
-        processes = processes_of(trainer) if self._plan.names else Processes()
-        with processes.together():
+        processes = processes_of(trainer)
+        with processes.together():  # after it, each can read what the others have recorded
             recorded = self._end_record(trainer, pl_module)
             everywhere = all(processes.gathered(recorded and self._last is None))
-        if processes.count > 1 and not everywhere:
+        if self._plan.names and processes.count > 1 and not everywhere:
             self.scores.why = self.self_scores.why = "the fit was not recorded in every process"
         elif recorded and self._plan.names and self.run_dir is not None:
             score_at_end(self._plan, trainer, self.run_dir, lambda: self.attributor, self.scores, self.self_scores)

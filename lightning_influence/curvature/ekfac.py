@@ -115,7 +115,13 @@ class EKFAC(Curvature):
             if any(other != forms for other in processes.gathered(forms)):  # its examples reach layers otherwise
                 return self.prepare(replace(setting, processes=Processes()))
             for layer in factors.values():
-                layer.decompose(processes)
+                layer.join(processes)
+            ranks = processes.dealt([layer.cost for layer in factors.values()])
+            for layer, rank in zip(factors.values(), ranks, strict=True):
+                if rank == processes.rank:
+                    layer.decompose()
+            for layer, rank in zip(factors.values(), ranks, strict=True):
+                layer.take_bases(processes, rank)
             if self.corrected:
                 for gradients in samples:
                     for layer, part in with_parts(factors, gradients, shapes):

@@ -62,21 +62,37 @@ class LayerFactors:
                 self.output_moment.add(matrices.transpose(1, 2).flatten(0, 1))
                 self.trace += float(matrices.square().sum())
 
-    def decompose(self, processes: Processes) -> None:
-        """Compute the eigenbases of both sides, between the passes, from the sums of all processes."""
+    def join(self, processes: Processes) -> None:
+        """After the first pass: add what the other processes collected."""
         self.diagonal = [processes.summed(table) for table in self.diagonal]
         self.trace = sum(processes.gathered(self.trace))
+        if self.sides is not None and processes.count > 1:
+            for moment in (self.output_moment, self.input_moment):
+                blank = moment.replace_sum(processes.summed).new_empty(0)
+            # Another process may be the one that computes them.
+            self.values_out = self.basis_out = self.values_in = self.basis_in = blank
+            self.stored_inputs: Tensor | None = None
+            self.n_measured = 0
+
+    @property
+    def cost(self) -> float:
+        """Of the eigenbases, up to a factor."""
+        return 0.0 if self.sides is None else float(sum(side**3 for side in self.sides))
+
+    def decompose(self) -> None:
+        """Compute the eigenbases of both sides, between the passes."""
         if self.sides is None:
             return
-        if processes.count > 1:
-            for moment in (self.output_moment, self.input_moment):
-                moment.replace_sum(processes.summed)
         self.values_out, self.basis_out, _ = self.output_moment.basis()
         self.values_in, self.basis_in, self.stored_inputs = self.input_moment.basis()
         self.n_measured = 0
-        if processes.count > 1:  # one basis for all, since it may round differently in each
-            for name in ("values_out", "basis_out", "values_in", "basis_in"):
-                setattr(self, name, processes.from_first(getattr(self, name)))
+
+    def take_bases(self, processes: Processes, rank: int) -> None:
+        """Those of the process that computed them: the same in all, where each might round them differently."""
+        if self.sides is None or processes.count == 1:
+            return
+        for name in ("values_out", "basis_out", "values_in", "basis_in"):
+            setattr(self, name, processes.from_rank(getattr(self, name), rank))
 
     def join_measured(self, processes: Processes) -> None:
         """After the second pass: add the squares of the other processes' examples."""

@@ -84,12 +84,17 @@ def source_of(data: Any, name: str, like: Source | None = None) -> Source:
         like: the training source, whose collate function and workers are used for a Dataset.
 
     Raises:
-        TypeError: it has no length and integer indices.
+        TypeError: it has no length and integer indices, or is a single example.
         ValueError: it is empty.
     """
     if data is None or isinstance(data, (type, str, bytes)):
         got = f"the class `{data.__name__}`" if isinstance(data, type) else repr(data)
         raise TypeError(f"Expected `{name}` to be a Dataset or a DataLoader, got {got}. Pass an object with examples.")
+    if isinstance(data, tuple) and len({(type(part), getattr(part, "ndim", None)) for part in data}) > 1:
+        raise TypeError(
+            f"Expected `{name}` to be a Dataset or a DataLoader, got a tuple of unlike parts, which looks like one "
+            "example. Pass `[example]`, or `torch.utils.data.Subset(dataset, [7])`."
+        )
     if isinstance(data, Source):
         source = data
     elif isinstance(data, DataLoader):

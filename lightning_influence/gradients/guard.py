@@ -29,6 +29,8 @@ def checks_of(examples: int) -> float:
     return examples / _CHECKED if examples <= first else _SHARE * (1 + math.log(examples / first))
 
 
+# Of so many different ways in which blocks branch, examples are checked.
+_BRANCHES = 16
 # Blocks whose checks are read at once, at the latest.
 _UNREAD = 1024
 
@@ -79,10 +81,12 @@ class Guard:
     _waiting: int = 0
     _unread: list[Unread] = field(default_factory=list)
     _uneven: bool = False
+    _branches: set[tuple[bool, ...]] = field(default_factory=set)
 
     def again(self) -> "Guard":
         """For a later question about the same examples: what was checked is not, unless it has changed."""
-        return Guard(unlike=self.unlike.again(), dataset=self.dataset, _start=self._start, _uneven=self._uneven)
+        known = {"_start": self._start, "_uneven": self._uneven, "_branches": set(self._branches)}
+        return Guard(unlike=self.unlike.again(), dataset=self.dataset, **known)  # type: ignore[arg-type]
 
     def choose(self, block: Block) -> tuple[dict[int, int | None], bool]:
         """The rows of a block to check, each with the id of an example unlike it, and whether the block is new.
@@ -127,7 +131,7 @@ class Guard:
         Raises:
             ValueError: an example weighs otherwise in its batch than alone.
         """
-        every, unequal = {*rows, *watch.rows}, watch.unequal
+        every, unequal = {*rows, *watch.rows, *self._branching(block, watch)}, watch.unequal
         if again is None or self._uneven or self._blocks == 1:  # where examples are unequal, they are in most blocks
             found, unequal = rows_of(unequal), []
             self._uneven |= bool(found)
@@ -163,6 +167,14 @@ class Guard:
                 lambda task, tolerance: add_up(replace(engine, task=task), ids, names, tolerance),
                 lambda: refusal(engine, block, list(block.ids).index(ids[0]), names),
             )
+
+    def _branching(self, block: Block, watch: SuspectRows) -> set[int]:
+        """The first and last row of a block whose pass took a branch that no block before took."""
+        branch = tuple(watch.outcomes)
+        if not branch or branch in self._branches or len(self._branches) >= _BRANCHES:
+            return set()
+        self._branches.add(branch)
+        return {0, block.size - 1}
 
     def note(self) -> str | None:
         """A sentence about the checks that were repeated; None if there were none."""

@@ -72,8 +72,6 @@ class OuterProducts(Part):
         factor = factor.to(self.outputs)
         return replace(self, factor=factor if self.factor is None else self.factor * factor)
 
-    # ---- the gradient itself ------------------------------------------------------------------------------------
-
     def _weight_rows(self) -> Tensor:
         """[example, in x out]: the dense gradients of the weight."""
         left, right = (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
@@ -95,8 +93,6 @@ class OuterProducts(Part):
         weight = self._weight_rows().view(len(self), *self.shape)
         return (weight, self._bias_rows) if self.bias else (weight,)
 
-    # ---- inner products -----------------------------------------------------------------------------------------
-
     def accumulate_dot(self, other: Part, out: Tensor) -> None:
         """``out[i, j] += <gradient i of self, gradient j of other>``, in the order with fewer operations."""
         if not isinstance(other, OuterProducts):
@@ -110,7 +106,10 @@ class OuterProducts(Part):
                     product *= factor.view(shape).to(product)
             out += product
             return
-        if self.outputs.shape[1] == other.outputs.shape[1] == 1:
+        other = other if self.transposed == other.transposed else other._turned()
+        if self.transposed != other.transposed:
+            self._accumulate_rows(other, out)
+        elif self.outputs.shape[1] == other.outputs.shape[1] == 1:
             self._accumulate_single(other, out)
         elif self._prefers_rows(len(self), other):
             self._accumulate_rows(other, out)
@@ -166,7 +165,9 @@ class OuterProducts(Part):
         elif t * (width_in + width_out + TRAFFIC) < width_in * width_out * (1 + TRAFFIC / t):
             norms = torch.cat([part._norm2_pairs() for _, part in self._chunks(2 * t * t)])
         else:
-            norms = torch.cat([part._norm2_rows() for _, part in self._chunks(width_in * width_out)])
+            rows = (replace(part, factor=None)._weight_rows() for _, part in self._chunks(width_in * width_out))
+            norms = torch.cat([torch.linalg.vecdot(each, each) for each in rows])
+            norms = norms + self.outputs.sum(1).square().sum(1) if self.bias else norms
         return norms if self.factor is None else norms * self.factor.square()
 
     def _norm2_pairs(self) -> Tensor:
@@ -175,17 +176,10 @@ class OuterProducts(Part):
             product += 1
         return (product * torch.bmm(self.outputs, self.outputs.transpose(1, 2))).sum((1, 2))
 
-    def _norm2_rows(self) -> Tensor:
-        plain = replace(self, factor=None)
-        rows = plain._weight_rows()
-        norms = torch.linalg.vecdot(rows, rows)
-        return norms + plain._bias_rows.square().sum(1) if self.bias else norms
-
     def times(self, vectors: tuple[Tensor, ...]) -> Tensor:
         """[example]: inner product of each example's gradient with one parameter-shaped vector."""
         matrix = vectors[0].reshape(self.shape[0], -1)
-        matrix = matrix if self.transposed else matrix.T
-        result = ((self.inputs @ matrix) * self.outputs).sum((1, 2))
+        result = ((self.inputs @ (matrix if self.transposed else matrix.T)) * self.outputs).sum((1, 2))
         if self.bias:
             result = result + self.outputs.sum(1) @ vectors[1]
         return result if self.factor is None else result * self.factor
@@ -298,8 +292,6 @@ class OuterProducts(Part):
         weight = weight.reshape(self.shape)
         return (weight, self._bias_rows.square().sum(0)) if self.bias else (weight,)
 
-    # ---- bookkeeping --------------------------------------------------------------------------------------------
-
     def query_bytes(self, n_queries: int) -> int:
         """The bytes that one example takes while its block is multiplied with many others."""
         t, width_in, width_out = self._sizes
@@ -312,11 +304,19 @@ class OuterProducts(Part):
 
     def merged(self, other: Part) -> Part | None:
         """The sum of the gradients of two uses of one weight: outer products over the positions of both."""
+        if isinstance(other, OuterProducts) and self.transposed != other.transposed:
+            other = other._turned()
         if not isinstance(other, OuterProducts) or (self.bias, self.transposed) != (other.bias, other.transposed):
             return None
         inputs = torch.cat([self.inputs, other.inputs], 1)
         outputs = torch.cat([self.scaled_outputs(), other.scaled_outputs()], 1)
         return replace(self, source=inputs, outputs=outputs, patches=None, factor=None)
+
+    def _turned(self) -> "OuterProducts":
+        """The same, as of a weight stored the other way, such as one that is used by ``linear`` and by ``@``."""
+        if self.bias:  # its gradients are of the outputs
+            return self
+        return replace(self, source=self.outputs, outputs=self.inputs, patches=None, transposed=not self.transposed)
 
     def scaled_outputs(self) -> Tensor:
         """The output gradients times each example's factor, [example, position, out]."""

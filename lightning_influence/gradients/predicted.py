@@ -46,7 +46,7 @@ def predictions_of(task: Task, block: Block) -> Predicted | None:
             continue
         func, given, target = calls[0]
         one = all(call[1] is given for call in calls)
-        return _read(func, given.double().cpu(), target, labels, block.size) if one else None
+        return _read(func, given.cpu().double(), target, labels, block.size) if one else None
     return None
 
 

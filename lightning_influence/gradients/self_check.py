@@ -229,12 +229,16 @@ def _reached(recorded: Sequence[Sequence[Call]]) -> set[str]:
 
 
 def _separate(recorded: Sequence[Sequence[Call]]) -> frozenset[str]:
-    """Parameters that are used with different partners, such as a weight tied between layers with their own biases."""
-    partners: dict[str, set[frozenset[str]]] = {}
+    """Parameters that are used with different partners, such as a weight tied between layers with their own biases.
+
+    So are those of calls that read a weight as stored in different ways: a bias cannot share a part with both.
+    """
+    partners: dict[str, set[tuple[frozenset[str], bool]]] = {}
     for calls in recorded:
         for call in calls:
             direct = frozenset(s.names[0] for s in call.sources.values() if type(s) is Source)
             computed = [frozenset(s.names) for s in call.sources.values() if type(s) is not Source]
-            for together, name in ((t, n) for t in (direct, *computed) for n in t):
+            turned = bool(call.operands.options.get("transposed"))
+            for together, name in (((t, turned), n) for t in (direct, *computed) for n in t):
                 partners.setdefault(name, set()).add(together)
-    return frozenset(name for name, sets in partners.items() if len(sets) > 1)
+    return frozenset(name for name, uses in partners.items() if len(uses) > 1)

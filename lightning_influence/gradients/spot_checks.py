@@ -27,6 +27,8 @@ _SCALES = frozenset(
     + [Tensor.__truediv__, Tensor.__mul__, Tensor.__rmul__, Tensor.div_, Tensor.mul_]
 )
 _READS = frozenset({Tensor.item, Tensor.tolist, Tensor.__int__, Tensor.__float__})
+# What a step may branch on.
+CONDITIONS = frozenset({Tensor.__bool__, Tensor.item, torch.equal, torch.allclose, Tensor.equal, Tensor.allclose})
 
 
 class UnequalWeight(ValueError):
@@ -50,7 +52,8 @@ class SuspectRows:
     """Watches one forward pass for operations that the few examples of the self-check may not have covered.
 
     ``rows`` collects the examples of the block that should be checked. Others depend on values, for which a device
-    would be waited for: ``unequal`` collects them where they are computed, and ``rows_of`` reads them.
+    would be waited for: ``unequal`` collects them where they are computed, and ``rows_of`` reads them. ``outcomes``
+    collects the truth values that the pass read, by which it may treat the whole batch in another way.
 
     Args:
         examples: the number of examples in the block.
@@ -60,6 +63,7 @@ class SuspectRows:
         self.examples = examples
         self.rows: set[int] = set()
         self.unequal: list[Tensor] = []
+        self.outcomes: list[bool] = []
         self._counted: list[Tensor] = []  # likewise, of counts over the batch, which may be a denominator
 
     def __call__(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

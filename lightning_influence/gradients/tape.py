@@ -14,6 +14,7 @@ from lightning_influence.gradients.rules import RULES, LayerRule, Operands
 from lightning_influence.gradients.rules.computed import Result, Source, View
 from lightning_influence.gradients.rules.elementwise import ELEMENTWISE
 from lightning_influence.gradients.rules.recurrent import RECURRENT, unrolled
+from lightning_influence.gradients.spot_checks import CONDITIONS, SuspectRows
 from lightning_influence.module.precision import is_half
 from lightning_influence.module.snapshot import restoring
 from lightning_influence.module.transforms import in_transform
@@ -74,7 +75,7 @@ class Tape(TorchFunctionMode):
         parameters: the parameters by name.
         constants: tensors that are no activations, such as buffers.
         copy_leaves: return copies of the outputs that become leaves, for models that write into them in place.
-        watch: called with every function call.
+        watch: called with every function call; None: nobody watches.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Tape(TorchFunctionMode):
         parameters: Mapping[str, Tensor],
         constants: Iterable[Tensor] = (),
         copy_leaves: bool = False,
-        watch: Callable[..., None] | None = None,
+        watch: SuspectRows | None = None,
     ) -> None:
         super().__init__()
         self.copy_leaves = copy_leaves
@@ -107,6 +108,8 @@ class Tape(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if not sources or not torch.is_grad_enabled() or name == "__get__":
             output = func(*args, **kwargs)
+            if func in CONDITIONS and self.watch is not None and isinstance(output, bool):
+                self.watch.outcomes.append(output)
             if not sources:
                 self._follow_constants(func, args, kwargs, output)
             return output

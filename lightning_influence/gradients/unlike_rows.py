@@ -1,5 +1,6 @@
 """Finds the examples of a batch that are most unlike the others, by their labels, masks, lengths and NaN."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +56,8 @@ class UnlikeRows:
 
     def again(self) -> "UnlikeRows":
         """For another pass over the dataset, in which nothing but what is beyond the first one's counts is new."""
-        return UnlikeRows(self._ranges, self._numbers, _spent=self._spent, _followed=self._followed)
+        # Copies: where that pass is interrupted, what it named may not have been looked at.
+        return UnlikeRows(*copy.deepcopy((self._ranges, self._numbers)), _spent=self._spent, _followed=self._followed)
 
     def new(self, block: Block) -> dict[int, int] | None:
         """The rows to look at, each with the id of an example that it is unlike; None if all were seen before."""
@@ -144,13 +146,15 @@ class UnlikeRows:
             return {}
         found: dict[int, int] = {}
         ends = float(numbers[0]), float(numbers[-1])
-        for count, number in sorted(zip(counts.tolist(), numbers.tolist(), strict=True)):
+        rarest_first = sorted(zip(counts.tolist(), numbers.tolist(), strict=True))
+        usual = next(iter(known.values())) if known else block.ids[int((values == rarest_first[-1][1]).nonzero()[0, 0])]
+        for count, number in rarest_first:
             if number in known:
                 continue
             row = int((values == number).nonzero()[0, 0])
             rare = count <= block.size // _LARGE and (len(numbers) <= block.size // 8 or number in ends)
-            if (rare or not first) and known and self._affordable(where) and len(found) < _RARE:
-                found[row] = next(iter(known.values()))
+            if (rare or not first) and self._affordable(where) and len(found) < _RARE:
+                found[row] = usual
             known[number] = block.ids[row]
         return found
 

@@ -47,7 +47,7 @@ class KNNShapley(ForwardOnly):
         labels: ``batch -> [batch]``; None: the second part of the batch, or its "label", "y", "target" or "class".
 
     Raises:
-        ValueError: ``k`` below 1; no linear layer, or no labels where they usually are.
+        ValueError: ``k`` below 1; no linear layer, no labels where they usually are, or targets that are no classes.
     """
 
     k: int = 5
@@ -71,6 +71,13 @@ class KNNShapley(ForwardOnly):
         train, labels = self._embedded(
             embed, setting.engine.task, setting.examples, range(setting.n_train), setting.on_block
         )
+        fractions = labels[labels != labels.round()] if labels.is_floating_point() else labels[:0]
+        if len(fractions):
+            raise ValueError(
+                "Expected labels of classes for `KNNShapley`, which counts neighbours with the query's label, got "
+                f"numbers such as {float(fractions[0]):.4g}. Pass `labels=`, a callable batch "
+                "-> [batch] that gives classes, or use another method."
+            )
         features, query_labels = self._embedded(embed, queries.engine.task, queries.examples, queries.ids)
         values = knn_shapley(torch.cdist(features, train), query_labels[:, None] == labels, self.k)
         return values.mean(0, keepdim=True) if queries.mean else values

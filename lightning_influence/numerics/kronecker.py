@@ -45,10 +45,11 @@ class SecondMoment:
         outer[:-1, -1] += total
         outer[-1, -1] += len(rows)
 
-    def replace_sum(self, summed: Callable[[Tensor], Tensor]) -> None:
+    def replace_sum(self, summed: Callable[[Tensor], Tensor]) -> Tensor:
         """Replace the sum and the number of rows by what a function makes of them, such as sums over processes."""
         self._sum = summed(self._outer(self._rows[0] if self._rows else torch.empty(0)))
         self.count = int(summed(torch.tensor(self.count, device=self._sum.device)))
+        return self._sum
 
     def _outer(self, like: Tensor) -> Tensor:
         """The sum [width, width], of which the rows become a part."""

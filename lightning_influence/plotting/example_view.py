@@ -24,7 +24,7 @@ _OTHER = (
 _STRETCHED = (
     "Expected images with values from 0 to 1, or the mean and standard deviation that they were normalised with, got"
     " neither. Each image is stretched to its own range, so that colours may be wrong. Pass"
-    " `normalization=(mean, std)`."
+    " `normalization=(mean, std)`, to `Influence` as `album={'normalization': (mean, std)}`."
 )
 _ROW = 40  # the most numbers that are shown one by one; more are a curve
 _NAME = 200  # characters of the name of a class

@@ -13,6 +13,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from lightning_influence.data.source import Source
 from lightning_influence.numerics.subsets import evenly_spread
+from lightning_influence.processes import Processes
 from lightning_influence.progress import progress
 from lightning_influence.refit.pool import Failure, Job, described
 from lightning_influence.refit.store import ModelStore, TrainedModel, bytes_of, key_of, layout_of
@@ -49,15 +50,18 @@ class Models:
         train: the training data.
         folder: where models are kept.
         trainer: progress is shown if its progress bar is enabled.
+        processes: that share the models: each trains some, and has the queries' losses under all.
     """
 
-    def __init__(self, backend: TrainingBackend, train: Source, folder: Path, trainer: Any) -> None:
-        self.backend = backend
+    def __init__(
+        self, backend: TrainingBackend, train: Source, folder: Path, trainer: Any, processes: Processes
+    ) -> None:
+        self.backend, self.processes = backend, processes
         self.n_train = len(train.dataset)
         self._trainer = trainer
         self._labels = _labels(train.dataset)
         identity = {"n_train": self.n_train, "dataset": _fingerprint(train), **backend.identity()}
-        self.store = ModelStore(folder, identity, layout_of(backend.initial(0)))
+        self.store = ModelStore(folder, identity, layout_of(backend.initial(0)), processes)
 
     @property
     def seeded(self) -> bool:
@@ -79,17 +83,19 @@ class Models:
             RuntimeError: another process trains into the same folder; workers keep dying; every model failed.
         """
         self._check(membership)
-        with self.store.writing():
-            jobs = {key: job for key, job in self._jobs(membership, seeds).items() if key not in self.store}
+        with self.processes.together(), self.store.writing():
+            jobs = [job for key, job in self._jobs(membership, seeds).items() if key not in self.store]
             if not jobs:
                 return self._missing_classes(membership)
-            with progress(self._trainer, len(jobs), "retraining", unit="model") as done:
+            own = jobs[self.processes.rank :: self.processes.count]
+            with progress(self._trainer, len(own), "retraining", unit="model") as done:
 
                 def take(models: Sequence[TrainedModel]) -> None:
                     self.store.add(models)
                     done(len(models))
 
-                failures = self.backend.train_all(list(jobs.values()), take)
+                failures = self.backend.train_all(own, take) if own else []
+            failures = [failure for some in self.processes.gathered(failures) for failure in some]
         if len(failures) == len(jobs):
             raise RuntimeError(f"Expected models that train, got {len(jobs)} failures. {described(failures[0])}")
         notes = [f"{described(failure)} (twice): it is left out." for failure in failures]
@@ -105,15 +111,23 @@ class Models:
     def losses(self, membership: Tensor, seeds: Sequence[int], queries: Queries) -> Tensor:
         """[model, query]: losses in float64, by forward passes; NaN for a model that could not be trained."""
         keys = [key_of(row, seed) for row, seed in zip(membership, self._seeds(seeds), strict=True)]
-        rows = {key: row for row, key in enumerate(dict.fromkeys(key for key in keys if key in self.store))}
-        found = losses_under(self.store.weights(rows), queries)
+        trained = list(dict.fromkeys(key for key in keys if key in self.store))
+        rows = {key: row for row, key in enumerate(trained)}
+        own = self.processes.share(len(trained))
+        found = losses_under(self.store.weights(trained[own.start : own.stop]), queries)
+        found = self._of_all(found, len(trained))
         missing = torch.full((1, len(queries)), torch.nan, dtype=torch.float64)
         every = torch.cat([found, missing])
         return every[[rows.get(key, len(found)) for key in keys]]
 
     def untrained(self, seeds: Sequence[int], queries: Queries) -> Tensor:
         """[seed, query]: losses under the untrained models."""
-        return losses_under((self.backend.initial(seed) for seed in self._seeds(seeds)), queries)
+        return self._of_all(losses_under((self.backend.initial(seed) for seed in self._seeds(seeds)), queries))
+
+    def _of_all(self, losses: Tensor, count: int = 0) -> Tensor:
+        """The shares of rows as one, or the first process's: all decide by the same numbers what to train next."""
+        shared = self.processes.shares(count)
+        return self.processes.joined(losses, count) if shared else self.processes.from_rank(losses)
 
     def _seeds(self, seeds: Sequence[int]) -> list[int]:
         return list(seeds) if self.backend.seeded else [0] * len(seeds)

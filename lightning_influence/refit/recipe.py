@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 
 from lightning_influence.module.random_state import isolated_random_state
 from lightning_influence.module.task import unwrapped
+from lightning_influence.processes import alone, connected
 from lightning_influence.refit.store import TrainedModel
 from lightning_influence.types import clean
 
@@ -39,7 +40,8 @@ class Recipe:
         """Calls each factory twice before anything is trained.
 
         Raises:
-            ValueError: one of them returns the same object twice, or modules that share their parameters.
+            ValueError: one of them returns the same object twice, or modules that share their parameters; a Trainer of
+                several processes, where each of several trains other models.
         """
         with isolated_random_state(), quiet_lightning():
             first, second = self.make_module(), self.make_module()
@@ -56,6 +58,11 @@ class Recipe:
                 "Expected `make_trainer` to return a new Trainer each time, got the same one twice: a Trainer that has "
                 "finished does not train again. Build the Trainer inside the function."
             )
+        if connected() and trainers[0].world_size > 1:
+            raise ValueError(
+                f"Expected `make_trainer` to return a Trainer of one process, got {trainers[0].world_size}: each "
+                "process trains other models. Pass `Trainer(devices=1, num_nodes=1)` in it."
+            )
 
     def initial(self, seed: int) -> dict[str, Tensor]:
         """The untrained model of a seed."""
@@ -71,7 +78,7 @@ class Recipe:
         """
         start = time.perf_counter()
         subset = Subset(self.dataset, membership.nonzero()[:, 0].tolist())
-        with isolated_random_state(), quiet_lightning():
+        with alone(), isolated_random_state(), quiet_lightning():
             seed_everything(seed)
             module = self.make_module()
             before = weights_of(module)

@@ -14,6 +14,7 @@ from lightning_influence.checks import check_fraction, check_integer, one_of
 from lightning_influence.data.source import Source, source_of
 from lightning_influence.module.task import Loss
 from lightning_influence.numerics import subsets
+from lightning_influence.processes import Processes
 from lightning_influence.refit.bank import Bank
 from lightning_influence.refit.fixed import Fixed
 from lightning_influence.refit.independent import Independent
@@ -33,6 +34,7 @@ class Subject:
 
     session: Session
     train: Source
+    processes: Processes
 
 
 class Refit:
@@ -94,9 +96,9 @@ class Refit:
     def __repr__(self) -> str:
         return f"Refit(seeds={self.seeds!r}, removal={self.removal!r})"
 
-    def attach(self, session: Session, train: Source) -> None:
-        """Set what is retrained; ``Attributor(refit=)`` calls this."""
-        self._subject, self._models, self.asked = Subject(session, train), None, None
+    def attach(self, session: Session, train: Source, processes: Processes) -> None:
+        """Set what is retrained, and by which processes; ``Attributor(refit=)`` calls this."""
+        self._subject, self._models, self.asked = Subject(session, train, processes), None, None
 
     @property
     def models(self) -> Models:
@@ -108,7 +110,8 @@ class Refit:
         """
         if self._models is None:
             what = self._subject_or_raise()
-            self._models = Models(self._backend(what), what.train, self._folder(what), what.session.trainer)
+            about = self._backend(what), what.train, self._folder(what), what.session.trainer, what.processes
+            self._models = Models(*about)
         return self._models
 
     @contextlib.contextmanager
@@ -181,18 +184,22 @@ class Refit:
     ) -> Bank:
         """Trains and measures; if ``paired``, every subset has the same seeds as the models trained on everything."""
         check_integer("n_seeds", n_seeds)
-        models, n_train = self.models, membership.shape[1]
-        n_seeds = n_seeds if models.seeded else 1
-        everything = torch.ones(n_seeds, n_train, dtype=torch.bool)
-        rows = membership.repeat_interleave(n_seeds, 0)
-        # In a difference of models of the same seed, the seed's own effect largely cancels.
-        seeds = list(range(n_seeds)) * len(membership) if paired else [_FIRST_SEED + row for row in range(len(rows))]
-        notes = models.train(torch.cat([everything, rows]), [*range(n_seeds), *seeds])
-        with self._opened(queries, measurement) as opened:
-            losses = sign * models.losses(rows, seeds, opened[:])
-            full = sign * models.losses(everything, list(range(n_seeds)), opened[:])
-        with self._opened(self._subject_or_raise().train) as opened:
-            train_losses = models.losses(everything[:1], [0], opened[:])[0]
+        subject = self._subject_or_raise()
+        with subject.processes.together():
+            models, n_train = self.models, membership.shape[1]
+            n_seeds = n_seeds if models.seeded else 1
+            everything = torch.ones(n_seeds, n_train, dtype=torch.bool)
+            rows = membership.repeat_interleave(n_seeds, 0)
+            # In a difference of models of the same seed, the seed's own effect largely cancels.
+            seeds = (
+                list(range(n_seeds)) * len(membership) if paired else [_FIRST_SEED + row for row in range(len(rows))]
+            )
+            notes = models.train(torch.cat([everything, rows]), [*range(n_seeds), *seeds])
+            with self._opened(queries, measurement) as opened:
+                losses = sign * models.losses(rows, seeds, opened[:])
+                full = sign * models.losses(everything, list(range(n_seeds)), opened[:])
+            with self._opened(subject.train) as opened:
+                train_losses = models.losses(everything[:1], [0], opened[:])[0]
         return Bank(
             membership=membership,
             losses=losses.reshape(len(membership), n_seeds, -1),

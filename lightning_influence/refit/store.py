@@ -21,6 +21,7 @@ from lightning_influence.files import checked_json
 from lightning_influence.files.atomic import whole
 from lightning_influence.files.regular import read_regular
 from lightning_influence.files.sealed import SealedFile, seal
+from lightning_influence.processes import Processes
 
 FORMAT = 1
 MANIFEST = "bank.json"
@@ -78,19 +79,26 @@ class ModelStore:
         folder: created if it is missing.
         identity: what all models in it share: dataset, module, how they are trained.
         layout: name, dtype and shape of each tensor of a model.
+        processes: that train into the folder together, each a part of the models.
 
     Raises:
         ValueError: the folder holds models of another identity.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], layout: Mapping[str, tuple[str, list[int]]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        layout: Mapping[str, tuple[str, list[int]]],
+        processes: Processes | None = None,
+    ) -> None:
         self.folder = folder
         self.layout = layout
+        self.processes = Processes() if processes is None else processes
         folder.mkdir(parents=True, exist_ok=True)
         self._check(json.loads(json.dumps({"format": FORMAT, "layout": layout, **identity})))
         self._places: dict[str, tuple[Path, int]] = {}
-        self.seconds: list[float] = []
-        self._next = 0
+        self._numbers: set[int] = set()  # of the files that were read or written
         self._refresh()
 
     def __contains__(self, key: str) -> bool:
@@ -101,21 +109,26 @@ class ModelStore:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Locks the folder against other processes that train models into it, and picks up the models they added.
+        """Locks the folder against others that train models into it, and picks up the models they added.
+
+        Of several processes that train together, the first holds the lock; all pick up each other's models at the end.
 
         Raises:
-            RuntimeError: another process holds the lock.
+            RuntimeError: somebody else holds the lock; the processes do not see the same folder.
         """
+        with self._lock() if self.processes.rank == 0 else contextlib.nullcontext():
+            self._refresh_together()
+            yield
+            self._refresh_together()
+
+    def _lock(self) -> contextlib.AbstractContextManager[Any]:
         try:
-            held = FileLock(self.folder / ".lock").acquire(timeout=0)
+            return FileLock(self.folder / ".lock").acquire(timeout=0)
         except Timeout:
             raise RuntimeError(
                 f"Expected to be the only process that trains models into `{self.folder}`, got another one that does. "
                 "Wait for it, or choose another `dirpath`."
             ) from None
-        with held:
-            self._refresh()
-            yield
 
     def add(self, models: Sequence[TrainedModel]) -> None:
         """Writes finished models as one file, atomically; models already in the store are skipped."""
@@ -129,15 +142,16 @@ class ModelStore:
             pa.array([m.seconds for m in new], pa.float64()),
             pa.array([self._bytes(m.weights) for m in new], pa.binary()),
         ]
-        path = self.folder / f"models-{self._next:06d}.arrow"
+        number = max(self._numbers, default=-1) + 1
+        number += (self.processes.rank - number) % self.processes.count  # which no other process takes
+        path = self.folder / f"models-{number:06d}.arrow"
         with whole(path) as file:
             with pa.ipc.new_file(file, _ROWS.with_metadata({_SEALED: b"1"})) as writer:
                 start = file.tell()
                 writer.write_batch(pa.record_batch(arrays, schema=_ROWS))
             seal(file, [start])
-        self._next += 1
+        self._numbers.add(number)
         self._places |= {model.key: (path, row) for row, model in enumerate(new)}
-        self.seconds += [model.seconds for model in new]
 
     def weights(self, keys: Iterable[str]) -> Iterator[dict[str, Tensor]]:
         """The tensors of the given models, one model in memory at a time."""
@@ -156,11 +170,21 @@ class ModelStore:
                 raise ValueError(f"{error} If you remove it, its models are trained again.") from error
             yield self._tensors(content)
 
+    def _refresh_together(self) -> None:
+        self.processes.gathered(None)  # nobody is writing now
+        self._refresh()
+        seen = self.processes.gathered(len(self))
+        if len(set(seen)) > 1:
+            raise RuntimeError(
+                f"Expected a folder that all processes see, got `{self.folder}` with {seen} models in them. Choose a "
+                "`dirpath` on a disk that all machines share."
+            )
+
     def _refresh(self) -> None:
         for path in sorted(self.folder.glob("models-*.arrow")):
             found = re.fullmatch(r"models-(\d+)", path.stem)
-            if found is not None and (number := int(found[1])) >= self._next:
-                self._next = number + 1
+            if found is not None and (number := int(found[1])) not in self._numbers:
+                self._numbers.add(number)
                 self._index(path)
 
     def _index(self, path: Path) -> None:
@@ -173,14 +197,13 @@ class ModelStore:
             intact = bool(
                 (np.diff(np.frombuffer(table["weights"].buffers()[1], np.int32, len(table) + 1)) == size).all()
             )
-            keys, seconds = table["key"].to_pylist(), table["seconds"].to_pylist()
+            keys = table["key"].to_pylist()
         except (pa.ArrowException, OSError, KeyError, ValueError):
             intact = False
         if not intact:
             warnings.warn(f"`{path}` is damaged: its models are trained again.", stacklevel=2)
             return
         self._places |= {key: (path, row) for row, key in enumerate(keys)}
-        self.seconds += seconds
 
     def _check(self, wanted: Mapping[str, Any]) -> None:
         path = self.folder / MANIFEST

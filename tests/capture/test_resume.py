@@ -210,6 +210,7 @@ def test_twenty_kills_leave_what_was_whole(tmp_path):
         kill_and_resume(tmp_path / str(k), [chance.uniform(0, 0.25) for _ in range(4)])
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_recording_and_not_the_fit(tmp_path):
     output = finish(victim(tmp_path, "full"))
     assert "could not write" in output

@@ -450,6 +450,7 @@ def test_failed_models_are_left_out_and_named(tmp_path):
             ValueError,
             "Pass `labels=`",
         ),
+        (lambda a: a.score(KNNShapley(features=first), TEST), ValueError, "Expected labels of classes .* numbers such"),
         (lambda a: a.estimate(GradientDot(), TEST), TypeError, "trains models, such as"),
         (lambda a: Attributor(Ridge(), train=TEST).score(LeaveOneOut(), TEST), MissingEvidence, "refit=Refit"),
         (lambda a: a.self_influence(LeaveOneOut()), NotImplementedError, "has no self-influence"),

@@ -90,6 +90,7 @@ def test_scores_are_those_of_matrix_exponentials(tmp_path, name, segments, curva
     assert any("no more checkpoints" in note for note in scores.notes) == (segments == 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "segments", "curvature", "runs"),
     [
@@ -133,6 +134,7 @@ def test_gradients_are_summed_over_a_segment_where_that_is_cheaper(tmp_path, mon
     torch.testing.assert_close(attributor.group(method, [0, 3, 6], queries), scores.values[:, [0, 3, 6]].sum(1))
 
 
+@pytest.mark.slow
 def test_where_memory_does_not_suffice_nothing_is_summed(tmp_path, monkeypatch):
     def add(total, gradients):
         raise torch.OutOfMemoryError("out of memory")
@@ -189,6 +191,7 @@ def test_after_a_long_fit_it_is_an_influence_function_without_damping(tmp_path):
     torch.testing.assert_close(found, attributor.score(InfluenceFunction(ExactGGN(0)), data["queries"]()).values)
 
 
+@pytest.mark.slow
 def test_it_keeps_every_promise():
     check_method(SOURCE(2, ExactGGN()))
 
