@@ -10,9 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_influence.data.examples import Block
 from lightning_influence.gradients.digests import Digest, agreements, without_wrong
-from lightning_influence.gradients.engine import Engine, Plan
+from lightning_influence.gradients.engine import Engine
 from lightning_influence.gradients.general import NotVectorisable, vectorised_rows
 from lightning_influence.gradients.layout import Layout, fits
+from lightning_influence.gradients.plan import Plan
 from lightning_influence.gradients.precise import CANNOT, precise
 from lightning_influence.gradients.rules.computed import Source
 from lightning_influence.gradients.sample import Sample
