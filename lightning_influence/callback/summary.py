@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning_influence.scores import Scores, SelfScores
+from lightning_influence.scores.words import counted
 
 Row = tuple[str, str, str, str]
 
@@ -34,10 +35,10 @@ class Summary:
         where = f"influence.{'self_' * itself}scores[{name!r}]"
         asked = "each example on itself"
         if isinstance(scores, Scores):
-            asked = _count(len(scores.query_ids), "query")
+            asked = counted(len(scores.query_ids), "query")
         elif scores.quantity != "self-influence":
             asked = f"{scores.quantity} of each example"
-        notes = f", with {_count(len(scores.notes), 'note')}" if scores.notes else ""
+        notes = f", with {counted(len(scores.notes), 'note')}" if scores.notes else ""
         self._rows.append((name, asked, f"{taken:.1f} s (estimated: {estimated:.1f} s)", where + notes))
         self._seconds += taken
         self._train = len(scores.train_ids)
@@ -56,7 +57,7 @@ class Summary:
         share = self._seconds / max(self.fit_seconds, 1e-9)
         return "\n  ".join(
             [
-                f"Influence of {_count(self._train, 'training example')}, computed in {self._seconds:.1f} s "
+                f"Influence of {counted(self._train, 'training example')}, computed in {self._seconds:.1f} s "
                 f"({share:.2g} times the fit's {self.fit_seconds:.1f} s):",
                 *rows,
                 *([f"without {', '.join(self._missing)}: a warning says why"] if self._missing else []),
@@ -65,8 +66,3 @@ class Summary:
                 f"look first at: print({self._first})",
             ]
         )
-
-
-def _count(number: int, what: str) -> str:
-    plural = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
-    return f"{number:,} {what if number == 1 else plural}"

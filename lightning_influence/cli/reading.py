@@ -15,8 +15,7 @@ def load(path: Path) -> Scores | SelfScores:
         ValueError: the file is damaged or holds no scores, or the folder does not hold exactly one file of them.
     """
     if path.is_dir():
-        runs = runs_of(path)
-        found = [file for file in score_files(runs[-1] if runs else path) if not is_partial(file)]
+        found = finished_files(path)
         if not found:
             raise ValueError(f"Expected a file of scores, got the folder {str(path)!r} with none.")
         if len(found) > 1:
@@ -40,6 +39,12 @@ def read_scores(path: Path) -> None:
 def score_files(folder: Path) -> list[Path]:
     """The score files in a run's folder, or in a folder of scores."""
     return sorted([*folder.glob("scores/*.arrow"), *folder.glob("*.arrow")])
+
+
+def finished_files(folder: Path) -> list[Path]:
+    """Those of methods that ran to their end; of a folder of runs, in the newest."""
+    runs = runs_of(folder)
+    return [file for file in score_files(runs[-1] if runs else folder) if not is_partial(file)]
 
 
 def is_partial(path: Path) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from lightning_influence import Scores, SelfScores
-from lightning_influence.cli.reading import existing, is_partial, load, runs_of, score_files
+from lightning_influence.cli.reading import existing, finished_files, load
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +44,7 @@ def _chosen(path: Path) -> tuple[Path, list[Path]]:
     """The file of scores to show, for a folder the newest of the newest run with queries, and others of that kind."""
     if not path.is_dir():
         return path, []
-    runs = runs_of(path)
-    found = [file for file in score_files(runs[-1] if runs else path) if not is_partial(file)]
+    found = finished_files(path)
     # Self-influence and losses are columns of a page with queries.
     found = [file for file in found if not file.stem.endswith(".self")] or found
     found.sort(key=lambda file: file.stat().st_mtime_ns)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_influence import MissingEvidence, SelfScores, Trajectory
-from lightning_influence.cli.reading import existing, is_partial, load, runs_of, score_files
+from lightning_influence.cli.reading import existing, finished_files, is_partial, load, runs_of, score_files
 from lightning_influence.cli.text import megabytes
 from lightning_influence.scores.words import settings, table
 
@@ -55,8 +55,7 @@ def _lines(runs: Sequence[Path]) -> list[list[Any]]:
             lines.append([folder.name, "unreadable: see `verify`", None, None, None, None, None])
             continue
         numbers = len(found.steps), len(found.checkpoints), found.dataset_size, found.fit_seconds
-        complete = [file for file in score_files(folder) if not is_partial(file)]
-        lines.append([folder.name, "yes" if found.finished else "no", *numbers, len(complete)])
+        lines.append([folder.name, "yes" if found.finished else "no", *numbers, len(finished_files(folder))])
     return lines
 
 

@@ -13,7 +13,7 @@ from lightning_influence.devices import Readings, read_numbers
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.precise import Tolerance
-from lightning_influence.gradients.spot_checks import agrees
+from lightning_influence.gradients.spot_checks import agrees, peak
 from lightning_influence.numerics.projections import PlainSketch, Projector, RandomProjection, Sketch
 
 # Parameters of at most this many entries are compared entry by entry, others by so many random combinations.
@@ -76,7 +76,7 @@ class Digester:
         """The digest of one gradient, [*shape] by parameter."""
         values = {name: self._sketch(name, g.shape, g).rows(g[None])[0] for name, g in gradient.items()}
         spread = {n: 1.0 if v.numel() == gradient[n].numel() else gradient[n].numel() ** 0.5 for n, v in values.items()}
-        most = {name: self.readings.later(_peak(g)) for name, g in gradient.items() if g.numel()}
+        most = {name: self.readings.later(peak(g)) for name, g in gradient.items() if g.numel()}
         return Digest(values, spread, lambda: {name: read()[0] for name, read in most.items()})
 
     def rows(self, parts: Mapping[Names, Part], wanted: set[str]) -> dict[str, Tensor]:
@@ -121,13 +121,6 @@ def without_wrong(names: set[str], checked: Sequence[tuple[str, Tensor]]) -> set
     """The names of which no comparison failed; all comparisons are read together."""
     right = read_numbers([same for _, same in checked])
     return names - {name for (name, _), (same,) in zip(checked, right, strict=True) if not same}
-
-
-def _peak(gradient: Tensor) -> Tensor:
-    """The largest magnitude of an entry; NaN if there is one. Of large gradients, no copy is made."""
-    if gradient.numel() <= _SMALL or gradient.is_complex():
-        return gradient.abs().max()
-    return torch.stack(torch.aminmax(gradient)).abs().max()
 
 
 def _larger(one: float, other: float) -> float:

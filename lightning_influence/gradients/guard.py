@@ -21,22 +21,19 @@ if TYPE_CHECKING:
 
 # On the first pass over the data, one example in this many is checked, and then one in a share of those before.
 _CHECKED, _SHARE = 128, 16
+# Of so many different ways in which blocks branch, examples are checked.
+_BRANCHES = 16
+# Blocks whose checks are read at once, at the latest.
+_UNREAD = 1024
+
+Again = Callable[[Sequence[int]], Block]
+"""Reads the block of some examples once more."""
 
 
 def checks_of(examples: int) -> float:
     """How many examples are checked on a first pass over so many, beside those that are most unlike the others."""
     first = _CHECKED * _SHARE
     return examples / _CHECKED if examples <= first else _SHARE * (1 + math.log(examples / first))
-
-
-# Of so many different ways in which blocks branch, examples are checked.
-_BRANCHES = 16
-# Blocks whose checks are read at once, at the latest.
-_UNREAD = 1024
-
-
-Again = Callable[[Sequence[int]], Block]
-"""Reads the block of some examples once more."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ _SCALES = frozenset(
     [getattr(owner, name) for owner in (torch, Tensor) for name in ("div", "true_divide", "divide", "mul", "multiply")]
     + [Tensor.__truediv__, Tensor.__mul__, Tensor.__rmul__, Tensor.div_, Tensor.mul_]
 )
+# Of tensors with more entries no copy is made to find the largest.
+_SMALL = 2**12
 _READS = frozenset({Tensor.item, Tensor.tolist, Tensor.__int__, Tensor.__float__})
 # What a step may branch on.
 CONDITIONS = frozenset({Tensor.__bool__, Tensor.item, torch.equal, torch.allclose, Tensor.equal, Tensor.allclose})
@@ -137,8 +139,8 @@ def agrees(row: Tensor | None, truth: Tensor, largest: Tensor | float, tolerance
     if row is None or not truth.numel():
         return ~truth.any()
     relative, floor = tolerance or tolerance_of(truth)
-    allowed = relative * _most(truth) + floor * largest
-    return _most(row - truth) <= allowed + torch.finfo(truth.dtype).tiny
+    allowed = relative * peak(truth) + floor * largest
+    return peak(row - truth) <= allowed + torch.finfo(truth.dtype).tiny
 
 
 def same(row: Mapping[str, Tensor], truth: Mapping[str, Tensor], tolerance: Tolerance = None) -> Tensor:
@@ -160,17 +162,19 @@ def tolerance_of(like: Tensor) -> tuple[float, float]:
 
 def largest_entry(gradients: Iterable[Tensor]) -> Tensor:
     """The largest magnitude of an entry of one example's gradient, over all parameters."""
-    return torch.stack([widest(_most(g)) for g in gradients if g.numel()] or [torch.zeros(())]).max()
+    return torch.stack([widest(peak(g)) for g in gradients if g.numel()] or [torch.zeros(())]).max()
 
 
 def is_finite(gradient: Mapping[str, Tensor]) -> bool:
     """Whether all entries are finite."""
-    return all(_read([_most(g).isfinite() for g in gradient.values() if g.numel()]))
+    return all(_read([peak(g).isfinite() for g in gradient.values() if g.numel()]))
 
 
-def _most(values: Tensor) -> Tensor:
+def peak(values: Tensor) -> Tensor:
     """The largest magnitude of an entry; NaN if there is one. This is faster than ``isfinite`` and norms."""
-    return values.abs().max()
+    if values.numel() <= _SMALL or values.is_complex():
+        return values.abs().max()
+    return torch.stack(torch.aminmax(values)).abs().max()
 
 
 def differing(row: Mapping[str, Tensor], truth: Mapping[str, Tensor], tolerance: Tolerance = None) -> str | None:

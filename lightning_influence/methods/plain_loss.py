@@ -59,10 +59,8 @@ class PlainLoss(ForwardOnly):
         total = torch.zeros(setting.n_train, dtype=torch.float64)
         positions = [None] if self.checkpoints is None else self.positions(setting.trajectory)
         for position in positions:
-            if position is not None and setting.trajectory is not None:
-                point = setting.trajectory.checkpoints[position]
-                state = point.load()
-                setting.task.load(state.parameters, state.buffers, point.step, point.epoch)
+            if position is not None:
+                setting.load(position)
             total += losses_alone(setting.engine, setting.examples, setting.on_block)
         empty = total.isnan().nonzero()[:, 0].tolist()
         if empty and setting.reduction_of(None) is Reduction.TOKENS:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_influence.numerics.topk import top_k
 from lightning_influence.scores.id_checks import name_of, places, whole_numbers
 from lightning_influence.scores.topk import TopK
+from lightning_influence.scores.words import counted
 
 _Side: TypeAlias = list[tuple[int, float]]
 BLOCK = 1 << 24  # scores processed at a time: 64 MB of float32
@@ -150,7 +151,7 @@ def strongest_per_query(ranking: Ranking, first: int = 3) -> list[str]:
         ]
         sentences.append(f"Query {ranking.query_name(query)}: {', '.join(ends)}.")
     more = ranking.query_ids.numel() - first
-    return [*sentences, f"And {more:,} more quer{'y' if more == 1 else 'ies'}."] if more > 0 else sentences
+    return [*sentences, f"And {counted(more, 'more query')}."] if more > 0 else sentences
 
 
 def side(score: float) -> str:

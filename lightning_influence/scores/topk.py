@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_influence.scores.words import table
+from lightning_influence.scores.words import counted, table
 
 _ROWS = 30  # of the table that is printed
 
@@ -59,6 +59,6 @@ class TopK(_Ends):
             rows += [[queries[row], *one] if many else one for one in found]
         text = table([*(["query_id"] if many else []), *names, "score"], rows)
         left = len(ids) - shown
-        return text + (f"\n  and {left:,} more quer{'y' if left == 1 else 'ies'}" if left else "")
+        return text + (f"\n  and {counted(left, 'more query')}" if left else "")
 
     __str__ = __repr__

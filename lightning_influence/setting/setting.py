@@ -290,15 +290,19 @@ class Setting:
         for index in stage_positions(self.trajectory, checkpoints):
             yield self._stage(index)
 
-    def _stage(self, index: int) -> Stage:
-        trajectory = _required(self.trajectory)
-        checkpoint = trajectory.checkpoints[index]
+    def load(self, index: int) -> int:
+        """Load the weights of the checkpoint at a position in the trajectory; its step."""
+        checkpoint = _required(self.trajectory).checkpoints[index]
         state = checkpoint.load()
         self.task.load(state.parameters, state.buffers, checkpoint.step, checkpoint.epoch)
+        return checkpoint.step
+
+    def _stage(self, index: int) -> Stage:
+        trajectory, step = _required(self.trajectory), self.load(index)
         by_index = self.depends_on_index(index)
         exposure = exposure_before(self, index)[:, self.ids.start : self.ids.stop]
         rates = torch.tensor(trajectory.learning_rates(index), dtype=torch.float64)
-        return Stage(index, checkpoint.step, exposure, rates, self, self.ids, self.task.version, by_index)
+        return Stage(index, step, exposure, rates, self, self.ids, self.task.version, by_index)
 
     def depends_on_index(self, position: int | None) -> bool:
         """Whether the loss depends on the index of a batch at these weights, which is noted; see ``BatchIndex``."""
