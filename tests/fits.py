@@ -1,5 +1,7 @@
 """Small fits for tests: a dataset that returns its own index, a module that writes down what it is given."""
 
+import atexit
+
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
@@ -108,3 +110,13 @@ def loader(data=None, batch_size=4, **options):
 def recorded(trajectory):
     """The micro-batches in the order of training."""
     return [micro for row in trajectory.steps["ids"].to_pylist() for micro in row]
+
+
+def leaves_its_processes():
+    """At its exit this program ends its process group: gloo's threads abort where they outlive the interpreter."""
+
+    def leave():
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    atexit.register(leave)

@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from fits import QUIET, Indexed, Net, loader, seeded
+from fits import QUIET, Indexed, Net, leaves_its_processes, loader, seeded
 from pytorch_lightning import Callback, Trainer
 
 from lightning_influence.callback.influence import Influence
@@ -22,6 +22,7 @@ class Write(Callback):
 
 
 if __name__ == "__main__":
+    leaves_its_processes()
     warnings.simplefilter("default" if "nowhere" in sys.argv else "ignore")
     torch.set_num_threads(1)
     folder, strategy, workers = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])

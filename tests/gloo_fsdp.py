@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from fits import QUIET, loader, seeded
+from fits import QUIET, leaves_its_processes, loader, seeded
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch.utils.data import TensorDataset
 
@@ -82,6 +82,7 @@ class Whole(pl.Callback):
 
 
 if __name__ == "__main__":
+    leaves_its_processes()
     warnings.simplefilter("default")
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])

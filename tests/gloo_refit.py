@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from fits import QUIET, loader, seeded
+from fits import QUIET, leaves_its_processes, loader, seeded
 from gloo_score import Digits, N, data
 
 import lightning_influence as li
@@ -57,6 +57,7 @@ def answers(module, trajectory, folder, trainer=None):
 
 
 if __name__ == "__main__":
+    leaves_its_processes()
     warnings.simplefilter("default")
     torch.set_num_threads(1)
     folder, count = Path(sys.argv[1]), int(sys.argv[2])

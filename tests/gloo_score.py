@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from fits import QUIET, loader, seeded
+from fits import QUIET, leaves_its_processes, loader, seeded
 from torch.utils.data import TensorDataset
 
 import lightning_influence as li
@@ -83,6 +83,7 @@ def without_self():
 
 
 if __name__ == "__main__":
+    leaves_its_processes()
     warnings.simplefilter("default")
     torch.set_num_threads(1)
     folder, strategy, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
