@@ -10,13 +10,15 @@ from torch.nn import functional as F
 
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.dense_rows import DenseRows
-from lightning_influence.gradients.derivations import Elementwise
+from lightning_influence.gradients.derivations import Elementwise, Selection
 from lightning_influence.gradients.lookup import Lookup
 from lightning_influence.gradients.outer_products import OuterProducts
 from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.pulled import Pulled
 from lightning_influence.gradients.rules.computed import Result, Source, View, replay
 from lightning_influence.gradients.rules.embedding import EMBEDDINGS, without_padding
+from lightning_influence.gradients.rules.rule import Parts
+from lightning_influence.gradients.sum_of_parts import SumOfParts
 
 Carried = Iterator[tuple[Source, Part]]
 """Operands of a computation, and gradients by them."""
@@ -33,7 +35,7 @@ def carried_back(source: Source, part: Part) -> Iterator[tuple[Names, Part]]:
         elif isinstance(source.base, (View, Result)):
             yield from _replayed(source, part)
         else:
-            yield source.names, Pulled(part, source.selection)
+            yield source.names, _selected(part, source.selection)
     elif isinstance(source, Result):
         steps = _step(source, part)
         if steps is None:
@@ -52,6 +54,33 @@ def _replayed(source: Source, part: Part) -> Iterator[tuple[Names, Part]]:
             yield (name,), DenseRows((rows,))
     else:
         yield source.names, Pulled(part, derivation)
+
+
+def _selected(part: Part, selection: Selection) -> Part:
+    """Gradients by a selection as those of the parameter, where each term is a selection of its own if it can be."""
+    if isinstance(part, SumOfParts):
+        return SumOfParts(tuple(_selected(term, selection) for term in part.terms))
+    if isinstance(part, Pulled) and isinstance(part.derivation, Selection):
+        composed = part.derivation.of(selection)
+        if composed is not None:
+            return Pulled(part.part, composed)
+    return Pulled(part, selection)
+
+
+def apart(parts: Parts) -> Parts:
+    """Outer products at positions of which some are padding: without their bias, and no layers of K-FAC.
+
+    A factor of the inputs would count the padding.
+    """
+    found: Parts = {}
+    for key, part in parts.items():
+        if isinstance(part, OuterProducts):
+            weight, *others = part.per_parameter()
+            found[key[:1]] = Pulled(weight, Selection.whole(weight.shapes()[0]))
+            found |= {(role,): other for role, other in zip(key[1:], others, strict=True)}
+        else:
+            found[key] = part
+    return found
 
 
 def _reshaped(view: View, part: Part) -> Part | None:

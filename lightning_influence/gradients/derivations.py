@@ -75,6 +75,29 @@ class Selection(Derivation):
         """The selected entries."""
         return self._within(vectors[0].contiguous())
 
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> "Selection":
+        """All entries of a parameter, as it is."""
+        return cls(tuple(shape), tuple(shape), torch.empty(shape, device="meta").stride(), 0)
+
+    def of(self, base: "Selection") -> "Selection | None":
+        """The same entries, where what they are selected from is a selection itself; None if there is no stride."""
+        lengths = torch.empty(self.shape, device="meta").stride()
+        steps = {length: step for length, step, n in zip(lengths, base.stride, self.shape, strict=True) if n > 1}
+        if any(n > 1 and step not in steps for n, step in zip(self.size, self.stride, strict=True)):
+            return None
+        dims = {step: i for i, step in enumerate(lengths) if self.shape[i] > 1}
+        offset, left = base.offset, self.offset
+        starts = dict.fromkeys(dims, 0)
+        for step in dims:
+            starts[step], left = divmod(left, step)
+            offset += starts[step] * steps[step]
+        for n, step in zip(self.size, self.stride, strict=True):
+            if n > 1 and starts[step] + n > self.shape[dims[step]]:
+                return None
+        stride = tuple(steps.get(step, 0) if n > 1 else 0 for n, step in zip(self.size, self.stride, strict=True))
+        return Selection(base.shape, self.size, stride, offset)
+
     def overlaps(self, other: "Selection") -> bool:
         """Whether any entry is in both."""
         return _overlap(self, other)

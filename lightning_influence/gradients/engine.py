@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_influence.data.examples import Block, Examples
 from lightning_influence.devices import onto
 from lightning_influence.gradients.block import Gradients, Names
-from lightning_influence.gradients.carried_back import carried_back
+from lightning_influence.gradients.carried_back import apart, carried_back
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.general import (
     NotVectorisable,
@@ -177,7 +177,7 @@ class Engine:
     def _note_positions(self, calls: Sequence[Call], watch: SuspectRows) -> None:
         """Have two examples checked where an operation has a number of positions per example that is new."""
         for call in calls:
-            for name in call.names:
+            for name in call.names if call.taken is None else ():
                 if self.plan.layouts.get(name) in (Layout.MAJOR, Layout.MINOR):
                     use = name, call.shape[0] / watch.examples
                     if use not in self._positions:
@@ -246,9 +246,10 @@ class Engine:
             for roles in self._joint_roles(call, layouts, separate):
                 for layout in {layouts[name]: None for name in call.sources[roles[0]].names if name in layouts}:
                     taken = [n for role in roles for n in call.sources[role].names if layouts.get(n) is layout]
-                    split = Split(block.size, layout)
+                    split = Split(block.size, layout, call.taken)
                     try:
                         made = call.rule.parts(call.operands, call.gradient, frozenset(roles), split)
+                        made = apart(made) if split.padded else made
                     except LayoutMismatch:
                         failed += taken
                         continue

@@ -12,7 +12,7 @@ from lightning_influence.data.examples import Block
 from lightning_influence.gradients.digests import Digest, agreements, without_wrong
 from lightning_influence.gradients.engine import Engine
 from lightning_influence.gradients.general import NotVectorisable, vectorised_rows
-from lightning_influence.gradients.layout import Layout, fits
+from lightning_influence.gradients.layout import BY_INDEX, Layout, fits
 from lightning_influence.gradients.plan import Plan
 from lightning_influence.gradients.precise import CANNOT, precise
 from lightning_influence.gradients.rules.computed import Source
@@ -198,13 +198,15 @@ def _agreeing(sample: Sample, rows: Sequence[_Rows], names: set[str]) -> set[str
 def _candidates(name: str, recorded: Sequence[Sequence[Call]], blocks: Sequence[Block]) -> list[Layout]:
     """The layouts that fit every call with a parameter in both batches."""
     uses = [
-        (call.shape[: call.operands.positions], block.size)
+        (call.shape[: call.operands.positions], block.size, call.taken)
         for calls, block in zip(recorded, blocks, strict=True)
         for call in calls
         if name in call.names
     ]
-    allowed = [Layout.FIRST, Layout.SECOND] if _may_concatenate(blocks) else list(Layout)
-    return [layout for layout in allowed if uses and all(fits(shape, n, layout) for shape, n in uses)]
+    fitting = [layout for layout in Layout if uses and all(fits(shape, n, layout, taken) for shape, n, taken in uses)]
+    if _may_concatenate(blocks):
+        return [layout for layout in fitting if layout in (Layout.FIRST, Layout.SECOND)]
+    return [layout for layout in fitting if layout not in BY_INDEX or any(taken for *_, taken in uses)]
 
 
 def _may_concatenate(blocks: Sequence[Block]) -> bool:

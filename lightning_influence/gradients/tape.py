@@ -10,11 +10,13 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_influence.gradients.layout import Taken
 from lightning_influence.gradients.rules import RULES, LayerRule, Operands
 from lightning_influence.gradients.rules.computed import Result, Source, View
 from lightning_influence.gradients.rules.elementwise import ELEMENTWISE
 from lightning_influence.gradients.rules.recurrent import RECURRENT, unrolled
 from lightning_influence.gradients.spot_checks import CONDITIONS, SuspectRows
+from lightning_influence.gradients.taken import TakenRows
 from lightning_influence.module.precision import is_half
 from lightning_influence.module.snapshot import restoring
 from lightning_influence.module.transforms import in_transform
@@ -37,6 +39,7 @@ class Call:
         operands: its operands.
         sources: by role, a trainable parameter or what is computed from some, such as ``{"weight": ...}``.
         shape: the shape of its output.
+        taken: which rows it was applied to, if they were taken by index out of others.
         gradient: the gradient with respect to its output; None if the loss does not depend on it.
     """
 
@@ -44,6 +47,7 @@ class Call:
     operands: Operands
     sources: Mapping[str, Source]
     shape: tuple[int, ...]
+    taken: Taken | None = None
     gradient: Tensor | None = field(default=None)
 
     @property
@@ -93,6 +97,7 @@ class Tape(TorchFunctionMode):
         self.uses: set[Use] = set()
         self.edges: list[Any] = []
         self._known: dict[int, Source] = {id(p): Source(p, {name: p}) for name, p in parameters.items()}
+        self._taken = TakenRows()
         self._data: dict[int, tuple[Tensor, Tensor]] = {}  # what ``.data`` returned, and of which tensor
         self._casts: list[Tensor] = []  # kept, so that no other tensor has the id of one
         self._constants = {id(tensor): tensor for tensor in constants if id(tensor) not in self._known}
@@ -112,6 +117,7 @@ class Tape(TorchFunctionMode):
                 self.watch.outcomes.append(output)
             if not sources:
                 self._follow_constants(func, args, kwargs, output)
+                self._taken.follow(func, args, kwargs, output)
             return output
         if func in _CASTS and type(sources.get(id(args[0]))) is Source and is_half(output := func(*args, **kwargs)):
             self._known[id(output)] = sources[id(args[0])]  # it stands for the parameter
@@ -127,6 +133,7 @@ class Tape(TorchFunctionMode):
             return func(*args) if output is None else output
         rule = RULES.get(func)
         output = func(*args, **kwargs) if rule is None else self._record(rule, func, args, kwargs, sources)
+        self._taken.follow(func, args, kwargs, output)
         if _writes(name):
             self._forget(args[:1])
         elif isinstance(output, Tensor) and id(output) not in self._known:
@@ -244,7 +251,8 @@ class Tape(TorchFunctionMode):
         # The edge, not the tensor: if the model changes the output in place later, the tensor is the new value and the
         # edge still belongs to the old one.
         self.edges.append(get_gradient_edge(output))
-        self.calls.append(Call(rule, _detached(operands), found, tuple(output.shape)))
+        taken = self._taken.of(_operands(args, kwargs), *output.shape[:1]) if output.ndim else None
+        self.calls.append(Call(rule, _detached(operands), found, tuple(output.shape), taken))
         return output.clone() if leaf and self.copy_leaves else output
 
     def _attention(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -263,7 +271,18 @@ _COPIES = frozenset(
     for owner in (torch, torch.Tensor)
     if hasattr(owner, name)
 )
-_RANDOM = ("dropout", "rand", "bernoulli", "multinomial", "normal_")
+_RANDOM = (
+    "dropout",
+    "rand",
+    "bernoulli",
+    "multinomial",
+    "normal_",
+    "gumbel",
+    "rrelu",
+    "gamma",
+    "dirichlet",
+    "fractional",
+)
 _WRITES = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"})
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
