@@ -158,7 +158,7 @@ def side_widths(part: Part) -> tuple[int, int] | None:
             return None
     else:
         return None
-    if max(out, inner) > WIDEST or (min(out, inner) == 1 and not isinstance(part, OuterProducts)):
+    if max(out, inner) > WIDEST or min(out, inner) < (1 if isinstance(part, OuterProducts) else 2):
         return None
     return out, inner
 
