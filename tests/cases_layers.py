@@ -231,6 +231,39 @@ def masked(each_step=False):
     return step
 
 
+def routed(m, x):
+    """Tokens are taken by expert, as in Hugging Face's Mixtral."""
+    tokens = x.flatten(0, 1)
+    weights, to = m.gate(tokens).softmax(-1).topk(2)
+    out = torch.zeros_like(tokens)
+    for e in range(3):
+        which, of_expert = torch.where((to == e).T)
+        gate, up = F.linear(tokens[of_expert], m.up[e]).chunk(2, -1)
+        own = F.linear(F.silu(gate) * up, m.down[e]) * weights[of_expert, which, None]
+        out.index_add_(0, of_expert, own)
+    return m.head(out.view(x.shape).mean(1))
+
+
+def by_mask(m, x):
+    """Time comes first, and each token has one expert: a network with biases and a normalisation."""
+    x = x.transpose(0, 1).contiguous()
+    best, to = m.gate(x).max(-1)
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        out[to == e] = expert(x[to == e])
+    return m.head((out * best[..., None]).mean(0))
+
+
+def in_order(m, x):
+    """Tokens are sorted by expert, and each expert has the next few."""
+    tokens = x.flatten(0, 1)
+    best, to = m.gate(tokens).max(-1)
+    order = to.argsort(stable=True)
+    parts = tokens[order].split(to.bincount(minlength=3).tolist())
+    own = torch.cat([F.linear(part, m.w[e] * m._mask) for e, part in enumerate(parts)])
+    return m.head((torch.zeros_like(own).index_copy(0, order, own) * best[:, None]).view(x.shape).mean(1))
+
+
 def latent(m, x):
     h = m.attention(torch.tanh(x[:, :2]), x, x)[0]
     return m.head(torch.tanh(h).mean(1))
@@ -309,6 +342,33 @@ COMPUTED = [
         v=(2, 40, 5),
         w=(2, 40, 30),
         head=nn.Linear(30, 3),
+    ),
+    computed(
+        "experts by token, one tensor",
+        routed,
+        *(6, 4),
+        gate=nn.Linear(4, 3),
+        up=(3, 10, 4),
+        down=(3, 4, 5),
+        head=head(),
+        fit=True,
+    ),
+    computed(
+        "experts by mask, time first",
+        by_mask,
+        *(6, 4),
+        gate=nn.Linear(4, 2),
+        experts=nn.ModuleList(nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 4)) for _ in range(2)),
+        head=head(),
+    ),
+    computed(
+        "masked experts in order",
+        in_order,
+        *(6, 4),
+        gate=nn.Linear(4, 3),
+        w=(3, 4, 4),
+        _mask=torch.ones(4, 4).tril(),
+        head=head(),
     ),
     layer(
         "cross-attention",

@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from lightning_influence.gradients.outer_products import TRAFFIC
+from lightning_influence.gradients.part import TRAFFIC
 from lightning_influence.gradients.vjp import named, vjp
 
 

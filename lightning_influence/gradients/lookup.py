@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_influence.gradients.dense_rows import DenseRows
-from lightning_influence.gradients.outer_products import TRAFFIC, OuterProducts
-from lightning_influence.gradients.part import WORKSPACE, Part, one_row_per_example
+from lightning_influence.gradients.outer_products import OuterProducts
+from lightning_influence.gradients.part import TRAFFIC, WORKSPACE, Part, one_row_per_example
 from lightning_influence.numerics.projections import KroneckerSketch, Sketch
 
 

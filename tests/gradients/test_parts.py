@@ -1,9 +1,11 @@
 """The algebra of parts and blocks against the rows written out, whatever the shapes."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_influence.gradients import outer_products
 from lightning_influence.gradients.block import Gradients
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.derivations import Elementwise, Replayed, Selection
@@ -370,6 +372,25 @@ def test_blocks_that_reach_different_parameters_are_written_out_with_zeros():
     torch.testing.assert_close(dense["b"][2:], second.dense()["b"])
     assert not dense["a"][2:].any()
     assert not dense["b"][:2].any()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_large_weight_is_multiplied_in_strips(bias, transposed, monkeypatch):
+    monkeypatch.setattr(outer_products, "WHOLE", 1)
+    monkeypatch.setattr(outer_products, "ROWS", outer_products.WORKSPACE // 6)
+    generator, shape = torch.Generator().manual_seed(0), (IN, OUT) if transposed else (OUT, IN)
+    one, two = (
+        OuterProducts(normal(generator, n, 40, IN), normal(generator, n, 40, OUT), shape, bias, transposed).scaled(
+            normal(generator, n)
+        )
+        for n in (3, 5)
+    )
+    assert len(list(one._strips())) > 1
+    out = torch.zeros(3, 5, dtype=torch.float64)
+    one.accumulate_dot(two, out)
+    torch.testing.assert_close(out, written_out(one) @ written_out(two).T)
+    torch.testing.assert_close(torch.cat([s.flatten() for s in two.squares()]), written_out(two).square().sum(0))
 
 
 @many

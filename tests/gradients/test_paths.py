@@ -63,9 +63,8 @@ def test_what_has_no_rule_goes_by_torch_func_and_is_named(name, tmp_path):
     assert "; through torch.func: net." in summary(name, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["experts by token", "packed sequences sorted by length"])
-def test_what_torch_func_refuses_goes_one_example_at_a_time(name, tmp_path):
-    assert "; one example at a time: net." in summary(name, tmp_path)
+def test_what_torch_func_refuses_goes_one_example_at_a_time(tmp_path):
+    assert "; one example at a time: net." in summary("packed sequences sorted by length", tmp_path)
 
 
 def test_parameters_that_the_loss_does_not_reach_cost_nothing(tmp_path):
