@@ -113,7 +113,9 @@ def _inverted(eigenvalues: Tensor, added: float, names: Names) -> Tensor:
             f"Expected finite gradients, got NaN or infinity in the Fisher of {', '.join(f'`{n}`' for n in names)}. "
             "`GradientDot()` names the training examples at fault: check their inputs and losses, or leave them out."
         )
-    if not float(total.min()) > torch.finfo(eigenvalues.dtype).eps * float(total.max()) * (added <= 0):
+    if total.numel() and not float(total.min()) > torch.finfo(eigenvalues.dtype).eps * float(total.max()) * (
+        added <= 0
+    ):
         _refuse_singular(names, added)
     return (1 / total).to(eigenvalues)
 

@@ -17,6 +17,7 @@ OTHERWISE = {
     "PReLU",
     "PReLU by channel",
     "Embedding, max_norm",  # one example at a time: the table is written in place
+    "a mask written to in the step",  # it depends on the index of a batch
     "a parameter without entries",  # no path
 }
 ALSO = [
