@@ -59,19 +59,25 @@ class _Lines:
 
     def __init__(self, total: int, label: str, unit: str) -> None:
         self._total, self._label, self._unit = total, label, unit
-        self._done = 0
+        self._done = self._done_first = 0
         self._started = self._last = time.monotonic()
 
     def __call__(self, done: int) -> None:
         """So many more are done."""
         self._done += done
         now = time.monotonic()
+        rest = self._left(now)
+        if not self._done_first:  # the first piece's time is also that of what was prepared for all of them
+            self._started, self._done_first = now, self._done
         if now - self._last < _EVERY or not self._done:
             return
         self._last = now
-        left = (now - self._started) / self._done * max(0, self._total - self._done)
-        print(
-            f"{self._label}: {self._done:,} of {self._total:,} {self._unit}s, about {left:,.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"{self._label}: {self._done:,} of {self._total:,} {self._unit}s{rest}", file=sys.stderr, flush=True)
+
+    def _left(self, now: float) -> str:
+        """How long the rest will take, once more than the first piece or a hundredth is done."""
+        done = self._done - self._done_first
+        if not done or (not self._done_first and 100 * done < self._total):
+            return ""
+        seconds = (now - self._started) / done * max(0, self._total - self._done)
+        return f", about {seconds:,.0f} s left"

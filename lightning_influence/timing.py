@@ -35,12 +35,10 @@ class Work(NamedTuple):
         return f"{self.what}: {self.seconds:.3g} s ({self.times:.6g} of {self.each:.3g} s)"
 
 
-def timed(work: Callable[[], Any], repeats: int = 2) -> float:
-    """Runs the work a few times and returns the seconds of the fastest run; long work is run once."""
-    seconds: list[float] = []
-    while len(seconds) < repeats and not (seconds and seconds[-1] > _LONG):
-        seconds.append(seconds_of(work))
-    return min(seconds)
+def timed(work: Callable[[], Any]) -> float:
+    """The seconds of the faster of two runs of the work; long work is run once."""
+    first = seconds_of(work)
+    return first if first > _LONG else min(first, seconds_of(work))
 
 
 def seconds_of(work: Callable[[], Any]) -> float:

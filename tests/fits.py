@@ -4,7 +4,7 @@ import atexit
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
 
 QUIET = {
     "accelerator": "cpu",
@@ -56,6 +56,25 @@ class OddFirst(BatchSampler):
 
     def __len__(self):
         return sum(1 for _ in OddFirst.__iter__(self))
+
+
+class ByEpoch(Sampler):
+    """An order that depends on the epoch alone, so that a resumed fit can have that of an undisturbed one."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        return iter(torch.randperm(23, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+    def __len__(self):
+        return 23
+
+
+def by_epoch():
+    return DataLoader(Indexed(), 4, sampler=ByEpoch())
 
 
 class Net(pl.LightningModule):

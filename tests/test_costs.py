@@ -142,6 +142,7 @@ def test_influence_limits_the_time_of_its_methods(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("subject", ["adam", "cnn", "few", "logistic", "single", "table", "transformer"])
 @pytest.mark.filterwarnings("ignore")
 def test_estimates_hold_within_a_factor_of_four(subject, monkeypatch):

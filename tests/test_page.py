@@ -58,6 +58,7 @@ def ids(page):
     return [int(name.split(" ")[0]) for name in page.locator("#rows td[data-title=Id]").all_inner_texts()]
 
 
+@pytest.mark.alone
 def test_ten_thousand_rows_are_ready_within_two_seconds(page):
     assert int(page.evaluate("document.documentElement.dataset.ready")) < 2000
     # Interactive: a click on a title sorts all of them, in far less than a second.

@@ -97,8 +97,20 @@ def test_a_log_gets_a_line_every_half_minute(monkeypatch, capsys):
         for _ in range(4):
             done(1_000)
     assert capsys.readouterr().err.splitlines() == [
-        "EKFAC: factors: 2,000 of 5,000 examples, about 46 s left",
-        "EKFAC: factors: 4,000 of 5,000 examples, about 16 s left",
+        "EKFAC: factors: 2,000 of 5,000 examples, about 63 s left",
+        "EKFAC: factors: 4,000 of 5,000 examples, about 17 s left",
+    ]
+
+
+def test_what_is_prepared_before_the_first_piece_is_not_taken_for_its_pace(monkeypatch, capsys):
+    now = iter([0.0, 120.0, 121.0, 151.0])
+    monkeypatch.setattr("lightning_influence.progress.time.monotonic", lambda: next(now))
+    with progress.progress(None, 40_000, "SOURCE") as done:
+        for count in (256, 256, 9_744):
+            done(count)
+    assert capsys.readouterr().err.splitlines() == [
+        "SOURCE: 256 of 40,000 examples",
+        "SOURCE: 10,256 of 40,000 examples, about 92 s left",
     ]
 
 

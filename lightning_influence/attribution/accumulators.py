@@ -128,6 +128,15 @@ class TopKAccumulator:
         return None, (TopK(high, high_ids), TopK(low, low_ids))
 
 
+def accumulator_of(
+    top_k: int | None, n_queries: int, ids: Tensor, dtype: torch.dtype
+) -> MatrixAccumulator | TopKAccumulator:
+    """What collects the scores of training examples ``ids``: all of them, or the strongest ``top_k`` of each query."""
+    if top_k is None:
+        return MatrixAccumulator(n_queries, len(ids), dtype)
+    return TopKAccumulator(n_queries, top_k, dtype, ids)
+
+
 class GroupAccumulator:
     """Sums the scores of some training examples."""
 

@@ -10,11 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.checks import check_callable, check_instance, check_integer, check_not_empty, check_path_like
+from lightning_influence.checks import (
+    check_callable,
+    check_flag,
+    check_instance,
+    check_integer,
+    check_not_empty,
+    check_path_like,
+)
 from lightning_influence.data.lookup import Stream
 from lightning_influence.files.arrow import check_absent
 from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.module.layers import sharded_parts
+from lightning_influence.module.precision import check_precision
 from lightning_influence.refit import Refit
 from lightning_influence.scores.id_checks import whole_numbers
 from lightning_influence.setting.setting import Queries, Setting
@@ -55,6 +63,18 @@ def check_parts(module: Any, trajectory: object, trainer: object, refit: object,
         raise TypeError(f"Expected `refit` to be a Refit or None, got {refit!r}. Pass `Refit()`.")
     check_callable("loss", loss)
     check_callable("lookup", lookup)
+
+
+def check_options(batch_size: object, check_data: object, precision: str | None) -> None:
+    """Check an attributor's numbers and words.
+
+    Raises:
+        TypeError: one of another type.
+        ValueError: a size below 1, or another word than Lightning's for a precision.
+    """
+    check_integer("batch_size", batch_size, optional=True)
+    check_flag("check_data", check_data)
+    check_precision(precision)
 
 
 def check_arguments(top_k: object, aggregate: object, measurement: object, higher_is_better: bool) -> None:

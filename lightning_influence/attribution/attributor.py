@@ -1,7 +1,7 @@
 """Attributor: scores of a module's training examples by any method."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from os import PathLike
@@ -10,27 +10,24 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_influence import timing
 from lightning_influence.attribution import arguments
-from lightning_influence.attribution.accumulators import MatrixAccumulator, TopKAccumulator
+from lightning_influence.attribution.accumulators import accumulator_of
 from lightning_influence.attribution.answers import Answers
 from lightning_influence.attribution.asking_again import asking_again
 from lightning_influence.attribution.data_arguments import datamodule_of, named_queries, training_source
 from lightning_influence.attribution.driver import run_group, run_scores, run_self_influence, share_of
 from lightning_influence.attribution.final_weights import final_weights
 from lightning_influence.attribution.finished import Finished, kept
+from lightning_influence.attribution.opening import opened
 from lightning_influence.attribution.out_of_memory import in_memory
 from lightning_influence.attribution.parameter_selection import selected_parameters
 from lightning_influence.attribution.streams import check_method_on_stream, check_stream
-from lightning_influence.checks import check_flag, check_integer
 from lightning_influence.data.lookup import stream_of
 from lightning_influence.data.source import Source, source_of
-from lightning_influence.methods.kinds import ForwardOnly
-from lightning_influence.methods.method import Cost, Evidence, Method
+from lightning_influence.methods.method import Cost, Method
 from lightning_influence.methods.plain_loss import PlainLoss
 from lightning_influence.methods.retraining import Estimate, Retraining
 from lightning_influence.module.layers import make_layers
-from lightning_influence.module.precision import check_precision, full_products
 from lightning_influence.module.task import Loss, unwrapped
 from lightning_influence.processes import Processes, processes_of
 from lightning_influence.refit import Refit
@@ -100,7 +97,7 @@ class Attributor:
         precision: str | None = None,
     ) -> None:
         arguments.check_parts(module, trajectory, trainer, refit, loss, lookup)
-        check_precision(precision)
+        arguments.check_options(batch_size, check_data, precision)
         self._stream = None if lookup is None else stream_of(train, lookup, trajectory)
         if self._stream is not None:
             check_stream(refit)
@@ -112,9 +109,7 @@ class Attributor:
         self.processes = processes_of(trainer)
         self.refit, self.loss, self.precision = refit, loss, precision
         self.limit_seconds: float | None = None
-        check_integer("batch_size", batch_size, optional=True)
         self.batch_size = batch_size
-        check_flag("check_data", check_data)
         self._datamodule = datamodule_of(datamodule, self.module, self.trainer)
         self._train = training_source(train, self._datamodule, trajectory)
         make_layers(self.module, None if trajectory is None else trajectory.checkpoints[-1].tensors)
@@ -168,11 +163,7 @@ class Attributor:
             finished = Finished(sign=-1.0 if higher_is_better else 1.0)
             queried = source if aggregate is None else None
             answers = Answers(method, setting, self._final, self._train, self._stream, queried)
-            accumulator: MatrixAccumulator | TopKAccumulator
-            if top_k is None:
-                accumulator = MatrixAccumulator(len(all_queries), len(ids), dtype)
-            else:
-                accumulator = TopKAccumulator(len(all_queries), top_k, dtype, ids)
+            accumulator = accumulator_of(top_k, len(all_queries), ids, dtype)
             with kept(lambda said: answers.finished_scores(accumulator, finished, ids, said), self.processes):
                 run_scores(method, setting, all_queries, accumulator, self.trainer, finished)
         return self._saved(answers.scores(accumulator.result(), ids, rows), path)
@@ -184,6 +175,9 @@ class Attributor:
         Args:
             method: how influence is estimated.
             path: a file to save the scores in.
+
+        Returns:
+            ``SelfScores`` [train].
 
         Raises:
             MissingEvidence: the method needs what was not captured.
@@ -210,7 +204,11 @@ class Attributor:
             ids: of the group.
             queries: Dataset, DataLoader or ``"train"``.
 
+        Returns:
+            [query], in the units of the method's scores.
+
         Raises:
+            MissingEvidence: the method needs what was not captured.
             TypeError: ids that are not whole numbers, such as a mask.
             ValueError: ids outside the training dataset, or without scores.
         """
@@ -234,6 +232,9 @@ class Attributor:
                 which ranks better where the fit memorised its data; None: the final weights alone.
             path: a file to save the losses in.
 
+        Returns:
+            ``SelfScores`` [example], in the units of the loss.
+
         Raises:
             ValueError: losses that are not finite.
             MissingEvidence: ``checkpoints`` without a trajectory.
@@ -254,6 +255,15 @@ class Attributor:
 
         Pieces of the work are timed and counted, which takes ten passes of a block of training examples and of queries;
         60 products of 64 examples with solvers, and seven steps of a replayed fit. Nothing is changed by it.
+
+        Args:
+            method: how influence is estimated.
+            queries: as for ``score``; None: the cost of ``self_influence``.
+            aggregate: as for ``score``.
+
+        Raises:
+            MissingEvidence: the method needs what was not captured.
+            ValueError: queries that the module does not accept.
         """
         return self._cost(method, queries, aggregate).seconds
 
@@ -314,29 +324,15 @@ class Attributor:
             check_method_on_stream(method, len(self._train.dataset))
         arguments.check_method(method, self.trajectory, self.refit, path)
 
-    @contextlib.contextmanager
     def _open(
         self,
         method: Method,
         queries: Source | None = None,
         measurement: Loss | None = None,
         aggregate: str | None = None,
-    ) -> Iterator[Setting]:
-        """Opens the question with what the method needs: a plan of the gradients, retrained models."""
-        gradients = not isinstance(method, ForwardOnly)
-        # Rounding to TF32 is multiplied where equations are solved.
-        products = full_products() if hasattr(method, "curvature") else contextlib.nullcontext()
-        opened = self._final.session_of(method).open(queries, measurement, aggregate == "mean", gradients)
-        with products, opened as setting:
-            if self.refit is not None and method.needs & Evidence.REFIT:
-                setting.models = self.refit.models
-            if self.refit is not None and queries is not None:
-                self.refit.asked = queries
-            setting.processes = self.processes
-            arguments.check_batch_index(method, setting)
-            if self.limit_seconds is not None and self.processes.count == 1:  # several might stop at different places
-                setting.deadline = timing.clock() + self.limit_seconds
-            yield setting
+    ) -> AbstractContextManager[Setting]:
+        session, mean = self._final.session_of(method), aggregate == "mean"
+        return opened(session, method, queries, measurement, mean, self.refit, self.processes, self.limit_seconds)
 
     def _saved(self, scores: _Answer, path: str | PathLike[str] | None) -> _Answer:
         if path is not None and self.processes.rank == 0:

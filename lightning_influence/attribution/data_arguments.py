@@ -83,18 +83,28 @@ def named_queries(name: str, datamodule: SetUpDataModule | None) -> Any:
     Raises:
         ValueError: there is no such loader.
     """
+    kind, position = loader_named(name)
+    if datamodule is None:
+        raise ValueError(
+            f"Expected `queries` to be a Dataset, a DataLoader or 'train', got {name!r}. Names of other loaders "
+            "work with `Attributor(datamodule=)`, and in `Influence(queries=)`."
+        )
+    loaders = datamodule.loaders(kind)
+    if position >= len(loaders):
+        raise ValueError(f"Expected `queries` to name one of {len(loaders)} loaders, got {name!r}. Count from 0.")
+    return loaders[position]
+
+
+def loader_named(name: str) -> tuple[str, int]:
+    """The kind of loader that a word for queries names, and which of several: ``("val", 1)`` for ``"val:1"``.
+
+    Raises:
+        ValueError: it names none.
+    """
     kind, _, number = name.partition(":")
     if kind not in ("val", "test", "train") or (":" in name and not number.isdigit()):
         raise ValueError(
             "Expected `queries` to be a Dataset, a DataLoader, 'train', 'val', 'test' or such as 'val:1', got "
             f"{name!r}. Pass data, or one of these names."
         )
-    if datamodule is None:
-        raise ValueError(
-            f"Expected `queries` to be a Dataset, a DataLoader or 'train', got {name!r}. Names of other loaders "
-            "work with `Attributor(datamodule=)`, and in `Influence(queries=)`."
-        )
-    loaders, position = datamodule.loaders(kind), int(number or 0)
-    if position >= len(loaders):
-        raise ValueError(f"Expected `queries` to name one of {len(loaders)} loaders, got {name!r}. Count from 0.")
-    return loaders[position]
+    return kind, int(number or 0)

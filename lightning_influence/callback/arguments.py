@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from os import fspath
 from typing import Any
 
+from lightning_influence.attribution.data_arguments import loader_named
 from lightning_influence.callback.plan import LABELS
 from lightning_influence.capture.recorder import Schedule
 from lightning_influence.checks import check_flag, check_integer, check_path_like
@@ -90,9 +91,7 @@ def checked_queries(queries: Any) -> Any:
         TypeError: neither data nor such a name.
     """
     if isinstance(queries, str):
-        loader, _, number = queries.partition(":")
-        if loader not in ("train", "val", "test") or (":" in queries and not number.isdigit()):
-            raise ValueError(f"Expected `queries` to be 'train', 'val', 'test' or such as 'val:1', got {queries!r}.")
+        loader_named(queries)
     elif isinstance(queries, type):
         raise TypeError(
             f"Expected `queries` to be a Dataset, a DataLoader, 'train', 'val' or 'test', got the class "

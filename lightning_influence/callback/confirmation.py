@@ -20,6 +20,7 @@ from lightning_influence.module.quiet import quiet
 from lightning_influence.module.random_state import random_states, seed_for
 from lightning_influence.module.snapshot import restoring
 from lightning_influence.module.task import Task
+from lightning_influence.setting.checkpoints import put_in_place
 from lightning_influence.setting.made_again import FEW, first_mismatch, loss_of, remade
 from lightning_influence.setting.same_data import CHECKPOINT_BYTES
 from lightning_influence.setting.session import fit_values
@@ -86,8 +87,7 @@ def _losses(task: Task, source: Source, ids: list[int], trajectory: Trajectory) 
     found = remade(task, source, ids, range(len(ids)))
     task.numbers = trajectory.numbers
     for checkpoint in _chosen(trajectory):
-        state = checkpoint.load()
-        task.load(state.parameters, state.buffers, checkpoint.step, checkpoint.epoch)
+        put_in_place(task, checkpoint)
         values.append((checkpoint.step, checkpoint.crc32, float(loss_of(task, found.batch, ids))))
     seed_for(0, ids[0])
     before = random_states()

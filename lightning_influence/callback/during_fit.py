@@ -4,8 +4,8 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from lightning_influence.callback.end_of_fit import resolve_queries
 from lightning_influence.callback.plan import ScoringPlan
+from lightning_influence.callback.queries import resolve_queries
 from lightning_influence.compat import MisconfigurationException, rank_zero_info, rank_zero_warn
 from lightning_influence.tracking.tracker import Tracker
 from lightning_influence.tracking.tracker_loop import TrackerLoop

@@ -10,15 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_influence.attribution.attributor import Attributor
 from lightning_influence.callback.offline import offline_lines
 from lightning_influence.callback.plan import LABELS, ScoringPlan
+from lightning_influence.callback.queries import resolve_queries
+from lightning_influence.callback.results import Results
 from lightning_influence.callback.summary import Summary
 from lightning_influence.compat import rank_zero_info, rank_zero_warn
-from lightning_influence.data.source import source_of
 from lightning_influence.loggers import listening
 from lightning_influence.methods.method import Method
 from lightning_influence.methods.plain_loss import PlainLoss
@@ -28,46 +28,6 @@ from lightning_influence.scores import Scores, SelfScores
 _Work = Callable[[str, Method], Scores | SelfScores]
 _Answer = TypeVar("_Answer", Scores, SelfScores)
 _WORTH_ANNOUNCING = 5.0  # seconds
-
-
-class NoScores(KeyError):
-    """There are no scores of this name. Unlike that of other KeyErrors, the message is shown as it is."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-
-class Results(dict[str, Any]):
-    """Scores by method name. A missing key raises with the names that exist and why the method did not run.
-
-    ``partial`` has, by method name, the scores that were finished when an error ended a method.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.partial: dict[str, Any] = {}
-        self.reasons: dict[str, str] = {}
-        self.why: str | None = None  # there are no scores at all, as the fit was not recorded
-
-    def __missing__(self, key: str) -> Any:
-        names = ", ".join(map(repr, self)) or "none yet"
-        reason = self.reasons.get(key, self.why)
-        why = "" if reason is None else f" {key!r} did not run: {reason}"
-        why += f" What was finished is in `.partial[{key!r}]`." if key in self.partial else ""
-        raise NoScores(f"Expected the name of existing scores ({names}), got {key!r}.{why}")
-
-    def clear(self) -> None:
-        """Remove scores and reasons."""
-        super().clear()
-        self.partial.clear()
-        self.reasons.clear()
-        self.why = None
-
-
-def check_queries(queries: Any) -> None:
-    """Raise before the fit, rather than after it, for data that cannot be scored."""
-    if queries is not None and not isinstance(queries, str):
-        source_of(queries, "queries")
 
 
 def did_not_finish(error: BaseException, run_dir: Path, plan: ScoringPlan, trainer: Any) -> str:
@@ -307,34 +267,3 @@ class EndOfFit:
 
 class _TooExpensiveError(RuntimeError):
     """The estimated time exceeds `max_cost`."""
-
-
-def resolve_queries(queries: Any, trainer: Any) -> Any:
-    """Return the loader that `queries` names, or `queries` itself where it is data.
-
-    Raises:
-        ValueError: the Trainer has no such loader.
-    """
-    if not isinstance(queries, str) or queries == "train":
-        return queries
-    kind, _, number = queries.partition(":")
-    loaders = _loaders(kind, trainer)
-    position = int(number or 0)
-    if position >= len(loaders):
-        raise ValueError(
-            f"Expected the Trainer to have a loader for `queries={queries!r}`, got {len(loaders)} of that kind. "
-            "Pass a Dataset or DataLoader instead."
-        )
-    return loaders[position]
-
-
-def _loaders(kind: str, trainer: Any) -> list[Any]:
-    found = trainer.val_dataloaders if kind == "val" else trainer.test_dataloaders
-    if found is None:  # not loaded in this fit: create it as Lightning would
-        owner = trainer.datamodule if trainer.datamodule is not None else trainer.lightning_module
-        try:
-            found = getattr(owner, f"{kind}_dataloader")()
-        except Exception:
-            found = None
-    leaves = tree_leaves(found, is_leaf=lambda x: isinstance(x, DataLoader))
-    return [loader for loader in leaves if loader is not None]

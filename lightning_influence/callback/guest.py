@@ -1,4 +1,7 @@
-"""What `Influence` holds during a fit, and how it lets go: a fit that cannot be recorded goes on without it."""
+"""What `Influence` holds during a fit, what a resumed fit finds of it, and how it lets go.
+
+A fit that cannot be recorded goes on without it.
+"""
 
 import contextlib
 import copy
@@ -10,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning_influence.callback.during_fit import DuringFit
-from lightning_influence.callback.end_of_fit import Results
+from lightning_influence.callback.results import Results
 from lightning_influence.capture.identity import LoaderTap
 from lightning_influence.capture.places import CannotRecord
 from lightning_influence.capture.recorder import Recorder
@@ -100,6 +103,7 @@ class Guest(CallbackBase):
         self._recorder: Recorder | None = None
         self._during: DuringFit | None = None
         self._link: dict[str, Any] = {}  # where a later fit finds the run, once this one has ended
+        self._restored: dict[str, Any] = {}  # the link to the run that this fit resumes
         self._broken: str | None = None  # the record lacks the end of the fit, since
         self._last: Trajectory | None = None  # the last weights in memory, where the record of the fit broke off
 
@@ -127,6 +131,34 @@ class Guest(CallbackBase):
             self._unwire()
         self._during = self._recorder = self._tap = None
         warn_of(error, recorded)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where a resumed fit finds this run: builtins only, so that checkpoints load with `weights_only=True`."""
+        if self._recorder is None or self.run_dir is None:
+            return dict(self._link)  # of a fit that has ended: `trainer.save_checkpoint` may come after it
+        try:
+            self._recorder.flush()  # a fit that resumes from this checkpoint needs every step before it
+            if self._during is not None:
+                self._during.save(self._recorder.made)
+        except Exception as error:
+            self.give_up(self._trainer, error)
+            return {}
+        if self._recorder.failed:
+            return {}
+        link = {"run": self.run_dir.name, "path": str(self.run_dir), "step": self._recorder.made}
+        return link | {"id": self._recorder.manifest["id"]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the link to the run that is resumed."""
+        self._restored = dict(state_dict)
+
+    @guarded
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Accept the state of an `Influence` with other arguments, such as one more method."""
+        states = checkpoint.get("callbacks", {})
+        own = [state for key, state in states.items() if str(key).startswith(type(self).__qualname__ + "{")]
+        if self.state_key not in states and len(own) == 1:
+            self._restored = dict(own[0])
 
     def _check_present(self) -> None:
         """Raise CannotRecord in a callback that the Trainer did not have when the fit was set up."""

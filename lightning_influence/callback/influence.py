@@ -10,9 +10,10 @@ from lightning_influence.attribution.attributor import Attributor
 from lightning_influence.callback import arguments
 from lightning_influence.callback.confirmation import confirm_data
 from lightning_influence.callback.during_fit import DuringFit
-from lightning_influence.callback.end_of_fit import check_queries, did_not_finish, score_at_end
+from lightning_influence.callback.end_of_fit import did_not_finish, score_at_end
 from lightning_influence.callback.guest import Guest, guarded
 from lightning_influence.callback.plan import ScoringPlan
+from lightning_influence.callback.queries import check_queries
 from lightning_influence.capture.identity import LoaderTap
 from lightning_influence.capture.places import (
     check_dirpath,
@@ -72,6 +73,11 @@ class Influence(Guest):
         self_scores: `SelfScores` by name of the method, with `self_influence=True`; "labels" with `labels=True`.
         run_dir: Folder of the newest fit.
 
+    Raises:
+        TypeError: an argument of another kind, such as the class of a method in place of a method.
+        ValueError: a number out of range; a method that retrains models, or two of one class in a list; another name of
+            a loader; another word for a precision.
+
     Example:
         >>> influence = Influence([TracInCP()], queries="val")  # doctest: +SKIP
         >>> Trainer(max_epochs=5, callbacks=[influence]).fit(model, datamodule)  # doctest: +SKIP
@@ -120,7 +126,6 @@ class Influence(Guest):
         self.keep_last = keep_last
         self.max_cost, self.log_scores, self.verbose = float(max_cost), log_scores, verbose
         self._resolved: Path | None = None
-        self._restored: dict[str, Any] = {}
         self._key: str | None = None
 
     def __repr__(self) -> str:
@@ -320,31 +325,3 @@ class Influence(Guest):
                 parameters=self.parameters,
             )
         return self._key
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where a resumed fit finds this run: builtins only, so that checkpoints load with `weights_only=True`."""
-        if self._recorder is None or self.run_dir is None:
-            return dict(self._link)  # of a fit that has ended: `trainer.save_checkpoint` may come after it
-        try:
-            self._recorder.flush()  # a fit that resumes from this checkpoint needs every step before it
-            if self._during is not None:
-                self._during.save(self._recorder.made)
-        except Exception as error:
-            self.give_up(self._trainer, error)
-            return {}
-        if self._recorder.failed:
-            return {}
-        link = {"run": self.run_dir.name, "path": str(self.run_dir), "step": self._recorder.made}
-        return link | {"id": self._recorder.manifest["id"]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the link to the run that is resumed."""
-        self._restored = dict(state_dict)
-
-    @guarded
-    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Accept the state of an `Influence` with other arguments, such as one more method."""
-        states = checkpoint.get("callbacks", {})
-        own = [state for key, state in states.items() if str(key).startswith(type(self).__qualname__ + "{")]
-        if self.state_key not in states and len(own) == 1:
-            self._restored = dict(own[0])

@@ -51,7 +51,11 @@ class ConjugateGradient(Iterative):
     def solve(
         self, prepared: PreparedCurvature, queries: QueryGradients, setting: Setting, diagonal: Tensor
     ) -> QueryGradients:
-        """Run conjugate gradients with separate step sizes and a separate end for each query."""
+        """Run conjugate gradients with separate step sizes and a separate end for each query.
+
+        Raises:
+            ValueError: C + D is not positive definite.
+        """
 
         def run(product: Product, right: Tensor, watch: Watch) -> Solution:
             return conjugate_gradient(product, right, self.tolerance, self.max_iterations, watch)

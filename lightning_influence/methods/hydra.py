@@ -22,6 +22,7 @@ from lightning_influence.replay.replay import MAX_DRIFT, Replay
 from lightning_influence.replay.samples import seconds_of_walk
 from lightning_influence.replay.steps import examples_of
 from lightning_influence.replay.vectorized import run_many
+from lightning_influence.setting.checkpoints import put_in_place
 from lightning_influence.setting.own_queries import EntryQueries, ExampleQueries
 from lightning_influence.setting.samples import Samples
 from lightning_influence.setting.setting import Queries, Setting
@@ -199,7 +200,7 @@ class HyDRA(WholeRun):
         state = last.load()
 
         def final(ids: Sequence[int]) -> Gradients:
-            setting.task.load(state.parameters, state.buffers, last.step, last.epoch)
+            put_in_place(setting.task, last, state)
             return setting.engine.gradients(setting.examples.chosen(ids))
 
         return final

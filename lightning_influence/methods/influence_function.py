@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,8 +21,9 @@ from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.products import Products
 from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
 from lightning_influence.methods.kinds import GradientProduct, TrainBlock
+from lightning_influence.setting.checkpoints import stage_positions
 from lightning_influence.setting.samples import Samples
-from lightning_influence.setting.setting import Queries, Setting, Stage, cached, stage_positions
+from lightning_influence.setting.setting import Queries, Setting, Stage, cached
 from lightning_influence.timing import Work, seconds_of
 from lightning_influence.trajectory import Trajectory
 
@@ -119,11 +121,11 @@ class InfluenceFunction(GradientProduct):
 
     def score(self, setting: Setting, queries: Queries) -> Tensor:
         """The mean over the checkpoints, [query, train]."""
-        return super().score(setting, queries) / max(1, len(self.positions(setting.trajectory)))
+        return super().score(setting, queries) / self._visited(setting)
 
     def self_influence(self, setting: Setting) -> Tensor:
         """The mean over the checkpoints, [train]."""
-        return super().self_influence(setting) / max(1, len(self.positions(setting.trajectory)))
+        return super().self_influence(setting) / self._visited(setting)
 
     def group(self, setting: Setting, queries: Queries, ids: Sequence[int]) -> Tensor | None:
         """The joint influence to second order, [query]; None for curvatures and options that do not offer it."""
@@ -134,7 +136,7 @@ class InfluenceFunction(GradientProduct):
         for stage in self.stages(setting):
             change = _Inverse(self, stage).group_change(tuple(ids))
             total += stage.gradients(queries).times(change).cpu().double()
-        return total / max(1, len(self.positions(setting.trajectory)))
+        return total / self._visited(setting)
 
     # ---- the record ---------------------------------------------------------------------------------------------
 
@@ -207,10 +209,7 @@ class _Inverse:
 
     def _diagonal(self) -> Diagonal:
         setting, curvature = self.setting, self.curvature
-
-        def mean() -> float:
-            return curvature.mean_eigenvalue(self.prepared, setting)
-
+        mean = partial(curvature.mean_eigenvalue, self.prepared, setting)
         found = diagonal_at(setting, self.stage, curvature.damping, mean, curvature.share)
         setting.diagnostic("damping", float(found.damping.max()))
         setting.diagnostic("weight_decay", float(found.decay.max()))

@@ -41,7 +41,11 @@ class LeaveOneOut(Retraining):
         check_integer("n_seeds", self.n_seeds)
 
     def scored(self, n_train: int) -> Sequence[int] | None:
-        """The given ``examples``."""
+        """The given ``examples``, ascending.
+
+        Raises:
+            ValueError: ids outside the training data.
+        """
         if self.examples is None:
             return None
         wrong = [i for i in self.examples if not 0 <= i < n_train]

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
+from lightning_influence.setting.checkpoints import stage_positions
 from lightning_influence.setting.samples import Samples, first_queries
-from lightning_influence.setting.setting import Queries, Setting, stage_positions
+from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.timing import Work, timed
 from lightning_influence.tracking.record import record_name
 from lightning_influence.tracking.tracker import Tracker

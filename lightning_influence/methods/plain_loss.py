@@ -12,8 +12,9 @@ from lightning_influence.gradients import Reduction
 from lightning_influence.gradients.losses import Losses, losses_alone
 from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.setting.batch_index import warn_of_losses
+from lightning_influence.setting.checkpoints import stage_positions
 from lightning_influence.setting.samples import Samples
-from lightning_influence.setting.setting import Queries, Setting, stage_positions
+from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.timing import Work, timed
 from lightning_influence.trajectory import Trajectory
 

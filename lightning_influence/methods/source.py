@@ -123,6 +123,9 @@ class SOURCE(SegmentProduct):
 
         The gradients of a block of examples are carried back through the segments, and multiplied in each with the sum
         of the same examples' gradients at its checkpoints.
+
+        Raises:
+            ValueError: the loss in eval mode does not depend on a parameter that trained.
         """
         if setting.refused is not None:
             raise ValueError(setting.refused)

@@ -41,7 +41,7 @@ class SetUpDataModule:
     def _loaders(self, kind: str) -> list[Any]:
         fitted = getattr(self.datamodule, "trainer", None)
         if kind == "train" and (loader := getattr(fitted, "train_dataloader", None)) is not None:
-            return _flat(loader)  # set up by that Trainer: to do it again may split the data in another way
+            return loaders_in(loader)  # set up by that Trainer: to do it again may split the data in another way
         if fitted is None and self._trainer is not None:
             self.datamodule.trainer = self._trainer
         stage, make = _SETUP_STAGES[kind], f"{kind}_dataloader"
@@ -51,7 +51,7 @@ class SetUpDataModule:
             if stage not in self._stages and not (stage == "fit" and fitted is not None and _is_set_up(fitted)):
                 self.datamodule.setup(stage)
             self._stages.add(stage)
-            found = _flat(getattr(self.datamodule, make)()) if overrides(self.datamodule, make) else []
+            found = loaders_in(getattr(self.datamodule, make)()) if overrides(self.datamodule, make) else []
         if not found:
             raise ValueError(
                 f"Expected `{type(self.datamodule).__name__}` to have a `{make}`, got none. Pass a Dataset or a "
@@ -113,6 +113,7 @@ def _is_set_up(trainer: Any) -> bool:
     return getattr(trainer, "train_dataloader", None) is not None
 
 
-def _flat(found: Any) -> list[Any]:
+def loaders_in(found: Any) -> list[Any]:
+    """What a DataModule or Trainer has as loaders, in any container, one by one."""
     leaves = torch.utils._pytree.tree_leaves(found, is_leaf=lambda node: isinstance(node, DataLoader))
     return [loader for loader in leaves if loader is not None]

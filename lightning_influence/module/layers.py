@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
+from lightning_influence.module.data_hooks import overrides
 from lightning_influence.module.random_state import isolated_random_state
 from lightning_influence.module.trainer_state import detached_trainer
-from lightning_influence.types import LIBRARIES, clean
+from lightning_influence.types import clean
 
 # What lazy layers of torch take from their first input, and the dimension of their weight that has it.
 _SIZES = {"in_features": 1, "in_channels": 1, "num_features": 0}
@@ -25,7 +26,7 @@ def make_layers(module: Any, saved: Callable[[], Mapping[str, Tensor]] | None) -
     Raises:
         ValueError: a lazy layer without a checkpoint that has its shape; `configure_model` fails.
     """
-    configures = _configures(module)
+    configures = overrides(module, "configure_model")
     if not configures and not _lazy(module):
         return
     state = {} if saved is None else saved()
@@ -51,11 +52,6 @@ def sharded_parts(module: nn.Module) -> list[Any]:
 
 def _names(module: nn.Module) -> list[str]:
     return [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-
-
-def _configures(module: Any) -> bool:
-    definer = next((c for c in type(module).__mro__ if "configure_model" in vars(c)), None)
-    return definer is not None and definer.__module__.partition(".")[0] not in LIBRARIES
 
 
 def _configure(module: Any) -> None:

@@ -82,17 +82,6 @@ def conjugate_gradient(
     return Solution(x, _relative(left, size), iterations, indefinite, torch.zeros_like(indefinite))
 
 
-def neumann(product: Product, right: Tensor, scale: float, depth: int) -> Tensor:
-    """The first ``depth`` terms of the Neumann series, (1/scale) sum over k of (I - A/scale)^k b.
-
-    Converges to A^-1 b where every eigenvalue of A lies between 0 and 2 scale.
-    """
-    x = torch.zeros_like(right)
-    for _ in range(depth):
-        x = x + (right - product(x)) / scale
-    return x
-
-
 def accelerated_neumann(
     product: Product,
     right: Tensor,

@@ -95,7 +95,7 @@ def nanmean(values: Tensor) -> Tensor:
 
 
 def bootstrap(
-    statistic: Callable[..., Tensor], data: tuple[Tensor, ...], n: int, seed: int, rows: bool, level: float = 0.95
+    statistic: Callable[..., Tensor], data: tuple[Tensor, ...], n: int, seed: int, rows: bool
 ) -> tuple[Tensor, Tensor]:
     """Percentile bootstrap interval of a statistic, resampling columns and, with ``rows``, rows.
 
@@ -105,12 +105,11 @@ def bootstrap(
         n: number of resamples.
         seed: of the resampling.
         rows: whether to resample the rows too.
-        level: confidence level of the interval.
 
     Returns:
-        The lower and the upper end; NaN if the statistic is NaN in half of the resamples or more.
+        The ends that enclose 95 % of the resamples; NaN if the statistic is NaN in half of them or more.
     """
-    return interval(resampled(statistic, data, n, seed, rows), level)
+    return interval(resampled(statistic, data, n, seed, rows))
 
 
 def resampled(statistic: Callable[..., Tensor], data: tuple[Tensor, ...], n: int, seed: int, rows: bool) -> Tensor:

@@ -115,11 +115,11 @@ class Refit:
         return self._models
 
     @contextlib.contextmanager
-    def _opened(self, queries: Any, measurement: Loss | None = None, mean: bool = False) -> Iterator[Queries]:
+    def _opened(self, queries: Any, measurement: Loss | None = None) -> Iterator[Queries]:
         """The queries, to be measured under any model of this module while the context lasts."""
         subject = self._subject_or_raise()
         source = source_of(queries, "queries", like=subject.train)
-        with subject.session.open(source, measurement, mean, gradients=False) as setting:
+        with subject.session.open(source, measurement, gradients=False) as setting:
             assert setting.queries is not None
             yield setting.queries
 

@@ -6,6 +6,7 @@ import torch
 
 from lightning_influence.data.source import Source
 from lightning_influence.module.task import Task
+from lightning_influence.setting.checkpoints import put_in_place
 from lightning_influence.setting.made_again import first_mismatch, loss_of, remade
 from lightning_influence.setting.other_data import cause_of
 from lightning_influence.trajectory import Checkpoint, Trajectory
@@ -96,8 +97,7 @@ def _check_losses(task: Task, source: Source, checkpoints: Sequence[Checkpoint],
         checkpoint = next((c for c in checkpoints if (c.step, c.crc32) == (step, checksum)), None)
         if checkpoint is None:
             continue
-        state = checkpoint.load()
-        task.load(state.parameters, state.buffers, checkpoint.step, checkpoint.epoch)
+        put_in_place(task, checkpoint)
         try:
             now = float(loss_of(task, found.batch, losses.ids))
         except Exception:

@@ -20,6 +20,7 @@ from lightning_influence.module.trainer_answers import notes_of
 from lightning_influence.module.trainer_reads import FitValues
 from lightning_influence.module.trainer_state import detached_trainer
 from lightning_influence.setting.batch_index import BatchIndex
+from lightning_influence.setting.checkpoints import put_in_place
 from lightning_influence.setting.chosen_precision import (
     ChosenPrecision,
     chosen_precision,
@@ -94,12 +95,12 @@ class Session:
                 state = last.load()
                 _check_same_model(task, state.parameters, last)
                 if (asked or self._data_notes is None) and self.checks_data and self.trajectory is not None:
-                    task.load(state.parameters, state.buffers, last.step, last.epoch)
+                    put_in_place(task, last, state)
                     again = self._data_notes is not None  # somebody may have changed either since
                     with task.in_full():
                         notes = check_data(task, self.train, self.trajectory, again)
                     self._data_notes = list(dict.fromkeys([*(self._data_notes or ()), *notes]))
-                task.load(state.parameters, state.buffers, last.step, last.epoch)
+                put_in_place(task, last, state)
             self._chosen = self._chosen or chosen_precision(task, self.examples(self.train), half)
             task.precision = self._chosen.precision
             try:

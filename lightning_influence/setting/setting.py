@@ -17,10 +17,10 @@ from lightning_influence.module.task import Task
 from lightning_influence.processes import Processes
 from lightning_influence.progress import Progress, no_progress
 from lightning_influence.setting.batch_index import BatchIndex
+from lightning_influence.setting.checkpoints import put_in_place, required, stage_positions
 from lightning_influence.setting.exposure import exposure_before
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.exposure import ExpectedDraws
-from lightning_influence.types import MissingEvidence
 
 if TYPE_CHECKING:
     from lightning_influence.setting.trained_models import TrainedModels
@@ -292,13 +292,12 @@ class Setting:
 
     def load(self, index: int) -> int:
         """Load the weights of the checkpoint at a position in the trajectory; its step."""
-        checkpoint = _required(self.trajectory).checkpoints[index]
-        state = checkpoint.load()
-        self.task.load(state.parameters, state.buffers, checkpoint.step, checkpoint.epoch)
+        checkpoint = required(self.trajectory).checkpoints[index]
+        put_in_place(self.task, checkpoint)
         return checkpoint.step
 
     def _stage(self, index: int) -> Stage:
-        trajectory, step = _required(self.trajectory), self.load(index)
+        trajectory, step = required(self.trajectory), self.load(index)
         by_index = self.depends_on_index(index)
         exposure = exposure_before(self, index)[:, self.ids.start : self.ids.stop]
         rates = torch.tensor(trajectory.learning_rates(index), dtype=torch.float64)
@@ -314,33 +313,12 @@ class Setting:
         return pair is not None
 
 
-def stage_positions(trajectory: Trajectory | None, checkpoints: Sequence[int] | None = None) -> list[int]:
-    """The given positions, sorted and non-negative; None: all but the initial weights, unless there are no others."""
-    steps = [checkpoint.step for checkpoint in _required(trajectory).checkpoints]
-    available = len(steps)
-    if checkpoints is None:
-        return list(range(1 if available > 1 and steps[0] == 0 else 0, available))
-    wrong = [c for c in checkpoints if not -available <= c < available]
-    if wrong:
-        raise ValueError(f"Expected `checkpoints` to be positions among {available} checkpoints, got {wrong!r}.")
-    return sorted({c % available for c in checkpoints})
-
-
 def cached(cache: dict[K, Any], key: K, make: Callable[[], S]) -> S:
     """The value of the key; if there is none yet, it is made and stored."""
     if key not in cache:
         cache[key] = make()
     found: S = cache[key]
     return found
-
-
-def _required(trajectory: Trajectory | None) -> Trajectory:
-    if trajectory is None:
-        raise MissingEvidence(
-            "Expected a trajectory with checkpoints and learning rates, got `trajectory=None`. Fit with "
-            "`Trainer(callbacks=[Influence()])`, or load checkpoint files with `Trajectory.from_checkpoints(paths)`."
-        )
-    return trajectory
 
 
 def whole_blocks(count: int, size: int) -> int:

@@ -16,6 +16,7 @@ from lightning_influence.gradients.precise import precise
 from lightning_influence.gradients.reduction import PASS_LOSS
 from lightning_influence.module.snapshot import restoring
 from lightning_influence.numerics.subsets import evenly_spread
+from lightning_influence.setting.checkpoints import put_in_place
 from lightning_influence.trajectory import Trajectory
 
 _SAMPLED = 8
@@ -160,7 +161,6 @@ def _reached_elsewhere(engine: Engine, sample: Block, names: set[str], trajector
     if not names:
         return found
     for checkpoint in [*trajectory.checkpoints[:-1], trajectory.checkpoints[-1]]:
-        state = checkpoint.load()
-        engine.task.load(state.parameters, state.buffers, checkpoint.step, checkpoint.epoch)
+        put_in_place(engine.task, checkpoint)
         found |= _reached(engine, sample, names)
     return found

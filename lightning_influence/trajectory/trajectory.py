@@ -261,6 +261,9 @@ class Trajectory:
             reduction: How ``training_step`` reduces the losses of a batch.
             n_train: Length of the training dataset.
             weights: As for ``exposure``.
+
+        Returns:
+            The examples' visits at each index, in units of the learning rate.
         """
         window = self._window(range(len(self.checkpoints))[index])
         rates = _exposure.effective_rates(window, self.settings, self._groups)

@@ -2,40 +2,20 @@
 
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from fits import Indexed, Net, fit, loader, recorded, seeded
+from fits import Indexed, Net, by_epoch, fit, loader, recorded, seeded
 from pytorch_lightning import Callback
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
+from victim import begun, finishes, killed
 
 from lightning_influence.callback.influence import Influence
 from lightning_influence.trajectory import Trajectory
-
-
-class ByEpoch(Sampler):
-    """An order that depends on the epoch alone, so that a resumed fit can have that of an undisturbed one."""
-
-    epoch = 0
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __iter__(self):
-        return iter(torch.randperm(23, generator=torch.Generator().manual_seed(self.epoch)).tolist())
-
-    def __len__(self):
-        return 23
-
-
-def by_epoch():
-    return DataLoader(Indexed(), 4, sampler=ByEpoch())
 
 
 class SaveAt(Callback):
@@ -153,9 +133,10 @@ def test_two_fits_at_once_on_one_folder_are_two_runs(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_at_once_on_one_folder_do_not_meet(tmp_path):
-    both = [victim(tmp_path, "alone"), victim(tmp_path, "alone")]
+    both = [begun(tmp_path, "alone")[0] for _ in range(2)]
     for process in both:
-        finish(process)
+        process.join(120)
+        assert process.exitcode == 0
     one, other = (Trajectory.load(tmp_path / "influence" / run) for run in ("run-0", "run-1"))
     assert one.finished
     assert_same(one, other)
@@ -180,34 +161,24 @@ def finish(process):
     return output
 
 
-def kill_and_resume(tmp_path, moments):
-    """Kill a fit so many times, resume each time from Lightning's last checkpoint, and let the last one finish.
-
-    The moments together are shorter than the fit: one killed behind its last batch trains on when it is resumed.
-    """
-    finish(victim(tmp_path / "whole"))
-    whole = Trajectory.load(tmp_path / "whole" / "influence")
-    for delay in moments:
-        with victim(tmp_path / "killed") as process:
-            while "training" not in process.stdout.readline():
-                assert process.poll() is None
-            time.sleep(delay)
-            process.send_signal(signal.SIGKILL)
-        for run in (tmp_path / "killed" / "influence").glob("run-*"):
-            if (run / "manifest.json").exists():
-                trajectory = Trajectory.load(run)
-                assert all(set(checkpoint.load().parameters) for checkpoint in trajectory.checkpoints)
-                steps = trajectory.steps["step"].to_pylist()
-                assert steps == list(range(1, len(steps) + 1))
-    finish(victim(tmp_path / "killed"))
-    assert_same(Trajectory.load(tmp_path / "killed" / "influence"), whole)
+def readable(folder):
+    """What a killed fit left is whole."""
+    for run in (folder / "influence").glob("run-*"):
+        if (run / "manifest.json").exists():
+            trajectory = Trajectory.load(run)
+            assert all(set(checkpoint.load().parameters) for checkpoint in trajectory.checkpoints)
+            steps = trajectory.steps["step"].to_pylist()
+            assert steps == list(range(1, len(steps) + 1))
 
 
 @pytest.mark.slow
 def test_twenty_kills_leave_what_was_whole(tmp_path):
     chance = random.Random(0)
+    finishes(tmp_path / "whole")
+    whole = Trajectory.load(tmp_path / "whole" / "influence")
     for k in range(5):
-        kill_and_resume(tmp_path / str(k), [chance.uniform(0, 0.25) for _ in range(4)])
+        killed(tmp_path / str(k), [chance.uniform(0, 0.25) for _ in range(4)], readable)
+        assert_same(Trajectory.load(tmp_path / str(k) / "influence"), whole)
 
 
 @pytest.mark.slow

@@ -75,14 +75,6 @@ def test_conjugate_gradients_notice_negative_curvature_of_the_row_that_meets_it(
     torch.testing.assert_close(found.vectors[0], torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("depth", [1, 7, 60])
-def test_a_truncated_neumann_series_is_gradient_descent_in_closed_form(depth):
-    a, b, scale = matrix(SPREAD), right(2, 12), 12.0
-    left = torch.eye(12, dtype=torch.float64) - a / scale
-    expected = (torch.eye(12, dtype=torch.float64) - torch.linalg.matrix_power(left, depth)) @ torch.linalg.inv(a)
-    torch.testing.assert_close(solvers.neumann(times(a), b, scale, depth), b @ expected)
-
-
 def test_the_accelerated_series_converges_in_the_square_root_of_the_terms():
     a, b = matrix(SPREAD), right(3, 12)
     b[2] = 0
