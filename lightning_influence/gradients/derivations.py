@@ -1,7 +1,7 @@
 """How a weight is computed from parameters: its derivative, applied to gradients (back) and to vectors (forward)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -196,15 +196,8 @@ def _equal(which: Tensor) -> Tensor:
     return found
 
 
-def vjp_graph(value: Tensor, given: Mapping[int, Tensor], weight: Tensor) -> dict[int, Tensor]:
-    """J^T w for the derivative J of a value by what is given, with its graph; absent where it does not depend on it."""
-    if not value.requires_grad:
-        return {}
-    return named(given, torch.autograd.grad(value, [*given.values()], weight, create_graph=True, allow_unused=True))
-
-
 class Replayed(Derivation):
-    """Any computation, run again under autograd.
+    """Any computation, run again under autograd once its derivative is needed.
 
     Args:
         make: computes the weight from the parameters.
@@ -215,11 +208,29 @@ class Replayed(Derivation):
     def __init__(self, make: Callable[..., Tensor], parameters: Sequence[Tensor], key: Hashable) -> None:
         self.key = key
         self.shapes = tuple(tuple(p.shape) for p in parameters)
+        self._make = make
+        self._given = dict(enumerate(p.detach().clone() for p in parameters))
+
+    @cached_property
+    def _value(self) -> Tensor:
         with torch.enable_grad():
-            self._given = dict(enumerate(p.detach().clone().requires_grad_() for p in parameters))
-            self._value = make(*self._given.values())
-            self._weight = torch.zeros_like(self._value, requires_grad=True)  # J^T is linear in it
-            self._transposed = vjp_graph(self._value, self._given, self._weight)
+            return self._make(*(p.requires_grad_() for p in self._given.values()))
+
+    @cached_property
+    def _weight(self) -> Tensor:
+        """What is multiplied with J^T, which is linear in it."""
+        return torch.zeros_like(self._value, requires_grad=True)
+
+    @cached_property
+    def _transposed(self) -> dict[int, Tensor]:
+        """J^T times the weight, by parameter, with its graph; absent where the value does not depend on one."""
+        if not self._value.requires_grad:
+            return {}
+        with torch.enable_grad():
+            found = torch.autograd.grad(
+                self._value, [*self._given.values()], self._weight, create_graph=True, allow_unused=True
+            )
+        return named(self._given, found)
 
     def back(self, rows: Tensor) -> tuple[Tensor, ...]:
         """By a vectorised backward pass."""

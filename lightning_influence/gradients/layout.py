@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ class Taken:
     total: int
     _places: dict[tuple[int, Layout], tuple[Tensor, Tensor, int]] = field(default_factory=dict, repr=False)
 
-    def __getitem__(self, rows: Any) -> "Taken":
+    def __getitem__(self, rows: slice | Tensor) -> "Taken":
         return Taken(self.index[rows], self.total)
 
     def places(self, examples: int, layout: Layout) -> tuple[Tensor, Tensor, int]:

@@ -1,6 +1,6 @@
 """Weights that are computed from parameters alone: masked, normalised, merged of several, slices, positions."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from lightning_influence.gradients.derivations import Constant, Replayed, Selection
 
 Values = Mapping[int, Tensor]
-"""Values of parameters, by ``id`` of the parameter."""
+"""Values of parameters and constants, by ``id`` of the tensor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,10 @@ class Source:
     def replayed(self, values: Values) -> Tensor:
         """The tensor, computed from other values of the parameters."""
         return values[id(self.value)]
+
+    def constants(self) -> Iterator[Tensor]:
+        """The other tensors that it is computed from."""
+        return iter(())
 
     def is_weight(self, shape: Sequence[int] | None) -> bool:
         """Whether an operation takes it as one for all examples.
@@ -90,6 +95,10 @@ class View(Source):
     def key(self) -> Hashable:
         """Identifies the value."""
         return self.selection, self.base.key
+
+    def constants(self) -> Iterator[Tensor]:
+        """Those of the base."""
+        return self.base.constants()
 
     def replayed(self, values: Values) -> Tensor:
         """The same view of the base."""
@@ -137,23 +146,32 @@ class Result(Source):
             return Constant(of)
         return of if isinstance(of, Hashable) else id(of)
 
+    def constants(self) -> Iterator[Tensor]:
+        """Among its operands, and those of the sources."""
+        for operand in tree_leaves((self.args, dict(self.kwargs))):
+            if id(operand) in self.sources:
+                yield from self.sources[id(operand)].constants()
+            elif isinstance(operand, Tensor):
+                yield operand
+
     def replayed(self, values: Values) -> Tensor:
-        """The function's result; constants are copied, since they may change before it is differentiated."""
+        """The function's result."""
 
         def operand(of: Any) -> Any:
             if isinstance(of, (list, tuple)):
                 return [operand(one) for one in of] if isinstance(of, list) else tuple(operand(one) for one in of)
             if id(of) in self.sources:
                 return self.sources[id(of)].replayed(values)
-            return of.detach().clone() if isinstance(of, Tensor) else of
+            return values[id(of)] if isinstance(of, Tensor) else of
 
         return self.func(*operand(self.args), **{k: operand(v) for k, v in self.kwargs.items()})  # type: ignore[no-any-return]
 
 
 def replay(source: Source) -> Replayed:
-    """How a tensor is computed, run again."""
+    """How a tensor is computed, run again; constants are copied, since they may change before it is differentiated."""
+    constants = {id(tensor): tensor.detach().clone() for tensor in source.constants()}
 
     def make(*values: Tensor) -> Tensor:
-        return source.replayed({id(p): v for p, v in zip(source.parameters.values(), values, strict=True)})
+        return source.replayed(constants | {id(p): v for p, v in zip(source.parameters.values(), values, strict=True)})
 
     return Replayed(make, list(source.parameters.values()), source.key)
