@@ -3,6 +3,7 @@
 import re
 import signal
 import warnings
+from types import SimpleNamespace
 
 import lightning.pytorch
 import pytest
@@ -27,6 +28,7 @@ from lightning_influence import (
     TracInCP,
     Trajectory,
 )
+from lightning_influence.callback.queries import resolve_queries
 
 
 def make_net(package):
@@ -88,6 +90,12 @@ def test_queries_are_found_by_word(tmp_path, queries, count):
     fit(influence, tmp_path)
     assert len(influence.scores["GradientDot"]) == count
     assert influence.scores["GradientDot"].top_k == 3
+
+
+def test_a_numbered_training_loader_is_no_test_loader():
+    loaders = [DataLoader(VAL, 4), DataLoader(OTHER, 4)]
+    trainer = SimpleNamespace(train_dataloader=loaders, test_dataloaders=DataLoader(TRAIN, 6))
+    assert [resolve_queries(f"train:{k}", trainer) for k in (0, 1)] == loaders
 
 
 def test_test_data_come_from_the_module(tmp_path):

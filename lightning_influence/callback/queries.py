@@ -32,7 +32,7 @@ def resolve_queries(queries: Any, trainer: Any) -> Any:
 
 
 def _loaders(kind: str, trainer: Any) -> list[Any]:
-    found = trainer.val_dataloaders if kind == "val" else trainer.test_dataloaders
+    found = getattr(trainer, "train_dataloader" if kind == "train" else f"{kind}_dataloaders")
     if found is None:  # not loaded in this fit: create it as Lightning would
         owner = trainer.datamodule if trainer.datamodule is not None else trainer.lightning_module
         try:

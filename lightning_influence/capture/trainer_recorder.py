@@ -104,17 +104,18 @@ class TrainerReads:
 
     def _attribute(self, kind: type, owner: Any, name: str) -> Any:
         path, again = self._paths.get(id(owner), ("", None))
+        place = f"{path}.{name}" if path else name
         try:
             value = own_value(owner, name, kind)
         except AttributeError:
-            self._first.setdefault(f"{path}.{name}" if path else name, {"is": "absent", "value": None})
-            self._read.setdefault(f"{path}.{name}" if path else name, None)
+            self._first.setdefault(place, {"is": "absent", "value": None})
+            self._read.setdefault(place, None)
             raise
         if again is None or (not path and (name.startswith("_") or name in _NOT_RECORDED)):
             return value
         if not path and is_of_the_process(kind, name) and _is_object(value):
             return value
-        return self.seen(f"{path}.{name}" if path else name, value, lambda: getattr(again(), name))
+        return self.seen(place, value, lambda: getattr(again(), name))
 
     def seen(self, path: str, value: Any, again: Callable[[], Any] | None) -> Any:
         """Note a value that was read.

@@ -17,6 +17,10 @@ from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.types import Batch, bytes_in, foreign
 
 _READ_TWICE = 4  # examples
+# Together with an example's id, seeds the random state under which it is read.
+_SEED = 0
+# Blocks are kept for the next pass (the next checkpoint) up to this total size.
+_CACHE_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,6 @@ class Examples:
         workers: worker processes of the loader.
         opened: whether the loader has a `worker_init_fn`, which may open what the examples are read from.
         name: of the argument that the data were passed as, for error messages.
-        seed: together with an example's id, seeds the random state under which it is read.
-        cache_bytes: blocks are kept for the next pass (the next checkpoint) up to this total size.
     """
 
     def __init__(
@@ -77,8 +79,6 @@ class Examples:
         collate: Callable[[list[Any]], Batch] | None,
         block_size: int,
         workers: int = 0,
-        seed: int = 0,
-        cache_bytes: int = 2**28,
         opened: bool = False,
         name: str = "data",
     ) -> None:
@@ -89,14 +89,13 @@ class Examples:
         self.thorough = False
         """Whether as many of them are checked before scoring as for a small model, since fewer showed too little."""
         self._collate = collate or default_collate
-        self._reader = _Reader(dataset, self._collate, seed, name)
+        self._reader = _Reader(dataset, self._collate, name)
         # Slicing tensors gives what torch's own collate makes of their rows, a hundred times faster.
         self._sliced = type(dataset) is TensorDataset and self._collate is default_collate
         self.workers = 0 if self._sliced else workers
-        self._seed = seed
         self._opened, self._name = opened, name
         self._cache: dict[range, tuple[Batch, list[int]]] = {}
-        self._cache_bytes = self._cache_left = cache_bytes
+        self._cache_left = _CACHE_BYTES
         self._count = len(dataset)
 
     def __len__(self) -> int:
@@ -110,7 +109,7 @@ class Examples:
 
     def keeps(self, block: "Block") -> bool:
         """Whether all examples stay in memory once they were read, if they are like those of a block."""
-        return self._keepable(block.batch) and bytes_in(block.batch) * len(self) <= self._cache_bytes * block.size
+        return self._keepable(block.batch) and bytes_in(block.batch) * len(self) <= _CACHE_BYTES * block.size
 
     @property
     def draws(self) -> bool:
@@ -119,7 +118,7 @@ class Examples:
 
     def one(self, example: int) -> Batch:
         """The batch of one for an example; the random state is left seeded for that example."""
-        seed_for(self._seed, example)
+        seed_for(_SEED, example)
         item = self._item(example)
         if self.share_of_copies is None:
             return self._collated([item], [example])
@@ -136,7 +135,7 @@ class Examples:
         if self.share_of_copies is not None and len(ids) == 1:
             return self.one(ids[0])
         if self._sliced:
-            seed_for(self._seed, ids[0])
+            seed_for(_SEED, ids[0])
             rows = torch.as_tensor(ids)
             return [tensor[rows] for tensor in self.dataset.tensors]
         return self._reader.__getitems__(list(ids))
@@ -258,24 +257,24 @@ def versions_of(batch: Batch) -> list[int]:
 class _Reader:
     """Reads and collates examples. Once the dataset draws random numbers, each is seeded, otherwise only the first."""
 
-    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Batch], seed: int, name: str) -> None:
-        self.dataset, self.collate, self.seed, self.name = dataset, collate, seed, name
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Batch], name: str) -> None:
+        self.dataset, self.collate, self.name = dataset, collate, name
         self.draws = False
 
     def __getitems__(self, ids: list[int]) -> Batch:
         if not self.draws:
-            seed_for(self.seed, ids[0])
+            seed_for(_SEED, ids[0])
             before = random_state()
             items = [read_item(self.dataset, i, self.name) for i in ids]
             self.draws = not same_state(before, random_state())
         if self.draws:
             items = [self.seeded(i) for i in ids]
-        seed_for(self.seed, ids[0])
+        seed_for(_SEED, ids[0])
         return collated(self.collate, items, ids, self.dataset, self.name)
 
     def seeded(self, example: int) -> Any:
         """The example under its own random state."""
-        seed_for(self.seed, example)
+        seed_for(_SEED, example)
         return read_item(self.dataset, example, self.name)
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -30,6 +30,28 @@ _WEIGHT, _GRADIENT = "weight", "gradient"
 _SEGMENT = re.compile(r"(.*[/\\])?run-\d+[/\\]trackers[/\\][^/\\]+[/\\]visits-\d+(\.crc[0-9a-f]{8})?\.pt")
 
 
+class Visit(TypedDict):
+    """The examples of a micro-batch at one step, as a segment holds them.
+
+    Args:
+        ids: of the examples.
+        share: factor of each example's loss in the loss of the step, whose gradient is g.
+        step: counted from 0.
+        factor: clipping by norm makes factor u - along <g, u> g of a change u of the gradient.
+        along: likewise.
+        pulled: <g, gradient>, [example], where ``along`` is not 0.
+        parts: the examples' gradients, encoded.
+    """
+
+    ids: list[int]
+    share: float
+    step: int
+    factor: float
+    along: float
+    pulled: Tensor | None
+    parts: list[tuple[list[str], dict[str, Any]]]
+
+
 class Visits(Tracker):
     """Hypergradients without the Hessian, for optimizers that treat all entries of a parameter alike.
 
@@ -50,7 +72,7 @@ class Visits(Tracker):
         self._known: dict[str, int] = {}
         self._path: list[list[int]] = []  # [step][name]: index into `_kinds`, -1 if the parameter was not updated
         self._segments: list[str] = []
-        self._pending: list[dict[str, Any]] = []
+        self._pending: list[Visit] = []
         self._bytes = 0
 
     def chosen(self, fit: TrackedFit) -> Tracker:
@@ -104,7 +126,7 @@ class Visits(Tracker):
         factor, along = _clipped(update.clipping, update.raw)
         for ids, (share, gradients) in zip(step.ids, step.batches, strict=True):
             products = gradients.times(_whole(update.raw, gradients)) if along else None
-            visit = {
+            visit: Visit = {
                 "ids": list(ids),
                 "share": share,
                 "step": len(self._path) - 1,
@@ -204,7 +226,7 @@ def add_products(
         most: no more than this many visits, for an estimate; None: all.
     """
     groups, by_step = _by_step(state)
-    window: list[tuple[dict[str, Any], list[Tensor]]] = []
+    window: list[tuple[Visit, list[Tensor]]] = []
     for visit in _visits(state, runs, most):
         if window and window[-1][0]["step"] != visit["step"]:
             _add_step(total, first, window, by_step)
@@ -237,9 +259,7 @@ def add_own_products(total: Tensor, setting: Setting, state: TrackerState, runs:
         shown = now
 
 
-def _add_own_step(
-    total: Tensor, setting: Setting, window: list[tuple[dict[str, Any], Gradients]], number: float
-) -> None:
+def _add_own_step(total: Tensor, setting: Setting, window: list[tuple[Visit, Gradients]], number: float) -> None:
     whole: dict[str, Tensor] = {}  # the step's gradient, where clipping by norm couples its examples
     for visit, found in window:
         if visit["pulled"] is not None:
@@ -262,7 +282,7 @@ def seconds_of_visits(add: Callable[[int], Any], state: TrackerState, runs: Path
     return one + max(0.0, few - one) * max(0, count - 1) / _FEW
 
 
-def _visits(state: TrackerState, runs: Path, most: int | None) -> Iterator[dict[str, Any]]:
+def _visits(state: TrackerState, runs: Path, most: int | None) -> Iterator[Visit]:
     visits = (visit for segment in state.facts["segments"] for visit in load(_inside(runs, segment)))
     return itertools.islice(visits, most)
 
@@ -278,9 +298,7 @@ def _inside(runs: Path, segment: str) -> Path:
     return runs / segment
 
 
-def _add_step(
-    total: Tensor, first: int, window: list[tuple[dict[str, Any], list[Tensor]]], by_step: list[Tensor]
-) -> None:
+def _add_step(total: Tensor, first: int, window: list[tuple[Visit, list[Tensor]]], by_step: list[Tensor]) -> None:
     """Add one step's visits, from all its micro-batches together: clipping by norm couples them."""
     for k, counts in enumerate(by_step):
         number = float(counts[window[0][0]["step"]])
@@ -297,7 +315,7 @@ def _add_step(
 
 
 def _clipped(clipping: Clipping | None, raw: Mapping[str, Tensor]) -> tuple[float, float]:
-    """Return factor and along: clipping maps a change u of the gradient g to factor u - along <g, u> g."""
+    """``factor`` and ``along`` of a ``Visit``, from the clipping and the gradient before it."""
     if not isinstance(clipping, ByNorm):
         return 1.0, 0.0
     norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in raw.values()])))
