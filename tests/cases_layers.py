@@ -6,6 +6,7 @@ import torch
 from case import Call, Case, Pooled, Step, Take, both, mlp, with_statistics
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 
 def layer(name, make, *shape, **options):
@@ -143,7 +144,269 @@ def frozen_bias():
     return net
 
 
+MASK = (torch.arange(15).view(3, 5) % 4 > 0).double()
+
+
+def computed_net():
+    """The scale of its weight is called a bias, so that it is in the group of the biases."""
+    return Applied(
+        lambda m, x: m.head(torch.tanh(F.linear(x, m.w / m.w.norm(dim=1, keepdim=True) * m.bias))),
+        w=torch.randn(4, 5),
+        bias=torch.ones(4, 1),
+        head=nn.Linear(4, 3),
+    )
+
+
+class Applied(nn.Module):
+    """``work(self, x)`` with some tensors: floating ones are parameters, a name that starts with "_" is a buffer."""
+
+    def __init__(self, work, **tensors):
+        super().__init__()
+        self.work = work
+        for name, tensor in tensors.items():
+            if isinstance(tensor, nn.Module):
+                setattr(self, name, tensor)
+            elif name.startswith("_"):
+                self.register_buffer(name, tensor)
+            else:
+                setattr(self, name, nn.Parameter(tensor))
+
+    def forward(self, x):
+        return self.work(self, x)
+
+
+def computed(name, work, *shape, fit=False, high=None, **sizes):
+    """A layer whose weight is computed from parameters; a tuple is the size of a random tensor."""
+
+    def make():
+        made = {k: torch.randn(v) if isinstance(v, tuple) else v for k, v in sizes.items()}
+        return Applied(work, **made)
+
+    return layer(name, make, *shape, fit=fit, **({} if high is None else {"high": high}))
+
+
+def two_uses(m, x):
+    """A masked weight that is computed anew for each of its uses."""
+    return m.head(torch.tanh(F.linear(torch.tanh(F.linear(x, m.w * m._mask)), m.w * m._mask)))
+
+
+def written_over(m, x):
+    """What was computed is written to before it is used."""
+    weight = m.w * m._mask
+    weight[0] = 0
+    return m.head(torch.tanh(F.linear(x, weight)))
+
+
+def by_length(m, x):
+    """A slice that is as long as the examples are, and one more."""
+    return m.head(torch.tanh(x + m.pos[: x.shape[1]] * m.scale).mean(1) @ m.w[1:5, :4].mT)
+
+
+class Masked(Step):
+    """A mask with few distinct rows that changes: after each epoch, or in each step, past its version."""
+
+    each_step = False
+
+    def training_step(self, batch, batch_idx):
+        if self.each_step:
+            self.net._mask.data.copy_(self.net._first.flip(batch_idx % 2))
+        return super().training_step(batch, batch_idx)
+
+    def on_train_epoch_end(self):
+        self.net._mask.copy_(self.net._mask.flip(0))
+
+
+def masked(each_step=False):
+    tiles = torch.arange(80)[:, None] // 20 >= torch.arange(60)[None] // 15
+    step = Masked(
+        Applied(
+            lambda m, x: m.head(F.linear(x, m.w * m._mask).tanh()),
+            w=torch.randn(80, 60) / 8,
+            head=nn.Linear(80, 3),
+            _mask=tiles.double(),
+            _first=tiles.double(),
+        )
+    )
+    step.each_step = each_step
+    return step
+
+
+def routed(m, x):
+    """Tokens are taken by expert, as in Hugging Face's Mixtral."""
+    tokens = x.flatten(0, 1)
+    weights, to = m.gate(tokens).softmax(-1).topk(2)
+    out = torch.zeros_like(tokens)
+    for e in range(3):
+        which, of_expert = torch.where((to == e).T)
+        gate, up = F.linear(tokens[of_expert], m.up[e]).chunk(2, -1)
+        own = F.linear(F.silu(gate) * up, m.down[e]) * weights[of_expert, which, None]
+        out.index_add_(0, of_expert, own)
+    return m.head(out.view(x.shape).mean(1))
+
+
+def by_mask(m, x):
+    """Time comes first, and each token has one expert: a network with biases and a normalisation."""
+    x = x.transpose(0, 1).contiguous()
+    best, to = m.gate(x).max(-1)
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        out[to == e] = expert(x[to == e])
+    return m.head((out * best[..., None]).mean(0))
+
+
+def in_order(m, x):
+    """Tokens are sorted by expert, and each expert has the next few."""
+    tokens = x.flatten(0, 1)
+    best, to = m.gate(tokens).max(-1)
+    order = to.argsort(stable=True)
+    parts = tokens[order].split(to.bincount(minlength=3).tolist())
+    own = torch.cat([F.linear(part, m.w[e] * m._mask) for e, part in enumerate(parts)])
+    return m.head((torch.zeros_like(own).index_copy(0, order, own) * best[:, None]).view(x.shape).mean(1))
+
+
+def latent(m, x):
+    h = m.attention(torch.tanh(x[:, :2]), x, x)[0]
+    return m.head(torch.tanh(h).mean(1))
+
+
+def head():
+    return nn.Linear(4, 3)
+
+
+GRID = torch.arange(20).view(4, 5)
+COMPUTED = [
+    computed("masked Linear", lambda m, x: F.linear(x, m._mask * m.w, m.b), 5, w=(3, 5), b=(3,), _mask=MASK, fit=True),
+    computed(
+        "masked Linear over positions",
+        lambda m, x: m.head(torch.tanh(F.linear(x, m.w * m._mask)).mean(1)),
+        *(6, 5),
+        w=(4, 5),
+        _mask=(GRID % 3 > 0).double(),
+        head=head(),
+    ),
+    computed("masked twice", two_uses, 5, w=(5, 5), _mask=torch.ones(5, 5).tril(), head=nn.Linear(5, 3)),
+    computed("a computed weight that is written to", written_over, 5, w=(4, 5), _mask=torch.ones(4, 5), head=head()),
+    computed("weight times a number", lambda m, x: F.linear(x, m.w * 0.3, m.b / 2), 5, w=(3, 5), b=(3,)),
+    computed("weight scaled by rows", lambda m, x: F.linear(x, m.w * m._by), 5, w=(3, 5), _by=torch.rand(3, 1)),
+    computed("weight scaled by columns", lambda m, x: x @ (m.w / m._by).T, 5, w=(3, 5), _by=1 + torch.rand(5)),
+    computed("weight times another", lambda m, x: F.linear(x, m.w * m.by[:, None]), 5, w=(3, 5), by=(3,), fit=True),
+    computed("weight of a sum", lambda m, x: F.linear(x, m._base - 0.5 * m.w + m.v), 5, w=(3, 5), v=(3, 5), _base=MASK),
+    computed("low rank", lambda m, x: x @ (m.up @ m.down).T, 5, up=(3, 2), down=(2, 5), fit=True),
+    computed("low rank, transposed", lambda m, x: x @ (m.down.T @ m.up.t()), 5, up=(3, 2), down=(2, 5)),
+    computed("joined weights", lambda m, x: F.linear(x, torch.cat([m.a, m.b[:1] * 2])), 5, a=(2, 5), b=(3, 5)),
+    computed("joined columns", lambda m, x: F.linear(x, torch.cat([m.a, m.b], dim=-1)), 5, a=(3, 2), b=(3, 3)),
+    computed(
+        "chunks of one weight",
+        lambda m, x: m.head(torch.tanh(F.linear(x, m.w.chunk(2)[0], m.b[:4]) * F.linear(x, m.w[4:], m.b[4:])).mean(1)),
+        *(6, 5),
+        w=(8, 5),
+        b=(8,),
+        head=head(),
+        fit=True,
+    ),
+    computed(
+        "overlapping slices", lambda m, x: F.linear(x[:, :3], m.w[:3]) + F.linear(x[:, 2:], m.w[1:4]), 5, w=(4, 3)
+    ),
+    computed("slice of each length", by_length, 6, 4, pos=(8, 4), scale=(4,), w=(5, 6), head=head()),
+    computed(
+        "matrices in one tensor", lambda m, x: F.linear(x, m.w[0]) * F.linear(x, m.w[2]), 5, w=(3, 3, 5), fit=True
+    ),
+    computed("weight in another shape", lambda m, x: F.linear(x, m.w.reshape(3, -1)), 6, w=(3, 2, 3)),
+    computed("transposed weight in another shape", lambda m, x: F.linear(x, m.w.T.reshape(3, 6)), 6, w=(9, 2)),
+    computed("normalised rows", lambda m, x: F.linear(x, F.normalize(m.w, dim=1)), 5, w=(3, 5), fit=True),
+    computed("softmax of a weight", lambda m, x: x @ m.w.softmax(0), 5, w=(5, 3)),
+    computed("detached beside itself", lambda m, x: F.linear(x, m.w + (m.w.round() - m.w).detach()), 5, w=(3, 5)),
+    computed(
+        "scaled table", lambda m, x: m.head(F.embedding(x, m.w * 2).tanh().mean(1)), 6, w=(9, 4), head=head(), high=9
+    ),
+    computed("masked table", lambda m, x: F.embedding(x, m.w * m._m).mean(1), 6, w=(9, 3), _m=torch.rand(9, 3), high=9),
+    computed(
+        "difference and quotient",
+        lambda m, x: (m.a - x[:, :3] / m.b.exp()) / m.c - m.d,
+        5,
+        a=(3,),
+        b=(3,),
+        c=torch.tensor(1.5),
+        d=(3,),
+    ),
+    computed("einsum, out by in", lambda m, x: torch.einsum("bi,oi->bo", x, m.w), 5, w=(3, 5), fit=True),
+    computed(
+        "einsum, weight first", lambda m, x: torch.einsum("iko,bti->btok", m.w, x).mean((1, 3)), 6, 5, w=(5, 2, 3)
+    ),
+    computed("einsum over two letters", lambda m, x: torch.einsum("bti,toi->bo", x, m.w), 6, 5, w=(6, 3, 5)),
+    computed("einsum by edges", lambda m, x: torch.einsum("bik,iok->bio", x, m.w).sum(1), 5, 4, w=(5, 3, 4), fit=True),
+    computed(
+        "einsum, large matrices",
+        lambda m, x: m.head(torch.einsum("teh,ehd->ted", torch.einsum("bi,edi->bed", x, m.v).tanh(), m.w).mean(1)),
+        *(5,),
+        v=(2, 40, 5),
+        w=(2, 40, 30),
+        head=nn.Linear(30, 3),
+    ),
+    computed(
+        "experts by token, one tensor",
+        routed,
+        *(6, 4),
+        gate=nn.Linear(4, 3),
+        up=(3, 10, 4),
+        down=(3, 4, 5),
+        head=head(),
+        fit=True,
+    ),
+    computed(
+        "experts by mask, time first",
+        by_mask,
+        *(6, 4),
+        gate=nn.Linear(4, 2),
+        experts=nn.ModuleList(nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 4)) for _ in range(2)),
+        head=head(),
+    ),
+    computed(
+        "masked experts in order",
+        in_order,
+        *(6, 4),
+        gate=nn.Linear(4, 3),
+        w=(3, 4, 4),
+        _mask=torch.ones(4, 4).tril(),
+        head=head(),
+    ),
+    layer(
+        "cross-attention",
+        lambda: Applied(latent, attention=nn.MultiheadAttention(4, 2, batch_first=True), head=head()),
+        6,
+        4,
+        fit=True,
+    ),
+    layer(
+        "weight norm of a convolution",
+        over_space(lambda: parametrizations.weight_norm(nn.Conv2d(2, 4, 3)), 4),
+        2,
+        6,
+        5,
+        fit=True,
+    ),
+    layer(
+        "spectral norm of a convolution",
+        over_space(lambda: parametrizations.spectral_norm(nn.Conv1d(2, 4, 3)), 4),
+        2,
+        9,
+    ),
+    Case("a mask that changes between checkpoints", masked, **both(60), fit=True),
+    Case("a mask written to in the step", lambda: masked(True), **both(60), fit=True, by_index=True),
+    computed(
+        "an empty matrix",
+        lambda m, x: F.linear(x, torch.cat([m.a, m.b]) + m.c @ m.d),
+        5,
+        a=(0, 5),
+        b=(3, 5),
+        c=(3, 0),
+        d=(0, 5),
+    ),
+    Case("weight norm in two groups", lambda: Step(computed_net(), two_groups=True), **both(5), fit=True),
+]
+
 LAYERS = [
+    *COMPUTED,
     layer("Linear", lambda: nn.Linear(5, 3), 5, fit=True),
     layer("MLP", mlp, 5, fit=True),
     layer("Linear without bias", lambda: nn.Linear(5, 3, bias=False), 5),

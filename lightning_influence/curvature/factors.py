@@ -1,5 +1,6 @@
 """The Kronecker factors of one layer's Fisher, accumulated from per-sample gradients, with corrected eigenvalues."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -10,6 +11,8 @@ from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.outer_products import OuterProducts
 from lightning_influence.gradients.part import WORKSPACE, Part
+from lightning_influence.gradients.pulled import Pulled
+from lightning_influence.gradients.sum_of_parts import SumOfParts
 from lightning_influence.numerics.kronecker import SecondMoment, bases
 from lightning_influence.processes import Processes
 
@@ -150,16 +153,23 @@ def side_widths(part: Part) -> tuple[int, int] | None:
     if isinstance(part, OuterProducts):
         out = part.outputs.shape[2]
         inner = sum(int(torch.Size(shape).numel()) for shape in part.shapes()[:1]) // out + part.bias
-    elif isinstance(part, DenseRows) and part.rows[0].ndim >= 3:
-        shape = part.rows[0].shape[1:]
-        out, inner = shape[0], shape[1:].numel() + len(part.rows) - 1
-        if len(part.rows) > 1 and part.rows[1].shape[1:] != (out,):
+    elif _is_matrix(part) and len(part.shapes()[0]) >= 2:
+        shape, *others = part.shapes()
+        out, inner = shape[0], math.prod(shape[1:]) + len(others)
+        if others and others[0] != (out,):
             return None
     else:
         return None
-    if max(out, inner) > WIDEST or (min(out, inner) == 1 and not isinstance(part, OuterProducts)):
+    if max(out, inner) > WIDEST or min(out, inner) < (1 if isinstance(part, OuterProducts) else 2):
         return None
     return out, inner
+
+
+def _is_matrix(part: Part) -> bool:
+    """Whether gradients are neither outer products nor of tables."""
+    if isinstance(part, SumOfParts):
+        return any(_is_matrix(term) for term in part.terms)
+    return isinstance(part, (DenseRows, Pulled))
 
 
 def pieces(part: Part) -> Iterator[Part]:
@@ -225,11 +235,20 @@ def add_block(
     """First pass: add a block to the layers' moments, with new layers for parameters that none has yet."""
     covered = {name for names in factors for name in names}
     for names, part in gradients.parts.items():
-        if not covered & set(names):
-            factors[names] = LayerFactors(part, corrected)
-            covered |= set(names)
+        for own, one in _layers(names, part):
+            if not covered & set(own):
+                factors[own] = LayerFactors(one, corrected)
+                covered |= set(own)
     for layer, part in with_parts(factors, gradients, shapes):
         layer.add(part)
+
+
+def _layers(names: Names, part: Part) -> Iterator[tuple[Names, Part]]:
+    """A weight and its bias are one layer, the parameters that a weight is computed from are one each."""
+    if isinstance(part, (Pulled, SumOfParts)) and len(names) > 1:
+        yield from zip(((name,) for name in names), part.per_parameter(), strict=True)
+    else:
+        yield names, part
 
 
 def rows_of(names: Names, vectors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Tensor, ...]:

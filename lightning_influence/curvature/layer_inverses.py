@@ -121,9 +121,13 @@ class _Ends:
         if self.prepared is not prepared:
             layers = by_layer(prepared)
             tables = {("|".join(n), key): tensors[key] for n, tensors in layers.items() for key in _tables(tensors)}
-            ends = read_numbers([torch.stack(torch.aminmax(table)) for table in tables.values()])
+            ends = read_numbers([_ends(table) for table in tables.values()])
             self.prepared, self.found = prepared, dict(zip(tables, ends, strict=True))
         return self.found
+
+
+def _ends(table: Tensor) -> Tensor:
+    return torch.stack(torch.aminmax(table)) if table.numel() else table.new_zeros(2)
 
 
 def _tables(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -138,7 +142,7 @@ def _inverted(eigenvalues: Tensor, ends: Sequence[float], added: float, names: N
             "`GradientDot()` names the training examples at fault: check their inputs and losses, or leave them out."
         )
     least, most = (end + added for end in ends)
-    if not least > torch.finfo(eigenvalues.dtype).eps * most * (added <= 0):
+    if eigenvalues.numel() and not least > torch.finfo(eigenvalues.dtype).eps * most * (added <= 0):
         _refuse_singular(names, added)
     return (1 / (wide(eigenvalues) + added)).to(eigenvalues)
 

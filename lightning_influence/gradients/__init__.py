@@ -8,7 +8,8 @@ first; each layer takes the cheaper way.
 """
 
 from lightning_influence.gradients.block import Gradients
-from lightning_influence.gradients.engine import Engine, Plan
+from lightning_influence.gradients.engine import Engine
+from lightning_influence.gradients.plan import Plan
 from lightning_influence.gradients.reduction import Reduction
 from lightning_influence.gradients.sample import Sample
 from lightning_influence.gradients.self_check import make_plan

@@ -1,6 +1,6 @@
 """The gradient engine: per-sample gradients of a block of examples at the module's current weights."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_influence.data.examples import Block, Examples
 from lightning_influence.devices import onto
 from lightning_influence.gradients.block import Gradients, Names
+from lightning_influence.gradients.carried_back import apart, carried_back
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.general import (
     NotVectorisable,
@@ -20,73 +21,14 @@ from lightning_influence.gradients.general import (
 from lightning_influence.gradients.guard import Again, Guard
 from lightning_influence.gradients.layout import Layout, LayoutMismatch, Split
 from lightning_influence.gradients.part import Part
+from lightning_influence.gradients.plan import Plan
 from lightning_influence.gradients.reduction import Reduction
+from lightning_influence.gradients.rules.computed import Source
 from lightning_influence.gradients.spot_checks import SuspectRows
 from lightning_influence.gradients.sum_of_parts import sum_of
-from lightning_influence.gradients.tape import Call, Tape, Use
+from lightning_influence.gradients.tape import Call, Tape, constants_of
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.module.task import Task
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How each trainable parameter's per-sample gradients are computed; the self-check decides.
-
-    Args:
-        layouts: for each parameter with a layer rule, which dimension of its activations holds the examples.
-        vectorised: parameters whose gradients come from ``torch.func``.
-        one_by_one: parameters whose gradients take one backward pass per example.
-        separate: parameters that are never joined with others in one part.
-        copy_leaves: whether activations are copied, since the model writes into them in place.
-        uses: the functions that each parameter is passed to.
-        unreached: parameters that the loss does not depend on.
-        zero: others, whose gradients were 0 for all examples of the self-check.
-        bytes_of_one: of the gradient of an example of the self-check; None: not known.
-    """
-
-    layouts: Mapping[str, Layout]
-    vectorised: tuple[str, ...] = ()
-    one_by_one: tuple[str, ...] = ()
-    separate: frozenset[str] = frozenset()
-    copy_leaves: bool = False
-    uses: frozenset[Use] = frozenset()
-    unreached: tuple[str, ...] = ()
-    zero: tuple[str, ...] = ()
-    bytes_of_one: int | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All parameters of the plan."""
-        return (*self.layouts, *self.vectorised, *self.one_by_one, *self.unreached)
-
-    def check_has(self, trained: Iterable[str]) -> None:
-        """Check that the plan has all parameters that trained.
-
-        Raises:
-            ValueError: it lacks some of them.
-        """
-        if left_out := sorted(set(trained) - set(self.names)):
-            raise ValueError(
-                f"Expected every parameter that trained to be selected, got `parameters=` without `{left_out[0]}`"
-                f"{f' and {len(left_out) - 1} more' if len(left_out) > 1 else ''}: a change of one weight changes all "
-                "others in later steps. Leave `parameters` out."
-            )
-
-    def summary(self, parameters: Mapping[str, Tensor]) -> str:
-        """One line that says how many parameters have factored gradients, the fast way, and names all others."""
-        total = sum(parameters[name].numel() for name in self.names)
-        factored = sum(parameters[name].numel() for name in self.layouts)
-        which = f"all {total:,}" if factored == total else f"{factored:,} of {total:,}"
-        text = f"Gradients of {which} parameters were computed the fast way"
-        for label, names in (
-            ("through torch.func", self.vectorised),
-            ("one example at a time", self.one_by_one),
-            ("not used by the loss", self.unreached),
-        ):
-            if names:
-                shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-                text += f"; {label}: {shown}"
-        return text
 
 
 @dataclass
@@ -220,7 +162,7 @@ class Engine:
             unplanned = {name for name, _ in tape.uses - plan.uses}
             layouts = {n: layout for n, layout in plan.layouts.items() if n not in unplanned}
             parts, mismatched = self.parts_of(tape.calls, block, layouts, plan.separate)
-            reached = unplanned.union(*(call.names.values() for call in tape.calls if call.gradient is not None))
+            reached = unplanned.union(*(call.names for call in tape.calls if call.gradient is not None))
             slow += [
                 *mismatched,
                 *(n for n in plan.layouts if n in unplanned),
@@ -238,7 +180,7 @@ class Engine:
     def _note_positions(self, calls: Sequence[Call], watch: SuspectRows) -> None:
         """Have two examples checked where an operation has a number of positions per example that is new."""
         for call in calls:
-            for name in call.names.values():
+            for name in call.names if call.taken is None else ():
                 if self.plan.layouts.get(name) in (Layout.MAJOR, Layout.MINOR):
                     use = name, call.shape[0] / watch.examples
                     if use not in self._positions:
@@ -279,7 +221,8 @@ class Engine:
     ) -> Tape:
         """Record one forward and one backward pass through the activations, without computing weight gradients."""
         parameters = self.task.named_parameters()
-        tape = Tape({id(parameters[name]): name for name in names}, copy_leaves, watch)
+        wanted = {name: parameters[name] for name in names}
+        tape = Tape(wanted, constants_of(self.task.module), copy_leaves, watch)
         with requiring_gradients(self.task.module, ()):
             batch = self.task.to_device(block.batch)
             if set_random_state is None:
@@ -303,16 +246,20 @@ class Engine:
         for call in (call.in_float32() for call in calls):
             if call.gradient is None:  # the loss does not depend on it
                 continue
-            names = {role: name for role, name in call.names.items() if name in layouts}
-            for roles in self._joint_roles(names, layouts, separate):
-                split = Split(block.size, layouts[names[roles[0]]])
-                try:
-                    made = call.rule.parts(call.operands, call.gradient, frozenset(roles), split)
-                except LayoutMismatch:
-                    failed += [names[role] for role in roles]
-                    continue
-                for key, part in made.items():
-                    uses.setdefault(tuple(names[role] for role in key), []).append(part)
+            for roles in self._joint_roles(call, layouts, separate):
+                for layout in {layouts[name]: None for name in call.sources[roles[0]].names if name in layouts}:
+                    taken = [n for role in roles for n in call.sources[role].names if layouts.get(n) is layout]
+                    split = Split(block.size, layout, call.taken)
+                    try:
+                        made = call.rule.parts(call.operands, call.gradient, frozenset(roles), split)
+                        made = apart(made) if split.padded else made
+                    except LayoutMismatch:
+                        failed += taken
+                        continue
+                    for key, part in made.items():
+                        for names, own in self._by_parameters([call.sources[role] for role in key], part, separate):
+                            if set(names) <= set(taken):
+                                uses.setdefault(names, []).append(own)
         kept = {key: sum_of(of_key) for key, of_key in uses.items() if not set(key) & set(failed)}
         if weights is not None:  # the calls have the gradients of weight × loss
             inverse = onto(torch.where(weights == 0, weights, 1 / weights), self.task.device)
@@ -321,13 +268,28 @@ class Engine:
         return kept, sorted(lost)
 
     def _joint_roles(
-        self, names: Mapping[str, str], layouts: Mapping[str, Layout], separate: frozenset[str]
+        self, call: Call, layouts: Mapping[str, Layout], separate: frozenset[str]
     ) -> list[tuple[str, ...]]:
-        """The roles of a call that may share a part: those with the same parameter group and layout."""
-        kinds = {(self.groups.get(name, 0), layouts[name]) for name in names.values()}
-        if len(kinds) > 1 or separate & set(names.values()):
-            return [(role,) for role in names]
-        return [tuple(names)] if names else []
+        """The roles of a call that may share a part: parameters with the same parameter group and layout."""
+        wanted = {r: s for r, s in call.sources.items() if s.value.numel() and not layouts.keys().isdisjoint(s.names)}
+        kinds = {(self.groups.get(name, 0), layouts.get(name)) for s in wanted.values() for name in s.names}
+        direct = all(type(s) is Source for s in wanted.values())
+        if len(kinds) > 1 or not direct or not separate.isdisjoint(call.names):
+            return [(role,) for role in wanted]
+        return [tuple(wanted)] if wanted else []
+
+    def _by_parameters(
+        self, sources: Sequence[Source], part: Part, separate: frozenset[str]
+    ) -> Iterator[tuple[Names, Part]]:
+        """The parts of the parameters from the part of what is computed from them."""
+        if len(sources) > 1 or type(sources[0]) is Source:
+            yield tuple(source.names[0] for source in sources), part
+            return
+        for names, own in carried_back(sources[0], part):
+            if len(names) == 1 or (len({self.groups.get(n, 0) for n in names}) == 1 and separate.isdisjoint(names)):
+                yield names, own
+            else:
+                yield from zip(((name,) for name in names), own.per_parameter(), strict=True)
 
 
 def _without_empty(parts: Mapping[Names, Part], counts: Tensor) -> Mapping[Names, Part]:

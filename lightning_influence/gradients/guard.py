@@ -10,10 +10,18 @@ from torch import Tensor
 
 from lightning_influence.data.examples import Block
 from lightning_influence.devices import read_numbers
-from lightning_influence.gradients.general import one_gradient
+from lightning_influence.gradients.general import loss_and_gradient
 from lightning_influence.gradients.precise import Tolerance, holds_precisely
 from lightning_influence.gradients.relation import add_up, losses_add_up, refusal
-from lightning_influence.gradients.spot_checks import SuspectRows, differing, is_finite, named_rows, rows_of, same
+from lightning_influence.gradients.spot_checks import (
+    SuspectRows,
+    differing,
+    is_finite,
+    named_rows,
+    rows_of,
+    same,
+    smallest_scale,
+)
 from lightning_influence.gradients.unlike_rows import UnlikeRows
 from lightning_influence.module.snapshot import read_comparisons, readings_of
 from lightning_influence.module.task import Task
@@ -257,8 +265,14 @@ class Guard:
         def holds(task: Task, tolerance: Tolerance) -> bool:
             other = replace(engine, task=task)
             again = other.in_block(block)
-            allowed = tolerance or task.tolerance
-            return not any(differing(again.row(r), _alone(other, block, r, names), allowed) for r in failed)
+            values = list(task.named_parameters(names).values())
+
+            def differs(row: int) -> bool:
+                loss, truth = _pass_alone(other, block, row, names)
+                scale = smallest_scale(loss, values)
+                return differing(again.row(row), truth, tolerance or task.tolerance, scale) is not None
+
+            return not any(differs(row) for row in failed)
 
         self._repeat(engine, holds, lambda: refusal(engine, block, failed[0], names))
 
@@ -288,5 +302,10 @@ def _names(engine: "Engine", computed: "Computed") -> list[str]:
 
 
 def _alone(engine: "Engine", block: Block, row: int, names: Sequence[str]) -> dict[str, Tensor]:
+    return _pass_alone(engine, block, row, names)[1]
+
+
+def _pass_alone(engine: "Engine", block: Block, row: int, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of one example alone, and its gradient."""
     example = block.ids[row]
-    return one_gradient(engine.task, block.one(example), names, engine.seed, example)
+    return loss_and_gradient(engine.task, block.one(example), names, engine.seed, example)

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from lightning_influence.data.examples import Examples
-from lightning_influence.gradients.engine import Plan
 from lightning_influence.gradients.general import requiring_gradients
 from lightning_influence.gradients.hessian import gradient_of
 from lightning_influence.gradients.layout import Layout
+from lightning_influence.gradients.plan import Plan
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.module.task import NoLoss, Task
 from lightning_influence.numerics.subsets import evenly_spread

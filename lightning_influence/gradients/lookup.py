@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_influence.gradients.dense_rows import DenseRows
-from lightning_influence.gradients.outer_products import TRAFFIC, OuterProducts
-from lightning_influence.gradients.part import WORKSPACE, Part, one_row_per_example
+from lightning_influence.gradients.outer_products import OuterProducts
+from lightning_influence.gradients.part import TRAFFIC, WORKSPACE, Part, one_row_per_example
 from lightning_influence.numerics.projections import KroneckerSketch, Sketch
 
 
@@ -57,6 +57,11 @@ class Lookup(Part):
         ids, examples, summed = self._merged
         table[examples, ids] = summed
         return (table,)
+
+    def add_to(self, rows: tuple[Tensor, ...]) -> None:
+        """Add the rows that were looked up."""
+        ids, examples, summed = self._merged
+        rows[0].index_put_((examples, ids), summed, accumulate=True)
 
     def accumulate_dot(self, other: Part, out: Tensor) -> None:
         """``out[i, j] += <gradient i of self, gradient j of other>``, a join over the ids that both looked up."""

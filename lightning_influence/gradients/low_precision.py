@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lightning_influence.devices import wide
 from lightning_influence.gradients.digests import agreements, without_wrong
-from lightning_influence.gradients.engine import Computed, Engine, Plan
+from lightning_influence.gradients.engine import Computed, Engine
 from lightning_influence.gradients.general import one_gradient
+from lightning_influence.gradients.plan import Plan
 from lightning_influence.gradients.sample import Sample
 from lightning_influence.module.precision import Precision
 from lightning_influence.module.snapshot import restoring

@@ -10,13 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_influence.gradients.dense_rows import DenseRows
-from lightning_influence.gradients.part import WORKSPACE, Part, one_row_per_example
+from lightning_influence.gradients.part import ROWS, TRAFFIC, WHOLE, WORKSPACE, Part, one_row_per_example
 from lightning_influence.numerics.projections import KroneckerSketch, Sketch
-
-# An element-wise pass over a tensor costs about this many multiply-adds of a matrix product per element.
-TRAFFIC = 12
-# Dense gradients to build at once: enough for a full-speed matrix product with them.
-_ROWS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,9 +67,21 @@ class OuterProducts(Part):
         factor = factor.to(self.outputs)
         return replace(self, factor=factor if self.factor is None else self.factor * factor)
 
+    @property
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        """[example, position, row] and [example, position, column] of the weight as it is stored."""
+        return (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
+
+    def _strips(self) -> Iterator["OuterProducts"]:
+        """The same for a few rows of the weight after another, without the bias."""
+        left, right = self._sides
+        for rows in left.split(max(1, WORKSPACE // max(1, ROWS * right.shape[2])), 2):
+            shape = rows.shape[2], right.shape[2]
+            yield replace(self, source=right, outputs=rows, shape=shape, bias=False, transposed=False, patches=None)
+
     def _weight_rows(self) -> Tensor:
         """[example, in x out]: the dense gradients of the weight."""
-        left, right = (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
+        left, right = self._sides
         rows = torch.bmm(left.transpose(1, 2), right).flatten(1)
         return rows if self.factor is None else rows.mul_(one_row_per_example(self.factor, rows))
 
@@ -136,10 +143,11 @@ class OuterProducts(Part):
             yield rows, self.slice(rows)
 
     def _accumulate_rows(self, other: "OuterProducts", out: Tensor) -> None:
-        queries = self._query_rows
-        _, width_in, width_out = self._sizes
-        for columns, part in other._chunks(width_in * width_out):
-            out[:, columns].addmm_(queries, part._weight_rows().T)
+        if math.prod(self.shape) > WHOLE:
+            for mine, theirs in zip(self._strips(), other._strips(), strict=True):
+                out.add_(theirs._times_rows(mine._weight_rows()))
+        else:
+            out.add_(other._times_rows(self._query_rows))
         if self.bias:
             out.addmm_(self._bias_rows, other._bias_rows.T)
 
@@ -189,7 +197,7 @@ class OuterProducts(Part):
         n_vectors = len(vectors[0])
         first, then = self._times_each_operations(n_vectors)
         if first <= then:
-            product = self._times_rows(vectors[0].reshape(n_vectors, -1))
+            product = replace(self, factor=None)._times_rows(vectors[0].reshape(n_vectors, -1))
         else:
             product = self._times_inputs_first(vectors[0].reshape(n_vectors, self.shape[0], -1))
         if self.bias:
@@ -207,22 +215,16 @@ class OuterProducts(Part):
         return min(self._times_each_operations(n_vectors))
 
     def _times_rows(self, vectors: Tensor) -> Tensor:
-        """[vector, example] without bias and factor: builds dense gradients of some examples at a time.
+        """[vector, example] without the bias: builds dense gradients of some examples at a time.
 
-        Vectors that exceed the cache take many examples and few outputs at a time, so as to be read less often.
+        Vectors that exceed the cache take many examples and few rows of the weight at a time, to be read less often.
         """
-        left, right = (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
-        height, width = left.shape[2], right.shape[2]
-        product = vectors.new_zeros(len(vectors), len(self))
-        most = WORKSPACE // max(1, width)
-        count = max(1, most // max(1, height) if vectors.numel() <= WORKSPACE else min(_ROWS, most))
-        step = max(1, most // count)
-        for start in range(0, len(self), count):
-            some = slice(start, start + count)
-            sides = left[some].transpose(1, 2), right[some]
-            for top in range(0, height, step):
-                rows = torch.bmm(sides[0][:, top : top + step], sides[1]).flatten(1)
-                product[:, some].addmm_(vectors[:, top * width : top * width + rows.shape[1]], rows.T)
+        product, start = vectors.new_zeros(len(vectors), len(self)), 0
+        for strip in self._strips() if vectors.numel() > WORKSPACE else (self,):
+            entries = math.prod(strip.shape)
+            for columns, part in strip._chunks(entries):
+                product[:, columns].addmm_(vectors[:, start : start + entries], part._weight_rows().T)
+            start += entries
         return product
 
     def _times_inputs_first(self, vectors: Tensor) -> Tensor:
@@ -244,7 +246,7 @@ class OuterProducts(Part):
         found = self.like.new_zeros(len(self))
         for rows in self.in_cache():
             part = self.slice(rows)
-            left, right = (part.inputs, part.outputs) if self.transposed else (part.outputs, part.inputs)
+            left, right = part._sides
             matrices = vectors[0][rows].to(left).reshape(len(part), left.shape[2], -1)
             found[rows] = (torch.bmm(left, matrices) * right).sum((1, 2))
         if self.bias:
@@ -263,11 +265,10 @@ class OuterProducts(Part):
 
     def add_to(self, rows: tuple[Tensor, ...]) -> None:
         """Add the dense gradients to ``rows``, without building them first where the memory layout allows."""
-        outputs, inputs = self.scaled_outputs(), self.inputs
-        left, right = (inputs, outputs) if self.transposed else (outputs, inputs)
-        rows[0].view(len(self), left.shape[2], -1).baddbmm_(left.transpose(1, 2), right)
+        left, right = replace(self, outputs=self.scaled_outputs(), factor=None)._sides
+        rows[0].view(len(self), left.shape[2], right.shape[2]).baddbmm_(left.transpose(1, 2), right)
         if self.bias:
-            rows[1].add_(outputs.sum(1))
+            rows[1].add_(self._bias_rows)
 
     def adding_operations(self) -> int:
         """Multiply-adds per example of ``add_to``."""
@@ -282,20 +283,19 @@ class OuterProducts(Part):
 
     def squares(self) -> tuple[Tensor, ...]:
         """The sum over the examples of squared entries, parameter-shaped."""
-        _, width_in, width_out = self._sizes
-        if self.outputs.shape[1] == 1:
+        if self.outputs.shape[1] == 1 or not len(self):
             left, right = self.scaled_outputs()[:, 0].square(), self.inputs[:, 0].square()
             weight = right.T @ left if self.transposed else left.T @ right
         else:
-            rows = (part._weight_rows().square().sum(0) for _, part in self._chunks(width_in * width_out))
-            weight = sum(rows, self.outputs.new_zeros(width_in * width_out))
+            weight = torch.cat([Part.squares(strip)[0] for strip in self._strips()])
         weight = weight.reshape(self.shape)
         return (weight, self._bias_rows.square().sum(0)) if self.bias else (weight,)
 
     def query_bytes(self, n_queries: int) -> int:
         """The bytes that one example takes while its block is multiplied with many others."""
         t, width_in, width_out = self._sizes
-        written_out = width_in * width_out if t > 1 and self._prefers_rows(n_queries, self) else 0
+        kept = t > 1 and width_in * width_out <= WHOLE and self._prefers_rows(n_queries, self)
+        written_out = width_in * width_out if kept else 0
         return (t * (width_in + width_out) + written_out) * self.outputs.element_size()
 
     def stored_bytes(self) -> int:

@@ -13,6 +13,12 @@ from lightning_influence.numerics.projections import Sketch
 # The most elements of one intermediate tensor: small enough to stay in the last-level cache of a CPU and below the size
 # from which malloc maps fresh pages for every allocation (32 MiB), large enough for a full-speed matrix product.
 WORKSPACE = 2**21
+# An element-wise pass over a tensor costs about this many multiply-adds of a matrix product per element.
+TRAFFIC = 12
+# Dense gradients to build at once: enough for a full-speed matrix product with them.
+ROWS = 64
+# A larger weight, as of a vocabulary, is taken in strips of a few rows.
+WHOLE = 2 * WORKSPACE
 
 
 class Part(ABC):

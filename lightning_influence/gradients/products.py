@@ -45,7 +45,7 @@ class Flat:
     def split(self, vectors: Tensor) -> dict[str, Tensor]:
         """[vector, *shape] by name."""
         parts = vectors.split([shape.numel() for shape in self.shapes.values()], 1)
-        return {name: p.reshape(-1, *s) for p, (name, s) in zip(parts, self.shapes.items(), strict=True)}
+        return {name: p.reshape(len(p), *s) for p, (name, s) in zip(parts, self.shapes.items(), strict=True)}
 
     def fill(self, value_of: Callable[[str], float]) -> Tensor:
         """[entries] float64: the same value for all entries of a parameter."""

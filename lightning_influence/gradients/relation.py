@@ -13,7 +13,13 @@ from lightning_influence.devices import wide
 from lightning_influence.gradients.general import one_gradient, requiring_gradients
 from lightning_influence.gradients.precise import Tolerance
 from lightning_influence.gradients.reduction import PASS_LOSS
-from lightning_influence.gradients.spot_checks import UnequalWeight, is_finite, largest_entry, tolerance_of
+from lightning_influence.gradients.spot_checks import (
+    UnequalWeight,
+    is_finite,
+    largest_entry,
+    smallest_scale,
+    tolerance_of,
+)
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.numerics.subsets import evenly_spread
 
@@ -35,11 +41,15 @@ def add_up(engine: "Engine", ids: Sequence[int], names: Sequence[str], tolerance
         tolerance: relative to the parameter's and to the largest entry; None: that of the weights' dtype.
     """
     singles = [_single(engine, i, names) for i in ids]
-    joint = _joint(engine, ids, names)
+    total, joint = _joint(engine, ids, names)
     if not is_finite(joint):
         return True  # the attributor reports every such example
     known = [single for single in singles if is_finite(single)]
     largest = largest_entry([g for single in [joint, *known] for g in single.values()])
+    if tolerance is not None:
+        largest = torch.maximum(
+            largest, smallest_scale(total, engine.task.named_parameters(names).values()).to(largest)
+        )
     for name, found in joint.items():
         size = torch.stack([s[name].abs().max() for s in [joint, *known]]).max() if found.numel() else 0.0
         relative, floor = tolerance or engine.task.tolerance or tolerance_of(found)
@@ -136,7 +146,7 @@ def _odd_one(engine: "Engine", block: Block, row: int, names: Sequence[str]) -> 
     logs = {reference: 0.0}
     for r, single in singles.items():
         if r != reference:
-            share = _share(_joint(engine, [ids[r], ids[reference]], names), single, singles[reference])
+            share = _share(_joint(engine, [ids[r], ids[reference]], names)[1], single, singles[reference])
             logs |= {} if share is None else {r: math.log(share)}
     usual = statistics.median_low(logs.values()) if len(logs) > 2 or -1 not in logs else logs[-1]
     odd = max((r for r in logs if r >= 0), key=lambda r: abs(logs[r] - usual), default=row)
@@ -169,16 +179,16 @@ def _single(engine: "Engine", example: int, names: Sequence[str]) -> dict[str, T
     return {name: g * weight if weight else torch.zeros_like(g) for name, g in found.items()}
 
 
-def _joint(engine: "Engine", ids: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
-    """The gradient of the sum of the losses of a batch of training examples."""
+def _joint(engine: "Engine", ids: Sequence[int], names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of the losses of a batch of training examples, and its gradient."""
     assert engine.examples is not None
     parameters = engine.task.named_parameters(names)
     with requiring_gradients(engine.task.module, names):
         total = engine.total(engine.examples.chosen(ids))
         if not total.requires_grad:
-            return {name: torch.zeros_like(p) for name, p in parameters.items()}
+            return total, {name: torch.zeros_like(p) for name, p in parameters.items()}
         found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-    return {
+    return total.detach(), {
         name: torch.zeros_like(p) if g is None else g.to_dense()
         for (name, p), g in zip(parameters.items(), found, strict=True)
     }

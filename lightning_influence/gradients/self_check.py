@@ -10,10 +10,12 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_influence.data.examples import Block
 from lightning_influence.gradients.digests import Digest, agreements, without_wrong
-from lightning_influence.gradients.engine import Engine, Plan
+from lightning_influence.gradients.engine import Engine
 from lightning_influence.gradients.general import NotVectorisable, vectorised_rows
-from lightning_influence.gradients.layout import Layout, fits
+from lightning_influence.gradients.layout import BY_INDEX, Layout, fits
+from lightning_influence.gradients.plan import Plan
 from lightning_influence.gradients.precise import CANNOT, precise
+from lightning_influence.gradients.rules.computed import Source
 from lightning_influence.gradients.sample import Sample
 from lightning_influence.gradients.spot_checks import tolerance_of
 from lightning_influence.gradients.tape import Call
@@ -194,13 +196,15 @@ def _agreeing(sample: Sample, rows: Sequence[_Rows], names: set[str]) -> set[str
 def _candidates(name: str, recorded: Sequence[Sequence[Call]], blocks: Sequence[Block]) -> list[Layout]:
     """The layouts that fit every call with a parameter in both batches."""
     uses = [
-        (call.shape[: call.operands.positions], block.size)
+        (call.shape[: call.operands.positions], block.size, call.taken)
         for calls, block in zip(recorded, blocks, strict=True)
         for call in calls
-        if name in call.names.values()
+        if name in call.names
     ]
-    allowed = [Layout.FIRST, Layout.SECOND] if _may_concatenate(blocks) else list(Layout)
-    return [layout for layout in allowed if uses and all(fits(shape, n, layout) for shape, n in uses)]
+    fitting = [layout for layout in Layout if uses and all(fits(shape, n, layout, taken) for shape, n, taken in uses)]
+    if _may_concatenate(blocks):
+        return [layout for layout in fitting if layout in (Layout.FIRST, Layout.SECOND)]
+    return [layout for layout in fitting if layout not in BY_INDEX or any(taken for *_, taken in uses)]
 
 
 def _may_concatenate(blocks: Sequence[Block]) -> bool:
@@ -222,7 +226,7 @@ def _may_concatenate(blocks: Sequence[Block]) -> bool:
 
 def _reached(recorded: Sequence[Sequence[Call]]) -> set[str]:
     """The parameters on which the loss depends through recorded calls."""
-    return {name for calls in recorded for call in calls for name in call.names.values()}
+    return {name for calls in recorded for call in calls for name in call.names}
 
 
 def _separate(recorded: Sequence[Sequence[Call]]) -> frozenset[str]:
@@ -233,7 +237,9 @@ def _separate(recorded: Sequence[Sequence[Call]]) -> frozenset[str]:
     partners: dict[str, set[tuple[frozenset[str], bool]]] = {}
     for calls in recorded:
         for call in calls:
-            together = frozenset(call.names.values()), bool(call.operands.options.get("transposed"))
-            for name in together[0]:
+            direct = frozenset(s.names[0] for s in call.sources.values() if type(s) is Source)
+            computed = [frozenset(s.names) for s in call.sources.values() if type(s) is not Source]
+            turned = bool(call.operands.options.get("transposed"))
+            for together, name in (((t, turned), n) for t in (direct, *computed) for n in t):
                 partners.setdefault(name, set()).add(together)
     return frozenset(name for name, uses in partners.items() if len(uses) > 1)

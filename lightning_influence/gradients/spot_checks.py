@@ -181,15 +181,24 @@ def peak(values: Tensor) -> Tensor:
     return torch.stack(torch.aminmax(values)).abs().max()
 
 
-def differing(row: Mapping[str, Tensor], truth: Mapping[str, Tensor], tolerance: Tolerance = None) -> str | None:
+def smallest_scale(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """What the largest entry of a gradient counts as at least: those of zero up to rounding have entries of noise."""
+    return 1e-4 * loss.detach().abs().max() / largest_entry(parameters).clamp_min(torch.finfo(loss.dtype).tiny)
+
+
+def differing(
+    row: Mapping[str, Tensor], truth: Mapping[str, Tensor], tolerance: Tolerance = None, scale: Tensor | float = 0.0
+) -> str | None:
     """The first parameter for which an example's gradient in its block is not that of the example alone.
 
     Args:
         row: the gradient in its block, by parameter; those that are missing are zero.
         truth: the gradient alone.
         tolerance: relative to the parameter's and to the largest entry; None: that of the dtype.
+        scale: what the largest entry counts as at least.
     """
     largest = largest_entry(truth.values())
+    largest = torch.maximum(largest, torch.as_tensor(scale).to(largest))
     right = [agrees(row.get(n), true, largest, tolerance) for n, true in truth.items()]
     (finite,), *agree = read_numbers([largest.isfinite(), *right])
     if not finite:  # the attributor reports it, unless it is finite in the block

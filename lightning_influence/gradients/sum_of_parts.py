@@ -33,8 +33,10 @@ class SumOfParts(Part):
         return SumOfParts(tuple(term.scaled(factor) for term in self.terms))
 
     def dense(self) -> tuple[Tensor, ...]:
-        """[example, *shape]."""
-        return (torch.stack([term.dense()[0] for term in self.terms]).sum(0),)
+        """[example, *shape] for each parameter."""
+        rows = tuple(self.like.new_zeros(len(self), *shape) for shape in self.shapes())
+        self.add_to(rows)
+        return rows
 
     def accumulate_dot(self, other: Part, out: Tensor) -> None:
         """``out[i, j] += <gradient i of self, gradient j of other>``."""
@@ -75,7 +77,7 @@ class SumOfParts(Part):
 
     def total(self) -> tuple[Tensor, ...]:
         """The sum over the examples, parameter-shaped."""
-        return (torch.stack([term.total()[0] for term in self.terms]).sum(0),)
+        return tuple(torch.stack(of_one).sum(0) for of_one in zip(*(t.total() for t in self.terms), strict=True))
 
     def query_bytes(self, n_queries: int) -> int:
         """The bytes that one example takes while its block is multiplied with many others."""
@@ -90,16 +92,16 @@ class SumOfParts(Part):
         return SumOfParts((*self.terms, other))
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shape of the parameter."""
+        """The shape of each parameter."""
         return self.terms[0].shapes()
 
     def projected(self, sketches: Sequence[Sketch]) -> tuple[Part, ...]:
         """The projected gradients: the sum of the projected terms."""
-        terms = [term.projected(sketches)[0] for term in self.terms]
-        summed: Part = terms[0]
-        for term in terms[1:]:
-            summed = summed.merged(term) or SumOfParts((summed, term))
-        return (summed,)
+        return tuple(sum_of(of_one) for of_one in zip(*(t.projected(sketches) for t in self.terms), strict=True))
+
+    def per_parameter(self) -> tuple[Part, ...]:
+        """One part per parameter."""
+        return tuple(sum_of(of_one) for of_one in zip(*(t.per_parameter() for t in self.terms), strict=True))
 
     def finite(self) -> Tensor:
         """[example]: whether every number is finite."""

@@ -1,25 +1,28 @@
 """Records every operation that uses a trainable parameter, and the gradient with respect to its output."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_influence.gradients.layout import Taken
 from lightning_influence.gradients.rules import RULES, LayerRule, Operands
-from lightning_influence.gradients.rules.elementwise import SUMS
+from lightning_influence.gradients.rules.computed import Result, Source, View
+from lightning_influence.gradients.rules.elementwise import ELEMENTWISE
 from lightning_influence.gradients.rules.recurrent import RECURRENT, unrolled
-from lightning_influence.gradients.rules.shared import SHARED_SUM, Shared, shared_tensor
 from lightning_influence.gradients.spot_checks import CONDITIONS, SuspectRows
+from lightning_influence.gradients.taken import TakenRows
 from lightning_influence.module.precision import is_half
 from lightning_influence.module.snapshot import restoring
 from lightning_influence.module.transforms import in_transform
 
 _LINEAR = F.linear
+
 _CASTS = frozenset({Tensor.to, Tensor.bfloat16, Tensor.half})
 
 T = TypeVar("T", Tensor, Tensor | None)
@@ -34,16 +37,23 @@ class Call:
     Args:
         rule: computes the per-sample gradients of its parameters.
         operands: its operands.
-        names: its trainable parameters by role, such as ``{"weight": "net.0.weight"}``.
+        sources: by role, a trainable parameter or what is computed from some, such as ``{"weight": ...}``.
         shape: the shape of its output.
+        taken: which rows it was applied to, if they were taken by index out of others.
         gradient: the gradient with respect to its output; None if the loss does not depend on it.
     """
 
     rule: LayerRule
     operands: Operands
-    names: Mapping[str, str]
+    sources: Mapping[str, Source]
     shape: tuple[int, ...]
+    taken: Taken | None = None
     gradient: Tensor | None = field(default=None)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All parameters that it depends on."""
+        return frozenset().union(*(source.names for source in self.sources.values()))
 
     def in_float32(self) -> "Call":
         """The same with what the layer saw in 16 bits in float32, in which the products of its factors are summed."""
@@ -62,25 +72,35 @@ class Tape(TorchFunctionMode):
 
     It intercepts functions, not modules, so that reused and tied modules, ``nn.MultiheadAttention`` and functional
     uses of a weight are all covered. The parameters do not require gradients meanwhile, so that no weight gradients
-    are computed.
+    are computed. What is computed from parameters and constants alone, such as a masked weight, is followed, and an
+    operation that it is passed to is recorded as one with a parameter is.
 
     Args:
-        names: parameter names by ``id`` of the parameter.
+        parameters: the parameters by name.
+        constants: tensors that are no activations, such as buffers.
         copy_leaves: return copies of the outputs that become leaves, for models that write into them in place.
         watch: called with every function call; None: nobody watches.
     """
 
-    def __init__(self, names: Mapping[int, str], copy_leaves: bool = False, watch: SuspectRows | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        constants: Iterable[Tensor] = (),
+        copy_leaves: bool = False,
+        watch: SuspectRows | None = None,
+    ) -> None:
         super().__init__()
-        self.names = dict(names)
         self.copy_leaves = copy_leaves
         self.watch = watch
         self.calls: list[Call] = []
         self.total: Tensor | None = None
         self.uses: set[Use] = set()
         self.edges: list[Any] = []
-        self._shared: dict[int, Shared] = {}
+        self._known: dict[int, Source] = {id(p): Source(p, {name: p}) for name, p in parameters.items()}
+        self._taken = TakenRows()
+        self._data: dict[int, tuple[Tensor, Tensor]] = {}  # what ``.data`` returned, and of which tensor
         self._casts: list[Tensor] = []  # kept, so that no other tensor has the id of one
+        self._constants = {id(tensor): tensor for tensor in constants if id(tensor) not in self._known}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -89,19 +109,21 @@ class Tape(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.watch is not None:
             self.watch(func, args, kwargs)
-        operands = list(_operands(args, kwargs))
-        shared = [self._shared[id(a)] for a in operands if id(a) in self._shared]
-        used = [self.names[id(a)] for a in operands if id(a) in self.names] + [s.name for s in shared]
-        if not used or not torch.is_grad_enabled() or getattr(func, "__name__", "") == "__get__":
-            result = func(*args, **kwargs)
-            if func in CONDITIONS and self.watch is not None and isinstance(result, bool):
-                self.watch.outcomes.append(result)
-            return result
-        if func in _CASTS and id(args[0]) in self.names and is_half(output := func(*args, **kwargs)):
-            self.names[id(output)] = used[0]  # it stands for the parameter
+        sources = {id(a): s for a in _operands(args, kwargs) if (s := self._source(a)) is not None}
+        name = getattr(func, "__name__", "")
+        if not sources or not torch.is_grad_enabled() or name == "__get__":
+            output = func(*args, **kwargs)
+            if func in CONDITIONS and self.watch is not None and isinstance(output, bool):
+                self.watch.outcomes.append(output)
+            if not sources:
+                self._follow_constants(func, args, kwargs, output)
+                self._taken.follow(func, args, kwargs, output)
+            return output
+        if func in _CASTS and type(sources.get(id(args[0]))) is Source and is_half(output := func(*args, **kwargs)):
+            self._known[id(output)] = sources[id(args[0])]  # it stands for the parameter
             self._casts.append(output)
             return output
-        self.uses.update((name, func) for name in used)
+        self.uses.update((name, func) for source in sources.values() for name in source.names)
         if in_transform():  # the self-check sends these parameters to the general path
             return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
@@ -109,29 +131,82 @@ class Tape(TorchFunctionMode):
         if func in RECURRENT and not kwargs:
             output = unrolled(self._linear, func, args)
             return func(*args) if output is None else output
-        if shared and func in SUMS and not kwargs:
-            return self._sum(func, args, shared)
-        return self._run(func, args, kwargs)
-
-    def _run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         rule = RULES.get(func)
-        output = func(*args, **kwargs) if rule is None else self._record(rule, func, args, kwargs)
-        made = shared_tensor(func, args, kwargs, output, self._shared, self.names)
-        if made is not None:
-            self._shared[id(output)] = made
+        output = func(*args, **kwargs) if rule is None else self._record(rule, func, args, kwargs, sources)
+        self._taken.follow(func, args, kwargs, output)
+        if _writes(name):
+            self._forget(args[:1])
+        elif isinstance(output, Tensor) and id(output) not in self._known:
+            if output.is_floating_point():
+                self._follow(func, args, kwargs, sources, output)
+            else:
+                self._constants[id(output)] = output
         return output
 
-    def _sum(self, func: Callable[..., Any], args: Sequence[Any], shared: Sequence[Shared]) -> Any:
-        """Record a sum with a tensor that the batch shares: only the sum's output has one gradient per example."""
-        shape = torch.broadcast_shapes(*(a.shape for a in args if isinstance(a, Tensor)))
-        shared = [s for s in shared if s.is_shared_in(shape)]
-        own = {id(s.value): s.value.detach() for s in shared}
-        output = self._run(func, [own.get(id(a), a) for a in args], {})
-        for s in shared:
-            if not output.requires_grad:
-                output.requires_grad_()
-            self._note(SHARED_SUM, SHARED_SUM.operands(s, output), {"shared": s.name}, output)
-        return output
+    def _source(self, operand: Any) -> Source | None:
+        """Where a tensor comes from, if it is a parameter, is computed from some, or is a view of such a tensor."""
+        if not isinstance(operand, Tensor):
+            return None
+        known = self._known.get(id(operand))
+        if known is not None or operand._base is None:
+            return known
+        base = self._known.get(id(operand._base))
+        if base is None or operand.dtype != operand._base.dtype or not operand._base.is_contiguous():
+            return None
+        if any(step == 0 and size > 1 for size, step in zip(operand.shape, operand.stride(), strict=True)):
+            return None
+        return View(operand, base.parameters, base.by_index, base)
+
+    def _follow(
+        self,
+        func: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        sources: Mapping[int, Source],
+        output: Tensor,
+    ) -> None:
+        """Note how ``output`` is computed, if from parameters and constants alone."""
+        if func in _REPEATS or output._base is not None or any(word in func.__name__ for word in _RANDOM):
+            return
+        by_index = any(source.by_index for source in sources.values())
+        if by_index and func not in _COPIES:  # it may be of the batch, as everything that is computed from it
+            return
+        for operand in _operands(args, kwargs):
+            if isinstance(operand, Tensor) and id(operand) not in sources and id(operand) not in self._constants:
+                if operand.is_floating_point() or operand.is_complex() or operand.requires_grad:
+                    return
+                by_index = True
+        parameters = {name: p for source in sources.values() for name, p in source.parameters.items()}
+        self._known[id(output)] = Result(output, parameters, by_index, func, tuple(args), kwargs, sources)
+
+    def _follow_constants(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        """Note what is computed from constants alone; one written to through ``.data``, unversioned, is none."""
+        name = getattr(func, "__name__", "")
+        if name == "__get__" and func == _DATA:
+            self._data[id(output)] = output, args[0]
+        elif self._data and _writes(name):
+            for written in (args[0], getattr(args[0], "_base", None)):
+                self._no_constant(self._data.get(id(written), (None, None))[1])
+        elif name == "__set__":
+            self._no_constant(args[0])
+        tensors = [a for a in _operands(args, kwargs) if isinstance(a, Tensor)]
+        if tensors and isinstance(output, Tensor) and all(id(a) in self._constants for a in tensors):
+            self._constants[id(output)] = output
+
+    def _no_constant(self, tensor: Tensor | None) -> None:
+        if tensor is not None:
+            for one in (tensor, tensor._base):
+                self._constants.pop(id(one), None)
+
+    def _forget(self, operands: Iterable[Any]) -> None:
+        """What is written to in place is no longer what it was computed as."""
+        for operand in operands:
+            if isinstance(operand, Tensor):
+                for tensor in (operand, operand._base):
+                    if isinstance(self._known.get(id(tensor)), Result):
+                        del self._known[id(tensor)]
 
     def backward(self, total: Tensor) -> None:
         """Compute the gradient of every recorded call by one backward pass through the activations."""
@@ -143,32 +218,42 @@ class Tape(TorchFunctionMode):
 
     def _linear(self, *args: Any, **kwargs: Any) -> Any:
         """``F.linear``, recorded if an operand is a trainable parameter; used inside composite operations."""
-        if not any(id(a) in self.names for a in (*args, *kwargs.values())):
-            return _LINEAR(*args, **kwargs)
-        return self._record(RULES[_LINEAR], _LINEAR, args, kwargs)
+        sources = {id(a): s for a in (*args, *kwargs.values()) if (s := self._source(a)) is not None}
+        return self._record(RULES[_LINEAR], _LINEAR, args, kwargs, sources) if sources else _LINEAR(*args, **kwargs)
 
-    def _record(self, rule: LayerRule, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _record(
+        self,
+        rule: LayerRule,
+        func: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        sources: Mapping[int, Source],
+    ) -> Any:
         try:
             operands = rule.operands(*args, **kwargs)
         except TypeError:  # the signature of another torch version: the self-check will choose the general path
             operands = None
+        if operands is None:
+            return func(*args, **kwargs)
+        found = {role: sources[id(p)] for role, p in operands.parameters.items() if id(p) in sources}
+        if any(type(source) is not Source for source in found.values()):
+            shape = _broadcast_shape(args) if func in ELEMENTWISE else None
+            found = {role: s for role, s in found.items() if s.is_weight(shape)}
+        # They may have become leaves where they were computed; the gradient is taken from this operation's output.
+        own = {id(s.value): s.value.detach() for s in found.values() if s.value.requires_grad}
+        args, kwargs = [own.get(id(a), a) for a in args], {key: own.get(id(a), a) for key, a in kwargs.items()}
         output = func(*args, **kwargs)
-        if operands is None or not isinstance(output, Tensor) or not output.is_floating_point():
-            return output
-        names = {role: self.names[id(p)] for role, p in operands.parameters.items() if id(p) in self.names}
-        if not names:
+        if not found or not isinstance(output, Tensor) or not output.is_floating_point():
             return output
         leaf = not output.requires_grad
         if leaf:
             output.requires_grad_()
-        self._note(rule, operands, names, output)
-        return output.clone() if leaf and self.copy_leaves else output
-
-    def _note(self, rule: LayerRule, operands: Operands, names: Mapping[str, str], output: Tensor) -> None:
         # The edge, not the tensor: if the model changes the output in place later, the tensor is the new value and the
         # edge still belongs to the old one.
         self.edges.append(get_gradient_edge(output))
-        self.calls.append(Call(rule, _detached(operands), names, tuple(output.shape)))
+        taken = self._taken.of(_operands(args, kwargs), *output.shape[:1]) if output.ndim else None
+        self.calls.append(Call(rule, _detached(operands), found, tuple(output.shape), taken))
+        return output.clone() if leaf and self.copy_leaves else output
 
     def _attention(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run multi-head attention with ``F.linear`` replaced: its weights are passed to one composite function."""
@@ -177,12 +262,53 @@ class Tape(TorchFunctionMode):
             return func(*args, **kwargs)
 
 
+_REPEATS = frozenset(
+    getattr(torch.Tensor, name) for name in ("expand", "expand_as", "repeat", "broadcast_to", "tile")
+) | {torch.broadcast_to, torch.tile}
+_COPIES = frozenset(
+    getattr(owner, name)
+    for name in ("contiguous", "reshape", "flatten", "clone")
+    for owner in (torch, torch.Tensor)
+    if hasattr(owner, name)
+)
+_RANDOM = (
+    "dropout",
+    "rand",
+    "bernoulli",
+    "multinomial",
+    "normal_",
+    "gumbel",
+    "rrelu",
+    "gamma",
+    "dirichlet",
+    "fractional",
+)
+_WRITES = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"})
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+def _writes(name: str) -> bool:
+    """Whether a function of this name writes into its first operand."""
+    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+
+
+def constants_of(module: nn.Module) -> Iterator[Tensor]:
+    """The tensors that a module holds: buffers, parameters, and attributes."""
+    for part in module.modules():
+        for held in (part._buffers, part._parameters, part.__dict__):
+            yield from (tensor for tensor in held.values() if isinstance(tensor, Tensor))
+
+
 def _operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
     for operand in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(operand, (list, tuple)):
             yield from operand
         else:
             yield operand
+
+
+def _broadcast_shape(operands: Iterable[Any]) -> torch.Size:
+    return torch.broadcast_shapes(*(a.shape for a in operands if isinstance(a, Tensor)))
 
 
 def _raised(tensor: T) -> T:

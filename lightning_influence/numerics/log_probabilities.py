@@ -6,14 +6,19 @@ of those of ``torch.nn.functional`` that they stand for. They are made of differ
 derivatives of any order are as exact, need no higher precision, and run under ``torch.func``.
 """
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.nn import functional as F
 from torch.nn._reduction import legacy_get_string
 
 _KINDS = (torch.float32, torch.float64)
+# More logits are taken in slices of so many.
+_MANY = 2**22
 
 
 def _as_on_cuda(input: Tensor) -> Tensor:
@@ -30,6 +35,8 @@ def log_softmax(
     logits = input if dtype is None else input.to(dtype)
     if dim is None or logits.dtype not in _KINDS or not logits.numel() or not logits.ndim:
         return F.log_softmax(input, dim, dtype=dtype)
+    if _are_many(logits) and dim % logits.ndim:
+        return _InSlices.apply(partial(_log_softmax, dim=dim), logits)  # type: ignore[no-any-return]
     return _log_softmax(logits, dim)
 
 
@@ -43,7 +50,7 @@ def _log_softmax(x: Tensor, dim: int) -> Tensor:
     below = (x - top).masked_fill_(own, -torch.inf)
     others = below.exp().sum(dim, keepdim=True)
     one = top.detach() * 0 + 1  # NaN where torch's result is: of an infinite logit
-    return below.masked_fill(own, 0.0) - others.log1p() * one
+    return below.masked_fill(own, 0.0).sub_(others.log1p() * one)  # in place: there may be many classes
 
 
 def cross_entropy(
@@ -67,6 +74,9 @@ def cross_entropy(
         return F.cross_entropy(
             input, target, weight, None, ignore_index, None, reduction=reduction, label_smoothing=label_smoothing
         )
+    if _are_many(input) and classes and not soft and weight is None and not label_smoothing:
+        each = partial(_of_targets, ignore_index=ignore_index)
+        return _reduced(_InSlices.apply(each, input, target), target != ignore_index, reduction)
     log_p = _log_softmax(input, classes)
     if soft:
         return _of_probabilities(log_p, target, weight, reduction, label_smoothing, classes)
@@ -76,6 +86,66 @@ def cross_entropy(
     return (1 - label_smoothing) * nll + label_smoothing * _of_any_class(
         log_p, target, weight, ignore_index, reduction, classes
     )
+
+
+def _of_targets(x: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """The loss of each target."""
+    return F.nll_loss(_log_softmax(x, 1), target, ignore_index=ignore_index, reduction="none")
+
+
+def _reduced(each: Tensor, counts: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return each
+    return each.sum() if reduction == "sum" else each.sum() / counts.sum()
+
+
+def _are_many(logits: Tensor) -> bool:
+    """Whether copies of logits would take much memory, as of a large vocabulary; not inside ``torch.func``."""
+    return logits.numel() > _MANY and len(logits) > 1 and _functorch.peek_interpreter_stack() is None
+
+
+class _InSlices(torch.autograd.Function):
+    """A function of logits, applied to slices of their first dimension, and again for derivatives.
+
+    Nothing is kept but the logits, where each of the function's steps would keep a copy of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, func: Callable[..., Tensor], logits: Tensor, *others: Tensor) -> Tensor:
+        """Apply ``func`` to the logits and other tensors of the same length."""
+        ctx.func = func
+        ctx.save_for_backward(logits, *others)
+        found = [func(*(of[rows] for of in (logits, *others))) for rows in _slices(logits)]
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        """By slices; as a whole where it is differentiated once more, or vectorised."""
+        logits, *others = ctx.saved_tensors
+        nothing = [None] * len(others)
+        again = torch.is_grad_enabled()
+        if again or _is_batched(gradient):
+            with torch.enable_grad():
+                value = ctx.func(logits, *others)
+            return None, *torch.autograd.grad(value, logits, gradient, create_graph=again), *nothing
+        found = torch.empty_like(logits)
+        for rows in _slices(logits):
+            own = logits[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                value = ctx.func(own, *(other[rows] for other in others))
+            found[rows] = torch.autograd.grad(value, own, gradient[rows])[0]
+        return None, found, *nothing
+
+
+def _is_batched(gradient: Tensor) -> bool:
+    """Whether it stands for several, as in a vectorised backward pass."""
+    return _functorch.is_batchedtensor(gradient) or _functorch.is_legacy_batchedtensor(gradient)
+
+
+def _slices(logits: Tensor) -> Iterator[slice]:
+    step = max(1, _MANY // logits[0].numel())
+    for start in range(0, len(logits), step):
+        yield slice(start, start + step)
 
 
 def _of_probabilities(

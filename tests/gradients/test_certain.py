@@ -106,8 +106,11 @@ def assert_same(name, x, *args, **options):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
+@pytest.mark.parametrize("many", [None, 4], ids=["as a whole", "in slices"])
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
-def test_cross_entropy_is_that_of_torch(shapes):
+def test_cross_entropy_is_that_of_torch(shapes, many, monkeypatch):
+    if many:
+        monkeypatch.setattr(log_probabilities, "_MANY", many)
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(shapes[0], generator=g, dtype=torch.float64), torch.randint(3, shapes[1], generator=g)
     for options in OPTIONS:
@@ -136,6 +139,17 @@ def test_binary_cross_entropy_is_that_of_torch():
         for reduction in ("mean", "sum", "none"):
             assert_same("binary_cross_entropy_with_logits", 3 * x, y.sigmoid(), reduction=reduction, **options)
             assert_same("binary_cross_entropy_with_logits", 0 * x, y.sigmoid(), reduction=reduction, **options)
+
+
+def test_slices_of_many_logits_go_backwards_for_several_vectors_at_once(monkeypatch):
+    x, y = torch.randn(7, 3, dtype=torch.float64, requires_grad=True), torch.arange(7) % 3
+    vectors = torch.randn(4, 7, dtype=torch.float64)
+    monkeypatch.setattr(log_probabilities, "_MANY", 4)
+    ours, torchs = (
+        torch.autograd.grad(f(x, y, reduction="none"), x, vectors, is_grads_batched=True)
+        for f in (log_probabilities.cross_entropy, F.cross_entropy)
+    )
+    torch.testing.assert_close(ours, torchs)
 
 
 def test_they_run_under_the_transforms_of_torch():

@@ -123,6 +123,24 @@ def test_rounding_at_a_kink_is_no_refusal_and_no_slow_path(kind, at, monkeypatch
         assert any("spot checks failed by rounding errors" in note for note in found.notes)
 
 
+class Indifferent(nn.Module):
+    """All classes have the same logit: every gradient is 0 up to rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, 5))
+
+    def forward(self, x):
+        return F.linear(x, self.weight.expand(3, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_zero_up_to_rounding_are_no_refusal(dtype):
+    items = Items([(torch.randn(5, dtype=dtype), torch.tensor(i % 3)) for i in range(12)])
+    scores = Attributor(Step(Indifferent().to(dtype)), items, batch_size=3).score(GradientDot(), items).values
+    assert float(scores.abs().max()) < 1e-6
+
+
 def test_losses_of_few_digits_are_probed_in_float64():
     class Certain(Step):
         def training_step(self, batch, batch_idx):

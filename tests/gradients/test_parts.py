@@ -1,19 +1,25 @@
 """The algebra of parts and blocks against the rows written out, whatever the shapes."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_influence.gradients import outer_products
 from lightning_influence.gradients.block import Gradients
 from lightning_influence.gradients.dense_rows import DenseRows
+from lightning_influence.gradients.derivations import Elementwise, Replayed, Selection
 from lightning_influence.gradients.lookup import Lookup
 from lightning_influence.gradients.outer_products import OuterProducts
+from lightning_influence.gradients.pulled import Pulled
 from lightning_influence.gradients.queries import DenseQueries, EachQuery
 from lightning_influence.gradients.sum_of_parts import SumOfParts
 from lightning_influence.numerics.projections import KroneckerSketch, PlainSketch, Projector, RandomProjection
 
 IN, OUT = 3, 4
-KINDS = ("outer", "outer with bias", "rows", "two rows", "lookup", "mixed", "number")
+KINDS = ("outer", "outer with bias", "rows", "two rows", "lookup", "mixed", "number", "slice", "masked", "computed")
+MASK = torch.arange(OUT * IN, dtype=torch.float64).view(OUT, IN) % 5 - 0.5
+PARAMETERS = (torch.arange(1.0, 1 + OUT * IN).double().view(OUT, IN), torch.linspace(1, 2, OUT).double())
 many = settings(max_examples=60, deadline=None, derandomize=True)
 
 
@@ -34,6 +40,14 @@ def part(kind, n, positions, generator):
         return SumOfParts((part("lookup", n, positions, generator), part("outer", n, 1 + positions, generator)))
     if kind == "number":
         return DenseRows((normal(generator, n),))
+    if kind in ("slice", "other slice"):  # two rows of the transposed matrix
+        by_weight = OuterProducts(normal(generator, n, positions, OUT), normal(generator, n, positions, 2), (2, OUT))
+        return Pulled(by_weight, Selection((OUT, IN), (2, OUT), (1, IN), int(kind == "slice")))
+    if kind == "masked":
+        return Pulled(part("outer", n, positions, generator), Elementwise(MASK, MASK.shape))
+    if kind == "computed":
+        derivation = Replayed(lambda w, g: w / w.norm(dim=1, keepdim=True) * g[:, None], PARAMETERS, "norm")
+        return Pulled(part("outer", n, positions, generator), derivation)
     rows = normal(generator, n, OUT, IN)
     return DenseRows((rows, normal(generator, n, OUT))) if kind == "two rows" else DenseRows((rows,))
 
@@ -46,7 +60,13 @@ def written_out(made):
 def pairs(draw):
     """Two parts of the same parameters, in any two forms."""
     with_bias = draw(
-        st.sampled_from((("outer with bias", "two rows"), ("outer", "rows", "lookup", "mixed"), ("number",)))
+        st.sampled_from(
+            (
+                ("outer with bias", "two rows", "computed"),
+                ("outer", "rows", "lookup", "mixed", "slice", "other slice", "masked"),
+                ("number",),
+            )
+        )
     )
     kinds = draw(st.sampled_from(with_bias)), draw(st.sampled_from(with_bias))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
@@ -352,3 +372,44 @@ def test_blocks_that_reach_different_parameters_are_written_out_with_zeros():
     torch.testing.assert_close(dense["b"][2:], second.dense()["b"])
     assert not dense["a"][2:].any()
     assert not dense["b"][:2].any()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_large_weight_is_multiplied_in_strips(bias, transposed, monkeypatch):
+    monkeypatch.setattr(outer_products, "WHOLE", 1)
+    monkeypatch.setattr(outer_products, "ROWS", outer_products.WORKSPACE // 6)
+    generator, shape = torch.Generator().manual_seed(0), (IN, OUT) if transposed else (OUT, IN)
+    one, two = (
+        OuterProducts(normal(generator, n, 40, IN), normal(generator, n, 40, OUT), shape, bias, transposed).scaled(
+            normal(generator, n)
+        )
+        for n in (3, 5)
+    )
+    assert len(list(one._strips())) > 1
+    out = torch.zeros(3, 5, dtype=torch.float64)
+    one.accumulate_dot(two, out)
+    torch.testing.assert_close(out, written_out(one) @ written_out(two).T)
+    torch.testing.assert_close(torch.cat([s.flatten() for s in two.squares()]), written_out(two).square().sum(0))
+
+
+@many
+@given(st.integers(1, 6), st.integers(1, 9), st.booleans(), st.integers(0, 999))
+def test_a_mask_of_few_distinct_rows_stays_in_factors(n, m, transposed, seed):
+    generator, degrees = torch.Generator().manual_seed(seed), torch.arange(40) % 2
+    mask = (degrees[:, None] >= degrees[:30]).double() + 0.5
+    derivation = Elementwise(mask, mask.shape)
+    assert derivation.tiles is not None
+    width = (40, 30) if transposed else (30, 40)
+    one, two = (
+        Pulled(
+            OuterProducts(
+                normal(generator, k, 1, width[0]), normal(generator, k, 1, width[1]), (40, 30), False, transposed
+            ),
+            Elementwise(mask, mask.shape),
+        ).scaled(normal(generator, k))
+        for k in (n, m)
+    )
+    out = torch.ones(n, m, dtype=torch.float64)
+    assert one._accumulate_tiles(derivation, two, out)
+    torch.testing.assert_close(out, 1 + written_out(one) @ written_out(two).T)

@@ -73,8 +73,6 @@ FACTORED = {
     "a relative bias from a bare table": lambda: Model(swin, bias=parameter(2 * TIME, 2)),
     "one class an example, over time": lambda: Model(lambda m, h, ids: h + m.kind(ids[:, 0])[:, None], kind=table(9)),
     "tokens and kinds": lambda: Model(lambda m, h, ids: h + m.kind(ids % 2), kind=table(2)),
-}
-GENERAL = {
     "positions added and multiplied": lambda: Model(
         lambda m, h, ids: (h + m.pos(each(ids))) * m.pos(each(ids)), pos=table()
     ),
@@ -82,10 +80,12 @@ GENERAL = {
     "a slice added and multiplied": lambda: Model(
         lambda m, h, ids: both(h, m.pos[: ids.shape[1]]), pos=parameter(8, WIDTH)
     ),
-    "rows of a parameter by example": lambda: Model(lambda m, h, ids: h + m.pos[ids], pos=parameter(9, WIDTH)),
     "a slice normalised first": lambda: Model(
         lambda m, h, ids: h + F.normalize(m.pos[: ids.shape[1]], dim=-1), pos=parameter(8, WIDTH)
     ),
+}
+GENERAL = {
+    "rows of a parameter by example": lambda: Model(lambda m, h, ids: h + m.pos[ids], pos=parameter(9, WIDTH)),
     "a slice added in place": lambda: Model(
         lambda m, h, ids: (h * 2).add_(m.pos[: ids.shape[1]]), pos=parameter(8, WIDTH)
     ),

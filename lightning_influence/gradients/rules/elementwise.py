@@ -10,8 +10,9 @@ from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.layout import Layout, LayoutMismatch, Split
 from lightning_influence.gradients.rules.rule import LayerRule, Operands, Parts
 
-SUMS = (torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)
-"""Sums, from whose output the gradient of a shared operand can be split by example."""
+_SUMS = (torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)
+_DIFFERENCES = (torch.sub, torch.Tensor.sub, torch.Tensor.__sub__)
+_QUOTIENTS = (torch.div, torch.Tensor.div, torch.true_divide, torch.Tensor.true_divide, torch.Tensor.__truediv__)
 _PRODUCTS = (torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
 
 
@@ -51,6 +52,23 @@ class _Product:
         return {(role,): _rows(operands[role], gradient * operands[others[role]], split) for role in wanted}
 
 
+class _Difference:
+    operands = _Sum.operands
+
+    def parts(self, operands: Operands, gradient: Tensor, wanted: frozenset[str], split: Split) -> Parts:
+        signed = {"left": gradient, "right": -gradient}
+        return {(role,): _rows(operands[role], signed[role], split) for role in wanted}
+
+
+class _Quotient:
+    operands = _Sum.operands
+
+    def parts(self, operands: Operands, gradient: Tensor, wanted: frozenset[str], split: Split) -> Parts:
+        gradient = gradient / operands["right"]
+        by = {"left": gradient, "right": -gradient * operands["left"] / operands["right"]}
+        return {(role,): _rows(operands[role], by[role], split) for role in wanted}
+
+
 class _Expand:
     """A parameter repeated for every example, such as a class token."""
 
@@ -65,7 +83,9 @@ def _rows(parameter: Tensor, gradient: Tensor, split: Split) -> DenseRows:
 
 
 ELEMENTWISE: dict[Callable[..., object], LayerRule] = {
-    **dict.fromkeys(SUMS, _Sum()),
+    **dict.fromkeys(_SUMS, _Sum()),
+    **dict.fromkeys(_DIFFERENCES, _Difference()),
+    **dict.fromkeys(_QUOTIENTS, _Quotient()),
     **dict.fromkeys(_PRODUCTS, _Product()),
     torch.Tensor.expand: _Expand(),
 }
