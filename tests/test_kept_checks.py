@@ -251,6 +251,27 @@ def test_a_folder_that_cannot_be_written_to(asked, folder, monkeypatch):
     assert files(folder) == before
 
 
+@pytest.mark.slow
+def test_a_verdict_on_examples_that_showed_too_little_misleads_no_later_process(tmp_path, monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    train = TensorDataset(torch.randn(80, 4, 3, generator=draw), torch.randint(2, (80, 4), generator=draw))
+    train.tensors[1][42, 1:] = -100  # none of the examples that are looked at has fewer labels
+    change = "self.logits(x), y", "self.logits(x).flatten(0, 1), y.flatten()"
+    fit(made(change), DataLoader(train, 8), Influence(dirpath=tmp_path), max_epochs=1)
+    found, kept = [], []
+    monkeypatch.setattr(
+        kept_checks.KeptChecks,
+        "read",
+        lambda self, read=kept_checks.KeptChecks.read: kept.append(read(self)) or kept[-1],
+    )
+    for _ in range(2):
+        attributor = Attributor(made(change), train, Trajectory.load(tmp_path), batch_size=20)
+        found.append(attributor.score(GradientDot(), train))
+        assert any("mean over its tokens" in note for note in found[-1].notes)
+    assert [verdict is None for verdict in kept] == [True, False]
+    assert torch.equal(found[0].values, found[1].values)
+
+
 PROGRAM = """
 import sys, logging, torch
 sys.path.insert(0, {folder!r})
