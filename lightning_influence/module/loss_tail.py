@@ -32,6 +32,10 @@ _CRITICAL = frozenset(
 # Of these, code that modes see calls versions that keep the digits.
 _EXACT = frozenset({"log_softmax", "binary_cross_entropy_with_logits", "cross_entropy_loss", "log_sigmoid_forward"})
 
+# Losses whose gradients lose digits where the model is certain, and how a weight is changed by a gradient.
+_LOSSES = frozenset({"cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"})
+_STEPS = frozenset({"sub", "add", "rsub", "radd", "addcmul", "addcdiv", "lerp"})
+
 
 @dataclass(frozen=True)
 class LossTail:
@@ -98,12 +102,14 @@ class _Search(_LayerWatch):
         self._layers: list[tuple[Any, int]] = []
         self._before, self._after = "", ""  # a critical function that was called before, after the last layer
         self._unseen: str | None = None
+        self._loss, self._stepped = "", ""  # a loss that was called, and one whose gradient then changed a weight
         self._is_inside = False
 
     def found(self, dtype: torch.dtype) -> LossTail:
         """Where it begins. A step that uses a layer again may do so as often as its data say."""
         repeats = len(set(self._layers)) < len(self._layers)
         doubt = self._unseen and f"`{self._unseen}` in code that torch's modes do not see, such as TorchScript,"
+        doubt = doubt or (self._stepped and f"`{self._stepped}` before a step of its own along the gradient,") or None
         if not self._after or (repeats and self._before):
             again = f"`{self._after}` after layers that may be used another number of times," if self._after else None
             return LossTail(math.inf, dtype=dtype, doubt=doubt or again)
@@ -127,11 +133,15 @@ class _Search(_LayerWatch):
         if weights and alone:
             return self.derived(output)
         if weights:
+            if self._loss and func.__name__.strip("_") in _STEPS and _are_matrices(_operands(args, kwargs)):
+                self._stepped = self._loss
             self._unseen = None
             self._layers.append((func, id(weights[0])))
             self._before, self._after = self._before or self._after, ""
         if _is_critical(func):
             self._after = func.__name__
+        if func.__name__ in _LOSSES:
+            self._loss = func.__name__
         return output
 
 
@@ -224,6 +234,12 @@ def find_tail(loss: Callable[[], Tensor], module: nn.Module) -> LossTail:
 
 def _is_critical(func: Callable[..., Any]) -> bool:
     return getattr(func, "__name__", "").removeprefix("special_").removesuffix("_") in _CRITICAL
+
+
+def _are_matrices(operands: Iterator[Any]) -> bool:
+    """Whether there are two tensors of the same shape, with at least two dimensions: unlike a bias and its layer."""
+    shapes = [operand.shape for operand in operands if isinstance(operand, Tensor)]
+    return len(shapes) > 1 and len(set(shapes)) == 1 and len(shapes[0]) > 1
 
 
 def _operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:

@@ -59,6 +59,38 @@ class Repeated(Step):
         return self.loss(self.net(x), y)
 
 
+def softmax(out: torch.Tensor) -> torch.Tensor:
+    return out.softmax(1)
+
+
+def log_of_scripted_softmax(out, y):
+    return -torch.jit.script(softmax)(out).log().gather(1, y[:, None]).mean()
+
+
+class Adapted(Step):
+    """One step along the gradient of each example's own loss, as in meta-learning."""
+
+    def training_step(self, batch, batch_idx):
+        weights = dict(self.net.named_parameters())
+
+        def one(x, y):
+            def loss(of):
+                return self.loss(torch.func.functional_call(self.net, of, (x[None],)), y[None])
+
+            slopes = torch.func.grad(loss)(weights)
+            return loss({name: weight - 0.1 * slopes[name] for name, weight in weights.items()})
+
+        return torch.func.vmap(one)(*batch).mean()
+
+
+class Unrolled(Step):
+    """A loss after each use of the same layers, whose gradients stay exact."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return self.loss(self.net(x), y) + self.loss(self.net(x + 1.0), y)
+
+
 def notes(module, dtype=torch.float32):
     module = module.to(dtype)
     train = [(x.to(dtype), y) for x, y in both(5)["train"]().items]
@@ -71,7 +103,9 @@ def notes(module, dtype=torch.float32):
     [
         (lambda: Step(mlp(), torch.jit.script(cross_entropy)), "TorchScript"),
         (lambda: Step(mlp(), torch.jit.script(log_of_softmax)), "TorchScript"),
+        (lambda: Step(mlp(), log_of_scripted_softmax), "TorchScript"),
         (lambda: Repeated(mlp(), log_of_softmax), "another number of times"),
+        (lambda: Adapted(mlp(), cross_entropy), "`cross_entropy` before a step of its own along the gradient"),
     ],
 )
 def test_losses_that_may_lose_digits_are_noted(make, says):
@@ -84,3 +118,4 @@ def test_losses_that_may_lose_digits_are_noted(make, says):
 def test_losses_in_python_are_not(loss):
     assert notes(Step(mlp(), loss)) == []
     assert notes(Step(scripted(mlp()), loss)) == []
+    assert notes(Unrolled(mlp(), cross_entropy)) == []
