@@ -12,7 +12,7 @@ from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.methods.method import Method
 from lightning_influence.setting.setting import Setting
 
-# Leaving an example out of the fits of tests/benchmarks/units.py changed losses by up to 8 times the untrained loss.
+# A choice, far above what leaving out one example changes a loss by.
 _IMPOSSIBLE = 100.0
 # Examples whose own losses are computed, where their scores are suspicious.
 _LOOKED_AT = 16
