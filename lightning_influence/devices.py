@@ -126,7 +126,7 @@ def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
         for _, pairs in itertools.groupby(zip(small, ends, strict=True), lambda pair: pair[1] // _TOGETHER):
             places = [i for i, _ in pairs]
             sizes = [found[i].nbytes for i in places]
-            joined = torch.cat([found[i].reshape(-1).view(torch.uint8) for i in places]).cpu()
+            joined = torch.cat([found[i].reshape(-1).contiguous().view(torch.uint8) for i in places]).cpu()
             for i, own in zip(places, joined.split(sizes), strict=True):
                 found[i] = own.view(found[i].dtype).reshape(found[i].shape).clone()
     return [tensor.cpu() for tensor in found]

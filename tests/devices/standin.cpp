@@ -1,8 +1,8 @@
 // A stand-in accelerator: PyTorch's PrivateUse1 backend over the CPU's memory and kernels.
 //
-// It refuses what CUDA refuses (operations over tensors of two devices, the CPU's generators, and float64 where asked,
-// as Apple's MPS does), has random generators of its own, and counts what makes a host wait. It is synchronous, and
-// rounds as the CPU does.
+// It refuses what CUDA refuses (operations over tensors of two devices, the CPU's generators), and, where asked, float64
+// and the operations that Apple's MPS lacks. It has random generators of its own, and counts what makes a host wait. It
+// is synchronous, and rounds as the CPU does.
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
@@ -236,6 +236,11 @@ const std::set<std::string> kWaits = {
     "aten::unique_consecutive", "aten::unique_dim_consecutive", "aten::bincount", "aten::repeat_interleave",
     "aten::_linalg_eigh", "aten::linalg_eig", "aten::_linalg_svd", "aten::cholesky", "aten::linalg_lstsq"};
 
+// Operations that Apple's MPS, which has no float64 either, does not have.
+const std::set<std::string> kLacking = {
+    "aten::_linalg_eigh", "aten::linalg_eig", "aten::_linalg_svd", "aten::linalg_qr", "aten::linalg_lstsq",
+    "aten::geqrf", "aten::cholesky_solve", "aten::linalg_lu_solve", "aten::logcumsumexp", "aten::kthvalue"};
+
 struct Arguments {
   std::string name;
   bool by_index;
@@ -286,6 +291,9 @@ void check(const Arguments& arguments) {
 void on_cpu_kernels(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   Arguments arguments = read(op, *stack);
   check(arguments);
+  bool lacking = !has_float64 && !arguments.devices.empty() && kLacking.count(arguments.name);
+  TORCH_CHECK_NOT_IMPLEMENTED(!lacking, "The operator '", arguments.name,
+                              "' is not currently implemented for the standin device.");
   count(OPERATORS);
   if (kWaits.count(arguments.name)) count(SYNCHRONISATIONS);
   int index = arguments.devices.empty() ? current : *arguments.devices.begin();
