@@ -26,8 +26,7 @@ def run(folder, *arguments, check=True):
 
 def assert_recorded(tmp_path, strategy, workers):
     """The record is the union of what the ranks saw, and training is that of a fit without the callback."""
-    run(tmp_path / "with", strategy, workers)
-    run(tmp_path / "without", strategy, workers, "plain")
+    run(tmp_path, strategy, workers, "both")
     seen = []
     for rank in (0, 1):
         watched, plain = (torch.load(tmp_path / name / f"seen-{rank}.pt") for name in ("with", "without"))
