@@ -43,4 +43,4 @@ if __name__ == "__main__":
         fit(folder / "without", strategy, workers, watched=False)
         fit(folder / "with", strategy, workers)
     else:
-        fit(folder, strategy, workers)
+        fit(folder, strategy, workers, "plain" not in sys.argv)
