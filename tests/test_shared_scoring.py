@@ -1,6 +1,8 @@
 """Scores by several real processes equal those of one, and what one process refuses all refuse."""
 
+import copy
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -10,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fits import seeded
+from fits import Indexed, Net, fit, loader, seeded
 from gloo_score import FEW, Digits, N, data, dtype_of, methods
 from oracles import assert_scores
 
-from lightning_influence import Attributor, Scores, TracInCP, Trajectory
+from lightning_influence import Attributor, GradientDot, Influence, Scores, TracInCP, Trajectory
 from lightning_influence.attribution.accumulators import Share
 from lightning_influence.processes import Processes, processes_of
 
@@ -193,3 +195,18 @@ def test_processes_that_are_there_and_not_connected_are_told_how():
 
     with pytest.warns(UserWarning, match="setup_environment"):
         assert processes_of(Two()).count == 1
+
+
+def test_the_results_of_processes_that_have_ended_are_those_of_the_newest_fit_with_this_callback(tmp_path):
+    """As after `ddp_spawn`, where the callback that trains is a copy."""
+    left = Influence({"a name/of mine": GradientDot()}, Indexed(3), tmp_path, self_influence=True, max_cost=1e9)
+    trained, other = pickle.loads(pickle.dumps(left)), copy.deepcopy(left)
+    assert left.run_dir is None
+    fit(Net(), loader(), trained, max_epochs=1)
+    assert left.run_dir == trained.run_dir
+    for found, expected in (left.scores, trained.scores), (left.self_scores, trained.self_scores):
+        assert torch.equal(found["a name/of mine"].values, expected["a name/of mine"].values)
+    with pytest.raises(KeyError, match="which have ended, left no file of it"):
+        left.self_scores["labels"]
+    assert other.run_dir is None
+    assert not other.scores

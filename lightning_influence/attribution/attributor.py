@@ -49,7 +49,8 @@ class Attributor:
             DataModule.
         trajectory: checkpoints and batch order of the fit; None: only the module's present weights are known.
         trainer: its accelerator, precision and data hooks are used; None: the module's own Trainer, if it has one.
-            With one that has several processes, all of them ask each question and share its work.
+            With one that has several processes, all of them ask each question and share its work, once its fit or
+            (started by ``torchrun``) ``trainer.strategy.setup_environment()`` has connected them.
         batch_size: examples per block; None: the loader's batch size, or more if their gradients are small.
         refit: a ``Refit``, which says how to retrain models, for methods that need it.
         loss: ``(module, batch) -> [batch]`` per-sample losses; None: ``training_step``.
