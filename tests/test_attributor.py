@@ -445,7 +445,7 @@ def test_chosen_checkpoints_are_used_and_recorded(fitted, checkpoints):
 
 def test_checkpoints_that_do_not_exist_are_refused(fitted):
     _, influence = fitted
-    with pytest.raises(ValueError, match=r"Expected `checkpoints` to be positions among 4 checkpoints, got \[7\]"):
+    with pytest.raises(ValueError, match=r"Expected `checkpoints` to be positions in the list of 4, got \[7\]"):
         influence.attributor.score(TracInCP(checkpoints=(7,)), QUERIES)
 
 

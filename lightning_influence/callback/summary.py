@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning_influence.scores import Scores, SelfScores
-from lightning_influence.scores.words import counted
+from lightning_influence.wording import counted
 
 Row = tuple[str, str, str, str]
 

@@ -9,6 +9,7 @@ from lightning_influence import MissingEvidence, SelfScores, Trajectory
 from lightning_influence.cli.reading import existing, finished_files, is_partial, load, runs_of, score_files
 from lightning_influence.cli.text import megabytes
 from lightning_influence.scores.words import settings, table
+from lightning_influence.wording import counted
 
 _ROWS = 12  # of a list of checkpoints that are printed
 
@@ -34,14 +35,14 @@ def run(options: argparse.Namespace) -> int:
             "Pass `dirpath` of the callback, one of its run-N, or a folder with `.arrow` files."
         )
     if runs and runs != [path]:
-        print(f"{path}: {len(runs)} run{'s' * (len(runs) > 1)}")
+        print(f"{path}: {counted(len(runs), 'run')}")
         print(table(("run", "finished", "steps", "checkpoints", "examples", "seconds", "scores"), _lines(runs)))
         print()
     if runs:
         _show_run(runs[-1])
         files = score_files(runs[-1])
     if files:
-        print(f"\n{len(files)} file{'s' * (len(files) > 1)} of scores in {files[0].parent}")
+        print(f"\n{counted(len(files), 'file')} of scores in {files[0].parent}")
         print(table(("file", "method", "queries", "examples", "kept", "units", "notes"), [_scores(f) for f in files]))
     return 0
 
@@ -61,11 +62,12 @@ def _lines(runs: Sequence[Path]) -> list[list[Any]]:
 
 def _show_run(folder: Path) -> None:
     found = Trajectory.load(folder)
+    examples = "training examples" if found.dataset_size is None else counted(found.dataset_size, "training example")
     end = "finished" if found.finished else "not finished"
     order = "known" if found.has_batch_order else "not known"
     size = sum(checkpoint.size for checkpoint in found.checkpoints)
-    print(f"{folder}: a fit of {len(found.steps):,} steps on {found.dataset_size} training examples, {end}")
-    print(f"  batch order {order}; {len(found.checkpoints)} checkpoints, {megabytes(size)}")
+    print(f"{folder}: a fit of {counted(len(found.steps), 'step')} on {examples}, {end}")
+    print(f"  batch order {order}; {counted(len(found.checkpoints), 'checkpoint')}, {megabytes(size)}")
     for note in found.notes:
         print(f"  Note: {note}")
     rates = [", ".join(f"{rate:.4g}" for rate in found.learning_rates(i)) for i in range(len(found.checkpoints))]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from lightning_influence.plotting.cell import Drawing, Item
 from lightning_influence.plotting.style import Palette, axis, blank, fit
+from lightning_influence.wording import counted
 
 _Side: TypeAlias = tuple[str, str, Sequence[Item]]
 """Its title, its colour and its examples."""
@@ -74,7 +75,7 @@ def explanations(
         ImportError: matplotlib is not installed.
         ValueError: An example cannot be drawn, and there is no `render`.
     """
-    title = f"{method + ': ' if method else ''}influence on {len(cases)} queries"
+    title = f"{method + ': ' if method else ''}influence on {counted(len(cases), 'query')}"
     if all(case.bare for case in cases):
         heights = [_bars_height(case) for case in cases]
         figure, colours = blank(6.4, sum(heights))

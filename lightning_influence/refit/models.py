@@ -19,6 +19,7 @@ from lightning_influence.refit.pool import Failure, Job, described
 from lightning_influence.refit.store import ModelStore, TrainedModel, bytes_of, key_of, layout_of
 from lightning_influence.setting.losses import losses_under
 from lightning_influence.setting.setting import Queries
+from lightning_influence.wording import counted
 
 _FINGERPRINTED = 17  # examples that are hashed to recognise a dataset
 
@@ -154,7 +155,7 @@ class Models:
         if self._labels is None:
             return []
         return [
-            f"{without} of {len(membership)} subsets hold no example of class {label}."
+            f"{without} of {counted(len(membership), 'subset', 'holds')} no example of class {label}."
             for label in self._labels.unique().tolist()
             if (without := int((membership[:, self._labels == label].sum(1) == 0).sum()))
         ]

@@ -14,6 +14,7 @@ from lightning_influence.plotting.example_view import printable
 from lightning_influence.report import Album, Opinions
 from lightning_influence.scores import words
 from lightning_influence.scores.id_checks import ascending, base_of
+from lightning_influence.wording import counted
 
 Data: TypeAlias = tuple[Any, Any]
 """The training dataset and the queries'; None where there is none."""
@@ -171,7 +172,7 @@ def _evidence(answer: Answer) -> list[str]:
     if answer.checkpoints:
         first, last, count = min(answer.checkpoints), max(answer.checkpoints), len(answer.checkpoints)
         steps = f"step {first}" if count == 1 else f"steps {first} to {last}"
-        sentences.append(f"{count} checkpoint{'s' * (count > 1)} ({steps}).")
+        sentences.append(f"{counted(count, 'checkpoint')} ({steps}).")
     if words.diagnostics(answer.diagnostics):
         sentences.append(f"{words.diagnostics(answer.diagnostics)}.")
     return sentences

@@ -11,6 +11,7 @@ from lightning_influence import report
 from lightning_influence.report import Album, Showing
 from lightning_influence.scores.base import Answer, Data, facts, given_or_at_hand
 from lightning_influence.scores.ranking import Ranking, row_blocks
+from lightning_influence.wording import counted
 
 Orders: TypeAlias = tuple[Iterable[int], Iterable[int]]
 """Ids of training examples and of queries, the most important first."""
@@ -21,8 +22,9 @@ _FIRST = 2000  # training examples that go into an album before those that expla
 def page_of(answer: Answer, ranking: Ranking, k: int, own: dict[str, Tensor], album: Album) -> report.Page:
     """The page of a score matrix, whose training examples are sorted by `own` numbers, [train] by title, if any."""
     title = "Influence on all queries" if ranking.top is None else "Influence on all queries (of the scores kept)"
+    train = counted(len(ranking.train_ids), "training example")
     return report.Page(
-        title=f"{answer.method}: {len(ranking.query_ids):,} queries, {len(ranking.train_ids):,} training examples",
+        title=f"{answer.method}: {counted(len(ranking.query_ids), 'query')}, {train}",
         facts=facts(answer),
         units=answer.units,
         train_ids=ranking.train_ids,

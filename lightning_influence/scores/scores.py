@@ -22,6 +22,7 @@ from lightning_influence.scores.id_checks import BaseIds, ascending, base_of, wh
 from lightning_influence.scores.ranking import Ranking, checked_top, checked_values, side, strongest_per_query
 from lightning_influence.scores.self_scores import SelfScores
 from lightning_influence.scores.topk import TopK
+from lightning_influence.wording import counted
 
 
 class Scores(Answer):
@@ -97,7 +98,7 @@ class Scores(Answer):
 
     def __repr__(self) -> str:
         kept = "" if self.top_k is None else f", the {self.top_k} strongest proponents and opponents of each"
-        size = f"scores of {len(self):,} queries by {self.train_ids.numel():,} training examples{kept}"
+        size = f"scores of {counted(len(self), 'query')} by {counted(self.train_ids.numel(), 'training example')}{kept}"
         return paragraph(self, size, strongest_per_query(self._ranking))
 
     def _repr_html_(self) -> str:

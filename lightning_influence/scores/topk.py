@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_influence.scores.words import counted, table
+from lightning_influence.scores.words import table
+from lightning_influence.wording import counted
 
 _ROWS = 30  # of the table that is printed
 

@@ -6,6 +6,7 @@ from typing import Any
 from lightning_influence.loggers.summary import Table
 from lightning_influence.report import Opinion, Showing
 from lightning_influence.scores.base import Answer, given_or_at_hand
+from lightning_influence.wording import counted
 
 _TRAIN, _QUERIES = 200, 100  # examples that are described, in the order of the rows
 _ASKED = 2000  # queries that the model predicts to choose one
@@ -52,9 +53,10 @@ def telling_query(answer: Answer, query_ids: Sequence[int]) -> tuple[int | None,
         return None, {}, ""
     chosen = max(known, key=lambda i: (known[i].right is False, known[i].loss))
     wrong = sum(opinion.right is False for opinion in known.values())
-    why = f"the highest loss of {len(known):,} queries: {known[chosen].loss:.3g}"
+    asked, loss = counted(len(known), "query"), f"{known[chosen].loss:.3g}"
+    why = f"the highest loss of {asked}: {loss}"
     if wrong:
-        why = f"the highest loss ({known[chosen].loss:.3g}) of {wrong:,} wrongly predicted among {len(known):,} queries"
+        why = f"the highest loss ({loss}) of {wrong:,} wrongly predicted among {asked}"
     prediction = known[chosen].prediction
     return chosen, {} if prediction is None else {chosen: prediction}, f"Query {chosen} has {why}."
 

@@ -53,12 +53,6 @@ def settings(found: Mapping[str, Any]) -> dict[str, str]:
     return {name: setting(value) for name, value in found.items() if value is not None}
 
 
-def counted(number: int, what: str) -> str:
-    """A number of things, such as "1 query" and "1,000 queries"."""
-    plural = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
-    return f"{number:,} {what if number == 1 else plural}"
-
-
 def table(names: Sequence[str], rows: Sequence[Sequence[Any]], indent: str = "  ") -> str:
     """Rows as a plain-text table; columns of numbers are right-aligned."""
     cells = [[_cell(value) for value in row] for row in rows]

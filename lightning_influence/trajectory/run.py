@@ -22,6 +22,7 @@ from lightning_influence.trajectory.files import (
 )
 from lightning_influence.trajectory.fit_data import FitData, decode_fit_data
 from lightning_influence.types import MissingEvidence
+from lightning_influence.wording import counted
 
 
 @dataclass
@@ -169,7 +170,9 @@ def _join(run: Run, manifest: Mapping[str, Any], older: Run) -> None:
     if known < link["step"]:
         run.notes.append(f"Steps {known + 1} to {link['step']} of {link['run']} were never written to disk.")
     if older.dataset_size != run.dataset_size:
-        run.notes.append(f"The dataset had {older.dataset_size} examples in {link['run']}, {run.dataset_size} after.")
+        run.notes.append(
+            f"The dataset had {counted(older.dataset_size, 'example')} in {link['run']}, {run.dataset_size} after."
+        )
     # the state that a resumed fit starts from is not on the checkpoint schedule: an uninterrupted fit would not have it
     starts_anew = [entry["kind"] for entry in manifest["checkpoints"][:1]] == ["initial"]
     own = run.checkpoints[1:] if starts_anew else run.checkpoints
@@ -240,7 +243,7 @@ def notes_on_the_end(run: Run) -> list[str]:
     last = run.checkpoints[-1].step if run.checkpoints else 0
     behind = pc.sum(pc.and_(pc.greater(run.steps["step"], number(last)), pc.invert(run.steps["skipped"]))).as_py() or 0
     if behind and len(run.checkpoints) != 1:
-        notes.append(f"{behind} steps after the last checkpoint (step {last}) are not counted.")
+        notes.append(f"Not counted: {counted(behind, 'step')} after the last checkpoint (step {last}).")
     kept = [c.step for c in run.checkpoints if c.step > max(run.removed)] if run.removed else []
     if run.removed and kept:
         notes.append(
