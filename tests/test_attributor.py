@@ -169,9 +169,9 @@ def test_losses_are_a_ranked_list_like_any_other(fitted, tmp_path):
     close(mean.values, expected)
     assert mean.top(3).train_ids.tolist() == expected.argsort(descending=True)[:3].tolist()
     saved = SelfScores.load(tmp_path / "mean.arrow")
-    assert (saved.quantity, saved.method, saved.units) == ("loss", "PlainLoss", "loss")
+    assert (saved.quantity, saved.method, saved.units) == ("loss", "labels", "loss")
     assert saved.checkpoints == tuple(point.step for point in after)
-    assert "PlainLoss: loss of 23 training examples" in repr(saved)
+    assert f"labels: mean loss over {len(after)} checkpoints, 23 training examples" in repr(saved)
     assert saved.plot()[1].get_xlabel() == "loss"
     with pytest.raises(MissingEvidence):
         Attributor(net, TRAIN).losses(checkpoints="all")

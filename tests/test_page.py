@@ -73,7 +73,7 @@ def test_ten_thousand_rows_are_ready_within_two_seconds(page):
 
 def test_rows_stand_by_self_influence_and_are_sorted_by_a_click(page):
     assert ids(page) == SELF.argsort(descending=True)[:50].tolist()
-    title = page.get_by_role("button", name="Influence on all queries")
+    title = page.get_by_role("button", name="Influence on all queries (sum)")
     title.click()
     totals = VALUES.double().sum(0)
     assert ids(page) == totals.argsort(descending=True)[:50].tolist()

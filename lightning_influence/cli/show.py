@@ -9,6 +9,7 @@ from lightning_influence import MissingEvidence, SelfScores, Trajectory
 from lightning_influence.cli.reading import existing, finished_files, is_partial, load, runs_of, score_files
 from lightning_influence.cli.text import megabytes
 from lightning_influence.scores.words import settings, table
+from lightning_influence.trajectory.in_words import the_fit
 from lightning_influence.wording import counted
 
 _ROWS = 12  # of a list of checkpoints that are printed
@@ -62,11 +63,9 @@ def _lines(runs: Sequence[Path]) -> list[list[Any]]:
 
 def _show_run(folder: Path) -> None:
     found = Trajectory.load(folder)
-    examples = "training examples" if found.dataset_size is None else counted(found.dataset_size, "training example")
-    end = "finished" if found.finished else "not finished"
     order = "known" if found.has_batch_order else "not known"
     size = sum(checkpoint.size for checkpoint in found.checkpoints)
-    print(f"{folder}: a fit of {counted(len(found.steps), 'step')} on {examples}, {end}")
+    print(f"{folder}: {the_fit(found)}")
     print(f"  batch order {order}; {counted(len(found.checkpoints), 'checkpoint')}, {megabytes(size)}")
     for note in found.notes:
         print(f"  Note: {note}")
@@ -86,7 +85,7 @@ def _scores(path: Path) -> list[Any]:
     except (ValueError, OSError) as error:
         return [path.name, f"unreadable: {type(error).__name__}", None, None, None, None, None]
     top = getattr(scores, "top_k", None)
-    kept = scores.quantity if isinstance(scores, SelfScores) else "all" if top is None else f"top {top}"
+    kept = scores.title if isinstance(scores, SelfScores) else "all" if top is None else f"top {top}"
     kept += ", partial" * is_partial(path)
     units = None if scores.units == "arbitrary" else scores.units
     queries = None if isinstance(scores, SelfScores) else len(scores)

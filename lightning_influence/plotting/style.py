@@ -44,7 +44,11 @@ def fit(text: str, width: int) -> str:
 
 def wrap(text: str, width: int, height: int) -> str:
     """The first `height` lines of a text, wrapped at `width`; blank lines are kept."""
-    lines = [line for part in text.splitlines() for line in textwrap.wrap(part.strip(), width) or [""]]
+    lines = [
+        line
+        for part in text.splitlines()
+        for line in textwrap.wrap(part.strip(), width, break_on_hyphens=False) or [""]
+    ]
     if len(lines) > height:
         lines = [*lines[: height - 1], lines[height - 1][: width - 1] + "…"]
     return "\n".join(line.replace("$", r"\$") for line in lines)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_influence.checks import optional
 from lightning_influence.files import arrow
+from lightning_influence.hints import Hinted
 from lightning_influence.plotting.example_view import printable
 from lightning_influence.report import Album, Opinions
 from lightning_influence.scores import words
@@ -23,7 +24,7 @@ MATRIX = "scores"
 """The column of `Scores` files that may be larger than the memory."""
 
 
-class Answer:
+class Answer(Hinted):
     """The record that scores of either kind carry beside their numbers.
 
     Args:
@@ -83,6 +84,11 @@ class Answer:
         )
 
     @property
+    def contents(self) -> str:
+        """What the numbers are, and how many."""
+        raise NotImplementedError
+
+    @property
     def figures(self) -> dict[str, float]:
         """`diagnostics` under their former name."""
         return self.diagnostics
@@ -119,19 +125,19 @@ def numbers(name: str, given: Mapping[str, float] | None) -> dict[str, float]:
         raise TypeError(f"Expected `{name}` to map names to single numbers, got {given!r}.") from error
 
 
-def paragraph(answer: Answer, size: str, findings: Sequence[str]) -> str:
+def paragraph(answer: Answer, findings: Sequence[str]) -> str:
     """What the scores are, what a reader must know about them, and what was found."""
     notes = [f"Note: {note.rstrip('.')}." for note in answer.notes]
-    head = f"{answer.method}: {size}, {words.unit(answer.units)}."
+    head = f"{answer.method}: {answer.contents}, {words.unit(answer.units)}."
     sentences = [head, answer.meaning, *_evidence(answer), *notes, *findings]
-    return textwrap.fill(" ".join(sentences), width=100)
+    return textwrap.fill(" ".join(sentences), width=100, break_on_hyphens=False)
 
 
 def facts(answer: Answer) -> list[str]:
     """What a reader of the page must know, one or two sentences each."""
     settings = printable(", ".join(f"{name} = {value}" for name, value in words.settings(answer.settings).items()))
     return [
-        f"Method: {answer.method}, {words.unit(answer.units)}.",
+        f"{answer.method}: {answer.contents}, {words.unit(answer.units)}.",
         answer.meaning,
         *([f"Settings: {settings}."] if settings else []),
         *_evidence(answer),

@@ -170,9 +170,7 @@ def _join(run: Run, manifest: Mapping[str, Any], older: Run) -> None:
     if known < link["step"]:
         run.notes.append(f"Steps {known + 1} to {link['step']} of {link['run']} were never written to disk.")
     if older.dataset_size != run.dataset_size:
-        run.notes.append(
-            f"The dataset had {counted(older.dataset_size, 'example')} in {link['run']}, {run.dataset_size} after."
-        )
+        run.notes.append(f"The dataset had {older.dataset_size} examples in {link['run']}, {run.dataset_size} after.")
     # the state that a resumed fit starts from is not on the checkpoint schedule: an uninterrupted fit would not have it
     starts_anew = [entry["kind"] for entry in manifest["checkpoints"][:1]] == ["initial"]
     own = run.checkpoints[1:] if starts_anew else run.checkpoints
