@@ -59,6 +59,17 @@ def fitted(tmp_path_factory):
     return net, influence
 
 
+def test_an_attributor_and_a_trajectory_say_what_they_are_of(fitted):
+    net, influence = fitted
+    told = repr(influence.trajectory)
+    assert (
+        told
+        == f"Trajectory in {str(influence.run_dir)!r}: a fit of 15 steps on 23 training examples, finished; 4 checkpoints (steps 0 to 15)"
+    )
+    assert repr(influence.attributor) == f"Attributor of Net and 23 training examples\n  {told}"
+    assert "no trajectory" in repr(Attributor(net, TRAIN))
+
+
 def rows(net, dataset):
     """One backward pass an example."""
     found = []
@@ -172,7 +183,7 @@ def test_losses_are_a_ranked_list_like_any_other(fitted, tmp_path):
     assert (saved.quantity, saved.method, saved.units) == ("loss", "labels", "loss")
     assert saved.checkpoints == tuple(point.step for point in after)
     assert f"labels: mean loss over {len(after)} checkpoints, 23 training examples" in repr(saved)
-    assert saved.plot()[1].get_xlabel() == "loss"
+    assert saved.plot()[1].get_xlabel() == f"mean loss over {len(after)} checkpoints"
     with pytest.raises(MissingEvidence):
         Attributor(net, TRAIN).losses(checkpoints="all")
     with pytest.raises(ValueError, match="positions, 'all' or None, got 'last'"):

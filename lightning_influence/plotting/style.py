@@ -57,4 +57,4 @@ def wrap(text: str, width: int, height: int) -> str:
 def axis(quantity: str, units: str) -> str:
     """The label of an axis, such as "score (loss)"."""
     shown = "no unit" if units == "arbitrary" else units
-    return quantity if shown in ("", quantity) else f"{quantity} ({shown})"
+    return quantity if not shown or shown in quantity else f"{quantity} ({shown})"
