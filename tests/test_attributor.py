@@ -62,10 +62,8 @@ def fitted(tmp_path_factory):
 def test_an_attributor_and_a_trajectory_say_what_they_are_of(fitted):
     net, influence = fitted
     told = repr(influence.trajectory)
-    assert (
-        told
-        == f"Trajectory in {str(influence.run_dir)!r}: a fit of 15 steps on 23 training examples, finished; 4 checkpoints (steps 0 to 15)"
-    )
+    fit = "a fit of 15 steps on 23 training examples, finished; 4 checkpoints (steps 0 to 15)"
+    assert told == f"Trajectory in {str(influence.run_dir)!r}: {fit}"
     assert repr(influence.attributor) == f"Attributor of Net and 23 training examples\n  {told}"
     assert "no trajectory" in repr(Attributor(net, TRAIN))
 

@@ -1,9 +1,10 @@
 """What `Influence` does when a fit ends: estimate the cost, score, save and log, or record why not."""
 
+import contextlib
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -217,7 +218,8 @@ class EndOfFit:
     def _write(self, name: str, scores: Scores | SelfScores) -> None:
         """Save the scores, with what the examples look like if that is wanted and they can be shown."""
         try:
-            scores.save(self._place(name), overwrite=True, **self.plan.album)
+            with self._told_once():
+                scores.save(self._place(name), overwrite=True, **self.plan.album)
         except Exception as error:
             if not self.plan.album:
                 raise
@@ -232,13 +234,25 @@ class EndOfFit:
         if not self.trainer.is_global_zero:
             return
         try:
-            with warnings.catch_warnings():
-                if self.summary.loggers:  # it was said with the scores that were logged before
-                    warnings.filterwarnings("ignore", ".*is stretched to its own range")
+            with self._told_once():
                 scores.log(self.trainer.loggers, step=self.trainer.global_step, name=name, **data, **shown)
             self.summary.loggers = tuple(type(logger).__name__ for logger in listening(self.trainer.loggers))
         except Exception as error:
             rank_zero_warn(f"`{name}` was scored and saved, but not logged: {type(error).__name__}: {error}")
+
+    @contextlib.contextmanager
+    def _told_once(self) -> Iterator[None]:
+        """Warnings that several scores of the fit would repeat, as about the colours of images, are given once."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                yield
+            finally:
+                new = {(one.category, str(one.message)): one for one in caught}
+        for key, one in new.items():
+            if key not in self.summary.told:
+                self.summary.told.add(key)
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
     def _how_to_continue(self, method: Method, itself: bool) -> str:
         if getattr(self.attributor.trajectory, "broken", None) is not None:

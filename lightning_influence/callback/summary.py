@@ -18,12 +18,15 @@ class Summary:
         run_dir: folder of the fit; scores are saved in `scores/` inside it.
         fit_seconds: duration of the fit.
         loggers: names of the loggers that the scores were written to.
+        saved: whether they were saved.
+        told: category and text of the warnings so far.
     """
 
     run_dir: Path
     fit_seconds: float
     loggers: tuple[str, ...] = ()
     saved: bool = False
+    told: set[tuple[type, str]] = field(default_factory=set)
     _rows: list[Row] = field(default_factory=list)
     _notes: dict[str, list[str]] = field(default_factory=dict)
     _missing: dict[str, None] = field(default_factory=dict)

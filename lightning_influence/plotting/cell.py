@@ -28,8 +28,15 @@ class Item(NamedTuple):
 class Drawing(ViewOptions):
     """How examples are drawn."""
 
-    def draw(self, axes: Any, item: Item, colour: str, size: tuple[int, int] = (24, 11)) -> None:
-        """Draw one example. `size` is how many characters and lines of text fit into `axes`.
+    def draw(self, axes: Any, item: Item, colour: str, size: tuple[int, int] = (24, 11), signed: bool = True) -> None:
+        """Draw one example.
+
+        Args:
+            axes: Of the figure.
+            item: The example.
+            colour: Of what is written above it.
+            size: How many characters and lines of text fit into `axes`.
+            signed: Whether a positive score has a sign.
 
         Raises:
             ValueError: The example holds nothing that can be drawn, and there is no `render`.
@@ -37,7 +44,7 @@ class Drawing(ViewOptions):
         look = self.look(item.example)
         lines = [fit(item.name if item.score is not None else f"query {item.name}", _NAME)]
         if item.score is not None:
-            lines.append(f"{item.score:+.3g}")
+            lines.append(f"{item.score:+.3g}" if signed else f"{item.score:.3g}")
         if look.label is not None:
             lines.append(fit(class_name(look.label, self.labels), _NAME))
         predicted = plain(item.prediction)

@@ -121,7 +121,7 @@ def examples(items: Sequence[Item], *, title: str, drawing: Drawing = _PLAIN) ->
     grid = figure.add_gridspec(rows, columns)
     axes = [figure.add_subplot(grid[divmod(at, columns)]) for at in range(len(items))]
     for place, item in zip(axes, items, strict=True):
-        drawing.draw(place, item, colours.text)
+        drawing.draw(place, item, colours.text, signed=False)
     return figure, axes
 
 

@@ -223,6 +223,7 @@
     if (looks) head.append(make("th", "Example"));
     head.append(...known.slice(1).map(title), make("th", view === "train" ? "Decision" : "Explanation"));
     const shown = order.slice(page * SIZE, (page + 1) * SIZE), pages = Math.max(1, Math.ceil(order.length / SIZE));
+    $("rows").classList.toggle("crowded", known.length > 6);
     $("rows").replaceChildren(...shown.map((i) => drawRow(i, known, looks)));
     const first = $("rows").firstElementChild;
     if (first) first.tabIndex = 0;
