@@ -186,3 +186,17 @@ def test_a_phone_shows_everything_without_scrolling_sideways(browser, written, s
     back = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert back == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(18, 23, 29)")
     page.close()
+
+
+def test_targets_of_a_regression_have_a_range_and_no_list(browser, tmp_path):
+    data = [(torch.zeros(2), float(y)) for y in torch.linspace(-1, 1, 60)]
+    scores = Scores(VALUES[:5, :60], None, torch.arange(60), torch.arange(5), method="M")
+    page = browser.new_page()
+    page.goto(scores.report(tmp_path / "page.html", train=data, queries=data, predictions=torch.rand(60)).as_uri())
+    assert not page.locator("#class").is_visible()
+    page.select_option("#ranged", label="Target")
+    page.fill("#low", "0.5")
+    assert set(ids(page)) == {i for i, (_, y) in enumerate(data) if float(f"{y:.4g}") >= 0.5}
+    page.get_by_role("button", name="Target").click()
+    assert ids(page)[0] == 59
+    page.close()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.plotting.example_view import Look, ViewOptions, class_name, plain
-from lightning_influence.plotting.style import blank, fit, wrap
+from lightning_influence.plotting.style import blank, fit, width_of, wrap
 
 Render: TypeAlias = Callable[..., Any]
 """Called with an example, returns what to show of it; or called with (axes, example), draws it."""
@@ -100,7 +100,7 @@ def _table(axes: Any, cells: Sequence[tuple[str, str]], width: int, height: int)
         cells = [*cells[: height - 1], (f"and {len(cells) - height + 1} more", "")]
     for line, (name, value) in enumerate(cells):
         # The longer of the two gets the width that the shorter one leaves.
-        for_value = min(len(value), max(width - len(name) - 1, width // 2 - 1))
+        for_value = min(width_of(value), max(width - width_of(name) - 1, width / 2 - 1))
         place = {"clip_on": True, "transform": axes.transAxes, **_TEXT}
         at = 0.97 - line * 0.94 / height
         axes.text(0.04, at, fit(name, width - for_value - 1), **place)

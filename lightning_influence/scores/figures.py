@@ -134,6 +134,11 @@ def _classes(name: str, data: Any, ids: Tensor) -> tuple[list[Any], Tensor]:
             f"Expected every example of `{name}` to have a class, got none for {missing[:5]!r}. Pass the classes as a "
             "tensor of integers instead of the Dataset."
         )
+    if numbers := [label for label in found if isinstance(label, float) and not label.is_integer()]:
+        raise ValueError(
+            f"Expected `{name}` to have classes, got numbers such as {numbers[0]:.4g}, of which each would be a class. "
+            "Pass the number of a group for each as a tensor of integers, such as `targets.bucketize(edges)`."
+        )
     classes = sorted(set(found), key=lambda label: (isinstance(label, str), label))
     place = {label: at for at, label in enumerate(classes)}
     return classes, torch.tensor([place[label] for label in found])
