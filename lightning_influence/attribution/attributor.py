@@ -334,7 +334,7 @@ class Attributor(Hinted):
         queries: Source | None = None,
         measurement: Loss | None = None,
         aggregate: str | None = None,
-    ) -> AbstractContextManager[Setting]:
+    ) -> contextlib.AbstractContextManager[Setting]:
         session, mean = self._final.session_of(method), aggregate == "mean"
         return opened(session, method, queries, measurement, mean, self.refit, self.processes, self.limit_seconds)
 

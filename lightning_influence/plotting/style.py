@@ -57,7 +57,8 @@ def wrap(text: str, width: float, height: int) -> str:
 
 def _wrapped(words: list[str], width: float, most: int) -> list[str]:
     """At most so many lines of some words, of which long ones are broken."""
-    lines, line = [], ""
+    lines: list[str] = []
+    line = ""
     while words and len(lines) < most:
         longer = f"{line} {words[0]}".strip()
         if width_of(longer) <= width:

@@ -75,9 +75,7 @@ class Trajectory(Hinted):
     fit_data: FitData | None = None
     broken: str | None = None
     _stored_rates: Sequence[Sequence[float]] | None = None
-
-    def __repr__(self) -> str:
-        return in_words(self)
+    __repr__ = in_words
 
     @classmethod
     def load(cls, dirpath: str | PathLike[str]) -> "Trajectory":
