@@ -71,7 +71,7 @@ class _Lines:
         rest = self._left(now)
         if not self._done_first:  # the first piece's time is also that of what was prepared for all of them
             self._started, self._done_first = now, self._done
-        if now < self._next or not self._done:
+        if now < self._next or not 0 < self._done < self._total:
             return
         self._next = now + _EVERY
         print(f"{self._label}: {self._done:,} of {self._total:,} {self._unit}s{rest}", file=sys.stderr, flush=True)

@@ -240,9 +240,9 @@ def test_wrong_asking_for_decisions_is_refused(tmp_path):
 def test_notebooks_get_the_paragraph_and_a_table_as_text():
     html = scores(notes=["<b>bold</b>"])._repr_html_()
     assert "&lt;b&gt;bold&lt;/b&gt;" in html
-    html = html.replace("\u00a0", " ")
+    html = re.sub(r"<td [^>]*>", "<td>", html.replace("\u00a0", " "))
     assert "<td>3</td><td>5 (base 15) (+2), 1 (base 11) (+0.5)</td><td>2 (base 12) (-1)</td>" in html
-    assert "<td>2</td><td>0.4</td>" in itself()._repr_html_()
+    assert "<td>2</td><td>0.4</td>" in re.sub(r"<td [^>]*>", "<td>", itself()._repr_html_())
 
 
 def test_without_jinja_the_error_names_the_extra(monkeypatch, tmp_path):
