@@ -119,7 +119,8 @@ def test_scores_reach_tensorboard(tmp_path):
     events.Reload()
     tags = events.Tags()
     assert any("influence/TracInCP" in tag for tag in tags["scalars"])
-    assert any("influence/TracInCP" in tag for tag in tags["images"])
+    assert "influence/TracInCP/explanation_figure" in tags["images"]
+    assert "influence/TracInCP/self_influence_highest_figure" in tags["images"]
     assert any("influence/TracInCP" in tag for tag in tags["tensors"])
 
 

@@ -12,6 +12,7 @@ matplotlib = pytest.importorskip("matplotlib")
 pytest.importorskip("matplotlib.style")
 from lightning_influence import plotting
 from lightning_influence.plotting import Item
+from lightning_influence.report import Opinion
 from lightning_influence.scores import Scores, SelfScores
 
 
@@ -275,6 +276,19 @@ def test_influence_by_class_is_a_map_of_means(style):
     assert axes.images[0].get_array().tolist() == [[2.0, -2.25]]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["zero", "4"]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["7"]
+
+
+def test_the_highest_examples_are_drawn_with_what_the_model_says():
+    found = SelfScores(torch.arange(12), torch.arange(12.0), "labels", quantity="loss", checkpoints=[1, 2])
+    data = [(torch.rand(3, 4, 4), i % 2) for i in range(12)]
+    found.opinions = lambda side, ids: {i: Opinion(1.0, 1 - i % 2) for i in ids}
+    figure, axes = found.plot_top(7, data, labels=["cat", "dog"])
+    drawn(figure)
+    assert titles(axes)[0] == "11\n11\ndog\npredicted cat"
+    assert len(axes) == 7
+    assert figure.get_suptitle() == "labels: the 7 training examples of highest mean loss over 2 checkpoints"
+    with pytest.raises(ValueError, match="Expected `train` to be the training Dataset, got None"):
+        found.plot_top()
 
 
 def test_targets_of_a_regression_are_no_classes():
