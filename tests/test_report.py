@@ -87,6 +87,16 @@ def test_the_page_says_how_more_examples_are_shown_by_where_they_come_from(tmp_p
     assert "album=" in Scores.load(path).report(tmp_path / "b.html").read_text("utf-8")
 
 
+def test_names_of_classes_that_are_given_later_are_used_where_the_data_are_here(tmp_path):
+    found = scores()
+    found.at_hand = (TEXTS, TEXTS)
+    found.save(tmp_path / "s.arrow", megabytes=1)
+    shown = embedded(found.report(tmp_path / "p.html", labels=["cat", "dog"]))["train"]["looks"]["2"]
+    assert shown["class"] == "dog"
+    kept = embedded(Scores.load(tmp_path / "s.arrow").report(tmp_path / "k.html"))["train"]["looks"]["2"]
+    assert kept["class"] == "1"
+
+
 def test_no_line_ends_within_an_abbreviation(tmp_path):
     found = scores(notes=["EK-FAC of the Fisher on CIFAR-10, half-way"])
     assert "EK\u2011FAC of the Fisher on CIFAR\u201110, half-way" in found.report(tmp_path / "p.html").read_text(
