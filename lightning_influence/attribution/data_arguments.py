@@ -111,7 +111,9 @@ def _named(name: str, datamodule: SetUpDataModule | None) -> Any:
         )
     loaders = datamodule.loaders(kind)
     if position >= len(loaders):
-        raise ValueError(f"Expected `queries` to name one of {len(loaders)} loaders, got {name!r}. Count from 0.")
+        raise ValueError(
+            f"Expected `queries` to name one of {counted(len(loaders), 'loader')}, got {name!r}. Count from 0."
+        )
     return loaders[position]
 
 

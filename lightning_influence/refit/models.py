@@ -98,7 +98,9 @@ class Models:
                 failures = self.backend.train_all(own, take) if own else []
             failures = [failure for some in self.processes.gathered(failures) for failure in some]
         if len(failures) == len(jobs):
-            raise RuntimeError(f"Expected models that train, got {len(jobs)} failures. {described(failures[0])}")
+            raise RuntimeError(
+                f"Expected models that train, got {counted(len(jobs), 'failure')}. {described(failures[0])}"
+            )
         notes = [f"{described(failure)} (twice): it is left out." for failure in failures]
         for note in notes:
             warnings.warn(note, stacklevel=2)

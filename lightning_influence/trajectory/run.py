@@ -245,8 +245,8 @@ def notes_on_the_end(run: Run) -> list[str]:
     kept = [c.step for c in run.checkpoints if c.step > max(run.removed)] if run.removed else []
     if run.removed and kept:
         notes.append(
-            f"{len(run.removed)} checkpoints up to step {max(run.removed)} were removed (`keep_last=`): sums over"
-            f" checkpoints count steps {max(run.removed) + 1} to {kept[-1]} only."
+            f"Removed (`keep_last=`): {counted(len(run.removed), 'checkpoint')} up to step {max(run.removed)}; sums"
+            f" over checkpoints count steps {max(run.removed) + 1} to {kept[-1]} only."
         )
     if not run.finished and run.broken is None:
         notes.append("The fit did not finish: this is what it had written by then.")
