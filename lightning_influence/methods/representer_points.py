@@ -192,7 +192,7 @@ class RepresenterPoints(ForwardOnly):
     def _report(self, setting: Setting, points: "Points") -> None:
         """Notes how close the head is to its minimum, and the error of the decomposition."""
         fit, error = points.fit, points.reconstruction_error()
-        how = f"solved in {fit.iterations} Newton steps" if self.refit else "as it was trained"
+        how = f"solved in {counted(fit.iterations, 'Newton step')}" if self.refit else "as it was trained"
         setting.note(
             f"Head `{points.head.name}` {how}: gradient norm {fit.gradient_norm:.1e} with weight decay "
             f"{self.weight_decay:g}; the sum over training examples misses a training example's pre-activations by at "
