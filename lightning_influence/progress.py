@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
-# Seconds between two lines.
-_EVERY = 30.0
+# Seconds until the first line, and between two lines.
+_FIRST, _EVERY = 5.0, 30.0
 
 
 class Progress(Protocol):
@@ -25,7 +25,8 @@ def progress(trainer: Any, total: int, label: str, unit: str = "example") -> Ite
     """Yields a function to call with the number of training examples (or other units) just done.
 
     Nothing is shown during a fit whose Trainer shows no progress bar. Where such a Trainer has ended, and without one
-    where stderr is neither a terminal nor that of a notebook (a job's log), a line is written every half minute.
+    where stderr is neither a terminal nor that of a notebook (a job's log), a line is written after
+    five seconds, and then every half minute.
     """
     bar = None if trainer is None else trainer.progress_bar_callback
     if trainer is not None and (bar is None or not bar.is_enabled or not trainer.is_global_zero):
@@ -55,12 +56,13 @@ def no_progress(total: int, label: str, unit: str = "example") -> Iterator[Calla
 
 
 class _Lines:
-    """Writes how much is done, and how long the rest will take, to stderr every half minute."""
+    """Writes to stderr how much is done and how long the rest will take: first after five seconds, then more rarely."""
 
     def __init__(self, total: int, label: str, unit: str) -> None:
         self._total, self._label, self._unit = total, label, unit
         self._done = self._done_first = 0
-        self._started = self._last = time.monotonic()
+        self._started = time.monotonic()
+        self._next = self._started + _FIRST
 
     def __call__(self, done: int) -> None:
         """So many more are done."""
@@ -69,9 +71,9 @@ class _Lines:
         rest = self._left(now)
         if not self._done_first:  # the first piece's time is also that of what was prepared for all of them
             self._started, self._done_first = now, self._done
-        if now - self._last < _EVERY or not self._done:
+        if now < self._next or not 0 < self._done < self._total:
             return
-        self._last = now
+        self._next = now + _EVERY
         print(f"{self._label}: {self._done:,} of {self._total:,} {self._unit}s{rest}", file=sys.stderr, flush=True)
 
     def _left(self, now: float) -> str:

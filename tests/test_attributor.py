@@ -59,6 +59,15 @@ def fitted(tmp_path_factory):
     return net, influence
 
 
+def test_an_attributor_and_a_trajectory_say_what_they_are_of(fitted):
+    net, influence = fitted
+    told = repr(influence.trajectory)
+    fit = "a fit of 15 steps on 23 training examples, finished; 4 checkpoints (steps 0 to 15)"
+    assert told == f"Trajectory in {str(influence.run_dir)!r}: {fit}"
+    assert repr(influence.attributor) == f"Attributor of Net and 23 training examples\n  {told}"
+    assert "no trajectory" in repr(Attributor(net, TRAIN))
+
+
 def rows(net, dataset):
     """One backward pass an example."""
     found = []
@@ -169,10 +178,10 @@ def test_losses_are_a_ranked_list_like_any_other(fitted, tmp_path):
     close(mean.values, expected)
     assert mean.top(3).train_ids.tolist() == expected.argsort(descending=True)[:3].tolist()
     saved = SelfScores.load(tmp_path / "mean.arrow")
-    assert (saved.quantity, saved.method, saved.units) == ("loss", "PlainLoss", "loss")
+    assert (saved.quantity, saved.method, saved.units) == ("loss", "labels", "loss")
     assert saved.checkpoints == tuple(point.step for point in after)
-    assert "PlainLoss: loss of 23 training examples" in repr(saved)
-    assert saved.plot()[1].get_xlabel() == "loss"
+    assert f"labels: mean loss over {len(after)} checkpoints, 23 training examples" in repr(saved)
+    assert saved.plot()[1].get_xlabel() == f"mean loss over {len(after)} checkpoints"
     with pytest.raises(MissingEvidence):
         Attributor(net, TRAIN).losses(checkpoints="all")
     with pytest.raises(ValueError, match="positions, 'all' or None, got 'last'"):
@@ -445,7 +454,7 @@ def test_chosen_checkpoints_are_used_and_recorded(fitted, checkpoints):
 
 def test_checkpoints_that_do_not_exist_are_refused(fitted):
     _, influence = fitted
-    with pytest.raises(ValueError, match=r"Expected `checkpoints` to be positions among 4 checkpoints, got \[7\]"):
+    with pytest.raises(ValueError, match=r"Expected `checkpoints` to be positions in the list of 4, got \[7\]"):
         influence.attributor.score(TracInCP(checkpoints=(7,)), QUERIES)
 
 

@@ -16,10 +16,12 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_influence import (
     EKFAC,
+    SOURCE,
     Attributor,
     Evidence,
     ExactGGN,
     GradientDot,
+    HyDRA,
     Influence,
     InfluenceFunction,
     Method,
@@ -28,7 +30,10 @@ from lightning_influence import (
     TracInCP,
     Trajectory,
 )
+from lightning_influence.callback.offline import cheaper
 from lightning_influence.callback.queries import resolve_queries
+from lightning_influence.callback.summary import Summary
+from lightning_influence.methods.plain_loss import PlainLoss
 
 
 def make_net(package):
@@ -114,7 +119,8 @@ def test_scores_reach_tensorboard(tmp_path):
     events.Reload()
     tags = events.Tags()
     assert any("influence/TracInCP" in tag for tag in tags["scalars"])
-    assert any("influence/TracInCP" in tag for tag in tags["images"])
+    assert "influence/TracInCP/explanation_figure" in tags["images"]
+    assert "influence/TracInCP/self_influence_highest_figure" in tags["images"]
     assert any("influence/TracInCP" in tag for tag in tags["tensors"])
 
 
@@ -127,9 +133,9 @@ def test_nothing_is_logged_when_not_wanted(tmp_path):
 
 def test_a_missing_loader_is_a_reason_not_a_failure(tmp_path):
     influence = Influence([GradientDot()], queries="val:4", max_cost=1e6)
-    with pytest.warns(UserWarning, match=r"`GradientDot` failed .* got 2 of that kind"):
+    with pytest.warns(UserWarning, match=r"GradientDot will not score queries when this fit ends.* got 2 of that kind"):
         fit(influence, tmp_path)
-    with pytest.raises(KeyError, match=r"'GradientDot' did not run: ValueError: Expected the Trainer to have a loader"):
+    with pytest.raises(KeyError, match=r"'GradientDot' did not run: Expected the Trainer to have a loader"):
         influence.scores["GradientDot"]
 
 
@@ -165,6 +171,79 @@ def test_a_plan_beyond_the_budget_is_not_started(tmp_path):
         influence.scores["TracInCP"]
 
 
+def test_what_a_refusal_advises_would_help_that_method():
+    assert "fewer checkpoints" in cheaper(TracInCP(), False)
+    assert "fewer queries" in cheaper(TracInCP(), False)
+    assert "queries" not in cheaper(TracInCP(), True)
+    assert "checkpoints" not in cheaper(GradientDot(), False)
+    assert "`EKFAC()`" in cheaper(InfluenceFunction(ExactGGN()), False)
+    assert "EKFAC" not in cheaper(InfluenceFunction(EKFAC()), False)
+    assert "`segments=2`" in cheaper(SOURCE(3), False)
+    assert "`hessian=False`" in cheaper(HyDRA(), False)
+    assert cheaper(PlainLoss("all"), True) == "Raise `max_cost`, or score after the fit"
+
+
+def test_self_influence_is_offered_again_where_that_was_refused(tmp_path):
+    influence = Influence([TracInCP()], self_influence=True, max_cost=1e-9)
+    with pytest.warns(UserWarning, match=r"`TracInCP` was not started(.|\n)*attributor\.self_influence\(TracInCP\("):
+        fit(influence, tmp_path)
+
+
+def test_a_missing_loader_is_told_before_the_first_step(tmp_path):
+    told, net = [], make_net(pl)
+
+    class Listens(pl.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            told.append([str(one.message) for one in caught if "will not score" in str(one.message)])
+
+    influence = Influence([GradientDot()], queries="val", max_cost=1e6)
+    trainer = pl.Trainer(**QUIET, max_epochs=1, default_root_dir=tmp_path, callbacks=[influence, Listens()])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(net, DataLoader(TRAIN, 6))
+    assert "queries='val'`, got 0 of that kind" in told[0][0]
+    assert sum("got 0 of that kind" in str(one.message) for one in caught) == 1  # not again at the end
+    assert "got 0 of that kind" in influence.scores.reasons["GradientDot"]
+
+
+def test_a_loader_that_was_passed_is_found_where_no_validation_runs(tmp_path):
+    influence = Influence([GradientDot()], queries="val", max_cost=1e6)
+    fit(influence, tmp_path, limit_val_batches=0)
+    assert len(influence.scores["GradientDot"]) == 6
+
+
+def test_results_print_as_a_table(tmp_path):
+    influence = Influence([GradientDot(), TracInCP()], queries="val", max_cost=1e6, labels=True)
+    assert repr(influence.scores) == "No scores yet."
+    fit(influence, tmp_path)
+    table = [line.split("  ") for line in repr(influence.scores).splitlines()]
+    assert "GradientDot" in table[1][1]
+    assert "scores of 6 queries by 24 training examples" in repr(influence.scores)
+    told = repr(influence.self_scores)
+    assert "mean loss over 2 checkpoints, 24 training examples" in told
+    assert "did not run: `self_influence=True` was not given" in told
+    with pytest.raises(AttributeError, match=r"Use that of one method: `influence\.scores\[name\]\.proponents`"):
+        influence.scores.proponents(5)
+    with pytest.raises(AttributeError, match=r"Use `influence\.attributor\.score\(method, \.\.\.\)`"):
+        influence.score(TracInCP(), VAL)
+
+
+def test_only_news_among_the_notes_are_told_and_a_single_one_in_full(tmp_path, printed):
+    influence = Influence([GradientDot()], queries="val", max_cost=1e6)
+    fit(influence, tmp_path)
+    assert influence.scores["GradientDot"].notes
+    assert "note on" not in printed[-1]
+    assert "with 1 note" not in printed[-1]
+    summary = Summary(tmp_path, 1.0)
+    scores = influence.scores["GradientDot"]
+    scores.notes = (*scores.notes, "Something to know.")
+    summary.add("GradientDot", scores, 1.0, 1.0)
+    assert "note on influence.scores['GradientDot']: Something to know." in str(summary)
+    scores.notes = (*scores.notes, "And more.")
+    summary.add("again", scores, 1.0, 1.0)
+    assert "influence.scores['again'], with 2 notes: print(influence.scores['again'].notes)" in str(summary)
+
+
 def test_one_block_says_what_was_scored_and_what_to_look_at_first(tmp_path, printed):
     influence = Influence({"a": GradientDot(), "bad": Fails()}, queries="val", self_influence=True)
     with pytest.warns(UserWarning, match="`bad` failed"):
@@ -189,7 +268,7 @@ def test_labels_are_ranked_by_the_mean_of_their_losses(tmp_path, printed):
     assert torch.equal(found.values, influence.attributor.losses(checkpoints="all").values)
     assert torch.equal(SelfScores.load(influence.run_dir / "scores" / "labels.self.arrow").values, found.values)
     (block,) = printed
-    assert "labels  loss of each example" in block
+    assert "labels  mean loss over 2 checkpoints of each example" in block
     assert "print(influence.self_scores['labels'].top(20))" in block
     with pytest.raises(ValueError, match="Expected no method named 'labels' with `labels=True`"):
         Influence({"labels": GradientDot()}, labels=True)

@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 # A room is a folder or a file at the top. It imports rooms of the floors below, never its neighbours.
 FLOORS = (
-    {"types", "checks", "devices"},
+    {"types", "checks", "devices", "hints", "wording"},
     {"files", "plotting", "loggers", "compat", "timing", "progress", "processes"},
     {"numerics"},
     {"module", "report", "trajectory"},

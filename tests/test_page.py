@@ -73,7 +73,7 @@ def test_ten_thousand_rows_are_ready_within_two_seconds(page):
 
 def test_rows_stand_by_self_influence_and_are_sorted_by_a_click(page):
     assert ids(page) == SELF.argsort(descending=True)[:50].tolist()
-    title = page.get_by_role("button", name="Influence on all queries")
+    title = page.get_by_role("button", name="Influence on all queries (sum)")
     title.click()
     totals = VALUES.double().sum(0)
     assert ids(page) == totals.argsort(descending=True)[:50].tolist()
@@ -185,4 +185,18 @@ def test_a_phone_shows_everything_without_scrolling_sideways(browser, written, s
     assert page.get_by_role("button", name="Self-influence").is_visible()
     back = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert back == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(18, 23, 29)")
+    page.close()
+
+
+def test_targets_of_a_regression_have_a_range_and_no_list(browser, tmp_path):
+    data = [(torch.zeros(2), float(y)) for y in torch.linspace(-1, 1, 60)]
+    scores = Scores(VALUES[:5, :60], None, torch.arange(60), torch.arange(5), method="M")
+    page = browser.new_page()
+    page.goto(scores.report(tmp_path / "page.html", train=data, queries=data, predictions=torch.rand(60)).as_uri())
+    assert not page.locator("#class").is_visible()
+    page.select_option("#ranged", label="Target")
+    page.fill("#low", "0.5")
+    assert set(ids(page)) == {i for i, (_, y) in enumerate(data) if float(f"{y:.4g}") >= 0.5}
+    page.get_by_role("button", name="Target").click()
+    assert ids(page)[0] == 59
     page.close()

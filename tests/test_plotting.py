@@ -2,6 +2,7 @@
 
 import builtins
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ matplotlib = pytest.importorskip("matplotlib")
 pytest.importorskip("matplotlib.style")
 from lightning_influence import plotting
 from lightning_influence.plotting import Item
+from lightning_influence.report import Opinion
 from lightning_influence.scores import Scores, SelfScores
 
 
@@ -107,6 +109,22 @@ def test_text_is_wrapped_cut_and_no_formula():
     assert titles(axes)[0] == "query 0\npos"
 
 
+@pytest.mark.parametrize(
+    "word", ["W" * 60, "M" * 60, "i" * 200, "\u5e74" * 60, "x" * 200, "https://example.com/?q=" + "0123456789" * 9]
+)
+def test_no_word_is_wider_than_its_cell(word):
+    item = (word, word)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no font for all characters
+        figure, axes = explanation(Item("0", None, item), [Item(str(i), 1.0, item) for i in range(5)], [])
+        drawn(figure)
+        for cell in axes:
+            boxes = [text.get_window_extent() for text in (*cell.texts, cell.title) if text.get_text()]
+            inside = cell.get_window_extent()
+            assert max(box.x1 for box in boxes) <= inside.x1 + 1
+            assert min(box.x0 for box in boxes) >= inside.x0 - 1
+
+
 def test_without_examples_the_scores_are_bars():
     figure, axes = explanation(
         Item("5"), [Item("1", 2.0), Item("2", 1.0)], [Item("9", -3.0)], method="TracInCP", units="loss"
@@ -145,7 +163,7 @@ def test_what_is_neither_image_nor_text_is_refused_with_the_way_out(example):
 
 
 @pytest.mark.parametrize(
-    "values", [torch.rand(600) ** 6, torch.ones(3), torch.tensor([2.0]), torch.rand(50_000).double()]
+    "values", [torch.rand(600) ** 6, torch.ones(3), torch.tensor([2.0]), torch.rand(50_000, dtype=torch.float64)]
 )
 def test_the_tail_of_self_influence_is_marked(values):
     figure, axes = plotting.self_influence(values, 0.1, method="TracInCP", units="loss " * 40)
@@ -258,6 +276,26 @@ def test_influence_by_class_is_a_map_of_means(style):
     assert axes.images[0].get_array().tolist() == [[2.0, -2.25]]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["zero", "4"]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["7"]
+
+
+def test_the_highest_examples_are_drawn_with_what_the_model_says():
+    found = SelfScores(torch.arange(12), torch.arange(12.0), "labels", quantity="loss", checkpoints=[1, 2])
+    data = [(torch.rand(3, 4, 4), i % 2) for i in range(12)]
+    found.opinions = lambda side, ids: {i: Opinion(1.0, 1 - i % 2) for i in ids}
+    figure, axes = found.plot_top(7, data, labels=["cat", "dog"])
+    drawn(figure)
+    assert titles(axes)[0] == "11\n11\ndog\npredicted cat"
+    assert len(axes) == 7
+    assert figure.get_suptitle() == "labels: the 7 training examples of highest mean loss over 2 checkpoints"
+    with pytest.raises(ValueError, match="Expected `train` to be the training Dataset, got None"):
+        found.plot_top()
+
+
+def test_targets_of_a_regression_are_no_classes():
+    data = [(torch.zeros(2), 0.5 + i) for i in range(20)]
+    scores = Scores(torch.rand(20, 20), None, torch.arange(20), torch.arange(20), method="M")
+    with pytest.raises(ValueError, match=r"Expected `train` to have classes, got numbers such as 0\.5"):
+        scores.plot_classes(data, data)
 
 
 def test_classes_that_are_missing_are_refused():

@@ -42,7 +42,7 @@ def test_the_page_holds_scores_explanations_and_examples(tmp_path):
     data = embedded(path)
     assert data["train"]["id"] == [1, 2, 5, 6]
     assert data["train"]["base"] == [11, 12, 15, 16]
-    assert [c["title"] for c in data["train"]["columns"]] == ["Self-influence", "Influence on all queries"]
+    assert [c["title"] for c in data["train"]["columns"]] == ["Self-influence", "Influence on all queries (sum)"]
     assert data["train"]["columns"][1]["scores"] == [1.5, 1.0, 5.0, 4.0]
     assert data["queries"]["pairs"] == [[[2, 2.0], [0, 0.5], [1, -1.0]], [[3, 4.0], [2, 3.0], [1, 2.0], [0, 1.0]]]
     assert data["train"]["looks"]["2"] == {"kind": "text", "value": "text 5", "class": "dog"}
@@ -65,9 +65,59 @@ def test_kept_scores_are_summed_and_explained(tmp_path):
     data = embedded(kept.report(tmp_path / "page.html"))
     # Of the second query 2.0 and 1.0 are kept as its lowest, but they are no opponents.
     assert data["train"]["columns"][0] == {
-        "title": "Influence on all queries (of the scores kept)",
+        "title": "Influence on all queries (sum of the scores kept)",
         "scores": [0.5, -1.0, 5.0, 4.0],
     }
+
+
+def test_without_a_unit_no_sum_is_shown_but_the_mean_share_of_each_querys_strongest(tmp_path):
+    path = scores(units="arbitrary").report(tmp_path / "page.html")
+    column = embedded(path)["train"]["columns"][0]
+    expected = [sum(row[i].item() / max(map(abs, row.tolist())) for row in VALUES) / 2 for i in range(4)]
+    assert column["title"] == "Influence on all queries (mean share)"
+    assert column["scores"] == pytest.approx(expected)
+    assert "Scores without a unit cannot be added up" in path.read_text("utf-8")
+
+
+def test_the_page_says_how_more_examples_are_shown_by_where_they_come_from(tmp_path):
+    few = {"train": TEXTS, "queries": TEXTS, "megabytes": 3e-4}
+    told = scores().report(tmp_path / "a.html", **few).read_text("utf-8")
+    assert "A larger `megabytes` for `report`" in told
+    path = scores().save(tmp_path / "s.arrow", **few)
+    assert "album=" in Scores.load(path).report(tmp_path / "b.html").read_text("utf-8")
+
+
+def test_names_of_classes_that_are_given_later_are_used_where_the_data_are_here(tmp_path):
+    found = scores()
+    found.at_hand = (TEXTS, TEXTS)
+    found.save(tmp_path / "s.arrow", megabytes=1)
+    shown = embedded(found.report(tmp_path / "p.html", labels=["cat", "dog"]))["train"]["looks"]["2"]
+    assert shown["class"] == "dog"
+    kept = embedded(Scores.load(tmp_path / "s.arrow").report(tmp_path / "k.html"))["train"]["looks"]["2"]
+    assert kept["class"] == "1"
+
+
+def test_no_line_ends_within_an_abbreviation(tmp_path):
+    found = scores(notes=["EK-FAC of the Fisher on CIFAR-10, half-way"])
+    assert "EK\u2011FAC of the Fisher on CIFAR\u201110, half-way" in found.report(tmp_path / "p.html").read_text(
+        "utf-8"
+    )
+    assert "EK\u2011FAC" in found._repr_html_()
+    assert "EK-FAC" in repr(found)
+
+
+@pytest.mark.parametrize("render", [lambda axes, example: axes.plot([1, 2]), lambda example: example["text"].upper()])
+def test_a_render_that_draws_and_one_that_returns_serve_figures_and_pages(tmp_path, render):
+    found = scores()
+    looks = embedded(found.report(tmp_path / "p.html", train=TEXTS, queries=TEXTS, render=render))["train"]["looks"][
+        "2"
+    ]
+    assert looks["class"] == "1"
+    assert looks["kind"] in ("image", "text")
+    assert looks["kind"] == "image" or looks["value"] == "TEXT 5"
+    figure, axes = found.plot(train=TEXTS, queries=TEXTS, render=render)
+    assert axes[0].lines or "TEXT" in axes[0].texts[0].get_text()
+    assert figure.axes
 
 
 def test_hostile_text_stays_inside_its_json(tmp_path):
@@ -200,9 +250,9 @@ def test_wrong_asking_for_decisions_is_refused(tmp_path):
 def test_notebooks_get_the_paragraph_and_a_table_as_text():
     html = scores(notes=["<b>bold</b>"])._repr_html_()
     assert "&lt;b&gt;bold&lt;/b&gt;" in html
-    html = html.replace("\u00a0", " ")
+    html = re.sub(r"<td [^>]*>", "<td>", html.replace("\u00a0", " "))
     assert "<td>3</td><td>5 (base 15) (+2), 1 (base 11) (+0.5)</td><td>2 (base 12) (-1)</td>" in html
-    assert "<td>2</td><td>0.4</td>" in itself()._repr_html_()
+    assert "<td>2</td><td>0.4</td>" in re.sub(r"<td [^>]*>", "<td>", itself()._repr_html_())
 
 
 def test_without_jinja_the_error_names_the_extra(monkeypatch, tmp_path):

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from os import PathLike
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ from lightning_influence.attribution import arguments
 from lightning_influence.attribution.accumulators import accumulator_of
 from lightning_influence.attribution.answers import Answers
 from lightning_influence.attribution.asking_again import asking_again
-from lightning_influence.attribution.data_arguments import datamodule_of, named_queries, training_source
+from lightning_influence.attribution.data_arguments import datamodule_of, described, queried, training_source
 from lightning_influence.attribution.driver import run_group, run_scores, run_self_influence, share_of
 from lightning_influence.attribution.final_weights import final_weights
 from lightning_influence.attribution.finished import Finished, kept
@@ -23,7 +22,8 @@ from lightning_influence.attribution.out_of_memory import in_memory
 from lightning_influence.attribution.parameter_selection import selected_parameters
 from lightning_influence.attribution.streams import check_method_on_stream, check_stream
 from lightning_influence.data.lookup import stream_of
-from lightning_influence.data.source import Source, source_of
+from lightning_influence.data.source import Source
+from lightning_influence.hints import Hinted
 from lightning_influence.methods.method import Cost, Method
 from lightning_influence.methods.plain_loss import PlainLoss
 from lightning_influence.methods.retraining import Estimate, Retraining
@@ -40,7 +40,7 @@ from lightning_influence.trajectory import Trajectory, fitted_trajectory
 _Answer = TypeVar("_Answer", Scores, SelfScores)
 
 
-class Attributor:
+class Attributor(Hinted):
     """Computes the influence of the training examples on a module.
 
     Args:
@@ -120,6 +120,9 @@ class Attributor:
         self._final = final_weights(weights, self._session)
         if refit is not None:
             refit.attach(self._session, self._train, self.processes)
+
+    def __repr__(self) -> str:
+        return described(self.module, self._train, self.trajectory)
 
     # ---- questions ------------------------------------------------------------------------------------------------
 
@@ -282,7 +285,7 @@ class Attributor:
             opening = seconds_of(lambda: again.enter_context(self._open(method, source, aggregate=aggregate)))
         return cost.of_share(fraction, Work("opening", 1, opening))
 
-    def session(self, queries: Any = None) -> AbstractContextManager[Setting]:
+    def session(self, queries: Any = None) -> contextlib.AbstractContextManager[Setting]:
         """A context manager that gives what a method works with, for your own computations with gradients.
 
         Its final weights are the last, whatever ``weights``.
@@ -331,7 +334,7 @@ class Attributor:
         queries: Source | None = None,
         measurement: Loss | None = None,
         aggregate: str | None = None,
-    ) -> AbstractContextManager[Setting]:
+    ) -> contextlib.AbstractContextManager[Setting]:
         session, mean = self._final.session_of(method), aggregate == "mean"
         return opened(session, method, queries, measurement, mean, self.refit, self.processes, self.limit_seconds)
 
@@ -341,7 +344,4 @@ class Attributor:
         return scores
 
     def _queries(self, queries: Any) -> Source:
-        if queries == "train" and isinstance(queries, str):
-            return self._train
-        found = named_queries(queries, self._datamodule) if isinstance(queries, str) else queries
-        return source_of(found, "queries", like=self._train)
+        return queried(queries, self._train, self._datamodule)

@@ -6,6 +6,7 @@ from lightning_influence.data.source import Source, source_of
 from lightning_influence.module.data_hooks import SetUpDataModule
 from lightning_influence.module.trainer_state import detached_trainer
 from lightning_influence.trajectory import Trajectory
+from lightning_influence.wording import counted
 
 
 def datamodule_of(datamodule: Any, module: Any, trainer: Any) -> SetUpDataModule | None:
@@ -77,7 +78,26 @@ def _source_or_none(datamodule: SetUpDataModule) -> Source | None:
         return None
 
 
-def named_queries(name: str, datamodule: SetUpDataModule | None) -> Any:
+def queried(queries: Any, train: Source, datamodule: SetUpDataModule | None) -> Source:
+    """The queries: data, "train", or or a name as for ``_named``; a Dataset is collated as the training data are.
+
+    Raises:
+        TypeError: see ``source_of``.
+        ValueError: empty data; there is no such loader.
+    """
+    if isinstance(queries, str) and queries == "train":
+        return train
+    return source_of(_named(queries, datamodule) if isinstance(queries, str) else queries, "queries", like=train)
+
+
+def described(module: Any, train: Source, trajectory: Trajectory | None) -> str:
+    """What an attributor asks about: the module, the training data and the fit."""
+    of = f"{type(module).__name__} and {counted(len(train.dataset), 'training example')}"
+    fit = "  no trajectory: the module's present weights" if trajectory is None else f"  {trajectory}"
+    return f"Attributor of {of}\n{fit}"
+
+
+def _named(name: str, datamodule: SetUpDataModule | None) -> Any:
     """The DataModule's loader ``"val"`` or ``"test"``, or ``"val:1"`` for the second of several.
 
     Raises:
@@ -91,7 +111,9 @@ def named_queries(name: str, datamodule: SetUpDataModule | None) -> Any:
         )
     loaders = datamodule.loaders(kind)
     if position >= len(loaders):
-        raise ValueError(f"Expected `queries` to name one of {len(loaders)} loaders, got {name!r}. Count from 0.")
+        raise ValueError(
+            f"Expected `queries` to name one of {counted(len(loaders), 'loader')}, got {name!r}. Count from 0."
+        )
     return loaders[position]
 
 

@@ -14,6 +14,7 @@ from lightning_influence.gradients.spot_checks import UnequalWeight
 from lightning_influence.methods.kinds import StageSums
 from lightning_influence.processes import Processes
 from lightning_influence.scores import Scores, SelfScores
+from lightning_influence.wording import counted
 
 Kept: TypeAlias = tuple[Scores | SelfScores, str]
 """Scores, and which they are."""
@@ -49,11 +50,12 @@ class Part:
 
     def says(self, n_queries: int | None, n_columns: int, n_steps: int) -> str:
         """Which scores these are, out of how many."""
-        text = f"the scores of {len(self.columns)} of {n_columns} training examples"
+        text = f"the scores of {len(self.columns)} of {counted(n_columns, 'training example')}"
         if n_queries is not None:
-            text += f" for {len(self.rows)} of {n_queries} queries"
-        over = "" if self.steps is None else f", summed over the first {len(self.steps)} of {n_steps} checkpoints"
-        return text + over
+            text += f" for {len(self.rows)} of {counted(n_queries, 'query')}"
+        if self.steps is None:
+            return text
+        return f"{text}, summed over the first {len(self.steps)} of {counted(n_steps, 'checkpoint')}"
 
 
 @dataclass

@@ -5,10 +5,10 @@ from os import fspath
 from typing import Any
 
 from lightning_influence.attribution.data_arguments import loader_named
-from lightning_influence.callback.plan import LABELS
 from lightning_influence.capture.schedule import Schedule
 from lightning_influence.checks import check_flag, check_integer, check_path_like, one_of
 from lightning_influence.methods.method import Evidence, Method
+from lightning_influence.methods.plain_loss import LABELS
 
 _MEGABYTES = 5.0  # of an album, in each file of scores
 _SHOWN = ("labels", "render", "columns", "normalization", "megabytes", "predictions")

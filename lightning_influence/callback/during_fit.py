@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_influence.callback.plan import ScoringPlan
-from lightning_influence.callback.queries import resolve_queries
+from lightning_influence.callback.queries import missing_loader, resolve_queries
 from lightning_influence.compat import MisconfigurationException, rank_zero_info, rank_zero_warn
 from lightning_influence.tracking.tracker import Tracker
 from lightning_influence.tracking.tracker_loop import TrackerLoop
@@ -47,9 +47,11 @@ class DuringFit:
             MisconfigurationException: a method of `methods` cannot track such a fit, or would exceed memory, disk or
                 `max_cost`.
         """
+        plan, trainer = self._plan, self._trainer
+        if plan.methods and (missing := missing_loader(plan.queries, trainer)):
+            rank_zero_warn(f"{', '.join(plan.methods)} will not score queries when this fit ends. {missing}")
         if not self._records:
             return
-        plan, trainer = self._plan, self._trainer
         queries = None
         with contextlib.ExitStack() as stack:
             try:

@@ -1,9 +1,10 @@
 """What `Influence` does when a fit ends: estimate the cost, score, save and log, or record why not."""
 
+import contextlib
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,20 +13,21 @@ from typing import Any, TypeVar
 from torch.utils.data import DataLoader
 
 from lightning_influence.attribution.attributor import Attributor
-from lightning_influence.callback.offline import offline_lines
-from lightning_influence.callback.plan import LABELS, ScoringPlan
-from lightning_influence.callback.queries import resolve_queries
+from lightning_influence.callback.offline import cheaper, offline_lines
+from lightning_influence.callback.plan import ScoringPlan
+from lightning_influence.callback.queries import missing_loader, resolve_queries
 from lightning_influence.callback.results import Results, scores_file
 from lightning_influence.callback.summary import Summary
 from lightning_influence.compat import rank_zero_info, rank_zero_warn
 from lightning_influence.loggers import listening
 from lightning_influence.methods.method import Method
-from lightning_influence.methods.plain_loss import PlainLoss
+from lightning_influence.methods.plain_loss import LABELS, PlainLoss
 from lightning_influence.processes import processes_of
 from lightning_influence.scores import Scores, SelfScores
 
 _Work = Callable[[str, Method], Scores | SelfScores]
 _Answer = TypeVar("_Answer", Scores, SelfScores)
+_SHOWN = ("render", "labels", "columns", "normalization")
 _WORTH_ANNOUNCING = 5.0  # seconds
 
 
@@ -108,8 +110,11 @@ class EndOfFit:
                 f"Influence: {', '.join(self.plan.methods)} did not run, since no `queries` were given; the fit is "
                 "recorded. Ask: `influence.attributor.score(method, queries)`."
             )
+        missing = missing_loader(self.plan.queries, self.trainer)  # which a warning told when the fit started
         for name, method in self.plan.methods.items():
-            if name not in lost and self.plan.queries is not None:
+            if missing is not None:
+                self.scores.reasons.setdefault(name, missing)
+            elif name not in lost and self.plan.queries is not None:
                 self._guarded(name, method, self.scores, self._score)
             elif name not in lost:
                 self.scores.reasons[name] = "no `queries` were given. Call `influence.attributor.score`."
@@ -129,7 +134,8 @@ class EndOfFit:
             results.reasons[name] = str(refusal)
             rank_zero_warn(f"`{name}` was not started. {refusal}")
         except KeyboardInterrupt as error:
-            results.reasons[name] = f"it was interrupted. The fit is complete. To continue:\n{self._lines(method)}"
+            lines = self._lines(method, results is self.self_scores)
+            results.reasons[name] = f"it was interrupted. The fit is complete. To continue:\n{lines}"
             if kept := self._keep(name, results, error):
                 rank_zero_warn(f"`{name}` was interrupted.{kept}")
             raise
@@ -140,7 +146,7 @@ class EndOfFit:
             rank_zero_warn(
                 f"`{name}` failed with {type(error).__name__} ({Path(where.filename).name}:{where.lineno}): {error}"
                 f"{self._keep(name, results, error)}\n"
-                f"{self._how_to_continue(method)}"
+                f"{self._how_to_continue(method, results is self.self_scores)}"
             )
 
     def _keep(self, name: str, results: Results, error: BaseException) -> str:
@@ -166,29 +172,28 @@ class EndOfFit:
         if self.plan.log_scores:
             train = getattr(self.trainer.train_dataloader, "dataset", None)
             dataset = queries.dataset if isinstance(queries, DataLoader) else queries
-            shown = {
-                key: self.plan.album[key] for key in ("labels", "columns", "normalization") if key in self.plan.album
-            }
-            self._log(scores, name, train=train, queries=train if isinstance(dataset, str) else dataset, **shown)
+            self._log(scores, name, train=train, queries=train if isinstance(dataset, str) else dataset)
         return scores
 
     def _score_itself(self, name: str, method: Method) -> SelfScores:
         score = partial(self.attributor.self_influence, method)
         if isinstance(method, PlainLoss):
             score = partial(self.attributor.losses, checkpoints=method.checkpoints)
-        scores = self._computed(name, method, self.attributor.cost(method), score)
+        scores = self._computed(name, method, self.attributor.cost(method), score, itself=True)
         self._save(f"{name}.self", scores)
         if self.plan.log_scores:
             self._log(scores, name)
         return scores
 
-    def _computed(self, name: str, method: Method, estimated: float, compute: Callable[[], _Answer]) -> _Answer:
+    def _computed(
+        self, name: str, method: Method, estimated: float, compute: Callable[[], _Answer], itself: bool = False
+    ) -> _Answer:
         """Compute scores if they are worth their estimated time; solvers stop at `max_cost` with what they have found.
 
         Raises:
             _TooExpensiveError: it would take more than `max_cost` times the duration of the fit.
         """
-        estimated = self._afforded(name, method, estimated)
+        estimated = self._afforded(name, method, estimated, itself)
         self.attributor.limit_seconds = self.plan.max_cost * self.summary.fit_seconds
         began = time.perf_counter()
         try:
@@ -213,7 +218,8 @@ class EndOfFit:
     def _write(self, name: str, scores: Scores | SelfScores) -> None:
         """Save the scores, with what the examples look like if that is wanted and they can be shown."""
         try:
-            scores.save(self._place(name), overwrite=True, **self.plan.album)
+            with self._told_once():
+                scores.save(self._place(name), overwrite=True, **self.plan.album)
         except Exception as error:
             if not self.plan.album:
                 raise
@@ -223,32 +229,45 @@ class EndOfFit:
                 "`album={'render': function}`, where the function returns a text, an image or a vector for an example."
             )
 
-    def _log(self, scores: Scores | SelfScores, name: str, **drawing: Any) -> None:
+    def _log(self, scores: Scores | SelfScores, name: str, **data: Any) -> None:
+        shown = {key: self.plan.album[key] for key in _SHOWN if key in self.plan.album}
         if not self.trainer.is_global_zero:
             return
         try:
-            with warnings.catch_warnings():
-                if self.summary.loggers:  # it was said with the scores that were logged before
-                    warnings.filterwarnings("ignore", ".*is stretched to its own range")
-                scores.log(self.trainer.loggers, step=self.trainer.global_step, name=name, **drawing)
+            with self._told_once():
+                scores.log(self.trainer.loggers, step=self.trainer.global_step, name=name, **data, **shown)
             self.summary.loggers = tuple(type(logger).__name__ for logger in listening(self.trainer.loggers))
         except Exception as error:
             rank_zero_warn(f"`{name}` was scored and saved, but not logged: {type(error).__name__}: {error}")
 
-    def _how_to_continue(self, method: Method) -> str:
+    @contextlib.contextmanager
+    def _told_once(self) -> Iterator[None]:
+        """Warnings that several scores of the fit would repeat, as about the colours of images, are given once."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                yield
+            finally:
+                new = {(one.category, str(one.message)): one for one in caught}
+        for key, one in new.items():
+            if key not in self.summary.told:
+                self.summary.told.add(key)
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+
+    def _how_to_continue(self, method: Method, itself: bool) -> str:
         if getattr(self.attributor.trajectory, "broken", None) is not None:
             return "The fit is complete, but its record is not."
-        return f"The fit is complete and recorded. To continue:\n{self._lines(method)}"
+        return f"The fit is complete and recorded. To continue:\n{self._lines(method, itself)}"
 
-    def _lines(self, method: Method | None = None) -> str:
-        return offline_lines(self.run_dir, self.plan, self.trainer, method)
+    def _lines(self, method: Method, itself: bool) -> str:
+        return offline_lines(self.run_dir, self.plan, self.trainer, method, itself)
 
     def _place(self, name: str) -> Path:
         path = scores_file(self.run_dir, name)
         path.parent.mkdir(exist_ok=True)
         return path
 
-    def _afforded(self, name: str, method: Method, seconds: float) -> float:
+    def _afforded(self, name: str, method: Method, seconds: float, itself: bool) -> float:
         """The estimated time, the same in every process, which is announced where somebody would wait for it."""
         seconds = max(self.attributor.processes.gathered(seconds))
         if self.plan.verbose and seconds >= _WORTH_ANNOUNCING:
@@ -257,9 +276,7 @@ class EndOfFit:
         if seconds > self.plan.max_cost * fit:
             raise _TooExpensiveError(
                 f"It would take about {seconds:.1f} s, more than `max_cost={self.plan.max_cost:g}` times the "
-                f"fit's {fit:.1f} s. Pass fewer queries or fewer checkpoints (`checkpoints=(-1,)`), raise "
-                "`max_cost`, or score after the fit, for instance with `aggregate='mean'`:\n"
-                f"{self._lines(method)}"
+                f"fit's {fit:.1f} s. {cheaper(method, itself)}:\n{self._lines(method, itself)}"
             )
         return seconds
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning_influence.callback.during_fit import DuringFit
-from lightning_influence.callback.plan import LABELS
 from lightning_influence.callback.results import Results, run_of
 from lightning_influence.capture.identity import LoaderTap
 from lightning_influence.capture.places import CannotRecord
 from lightning_influence.capture.recorder import Recorder
 from lightning_influence.compat import CallbackBase, MisconfigurationException, rank_zero_warn
+from lightning_influence.hints import Hinted
 from lightning_influence.methods.method import Method
+from lightning_influence.methods.plain_loss import LABELS
 from lightning_influence.scores import Scores, SelfScores
 from lightning_influence.trajectory import Trajectory
 
@@ -83,7 +84,7 @@ def warn_of(error: Exception, recorded: Path | None) -> None:
         warnings.warn(text, UserWarning, stacklevel=3)
 
 
-class Guest(CallbackBase):
+class Guest(CallbackBase, Hinted):
     """A callback that holds what belongs to one fit, and can let go of it at any time."""
 
     methods: dict[str, Method]

@@ -10,7 +10,9 @@ from lightning_influence.methods.method import Method
 from lightning_influence.methods.plain_loss import PlainLoss
 
 
-def offline_lines(run_dir: Path, plan: ScoringPlan, trainer: Any, method: Method | None = None) -> str:
+def offline_lines(
+    run_dir: Path, plan: ScoringPlan, trainer: Any, method: Method | None = None, itself: bool = False
+) -> str:
     """An import and three lines of code, with the variables that the script of the fit has.
 
     Args:
@@ -18,6 +20,7 @@ def offline_lines(run_dir: Path, plan: ScoringPlan, trainer: Any, method: Method
         plan: the arguments of ``Influence``.
         trainer: of the fit.
         method: the one that is asked for; None: the first of the plan.
+        itself: whether self-influence is asked for.
     """
     method = method if method is not None else next(iter(plan.methods.values()), PlainLoss("all"))
     losses = isinstance(method, PlainLoss)
@@ -26,17 +29,36 @@ def offline_lines(run_dir: Path, plan: ScoringPlan, trainer: Any, method: Method
     if trainer.datamodule is None:
         data = "train=train_dataloader, trajectory=trajectory"
     top_k = "" if plan.top_k is None else f", top_k={plan.top_k}"
-    asked = (
-        "losses(checkpoints='all')"
-        if losses
-        else f"score({method!r}, queries={_queries(plan.queries, trainer)}{top_k})"
-    )
+    asked = f"score({method!r}, queries={_queries(plan.queries, trainer)}{top_k})"
+    if losses or itself:
+        asked = "losses(checkpoints='all')" if losses else f"self_influence({method!r})"
     return (
         f"  from lightning_influence import {', '.join(names)}\n"
         f"  trajectory = Trajectory.load({str(run_dir)!r})\n"
         f"  attributor = Attributor(model, {data}{_extras(plan, trainer)})\n"
         f"  scores = attributor.{asked}"
     )
+
+
+def cheaper(method: Method, itself: bool) -> str:
+    """What would cost less than this method does, as the beginning of a sentence that ends in lines of code.
+
+    Args:
+        method: as it was asked for.
+        itself: whether for self-influence, which has no queries.
+    """
+    curvature, segments = getattr(method, "curvature", None), getattr(method, "segments", 1)
+    ways = [
+        "fewer queries" * (not itself),
+        "fewer checkpoints (`checkpoints=(-1,)`)" * (getattr(method, "checkpoints", ()) is None),
+        f"fewer segments (`segments={segments - 1}`)" * (segments > 1),
+        "`EKFAC()` as the curvature" * (curvature is not None and type(curvature).__name__ != "EKFAC"),
+        "fewer runs (`runs=1`)" * (getattr(method, "runs", 1) > 1),
+        "`hessian=False`" * (getattr(method, "hessian", None) is True),
+    ]
+    ways = [way for way in ways if way]
+    text = f"Pass {' or '.join(ways)}, raise `max_cost`," if ways else "Raise `max_cost`,"
+    return f"{text} or score after the fit{'' if itself else ', for instance with `aggregate=' + repr('mean') + '`'}"
 
 
 def _extras(plan: ScoringPlan, trainer: Any) -> str:

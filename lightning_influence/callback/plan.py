@@ -6,11 +6,9 @@ from typing import Any
 
 from lightning_influence.attribution.attributor import Attributor
 from lightning_influence.methods.method import Method
+from lightning_influence.methods.plain_loss import LABELS
 from lightning_influence.module.task import Loss
 from lightning_influence.trajectory import Trajectory
-
-LABELS = "labels"
-"""Name of the list of suspect labels among the results."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_influence.capture.places import local_path
-from lightning_influence.scores import Scores, SelfScores
+from lightning_influence.hints import Hinted
+from lightning_influence.scores import Scores, SelfScores, words
 from lightning_influence.trajectory.files import read_manifest, runs_in
 from lightning_influence.types import MissingEvidence
 
@@ -19,7 +20,7 @@ class NoScores(KeyError):
         return str(self.args[0])
 
 
-class Results(dict[str, Any]):
+class Results(dict[str, Any], Hinted):
     """Scores by method name. A missing key raises with the names that exist and why the method did not run.
 
     ``partial`` has, by method name, the scores that were finished when an error ended a method.
@@ -30,6 +31,13 @@ class Results(dict[str, Any]):
         self.partial: dict[str, Any] = {}
         self.reasons: dict[str, str] = {}
         self.why: str | None = None  # there are no scores at all, as the fit was not recorded
+
+    def __repr__(self) -> str:
+        rows = [[name, f"{scores.contents}, {words.unit(scores.units)}"] for name, scores in self.items()]
+        rows += [
+            [name, f"did not run: {why}".splitlines()[0]] for name, why in self.reasons.items() if name not in self
+        ]
+        return words.table(("name", "scores"), rows) if rows else f"No scores{f': {self.why}' if self.why else ' yet'}."
 
     def __missing__(self, key: str) -> Any:
         names = ", ".join(map(repr, self)) or "none yet"

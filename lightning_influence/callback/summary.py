@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning_influence.scores import Scores, SelfScores
-from lightning_influence.scores.words import counted
+from lightning_influence.scores.words import news
+from lightning_influence.wording import counted
 
 Row = tuple[str, str, str, str]
 
@@ -17,13 +18,17 @@ class Summary:
         run_dir: folder of the fit; scores are saved in `scores/` inside it.
         fit_seconds: duration of the fit.
         loggers: names of the loggers that the scores were written to.
+        saved: whether they were saved.
+        told: category and text of the warnings so far.
     """
 
     run_dir: Path
     fit_seconds: float
     loggers: tuple[str, ...] = ()
     saved: bool = False
+    told: set[tuple[type, str]] = field(default_factory=set)
     _rows: list[Row] = field(default_factory=list)
+    _notes: dict[str, list[str]] = field(default_factory=dict)
     _missing: dict[str, None] = field(default_factory=dict)
     _seconds: float = 0.0
     _train: int = 0
@@ -37,9 +42,12 @@ class Summary:
         if isinstance(scores, Scores):
             asked = counted(len(scores.query_ids), "query")
         elif scores.quantity != "self-influence":
-            asked = f"{scores.quantity} of each example"
-        notes = f", with {counted(len(scores.notes), 'note')}" if scores.notes else ""
-        self._rows.append((name, asked, f"{taken:.1f} s (estimated: {estimated:.1f} s)", where + notes))
+            asked = f"{scores.title} of each example"
+        notes = news(scores.notes)
+        more = f", with {counted(len(notes), 'note')}: print({where}.notes)" if len(notes) > 1 else ""
+        if len(notes) == 1:
+            self._notes.setdefault(notes[0], []).append(where)
+        self._rows.append((name, asked, f"{taken:.1f} s (estimated: {estimated:.1f} s)", where + more))
         self._seconds += taken
         self._train = len(scores.train_ids)
         if self._first is None or (itself and ".top(" not in self._first):
@@ -60,6 +68,7 @@ class Summary:
                 f"Influence of {counted(self._train, 'training example')}, computed in {self._seconds:.1f} s "
                 f"({share:.2g} times the fit's {self.fit_seconds:.1f} s):",
                 *rows,
+                *(f"note on {', '.join(of)}: {note}" for note, of in self._notes.items()),
                 *([f"without {', '.join(self._missing)}: a warning says why"] if self._missing else []),
                 *([f"saved in {str(self.run_dir / 'scores')!r}"] if self.saved else []),
                 *([f"logged by {', '.join(self.loggers)}"] if self.loggers else []),

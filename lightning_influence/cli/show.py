@@ -9,6 +9,8 @@ from lightning_influence import MissingEvidence, SelfScores, Trajectory
 from lightning_influence.cli.reading import existing, finished_files, is_partial, load, runs_of, score_files
 from lightning_influence.cli.text import megabytes
 from lightning_influence.scores.words import settings, table
+from lightning_influence.trajectory.in_words import the_fit
+from lightning_influence.wording import counted
 
 _ROWS = 12  # of a list of checkpoints that are printed
 
@@ -34,14 +36,14 @@ def run(options: argparse.Namespace) -> int:
             "Pass `dirpath` of the callback, one of its run-N, or a folder with `.arrow` files."
         )
     if runs and runs != [path]:
-        print(f"{path}: {len(runs)} run{'s' * (len(runs) > 1)}")
+        print(f"{path}: {counted(len(runs), 'run')}")
         print(table(("run", "finished", "steps", "checkpoints", "examples", "seconds", "scores"), _lines(runs)))
         print()
     if runs:
         _show_run(runs[-1])
         files = score_files(runs[-1])
     if files:
-        print(f"\n{len(files)} file{'s' * (len(files) > 1)} of scores in {files[0].parent}")
+        print(f"\n{counted(len(files), 'file')} of scores in {files[0].parent}")
         print(table(("file", "method", "queries", "examples", "kept", "units", "notes"), [_scores(f) for f in files]))
     return 0
 
@@ -61,11 +63,10 @@ def _lines(runs: Sequence[Path]) -> list[list[Any]]:
 
 def _show_run(folder: Path) -> None:
     found = Trajectory.load(folder)
-    end = "finished" if found.finished else "not finished"
     order = "known" if found.has_batch_order else "not known"
     size = sum(checkpoint.size for checkpoint in found.checkpoints)
-    print(f"{folder}: a fit of {len(found.steps):,} steps on {found.dataset_size} training examples, {end}")
-    print(f"  batch order {order}; {len(found.checkpoints)} checkpoints, {megabytes(size)}")
+    print(f"{folder}: {the_fit(found)}")
+    print(f"  batch order {order}; {counted(len(found.checkpoints), 'checkpoint')}, {megabytes(size)}")
     for note in found.notes:
         print(f"  Note: {note}")
     rates = [", ".join(f"{rate:.4g}" for rate in found.learning_rates(i)) for i in range(len(found.checkpoints))]
@@ -84,7 +85,7 @@ def _scores(path: Path) -> list[Any]:
     except (ValueError, OSError) as error:
         return [path.name, f"unreadable: {type(error).__name__}", None, None, None, None, None]
     top = getattr(scores, "top_k", None)
-    kept = scores.quantity if isinstance(scores, SelfScores) else "all" if top is None else f"top {top}"
+    kept = scores.title if isinstance(scores, SelfScores) else "all" if top is None else f"top {top}"
     kept += ", partial" * is_partial(path)
     units = None if scores.units == "arbitrary" else scores.units
     queries = None if isinstance(scores, SelfScores) else len(scores)

@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
                 f"Expected scores of queries with `--query {options.query}`, got self-influence, which has none. "
                 "Leave `--query` out, or name the file without `.self`."
             )
-        print(f"{scores.method}: highest {scores.quantity} of {len(scores):,} training examples, {unit(scores.units)}")
+        print(f"{scores.method}: highest {scores.contents}, {unit(scores.units)}")
         print(scores.top(min(options.k, len(scores)) if options.k > 0 else options.k))
         return 0
     query = int(scores.query_ids[0]) if options.query is None else options.query

@@ -19,6 +19,7 @@ from lightning_influence.refit.store import check_models, read_bank
 from lightning_influence.scores.words import table
 from lightning_influence.tracking.record import load as load_tracked
 from lightning_influence.trajectory.files import read_manifest, read_verified
+from lightning_influence.wording import counted
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         problems += _report(_of_bank(folder))
     problems += _report(_problem(read_scores, file) for file in files) if files else 0
     _left_over(path, options.clean)
-    print("\nAll files are intact." if not problems else f"\n{problems} problem{'s' * (problems > 1)} found.")
+    print("\nAll files are intact." if not problems else f"\n{counted(problems, 'problem')} found.")
     return 1 if problems else 0
 
 
@@ -57,7 +58,7 @@ def _report(checks: Iterable[str | None]) -> int:
     """Print how many files are intact and what is wrong with the others; returns the number of problems."""
     found = list(checks)
     wrong = [problem for problem in found if problem is not None]
-    print(f"  {len(found) - len(wrong)} of {len(found)} files are intact")
+    print(f"  {len(found) - len(wrong)} of {counted(len(found), 'file', 'is')} intact")
     for problem in wrong:
         print(f"  DAMAGED: {problem}")
     return len(wrong)

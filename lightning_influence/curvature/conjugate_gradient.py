@@ -11,6 +11,7 @@ from lightning_influence.curvature.iterative import Iterative
 from lightning_influence.gradients.queries import QueryGradients
 from lightning_influence.numerics.solvers import Product, Solution, Watch, conjugate_gradient
 from lightning_influence.setting.setting import Setting
+from lightning_influence.wording import counted
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class ConjugateGradient(Iterative):
             worst > 10 * self.tolerance and not solution.stopped
         ):  # rounding errors keep the true residual above the recursive one
             setting.warn(
-                f"Conjugate gradients did not converge: residual {worst:.2g} after {solution.iterations} iterations "
-                f"(tolerance {self.tolerance:.2g}). Raise `max_iterations=` or `damping=`, or use float64 weights."
+                f"Conjugate gradients did not converge: residual {worst:.2g} after "
+                f"{counted(solution.iterations, 'iteration')} (tolerance {self.tolerance:.2g}). Raise "
+                "`max_iterations=` or `damping=`, or use float64 weights."
             )
         return directions

@@ -28,6 +28,7 @@ from lightning_influence.gradients.queries import DenseQueries, EachQuery, Query
 from lightning_influence.processes import Processes
 from lightning_influence.setting.setting import Setting
 from lightning_influence.timing import timed
+from lightning_influence.wording import counted
 
 # Up to this many classes the expectation over labels is computed, at one pass per class, instead of sampled.
 _FEW_CLASSES = 10
@@ -165,7 +166,7 @@ class EKFAC(Curvature):
         which = {"empirical": "empirical Fisher", "sampled": "Fisher with sampled labels", "exact": "Fisher"}[labels]
         name = "EK-FAC" if self.corrected else "K-FAC"
         count = sum(f.sides is not None for f in factors.values())
-        text = f"{name} of the {which}{why}: {count} layer{'s' * (count != 1)} approximated by Kronecker factors"
+        text = f"{name} of the {which}{why}: {counted(count, 'layer')} approximated by Kronecker factors"
         rest = [name for names, f in factors.items() if f.sides is None for name in names]
         shown = ", ".join(rest[:5]) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
         return f"{text}; with a diagonal Fisher: {shown}" if rest else text

@@ -21,6 +21,7 @@ from lightning_influence.module.snapshot import readings_of
 from lightning_influence.numerics.solvers import Product, Solution, Watch, conjugate_gradient, mean_diagonal
 from lightning_influence.setting.samples import first_examples
 from lightning_influence.setting.setting import Setting
+from lightning_influence.wording import counted
 
 # What is solved for an estimate: training examples, queries, and the most iterations.
 _EXAMPLES, _QUERIES, _TRIED = 64, 2, 60
@@ -168,8 +169,8 @@ class Iterative(Curvature):
         if watch.stopped:
             solution = replace(solution, stopped=True)
             setting.warn(
-                f"`{type(self).__name__}` was stopped at the limit of time after {solution.iterations} iterations, "
-                f"with a residual of {worst:.2g}. {GO_ON}"
+                f"`{type(self).__name__}` was stopped at the limit of time after "
+                f"{counted(solution.iterations, 'iteration')}, with a residual of {worst:.2g}. {GO_ON}"
             )
         setting.diagnostic("solver_residual", worst)
         setting.diagnostic("solver_iterations", solution.iterations)

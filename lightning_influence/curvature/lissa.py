@@ -19,6 +19,7 @@ from lightning_influence.numerics.solvers import (
     largest_eigenvalue,
 )
 from lightning_influence.setting.setting import Setting
+from lightning_influence.wording import counted
 
 # A margin: the power iteration may have stopped at another eigenvalue than the largest. If that is not enough, the
 # series diverges, and is summed once more with a bound by Lanczos.
@@ -102,9 +103,9 @@ class LiSSA(Iterative):
             )
         elif worst > self.tolerance:
             setting.warn(
-                f"The Neumann series did not converge: residual {worst:.2g} after {solution.iterations} terms "
-                f"(tolerance {self.tolerance:.2g}; eigenvalues between {smallest:.2g} and {scale:.3g}). Raise `depth=` "
-                "or `damping=`, or use `ConjugateGradient()`."
+                f"The Neumann series did not converge: residual {worst:.2g} after "
+                f"{counted(solution.iterations, 'term')} (tolerance {self.tolerance:.2g}; eigenvalues between "
+                f"{smallest:.2g} and {scale:.3g}). Raise `depth=` or `damping=`, or use `ConjugateGradient()`."
             )
         return directions
 

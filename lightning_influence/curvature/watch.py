@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_influence.setting.setting import Setting
+from lightning_influence.wording import counted
 
 PARTS = 100
 """Of the way to the tolerance, in logarithms of the residual."""
@@ -51,5 +52,5 @@ class SolverWatch:
         if self.stopped and not residual <= _USEFUL:
             raise OutOfTime(
                 f"Expected `{name}` to solve within the limit of time, got a residual of {residual:.2g} after "
-                f"{iterations} iterations. {GO_ON}"
+                f"{counted(iterations, 'iteration')}. {GO_ON}"
             )

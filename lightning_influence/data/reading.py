@@ -119,7 +119,8 @@ def _refuse_dropped(
     dropped = sorted(i for i, outcome in found if outcome == nothing)
     if all(outcome == nothing for outcome in made):  # it fails on every batch of one
         return
-    shown = f"example{'s' * (len(dropped) > 1)} {', '.join(map(str, dropped[:8]))}{' ...' * (len(dropped) > 8)}"
+    shown = ", ".join(map(str, dropped[:8])) + " ..." * (len(dropped) > 8)
+    shown = f"{'example' if len(dropped) == 1 else 'examples'} {shown}"
     way = "Pass `Subset(queries, kept_ids)` of the others."
     if name != "queries":
         way = "Leave them out before the fit: train on `Subset(dataset, kept_ids)`, of which nothing is dropped."

@@ -25,6 +25,7 @@ from lightning_influence.gradients.spot_checks import (
 from lightning_influence.gradients.unlike_rows import UnlikeRows
 from lightning_influence.module.snapshot import read_comparisons, readings_of
 from lightning_influence.module.task import Task
+from lightning_influence.wording import counted
 
 if TYPE_CHECKING:
     from lightning_influence.gradients.engine import Computed, Engine
@@ -189,7 +190,8 @@ class Guard:
         """A sentence about the checks that were repeated; None if there were none."""
         if not self.repeated:
             return None
-        return f"{self.repeated} of {self.made} spot checks failed by rounding errors: repeated in float64, they hold."
+        made = counted(self.made, "spot check")
+        return f"{self.repeated} of {made} failed by rounding errors: repeated in float64, they hold."
 
     def _check_now(
         self, engine: "Engine", block: Block, computed: "Computed", rows: Collection[int], unequal: Sequence[Tensor]

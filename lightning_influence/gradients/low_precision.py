@@ -16,6 +16,7 @@ from lightning_influence.gradients.sample import Sample
 from lightning_influence.module.precision import Precision
 from lightning_influence.module.snapshot import restoring
 from lightning_influence.timing import seconds_of
+from lightning_influence.wording import counted
 
 # Of the usual gradient: beyond it, float16 is refused.
 _LOST = 0.2
@@ -51,9 +52,8 @@ class LowPrecision:
     def __str__(self) -> str:
         """A sentence about the gradients."""
         lost = f", and {self.vanished:.0%} of their entries become 0" if self.vanished >= 0.005 else ""
-        return (
-            f"Gradients of {self.examples} examples differ from those in float32 by up to {self.difference:.1%}{lost}"
-        )
+        some = counted(self.examples, "example")
+        return f"Gradients of {some} differ from those in float32 by up to {self.difference:.1%}{lost}"
 
 
 def checked_in(engine: Engine, sample: Sample) -> Plan:

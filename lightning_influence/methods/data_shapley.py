@@ -11,6 +11,7 @@ from lightning_influence.checks import check_at_least_0, check_integer
 from lightning_influence.methods.retraining import Estimate, Retraining, losses_of, models_of
 from lightning_influence.numerics.subsets import every, prefixes
 from lightning_influence.setting.setting import Queries, Setting
+from lightning_influence.wording import counted
 
 # Models trained at once before an order may be cut short, and how many values in a row must be within the tolerance.
 _TOGETHER, _IN_A_ROW = 16, 5
@@ -109,7 +110,7 @@ class DataShapley(Retraining):
         inside, outside = weight[(sizes - 1).clamp(min=0)], weight[sizes.clamp(max=n - 1)]
         credit = torch.where(membership, inside[:, None], -outside[:, None])
         half = torch.full((n,), len(membership) // 2)
-        setting.note(f"Exact: all {len(membership)} subsets.")
+        setting.note(f"Exact: all {counted(len(membership), 'subset')}.")
         return Estimate(values.T @ credit, None, half, half, len(membership) - 1)
 
     def _monte_carlo(self, setting: Setting, queries: Queries) -> Estimate:
@@ -130,7 +131,9 @@ class DataShapley(Retraining):
                 break
         mean = total / count
         errors = _standard_error(total, square, count)
-        setting.note(f"Truncated Monte Carlo: {orders} orders, {used} models of a budget of {self.budget}.")
+        setting.note(
+            f"Truncated Monte Carlo: {counted(orders, 'order')}, {counted(used, 'model')} of a budget of {self.budget}."
+        )
         if self.convergence is not None and not self._converged(total, square, count, orders):
             setting.note(
                 f"Not converged: the median standard error is above {self.convergence:g} of the scores' standard "

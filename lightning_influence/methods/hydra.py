@@ -27,6 +27,7 @@ from lightning_influence.setting.own_queries import EntryQueries, ExampleQueries
 from lightning_influence.setting.samples import Samples
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.timing import seconds_of
+from lightning_influence.wording import counted
 
 # Below this correlation with refits, a note warns. It is 0.9 and more where losses are smooth in the weights of the
 # examples, and about 0.5 where they are not.
@@ -296,11 +297,11 @@ class HyDRA(WholeRun):
             setting.note(_ONLY_A_TENTH)
         else:
             setting.note(
-                f"Agreement is {value:.2f}, below {_AGREEING}: in {self.checks} refits, each without a random tenth of "
-                "the examples, the queries' losses did not change as the scores predict. What really happens without "
-                "an example may differ from its score. `HyDRA(runs=20)` predicts such removals better; larger batches, "
-                "a lower learning rate or smoother activations make a fit easier to predict; `InfluenceFunction` and "
-                "`SOURCE` are better estimates of averages over seeds."
+                f"Agreement is {value:.2f}, below {_AGREEING}: in {counted(self.checks, 'refit')}, each without a "
+                "random tenth of the examples, the queries' losses did not change as the scores predict. What really "
+                "happens without an example may differ from its score. `HyDRA(runs=20)` predicts such removals "
+                "better; larger batches, a lower learning rate or smoother activations make a fit easier to predict; "
+                "`InfluenceFunction` and `SOURCE` are better estimates of averages over seeds."
             )
 
 

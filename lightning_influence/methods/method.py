@@ -15,6 +15,7 @@ from lightning_influence.timing import Work, timed
 from lightning_influence.tracking.record import record_name
 from lightning_influence.tracking.tracker import Tracker
 from lightning_influence.trajectory import Trajectory
+from lightning_influence.wording import counted
 
 # Scores in memory at once while they are summed over checkpoints.
 TILE = 2**25
@@ -52,8 +53,8 @@ class Cost(NamedTuple):
 
     def __str__(self) -> str:
         pieces = "".join(f"\n  {piece}" for piece in sorted(self.work, key=lambda piece: -piece.seconds))
-        at_once = f"{self.queries_at_once} quer{'y' if self.queries_at_once == 1 else 'ies'} at once"
-        return f"about {self.seconds:.3g} s, with {at_once} and {self.checkpoints} checkpoint(s) visited{pieces}"
+        held, visited = counted(self.queries_at_once, "query"), counted(self.checkpoints, "checkpoint")
+        return f"about {self.seconds:.3g} s, with {held} at once and {visited} visited{pieces}"
 
     def of_share(self, fraction: float, *besides: Work) -> "Cost":
         """That of a share of the work, and of other work besides."""

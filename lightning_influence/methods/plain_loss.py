@@ -18,6 +18,9 @@ from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.timing import Work, timed
 from lightning_influence.trajectory import Trajectory
 
+LABELS = "labels"
+"""Name of the list of suspect labels among the results."""
+
 
 @dataclass(frozen=True)
 class PlainLoss(ForwardOnly):
@@ -43,6 +46,11 @@ class PlainLoss(ForwardOnly):
         if isinstance(self.checkpoints, str) and self.checkpoints != "all":
             raise ValueError(f"Expected `checkpoints` to be positions, 'all' or None, got {self.checkpoints!r}.")
         check_not_empty("checkpoints", self.checkpoints)
+
+    @property
+    def name(self) -> str:
+        """What the list is for."""
+        return LABELS
 
     def positions(self, trajectory: Trajectory | None) -> list[int]:
         """Those of ``checkpoints``; the last for None."""

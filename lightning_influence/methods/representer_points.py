@@ -21,6 +21,7 @@ from lightning_influence.numerics.penalised_head import HeadFit, PenalisedHead, 
 from lightning_influence.setting.samples import Samples
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.timing import Work, timed
+from lightning_influence.wording import counted
 
 # Up to this many numbers of the training examples' features are held in memory for the solve, as rows of so many.
 _HELD = 2**26
@@ -191,7 +192,7 @@ class RepresenterPoints(ForwardOnly):
     def _report(self, setting: Setting, points: "Points") -> None:
         """Notes how close the head is to its minimum, and the error of the decomposition."""
         fit, error = points.fit, points.reconstruction_error()
-        how = f"solved in {fit.iterations} Newton steps" if self.refit else "as it was trained"
+        how = f"solved in {counted(fit.iterations, 'Newton step')}" if self.refit else "as it was trained"
         setting.note(
             f"Head `{points.head.name}` {how}: gradient norm {fit.gradient_norm:.1e} with weight decay "
             f"{self.weight_decay:g}; the sum over training examples misses a training example's pre-activations by at "
@@ -203,9 +204,9 @@ class RepresenterPoints(ForwardOnly):
             again = "" if setting.trajectory is None else ", or ask again, which goes on from there"
             when, limit = ("at the limit of time ", "`Attributor.limit_seconds`, ") if setting.late else ("", "")
             setting.warn(
-                f"The head `{points.head.name}` stopped {when}after {fit.iterations} Newton steps at gradient norm "
-                f"{fit.gradient_norm:.1e}: the decomposition is not exact, by `diagnostics['reconstruction_error']`. "
-                f"Raise {limit}`max_iterations` or `weight_decay`{again}."
+                f"The head `{points.head.name}` stopped {when}after {counted(fit.iterations, 'Newton step')} at "
+                f"gradient norm {fit.gradient_norm:.1e}: the decomposition is not exact, by "
+                f"`diagnostics['reconstruction_error']`. Raise {limit}`max_iterations` or `weight_decay`{again}."
             )
 
 

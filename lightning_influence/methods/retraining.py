@@ -13,6 +13,7 @@ from lightning_influence.setting.samples import Samples
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.setting.trained_models import TrainedModels
 from lightning_influence.timing import Work
+from lightning_influence.wording import counted
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def report(method: Method, setting: Setting, found: Estimate) -> None:
     values = found.values if chosen is None else found.values[:, list(chosen)]
     unknown = int(values.isnan().all(0).sum())
     if unknown:
-        setting.note(f"{unknown} of {values.shape[1]} training examples have no known score (NaN).")
+        setting.note(f"{unknown} of {counted(values.shape[1], 'training example', 'has')} no known score (NaN).")
     setting.diagnostic("models", found.n_models)
     if found.standard_errors is not None:
         known = found.standard_errors[~found.standard_errors.isnan()]

@@ -24,6 +24,7 @@ from lightning_influence.setting.samples import Samples, first_queries
 from lightning_influence.setting.setting import Queries, Setting, Stage
 from lightning_influence.timing import Work, seconds_of, timed
 from lightning_influence.types import MissingEvidence
+from lightning_influence.wording import counted
 
 # Vectors of the model's size for each example that is carried back for itself.
 _OWN_COPIES = 3
@@ -189,7 +190,7 @@ class SOURCE(SegmentProduct):
             )
         count = min(self.segments, len(positions))
         if count < self.segments:
-            setting.note(f"Only {count} segments: the fit has no more checkpoints after its initial weights")
+            setting.note(f"Only {counted(count, 'segment')}: the fit has no more checkpoints after its initial weights")
         ends = [round((k + 1) * len(positions) / count) for k in range(count)]
         found, before = [], torch.zeros((), dtype=torch.float64)
         for first, last in zip([0, *ends], ends, strict=False):
@@ -204,7 +205,7 @@ class SOURCE(SegmentProduct):
             found.append(SourceSegment(tuple(positions[first:last]), until - before, shrunk))
             before = until
         reaches = ", ".join(_shown(segment.reach) for segment in found)
-        setting.note(f"{count} segments with sums of learning rates / (1 - momentum) of {reaches}")
+        setting.note(f"{counted(count, 'segment')} with sums of learning rates / (1 - momentum) of {reaches}")
         if setting.trajectory.adaptive:
             setting.note("Adam's preconditioner is frozen in each segment, at that of its middle checkpoint")
         return found

@@ -32,6 +32,10 @@ class TracInCP(TransformedProduct):
     Cost: one backward pass per example and checkpoint.
     Departs from the paper: the coefficient c, unless ``units="paper"``.
 
+    Under a squared error, early checkpoints with their large residuals outweigh the later ones: predicting 60 refits of
+    an MLP on concrete's strength (LDS), all 15 checkpoints reached 0.25, the first five 0.12, the last five 0.34
+    (``checkpoints=(-5, -4, -3, -2, -1)``), and ``InfluenceFunction(EKFAC())`` 0.45.
+
     Args:
         units: ``"loss"`` or ``"paper"``, which decides c.
         normalize: ``"cosine"``: the cosine of the angle between the gradients; ``"layerwise"``: the sum of all layers'

@@ -14,6 +14,7 @@ from lightning_influence.tracking.losses import LossChanges
 from lightning_influence.tracking.record import load_record
 from lightning_influence.tracking.tracker import Tracker
 from lightning_influence.types import MissingEvidence
+from lightning_influence.wording import counted
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class TracInIdeal(WholeRun):
             changes, losses, now = (values.mean(0, keepdim=True) for values in (changes, losses, now))
         if len(losses) != len(now) or not torch.allclose(losses, now, rtol=1e-3, atol=1e-4):
             raise MissingEvidence(
-                f"Expected the {len(record.tensors['losses'])} queries whose losses were recorded during the fit, got "
-                "queries with other losses. `TracInIdeal` scores those of `Influence(queries=)` only; use "
+                f"Expected the {counted(len(record.tensors['losses']), 'query')} whose losses were recorded during the "
+                "fit, got queries with other losses. `TracInIdeal` scores those of `Influence(queries=)` only; use "
                 "`TracInCP()` for others."
             )
         setting.on_block(len(setting.ids))

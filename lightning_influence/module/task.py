@@ -280,7 +280,7 @@ class Task:
         if switched:
             raise ValueError(
                 "Expected `training_step` to leave `requires_grad` as it is, got a step that switches it for "
-                f"`{switched[0]}` ({len(switched)} parameters). Use `detach()` in the step, freeze in a hook or before "
+                f"`{switched[0]}` (of {len(switched)} in all). Use `detach()` in the step, freeze in a hook or before "
                 "the module is passed, or pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
             )
         if not isinstance(output, Tensor):

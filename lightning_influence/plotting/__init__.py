@@ -2,6 +2,6 @@
 
 from lightning_influence.plotting.cell import Drawing, Item, Render
 from lightning_influence.plotting.distributions import by_class, self_influence
-from lightning_influence.plotting.explanation import Case, explanation, explanations
+from lightning_influence.plotting.explanation import Case, examples, explanation, explanations
 
-__all__ = ["Case", "Drawing", "Item", "Render", "by_class", "explanation", "explanations", "self_influence"]
+__all__ = ["Case", "Drawing", "Item", "Render", "by_class", "examples", "explanation", "explanations", "self_influence"]

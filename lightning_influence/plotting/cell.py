@@ -3,11 +3,14 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from lightning_influence.plotting.example_view import Look, ViewOptions, class_name, look_at, plain
-from lightning_influence.plotting.style import fit, wrap
+import torch
+from torch import Tensor
 
-Render: TypeAlias = Callable[[Any, Any], None]
-"""Called with (axes, example); draws the example."""
+from lightning_influence.plotting.example_view import Look, ViewOptions, class_name, plain
+from lightning_influence.plotting.style import blank, fit, width_of, wrap
+
+Render: TypeAlias = Callable[..., Any]
+"""Called with an example, returns what to show of it; or called with (axes, example), draws it."""
 
 _NAME = 20  # characters of an id or a label that fit above a picture
 _TEXT = {"va": "top", "ha": "left", "fontsize": 7}
@@ -23,18 +26,25 @@ class Item(NamedTuple):
 
 
 class Drawing(ViewOptions):
-    """How examples are drawn; `render` is called with (axes, example)."""
+    """How examples are drawn."""
 
-    def draw(self, axes: Any, item: Item, colour: str, size: tuple[int, int] = (24, 11)) -> None:
-        """Draw one example. `size` is how many characters and lines of text fit into `axes`.
+    def draw(self, axes: Any, item: Item, colour: str, size: tuple[int, int] = (24, 11), signed: bool = True) -> None:
+        """Draw one example.
+
+        Args:
+            axes: Of the figure.
+            item: The example.
+            colour: Of what is written above it.
+            size: How many characters and lines of text fit into `axes`.
+            signed: Whether a positive score has a sign.
 
         Raises:
             ValueError: The example holds nothing that can be drawn, and there is no `render`.
         """
-        look = self._look(item.example)
+        look = self.look(item.example)
         lines = [fit(item.name if item.score is not None else f"query {item.name}", _NAME)]
         if item.score is not None:
-            lines.append(f"{item.score:+.3g}")
+            lines.append(f"{item.score:+.3g}" if signed else f"{item.score:.3g}")
         if look.label is not None:
             lines.append(fit(class_name(look.label, self.labels), _NAME))
         predicted = plain(item.prediction)
@@ -45,18 +55,29 @@ class Drawing(ViewOptions):
         axes.set_yticks([])
         if item.example is None:
             axes.axis("off")
-        elif self.render is not None:
+        elif self.draws and self.render is not None:
             self.render(axes, item.example)
         else:
             _show(axes, look, size)
 
-    def _look(self, example: Any) -> Look:
-        try:
-            return look_at(example, self.columns, self.normalization)
-        except ValueError:
-            if self.render is None:
-                raise
-        return Look("nothing", None)
+
+def picture(render: Render, example: Any) -> Tensor:
+    """[height, width, 4] bytes: what a `render` with (axes, example) draws, for where there is no figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure, _ = blank(1.6, 1.6, "let `render` take an example and return what to show of it")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    render(axes, example)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    width, height = canvas.get_width_height()
+    return torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8).reshape(height, width, 4)
 
 
 def _show(axes: Any, look: Look, size: tuple[int, int]) -> None:
@@ -79,7 +100,7 @@ def _table(axes: Any, cells: Sequence[tuple[str, str]], width: int, height: int)
         cells = [*cells[: height - 1], (f"and {len(cells) - height + 1} more", "")]
     for line, (name, value) in enumerate(cells):
         # The longer of the two gets the width that the shorter one leaves.
-        for_value = min(len(value), max(width - len(name) - 1, width // 2 - 1))
+        for_value = min(width_of(value), max(width - width_of(name) - 1, width / 2 - 1))
         place = {"clip_on": True, "transform": axes.transAxes, **_TEXT}
         at = 0.97 - line * 0.94 / height
         axes.text(0.04, at, fit(name, width - for_value - 1), **place)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_influence.plotting.style import axis, blank, fit
+from lightning_influence.wording import counted
 
 _WRITTEN = 150  # the most cells of a map whose numbers are written into them
 
@@ -61,7 +62,7 @@ def self_influence(
         axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(fit(axis(quantity, units), 70))
     axes.set_ylabel("training examples")
-    title = f"{method + ': ' if method else ''}{quantity} of {values.numel():,} training examples"
+    title = f"{method + ': ' if method else ''}{quantity} of {counted(values.numel(), 'training example')}"
     axes.set_title(fit(title, 80), fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)

@@ -1,9 +1,11 @@
 """What to show of an example: an image, a text, a row of numbers or a curve, and its class."""
 
+import contextlib
 import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -36,7 +38,8 @@ class ViewOptions:
     """How an example is turned into something to show.
 
     Args:
-        render: Called with the example, in place of the built-in view.
+        render: In place of the built-in view. Called with an example, it returns what to show of it: a text, an image,
+            a vector or a dict of them. One that takes (axes, example) draws into the axes of a figure.
         labels: Names of the classes, by number; by default those of `classes_of`.
         columns: Names of the numbers in a table's row.
         normalization: Mean and standard deviation to undo in images; by default what `normalization_of` finds.
@@ -51,6 +54,34 @@ class ViewOptions:
         """These options, with the normalisation and the class names of a dataset where none were given."""
         found = normalization_of(dataset) if self.normalization is None else self.normalization
         return replace(self, normalization=found, labels=classes_of(dataset) if self.labels is None else self.labels)
+
+    @property
+    def draws(self) -> bool:
+        """Whether `render` draws into axes."""
+        if self.render is None:
+            return False
+        try:
+            signature(self.render).bind(None)
+        except TypeError:
+            return True
+        except ValueError:  # of a builtin
+            return False
+        return False
+
+    def look(self, example: Any) -> "Look":
+        """What to show of an example, by `render` if that returns it.
+
+        Raises:
+            ValueError: The example holds nothing that can be shown.
+        """
+        if self.render is None:
+            return look_at(example, self.columns, self.normalization)
+        look = Look("nothing", None) if self.draws else look_at(self.render(example), self.columns, self.normalization)
+        if look.label is not None:
+            return look
+        with contextlib.suppress(ValueError):
+            return look._replace(label=look_at(example, self.columns, self.normalization).label)
+        return look
 
     def class_of(self, label: Any) -> str:
         """The name of a class, or its number."""

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 from lightning_influence.plotting.cell import Drawing, Item
 from lightning_influence.plotting.style import Palette, axis, blank, fit
+from lightning_influence.wording import counted
 
 _Side: TypeAlias = tuple[str, str, Sequence[Item]]
 """Its title, its colour and its examples."""
 
 _CELL = 1.55  # width of one picture in inches
+_ROW = 5  # pictures side by side
 _PLAIN = Drawing()
 
 
@@ -52,7 +54,7 @@ def explanation(case: Case, *, method: str = "", units: str = "", drawing: Drawi
         return figure, _bars(figure.add_subplot(), case, title, units, colours)
     columns = max(len(case.proponents), len(case.opponents), 1)
     figure, colours = blank(_CELL * (columns + 1.5) + 0.4, 2 * _CELL + 1.9)
-    figure.suptitle(textwrap.fill(fit(title, 120), 15 * (columns + 1)), fontsize=11)
+    figure.suptitle(textwrap.fill(fit(title, 120), 15 * (columns + 1), break_on_hyphens=False), fontsize=11)
     grid = figure.add_gridspec(2, columns + 2, width_ratios=[1.35, 0.12, *[1.0] * columns])
     subject = figure.add_subplot(grid[:, 0])
     drawing.draw(subject, case.query, colours.text, size=(31, 27))
@@ -74,7 +76,7 @@ def explanations(
         ImportError: matplotlib is not installed.
         ValueError: An example cannot be drawn, and there is no `render`.
     """
-    title = f"{method + ': ' if method else ''}influence on {len(cases)} queries"
+    title = f"{method + ': ' if method else ''}influence on {counted(len(cases), 'query')}"
     if all(case.bare for case in cases):
         heights = [_bars_height(case) for case in cases]
         figure, colours = blank(6.4, sum(heights))
@@ -100,6 +102,27 @@ def explanations(
             start += 1 + width
         every.append(axes)
     return figure, every
+
+
+def examples(items: Sequence[Item], *, title: str, drawing: Drawing = _PLAIN) -> tuple[Any, list[Any]]:
+    """Draw examples one after another, in rows of five.
+
+    Returns:
+        The figure and the axes of each example.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: An example cannot be drawn, and there is no `render`.
+    """
+    columns = min(_ROW, len(items))
+    rows = -(-len(items) // _ROW)
+    figure, colours = blank(_CELL * max(columns, 3) + 0.4, (_CELL + 0.85) * rows + 0.6)
+    figure.suptitle(textwrap.fill(fit(title, 160), 16 * max(columns, 3), break_on_hyphens=False), fontsize=11)
+    grid = figure.add_gridspec(rows, columns)
+    axes = [figure.add_subplot(grid[divmod(at, columns)]) for at in range(len(items))]
+    for place, item in zip(axes, items, strict=True):
+        drawing.draw(place, item, colours.text, signed=False)
+    return figure, axes
 
 
 def _sides(case: Case, colours: Palette) -> tuple[_Side, _Side]:

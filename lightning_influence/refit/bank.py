@@ -4,6 +4,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from lightning_influence.wording import counted
+
 
 @dataclass(frozen=True)
 class Bank:
@@ -32,7 +34,8 @@ class Bank:
     def __repr__(self) -> str:
         subsets, train = self.membership.shape
         seeds, queries = self.losses.shape[1:]
-        text = f"{subsets} subsets of {train:,} training examples, {queries} queries, {seeds} seed(s)"
+        text = f"{counted(subsets, 'subset')} of {train:,} training examples, {counted(queries, 'query')}"
+        text += f", {counted(seeds, 'seed')}"
         return f"Bank({text}{', the same for every seed' * self.deterministic})" + "".join(f"\n{n}" for n in self.notes)
 
     def __len__(self) -> int:

@@ -19,6 +19,7 @@ from lightning_influence.refit.pool import Failure, Job, described
 from lightning_influence.refit.store import ModelStore, TrainedModel, bytes_of, key_of, layout_of
 from lightning_influence.setting.losses import losses_under
 from lightning_influence.setting.setting import Queries
+from lightning_influence.wording import counted
 
 _FINGERPRINTED = 17  # examples that are hashed to recognise a dataset
 
@@ -97,7 +98,9 @@ class Models:
                 failures = self.backend.train_all(own, take) if own else []
             failures = [failure for some in self.processes.gathered(failures) for failure in some]
         if len(failures) == len(jobs):
-            raise RuntimeError(f"Expected models that train, got {len(jobs)} failures. {described(failures[0])}")
+            raise RuntimeError(
+                f"Expected models that train, got {counted(len(jobs), 'failure')}. {described(failures[0])}"
+            )
         notes = [f"{described(failure)} (twice): it is left out." for failure in failures]
         for note in notes:
             warnings.warn(note, stacklevel=2)
@@ -154,7 +157,7 @@ class Models:
         if self._labels is None:
             return []
         return [
-            f"{without} of {len(membership)} subsets hold no example of class {label}."
+            f"{without} of {counted(len(membership), 'subset', 'holds')} no example of class {label}."
             for label in self._labels.unique().tolist()
             if (without := int((membership[:, self._labels == label].sum(1) == 0).sum()))
         ]

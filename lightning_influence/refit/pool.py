@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lightning_influence.refit.store import TrainedModel
+from lightning_influence.wording import counted
 
 Job = tuple[Tensor, int]
 """Membership and seed of a model to train."""
@@ -84,9 +85,9 @@ def _breakdown(error: Exception, breakdowns: int, left: int) -> None:
     cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if breakdowns >= _BREAKDOWNS:
         raise RuntimeError(
-            f"Expected workers that train, got {breakdowns} breakdowns of the pool without a finished model ({cause}). "
-            f"{left} models are left; finished ones are kept. Check the memory of the workers, or train with "
-            "`n_jobs=1`."
+            f"Expected workers that train, got {counted(breakdowns, 'breakdown')} of the pool without a finished model "
+            f"({cause}). {counted(left, 'model', 'is')} left; finished ones are kept. Check the memory of the workers, "
+            "or train with `n_jobs=1`."
         ) from error
     warnings.warn(f"A worker was lost ({cause}): its models are trained again.", stacklevel=3)
 

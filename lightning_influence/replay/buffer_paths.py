@@ -5,6 +5,7 @@ from torch import Tensor
 from lightning_influence.module.buffer_paths import candidates, carrying, is_due, refusal, running_statistics
 from lightning_influence.replay.replay import Replay, ReplayedStep
 from lightning_influence.setting.setting import Setting
+from lightning_influence.wording import counted
 
 
 class BufferPaths:
@@ -49,7 +50,7 @@ def note_statistics(setting: Setting) -> None:
     still = () if setting.trajectory is None else setting.trajectory.eval_modules
     names = [name for name in running_statistics(setting.task.module) if name not in still]
     if names:
-        more = f" and {len(names) - 1} more layers" if len(names) > 1 else ""
+        more = f" and {counted(len(names) - 1, 'more layer')}" if len(names) > 1 else ""
         setting.note(
             f"The running statistics of `{names[0]}`{more} are taken as they were: the scores do not include how an "
             "example changes the queries' losses through them."

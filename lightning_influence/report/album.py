@@ -6,13 +6,14 @@ import struct
 import textwrap
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from lightning_influence.plotting.cell import picture
 from lightning_influence.plotting.example_view import Look, ViewOptions, look_at, plain
 
 _SIDE = 96  # pixels of a thumbnail's longer side
@@ -39,8 +40,8 @@ Opinions: TypeAlias = Callable[[str, Sequence[int]], Mapping[int, Opinion]]
 class Showing(ViewOptions):
     """How an example is turned into what the page shows.
 
-    `render` returns what to show in its place: a text, an image, a vector or a dict of them. `predictions` are what was
-    predicted for the queries, indexed by their ids; `opinions` are the model's, of any examples.
+    `predictions` are what was predicted for the queries, indexed by their ids; `opinions` are the model's, of any
+    examples.
     """
 
     predictions: Any = None
@@ -52,7 +53,7 @@ class Showing(ViewOptions):
         Raises:
             ValueError: The example holds nothing that can be shown.
         """
-        look = self._look(example)
+        look = self.look(example)
         made: dict[str, Any] = {"kind": look.kind, "value": _small(look)}
         if look.label is not None:
             made["class"] = self.class_of(look.label)
@@ -82,7 +83,7 @@ class Showing(ViewOptions):
     def words(self, example: Any, most: int) -> dict[str, str]:
         """The class of an example and a line about it, where it is a text or a row; empty if it cannot be shown."""
         try:
-            look = self._look(example)
+            look = super().look(example)  # words, for which nothing is drawn
         except ValueError:
             return {}
         made = {} if look.label is None else {"class": self.class_of(look.label)}
@@ -93,28 +94,29 @@ class Showing(ViewOptions):
             made["example"] = textwrap.shorten(text, most, placeholder="…")
         return made
 
-    def _look(self, example: Any) -> Look:
-        if self.render is None:
-            return look_at(example, self.columns, self.normalization)
-        look = look_at(self.render(example), self.columns, self.normalization)
-        if look.label is not None:
+    def look(self, example: Any) -> Look:
+        """What to show of an example; a picture of what a `render` with (axes, example) draws.
+
+        Raises:
+            ValueError: The example holds nothing that can be shown.
+        """
+        look = super().look(example)
+        if not self.draws or self.render is None:
             return look
-        try:
-            return look._replace(label=look_at(example, self.columns).label)
-        except ValueError:
-            return look
+        return look_at(picture(self.render, example))._replace(label=look.label)
 
 
 @dataclass
 class Album:
-    """What is shown of training examples and queries, by id."""
+    """What is shown of training examples and queries, by id; ``kept`` says that it is of a file of scores."""
 
     train: dict[int, dict[str, Any]] = field(default_factory=dict)
     queries: dict[int, dict[str, Any]] = field(default_factory=dict)
+    kept: bool = False
 
     def with_train(self, other: "Album | None") -> "Album":
         """This one with the training examples of another, too."""
-        return Album((other.train if other else {}) | self.train, self.queries)
+        return replace(self, train=(other.train if other else {}) | self.train)
 
     def to_json(self) -> str:
         """The album as JSON, which `from_json` reads."""

@@ -43,7 +43,18 @@
   const hasLooks = (of) => Object.values(of.looks).some((look) => look.kind !== "nothing");
   // What is known of examples beside their scores: key in their looks, title, and whether it is a number.
   const KNOWN = [["class", "Class"], ["prediction", "Predicted"], ["probability", "Probability", true], ["loss", "Final loss", true]];
-  const knownOf = (of) => KNOWN.filter(([key]) => Object.values(of.looks).some((look) => look[key] !== undefined));
+  const valuesOf = (of, key) => [...new Set(Object.values(of.looks).map((look) => look[key]).filter((value) => value !== undefined))];
+  const MANY = 30; // classes without names, from which on they are taken as numbers
+  const numbers = (names) => names.every((name) => name !== "" && Number.isFinite(Number(name)))
+    && (names.length > MANY || names.some((name) => !Number.isInteger(Number(name))));
+  // Targets of a regression are numbers, which are sorted as such and have a range instead of a list.
+  for (const of of [train, queries].filter((of) => of)) {
+    of.targets = [train, queries].some((some) => some && numbers(valuesOf(some, "class")));
+    if (of.targets) for (const look of Object.values(of.looks))
+      for (const key of ["class", "prediction"]) if (look[key] !== undefined && Number.isFinite(Number(look[key]))) look[key] = Number(look[key]);
+  }
+  const knownOf = (of) => KNOWN.filter(([key]) => valuesOf(of, key).length).map(([key, title, numeric]) => (
+    of.targets && key === "class" ? [key, "Target", true] : of.targets && key === "prediction" ? [key, title, true] : [key, title, numeric]));
   const extras = new Map([train, queries].filter((of) => of).map((of) => [of, knownOf(of)]));
 
   const fields = () => {
@@ -71,7 +82,7 @@
   function arrange() {
     const of = side(), known = fields(), wanted = $("class").value, decided = $("decided").value;
     const low = $("low").valueAsNumber, high = $("high").valueAsNumber, find = $("find").value.trim().toLowerCase();
-    const score = columns()[0];
+    const score = known.find((field) => field.key === $("ranged").value);
     let rows = view === "train" && query !== null ? [...onQuery.keys()] : of.id.map((_, i) => i);
     rows = rows.filter((i) => {
       if (wanted && lookOf(of, i).class !== wanted.slice(1)) return false;
@@ -212,6 +223,7 @@
     if (looks) head.append(make("th", "Example"));
     head.append(...known.slice(1).map(title), make("th", view === "train" ? "Decision" : "Explanation"));
     const shown = order.slice(page * SIZE, (page + 1) * SIZE), pages = Math.max(1, Math.ceil(order.length / SIZE));
+    $("rows").classList.toggle("crowded", known.length > 6);
     $("rows").replaceChildren(...shown.map((i) => drawRow(i, known, looks)));
     const first = $("rows").firstElementChild;
     if (first) first.tabIndex = 0;
@@ -298,7 +310,7 @@
     $("view-train").setAttribute("aria-pressed", String(view === "train"));
     if (queries) $("view-queries").setAttribute("aria-pressed", String(view === "queries"));
     document.querySelectorAll(".of-train").forEach((node) => node.classList.toggle("hidden", view !== "train"));
-    const names = [...new Set(Object.values(side().looks).map((look) => look.class).filter((name) => name !== undefined))];
+    const names = side().targets ? [] : valuesOf(side(), "class");
     // The prefix distinguishes the class "" from no filter at all.
     $("class").parentElement.classList.toggle("hidden", !names.length);
     options($("class"), names.sort(compare).map((name) => ["=" + name, name]), "");
@@ -314,13 +326,16 @@
     if (!box.hidden) {
       const look = lookOf(queries, query), words = make("div");
       words.append(make("strong", `Query ${nameOf(queries, query)}`));
-      if (look.class !== undefined) words.append(make("div"), make("span", "class "), make("bdi", look.class));
-      if (look.prediction !== undefined) words.append(make("div"), make("span", "predicted "), make("bdi", look.prediction));
+      if (look.class !== undefined) words.append(make("div"), make("span", queries.targets ? "target " : "class "), make("bdi", String(look.class)));
+      if (look.prediction !== undefined) words.append(make("div"), make("span", "predicted "), make("bdi", String(look.prediction)));
       words.append(make("div", "Positive: a proponent, which made this query better. Negative: an opponent.", "soft"));
       box.replaceChildren(drawLook(look, `query ${queries.id[query]}`), words);
     }
     sort = null;
     page = 0;
+    const ranges = fields().filter((field) => field.numeric || field.key.startsWith("score"));
+    ranges.sort((a, b) => b.key.startsWith("score") - a.key.startsWith("score"));
+    $("ranged").replaceChildren(...ranges.map((field) => Object.assign(make("option", field.title), { value: field.key })));
     arrange();
   }
 
@@ -341,14 +356,14 @@
     $("view-queries").addEventListener("click", () => show("queries"));
     options($("query"), queries.id.map((_, i) => {
       const look = lookOf(queries, i);
-      const more = [look.class, look.prediction && `predicted ${look.prediction}`].filter((x) => x !== undefined);
+      const more = [look.class, look.prediction === undefined ? undefined : `predicted ${look.prediction}`].filter((x) => x !== undefined);
       return [String(i), [nameOf(queries, i), ...more].join(" · ")];
     }), "");
     $("query").addEventListener("change", (event) => choose(event.target.value === "" ? null : Number(event.target.value)));
   }
   options($("decided"), data.decisions.map((word) => [word, word]), "");
   $("decided").append(Object.assign(make("option", "none yet"), { value: "none" }));
-  for (const id of ["class", "decided", "low", "high", "find"])
+  for (const id of ["class", "decided", "ranged", "low", "high", "find"])
     $(id).addEventListener("input", () => { page = 0; arrange(); });
   $("filters").addEventListener("submit", (event) => event.preventDefault());
   $("clear").addEventListener("click", () => { clear(); choose(null); });

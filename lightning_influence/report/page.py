@@ -16,6 +16,12 @@ from lightning_influence.checks import optional
 from lightning_influence.files.atomic import whole
 from lightning_influence.report.album import Album
 from lightning_influence.report.decisions import DECISIONS
+from lightning_influence.report.snippet import unbroken
+
+_MORE = "A larger `megabytes` for `report` makes room for more."
+_MORE_KEPT = (
+    "More are kept with the scores by `Influence(album={'megabytes': 20})`, or by `scores.save(path, megabytes=20)`."
+)
 
 
 @dataclass(frozen=True)
@@ -91,9 +97,11 @@ def _html(page: Page) -> str:
     for sign in "<>&\u2028\u2029":
         encoded = encoded.replace(sign, f"\\u{ord(sign):04x}")
     environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment.filters["unbroken"] = unbroken
     return environment.from_string(template).render(
         title=page.title,
         facts=page.facts,
+        more=_MORE_KEPT if page.album is not None and page.album.kept else _MORE,
         shown=len(data["train"]["looks"]),
         count=page.train_ids.numel(),
         has_queries=data["queries"] is not None,

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from lightning_influence.checks import optional
 from lightning_influence.files import arrow
+from lightning_influence.hints import Hinted
 from lightning_influence.plotting.example_view import printable
 from lightning_influence.report import Album, Opinions
 from lightning_influence.scores import words
 from lightning_influence.scores.id_checks import ascending, base_of
+from lightning_influence.wording import counted
 
 Data: TypeAlias = tuple[Any, Any]
 """The training dataset and the queries'; None where there is none."""
@@ -22,7 +24,7 @@ MATRIX = "scores"
 """The column of `Scores` files that may be larger than the memory."""
 
 
-class Answer:
+class Answer(Hinted):
     """The record that scores of either kind carry beside their numbers.
 
     Args:
@@ -82,6 +84,11 @@ class Answer:
         )
 
     @property
+    def contents(self) -> str:
+        """What the numbers are, and how many."""
+        raise NotImplementedError
+
+    @property
     def figures(self) -> dict[str, float]:
         """`diagnostics` under their former name."""
         return self.diagnostics
@@ -118,19 +125,19 @@ def numbers(name: str, given: Mapping[str, float] | None) -> dict[str, float]:
         raise TypeError(f"Expected `{name}` to map names to single numbers, got {given!r}.") from error
 
 
-def paragraph(answer: Answer, size: str, findings: Sequence[str]) -> str:
+def paragraph(answer: Answer, findings: Sequence[str]) -> str:
     """What the scores are, what a reader must know about them, and what was found."""
     notes = [f"Note: {note.rstrip('.')}." for note in answer.notes]
-    head = f"{answer.method}: {size}, {words.unit(answer.units)}."
+    head = f"{answer.method}: {answer.contents}, {words.unit(answer.units)}."
     sentences = [head, answer.meaning, *_evidence(answer), *notes, *findings]
-    return textwrap.fill(" ".join(sentences), width=100)
+    return textwrap.fill(" ".join(sentences), width=100, break_on_hyphens=False)
 
 
 def facts(answer: Answer) -> list[str]:
     """What a reader of the page must know, one or two sentences each."""
     settings = printable(", ".join(f"{name} = {value}" for name, value in words.settings(answer.settings).items()))
     return [
-        f"Method: {answer.method}, {words.unit(answer.units)}.",
+        f"{answer.method}: {answer.contents}, {words.unit(answer.units)}.",
         answer.meaning,
         *([f"Settings: {settings}."] if settings else []),
         *_evidence(answer),
@@ -171,7 +178,7 @@ def _evidence(answer: Answer) -> list[str]:
     if answer.checkpoints:
         first, last, count = min(answer.checkpoints), max(answer.checkpoints), len(answer.checkpoints)
         steps = f"step {first}" if count == 1 else f"steps {first} to {last}"
-        sentences.append(f"{count} checkpoint{'s' * (count > 1)} ({steps}).")
+        sentences.append(f"{counted(count, 'checkpoint')} ({steps}).")
     if words.diagnostics(answer.diagnostics):
         sentences.append(f"{words.diagnostics(answer.diagnostics)}.")
     return sentences

@@ -11,7 +11,9 @@ from lightning_influence.plotting.example_view import Classes, class_name, plain
 from lightning_influence.scores.base import Answer, Data
 from lightning_influence.scores.id_checks import places
 from lightning_influence.scores.ranking import Ranking, row_blocks
+from lightning_influence.scores.topk import TopK
 from lightning_influence.types import labels_in
+from lightning_influence.wording import counted
 
 _Query: TypeAlias = int | Sequence[int] | None
 
@@ -72,6 +74,34 @@ def by_class(answer: Answer, ranking: Ranking, train: Any, queries: Any, labels:
     return plotting.by_class(total / pairs, *names, method=answer.method, units=answer.units)
 
 
+def highest(answer: Answer, title: str, top: TopK, train: Any, drawing: plotting.Drawing) -> tuple[Any, list[Any]]:
+    """Draw the training examples of highest scores, with their classes and what the model predicts for them.
+
+    Args:
+        answer: Its method is written, and its opinions.
+        title: What the scores are, in words.
+        top: The examples, highest first.
+        train: The training examples.
+        drawing: How examples are drawn.
+
+    Raises:
+        ValueError: There are no data, or an example cannot be drawn without `render`.
+    """
+    if train is None:
+        raise ValueError("Expected `train` to be the training Dataset, got None, and no data are at hand. Pass it.")
+    ids = top.train_ids.tolist()
+    found = {} if answer.opinions is None else answer.opinions("train", ids)
+    bases = ids if top.base_ids is None else top.base_ids.tolist()
+    items = [
+        plotting.Item(
+            str(i) if i == base else f"{i} (base {base})", score, train[i], found[i].prediction if i in found else None
+        )
+        for i, base, score in zip(ids, bases, top.scores.tolist(), strict=True)
+    ]
+    text = f"{answer.method}: the {counted(len(items), 'training example')} of highest {title}"
+    return plotting.examples(items, title=text, drawing=drawing.suited_to(train))
+
+
 def _case(ranking: Ranking, query: int, k: int, train: Any, queries: Any, predictions: Any) -> plotting.Case:
     row = int(places(ranking.query_ids, torch.tensor([query]), "query"))
     ((_, *sides),) = ranking.sides(k, slice(row, row + 1))
@@ -103,6 +133,11 @@ def _classes(name: str, data: Any, ids: Tensor) -> tuple[list[Any], Tensor]:
         raise ValueError(
             f"Expected every example of `{name}` to have a class, got none for {missing[:5]!r}. Pass the classes as a "
             "tensor of integers instead of the Dataset."
+        )
+    if numbers := [label for label in found if isinstance(label, float) and not label.is_integer()]:
+        raise ValueError(
+            f"Expected `{name}` to have classes, got numbers such as {numbers[0]:.4g}, of which each would be a class. "
+            "Pass the number of a group for each as a tensor of integers, such as `targets.bucketize(edges)`."
         )
     classes = sorted(set(found), key=lambda label: (isinstance(label, str), label))
     place = {label: at for at, label in enumerate(classes)}

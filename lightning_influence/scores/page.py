@@ -11,23 +11,30 @@ from lightning_influence import report
 from lightning_influence.report import Album, Showing
 from lightning_influence.scores.base import Answer, Data, facts, given_or_at_hand
 from lightning_influence.scores.ranking import Ranking, row_blocks
+from lightning_influence.wording import counted
 
 Orders: TypeAlias = tuple[Iterable[int], Iterable[int]]
 """Ids of training examples and of queries, the most important first."""
 
+_SHARES = (
+    "Scores without a unit cannot be added up over queries: each counts as its share of the query's strongest score, "
+    "from -1 to 1, of which the mean over all queries is shown."
+)
 _FIRST = 2000  # training examples that go into an album before those that explain queries
 
 
 def page_of(answer: Answer, ranking: Ranking, k: int, own: dict[str, Tensor], album: Album) -> report.Page:
     """The page of a score matrix, whose training examples are sorted by `own` numbers, [train] by title, if any."""
-    title = "Influence on all queries" if ranking.top is None else "Influence on all queries (of the scores kept)"
+    kept = "" if ranking.top is None else " of the scores kept"
+    title = f"Influence on all queries ({'mean share' if answer.units == 'arbitrary' else 'sum'}{kept})"
+    train = counted(len(ranking.train_ids), "training example")
     return report.Page(
-        title=f"{answer.method}: {len(ranking.query_ids):,} queries, {len(ranking.train_ids):,} training examples",
-        facts=facts(answer),
+        title=f"{answer.method}: {counted(len(ranking.query_ids), 'query')}, {train}",
+        facts=[*facts(answer), *([_SHARES] if answer.units == "arbitrary" else [])],
         units=answer.units,
         train_ids=ranking.train_ids,
         train_base=ranking.train_base,
-        columns=own | {title: _total(ranking)},
+        columns=own | {title: _total(ranking, answer.units)},
         query_ids=ranking.query_ids,
         query_base=ranking.query_base,
         pairs=_pairs(ranking, k),
@@ -49,9 +56,11 @@ def snippet(paragraph: str, ranking: Ranking) -> str:
 
 
 def album_of(answer: Answer, orders: Orders, data: Data, how: Showing, megabytes: float) -> Album:
-    """The album that the scores already have, or a new one where other data or a `render` is given."""
-    if answer.album is not None and all(one is None for one in (*data, how.render)):
-        return answer.album
+    """The album that the scores already have, or a new one where other data, or another view of them, is given."""
+    another = any(one is not None for one in (how.render, how.labels, how.columns, how.normalization, how.predictions))
+    here = any(one is not None for one in answer.at_hand)
+    if answer.album is not None and all(one is None for one in data) and not (another and here):
+        return replace(answer.album, kept=True)
     how = replace(how, opinions=answer.opinions)
     return report.collect(*given_or_at_hand(answer, *data), *orders, how, megabytes)
 
@@ -73,23 +82,34 @@ def album_to_keep(answer: Answer, orders: Orders, shown: Mapping[str, Any]) -> A
     return report.collect(*data, *orders, Showing(**how, opinions=answer.opinions), megabytes)
 
 
-def train_order(ranking: Ranking, k: int, self_influence: Tensor | None = None) -> Iterator[int]:
+def train_order(ranking: Ranking, units: str, k: int, self_influence: Tensor | None = None) -> Iterator[int]:
     """Training ids by importance: suspicious ones, then the k strongest of each query by rank; may repeat."""
-    suspicion = -_total(ranking).nan_to_num(0.0) if self_influence is None else self_influence
+    suspicion = -_total(ranking, units).nan_to_num(0.0) if self_influence is None else self_influence
     suspicious = ranking.train_ids[suspicion.argsort(descending=True, stable=True)].tolist()
     ends = [ranking.strongest(k, largest).train_ids for largest in (True, False)]
     explaining = torch.stack(ends).permute(2, 1, 0).flatten().tolist()
     yield from (*suspicious[:_FIRST], *explaining, *suspicious[_FIRST:])
 
 
-def _total(ranking: Ranking) -> Tensor:
-    """[train] sums over all queries of the scores that were kept."""
+def _total(ranking: Ranking, units: str) -> Tensor:
+    """[train] over all queries and the scores that were kept: sums, or the mean of shares where scores have no unit."""
     total = torch.zeros(ranking.train_ids.numel(), dtype=torch.float64)
+    shares = units == "arbitrary"
     if ranking.values is not None:
-        return sum((block.double().nansum(dim=0) for block in row_blocks(ranking.matrix, total.numel())), total)
-    places, scores = _pairs(ranking, ranking.depth)
-    kept = places >= 0
-    return total.index_add_(0, places[kept], scores[kept].double().nan_to_num(0.0))
+        for block in row_blocks(ranking.matrix, total.numel()):
+            total += _comparable(block, shares).sum(dim=0)
+    else:
+        places, scores = _pairs(ranking, ranking.depth)
+        kept = places >= 0
+        total.index_add_(0, places[kept], _comparable(scores, shares)[kept])
+    return total / len(ranking.query_ids) if shares else total
+
+
+def _comparable(scores: Tensor, shares: bool) -> Tensor:
+    """[query, *] float64 with 0 for NaN; as shares of the strongest of each query."""
+    found = scores.double()
+    found = found.masked_fill(found.isnan(), 0.0)
+    return found / found.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny) if shares else found
 
 
 def _pairs(ranking: Ranking, k: int) -> tuple[Tensor, Tensor]:

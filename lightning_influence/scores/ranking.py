@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_influence.numerics.topk import top_k
 from lightning_influence.scores.id_checks import name_of, places, whole_numbers
 from lightning_influence.scores.topk import TopK
-from lightning_influence.scores.words import counted
+from lightning_influence.wording import counted
 
 _Side: TypeAlias = list[tuple[int, float]]
 BLOCK = 1 << 24  # scores processed at a time: 64 MB of float32

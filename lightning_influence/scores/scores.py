@@ -1,7 +1,7 @@
 """`Scores`: what each training example did to each query, readable, storable, drawable and loggable."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,10 @@ from lightning_influence.plotting.normalization import Normalization
 from lightning_influence.scores import figures, page, tables, tracked
 from lightning_influence.scores.base import Answer, file_head, given_or_at_hand, numbers, paragraph, read_file
 from lightning_influence.scores.id_checks import BaseIds, ascending, base_of, whole_numbers
-from lightning_influence.scores.ranking import Ranking, checked_top, checked_values, side, strongest_per_query
+from lightning_influence.scores.ranking import Ranking, checked_top, checked_values, strongest_per_query
 from lightning_influence.scores.self_scores import SelfScores
 from lightning_influence.scores.topk import TopK
+from lightning_influence.wording import counted
 
 
 class Scores(Answer):
@@ -95,10 +96,14 @@ class Scores(Answer):
     def __len__(self) -> int:
         return self.query_ids.numel()
 
-    def __repr__(self) -> str:
+    @property
+    def contents(self) -> str:
+        """How many scores of what."""
         kept = "" if self.top_k is None else f", the {self.top_k} strongest proponents and opponents of each"
-        size = f"scores of {len(self):,} queries by {self.train_ids.numel():,} training examples{kept}"
-        return paragraph(self, size, strongest_per_query(self._ranking))
+        return f"scores of {counted(len(self), 'query')} by {counted(self.train_ids.numel(), 'training example')}{kept}"
+
+    def __repr__(self) -> str:
+        return paragraph(self, strongest_per_query(self._ranking))
 
     def _repr_html_(self) -> str:
         return page.snippet(repr(self), self._ranking)
@@ -177,7 +182,7 @@ class Scores(Answer):
             ValueError: Arguments in `shown`, but no data to show.
         """
         if shown:
-            order = page.train_order(self._ranking, min(shown.get("k", 20), self._ranking.depth))
+            order = page.train_order(self._ranking, self.units, min(shown.get("k", 20), self._ranking.depth))
             self.album = page.album_to_keep(self, (order, self.query_ids.tolist()), shown)
         kind = "scores" if self.top_k is None else "top_k_scores"
         head = file_head(self) | {"allow_nan": self._ranking.allow_nan}
@@ -226,7 +231,7 @@ class Scores(Answer):
             k: How many of each, at most.
             train: The training `Dataset`, indexed by `train_ids`.
             queries: The queries' `Dataset`.
-            render: Called with (axes, example) to draw an example that is neither image, text nor vector.
+            render: Called with an example, returns a text, image, vector or dict to show; or draws (axes, example).
             labels: Names of the classes, by number.
             predictions: What was predicted for the queries, indexed by their ids: a tensor, list or dict.
             columns: Names of the numbers in a table's row.
@@ -269,7 +274,7 @@ class Scores(Answer):
         self_scores: SelfScores | None = None,
         train: Any = None,
         queries: Any = None,
-        render: Callable[[Any], Any] | None = None,
+        render: plotting.Render | None = None,
         labels: Classes | None = None,
         predictions: Any = None,
         columns: Sequence[str] | None = None,
@@ -287,7 +292,7 @@ class Scores(Answer):
             self_scores: Self-influence or losses of the same training examples, by which they are then sorted.
             train: The training `Dataset`, indexed by `train_ids`.
             queries: The queries' `Dataset`.
-            render: Called with an example; returns what to show of it: a text, an image, a vector or a dict of them.
+            render: As for `plot`.
             labels: Names of the classes, by number.
             predictions: What was predicted for the queries, indexed by their ids.
             columns: Names of the numbers in a table's row.
@@ -304,8 +309,8 @@ class Scores(Answer):
                 f"{self_scores.train_ids.numel()} others. Compute both from one attributor."
             )
         k = min(k, self._ranking.depth)
-        own = {} if self_scores is None else {self_scores.quantity.capitalize(): self_scores.values}
-        orders = (page.train_order(self._ranking, k, *own.values()), self.query_ids.tolist())
+        own = {} if self_scores is None else {self_scores.title.capitalize(): self_scores.values}
+        orders = (page.train_order(self._ranking, self.units, k, *own.values()), self.query_ids.tolist())
         showing = report.Showing(render, labels, columns, normalization, predictions)
         album = page.album_of(self, orders, (train, queries), showing, megabytes)
         album = album.with_train(None if self_scores is None else self_scores.album)
@@ -336,15 +341,8 @@ class Scores(Answer):
             ValueError: `k` is below 1.
         """
         more = self.diagnostics | numbers("metrics", metrics)
-        if not trackers.listening(loggers):
-            return
-        k = min(k, self._ranking.depth)
-        scalars, histograms = trackers.of_scores(self.proponents(1).scores[:, 0], self._ranking.matrix_if_kept)
-        table = arrow.as_rows(self.to_arrow(k), side=lambda row: side(row["score"]))
-        told = {"scores": tracked.described(self, table, drawing)}
-        drawn = trackers.drawn(
-            explanation=lambda: tracked.explanation(self, self.query_ids.tolist(), partial(self.plot, k=k), drawing)
-        )
-        about = {"about": repr(self)}
-        results = trackers.TrackerResults(name or self.method, step, more | scalars, told, drawn, histograms, about)
-        trackers.log_influence(loggers, results)
+        if trackers.listening(loggers):
+            k = min(k, self._ranking.depth)
+            results = tracked.results(self, self._ranking, k, partial(self.plot, k=k), drawing)
+            scalars = more | dict(results.scalars)
+            trackers.log_influence(loggers, replace(results, name=name or self.method, step=step, scalars=scalars))

@@ -1,7 +1,7 @@
 """`SelfScores`: one number for each example, its self-influence or its loss, highest for what to look at first."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,17 @@ from torch import Tensor
 
 from lightning_influence import loggers as trackers
 from lightning_influence import plotting, report
+from lightning_influence.checks import check_integer
 from lightning_influence.files import arrow
 from lightning_influence.numerics.topk import top_k
 from lightning_influence.plotting.example_view import Classes, printable
 from lightning_influence.plotting.normalization import Normalization
-from lightning_influence.scores import page, tracked
-from lightning_influence.scores.base import Answer, facts, file_head, paragraph, read_file
+from lightning_influence.scores import figures, page, tracked
+from lightning_influence.scores.base import Answer, facts, file_head, given_or_at_hand, paragraph, read_file
 from lightning_influence.scores.id_checks import name_of
 from lightning_influence.scores.ranking import floating, refuse_non_finite
 from lightning_influence.scores.topk import TopK
+from lightning_influence.wording import counted
 
 _LOGGED = 100  # rows of the table in a tracker
 
@@ -79,6 +81,18 @@ class SelfScores(Answer):
         if self.quantity == "loss":
             return "The highest are the labels to check first."
         return "The highest are examples that the model had to memorise: wrong labels, odd or rare ones."
+
+    @property
+    def title(self) -> str:
+        """What the numbers are, such as "mean loss over 8 checkpoints"."""
+        if self.quantity == "loss" and len(self.checkpoints) > 1:
+            return f"mean loss over {counted(len(self.checkpoints), 'checkpoint')}"
+        return self.quantity
+
+    @property
+    def contents(self) -> str:
+        """What the numbers are, and how many."""
+        return f"{self.title}, {counted(len(self), 'training example')}"
 
     def __len__(self) -> int:
         return self.train_ids.numel()
@@ -145,12 +159,11 @@ class SelfScores(Answer):
 
     def __repr__(self) -> str:
         highest = ", ".join(f"{name}: {score:.3g}" for name, score in self._highest(3))
-        size = f"{self.quantity} of {len(self):,} training examples"
-        return paragraph(self, size, [f"Mean {float(self.values.mean()):.3g}, highest: {highest}."])
+        return paragraph(self, [f"Mean {float(self.values.mean()):.3g}, highest: {highest}."])
 
     def _repr_html_(self) -> str:
         rows = [[name, f"{score:.4g}"] for name, score in self._highest(10)]
-        return report.snippet(repr(self), ["training example", self.quantity], rows)
+        return report.snippet(repr(self), ["training example", self.title], rows)
 
     def plot(self, flagged_fraction: float = 0.1) -> tuple[Any, Any]:
         """Draw the distribution, with the highest fraction marked.
@@ -162,15 +175,39 @@ class SelfScores(Answer):
             ValueError: `flagged_fraction` is not between 0 and 1.
             ImportError: matplotlib is not installed.
         """
-        about = {"method": self.method, "units": self.units, "quantity": self.quantity}
+        about = {"method": self.method, "units": self.units, "quantity": self.title}
         return plotting.self_influence(self.values, flagged_fraction, **about)
+
+    def plot_top(
+        self,
+        k: int = 10,
+        train: Any = None,
+        render: plotting.Render | None = None,
+        labels: Classes | None = None,
+        *,
+        columns: Sequence[str] | None = None,
+        normalization: Normalization | None = None,
+    ) -> tuple[Any, list[Any]]:
+        """Draw the k highest training examples, with their classes and what the model predicts; see `Scores.plot`.
+
+        Returns:
+            A `matplotlib.figure.Figure` and the axes of each example.
+
+        Raises:
+            ValueError: `k` is below 1, no data are at hand and none were passed, or an example needs `render`.
+            ImportError: matplotlib is not installed.
+        """
+        check_integer("k", k)
+        drawing = plotting.Drawing(render, labels, columns, normalization)
+        train = given_or_at_hand(self, train, None)[0]
+        return figures.highest(self, self.title, self.top(min(k, len(self))), train, drawing)
 
     def report(
         self,
         path: str | os.PathLike[str],
         *,
         train: Any = None,
-        render: Callable[[Any], Any] | None = None,
+        render: plotting.Render | None = None,
         labels: Classes | None = None,
         columns: Sequence[str] | None = None,
         normalization: Normalization | None = None,
@@ -184,12 +221,12 @@ class SelfScores(Answer):
         """
         showing = report.Showing(render, labels, columns, normalization)
         content = report.Page(
-            title=f"{self.method}: {self.quantity} of {len(self):,} training examples",
+            title=f"{self.method}: {self.contents}",
             facts=facts(self),
             units=self.units,
             train_ids=self.train_ids,
             train_base=self._train_base,
-            columns={self.quantity.capitalize(): self.values},
+            columns={self.title.capitalize(): self.values},
             album=page.album_of(self, self._orders(), (train, None), showing, megabytes),
         )
         return report.write_page(path, content)
@@ -201,15 +238,18 @@ class SelfScores(Answer):
             loggers: `trainer.loggers`, or one logger.
             step: The x-axis; `trainer.global_step` after a fit.
             name: What follows `influence/`; the method by default.
-            drawing: Arguments of `plot`: `flagged_fraction`.
+            drawing: Arguments of `plot` and `plot_top`: `flagged_fraction`, `train`, `render`, `labels`.
         """
         if not trackers.listening(loggers):
             return
         what = self.quantity.replace("-", "_").replace(" ", "_")
         scalars, histograms = trackers.of_self_influence(self.values, what)
-        table = {what: tracked.described(self, arrow.as_rows(self.to_arrow(min(_LOGGED, len(self)))), {})}
-        drawn = trackers.drawn(**{what: lambda: self.plot(**drawing)[0]})
-        about = {f"about_{what}": repr(self)}
+        table = {what: tracked.described(self, arrow.as_rows(self.to_arrow(min(_LOGGED, len(self)))), drawing)}
+        fraction = drawing.pop("flagged_fraction", 0.1)
+        draw = {what: lambda: self.plot(fraction)[0]}
+        if given_or_at_hand(self, drawing.get("train"), None)[0] is not None:
+            draw[f"{what}_highest"] = lambda: self.plot_top(**drawing)[0]
+        drawn, about = trackers.drawn(**draw), {f"about_{what}": repr(self)}
         more = self.diagnostics | scalars
         results = trackers.TrackerResults(name or self.method, step, more, table, drawn, histograms, about)
         trackers.log_influence(loggers, results)

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_influence.scores.words import counted, table
+from lightning_influence.hints import Hinted
+from lightning_influence.scores.words import table
+from lightning_influence.wording import counted
 
 _ROWS = 30  # of the table that is printed
 
@@ -16,7 +18,7 @@ class _Ends(NamedTuple):
     train_ids: Tensor
 
 
-class TopK(_Ends):
+class TopK(_Ends, Hinted):
     """The strongest training examples: scores and ids, [query, k]; of one query and of `SelfScores`: [k].
 
     A tuple of the two, which prints as a table. `base_ids` are indices into the dataset under any `Subset`.

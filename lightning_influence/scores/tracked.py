@@ -3,14 +3,40 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lightning_influence import loggers as trackers
+from lightning_influence.files import arrow
+from lightning_influence.loggers import TrackerResults
 from lightning_influence.loggers.summary import Table
 from lightning_influence.report import Opinion, Showing
 from lightning_influence.scores.base import Answer, given_or_at_hand
+from lightning_influence.scores.ranking import Ranking
+from lightning_influence.scores.ranking import side as side_of
+from lightning_influence.scores.tables import long_table
+from lightning_influence.wording import counted
 
 _TRAIN, _QUERIES = 200, 100  # examples that are described, in the order of the rows
 _ASKED = 2000  # queries that the model predicts to choose one
 _TEXT = 80  # characters of a text
 _COLUMNS = {"class": "class", "prediction": "predicted", "loss": "loss", "example": "example"}
+
+
+def results(
+    answer: Answer, ranking: Ranking, k: int, plot: Callable[..., tuple[Any, Any]], drawing: Mapping[str, Any]
+) -> TrackerResults:
+    """What trackers get of a score matrix: scalars, a histogram, a table of k of each end, and a figure.
+
+    Args:
+        answer: The scores.
+        ranking: The same.
+        k: Proponents and opponents per query.
+        plot: Draws a query.
+        drawing: Arguments of `plot`.
+    """
+    scalars, histograms = trackers.of_scores(ranking.strongest(1, True).scores[:, 0], ranking.matrix_if_kept)
+    table = arrow.as_rows(long_table(ranking, k).read_all(), side=lambda row: side_of(row["score"]))
+    told = {"scores": described(answer, table, drawing)}
+    drawn = trackers.drawn(explanation=lambda: explanation(answer, ranking.query_ids.tolist(), plot, drawing))
+    return TrackerResults(answer.method, None, scalars, told, drawn, histograms, {"about": repr(answer)})
 
 
 def described(answer: Answer, table: Table, drawing: Mapping[str, Any]) -> Table:
@@ -23,7 +49,7 @@ def described(answer: Answer, table: Table, drawing: Mapping[str, Any]) -> Table
     """
     names, rows = [*table[0]], [[*row] for row in table[1]]
     train, queries = given_or_at_hand(answer, drawing.get("train"), drawing.get("queries"))
-    options = {name: drawing[name] for name in ("labels", "columns") if name in drawing}
+    options = {name: drawing[name] for name in ("render", "labels", "columns", "normalization") if name in drawing}
     showing = Showing(**options, opinions=answer.opinions).suited_to(queries if train is None else train)
     for side, dataset, most in (("query", queries, _QUERIES), ("train", train, _TRAIN)):
         if dataset is None or f"{side}_id" not in names:
@@ -52,9 +78,10 @@ def telling_query(answer: Answer, query_ids: Sequence[int]) -> tuple[int | None,
         return None, {}, ""
     chosen = max(known, key=lambda i: (known[i].right is False, known[i].loss))
     wrong = sum(opinion.right is False for opinion in known.values())
-    why = f"the highest loss of {len(known):,} queries: {known[chosen].loss:.3g}"
+    asked, loss = counted(len(known), "query"), f"{known[chosen].loss:.3g}"
+    why = f"the highest loss of {asked}: {loss}"
     if wrong:
-        why = f"the highest loss ({known[chosen].loss:.3g}) of {wrong:,} wrongly predicted among {len(known):,} queries"
+        why = f"the highest loss ({loss}) of {wrong:,} wrongly predicted among {asked}"
     prediction = known[chosen].prediction
     return chosen, {} if prediction is None else {chosen: prediction}, f"Query {chosen} has {why}."
 

@@ -1,5 +1,6 @@
 """Units, diagnostics, hyper-parameters and tables in words, for readers who have not seen the code."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,10 @@ _DIAGNOSTICS = {
     "solver_scale": "scale of the solver {:.3g}",
     "standard_error_median": "median standard error {:.3g}",
 }
+_ROUTINE = re.compile(
+    r"Gradients of all [\d,]+ parameters were computed the fast way$|Damping |E?K-FAC of the |Head `"
+    r"|\d+ segments? with |Exact: all |Truncated Monte Carlo: |`diagnostics\['agreement'\]`"
+)
 _NOTHING_AT_ZERO = ("attention_drift", "queries_without_scores", "score_error")
 _IN_A_NOTE = ("damping", "weight_decay")
 
@@ -49,14 +54,16 @@ def setting(value: Any) -> str:
 
 
 def settings(found: Mapping[str, Any]) -> dict[str, str]:
-    """Those hyper-parameters that are not None, in words."""
-    return {name: setting(value) for name, value in found.items() if value is not None}
+    """Those hyper-parameters that are not None, in words.
+
+    ``units="loss"``, a default, asks for that unit where there is one; `unit` says which the scores have.
+    """
+    return {name: setting(v) for name, v in found.items() if v is not None and (name, v) != ("units", "loss")}
 
 
-def counted(number: int, what: str) -> str:
-    """A number of things, such as "1 query" and "1,000 queries"."""
-    plural = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
-    return f"{number:,} {what if number == 1 else plural}"
+def news(notes: Sequence[str]) -> list[str]:
+    """Notes without those that every question of the kind has, such as the damping that was used."""
+    return [note for note in notes if not _ROUTINE.match(note)]
 
 
 def table(names: Sequence[str], rows: Sequence[Sequence[Any]], indent: str = "  ") -> str:

@@ -34,7 +34,7 @@ def stage_positions(trajectory: Trajectory | None, checkpoints: Sequence[int] | 
         return list(range(1 if available > 1 and steps[0] == 0 else 0, available))
     wrong = [c for c in checkpoints if not -available <= c < available]
     if wrong:
-        raise ValueError(f"Expected `checkpoints` to be positions among {available} checkpoints, got {wrong!r}.")
+        raise ValueError(f"Expected `checkpoints` to be positions in the list of {available}, got {wrong!r}.")
     return sorted({c % available for c in checkpoints})
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_influence.data.examples import Examples
 from lightning_influence.data.reading import CannotRead
+from lightning_influence.trajectory.fit_data import name_of
 
 
 @contextlib.contextmanager
@@ -20,9 +21,26 @@ def explained(examples: Examples, queries: Examples) -> Iterator[None]:
     except (RuntimeError, TypeError, IndexError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(
             "Expected queries that the module's loss accepts (a training example as a batch of one: "
-            f"{_shown(examples.one(0))}), got {_shown(queries.one(0))}: {type(error).__name__}: {error}. Pass "
-            "`queries` that are built like the training data."
+            f"{_shown(examples.one(0))}), got {_first(queries)}: {type(error).__name__}: {error}. "
+            f"{_way_out(examples, queries)}"
         ) from error
+
+
+def _way_out(examples: Examples, queries: Examples) -> str:
+    names = [name_of(one.collate) for one in (queries, examples)]
+    if names[0] == names[1]:
+        return "Pass `queries` that are built like the training data."
+    return (
+        f"The loader of `queries` collates with `{names[0]}`, that of the training data with `{names[1]}`. Pass the "
+        "Dataset alone, which is then collated as the training data are, or a loader with that `collate_fn`."
+    )
+
+
+def _first(queries: Examples) -> str:
+    try:
+        return _shown(queries.one(0))
+    except Exception:
+        return "some that cannot be collated"
 
 
 def _shown(batch: Any) -> str:

@@ -16,6 +16,7 @@ from lightning_influence.module.random_state import random_states, seed_for
 from lightning_influence.module.snapshot import restoring
 from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.types import clean
+from lightning_influence.wording import counted
 
 _SAMPLED = 8
 
@@ -46,9 +47,10 @@ def note_on_training(engine: Engine, sample: Sample, frozen: Collection[str] = (
         if distance > _tolerance(scored.dtype) * scale:
             return (
                 "The loss in training mode differs from that in eval mode, in which examples are scored, although no "
-                f"random number is drawn (`self.training`): gradients of {min(_SAMPLED, len(examples))} examples by "
-                f"{distance / scale:.0%}. Scores are about the latter. For those of the former, pass it as `loss=`, a "
-                "callable (module, batch) -> [batch] of per-sample losses."
+                "random number is drawn (`self.training`): gradients of "
+                f"{counted(min(_SAMPLED, len(examples)), 'example')} by {distance / scale:.0%}. Scores are about the "
+                "latter. For those of the former, pass it as `loss=`, a callable (module, batch) -> [batch] of "
+                "per-sample losses."
             )
     return None
 

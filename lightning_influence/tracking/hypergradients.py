@@ -20,6 +20,7 @@ from lightning_influence.setting.setting import Queries
 from lightning_influence.tracking.errors import Untrackable
 from lightning_influence.tracking.micro_batch import TrackedMicroBatch
 from lightning_influence.tracking.tracker import TrackedFit, TrackedStep, Tracker, TrackerState, TrackingPlan
+from lightning_influence.wording import counted
 
 # Elements of hypergradients to update at once.
 _AT_ONCE = 2**24
@@ -71,7 +72,7 @@ class Hypergradients(Tracker):
         plan = TrackingPlan(0.0 if on_disk else float(total), float(kept + (total if on_disk else 0)), self._time(fit))
         fit.check_disk(
             plan,
-            f"hypergradients of {len(ids):,} examples",
+            f"hypergradients of {counted(len(ids), 'example')}",
             "Track fewer `examples=`, use `HyDRA()` after the fit, or for SGD `hessian=False`, which keeps no vectors.",
         )
         self.weights = self._all_zeros()

@@ -9,6 +9,7 @@ from lightning_influence.gradients.losses import Losses
 from lightning_influence.setting.setting import Queries
 from lightning_influence.tracking.errors import Untrackable
 from lightning_influence.tracking.tracker import TrackedFit, TrackedStep, Tracker, TrackerState, TrackingPlan
+from lightning_influence.wording import counted
 
 _INSTEAD = "With larger batches, use `TracIn()`, which divides a step among its examples to first order."
 
@@ -56,7 +57,7 @@ class LossChanges(Tracker):
         """Attribute the change of the losses to the step's example."""
         ids = [i for batch in step.ids for i in batch]
         if len(ids) != 1:
-            raise Untrackable(f"a step had {len(ids)} examples. {_INSTEAD}")
+            raise Untrackable(f"a step had {counted(len(ids), 'example')}. {_INSTEAD}")
         assert queries is not None
         now = self.losses_of(queries)
         self.changes[:, ids[0]] += self.losses - now

@@ -22,6 +22,7 @@ from lightning_influence.trajectory.files import (
 )
 from lightning_influence.trajectory.fit_data import FitData, decode_fit_data
 from lightning_influence.types import MissingEvidence
+from lightning_influence.wording import counted
 
 
 @dataclass
@@ -240,12 +241,12 @@ def notes_on_the_end(run: Run) -> list[str]:
     last = run.checkpoints[-1].step if run.checkpoints else 0
     behind = pc.sum(pc.and_(pc.greater(run.steps["step"], number(last)), pc.invert(run.steps["skipped"]))).as_py() or 0
     if behind and len(run.checkpoints) != 1:
-        notes.append(f"{behind} steps after the last checkpoint (step {last}) are not counted.")
+        notes.append(f"Not counted: {counted(behind, 'step')} after the last checkpoint (step {last}).")
     kept = [c.step for c in run.checkpoints if c.step > max(run.removed)] if run.removed else []
     if run.removed and kept:
         notes.append(
-            f"{len(run.removed)} checkpoints up to step {max(run.removed)} were removed (`keep_last=`): sums over"
-            f" checkpoints count steps {max(run.removed) + 1} to {kept[-1]} only."
+            f"Removed (`keep_last=`): {counted(len(run.removed), 'checkpoint')} up to step {max(run.removed)}; sums"
+            f" over checkpoints count steps {max(run.removed) + 1} to {kept[-1]} only."
         )
     if not run.finished and run.broken is None:
         notes.append("The fit did not finish: this is what it had written by then.")

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from lightning_influence.checks import check_path_like
+from lightning_influence.hints import Hinted
 from lightning_influence.trajectory import exposure as _exposure
 from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint, is_decoupled, is_plain_sgd
 from lightning_influence.trajectory.columns import steps_between, to_numpy
 from lightning_influence.trajectory.file_list import Paths, files_of
 from lightning_influence.trajectory.files import STEPS
 from lightning_influence.trajectory.fit_data import FitData
+from lightning_influence.trajectory.in_words import in_words
 from lightning_influence.trajectory.lightning_files import read_lightning_files
 from lightning_influence.trajectory.numbering import combines_loaders, of_loader
 from lightning_influence.trajectory.optimizer_steps import expected_from_files
@@ -30,7 +32,7 @@ from lightning_influence.types import MissingEvidence
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class Trajectory(Hinted):
     """The record of a fit on disk. Make one with ``load`` or ``from_checkpoints``.
 
     Args:
@@ -57,22 +59,23 @@ class Trajectory:
     """
 
     path: Path | None
-    checkpoints: Sequence[Checkpoint] = field(repr=False)
+    checkpoints: Sequence[Checkpoint]
     dataset_size: int | None
-    steps: pa.Table = field(repr=False)
-    settings: Sequence[dict[str, Any]] = field(repr=False)
+    steps: pa.Table
+    settings: Sequence[dict[str, Any]]
     notes: tuple[str, ...] = ()
     finished: bool = True
     fit_seconds: float | None = None
     eval_modules: tuple[str, ...] = ()
-    averaged: Checkpoint | None = field(default=None, repr=False)
-    best: BestFile | None = field(default=None, repr=False)
-    trainer_values: tuple[tuple[int, Mapping[str, Any]], ...] = field(default=(), repr=False)
-    numbers: Mapping[str, Sequence[tuple[int, Any]]] = field(default_factory=dict, repr=False)
+    averaged: Checkpoint | None = None
+    best: BestFile | None = None
+    trainer_values: tuple[tuple[int, Mapping[str, Any]], ...] = ()
+    numbers: Mapping[str, Sequence[tuple[int, Any]]] = field(default_factory=dict)
     removed: tuple[int, ...] = ()
-    fit_data: FitData | None = field(default=None, repr=False)
+    fit_data: FitData | None = None
     broken: str | None = None
-    _stored_rates: Sequence[Sequence[float]] | None = field(default=None, repr=False)
+    _stored_rates: Sequence[Sequence[float]] | None = None
+    __repr__ = in_words
 
     @classmethod
     def load(cls, dirpath: str | PathLike[str]) -> "Trajectory":

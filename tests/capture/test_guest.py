@@ -66,7 +66,7 @@ def test_an_error_leaves_a_readable_run_and_nothing_else(error, seen, tmp_path):
     assert recorded(trajectory) == module.seen
     assert [c.step for c in trajectory.checkpoints] == [0, 6]
     assert not trajectory.finished
-    assert any("2 steps after the last checkpoint" in note for note in trajectory.notes)
+    assert any("Not counted: 2 steps after the last checkpoint" in note for note in trajectory.notes)
     assert type(made).__name__ == "DataLoader"
     assert type(made) is torch.utils.data.DataLoader
     assert not _taps

@@ -331,7 +331,7 @@ def test_a_solve_stops_at_the_limit_of_time_and_goes_on_when_asked_again(capture
     method = RepresenterPoints(weight_decay=1e-6)
     attributor = Attributor(module, train, trajectory)
     attributor.limit_seconds = 0.0
-    with pytest.warns(UserWarning, match=r"at the limit of time after 1 Newton steps.*`Attributor.limit_seconds`"):
+    with pytest.warns(UserWarning, match=r"at the limit of time after 1 Newton step.*`Attributor.limit_seconds`"):
         first = attributor.score(method, queries)
     attributor.limit_seconds = None
     assert attributor.score(method, queries).diagnostics["reconstruction_error"] < 1e-5
@@ -500,7 +500,7 @@ def test_examples_that_are_not_finite_are_named(example):
 
 def test_a_solve_that_stops_early_is_said():
     problem = Problem("softmax")
-    with pytest.warns(UserWarning, match="stopped after 1 Newton steps .* Raise `max_iterations`"):
+    with pytest.warns(UserWarning, match="stopped after 1 Newton step .* Raise `max_iterations`"):
         scores = problem.score(RepresenterPoints(max_iterations=1, weight_decay=1e-5))
     assert any("the decomposition is not exact" in note for note in scores.notes)
     with warnings.catch_warnings():
