@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_influence.module.task import Task
 from lightning_influence.types import Batch
 
 
@@ -86,7 +87,7 @@ class MixingWatch(TorchFunctionMode):
         self._before = [] if before is None else before._calls
         self._shapes: dict[int, tuple[int, ...]] = {}  # of the same tensors in the pass before
 
-    def around(self, task: Any) -> tuple[Callable[[Batch], Batch], Callable[[Batch], Tensor]]:
+    def around(self, task: Task) -> tuple[Callable[[Batch], Batch], Callable[[Batch], Tensor]]:
         """What moves a batch to the device, and the step, both followed."""
         return partial(self.move, task.to_device), partial(self.run, task)
 
