@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -38,9 +39,9 @@ class PassBranch:
         """Add a call with its operands and the parameters among them."""
         calls, numbers = self.value
         kinds = (float, bool, str, int) if called in _ARITHMETIC else (float, bool, str)
-        used = tuple(parameters)
+        name = f"{getattr(called, '__qualname__', called)} {' '.join(parameters)} "  # the same in a later process
         given = [n for n in operands if type(n) in kinds and not self._is_size(n)]
-        self.value = hash((calls, called, *used)), hash((numbers, called, *used, *given))
+        self.value = crc32(name.encode(), calls), crc32(f"{name}{given}".encode(), numbers)
 
     def returned(self, output: Any) -> None:
         """Add what a call returned, if it is a truth value."""

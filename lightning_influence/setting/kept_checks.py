@@ -102,6 +102,7 @@ class KeptChecks:
                 copy_leaves=bool(found["copy_leaves"]),
                 unreached=tuple(found["unreached"]),
                 zero=tuple(found["zero"]),
+                branches=frozenset((int(calls), int(numbers)) for calls, numbers in found["branches"]),
                 reads=bool(found["reads"]),
                 closely=bool(found["closely"]),
                 bytes_of_one=int(found["bytes_of_one"]),  # by which all processes choose the size of blocks
@@ -125,6 +126,7 @@ class KeptChecks:
             "copy_leaves": plan.copy_leaves,
             "unreached": list(plan.unreached),
             "zero": list(plan.zero),
+            "branches": sorted(map(list, plan.branches)),
             "reads": plan.reads,
             "closely": plan.closely,
             "bytes_of_one": plan.bytes_of_one,
