@@ -8,6 +8,7 @@ from cases_guard import GUARD
 from cases_index import INDEX
 from cases_layers import LAYERS
 from cases_losses import LOSSES
+from cases_mixing import MIXING
 from cases_modules import MODULES
 from cases_odd import ODD
 from cases_offline import OFFLINE
@@ -32,6 +33,7 @@ GROUPS = (
     TOKENS,
     CONFIDENT,
     TRANSFORMS,
+    MIXING,
 )
 
 CASES = {case.name: case for group in GROUPS for case in group}

@@ -114,6 +114,11 @@ class Examples:
         return self._keepable(block.batch) and bytes_in(block.batch) * len(self) <= _CACHE_BYTES * block.size
 
     @property
+    def has_own_collate(self) -> bool:
+        """Whether they are collated by a function of the user's."""
+        return self.collate is not default_collate
+
+    @property
     def draws(self) -> bool:
         """Whether reading an example has drawn random numbers so far."""
         return self._reader.draws

@@ -20,6 +20,7 @@ from lightning_influence.gradients.general import (
 )
 from lightning_influence.gradients.guard import Again, Guard
 from lightning_influence.gradients.layout import Layout, LayoutMismatch, Split
+from lightning_influence.gradients.mixing import MixingWatch
 from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.plan import Plan
 from lightning_influence.gradients.reduction import Reduction
@@ -115,6 +116,7 @@ class Engine:
         rows: dict[int, int | None] = {}
         if checked and set_random_state is None:
             watch = SuspectRows(block.size)
+            self.guard.unlike.closely = plan.closely
             rows, new = self.guard.choose(block)  # before the transfer, so that a device is not made to wait
         computed = self.in_block(block, watch, set_random_state)
         slow = computed.slow
@@ -169,6 +171,7 @@ class Engine:
                 *(n for n in plan.unreached if n in reached),
             ]
             if watch is not None:
+                watch.branch = tape.branch.value
                 self._note_positions(tape.calls, watch)
         if plan.vectorised and set_random_state is None:
             try:
@@ -218,19 +221,30 @@ class Engine:
         copy_leaves: bool,
         watch: SuspectRows | None = None,
         set_random_state: Callable[[], Any] | None = None,
+        mixing: MixingWatch | None = None,
     ) -> Tape:
-        """Record one forward and one backward pass through the activations, without computing weight gradients."""
+        """Record one forward and one backward pass through the activations, without computing weight gradients.
+
+        Args:
+            block: the examples.
+            names: of the parameters.
+            copy_leaves: see ``Plan``.
+            watch: told of each call.
+            set_random_state: called before the forward pass.
+            mixing: follows what the step computes of its batch.
+        """
         parameters = self.task.named_parameters()
         wanted = {name: parameters[name] for name in names}
-        tape = Tape(wanted, constants_of(self.task.module), copy_leaves, watch)
+        tape = Tape(wanted, constants_of(self.task.module), copy_leaves, watch, block.size)
         with requiring_gradients(self.task.module, ()):
-            batch = self.task.to_device(block.batch)
+            move, step = (self.task.to_device, self.task) if mixing is None else mixing.around(self.task)
+            batch = move(block.batch)
             if set_random_state is None:
                 seed_for(self.seed, block.start)
             else:
                 set_random_state()
             with tape:
-                loss = self.task(batch)
+                loss = step(batch)
             total = self.reduction.total(loss, block.size, self.weights_of(block.ids))
             tape.total = total.detach()
             tape.backward(total)

@@ -1,5 +1,6 @@
 """Checks while scoring: that examples weigh in a batch as they do alone, on whatever path their gradients come."""
 
+import contextlib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_influence.data.examples import Block
-from lightning_influence.devices import read_numbers
-from lightning_influence.gradients.general import loss_and_gradient
+from lightning_influence.devices import read_numbers, wide
+from lightning_influence.gradients.general import NotVectorisable, loss_and_gradient, vectorised_losses
 from lightning_influence.gradients.precise import Tolerance, holds_precisely
 from lightning_influence.gradients.relation import add_up, losses_add_up, refusal
 from lightning_influence.gradients.spot_checks import (
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 _CHECKED, _SHARE = 128, 16
 # Of so many different ways in which blocks branch, examples are checked.
 _BRANCHES = 16
+# Of a block's longest gradients, so many are looked at.
+_LONGEST = 4
 # Blocks whose checks are read at once, at the latest.
 _UNREAD = 1024
 
@@ -91,11 +94,15 @@ class Guard:
     _waiting: int = 0
     _unread: list[Unread] = field(default_factory=list)
     _uneven: bool = False
-    _branches: set[tuple[bool, ...]] = field(default_factory=set)
+    _branches: set[int] = field(default_factory=set)
+    _branched: list[int] = field(default_factory=lambda: [0, 0])
+    _version: int = -1
+    _length: float = 0.0
 
     def again(self) -> "Guard":
         """For a later question about the same examples: what was checked is not, unless it has changed."""
         known = {"_start": self._start, "_uneven": self._uneven, "_branches": set(self._branches)}
+        known["_branched"] = list(self._branched)
         return Guard(unlike=self.unlike.again(), dataset=self.dataset, **known)  # type: ignore[arg-type]
 
     def choose(self, block: Block) -> tuple[dict[int, int | None], bool]:
@@ -141,7 +148,9 @@ class Guard:
         Raises:
             ValueError: an example weighs otherwise in its batch than alone.
         """
-        every, unequal = {*rows, *watch.rows, *self._branching(block, watch)}, watch.unequal
+        every, unequal = {*rows, *watch.rows, *self._branching(engine, block, watch)}, watch.unequal
+        if engine.plan.reads and block.size > 1:
+            every |= self._longest(engine, computed)
         if self._blocks == 2:  # where examples are unequal, they are in most blocks
             self.read(engine)
         if again is None:
@@ -150,9 +159,11 @@ class Guard:
             if self._uneven:
                 every, unequal = every | rows_of(unequal), []
             self._check_later(engine, block, computed, every, unequal, again)
+        if block.size > 1 and engine.plan.mixing is not None:
+            self._check_losses(engine, block, computed.total, self._losses(engine, block, computed))
         if engine.examples is None or not (computed.slow or engine.plan.vectorised or block.size == 1):
             return
-        if new and computed.alone is not None and block.size > 1:
+        if new and computed.alone is not None and block.size > 1 and engine.plan.mixing is None:
             self._check_losses(engine, block, computed.total, computed.alone)
         for row, other in rows.items():
             if other is not None and other != block.ids[row]:
@@ -178,13 +189,38 @@ class Guard:
                 lambda: refusal(engine, block, list(block.ids).index(ids[0]), names),
             )
 
-    def _branching(self, block: Block, watch: SuspectRows) -> set[int]:
-        """The first and last row of a block whose pass took a branch that no block before took."""
-        branch = tuple(watch.outcomes)
-        if not branch or branch in self._branches or len(self._branches) >= _BRANCHES:
+    def _branching(self, engine: "Engine", block: Block, watch: SuspectRows) -> set[int]:
+        """The first and last row of a block whose pass took a way that none before took."""
+        known = self._branches.union(*engine.plan.branches)
+        new = [i for i, branch in enumerate(watch.branch) if branch not in known and self._branched[i] < _BRANCHES]
+        for i in new:
+            self._branched[i] += 1
+            self._branches.add(watch.branch[i])
+        return {0, block.size - 1} if new else set()
+
+    def _longest(self, engine: "Engine", computed: "Computed") -> set[int]:
+        """The rows with the longest gradients, if none before at these weights was as long.
+
+        A step that reads numbers may treat them otherwise, such as a loss above a limit.
+        """
+        lengths = [part.norm2() for part in computed.parts.values()]
+        if not lengths or lengths[0].is_complex():
             return set()
-        self._branches.add(branch)
-        return {0, block.size - 1}
+        each = torch.stack([wide(x) for x in lengths]).sum(0).nan_to_num(0.0)
+        longest = each.topk(min(_LONGEST, len(each)))
+        known = self._length if self._version == engine.task.version else 0.0
+        values, indices = read_numbers([longest.values, longest.indices])
+        rows = {int(row): length for row, length in zip(indices, values, strict=True) if length > known}
+        self._version, self._length = engine.task.version, max([known, *rows.values()])
+        return set(rows)
+
+    def _losses(self, engine: "Engine", block: Block, computed: "Computed") -> Tensor | None:
+        """[example]: the losses of a block's examples alone."""
+        if computed.alone is not None:
+            return computed.alone
+        with contextlib.suppress(NotVectorisable):
+            return None if engine.plan.mixed_before else vectorised_losses(engine.task, block)
+        return None
 
     def note(self) -> str | None:
         """A sentence about the checks that were repeated; None if there were none."""
@@ -278,14 +314,15 @@ class Guard:
 
         self._repeat(engine, holds, lambda: refusal(engine, block, failed[0], names))
 
-    def _check_losses(self, engine: "Engine", block: Block, total: Tensor | None, alone: Tensor) -> None:
+    def _check_losses(self, engine: "Engine", block: Block, total: Tensor | None, alone: Tensor | None) -> None:
         """Compare the loss of a block with the losses of its examples alone."""
         self.made += 1
         if not losses_add_up(engine, block, total, alone):
+            row = 0 if alone is None else int(alone.nan_to_num(0.0).abs().argmax())
             self._repeat(
                 engine,
                 lambda task, tolerance: losses_add_up(replace(engine, task=task), block, None, None, tolerance),
-                lambda: refusal(engine, block, 0, engine.plan.names),
+                lambda: refusal(engine, block, row, engine.plan.names),
             )
 
     def _repeat(

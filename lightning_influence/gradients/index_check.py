@@ -71,6 +71,11 @@ def joined(one: Plan, other: Plan) -> Plan:
         one.copy_leaves or other.copy_leaves,
         one.uses | other.uses,
         tuple(unreached),
+        branches=one.branches | other.branches,
+        mixing=one.mixing or other.mixing,
+        reads=one.reads or other.reads,
+        mixed_before=one.mixed_before or other.mixed_before,
+        closely=one.closely or other.closely,
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_influence.gradients.branches import Branch
 from lightning_influence.gradients.layout import Layout
 from lightning_influence.gradients.tape import Use
 
@@ -23,6 +24,11 @@ class Plan:
         unreached: parameters that the loss does not depend on.
         zero: others, whose gradients were 0 for all examples of the self-check.
         bytes_of_one: of the gradient of an example of the self-check; None: not known.
+        branches: the ways that the step took there.
+        mixing: what the loss follows from that may mix examples, depending on their values; see ``MixingWatch``.
+        mixed_before: whether it is mixed before the step.
+        reads: whether the step reads values of its batch as numbers.
+        closely: whether examples with the largest and the smallest numbers are checked.
     """
 
     layouts: Mapping[str, Layout]
@@ -34,6 +40,11 @@ class Plan:
     unreached: tuple[str, ...] = ()
     zero: tuple[str, ...] = ()
     bytes_of_one: int | None = None
+    branches: frozenset[Branch] = frozenset()
+    mixing: str | None = None
+    mixed_before: bool = False
+    reads: bool = False
+    closely: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

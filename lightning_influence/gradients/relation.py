@@ -106,11 +106,14 @@ def _described(engine: "Engine", block: Block, row: int, names: Sequence[str]) -
     odd, factor = row, 1.0
     if engine.examples is not None:
         odd, factor = _odd_one(engine, block, row, names)
+    finite = math.isfinite(float(_loss(engine, block, block.ids[odd])))
+    if engine.plan.mixing is not None and factor == 1 and finite:
+        odd = row
     example, unusual = block.ids[odd], engine.guard.unlike.describe(block, odd)
     has = f" ({unusual})" if unusual else ""
     way_out = PASS_LOSS if engine.task.loss is None else _WAY_OUT_OF_LOSS
     expected = f"Expected example {example} to weigh in its batch as it does alone, got"
-    if not math.isfinite(float(_loss(engine, block, example))):
+    if not finite:
         return ValueError(
             f"{expected} a finite loss in its batch, and NaN or infinity alone{has}. A mean over the labels of a whole "
             f"batch weighs the others by how many there are. {way_out}."
@@ -118,8 +121,13 @@ def _described(engine: "Engine", block: Block, row: int, names: Sequence[str]) -
     if abs(math.log(factor)) > 1e-4:
         return ValueError(
             f"{expected} a weight of {factor:.3g} times that of other examples{has}. A mean over the labels, tokens or "
-            "pixels of a whole batch weighs examples by how many they have, a weighted mean by their weights. "
-            f"{way_out}."
+            "pixels of a whole batch weighs examples by how many they have, a weighted mean by their weights"
+            f"{_other_causes(engine)}. {way_out}."
+        )
+    if engine.plan.mixing is not None:
+        return ValueError(
+            f"{expected} another loss or gradient{has}. The loss follows from {engine.plan.mixing}, by which examples "
+            f"change one another's loss. {way_out}."
         )
     if engine.examples is not None and block.size > 1 and add_up(engine, list(block.ids), names):
         return ValueError(
@@ -130,6 +138,14 @@ def _described(engine: "Engine", block: Block, row: int, names: Sequence[str]) -
         f"{expected} a different gradient{has}. The loss may average over the tokens of the whole batch, or examples "
         f"may change one another's loss. {way_out}."
     )
+
+
+def _other_causes(engine: "Engine") -> str:
+    if engine.plan.mixing is not None:
+        return f"; this loss also follows from {engine.plan.mixing}"
+    if engine.plan.reads:
+        return ", a branch on a number read from the batch (`if x.max() > 3`) by the others in it"
+    return ""
 
 
 def _odd_one(engine: "Engine", block: Block, row: int, names: Sequence[str]) -> tuple[int, float]:

@@ -15,6 +15,7 @@ from lightning_influence.devices import widest
 from lightning_influence.gradients.digests import Digest, Digester
 from lightning_influence.gradients.engine import Engine
 from lightning_influence.gradients.general import loss_and_gradient, requiring_gradients
+from lightning_influence.gradients.mixing import MixingWatch
 from lightning_influence.gradients.reduction import WAY_OUT, Reduction
 from lightning_influence.gradients.tape import Tape
 from lightning_influence.gradients.token_counts import CountWatch, Key
@@ -113,6 +114,8 @@ class Sample:
         """What the pass of the last block computed from the index of its batch, see ``WatchedIndex``."""
         self.reads_mode = True
         """Whether that pass may have depended on the mode (``self.training``) of the user's modules."""
+        self.mixing: MixingWatch | None = None
+        """Followed that pass."""
         self.values: list[dict[str, Any]] = []
         """The module's small values before and after the pass of the last block."""
         self._alone: dict[int, Alone] = {}
@@ -245,7 +248,7 @@ class Sample:
 
     def _recorded(self) -> list[Tape]:
         self._batches.clear()
-        tapes = []
+        self.mixing, tapes = None, []
         for block in self.blocks:
             watched = self._follows_step and block.chosen == self.chosen[-1]
             with self._noting() if watched else contextlib.nullcontext():
@@ -255,7 +258,11 @@ class Sample:
 
     def _record(self, block: ChosenBlock) -> Tape:
         reduction = Reduction.SUM if self.task.loss is None else Reduction.NONE
-        return Engine(self.task, reduction, seed=self.seed).record(block, self.names, self.copy_leaves)
+        mixing = MixingWatch(block.size, self.mixing)
+        engine = Engine(self.task, reduction, seed=self.seed)
+        tape = engine.record(block, self.names, self.copy_leaves, mixing=mixing)
+        self.mixing = mixing
+        return tape
 
     def _watched(self, block: ChosenBlock) -> Tape | None:
         """The pass of a block with an index that notes its uses; None if it fails with one that is no plain integer."""

@@ -13,6 +13,7 @@ from lightning_influence.gradients.digests import Digest, agreements, without_wr
 from lightning_influence.gradients.engine import Engine
 from lightning_influence.gradients.general import NotVectorisable, vectorised_rows
 from lightning_influence.gradients.layout import BY_INDEX, Layout, fits
+from lightning_influence.gradients.mixing import MixingWatch
 from lightning_influence.gradients.plan import Plan
 from lightning_influence.gradients.precise import CANNOT, precise
 from lightning_influence.gradients.rules.computed import Source
@@ -133,6 +134,7 @@ def _made(engine: Engine, sample: Sample, names: Sequence[str]) -> Plan:
     unreached = tuple(name for name in names if name not in reached and name not in nonzero)
     general = [name for name in names if name not in layouts and name not in unreached]
     fast = _vectorised(engine, sample, general)
+    mixing = sample.mixing or MixingWatch(1)
     return Plan(
         {n: layouts[n] for n in names if n in layouts},
         tuple(name for name in general if name in fast),
@@ -142,6 +144,11 @@ def _made(engine: Engine, sample: Sample, names: Sequence[str]) -> Plan:
         frozenset().union(*(tape.uses for tape in sample.tapes)),
         unreached,
         tuple(name for name in names if nonzero and name not in nonzero and name not in unreached),
+        branches=frozenset(tape.branch.value for tape in sample.tapes),
+        mixing=mixing.why,
+        mixed_before=mixing.in_hooks,
+        reads=mixing.reads,
+        closely=mixing.reads or mixing.why is not None or sample.examples.has_own_collate,
     )
 
 

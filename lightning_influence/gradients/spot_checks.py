@@ -29,8 +29,6 @@ _SCALES = frozenset(
 # Of tensors with more entries no copy is made to find the largest.
 _SMALL = 2**12
 _READS = frozenset({Tensor.item, Tensor.tolist, Tensor.__int__, Tensor.__float__})
-# What a step may branch on.
-CONDITIONS = frozenset({Tensor.__bool__, Tensor.item, torch.equal, torch.allclose, Tensor.equal, Tensor.allclose})
 
 
 class UnequalWeight(ValueError):
@@ -54,8 +52,8 @@ class SuspectRows:
     """Watches one forward pass for operations that the few examples of the self-check may not have covered.
 
     ``rows`` collects the examples of the block that should be checked. Others depend on values, for which a device
-    would be waited for: ``unequal`` collects them where they are computed, and ``rows_of`` reads them. ``outcomes``
-    collects the truth values that the pass read, by which it may treat the whole batch in another way.
+    would be waited for: ``unequal`` collects them where they are computed, and ``rows_of`` reads them. ``branch`` is
+    the way that the pass took, in which it may treat the whole batch otherwise.
 
     Args:
         examples: the number of examples in the block.
@@ -65,7 +63,7 @@ class SuspectRows:
         self.examples = examples
         self.rows: set[int] = set()
         self.unequal: list[Tensor] = []
-        self.outcomes: list[bool] = []
+        self.branch: tuple[int, ...] = ()
         self._counted: list[Tensor] = []  # likewise, of counts over the batch, which may be a denominator
 
     def __call__(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -99,7 +97,7 @@ class SuspectRows:
 
     def _extremes(self, each: Tensor) -> list[Tensor]:
         """Whether sums differ along the first or last dimension, and the examples with the smallest and the largest."""
-        if self.examples == 1 or not each.numel() or each.numel() % self.examples:
+        if self.examples == 1 or each.is_nested or not each.numel() or each.numel() % self.examples:
             return []
         first, last = each.reshape(self.examples, -1).sum(1), each.reshape(-1, self.examples).sum(0)
         unequal = (first != first[0]).any()

@@ -10,12 +10,13 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_influence.gradients.branches import PassBranch
 from lightning_influence.gradients.layout import Taken
 from lightning_influence.gradients.rules import RULES, LayerRule, Operands
 from lightning_influence.gradients.rules.computed import Result, Source, View
 from lightning_influence.gradients.rules.elementwise import ELEMENTWISE
 from lightning_influence.gradients.rules.recurrent import RECURRENT, unrolled
-from lightning_influence.gradients.spot_checks import CONDITIONS, SuspectRows
+from lightning_influence.gradients.spot_checks import SuspectRows
 from lightning_influence.gradients.taken import TakenRows
 from lightning_influence.module.precision import is_half
 from lightning_influence.module.snapshot import restoring
@@ -80,6 +81,7 @@ class Tape(TorchFunctionMode):
         constants: tensors that are no activations, such as buffers.
         copy_leaves: return copies of the outputs that become leaves, for models that write into them in place.
         watch: called with every function call; None: nobody watches.
+        examples: how many the batch has.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Tape(TorchFunctionMode):
         constants: Iterable[Tensor] = (),
         copy_leaves: bool = False,
         watch: SuspectRows | None = None,
+        examples: int = 1,
     ) -> None:
         super().__init__()
         self.copy_leaves = copy_leaves
@@ -96,6 +99,7 @@ class Tape(TorchFunctionMode):
         self.total: Tensor | None = None
         self.uses: set[Use] = set()
         self.edges: list[Any] = []
+        self.branch = PassBranch(examples)
         self._known: dict[int, Source] = {id(p): Source(p, {name: p}) for name, p in parameters.items()}
         self._taken = TakenRows()
         self._data: dict[int, tuple[Tensor, Tensor]] = {}  # what ``.data`` returned, and of which tensor
@@ -111,10 +115,10 @@ class Tape(TorchFunctionMode):
             self.watch(func, args, kwargs)
         sources = {id(a): s for a in _operands(args, kwargs) if (s := self._source(a)) is not None}
         name = getattr(func, "__name__", "")
+        self.branch.add(func, (*args, *kwargs.values()), (name for source in sources.values() for name in source.names))
         if not sources or not torch.is_grad_enabled() or name == "__get__":
             output = func(*args, **kwargs)
-            if func in CONDITIONS and self.watch is not None and isinstance(output, bool):
-                self.watch.outcomes.append(output)
+            self.branch.returned(output)
             if not sources:
                 self._follow_constants(func, args, kwargs, output)
                 self._taken.follow(func, args, kwargs, output)
@@ -243,7 +247,7 @@ class Tape(TorchFunctionMode):
         own = {id(s.value): s.value.detach() for s in found.values() if s.value.requires_grad}
         args, kwargs = [own.get(id(a), a) for a in args], {key: own.get(id(a), a) for key, a in kwargs.items()}
         output = func(*args, **kwargs)
-        if not found or not isinstance(output, Tensor) or not output.is_floating_point():
+        if not found or not isinstance(output, Tensor) or not output.is_floating_point() or output.is_nested:
             return output
         leaf = not output.requires_grad
         if leaf:

@@ -11,7 +11,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_influence.data.examples import Block
 from lightning_influence.module.copies import Copies
-from lightning_influence.types import foreign
 
 # Floats beyond this many per example are summed only, which finds NaN and empty examples.
 _COUNTED = 256
@@ -23,7 +22,11 @@ _LARGE = 64
 _CLASSES = 1024
 _DEPTH = 4
 _NUMBER = "number"
+_LARGEST, _SMALLEST = "largest", "smallest"
 _LABELLED = "labelled"
+
+# By how much less it tells that an example has an extreme number than an extreme count.
+_SURPRISE = {_NUMBER: 4, _LARGEST: 8, _SMALLEST: 8}
 
 Feature = tuple[str, str, int]
 """Where in the batch, what is counted there, and out of how many."""
@@ -46,8 +49,12 @@ class UnlikeRows:
     """Follows a pass over a dataset and names the examples whose counts and numbers were not met before.
 
     It reads batches before their transfer to the device.
+
+    Args:
+        closely: whether the largest and the smallest of several numbers count as well.
     """
 
+    closely: bool = False
     _ranges: dict[Feature, _Range] = field(default_factory=dict)
     _numbers: dict[str, dict[float, int]] = field(default_factory=dict)
     _seen: bytearray = field(default_factory=bytearray)
@@ -57,7 +64,8 @@ class UnlikeRows:
     def again(self) -> "UnlikeRows":
         """For another pass over the dataset, in which nothing but what is beyond the first one's counts is new."""
         # Copies: where that pass is interrupted, what it named may not have been looked at.
-        return UnlikeRows(*copy.deepcopy((self._ranges, self._numbers)), _spent=self._spent, _followed=self._followed)
+        known = copy.deepcopy((self._ranges, self._numbers))
+        return UnlikeRows(self.closely, *known, _spent=self._spent, _followed=self._followed)
 
     def new(self, block: Block) -> dict[int, int] | None:
         """The rows to look at, each with the id of an example that it is unlike; None if all were seen before."""
@@ -66,7 +74,7 @@ class UnlikeRows:
         found: dict[int, int] = {}
         early = self._followed < _LARGE <= block.size
         self._followed += block.size
-        features = dict(_features(block.batch, block.size))
+        features = dict(_features(block.batch, block.size, self.closely))
         if not features:
             return found
         table = torch.stack(list(features.values()))
@@ -108,17 +116,17 @@ class UnlikeRows:
     def describe(self, block: Block, row: int) -> str:
         """What is unusual about an example, such as "`batch[1]` has 2 of 10 labels"; empty if nothing is."""
         best, text = 0.0, ""
-        for (where, kind, out_of), values in _features(block.batch, block.size):
+        for (where, kind, out_of), values in _features(block.batch, block.size, self.closely):
             if kind == _LABELLED:  # the number says more
                 continue
             own = _Range(float(values.min()), float(values.max()), 0, 0, float(values.sum()), block.size)
             known = self._ranges.get((where, kind, out_of), own)
             value, low, high = float(values[row]), min(own.low, known.low), max(own.high, known.high)
             usual = (own.total + known.total) / (own.count + known.count)
-            unlike = abs(value - usual) / (high - low) / (4 if kind == _NUMBER else 1) if high > low else 0.0
+            unlike = abs(value - usual) / (high - low) / _SURPRISE.get(kind, 1) if high > low else 0.0
             if unlike > best:
                 best = unlike
-                text = f"`{where}` is {value:g}" if kind == _NUMBER else _counted(where, kind, value, out_of)
+                text = _described(where, kind, value, out_of)
         return text
 
     def _add(self, ids: Sequence[int]) -> bool:
@@ -160,6 +168,8 @@ class UnlikeRows:
 
     def _counts(self, feature: Feature, early: bool) -> bool:
         """Whether an extreme of a feature is looked at; in a large first block, the rare numbers are instead."""
+        if feature[1] in (_LARGEST, _SMALLEST):
+            return early or self._affordable(feature[0])
         return feature[1] != _NUMBER or (not early and self._affordable(feature[0]))
 
     def _affordable(self, where: str) -> bool:
@@ -179,18 +189,27 @@ _NOUNS = {
 }
 
 
-def _counted(where: str, kind: str, value: float, out_of: int) -> str:
+def _described(where: str, kind: str, value: float, out_of: int) -> str:
+    if kind == _NUMBER:
+        return f"`{where}` is {value:g}"
+    if kind in (_LARGEST, _SMALLEST):
+        return f"the {kind} entry of `{where}` is {value:g}"
     return f"`{where}` has {value:g}{f' of {out_of}' if out_of else ''} {_NOUNS[kind]}"
 
 
-def _features(batch: Any, size: int) -> Iterator[tuple[Feature, Tensor]]:
+def _features(batch: Any, size: int, closely: bool = False) -> Iterator[tuple[Feature, Tensor]]:
     """[example] float64 on the CPU: numbers that tell the examples of a batch apart."""
     if isinstance(batch, Copies):
-        yield from ((feature, values[:1]) for feature, values in _features(batch.batch, 2))
+        yield from ((feature, values[:1]) for feature, values in _features(batch.batch, 2, closely))
         return
     for where, leaf in _leaves(batch, "batch", size, 0):
         for kind, out_of, values in _of_leaf(leaf, size):
             yield (where, kind, out_of), values.double().cpu()
+        several = isinstance(leaf, Tensor) and leaf.ndim > 1 and len(leaf) == size and leaf.numel() > size
+        if closely and several and leaf.is_floating_point() and leaf.layout is torch.strided:
+            rows = leaf.detach().reshape(size, -1).nan_to_num(0.0, 0.0, 0.0)
+            yield (where, _LARGEST, 0), rows.amax(1).double().cpu()
+            yield (where, _SMALLEST, 0), rows.amin(1).double().cpu()
 
 
 def _leaves(value: Any, where: str, size: int, depth: int) -> Iterator[tuple[str, Any]]:
@@ -207,7 +226,7 @@ def _leaves(value: Any, where: str, size: int, depth: int) -> Iterator[tuple[str
             yield where, [_length(x) for x in value]
         for i, part in enumerate(value[:16]):
             yield from _leaves(part, f"{where}[{i}]", size, depth + 1)
-    elif foreign(value) and hasattr(value, "__dict__"):
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
         for key, part in vars(value).items():
             yield from _leaves(part, f"{where}.{key}", size, depth + 1)
 

@@ -102,6 +102,9 @@ class KeptChecks:
                 copy_leaves=bool(found["copy_leaves"]),
                 unreached=tuple(found["unreached"]),
                 zero=tuple(found["zero"]),
+                branches=frozenset((int(calls), int(numbers)) for calls, numbers in found["branches"]),
+                reads=bool(found["reads"]),
+                closely=bool(found["closely"]),
                 bytes_of_one=int(found["bytes_of_one"]),  # by which all processes choose the size of blocks
             )
             if sorted(plan.names) != sorted(self.names):
@@ -113,7 +116,7 @@ class KeptChecks:
 
     def keep(self, reduction: Reduction, plan: Plan, note: str | None) -> None:
         """Keep a verdict, if the folder can be written to and nothing else than layer rules is used."""
-        if plan.vectorised or plan.one_by_one or reduction is Reduction.TOKENS:
+        if plan.vectorised or plan.one_by_one or reduction is Reduction.TOKENS or plan.mixing is not None:
             return
         content = {
             "key": self.key,
@@ -123,6 +126,9 @@ class KeptChecks:
             "copy_leaves": plan.copy_leaves,
             "unreached": list(plan.unreached),
             "zero": list(plan.zero),
+            "branches": sorted(map(list, plan.branches)),
+            "reads": plan.reads,
+            "closely": plan.closely,
             "bytes_of_one": plan.bytes_of_one,
             "uses": sorted(map(list, _names_of(plan.uses))),
             "note": note,

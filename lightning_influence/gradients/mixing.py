@@ -1,0 +1,239 @@
+"""Finds where a step may mix the examples of its batch: what it computes of several of them, beside sums."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from enum import IntEnum
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_influence.module.task import Task
+from lightning_influence.types import Batch
+
+
+class _Kind(IntEnum):
+    """How a tensor follows from the batch; one that does not has none."""
+
+    COUNT = 1
+    """Counts over the batch; division by them is followed elsewhere (``TokenCounter``, ``SuspectRows``)."""
+    SUM = 2
+    """Sums over the examples of values of each, and linear functions of them."""
+    EACH = 3
+    """Values of each example."""
+    MIXED = 4
+    """Any other function of several examples."""
+
+
+_Found = tuple[_Kind, str]
+
+# By name, without the underscores of methods in place and of operators.
+_SUMS = frozenset(("sum", "mean", "nansum", "nanmean", "count_nonzero"))
+_JOINT = frozenset(
+    (
+        *("max", "min", "amax", "amin", "aminmax", "any", "all", "std", "var", "std_mean", "var_mean", "norm"),
+        *("vector_norm", "logsumexp", "median", "nanmedian", "quantile", "prod", "argmax", "argmin", "mode", "unique"),
+        *("bincount", "histc", "cov", "corrcoef", "cdist", "pdist"),
+    )
+)
+_ALONG = frozenset(
+    (
+        *("sort", "argsort", "topk", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "softmax", "softmin"),
+        *("log_softmax", "normalize", "roll", "flip", "diff", "kthvalue"),
+    )
+)
+_OVER_LAST = frozenset(("sort", "argsort", "topk", "kthvalue", "diff"))
+_NUMBER_FIRST = frozenset(("roll", "topk", "kthvalue", "diff", "norm", "vector_norm", "quantile"))
+_SELECTS = frozenset(("getitem", "select", "unbind", "iter", "masked_select", "nonzero", "index_select", "argwhere"))
+_LINEAR = frozenset(
+    (
+        *("add", "radd", "iadd", "sub", "rsub", "isub", "subtract", "neg", "negative", "sum", "mean", "stack", "cat"),
+        *("to", "float", "double", "half", "bfloat16", "type", "type_as", "clone", "detach", "contiguous", "cpu"),
+        *("cuda", "view", "reshape", "squeeze", "unsqueeze", "flatten", "expand", "getitem", "set", "as_tensor"),
+    )
+)
+_DIVIDES = frozenset(("div", "truediv", "itruediv", "idiv", "divide", "true_divide"))
+_SCALES = frozenset(("mul", "rmul", "imul", "multiply")) | _DIVIDES
+_FINITE = frozenset(("isfinite", "isnan", "isinf"))
+_READS = frozenset(("item", "tolist", "bool", "int", "float", "index", "numpy", "equal", "allclose", "array"))
+
+
+class MixingWatch(TorchFunctionMode):
+    """Follows, during a forward pass, which values are of each example, sums over them, or made of several otherwise.
+
+    It tells what the step may do with other examples than those of the pass, which no check of a few can know, such as
+    ``torch.where(rare.any(), ...)`` or a mean that is clamped. Whether it does is for checks to find out.
+
+    Args:
+        examples: how many the batch has.
+        before: of a pass of a batch of another size: the dimensions that differ are those of the examples. Without it,
+            those whose size is a multiple of the batch's are taken for them.
+    """
+
+    def __init__(self, examples: int, before: "MixingWatch | None" = None) -> None:
+        super().__init__()
+        self.why: str | None = None
+        """What the loss follows from that mixes examples, such as "`clamp` of a sum over the batch"; None: nothing."""
+        self.reads = False
+        """Whether the pass read values that follow from the batch as Python's numbers."""
+        self.in_hooks = False
+        """Whether examples may be mixed before the step."""
+        self._examples = examples
+        self._found: dict[int, _Found] = {}
+        self._others: set[int] = set()
+        self._kept: list[Any] = []  # so that no other tensor has the id of one
+        self._calls: list[tuple[str, list[tuple[int, ...]]]] = []
+        self._before = [] if before is None else before._calls
+        self._shapes: dict[int, tuple[int, ...]] = {}  # of the same tensors in the pass before
+
+    def around(self, task: Task) -> tuple[Callable[[Batch], Batch], Callable[[Batch], Tensor]]:
+        """What moves a batch to the device, and the step, both followed."""
+        return partial(self.move, task.to_device), partial(self.run, task)
+
+    def move(self, hooks: Callable[[Batch], Batch], batch: Batch) -> Batch:
+        """Follow the hooks of the batch's transfer to its device; returns what the step gets."""
+        self._begin(batch)
+        with self:
+            moved = hooks(batch)
+        known = [self._found.get(id(leaf)) for leaf in _tensors(moved)]
+        self.in_hooks = any(found is not None and found[0] is _Kind.MIXED for found in known)
+        self._begin(moved)
+        return moved
+
+    def _begin(self, batch: Batch) -> None:
+        leaves = list(_tensors(batch))
+        self._align("", leaves)
+        for leaf in leaves:
+            if id(leaf) not in self._found:
+                self._note(leaf, (_Kind.EACH, ""))
+
+    def run(self, step: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+        """Follow a step's pass of a batch as it was moved; returns its loss."""
+        with self:
+            loss = step(batch)
+        kind, why = self._found.get(id(loss), (_Kind.EACH, ""))
+        self.why = why if kind is _Kind.MIXED or (kind is _Kind.COUNT and why) else None
+        self._kept.clear()
+        return loss
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "").strip("_").removeprefix("linalg_")
+        of = [found for t in _flat((*args, *kwargs.values())) if (found := self._known(t)) is not None]
+        output = func(*args, **kwargs)
+        made = [t for t in _flat((output, *(args[:1] if name in ("setitem", "set") else ()))) if isinstance(t, Tensor)]
+        self._align(name, made)
+        if not of or (name in _FINITE and max(of)[0] < _Kind.EACH):  # losses that are not finite are reported
+            self._others.update(map(id, made))
+            return output
+        self.reads |= name in _READS
+        if name == "get" or max(of)[0] is _Kind.MIXED:  # an attribute, such as the transposed
+            found = max(of)
+        elif max(of)[0] is _Kind.EACH:
+            found = self._of_each(name, args, kwargs, {kind for kind, _ in of}, made)
+        else:
+            found = self._of_sums(name, args, of)
+        for tensor in made:
+            self._note(tensor, found)
+        return output
+
+    def _known(self, value: Any) -> _Found | None:
+        """How a tensor follows from the batch; one that was made unseen, with a gradient, is of each example."""
+        if not isinstance(value, Tensor):
+            return None
+        unseen = value.grad_fn is not None and id(value) not in self._others
+        return self._found.get(id(value), (_Kind.EACH, "") if unseen else None)
+
+    def _align(self, name: str, made: Sequence[Tensor]) -> None:
+        """Find the shapes that the results of a call had in the pass before."""
+        shapes = [() if t.is_nested else tuple(t.shape) for t in made]
+        before = self._before[len(self._calls)] if len(self._calls) < len(self._before) else ("", [])
+        self._calls.append((name, shapes))
+        if before[0] != name or [*map(len, shapes)] != [*map(len, before[1])]:
+            self._before = []  # it went another way
+        else:
+            self._shapes |= {id(t): shape for t, shape in zip(made, before[1], strict=True)}
+            self._kept += made
+
+    def _note(self, tensor: Tensor, found: _Found) -> None:
+        self._found[id(tensor)] = found
+        self._kept.append(tensor)
+
+    def _of_sums(self, name: str, args: Sequence[Any], of: Sequence[_Found]) -> _Found:
+        """What an operation gives of sums and counts."""
+        sums = [kind for kind, _ in of if kind is _Kind.SUM]
+        first = self._known(args[0]) if args else None
+        scaled = name in _SCALES and len(sums) < 2
+        if scaled and name in _DIVIDES and sums:  # not by the sum
+            scaled = first is not None and first[0] is _Kind.SUM
+        kind, why = max(of)
+        if name in _LINEAR or scaled or (name in _SCALES and not sums):
+            return kind, why
+        return (_Kind.MIXED if sums else _Kind.COUNT), f"`{name}` of a sum over the batch"
+
+    def _of_each(
+        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], kinds: set[_Kind], made: Sequence[Tensor]
+    ) -> _Found:
+        """What an operation gives of values of each example, perhaps with sums."""
+        if _Kind.SUM in kinds or (_Kind.COUNT in kinds and name not in _SCALES):
+            return _Kind.MIXED, f"`{name}` of values of each example and a sum over the batch"
+        first = next(t for t in _flat((*args, *kwargs.values())) if self._known(t) == (_Kind.EACH, ""))
+        dimension = self._dimension(first)
+        if dimension is None or not made:
+            return _Kind.EACH, ""
+        over = dimension in _dimensions(name, first, args, kwargs)
+        if name in _ALONG and over:
+            return _Kind.MIXED, f"`{name}` along the examples of the batch"
+        if name == "getitem" and dimension == 0 and _is_part(args[1]):
+            return _Kind.MIXED, "a part of the batch, chosen by position"
+        if name in _JOINT and over and not (name in ("max", "min") and isinstance(args[-1], Tensor) and len(args) > 1):
+            return _Kind.MIXED, f"`{name}` over the batch"
+        kept = self._dimension(made[0]) is not None or made[0].shape[:1] == first.shape[:1]
+        if name in _SELECTS or (kept and not (name in _SUMS and over)):
+            return _Kind.EACH, ""
+        return (_Kind.SUM if made[0].requires_grad else _Kind.COUNT), ""
+
+    def _dimension(self, tensor: Tensor) -> int | None:
+        """Where the examples are."""
+        sizes = () if tensor.is_nested else tensor.shape
+        if (before := self._shapes.get(id(tensor))) is not None and len(before) == len(sizes):
+            return next((d for d, (a, b) in enumerate(zip(sizes, before, strict=True)) if a != b), None)
+        return next((d for d, size in enumerate(sizes) if size and size % self._examples == 0), None)
+
+
+def _is_part(index: Any) -> bool:
+    first = index[0] if isinstance(index, tuple) and index else index
+    return type(first) is int or (isinstance(first, slice) and first != slice(None))
+
+
+def _dimensions(name: str, tensor: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[int]:
+    """The dimensions that an operation runs over; all where it is not told."""
+    given = kwargs.get("dim", kwargs.get("dims", kwargs.get("axis")))
+    if given is None:
+        numbers = [a for a in args[1:] if type(a) is int or (isinstance(a, (tuple, list)) and a)]
+        numbers = numbers[1:] if name in _NUMBER_FIRST else numbers
+        given = numbers[0] if numbers else -1 if name in _OVER_LAST else 1 if name == "normalize" else None
+    if given is None or not tensor.ndim:
+        return set(range(tensor.ndim))
+    return {d % tensor.ndim for d in (given if isinstance(given, (tuple, list)) else (given,)) if type(d) is int}
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from value
+        else:
+            yield value
+
+
+def _tensors(batch: Batch) -> Iterator[Tensor]:
+    """The tensors of a batch, also those of objects and mappings in it."""
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping) or (hasattr(leaf, "__dict__") and not isinstance(leaf, type)):
+            held = dict(leaf) if isinstance(leaf, Mapping) else vars(leaf)
+            yield from (t for t in tree_leaves(held) if isinstance(t, Tensor))
