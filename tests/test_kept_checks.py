@@ -109,7 +109,7 @@ def asked(folder, monkeypatch):
     def ask(module=None, train=None, check_data=False, **options):
         ran = []
         with monkeypatch.context() as counted:
-            counted.setattr(Task, "_run", lambda task, batch: (ran.append(len(batch[1])), run(task, batch))[1])
+            counted.setattr(Task, "_run", lambda task, batch: (ran.append(batch[1].shape[0]), run(task, batch))[1])
             trajectory = Trajectory.load(folder)
             attributor = Attributor(module or made(), train or data(), trajectory, check_data=check_data, **options)
             with attributor.session() as setting:
@@ -280,7 +280,7 @@ from torch.utils.data import TensorDataset
 from lightning_influence import Attributor, Trajectory
 from lightning_influence.module.task import Task
 run, ran = Task._run, []
-Task._run = lambda task, batch: (ran.append(len(batch[1])), run(task, batch))[1]
+Task._run = lambda task, batch: (ran.append(batch[1].shape[0]), run(task, batch))[1]
 draw = torch.Generator().manual_seed(0)
 data = TensorDataset(torch.randn(12, 3, generator=draw), torch.arange(12) % 2)
 with Attributor(Net(), data, Trajectory.load({fit!r}), check_data=False).session():

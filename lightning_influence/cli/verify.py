@@ -17,6 +17,7 @@ from lightning_influence.files.atomic import left_over
 from lightning_influence.refit.store import MANIFEST as BANK
 from lightning_influence.refit.store import check_models, read_bank
 from lightning_influence.scores.words import table
+from lightning_influence.setting.kept_checks import read_whole
 from lightning_influence.tracking.record import load as load_tracked
 from lightning_influence.trajectory.files import read_manifest, read_verified
 from lightning_influence.wording import counted
@@ -90,6 +91,8 @@ def _beside_run(folder: Path) -> Iterator[str | None]:
         yield _problem(read_batches, file, ("features", "head"))
     for file in sorted(folder.glob("curvature/*")):
         yield _problem(read_prepared, file) if not file.name.startswith(".") else None
+    for file in sorted(folder.glob("checks/*.json")):
+        yield _problem(read_whole, file)
     for file in sorted(folder.glob("trackers/*/*.pt")):
         yield _problem(load_tracked, file)
 

@@ -34,9 +34,13 @@ class PassBranch:
     def __init__(self, examples: int) -> None:
         self.value: Branch = (0, 0)
         self._examples = examples
+        self._reads = False  # the latest call reads an attribute, as our own code and PyTorch's do now and then
 
     def add(self, called: Any, operands: Iterable[Any] = (), parameters: Iterable[str] = ()) -> None:
-        """Add a call with its operands and the parameters among them."""
+        """Add a call with its operands and the parameters among them; reading an attribute is none."""
+        self._reads = getattr(called, "__name__", "") == "__get__"
+        if self._reads:
+            return
         calls, numbers = self.value
         kinds = (float, bool, str, int) if called in _ARITHMETIC else (float, bool, str)
         name = f"{getattr(called, '__qualname__', called)} {' '.join(parameters)} "  # the same in a later process
@@ -44,8 +48,8 @@ class PassBranch:
         self.value = crc32(name.encode(), calls), crc32(f"{name}{given}".encode(), numbers)
 
     def returned(self, output: Any) -> None:
-        """Add what a call returned, if it is a truth value."""
-        if isinstance(output, bool):
+        """Add what the latest call returned, if it is a truth value."""
+        if isinstance(output, bool) and not self._reads:
             self.add(output)
 
     def _is_size(self, number: Any) -> bool:

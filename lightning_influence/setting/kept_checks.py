@@ -138,6 +138,18 @@ class KeptChecks:
             write_atomically(self.path, checked_json.encode(content), durable=False)
 
 
+def read_whole(path: Path) -> dict[str, Any]:
+    """What the file of a verdict holds.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    found = checked_json.decode(read_regular(path, _LARGEST))
+    if found is None:
+        raise ValueError(f"Expected `{path}` to be as it was written, got other content. Remove it: it is made again.")
+    return found
+
+
 def _key(task: Task, sample: Sample, trajectory: Trajectory, index: int) -> str:
     """Everything that the verdict depends on.
 

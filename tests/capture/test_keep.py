@@ -53,7 +53,7 @@ def test_states_that_are_read_are_kept_or_asked_for(tmp_path):
 
 @pytest.mark.parametrize("how", [{}, {"keep": "needed"}, {"keep_last": 1}, {"every_n_train_steps": 3}], ids=repr)
 def test_the_weight_of_checkpoints_is_said_before_the_fit(how, tmp_path, caplog):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "pytorch_lightning"):
         influence = recorded(tmp_path, {"optimizer": "adamw"}, epochs=2, **how)
     said = next(m for m in caplog.messages if "checkpoint of this fit takes" in m)
     checkpoints = influence.trajectory.checkpoints
@@ -63,7 +63,7 @@ def test_the_weight_of_checkpoints_is_said_before_the_fit(how, tmp_path, caplog)
     if how:
         return
     caplog.clear()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "pytorch_lightning"):
         recorded(tmp_path, {}, epochs=1, verbose=False)
     assert not any("checkpoint" in m for m in caplog.messages)
 
@@ -74,6 +74,6 @@ class Stops(pl.Callback):
 
 
 def test_a_fit_without_an_end_has_no_total(tmp_path, caplog):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "pytorch_lightning"):
         fit(seeded(Double), loader(), Influence(dirpath=tmp_path), Stops(), max_epochs=-1)
     assert any("How many there will be is not known" in m for m in caplog.messages)

@@ -122,7 +122,9 @@ def test_a_solver_stops_at_the_limit_with_what_it_found(ticking, solver):
 def test_a_limit_before_there_is_anything_of_use_raises(ticking):
     attributor, queries = asked()
     attributor.limit_seconds = 0.5
-    with pytest.raises(OutOfTime, match=r"within the limit of time, got a residual of .* after 1 iterations.*max_cost"):
+    with pytest.raises(
+        OutOfTime, match=r"within the limit of time, got a residual of .* after 1 iteration\..*max_cost"
+    ):
         attributor.score(InfluenceFunction(ConjugateGradient(1e-6)), queries)
 
 

@@ -1,5 +1,6 @@
 """Curvatures kept on disk: made once, read for the same question only, made again where they are damaged."""
 
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -111,8 +112,12 @@ def test_a_folder_that_cannot_be_written_costs_the_next_question_time_only(fitte
 
 
 def test_nothing_half_written_is_left_by_an_interrupted_write(fitted, monkeypatch):
-    def interrupted(*args):
-        raise KeyboardInterrupt
+    replace = os.replace
+
+    def interrupted(source, target):
+        if "curvature" in str(target):
+            raise KeyboardInterrupt
+        replace(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", interrupted)

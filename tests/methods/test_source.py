@@ -26,6 +26,7 @@ from lightning_influence.conformance import check_method
 from lightning_influence.gradients.queries import DenseQueries
 from lightning_influence.gradients.running_sum import RunningSum
 from lightning_influence.methods import segment_product
+from lightning_influence.wording import counted
 
 torch.set_num_threads(1)
 DECAY, RATE, MOMENTUM, EPOCHS, BATCH = 0.05, 0.2, 0.5, 5, 3
@@ -86,7 +87,7 @@ def test_scores_are_those_of_matrix_exponentials(tmp_path, name, segments, curva
     scores = Attributor(module, train, trajectory).score(SOURCE(segments, curvature), queries)
     oracles.assert_scores(scores.values, expected(name, module, train, queries, trajectory, runs), 1e-9)
     assert scores.units == "loss"
-    assert any(f"{len(runs)} segments with sums of learning rates" in note for note in scores.notes)
+    assert any(f"{counted(len(runs), 'segment')} with sums of learning rates" in note for note in scores.notes)
     assert any("no more checkpoints" in note for note in scores.notes) == (segments == 9)
 
 
