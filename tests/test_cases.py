@@ -334,7 +334,7 @@ What a LightningModule, its loss and its data may do. `tests/test_cases.py` send
 `tests/test_third_party.py` (slow) compares architectures and LightningModules of other projects, with random weights,
 with brute force: BERT, GPT-2, Llama, T5 and ViT of Hugging Face, a ResNet-18 shape with BatchNorm, a U-Net, graph
 networks on torch_geometric batches, and the LightningModules of chemprop, pytorch-forecasting and GluonTS. Most take
-factored rules throughout, recurrent layers too. Packed sequences, graph batches and mixtures of experts are right and
+factored rules throughout, recurrent layers too. Packed sequences and graph batches are right and
 slow: one example at a time, 12 to 26 plain passes on small models.
 
 | case | outcome |
