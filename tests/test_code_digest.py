@@ -6,7 +6,8 @@ import types
 import pytest
 import torch
 
-from lightning_influence.module.code_digest import Unclear, digest
+from lightning_influence.module.code_digest import digest
+from lightning_influence.module.code_libraries import Unclear
 
 # The value that is written here as VALUE is 2 in one module and 3 in the other.
 SOURCE = """

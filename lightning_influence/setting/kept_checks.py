@@ -21,7 +21,8 @@ from lightning_influence.files.regular import read_regular
 from lightning_influence.gradients import Plan, Reduction, Sample
 from lightning_influence.gradients.layout import Layout
 from lightning_influence.gradients.tape import Use
-from lightning_influence.module.code_digest import EVERYTHING, Unclear, digest
+from lightning_influence.module.code_digest import EVERYTHING, digest
+from lightning_influence.module.code_libraries import Unclear
 from lightning_influence.module.task import Task
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.files import write_atomically
