@@ -73,6 +73,21 @@ class Stops(pl.Callback):
         trainer.should_stop = True
 
 
+class StopsLate(pl.Callback):
+    def on_train_epoch_end(self, trainer, module):
+        trainer.should_stop = trainer.current_epoch == 1
+
+
+def test_a_fit_that_is_stopped_after_its_last_checkpoint_keeps_the_state(tmp_path):
+    influence = Influence(dirpath=tmp_path, keep="needed")
+    fit(seeded(Double, **ADAMW), loader(), influence, StopsLate(), max_epochs=5)
+    first, middle, last = influence.trajectory.checkpoints
+    assert [c.whole for c in (first, middle, last)] == [True, False, True]
+    assert last.load().optimizer
+    assert {file.name for file in last.path.parent.iterdir()} == {c.path.name for c in (first, middle, last)}
+    assert "scheduled" in (last.path.parents[1] / "manifest.json").read_text().rpartition(last.path.name)[2]
+
+
 def test_a_fit_without_an_end_has_no_total(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "pytorch_lightning"):
         fit(seeded(Double), loader(), Influence(dirpath=tmp_path), Stops(), max_epochs=-1)
