@@ -8,7 +8,17 @@ import pytest
 import pytorch_lightning as pl
 from fits import Indexed, Net, fit, loader, seeded
 
-from lightning_influence import SOURCE, HyDRA, Influence, MissingEvidence, TracIn
+from lightning_influence import (
+    SOURCE,
+    Attributor,
+    ExactGGN,
+    HyDRA,
+    Influence,
+    InfluenceFunction,
+    MissingEvidence,
+    TracIn,
+    Trajectory,
+)
 
 QUERIES = Indexed(3)
 ADAMW, MOMENTUM = {"optimizer": "adamw", "lr": 0.01}, {"momentum": 0.9}
@@ -86,6 +96,29 @@ def test_a_fit_that_is_stopped_after_its_last_checkpoint_keeps_the_state(tmp_pat
     assert last.load().optimizer
     assert {file.name for file in last.path.parent.iterdir()} == {c.path.name for c in (first, middle, last)}
     assert "scheduled" in (last.path.parents[1] / "manifest.json").read_text().rpartition(last.path.name)[2]
+
+
+class Fails(pl.Callback):
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == 2:
+            raise OSError("killed")
+
+
+def test_scores_of_a_fit_that_broke_off_say_that_the_state_is_missing(tmp_path):
+    with pytest.raises(OSError, match="killed"):
+        fit(
+            seeded(Double, **ADAMW),
+            loader(Indexed(8)),
+            Influence(dirpath=tmp_path, keep="needed"),
+            Fails(),
+            max_epochs=5,
+        )
+    trajectory = Trajectory.load(tmp_path)
+    assert not trajectory.checkpoints[-1].whole
+    scores = Attributor(seeded(Double), Indexed(8), trajectory, check_data=False).score(
+        InfluenceFunction(ExactGGN()), QUERIES
+    )
+    assert any("its state is not known; `Influence(keep='all')` keeps it" in note for note in scores.notes)
 
 
 def test_a_fit_without_an_end_has_no_total(tmp_path, caplog):
