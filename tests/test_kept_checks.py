@@ -1,5 +1,6 @@
 """The verdict of the checks that a run keeps: who may use it, and what is checked anew."""
 
+import os
 import subprocess
 import sys
 import types
@@ -10,9 +11,14 @@ from fits import fit
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import Attributor, GradientDot, Influence, Trajectory
+from lightning_influence.attribution.asking_again import asking_again
 from lightning_influence.files import checked_json
+from lightning_influence.gradients import Plan, Reduction
+from lightning_influence.gradients.spot_checks import UnequalWeight
 from lightning_influence.module import code_digest
+from lightning_influence.module.code_libraries import Unclear
 from lightning_influence.module.task import Task
+from lightning_influence.processes import Processes
 from lightning_influence.setting import kept_checks
 
 SOURCE = """
@@ -36,7 +42,7 @@ class Net(pl.LightningModule):
     def __init__(self):
         super().__init__()
         self.net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
-        self.holder, self.named, self.unused = Holder(), {"a": 1.0}, object()
+        self.holder, self.named, self.unused = Holder(), {"a": 1.0}, iter(())
 
     def logits(self, x):
         return scaled(self.net(x)) * self.holder.factor * self.named["a"]
@@ -174,7 +180,7 @@ def test_changed_code_is_checked_anew(what, asked, folder):
 
 
 def test_what_no_loss_reads_may_change(asked):
-    changes = ("return time.time()", "return 1"), ("object()\n\n    def logits", "3\n\n    def logits")
+    changes = ("return time.time()", "return 1"), ("iter(())", "3")
     assert len(asked(made(*changes, ("lr=self.trainer.max_epochs * 0.05", "lr=0.2")))) == TWO
 
 
@@ -216,7 +222,7 @@ def test_other_data_and_settings_are_checked_anew(asked, monkeypatch):
 def test_a_step_that_reads_what_cannot_be_seen_keeps_nothing(reads, asked, folder):
     module = made(("x, y = batch", f"x, y = batch\n        {reads}"))
     before = files(folder)
-    with pytest.raises(code_digest.Unclear):
+    with pytest.raises(Unclear):
         code_digest.digest(module)
     assert len(asked(module)) > 8
     assert len(asked(module)) > 8
@@ -298,3 +304,31 @@ def test_another_process_checks_two_examples_until_the_code_changes(folder, tmp_
         found.append(int(out.split()[-1]))
     assert found[1] == TWO
     assert found[2] > 8
+
+
+def test_processes_ask_again_where_one_of_them_had_checked_less():
+    class Two(Processes):
+        def gathered(self, value):
+            return [value, True]
+
+    class Asks:
+        processes = Two()
+        _session = types.SimpleNamespace(knows_more_after=lambda error: False)
+        asked = 0
+
+        @asking_again
+        def ask(self):
+            self.asked += 1
+            if self.asked == 1:
+                raise UnequalWeight("one example weighs more")
+            return self.asked
+
+    assert Asks().ask() == 2
+
+
+def test_a_run_keeps_the_latest_verdicts(tmp_path):
+    path = tmp_path / "checks"
+    for count in range(40):
+        kept_checks.KeptChecks(path / f"{count}.json", str(count), ["a"]).keep(Reduction.MEAN, Plan({}), None)
+        os.utime(path / f"{count}.json", (count, count))
+    assert {int(file.stem) for file in path.iterdir()} == set(range(8, 40))

@@ -37,7 +37,8 @@ def asking_again(ask: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S,
                     return ask(self, *args, **kwargs)
             except UnequalWeight as error:
                 with self.processes.together():
-                    if not self._session.knows_more_after(error):
+                    # one of them may have found a verdict of earlier checks that another wrote meanwhile
+                    if not any(self.processes.gathered(self._session.knows_more_after(error))):
                         raise
 
     return asked

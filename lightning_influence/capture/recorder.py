@@ -51,7 +51,7 @@ class Recorder:
         self.first = FirstBatches(trainer, module)
         self.failed = False
         self.broken_off: str | None = None  # why the rest of the fit is missing in the record
-        self._written = -1  # step of the newest checkpoint
+        self._written, self._whole = -1, True  # step of the newest checkpoint, and whether it holds the state
         self._made_at_start = made
         # step, epoch and state at the end of the last epoch: other callbacks may average the weights in `on_train_end`
         self._held: tuple[int, int, dict[str, dict]] | None = None
@@ -156,6 +156,9 @@ class Recorder:
                 )
             else:
                 self._checkpoint("final")
+        elif not self._whole and self._states.read_here and not self._states.changed:
+            self._written = -1  # nothing showed that it would be the last when it was written
+            self._checkpoint("final")
         if self._trainer.is_global_zero:
             self._guarded(self._final_weights)
         if not self.failed:
@@ -240,7 +243,7 @@ class Recorder:
                 self._store.add_checkpoint(step, epoch, kind, encode_state(state), whole)
             self._write_steps()
 
-        self._written = step
+        self._written, self._whole = step, whole
         if kind != "initial":
             self._numbers.note(step)
         self._guarded(write)

@@ -112,11 +112,19 @@ class RunWriter:
         }
 
     def add_checkpoint(self, step: int, epoch: int, kind: str, content: bytes | memoryview, whole: bool = True) -> None:
-        """Write a checkpoint, ``whole`` with the optimizer's state; readers see it once the manifest is written."""
+        """Write a checkpoint, ``whole`` with the optimizer's state; readers see it once the manifest is written.
+
+        One of the same step as the last takes its place, under another name while the manifest lists the last.
+        """
         (self.folder / "checkpoints").mkdir(exist_ok=True)
-        file = f"checkpoints/step-{step:08d}.pt"
-        entry = self._write(file, content)
         listed = self.manifest["checkpoints"]
+        again = bool(listed) and listed[-1]["step"] == step
+        file = f"checkpoints/step-{step:08d}{'-whole' * again}.pt"
+        entry = self._write(file, content)
+        if again:
+            last = listed.pop()
+            epoch, kind = last["epoch"], last["kind"]
+            self._surplus.append(self.folder / last["file"])
         listed.append({"file": file, "step": step, "epoch": epoch, "kind": kind, "whole": whole} | entry)
         later = [each for each in listed if each["kind"] != "initial"]  # replays start from the initial weights
         if self._keep_last is not None and len(later) > self._keep_last:

@@ -97,7 +97,8 @@ def _by_the_fit(setting: Setting, stage: Stage) -> tuple[Tensor | None, str]:
         return 1 / reach, "1 / (sum of learning rates / (1 - momentum))"
     roots = mean_roots(setting, stage) if trajectory.captured else None
     if roots is None:
-        return None, "the optimizer is adaptive and its state is not known"
+        kept = "" if trajectory.checkpoints[position].whole else "; `Influence(keep='all')` keeps it"
+        return None, f"the optimizer is adaptive and its state is not known{kept}"
     shrunk = torch.stack([trajectory.shrinkage(k) for k in range(position + 1)]).sum(0)
     return roots * (1 + shrunk) / reach, "Adam's mean root of mean squares / sum of learning rates"
 

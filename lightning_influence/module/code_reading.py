@@ -12,7 +12,16 @@ def written(code: CodeType) -> tuple[Any, ...]:
     """What a function does, without where it is written."""
     consts = [written(c) if isinstance(c, CodeType) else _constant(c) for c in code.co_consts]
     variables = code.co_varnames, code.co_freevars, code.co_cellvars
-    return code.co_code, code.co_names, *variables, consts, code.co_flags, code.co_argcount, code.co_kwonlyargcount
+    counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount
+    return (
+        code.co_code,
+        code.co_names,
+        *variables,
+        consts,
+        code.co_flags,
+        *counts,
+        getattr(code, "co_exceptiontable", b""),
+    )
 
 
 def _constant(value: Any) -> str:
@@ -34,7 +43,10 @@ def names_in(code: CodeType) -> Iterator[str]:
 
 
 def imports_in(code: CodeType) -> Iterator[str]:
-    """The modules that code imports when it runs."""
+    """The modules that code imports when it runs, with a dot for each level of a relative import."""
     for part in _codes(code):
         if _IMPORT in part.co_code[::2]:
-            yield from (i.argval for i in dis.get_instructions(part) if i.opcode == _IMPORT)
+            steps = [step for step in dis.get_instructions(part) if step.opname not in ("EXTENDED_ARG", "CACHE")]
+            for position, step in enumerate(steps):
+                if step.opcode == _IMPORT:
+                    yield "." * steps[position - 2].argval + step.argval

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -62,11 +62,10 @@ class Task:
     def __init__(
         self, module: nn.Module, loss: Loss | None, device: torch.device, trainer: Any, datamodule: Any = None
     ) -> None:
-        self.module = module
-        self.loss = loss
-        self.device = device
-        self.trainer = trainer
-        self.datamodule = datamodule
+        self.module, self.loss, self.device = module, loss, device
+        self.trainer, self.datamodule = trainer, datamodule
+        self.loaded: Set[str] = frozenset()
+        """The parameters and buffers that have the values of a checkpoint."""
         self.batch_idx = 0
         """What ``training_step`` gets as the index of its batch; see ``at``."""
         self._loss_of: Callable[..., Any] = step_of(module) if loss is None else functools.partial(loss, module)
@@ -152,6 +151,7 @@ class Task:
             epoch: the module's ``current_epoch``; likewise.
         """
         settle(self.module)
+        self.loaded = parameters.keys() | buffers.keys()
         set_clock(self.module, step, epoch)
         if step >= 0:
             put_back(self.module, self.numbers, step)

@@ -21,13 +21,15 @@ from lightning_influence.files.regular import read_regular
 from lightning_influence.gradients import Plan, Reduction, Sample
 from lightning_influence.gradients.layout import Layout
 from lightning_influence.gradients.tape import Use
-from lightning_influence.module.code_digest import EVERYTHING, Unclear, digest
+from lightning_influence.module.code_digest import EVERYTHING, digest
+from lightning_influence.module.code_libraries import Unclear
 from lightning_influence.module.task import Task
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.files import write_atomically
 
 _FORMAT = 1
 _LARGEST = 2**24  # bytes
+_MOST = 32  # verdicts of a run; code that is worked on gives another at each change
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -136,6 +138,17 @@ class KeptChecks:
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(exist_ok=True)
             write_atomically(self.path, checked_json.encode(content), durable=False)
+            for file in _earlier(self.path.parent)[_MOST:]:
+                file.unlink(missing_ok=True)
+
+
+def _earlier(folder: Path) -> list[Path]:
+    """The verdicts in a folder, the latest first; other processes may remove some meanwhile."""
+    times = []
+    for file in folder.glob("*.json"):
+        with contextlib.suppress(FileNotFoundError):
+            times.append((file.stat().st_mtime_ns, file))
+    return [file for _, file in sorted(times, reverse=True)]
 
 
 def read_whole(path: Path) -> dict[str, Any]:
@@ -160,11 +173,12 @@ def _key(task: Task, sample: Sample, trajectory: Trajectory, index: int) -> str:
     if examples.share_of_copies is not None or sample.read is None or last.size < 0:
         raise Unclear("examples that are not read as they are, or weights without a checksum")
     tensors: dict[str, Any] = {**task.named_parameters(), **task.named_buffers()}
+    saved = [tensor for name, tensor in tensors.items() if name in task.loaded]
     makers = [task.datamodule, getattr(task.trainer, "datamodule", None), examples.collate]
     about = {
         "format": _FORMAT,
         "versions": [sys.version, str(torch.__version__), str(torch.version.git_version), _stamp()],
-        "code": digest(task.module, task.loss, *makers),
+        "code": digest(task.module, task.loss, *makers, saved=saved),
         "batches": digest(sample.read.batch, [block.batch for block in sample.blocks], names=EVERYTHING),
         "examples": [len(examples), *sample.chosen, sample.ids],
         "weights": [last.step, last.crc32],

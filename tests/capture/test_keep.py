@@ -8,7 +8,17 @@ import pytest
 import pytorch_lightning as pl
 from fits import Indexed, Net, fit, loader, seeded
 
-from lightning_influence import SOURCE, HyDRA, Influence, MissingEvidence, TracIn
+from lightning_influence import (
+    SOURCE,
+    Attributor,
+    ExactGGN,
+    HyDRA,
+    Influence,
+    InfluenceFunction,
+    MissingEvidence,
+    TracIn,
+    Trajectory,
+)
 
 QUERIES = Indexed(3)
 ADAMW, MOMENTUM = {"optimizer": "adamw", "lr": 0.01}, {"momentum": 0.9}
@@ -71,6 +81,44 @@ def test_the_weight_of_checkpoints_is_said_before_the_fit(how, tmp_path, caplog)
 class Stops(pl.Callback):
     def on_train_batch_end(self, trainer, *args):
         trainer.should_stop = True
+
+
+class StopsLate(pl.Callback):
+    def on_train_epoch_end(self, trainer, module):
+        trainer.should_stop = trainer.current_epoch == 1
+
+
+def test_a_fit_that_is_stopped_after_its_last_checkpoint_keeps_the_state(tmp_path):
+    influence = Influence(dirpath=tmp_path, keep="needed")
+    fit(seeded(Double, **ADAMW), loader(), influence, StopsLate(), max_epochs=5)
+    first, middle, last = influence.trajectory.checkpoints
+    assert [c.whole for c in (first, middle, last)] == [True, False, True]
+    assert last.load().optimizer
+    assert {file.name for file in last.path.parent.iterdir()} == {c.path.name for c in (first, middle, last)}
+    assert "scheduled" in (last.path.parents[1] / "manifest.json").read_text().rpartition(last.path.name)[2]
+
+
+class Fails(pl.Callback):
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == 2:
+            raise OSError("killed")
+
+
+def test_scores_of_a_fit_that_broke_off_say_that_the_state_is_missing(tmp_path):
+    with pytest.raises(OSError, match="killed"):
+        fit(
+            seeded(Double, **ADAMW),
+            loader(Indexed(8)),
+            Influence(dirpath=tmp_path, keep="needed"),
+            Fails(),
+            max_epochs=5,
+        )
+    trajectory = Trajectory.load(tmp_path)
+    assert not trajectory.checkpoints[-1].whole
+    scores = Attributor(seeded(Double), Indexed(8), trajectory, check_data=False).score(
+        InfluenceFunction(ExactGGN()), QUERIES
+    )
+    assert any("its state is not known; `Influence(keep='all')` keeps it" in note for note in scores.notes)
 
 
 def test_a_fit_without_an_end_has_no_total(tmp_path, caplog):
