@@ -5,6 +5,7 @@ from enum import IntEnum
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -122,13 +123,22 @@ class MixingWatch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").strip("_").removeprefix("linalg_")
-        of = [found for t in _flat((*args, *kwargs.values())) if (found := self._known(t)) is not None]
+        with torch._C.DisableTorchFunction():  # what is read here is no part of the pass that a tape may record
+            of = [found for t in _flat((*args, *kwargs.values())) if (found := self._known(t)) is not None]
         output = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            self._follow(name, args, kwargs, of, output)
+        return output
+
+    def _follow(
+        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], of: Sequence[_Found], output: Any
+    ) -> None:
+        """Note how the output of a call follows from the batch."""
         made = [t for t in _flat((output, *(args[:1] if name in ("setitem", "set") else ()))) if isinstance(t, Tensor)]
         self._align(name, made)
         if not of or (name in _FINITE and max(of)[0] < _Kind.EACH):  # losses that are not finite are reported
             self._others.update(map(id, made))
-            return output
+            return
         self.reads |= name in _READS
         if name == "get" or max(of)[0] is _Kind.MIXED:  # an attribute, such as the transposed
             found = max(of)
@@ -138,7 +148,6 @@ class MixingWatch(TorchFunctionMode):
             found = self._of_sums(name, args, of)
         for tensor in made:
             self._note(tensor, found)
-        return output
 
     def _known(self, value: Any) -> _Found | None:
         """How a tensor follows from the batch; one that was made unseen, with a gradient, is of each example."""
