@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_influence.data.examples import Block
-from lightning_influence.devices import read_numbers, wide
+from lightning_influence.devices import read_numbers
 from lightning_influence.gradients.general import NotVectorisable, loss_and_gradient, vectorised_losses
+from lightning_influence.gradients.known_blocks import KnownBlocks
 from lightning_influence.gradients.precise import Tolerance, holds_precisely
 from lightning_influence.gradients.relation import add_up, losses_add_up, refusal
 from lightning_influence.gradients.spot_checks import (
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 _CHECKED, _SHARE = 128, 16
 # Of so many different ways in which blocks branch, examples are checked.
 _BRANCHES = 16
-# Of a block's longest gradients, so many are looked at.
-_LONGEST = 4
 # Blocks whose checks are read at once, at the latest.
 _UNREAD = 1024
 
@@ -96,13 +95,12 @@ class Guard:
     _uneven: bool = False
     _branches: set[int] = field(default_factory=set)
     _branched: list[int] = field(default_factory=lambda: [0, 0])
-    _version: int = -1
-    _length: float = 0.0
+    _known: KnownBlocks = field(default_factory=KnownBlocks)
 
     def again(self) -> "Guard":
         """For a later question about the same examples: what was checked is not, unless it has changed."""
         known = {"_start": self._start, "_uneven": self._uneven, "_branches": set(self._branches)}
-        known["_branched"] = list(self._branched)
+        known |= {"_branched": list(self._branched), "_known": self._known.again()}
         return Guard(unlike=self.unlike.again(), dataset=self.dataset, **known)  # type: ignore[arg-type]
 
     def choose(self, block: Block) -> tuple[dict[int, int | None], bool]:
@@ -150,7 +148,7 @@ class Guard:
         """
         every, unequal = {*rows, *watch.rows, *self._branching(engine, block, watch)}, watch.unequal
         if engine.plan.reads and block.size > 1:
-            every |= self._longest(engine, computed)
+            every |= self._known.longest(engine, computed)
         if self._blocks == 2:  # where examples are unequal, they are in most blocks
             self.read(engine)
         if again is None:
@@ -159,8 +157,10 @@ class Guard:
             if self._uneven:
                 every, unequal = every | rows_of(unequal), []
             self._check_later(engine, block, computed, every, unequal, again)
-        if block.size > 1 and engine.plan.mixing is not None:
+        mixing = block.size > 1 and engine.plan.mixing is not None
+        if mixing and not self._known.add_up(engine, block, computed.total):
             self._check_losses(engine, block, computed.total, self._losses(engine, block, computed))
+            self._known.note(engine, block, computed.total)
         if engine.examples is None or not (computed.slow or engine.plan.vectorised or block.size == 1):
             return
         if new and computed.alone is not None and block.size > 1 and engine.plan.mixing is None:
@@ -197,22 +197,6 @@ class Guard:
             self._branched[i] += 1
             self._branches.add(watch.branch[i])
         return {0, block.size - 1} if new else set()
-
-    def _longest(self, engine: "Engine", computed: "Computed") -> set[int]:
-        """The rows with the longest gradients, if none before at these weights was as long.
-
-        A step that reads numbers may treat them otherwise, such as a loss above a limit.
-        """
-        lengths = [part.norm2() for part in computed.parts.values()]
-        if not lengths or lengths[0].is_complex():
-            return set()
-        each = torch.stack([wide(x) for x in lengths]).sum(0).nan_to_num(0.0)
-        longest = each.topk(min(_LONGEST, len(each)))
-        known = self._length if self._version == engine.task.version else 0.0
-        values, indices = read_numbers([longest.values, longest.indices])
-        rows = {int(row): length for row, length in zip(indices, values, strict=True) if length > known}
-        self._version, self._length = engine.task.version, max([known, *rows.values()])
-        return set(rows)
 
     def _losses(self, engine: "Engine", block: Block, computed: "Computed") -> Tensor | None:
         """[example]: the losses of a block's examples alone."""

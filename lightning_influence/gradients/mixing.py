@@ -5,6 +5,7 @@ from enum import IntEnum
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -40,11 +41,12 @@ _JOINT = frozenset(
 _ALONG = frozenset(
     (
         *("sort", "argsort", "topk", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "softmax", "softmin"),
-        *("log_softmax", "normalize", "roll", "flip", "diff", "kthvalue"),
+        *("log_softmax", "normalize", "roll", "flip", "diff", "kthvalue", "gather", "take_along_dim"),
     )
 )
 _OVER_LAST = frozenset(("sort", "argsort", "topk", "kthvalue", "diff"))
 _NUMBER_FIRST = frozenset(("roll", "topk", "kthvalue", "diff", "norm", "vector_norm", "quantile"))
+_PRODUCTS = frozenset(("matmul", "rmatmul", "mm", "mv", "addmm", "addmv"))
 _SELECTS = frozenset(("getitem", "select", "unbind", "iter", "masked_select", "nonzero", "index_select", "argwhere"))
 _LINEAR = frozenset(
     (
@@ -85,6 +87,7 @@ class MixingWatch(TorchFunctionMode):
         self._kept: list[Any] = []  # so that no other tensor has the id of one
         self._calls: list[tuple[str, list[tuple[int, ...]]]] = []
         self._before = [] if before is None else before._calls
+        self._examples_before = 0 if before is None else before._examples
         self._shapes: dict[int, tuple[int, ...]] = {}  # of the same tensors in the pass before
 
     def around(self, task: Task) -> tuple[Callable[[Batch], Batch], Callable[[Batch], Tensor]]:
@@ -122,13 +125,22 @@ class MixingWatch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").strip("_").removeprefix("linalg_")
-        of = [found for t in _flat((*args, *kwargs.values())) if (found := self._known(t)) is not None]
+        with torch._C.DisableTorchFunction():  # what is read here is no part of the pass that a tape may record
+            of = [found for t in _flat((*args, *kwargs.values())) if (found := self._known(t)) is not None]
         output = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            self._follow(name, args, kwargs, of, output)
+        return output
+
+    def _follow(
+        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], of: Sequence[_Found], output: Any
+    ) -> None:
+        """Note how the output of a call follows from the batch."""
         made = [t for t in _flat((output, *(args[:1] if name in ("setitem", "set") else ()))) if isinstance(t, Tensor)]
         self._align(name, made)
         if not of or (name in _FINITE and max(of)[0] < _Kind.EACH):  # losses that are not finite are reported
             self._others.update(map(id, made))
-            return output
+            return
         self.reads |= name in _READS
         if name == "get" or max(of)[0] is _Kind.MIXED:  # an attribute, such as the transposed
             found = max(of)
@@ -138,7 +150,6 @@ class MixingWatch(TorchFunctionMode):
             found = self._of_sums(name, args, of)
         for tensor in made:
             self._note(tensor, found)
-        return output
 
     def _known(self, value: Any) -> _Found | None:
         """How a tensor follows from the batch; one that was made unseen, with a gradient, is of each example."""
@@ -181,13 +192,15 @@ class MixingWatch(TorchFunctionMode):
         if _Kind.SUM in kinds or (_Kind.COUNT in kinds and name not in _SCALES):
             return _Kind.MIXED, f"`{name}` of values of each example and a sum over the batch"
         first = next(t for t in _flat((*args, *kwargs.values())) if self._known(t) == (_Kind.EACH, ""))
+        if why := self._paired(name, (*args, *kwargs.values()), made):
+            return _Kind.MIXED, why
         dimension = self._dimension(first)
         if dimension is None or not made:
             return _Kind.EACH, ""
         over = dimension in _dimensions(name, first, args, kwargs)
         if name in _ALONG and over:
             return _Kind.MIXED, f"`{name}` along the examples of the batch"
-        if name == "getitem" and dimension == 0 and _is_part(args[1]):
+        if dimension == 0 and self._by_position(name, args, kwargs, over):
             return _Kind.MIXED, "a part of the batch, chosen by position"
         if name in _JOINT and over and not (name in ("max", "min") and isinstance(args[-1], Tensor) and len(args) > 1):
             return _Kind.MIXED, f"`{name}` over the batch"
@@ -202,6 +215,30 @@ class MixingWatch(TorchFunctionMode):
         if (before := self._shapes.get(id(tensor))) is not None and len(before) == len(sizes):
             return next((d for d, (a, b) in enumerate(zip(sizes, before, strict=True)) if a != b), None)
         return next((d for d, size in enumerate(sizes) if size and size % self._examples == 0), None)
+
+    def _paired(self, name: str, operands: Sequence[Any], made: Sequence[Tensor]) -> str | None:
+        """What has two dimensions of the examples, in this pass and in the one before, or multiplies away one."""
+        for tensor in made:
+            before = self._shapes.get(id(tensor), ())
+            sizes = () if tensor.is_nested else tensor.shape
+            if [*zip(sizes, before, strict=False)].count((self._examples, self._examples_before)) > 1:
+                return f"`{name}` of pairs of examples"
+        factors = [t for t in operands if isinstance(t, Tensor)][-2:]
+        if name not in _PRODUCTS or len(factors) < 2 or not made[0].ndim:
+            return None
+        left, right = factors[::-1] if name == "rmatmul" else factors
+        ends = ((left, left.ndim - 1), (right, max(0, right.ndim - 2)))
+        over = any(self._known(t) is not None and self._dimension(t) == end for t, end in ends)
+        return f"`{name}` that sums over the batch" if over else None
+
+    def _by_position(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], over: bool) -> bool:
+        """Whether examples are taken by numbers that do not follow from the batch."""
+        if name != "getitem" and not (name == "index_select" and over):
+            return False
+        index = kwargs.get("index", args[-1])
+        if not isinstance(index, Tensor):
+            return _is_part(index)
+        return index.ndim == 1 and index.dtype is not torch.bool and self._known(index) is None
 
 
 def _is_part(index: Any) -> bool:

@@ -34,6 +34,10 @@ PURE = {
     "transposed": lambda x, y: NET(x).T.square().mean(),
     "columns": lambda x, y: NET(x)[:, 0].square().mean(),
     "a mask": lambda x, y: NET(x)[y > 0].square().sum() / len(y),
+    "matrices times each": lambda x, y: loss((x @ torch.eye(x.shape[1]).double()) @ NET[0].weight.T @ NET[0].weight, y),
+    "weighted by a product": lambda x, y: each(x, y) @ (1 + y.double()) / len(y),
+    "gathered classes": lambda x, y: NET(x).gather(1, y[:, None]).square().mean(),
+    "rows by class": lambda x, y: (torch.ones(3).double()[y] * each(x, y)).mean(),
     "stacked losses": lambda x, y: torch.stack([loss(x, y), NET(x).abs().mean()]).sum(),
 }
 MIXED = {
@@ -53,6 +57,13 @@ MIXED = {
     "sub": lambda x, y: loss(x - x.mean(0), y),
     "position": lambda x, y: loss(x, y) + (x[0, 0] > 20) * NET(x).mean(),
     "bincount": lambda x, y: F.cross_entropy(NET(x), y, weight=1 / (y.bincount(minlength=3) + 1.0).double()),
+    "pairs of": lambda x, y: loss(torch.where(x > 20, (x[:, None] - x[None]).abs().sum(1), x), y),
+    "matmul` of pairs": lambda x, y: loss(torch.where(x > 20, (x @ x.T).softmax(1) @ x, x), y),
+    "that sums over": lambda x, y: loss(torch.where(x > 20, torch.ones(1, len(x)).double() @ x, x), y),
+    "chosen by position": lambda x, y: loss(torch.where(x > 20, x[torch.arange(len(x)).roll(1)], x), y),
+    "by position": lambda x, y: loss(torch.where(x > 20, x.index_select(0, torch.zeros(len(x)).long()), x), y),
+    "part of the": lambda x, y: loss(x, y) + (x[2] > 20).sum() * NET(x).mean() + (x[:2, 1] > 20).sum(),
+    "gather": lambda x, y: loss(torch.where(x > 20, x.gather(0, torch.zeros_like(x).long()), x), y),
     "amax` over": lambda x, y: loss(x, y) + (NET(x).T.amax(1) > 9).sum() * NET(x).mean(),
 }
 
