@@ -199,7 +199,8 @@ def test_mlflow_store_holds_metrics_tables_and_figures(fit):
         f"influence/TracInCP/{file}"
         for file in (
             "scores.json", "scores_histogram.json", "explanation.png", "about.txt",
-            "self_influence.json", "self_influence_histogram.json", "self_influence.png", "about_self_influence.txt",
+            "self_influence.json", "self_influence_histogram.json", "self_influence.png", "self_influence_highest.png",
+            "about_self_influence.txt",
         )
     }  # fmt: skip
     listed = json.loads(run.data.tags["mlflow.loggedArtifacts"])  # what its page offers as tables

@@ -145,7 +145,7 @@ def test_where_memory_does_not_suffice_nothing_is_summed(tmp_path, monkeypatch):
     scores = Attributor(module, train, trajectory, batch_size=4).score(SOURCE(3, ExactGGN()), queries)
     wanted = expected("classes", module, train, queries, trajectory, [(1, 2), (3,), (4, 5)])
     oracles.assert_scores(scores.values, wanted, 1e-9)
-    assert any("blocks of 4 training examples: they were scored in blocks of 2" in note for note in scores.notes)
+    assert any("blocks of 4 examples: they were scored in blocks of 2" in note for note in scores.notes)
 
 
 def test_an_interrupt_leaves_the_tiles_that_were_finished(tmp_path, monkeypatch):
