@@ -163,16 +163,14 @@ def main(folder, strategy, count, *words):
         else:
             write(folder, word, influence, None, strategy)
         EndOfFit._guarded = Interrupted.guarded
-    if os.environ.get("TORCHELASTIC_RUN_ID"):
-        connected_by_hand(folder, words[-1], influence, module, train)
 
 
-def connected_by_hand(folder, word, influence, module, train):
+def connected_by_hand(folder, word):
     """Processes that are not connected work alone, and together once the strategy of a new Trainer connects them."""
-    torch.distributed.destroy_process_group()
+    module, train = seeded(Digits, dtype_of(word)), data(N, 1, dtype_of(word))
     trainer = pl.Trainer(**QUIET | {"devices": 2, "strategy": "ddp"})
     for expected in (1, 2):
-        attributor = li.Attributor(module, train, influence.trajectory, trainer)
+        attributor = li.Attributor(module, train, li.Trajectory.load(folder / word / "influence"), trainer)
         assert attributor.processes.count == expected
         values = attributor.score(li.TracInCP(), data(5, 2, dtype_of(word))).values
         torch.save(values, folder / f"by-hand-{expected}-{os.environ['LOCAL_RANK']}.pt")
@@ -183,4 +181,7 @@ if __name__ == "__main__":
     leaves_its_processes()
     warnings.simplefilter("default")
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), *sys.argv[4:])
+    if sys.argv[2] == "by hand":
+        connected_by_hand(Path(sys.argv[1]), sys.argv[4])
+    else:
+        main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), *sys.argv[4:])

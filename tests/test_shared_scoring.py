@@ -71,16 +71,19 @@ def assert_as_one(folder, word, count):
 @pytest.mark.slow
 def test_two_processes_of_torchrun_score_as_one(tmp_path):
     words = ("full", "top", "single")
-    errors = run(tmp_path, "ddp", 2, *words, launcher=TORCHRUN).stderr
+    run(tmp_path, "ddp", 2, *words, launcher=TORCHRUN)
     for word in words:
         assert_as_one(tmp_path / word, word, 2)
     folder = tmp_path / "full" / "influence" / "run-0" / "scores"
     assert {f"{name}.arrow" for name in methods()} <= {path.name for path in folder.iterdir()}
     stored = Scores.load(folder / "EKFAC.arrow")
     assert_scores(stored.values, saved(tmp_path / "full", 2)[0]["scores"]["EKFAC"], 0.0)
+    errors = run(tmp_path, "by hand", 2, "single", launcher=TORCHRUN).stderr
     assert "Call `trainer.strategy.setup_environment()`" in errors
     one = attributor_of(tmp_path / "single", "single").score(TracInCP(), data(5, 2, torch.float32)).values
-    for path in tmp_path.glob("by-hand-*.pt"):
+    found = [*tmp_path.glob("by-hand-*.pt")]
+    assert len(found) == 4
+    for path in found:
         assert_scores(torch.load(path), one, 1e-5)
 
 
