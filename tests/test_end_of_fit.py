@@ -171,6 +171,16 @@ def test_a_plan_beyond_the_budget_is_not_started(tmp_path):
         influence.scores["TracInCP"]
 
 
+def test_by_default_less_than_a_minute_is_never_refused():
+    def limit(**options):
+        return Influence(**options)._plan.limit(0.5)
+
+    assert limit() == 60
+    assert limit(max_cost=10) == 5
+    assert Influence()._plan.limit(30) == 300
+    assert Influence().max_cost == 10
+
+
 def test_what_a_refusal_advises_would_help_that_method():
     assert "fewer checkpoints" in cheaper(TracInCP(), False)
     assert "fewer queries" in cheaper(TracInCP(), False)

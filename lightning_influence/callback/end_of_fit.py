@@ -194,7 +194,7 @@ class EndOfFit:
             _TooExpensiveError: it would take more than `max_cost` times the duration of the fit.
         """
         estimated = self._afforded(name, method, estimated, itself)
-        self.attributor.limit_seconds = self.plan.max_cost * self.summary.fit_seconds
+        self.attributor.limit_seconds = self.plan.limit(self.summary.fit_seconds)
         began = time.perf_counter()
         try:
             scores = compute()
@@ -273,7 +273,7 @@ class EndOfFit:
         if self.plan.verbose and seconds >= _WORTH_ANNOUNCING:
             rank_zero_info(f"Influence: {name} takes about {seconds:.0f} s.")
         fit = self.summary.fit_seconds
-        if seconds > self.plan.max_cost * fit:
+        if seconds > self.plan.limit(fit):
             raise _TooExpensiveError(
                 f"It would take about {seconds:.1f} s, more than `max_cost={self.plan.max_cost:g}` times the "
                 f"fit's {fit:.1f} s. {cheaper(method, itself)}:\n{self._lines(method, itself)}"
