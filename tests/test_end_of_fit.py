@@ -30,6 +30,7 @@ from lightning_influence import (
     TracInCP,
     Trajectory,
 )
+from lightning_influence.callback.end_of_fit import meant
 from lightning_influence.callback.offline import cheaper
 from lightning_influence.callback.queries import resolve_queries
 from lightning_influence.callback.summary import Summary
@@ -165,7 +166,9 @@ def test_without_queries_the_reason_is_given(tmp_path, printed):
 
 def test_a_plan_beyond_the_budget_is_not_started(tmp_path):
     influence = Influence([TracInCP()], queries="val", max_cost=1e-9)
-    with pytest.warns(UserWarning, match=r"was not started\. It would take about .*`max_cost=1e-09`"):
+    with pytest.warns(
+        UserWarning, match=r"`TracInCP`'s scores were not started\. It would take about .*`max_cost=1e-09`"
+    ):
         fit(influence, tmp_path)
     with pytest.raises(KeyError, match=r"'TracInCP' did not run: It would take about"):
         influence.scores["TracInCP"]
@@ -193,9 +196,17 @@ def test_what_a_refusal_advises_would_help_that_method():
     assert cheaper(PlainLoss("all"), True) == "Raise `max_cost`, or score after the fit"
 
 
+def test_messages_say_whether_scores_or_self_influence_are_meant():
+    assert meant("HyDRA", True) == "HyDRA's self-influence"
+    assert meant("`HyDRA`", False) == "`HyDRA`'s scores"
+    assert meant("`labels`", True) == "`labels`"
+
+
 def test_self_influence_is_offered_again_where_that_was_refused(tmp_path):
     influence = Influence([TracInCP()], self_influence=True, max_cost=1e-9)
-    with pytest.warns(UserWarning, match=r"`TracInCP` was not started(.|\n)*attributor\.self_influence\(TracInCP\("):
+    with pytest.warns(
+        UserWarning, match=r"`TracInCP`'s self-influence was not started(.|\n)*attributor\.self_influence\(TracInCP\("
+    ):
         fit(influence, tmp_path)
 
 
@@ -264,7 +275,7 @@ def test_one_block_says_what_was_scored_and_what_to_look_at_first(tmp_path, prin
     assert re.fullmatch(r"a  6 queries +[\d.]+ s \(estimated: [\d.]+ s\)  influence\.scores\['a'\].*", lines[1])
     assert re.fullmatch(r"a  each example on itself .* influence\.self_scores\['a'\].*", lines[2])
     assert lines[3:] == [
-        "without bad: a warning says why",
+        "without bad's scores, bad's self-influence: a warning says why",
         f"saved in {str(influence.run_dir / 'scores')!r}",
         "logged by TensorBoardLogger",
         "look first at: print(influence.self_scores['a'].top(20))",
@@ -447,9 +458,9 @@ def test_the_lines_that_are_printed_give_the_scores(tmp_path, method, options, g
     trainer = pl.Trainer(**QUIET, max_epochs=2, callbacks=[influence], precision=precision)
     train, val = DataLoader(TRAIN, 6, collate_fn=collated), DataLoader(VAL, 4, collate_fn=collated)
     loaders = {} if "datamodule" in given else {"train_dataloaders": train, "val_dataloaders": val}
-    with pytest.warns(UserWarning, match="was not started") as caught:
+    with pytest.warns(UserWarning, match="were not started") as caught:
         trainer.fit(make_net(pl), **loaders, datamodule=given.get("datamodule"))
-    text = next(str(warning.message) for warning in caught if "was not started" in str(warning.message))
+    text = next(str(warning.message) for warning in caught if "were not started" in str(warning.message))
     lines = "\n".join(line.strip() for line in text.splitlines()[1:])
     assert contains in lines
     names = {"model": make_net(pl), **given}

@@ -31,6 +31,13 @@ _SHOWN = ("render", "labels", "columns", "normalization")
 _WORTH_ANNOUNCING = 5.0  # seconds
 
 
+def meant(name: str, itself: bool) -> str:
+    """A method's scores or its self-influence, in words; the list of labels by its name."""
+    if name.strip("`") == LABELS:
+        return name
+    return f"{name}'s {'self-influence' if itself else 'scores'}"
+
+
 def did_not_finish(error: BaseException, run_dir: Path, plan: ScoringPlan, trainer: Any) -> str:
     """Why there are no scores of a fit that an exception ended, and how to score what it recorded."""
     how = f" To score what was recorded until then:\n{offline_lines(run_dir, plan, trainer)}" if plan.names else ""
@@ -130,9 +137,10 @@ class EndOfFit:
             with self.attributor.processes.together():
                 results[name] = work(name, method)
         except _TooExpensiveError as refusal:
-            self.summary.lacks(name)
+            self.summary.lacks(meant(name, results is self.self_scores))
             results.reasons[name] = str(refusal)
-            rank_zero_warn(f"`{name}` was not started. {refusal}")
+            what = meant(f"`{name}`", results is self.self_scores)
+            rank_zero_warn(f"{what} {'were' if what.endswith('scores') else 'was'} not started. {refusal}")
         except KeyboardInterrupt as error:
             lines = self._lines(method, results is self.self_scores)
             results.reasons[name] = f"it was interrupted. The fit is complete. To continue:\n{lines}"
@@ -140,7 +148,7 @@ class EndOfFit:
                 rank_zero_warn(f"`{name}` was interrupted.{kept}")
             raise
         except Exception as error:
-            self.summary.lacks(name)
+            self.summary.lacks(meant(name, results is self.self_scores))
             results.reasons[name] = f"{type(error).__name__}: {error}"
             where = traceback.extract_tb(error.__traceback__)[-1]
             rank_zero_warn(
@@ -271,7 +279,8 @@ class EndOfFit:
         """The estimated time, the same in every process, which is announced where somebody would wait for it."""
         seconds = max(self.attributor.processes.gathered(seconds))
         if self.plan.verbose and seconds >= _WORTH_ANNOUNCING:
-            rank_zero_info(f"Influence: {name} takes about {seconds:.0f} s.")
+            what = meant(name, itself)
+            rank_zero_info(f"Influence: {what} {'take' if what.endswith('scores') else 'takes'} about {seconds:.0f} s.")
         fit = self.summary.fit_seconds
         if seconds > self.plan.limit(fit):
             raise _TooExpensiveError(
