@@ -4,6 +4,7 @@ import re
 import signal
 import warnings
 from types import SimpleNamespace
+from unittest import mock
 
 import lightning.pytorch
 import pytest
@@ -30,9 +31,10 @@ from lightning_influence import (
     TracInCP,
     Trajectory,
 )
-from lightning_influence.callback.end_of_fit import meant
+from lightning_influence.callback.end_of_fit import meant, score_at_end
 from lightning_influence.callback.offline import cheaper
 from lightning_influence.callback.queries import resolve_queries
+from lightning_influence.callback.results import Results
 from lightning_influence.callback.summary import Summary
 from lightning_influence.methods.plain_loss import PlainLoss
 
@@ -381,6 +383,18 @@ def test_ctrl_c_before_the_first_method_is_the_reason_too(tmp_path, monkeypatch,
     for results in [influence.scores] + [influence.self_scores] * itself:
         with pytest.raises(KeyError, match=r"Scoring was interrupted(.|\n)*Trajectory\.load"):
             results["GradientDot"]
+
+
+@pytest.mark.parametrize("sample_id", [None, "idx"])
+def test_a_stream_is_not_continued_by_lines_that_would_be_refused(tmp_path, sample_id):
+    plan, trainer = Influence([GradientDot()], sample_id=sample_id)._plan, SimpleNamespace(datamodule=None)
+    trainer.train_dataloader, trainer.strategy = DataLoader(Stream()), pl.Trainer(**QUIET).strategy
+    refused = mock.Mock(side_effect=TypeError("no examples by index"))
+    with pytest.warns(UserWarning, match="Scores were not computed") as caught:
+        score_at_end(plan, trainer, tmp_path, refused, Results(), Results())
+    text = str(caught[0].message)
+    assert ("To continue" in text) == (sample_id is not None) == (", lookup=lookup)" in text)
+    assert ("`Influence(sample_id=, lookup=)`" in text) == (sample_id is None)
 
 
 class Stream(IterableDataset):

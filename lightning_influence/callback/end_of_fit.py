@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch.utils.data import DataLoader
 
 from lightning_influence.attribution.attributor import Attributor
-from lightning_influence.callback.offline import cheaper, offline_lines
+from lightning_influence.callback.offline import cheaper, has_no_ids, offline_lines
 from lightning_influence.callback.plan import ScoringPlan
 from lightning_influence.callback.queries import missing_loader, resolve_queries
 from lightning_influence.callback.results import Results, scores_file
@@ -62,10 +62,10 @@ def score_at_end(
     except KeyboardInterrupt:
         _interrupted(plan, scores, self_scores, offline_lines(run_dir, plan, trainer))
     except Exception as error:
-        rank_zero_warn(
-            f"Scores were not computed, the fit is complete: {type(error).__name__}: {error}\nTo continue:\n"
-            f"{offline_lines(run_dir, plan, trainer)}"
-        )
+        how = f"To continue:\n{offline_lines(run_dir, plan, trainer)}"
+        if has_no_ids(plan, trainer):
+            how = "A fit on a stream is scored with `Influence(sample_id=, lookup=)`."
+        rank_zero_warn(f"Scores were not computed, the fit is complete: {type(error).__name__}: {error}\n{how}")
         for results in (scores, self_scores):
             results.reasons |= {name: str(error) for name in set(plan.names) - results.keys()}
     finally:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import IterableDataset
+
 from lightning_influence.callback.plan import ScoringPlan
 from lightning_influence.methods.method import Method
 from lightning_influence.methods.plain_loss import PlainLoss
@@ -40,6 +42,11 @@ def offline_lines(
     )
 
 
+def has_no_ids(plan: ScoringPlan, trainer: Any) -> bool:
+    """Whether the fit was on a stream without ``sample_id``, of which no lines of code compute scores."""
+    return plan.sample_id is None and _is_stream(trainer)
+
+
 def cheaper(method: Method, itself: bool) -> str:
     """What would cost less than this method does, as the beginning of a sentence that ends in lines of code.
 
@@ -66,11 +73,15 @@ def _extras(plan: ScoringPlan, trainer: Any) -> str:
     needed = {
         "trainer=trainer": trainer.strategy.root_device.type != "cpu",
         "loss=loss": plan.loss is not None,
-        "lookup=lookup": plan.lookup is not None,
+        "lookup=lookup": plan.lookup is not None or _is_stream(trainer),
         f"precision={plan.precision!r}": plan.precision is not None,
         f"parameters={list(plan.parameters or ())!r}": plan.parameters is not None,
     }
     return "".join(f", {text}" for text, wanted in needed.items() if wanted)
+
+
+def _is_stream(trainer: Any) -> bool:
+    return isinstance(getattr(trainer.train_dataloader, "dataset", None), IterableDataset)
 
 
 def _queries(queries: Any, trainer: Any) -> str:

@@ -36,6 +36,7 @@ class ScoringPlan:
     verbose: bool
     lookup: Callable[[int], Any] | None
     precision: str | None
+    sample_id: str | Callable[[Any], Any] | None
 
     def limit(self, fit_seconds: float) -> float:
         """The most seconds that one method may take after a fit of this duration."""
