@@ -32,7 +32,7 @@ from lightning_influence import (
     Trajectory,
 )
 from lightning_influence.callback.end_of_fit import meant, score_at_end
-from lightning_influence.callback.offline import cheaper
+from lightning_influence.callback.offline import cheaper, slow_gradients
 from lightning_influence.callback.queries import resolve_queries
 from lightning_influence.callback.results import Results
 from lightning_influence.callback.summary import Summary
@@ -196,6 +196,18 @@ def test_what_a_refusal_advises_would_help_that_method():
     assert "`segments=2`" in cheaper(SOURCE(3), False)
     assert "`hessian=False`" in cheaper(HyDRA(), False)
     assert cheaper(PlainLoss("all"), True) == "Raise `max_cost`, or score after the fit"
+
+
+def test_a_refusal_names_the_parameters_that_make_it_dear():
+    assert slow_gradients(TracInCP(), ["gru.w", "gru.b", "gru.c"]) == (
+        " Most of it is `gru.w` and 2 more, whose gradients are computed one example at a time; pad sequences in place"
+        " of packing them, or leave them out by `parameters=`."
+    )
+    assert slow_gradients(HyDRA(), ["gru.w"]).endswith(
+        "is `gru.w`, whose gradients are computed one example at a time; pad sequences in place of packing them."
+    )
+    assert not slow_gradients(TracInCP(), [])
+    assert not slow_gradients(PlainLoss("all"), ["gru.w"])
 
 
 def test_messages_say_whether_scores_or_self_influence_are_meant():

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch.utils.data import DataLoader
 
 from lightning_influence.attribution.attributor import Attributor
-from lightning_influence.callback.offline import cheaper, has_no_ids, offline_lines
+from lightning_influence.callback.offline import cheaper, has_no_ids, offline_lines, slow_gradients
 from lightning_influence.callback.plan import ScoringPlan
 from lightning_influence.callback.queries import missing_loader, resolve_queries
 from lightning_influence.callback.results import Results, scores_file
@@ -283,9 +283,10 @@ class EndOfFit:
             rank_zero_info(f"Influence: {what} {'take' if what.endswith('scores') else 'takes'} about {seconds:.0f} s.")
         fit = self.summary.fit_seconds
         if seconds > self.plan.limit(fit):
+            why = slow_gradients(method, self.attributor._session.one_by_one)
             raise _TooExpensiveError(
                 f"It would take about {seconds:.1f} s, more than `max_cost={self.plan.max_cost:g}` times the "
-                f"fit's {fit:.1f} s. {cheaper(method, itself)}:\n{self._lines(method, itself)}"
+                f"fit's {fit:.1f} s.{why} {cheaper(method, itself)}:\n{self._lines(method, itself)}"
             )
         return seconds
 

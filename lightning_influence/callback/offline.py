@@ -1,14 +1,14 @@
 """Lines of code that compute a method's scores after the fit, in any process, with what this fit needs for it."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import IterableDataset
 
 from lightning_influence.callback.plan import ScoringPlan
-from lightning_influence.methods.method import Method
+from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.methods.plain_loss import PlainLoss
 
 
@@ -66,6 +66,24 @@ def cheaper(method: Method, itself: bool) -> str:
     ways = [way for way in ways if way]
     text = f"Pass {' or '.join(ways)}, raise `max_cost`," if ways else "Raise `max_cost`,"
     return f"{text} or score after the fit{'' if itself else ', for instance with `aggregate=' + repr('mean') + '`'}"
+
+
+def slow_gradients(method: Method, names: Sequence[str]) -> str:
+    """A sentence on parameters whose gradients make a method dear; empty where there are none or it takes none.
+
+    Args:
+        method: as it was asked for.
+        names: of the parameters whose gradients are computed one example at a time.
+    """
+    if not names or isinstance(method, PlainLoss):
+        return ""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    # What follows the fit step by step takes all parameters that trained.
+    other = "" if method.needs & Evidence.BATCH_ORDER else ", or leave them out by `parameters=`"
+    return (
+        f" Most of it is `{names[0]}`{more}, whose gradients are computed one example at a time; pad sequences in place"
+        f" of packing them{other}."
+    )
 
 
 def _extras(plan: ScoringPlan, trainer: Any) -> str:
