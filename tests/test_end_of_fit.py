@@ -3,6 +3,7 @@
 import re
 import signal
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -31,7 +32,7 @@ from lightning_influence import (
     TracInCP,
     Trajectory,
 )
-from lightning_influence.callback.end_of_fit import meant, score_at_end
+from lightning_influence.callback.end_of_fit import EndOfFit, meant, score_at_end
 from lightning_influence.callback.offline import cheaper, slow_gradients
 from lightning_influence.callback.queries import resolve_queries
 from lightning_influence.callback.results import Results
@@ -208,6 +209,21 @@ def test_a_refusal_names_the_parameters_that_make_it_dear():
     )
     assert not slow_gradients(TracInCP(), [])
     assert not slow_gradients(PlainLoss("all"), ["gru.w"])
+
+
+def test_a_warning_on_images_is_given_once_whatever_their_ranges():
+    end = EndOfFit(*[None] * 4, Summary(Path("run-0"), 1.0), None, None)
+
+    def shows(low):
+        with end._told_once():
+            warnings.warn(f"Values from {low} to 3.", stacklevel=1)
+            warnings.warn(f"Values from {low} to 4.", stacklevel=1)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        shows(-2)
+        shows(-1.5)
+    assert [str(one.message) for one in caught] == ["Values from -2 to 3."]
 
 
 def test_messages_say_whether_scores_or_self_influence_are_meant():

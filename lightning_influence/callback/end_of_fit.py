@@ -1,6 +1,7 @@
 """What `Influence` does when a fit ends: estimate the cost, score, save and log, or record why not."""
 
 import contextlib
+import re
 import time
 import traceback
 import warnings
@@ -256,7 +257,9 @@ class EndOfFit:
             try:
                 yield
             finally:
-                new = {(one.category, str(one.message)): one for one in caught}
+                new: dict[tuple[type, str], warnings.WarningMessage] = {}
+                for one in caught:  # the range of an image's values may be all that differs
+                    new.setdefault((one.category, re.sub(r"from -?\d\S* to -?\d\S*", "", str(one.message))), one)
         for key, one in new.items():
             if key not in self.summary.told:
                 self.summary.told.add(key)
