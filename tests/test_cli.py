@@ -210,6 +210,22 @@ def test_what_is_not_there_is_an_error_one_can_act_on(command, capsys, tmp_path)
     assert str(tmp_path) in err
 
 
+@pytest.mark.parametrize("command", ["show", "verify", "report", "top"])
+def test_a_folder_above_the_runs_stands_for_the_only_ones_below_it(command, copy, capsys, monkeypatch, tmp_path):
+    logged = tmp_path / "lightning_logs" / "version_0"
+    (logged / "checkpoints").mkdir(parents=True)
+    inside = copy.rename(logged / "influence")
+    (inside / "run-1" / "scores" / "TracInCP.self.arrow").unlink()
+    monkeypatch.chdir(tmp_path)
+    for above in (".", "lightning_logs", logged):
+        assert said(capsys, command, above)[0] == 0
+    second = tmp_path / "lightning_logs" / "version_1" / "influence"
+    shutil.copytree(inside, second)
+    code, _, err = said(capsys, command, tmp_path)
+    assert code == 1
+    assert err.endswith(f"Pass one:\n  {inside}\n  {second}\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

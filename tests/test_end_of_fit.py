@@ -3,7 +3,9 @@
 import re
 import signal
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import lightning.pytorch
 import pytest
@@ -30,8 +32,10 @@ from lightning_influence import (
     TracInCP,
     Trajectory,
 )
-from lightning_influence.callback.offline import cheaper
+from lightning_influence.callback.end_of_fit import EndOfFit, meant, score_at_end
+from lightning_influence.callback.offline import cheaper, slow_gradients
 from lightning_influence.callback.queries import resolve_queries
+from lightning_influence.callback.results import Results
 from lightning_influence.callback.summary import Summary
 from lightning_influence.methods.plain_loss import PlainLoss
 
@@ -165,10 +169,22 @@ def test_without_queries_the_reason_is_given(tmp_path, printed):
 
 def test_a_plan_beyond_the_budget_is_not_started(tmp_path):
     influence = Influence([TracInCP()], queries="val", max_cost=1e-9)
-    with pytest.warns(UserWarning, match=r"was not started\. It would take about .*`max_cost=1e-09`"):
+    with pytest.warns(
+        UserWarning, match=r"`TracInCP`'s scores were not started\. It would take about .*`max_cost=1e-09`"
+    ):
         fit(influence, tmp_path)
     with pytest.raises(KeyError, match=r"'TracInCP' did not run: It would take about"):
         influence.scores["TracInCP"]
+
+
+def test_by_default_less_than_a_minute_is_never_refused():
+    def limit(**options):
+        return Influence(**options)._plan.limit(0.5)
+
+    assert limit() == 60
+    assert limit(max_cost=10) == 5
+    assert Influence()._plan.limit(30) == 300
+    assert Influence().max_cost == 10
 
 
 def test_what_a_refusal_advises_would_help_that_method():
@@ -183,9 +199,44 @@ def test_what_a_refusal_advises_would_help_that_method():
     assert cheaper(PlainLoss("all"), True) == "Raise `max_cost`, or score after the fit"
 
 
+def test_a_refusal_names_the_parameters_that_make_it_dear():
+    assert slow_gradients(TracInCP(), ["gru.w", "gru.b", "gru.c"]) == (
+        " Most of it is `gru.w` and 2 more, whose gradients are computed one example at a time; pad sequences in place"
+        " of packing them, or leave them out by `parameters=`."
+    )
+    assert slow_gradients(HyDRA(), ["gru.w"]).endswith(
+        "is `gru.w`, whose gradients are computed one example at a time; pad sequences in place of packing them."
+    )
+    assert not slow_gradients(TracInCP(), [])
+    assert not slow_gradients(PlainLoss("all"), ["gru.w"])
+
+
+def test_a_warning_on_images_is_given_once_whatever_their_ranges():
+    end = EndOfFit(*[None] * 4, Summary(Path("run-0"), 1.0), None, None)
+
+    def shows(low):
+        with end._told_once():
+            warnings.warn(f"Values from {low} to 3.", stacklevel=1)
+            warnings.warn(f"Values from {low} to 4.", stacklevel=1)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        shows(-2)
+        shows(-1.5)
+    assert [str(one.message) for one in caught] == ["Values from -2 to 3."]
+
+
+def test_messages_say_whether_scores_or_self_influence_are_meant():
+    assert meant("HyDRA", True) == "HyDRA's self-influence"
+    assert meant("`HyDRA`", False) == "`HyDRA`'s scores"
+    assert meant("`labels`", True) == "`labels`"
+
+
 def test_self_influence_is_offered_again_where_that_was_refused(tmp_path):
     influence = Influence([TracInCP()], self_influence=True, max_cost=1e-9)
-    with pytest.warns(UserWarning, match=r"`TracInCP` was not started(.|\n)*attributor\.self_influence\(TracInCP\("):
+    with pytest.warns(
+        UserWarning, match=r"`TracInCP`'s self-influence was not started(.|\n)*attributor\.self_influence\(TracInCP\("
+    ):
         fit(influence, tmp_path)
 
 
@@ -254,7 +305,7 @@ def test_one_block_says_what_was_scored_and_what_to_look_at_first(tmp_path, prin
     assert re.fullmatch(r"a  6 queries +[\d.]+ s \(estimated: [\d.]+ s\)  influence\.scores\['a'\].*", lines[1])
     assert re.fullmatch(r"a  each example on itself .* influence\.self_scores\['a'\].*", lines[2])
     assert lines[3:] == [
-        "without bad: a warning says why",
+        "without bad's scores, bad's self-influence: a warning says why",
         f"saved in {str(influence.run_dir / 'scores')!r}",
         "logged by TensorBoardLogger",
         "look first at: print(influence.self_scores['a'].top(20))",
@@ -362,6 +413,18 @@ def test_ctrl_c_before_the_first_method_is_the_reason_too(tmp_path, monkeypatch,
             results["GradientDot"]
 
 
+@pytest.mark.parametrize("sample_id", [None, "idx"])
+def test_a_stream_is_not_continued_by_lines_that_would_be_refused(tmp_path, sample_id):
+    plan, trainer = Influence([GradientDot()], sample_id=sample_id)._plan, SimpleNamespace(datamodule=None)
+    trainer.train_dataloader, trainer.strategy = DataLoader(Stream()), pl.Trainer(**QUIET).strategy
+    refused = mock.Mock(side_effect=TypeError("no examples by index"))
+    with pytest.warns(UserWarning, match="Scores were not computed") as caught:
+        score_at_end(plan, trainer, tmp_path, refused, Results(), Results())
+    text = str(caught[0].message)
+    assert ("To continue" in text) == (sample_id is not None) == (", lookup=lookup)" in text)
+    assert ("`Influence(sample_id=, lookup=)`" in text) == (sample_id is None)
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(VAL)
@@ -437,9 +500,9 @@ def test_the_lines_that_are_printed_give_the_scores(tmp_path, method, options, g
     trainer = pl.Trainer(**QUIET, max_epochs=2, callbacks=[influence], precision=precision)
     train, val = DataLoader(TRAIN, 6, collate_fn=collated), DataLoader(VAL, 4, collate_fn=collated)
     loaders = {} if "datamodule" in given else {"train_dataloaders": train, "val_dataloaders": val}
-    with pytest.warns(UserWarning, match="was not started") as caught:
+    with pytest.warns(UserWarning, match="were not started") as caught:
         trainer.fit(make_net(pl), **loaders, datamodule=given.get("datamodule"))
-    text = next(str(warning.message) for warning in caught if "was not started" in str(warning.message))
+    text = next(str(warning.message) for warning in caught if "were not started" in str(warning.message))
     lines = "\n".join(line.strip() for line in text.splitlines()[1:])
     assert contains in lines
     names = {"model": make_net(pl), **given}

@@ -41,7 +41,9 @@ def test_images_are_what_they_were_before_they_were_normalised():
     normalised = (original - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     shown = look_at((normalised, 1), normalization=(mean, std)).value
     torch.testing.assert_close(shown, original.movedim(0, 2), atol=1e-7, rtol=0)  # the means are float32
-    with pytest.warns(UserWarning, match=r"Each image is stretched to its own range"):
+    with pytest.warns(
+        UserWarning, match=r"Each image is stretched to its own range, .* wrong\. Pass `norm.*\(mean, std\)\}\)`\.$"
+    ):
         stretched = look_at(normalised).value
     assert (float(stretched.min()), float(stretched.max())) == (0.0, 1.0)
 

@@ -173,6 +173,19 @@ def test_repr_says_method_size_units_sign_checkpoints_notes_and_the_strongest():
     assert "1 checkpoint (step 7)." in many
 
 
+def test_printed_notes_have_a_line_each_without_what_is_routine():
+    routine = "Gradients of all 57 parameters were computed the fast way"
+    scores = full(notes=[routine, f"{routine}; not used by the loss: w", "long " * 30, "Short."])
+    lines = repr(scores).splitlines()
+    notes = [line for line in lines if line.startswith("Note: ")]
+    assert [note[:10] for note in notes] == ["Note: Grad", "Note: long", "Note: Shor"]
+    assert lines[-1] == "Note: Short."
+    assert lines[-2].startswith("  long")
+    assert max(map(len, lines)) <= 100
+    assert scores.notes[0] == routine
+    assert scores._repr_html_().count("<br>Note: ") == 3
+
+
 # Base ids
 
 

@@ -1,6 +1,7 @@
 """What `Influence` does when a fit ends: estimate the cost, score, save and log, or record why not."""
 
 import contextlib
+import re
 import time
 import traceback
 import warnings
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 from torch.utils.data import DataLoader
 
 from lightning_influence.attribution.attributor import Attributor
-from lightning_influence.callback.offline import cheaper, offline_lines
+from lightning_influence.callback.offline import cheaper, has_no_ids, offline_lines, slow_gradients
 from lightning_influence.callback.plan import ScoringPlan
 from lightning_influence.callback.queries import missing_loader, resolve_queries
 from lightning_influence.callback.results import Results, scores_file
@@ -29,6 +30,13 @@ _Work = Callable[[str, Method], Scores | SelfScores]
 _Answer = TypeVar("_Answer", Scores, SelfScores)
 _SHOWN = ("render", "labels", "columns", "normalization")
 _WORTH_ANNOUNCING = 5.0  # seconds
+
+
+def meant(name: str, itself: bool) -> str:
+    """A method's scores or its self-influence, in words; the list of labels by its name."""
+    if name.strip("`") == LABELS:
+        return name
+    return f"{name}'s {'self-influence' if itself else 'scores'}"
 
 
 def did_not_finish(error: BaseException, run_dir: Path, plan: ScoringPlan, trainer: Any) -> str:
@@ -55,10 +63,10 @@ def score_at_end(
     except KeyboardInterrupt:
         _interrupted(plan, scores, self_scores, offline_lines(run_dir, plan, trainer))
     except Exception as error:
-        rank_zero_warn(
-            f"Scores were not computed, the fit is complete: {type(error).__name__}: {error}\nTo continue:\n"
-            f"{offline_lines(run_dir, plan, trainer)}"
-        )
+        how = f"To continue:\n{offline_lines(run_dir, plan, trainer)}"
+        if has_no_ids(plan, trainer):
+            how = "A fit on a stream is scored with `Influence(sample_id=, lookup=)`."
+        rank_zero_warn(f"Scores were not computed, the fit is complete: {type(error).__name__}: {error}\n{how}")
         for results in (scores, self_scores):
             results.reasons |= {name: str(error) for name in set(plan.names) - results.keys()}
     finally:
@@ -130,9 +138,10 @@ class EndOfFit:
             with self.attributor.processes.together():
                 results[name] = work(name, method)
         except _TooExpensiveError as refusal:
-            self.summary.lacks(name)
+            self.summary.lacks(meant(name, results is self.self_scores))
             results.reasons[name] = str(refusal)
-            rank_zero_warn(f"`{name}` was not started. {refusal}")
+            what = meant(f"`{name}`", results is self.self_scores)
+            rank_zero_warn(f"{what} {'were' if what.endswith('scores') else 'was'} not started. {refusal}")
         except KeyboardInterrupt as error:
             lines = self._lines(method, results is self.self_scores)
             results.reasons[name] = f"it was interrupted. The fit is complete. To continue:\n{lines}"
@@ -140,7 +149,7 @@ class EndOfFit:
                 rank_zero_warn(f"`{name}` was interrupted.{kept}")
             raise
         except Exception as error:
-            self.summary.lacks(name)
+            self.summary.lacks(meant(name, results is self.self_scores))
             results.reasons[name] = f"{type(error).__name__}: {error}"
             where = traceback.extract_tb(error.__traceback__)[-1]
             rank_zero_warn(
@@ -194,7 +203,7 @@ class EndOfFit:
             _TooExpensiveError: it would take more than `max_cost` times the duration of the fit.
         """
         estimated = self._afforded(name, method, estimated, itself)
-        self.attributor.limit_seconds = self.plan.max_cost * self.summary.fit_seconds
+        self.attributor.limit_seconds = self.plan.limit(self.summary.fit_seconds)
         began = time.perf_counter()
         try:
             scores = compute()
@@ -248,7 +257,9 @@ class EndOfFit:
             try:
                 yield
             finally:
-                new = {(one.category, str(one.message)): one for one in caught}
+                new: dict[tuple[type, str], warnings.WarningMessage] = {}
+                for one in caught:  # the range of an image's values may be all that differs
+                    new.setdefault((one.category, re.sub(r"from -?\d\S* to -?\d\S*", "", str(one.message))), one)
         for key, one in new.items():
             if key not in self.summary.told:
                 self.summary.told.add(key)
@@ -271,12 +282,14 @@ class EndOfFit:
         """The estimated time, the same in every process, which is announced where somebody would wait for it."""
         seconds = max(self.attributor.processes.gathered(seconds))
         if self.plan.verbose and seconds >= _WORTH_ANNOUNCING:
-            rank_zero_info(f"Influence: {name} takes about {seconds:.0f} s.")
+            what = meant(name, itself)
+            rank_zero_info(f"Influence: {what} {'take' if what.endswith('scores') else 'takes'} about {seconds:.0f} s.")
         fit = self.summary.fit_seconds
-        if seconds > self.plan.max_cost * fit:
+        if seconds > self.plan.limit(fit):
+            why = slow_gradients(method, self.attributor._session.one_by_one)
             raise _TooExpensiveError(
                 f"It would take about {seconds:.1f} s, more than `max_cost={self.plan.max_cost:g}` times the "
-                f"fit's {fit:.1f} s. {cheaper(method, itself)}:\n{self._lines(method, itself)}"
+                f"fit's {fit:.1f} s.{why} {cheaper(method, itself)}:\n{self._lines(method, itself)}"
             )
         return seconds
 

@@ -12,7 +12,7 @@ from lightning_influence.callback.confirmation import confirm_data
 from lightning_influence.callback.during_fit import DuringFit
 from lightning_influence.callback.end_of_fit import did_not_finish, score_at_end
 from lightning_influence.callback.guest import Guest, guarded
-from lightning_influence.callback.plan import ScoringPlan
+from lightning_influence.callback.plan import LEAST_SECONDS, ScoringPlan
 from lightning_influence.callback.queries import check_queries
 from lightning_influence.capture.identity import LoaderTap
 from lightning_influence.capture.places import (
@@ -60,7 +60,8 @@ class Influence(Guest):
         lookup: Function that returns the training example of such an integer, as the loader collates it, for data that
             cannot be read by index again.
         max_cost: Do not start a method whose estimated time exceeds this many times the duration of the fit, nor a
-            fit in which tracking would take this many times as long as plain training.
+            fit in which tracking would take this many times as long as plain training. None: 10, and what takes less
+            than a minute at the end of a fit is always started.
         album: Keep in the files of scores what the strongest examples look like and their predictions, up to 5 MB each
             of your data, for the pages of `report`. A dict: arguments of `Scores.save`, as `{"labels": class_names}`.
         log_scores: Write scores to the Trainer's loggers.
@@ -98,7 +99,7 @@ class Influence(Guest):
         parameters: str | Sequence[str] | None = None,
         loss: Callable[[Any, Any], Any] | None = None,
         sample_id: str | Callable[[Any], Any] | None = None,
-        max_cost: float = 10.0,
+        max_cost: float | None = None,
         log_scores: bool = True,
         keep_last: int | None = None,
         lookup: Callable[[int], Any] | None = None,
@@ -117,14 +118,15 @@ class Influence(Guest):
         if not isinstance(sample_id, str):
             check_callable("sample_id", sample_id)
         check_callable("lookup", lookup)
-        check_positive("max_cost", max_cost)
+        check_positive("max_cost", 10.0 if max_cost is None else max_cost)
         check_precision(precision)
         self.queries = arguments.checked_queries(queries)
         self.dirpath = arguments.checked_dirpath(dirpath)
         self._schedule = arguments.schedule_of(every_n_epochs, every_n_train_steps, keep_last, keep, self.methods)
         self.top_k, self.self_influence, self.parameters = top_k, self_influence, arguments.patterns_of(parameters)
         self.loss, self.sample_id, self.lookup, self.precision = loss, sample_id, lookup, precision
-        self.max_cost, self.log_scores, self.verbose = float(max_cost), log_scores, verbose
+        self.max_cost, self.least_seconds = (10.0, LEAST_SECONDS) if max_cost is None else (float(max_cost), 0.0)
+        self.log_scores, self.verbose = log_scores, verbose
         self._resolved: Path | None = None
         self._key: str | None = None
 

@@ -1,12 +1,14 @@
 """Lines of code that compute a method's scores after the fit, in any process, with what this fit needs for it."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import IterableDataset
+
 from lightning_influence.callback.plan import ScoringPlan
-from lightning_influence.methods.method import Method
+from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.methods.plain_loss import PlainLoss
 
 
@@ -40,6 +42,11 @@ def offline_lines(
     )
 
 
+def has_no_ids(plan: ScoringPlan, trainer: Any) -> bool:
+    """Whether the fit was on a stream without ``sample_id``, of which no lines of code compute scores."""
+    return plan.sample_id is None and _is_stream(trainer)
+
+
 def cheaper(method: Method, itself: bool) -> str:
     """What would cost less than this method does, as the beginning of a sentence that ends in lines of code.
 
@@ -61,16 +68,38 @@ def cheaper(method: Method, itself: bool) -> str:
     return f"{text} or score after the fit{'' if itself else ', for instance with `aggregate=' + repr('mean') + '`'}"
 
 
+def slow_gradients(method: Method, names: Sequence[str]) -> str:
+    """A sentence on parameters whose gradients make a method dear; empty where there are none or it takes none.
+
+    Args:
+        method: as it was asked for.
+        names: of the parameters whose gradients are computed one example at a time.
+    """
+    if not names or isinstance(method, PlainLoss):
+        return ""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    # What follows the fit step by step takes all parameters that trained.
+    other = "" if method.needs & Evidence.BATCH_ORDER else ", or leave them out by `parameters=`"
+    return (
+        f" Most of it is `{names[0]}`{more}, whose gradients are computed one example at a time; pad sequences in place"
+        f" of packing them{other}."
+    )
+
+
 def _extras(plan: ScoringPlan, trainer: Any) -> str:
     """Arguments of the attributor without which the scores would be others, or on another device."""
     needed = {
         "trainer=trainer": trainer.strategy.root_device.type != "cpu",
         "loss=loss": plan.loss is not None,
-        "lookup=lookup": plan.lookup is not None,
+        "lookup=lookup": plan.lookup is not None or _is_stream(trainer),
         f"precision={plan.precision!r}": plan.precision is not None,
         f"parameters={list(plan.parameters or ())!r}": plan.parameters is not None,
     }
     return "".join(f", {text}" for text, wanted in needed.items() if wanted)
+
+
+def _is_stream(trainer: Any) -> bool:
+    return isinstance(getattr(trainer.train_dataloader, "dataset", None), IterableDataset)
 
 
 def _queries(queries: Any, trainer: Any) -> str:

@@ -54,7 +54,7 @@ class Summary:
             self._first = f"{where}.top(20)" if itself else f"{where}.proponents(k=5)"
 
     def lacks(self, name: str) -> None:
-        """A method that a warning has told about."""
+        """What a warning has told about, in words."""
         self._missing[name] = None
 
     def __str__(self) -> str:

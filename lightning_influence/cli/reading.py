@@ -6,6 +6,9 @@ from lightning_influence import Scores, SelfScores
 from lightning_influence.files.arrow import map_batches, read_batches
 from lightning_influence.trajectory.files import MANIFEST, runs_in
 
+_LEVELS = 4  # below a folder, at which runs are looked for
+_FOLDERS = 2000  # the most that are looked into
+
 
 def load(path: Path) -> Scores | SelfScores:
     """The scores in a file, of whichever kind; for a folder, the only scores in it.
@@ -55,6 +58,40 @@ def is_partial(path: Path) -> bool:
 def runs_of(path: Path) -> list[Path]:
     """The folder itself if it is a run, otherwise the runs in it, oldest first."""
     return [path] if (path / MANIFEST).is_file() else runs_in(path)
+
+
+def below(path: Path) -> Path:
+    """The folder itself if it holds runs or scores, otherwise the only one below it that does, as of a logger's run.
+
+    Raises:
+        ValueError: several folders below it hold runs or scores.
+    """
+    if not path.is_dir() or runs_of(path) or score_files(path):
+        return path
+    found = _below(path)
+    if len(found) > 1:
+        names = "".join(f"\n  {folder}" for folder in found)
+        raise ValueError(f"Expected one folder of runs or scores, got {str(path)!r} above several. Pass one:{names}")
+    return found[0] if found else path
+
+
+def _below(path: Path) -> list[Path]:
+    """Folders of runs or scores a few levels below one, level by level; none inside another."""
+    found, level, left = [], [path], _FOLDERS
+    for _ in range(_LEVELS):
+        inside = [one for folder in level for one in _folders(folder)][:left]
+        left -= len(inside)
+        held = [one for one in inside if runs_of(one) or any(one.glob("*.arrow"))]
+        found += held
+        level = [one for one in inside if one not in held]
+    return sorted(found)
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        return sorted(one for one in folder.iterdir() if one.is_dir() and not one.is_symlink() and one.name[0] != ".")
+    except OSError:  # somebody else's
+        return []
 
 
 def existing(path: Path) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from lightning_influence import Scores, SelfScores
-from lightning_influence.cli.reading import existing, finished_files, load
+from lightning_influence.cli.reading import below, existing, finished_files, load
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the page, sorted by the list of suspect labels beside the scores, or else by their self-influence."""
-    path, others = _chosen(existing(options.scores))
+    path, others = _chosen(below(existing(options.scores)))
     scores = load(path)
     if isinstance(scores, SelfScores):
         scores.report(options.output)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_influence import MissingEvidence, SelfScores, Trajectory
-from lightning_influence.cli.reading import existing, finished_files, is_partial, load, runs_of, score_files
+from lightning_influence.cli.reading import below, existing, finished_files, is_partial, load, runs_of, score_files
 from lightning_influence.cli.text import megabytes
 from lightning_influence.scores.words import settings, table
 from lightning_influence.trajectory.in_words import the_fit
@@ -22,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the tables."""
-    path = existing(options.path)
+    path = below(existing(options.path))
     if path.is_file():
         scores = load(path)
         print(scores)

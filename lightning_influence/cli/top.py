@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from lightning_influence import SelfScores, TopK
-from lightning_influence.cli.reading import existing, load
+from lightning_influence.cli.reading import below, existing, load
 from lightning_influence.scores.id_checks import places
 from lightning_influence.scores.words import unit
 
@@ -20,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the ranking."""
-    scores = load(existing(options.scores))
+    scores = load(below(existing(options.scores)))
     if isinstance(scores, SelfScores):
         if options.query is not None:
             raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning_influence
 from lightning_influence import Evidence, Method, MissingEvidence, Trajectory
-from lightning_influence.cli.reading import existing, read_scores, runs_of, score_files
+from lightning_influence.cli.reading import below, existing, read_scores, runs_of, score_files
 from lightning_influence.curvature.store import read_any as read_prepared
 from lightning_influence.files.arrow import read_batches
 from lightning_influence.files.atomic import left_over
@@ -32,8 +32,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Check every file of every run; returns 1 if one is damaged."""
     path = existing(options.path)
-    runs = runs_of(path) if path.is_dir() else []
     banks = sorted(found.parent for found in path.rglob(BANK)) if path.is_dir() else []
+    path = path if banks else below(path)
+    runs = runs_of(path) if path.is_dir() else []
     files = [path] if path.is_file() else score_files(path) if not runs and path not in banks else []
     if not runs and not files and not banks:
         raise MissingEvidence(

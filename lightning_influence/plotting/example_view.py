@@ -19,14 +19,14 @@ Classes: TypeAlias = Sequence[str] | Mapping[int, str]
 
 _Options = TypeVar("_Options", bound="ViewOptions")
 _ROUNDING = 0.02  # resizing and compression leave [0, 1] by as much
+_PASS = "Pass `normalization=(mean, std)` here; for the logger, `Influence(album={'normalization': (mean, std)})`."
 _OTHER = (
     "Expected `normalization` to bring images into [0, 1], got values from {:.2g} to {:.2g}. The colours shown may be"
-    " wrong; pass the `normalization=(mean, std)` of these images."
+    " wrong."
 )
 _STRETCHED = (
     "Expected images with values from 0 to 1, or the mean and standard deviation that they were normalised with, got"
-    " neither. Each image is stretched to its own range, so that colours may be wrong. Pass"
-    " `normalization=(mean, std)`, to `Influence` as `album={'normalization': (mean, std)}`."
+    f" neither. Each image is stretched to its own range, so that colours may be wrong. {_PASS}"
 )
 _ROW = 40  # the most numbers that are shown one by one; more are a curve
 _NAME = 200  # characters of the name of a class
@@ -269,7 +269,7 @@ def _image(image: Tensor, normalization: Normalization | None) -> Tensor | None:
     low, high = image.min(), image.max()
     if normalization is not None and not whole:
         if low < -_ROUNDING or high > 1 + _ROUNDING:
-            warnings.warn(_OTHER.format(low, high), stacklevel=2)
+            warnings.warn(f"{_OTHER.format(low, high)} {_PASS}", stacklevel=2)
         image = image.clamp(0, 1)
     elif low < 0 or high > 1:
         if image.ndim == 3 and image.shape[2] == 3:

@@ -17,4 +17,5 @@ def snippet(paragraph: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     head = "".join(f"<th {_CELL}>{escape(name)}</th>" for name in columns)
     body = "".join("<tr>" + "".join(f"<td {_CELL}>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div><p style="max-width: 60em">{escape(unbroken(paragraph))}</p>{table}</div>'
+    text = escape(unbroken(paragraph)).replace("\nNote: ", "<br>Note: ")
+    return f'<div><p style="max-width: 60em">{text}</p>{table}</div>'

@@ -126,11 +126,15 @@ def numbers(name: str, given: Mapping[str, float] | None) -> dict[str, float]:
 
 
 def paragraph(answer: Answer, findings: Sequence[str]) -> str:
-    """What the scores are, what a reader must know about them, and what was found."""
-    notes = [f"Note: {note.rstrip('.')}." for note in answer.notes]
+    """What the scores are and what was found, then what a reader must know about them, a line for each note."""
     head = f"{answer.method}: {answer.contents}, {words.unit(answer.units)}."
-    sentences = [head, answer.meaning, *_evidence(answer), *notes, *findings]
-    return textwrap.fill(" ".join(sentences), width=100, break_on_hyphens=False)
+    text = " ".join([head, answer.meaning, *_evidence(answer), *findings])
+    lines = [text, *(f"Note: {note.rstrip('.')}." for note in words.to_print(answer.notes))]
+    # A line that is broken goes on further to the right.
+    filled = (
+        textwrap.fill(line, 100, subsequent_indent="  " * (line is not text), break_on_hyphens=False) for line in lines
+    )
+    return "\n".join(filled)
 
 
 def facts(answer: Answer) -> list[str]:

@@ -21,8 +21,9 @@ _DIAGNOSTICS = {
     "solver_scale": "scale of the solver {:.3g}",
     "standard_error_median": "median standard error {:.3g}",
 }
+_ALL_FAST = r"Gradients of all [\d,]+ parameters were computed the fast way$"
 _ROUTINE = re.compile(
-    r"Gradients of all [\d,]+ parameters were computed the fast way$|Damping |E?K-FAC of the |Head `"
+    _ALL_FAST + r"|Damping |E?K-FAC of the |Head `"
     r"|\d+ segments? with |Exact: all |Truncated Monte Carlo: |`diagnostics\['agreement'\]`"
 )
 _NOTHING_AT_ZERO = ("attention_drift", "queries_without_scores", "score_error")
@@ -64,6 +65,11 @@ def settings(found: Mapping[str, Any]) -> dict[str, str]:
 def news(notes: Sequence[str]) -> list[str]:
     """Notes without those that every question of the kind has, such as the damping that was used."""
     return [note for note in notes if not _ROUTINE.match(note)]
+
+
+def to_print(notes: Sequence[str]) -> list[str]:
+    """Notes without the one that says nothing of this question: that all gradients were computed the fast way."""
+    return [note for note in notes if not re.match(_ALL_FAST, note)]
 
 
 def table(names: Sequence[str], rows: Sequence[Sequence[Any]], indent: str = "  ") -> str:

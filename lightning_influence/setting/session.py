@@ -76,6 +76,12 @@ class Session:
     def __post_init__(self) -> None:
         self._planner = Planner(self.train, self.trajectory, self.names)
 
+    @property
+    def one_by_one(self) -> list[str]:
+        """Parameters whose gradients take a backward pass per example, as far as it was found out."""
+        plans = [plan for _, plan in self._planner.found.plans.values()]
+        return list(dict.fromkeys(name for plan in plans for name in plan.one_by_one))
+
     def ending_with(self, own: Checkpoint, trajectory: Trajectory | None) -> "Session":
         """A session with other final weights; what was found about gradients at these weights is found again."""
         return replace(self, own=own, trajectory=trajectory)
