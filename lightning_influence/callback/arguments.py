@@ -7,6 +7,7 @@ from typing import Any
 from lightning_influence.attribution.data_arguments import loader_named
 from lightning_influence.capture.schedule import Schedule
 from lightning_influence.checks import check_flag, check_integer, check_path_like, one_of
+from lightning_influence.data.lookalikes import check_no_lookalike
 from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.methods.plain_loss import LABELS
 
@@ -97,6 +98,8 @@ def checked_queries(queries: Any) -> Any:
             f"Expected `queries` to be a Dataset, a DataLoader, 'train', 'val' or 'test', got the class "
             f"`{queries.__name__}`. Pass an object of it."
         )
+    elif isinstance(queries, int) and not isinstance(queries, bool):
+        check_no_lookalike(queries, "queries")
     elif queries is not None and not (hasattr(queries, "__getitem__") or hasattr(queries, "__iter__")):
         raise TypeError(f"Expected `queries` to be a Dataset, a DataLoader, 'train', 'val' or 'test', got {queries!r}.")
     return queries

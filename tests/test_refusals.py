@@ -1,0 +1,58 @@
+"""Arguments that are nearly right are refused with what to write instead."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_influence import Attributor, Influence
+from lightning_influence.callback.queries import check_queries
+from lightning_influence.data.source import source_of
+
+FEATURES = torch.zeros(4, 8)
+DATA = TensorDataset(FEATURES, torch.tensor([0, 1, 2, 1]))
+
+
+class Table:
+    """As a DataFrame is indexed."""
+
+    columns, iloc = ["a"], {}
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, name):
+        return []
+
+
+def attributor():
+    return Attributor(nn.Linear(8, 3), DATA)
+
+
+@pytest.mark.parametrize(
+    ("queries", "said"),
+    [
+        ({"text": "a", "label": 1}, r"keys 'text', 'label', which looks like one example or batch\. Pass `\[example"),
+        (next(iter(DataLoader(DATA))), r"looks like one batch or example\. Pass the Dataset"),
+        (dict.fromkeys(("train", "test"), DATA), r"of several datasets\. Pass one of them, such as `\['train'\]"),
+        (Table(), r"its rows are `\.iloc\[i\]`\. Wrap it in a Dataset"),
+        ([0, 1, 2], r"got \[0, 1, 2\], which looks like ids\. Pass `torch\.utils\.data\.Subset\(dataset, \[0, 1, 2\]"),
+        (3, r"got 3, which looks like an id\. Pass `torch\.utils\.data\.Subset\(dataset, \[3\]\)"),
+    ],
+)
+def test_queries_that_are_no_dataset(queries, said):
+    with pytest.raises(TypeError, match=said):
+        check_queries(queries)
+    with pytest.raises(TypeError, match=said):
+        attributor()._queries(queries)
+
+
+def test_an_id_in_the_place_of_queries():
+    with pytest.raises(TypeError, match=r"Subset\(dataset, \[3\]\)"):
+        Influence(queries=3)
+
+
+def test_lists_that_are_datasets():
+    for data in ([{"x": 1}], {0: 1, 1: 2}, FEATURES, [FEATURES, FEATURES], ["a", "b"]):
+        assert len(source_of(data, "queries").dataset) == len(data)
+    assert len(source_of([1, 2], "train").dataset) == 2
