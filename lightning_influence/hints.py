@@ -69,6 +69,7 @@ ELSEWHERE: dict[str, Mapping[str, str]] = {
         **dict.fromkeys(("proponents", "opponents", "plot", "report"), "a method of what `score` returns"),
         "self_scores": "`self_influence(method)`",
         "bank": "`attributor.refit.bank(queries, ...)`, with `Attributor(refit=Refit())`",
+        "refit": "`Attributor(..., refit=Refit())`, which has it",
     },
     "Trajectory": {
         **dict.fromkeys(("score", "self_influence", "losses"), "`Attributor(model, train, trajectory).{}`"),

@@ -56,3 +56,8 @@ def test_lists_that_are_datasets():
     for data in ([{"x": 1}], {0: 1, 1: 2}, FEATURES, [FEATURES, FEATURES], ["a", "b"]):
         assert len(source_of(data, "queries").dataset) == len(data)
     assert len(source_of([1, 2], "train").dataset) == 2
+
+
+def test_a_bank_without_refit():
+    with pytest.raises(AttributeError, match=r"no attribute 'refit'\. Use `Attributor\(\.\.\., refit=Refit\(\)\)`"):
+        _ = attributor().refit.bank
