@@ -1,5 +1,8 @@
 """Arguments that are nearly right are refused with what to write instead."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -61,3 +64,18 @@ def test_lists_that_are_datasets():
 def test_a_bank_without_refit():
     with pytest.raises(AttributeError, match=r"no attribute 'refit'\. Use `Attributor\(\.\.\., refit=Refit\(\)\)`"):
         _ = attributor().refit.bank
+
+
+def test_names_of_scores():
+    influence = Influence()
+    for _ in range(2):
+        with pytest.raises(KeyError, match=r"\(none yet\), got 'TracInCP'\. No fit has run yet\. Call `trainer\.fit`"):
+            influence.scores["TracInCP"]
+        influence = copy.deepcopy(influence)
+    influence._forget()
+    influence.scores["TracInCP"], influence.self_scores["labels"] = 1, 2
+    influence = pickle.loads(pickle.dumps(influence))
+    with pytest.raises(KeyError, match=r"\('TracInCP'\), got 'TracinCP'\. Did you mean 'TracInCP'\?"):
+        influence.scores["TracinCP"]
+    with pytest.raises(KeyError, match=r"got 'labels'\. It is in `influence\.self_scores\['labels'\]`\."):
+        influence.scores["labels"]
