@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence import Attributor, Influence
+from lightning_influence import Attributor, ExactGGN, Influence, InfluenceFunction, TracInCP
 from lightning_influence.callback.queries import check_queries
 from lightning_influence.data.source import source_of
 
@@ -79,3 +79,25 @@ def test_names_of_scores():
         influence.scores["TracinCP"]
     with pytest.raises(KeyError, match=r"got 'labels'\. It is in `influence\.self_scores\['labels'\]`\."):
         influence.scores["labels"]
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        (TracInCP(), r"got TracInCP\(\)\. Write `\[TracInCP\(\)\]`\."),
+        (
+            InfluenceFunction(ExactGGN(damping=0.5)),
+            r"`\[InfluenceFunction\(curvature=ExactGGN\(damping=0\.5\)\)\]`",
+        ),
+        (["TracInCP"], r"got 'TracInCP' as 'str'\. Write `TracInCP\(\)`, without quotes\."),
+        (["tracin"], r"got 'tracin'"),
+    ],
+)
+def test_methods_in_another_form(methods, said):
+    with pytest.raises(TypeError, match=said):
+        Influence(methods)
+
+
+def test_class_names_in_the_place_of_a_flag():
+    with pytest.raises(TypeError, match=r"'spam'\]\. Names of classes go to `report\(labels=\)` or `album="):
+        Influence(labels=["ham", "spam"])
