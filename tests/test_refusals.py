@@ -2,15 +2,17 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence import Attributor, ExactGGN, Influence, InfluenceFunction, TracInCP
+from lightning_influence import Attributor, ExactGGN, Influence, InfluenceFunction, Scores, TracInCP
 from lightning_influence.callback.queries import check_queries
 from lightning_influence.data.source import source_of
+from lightning_influence.report.album import Showing
 
 FEATURES = torch.zeros(4, 8)
 DATA = TensorDataset(FEATURES, torch.tensor([0, 1, 2, 1]))
@@ -101,3 +103,23 @@ def test_methods_in_another_form(methods, said):
 def test_class_names_in_the_place_of_a_flag():
     with pytest.raises(TypeError, match=r"'spam'\]\. Names of classes go to `report\(labels=\)` or `album="):
         Influence(labels=["ham", "spam"])
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "given"),
+    [
+        (ValueError, r"Expected `columns` to have 8 names, got 2\.", {"columns": ["a", "b"]}),
+        (ValueError, r"a name for each class, got 2 for class 2\.", {"labels": ["no", "yes"]}),
+        (TypeError, r"Expected `labels` to be a list of names, got 'yes'", {"labels": "yes"}),
+    ],
+)
+def test_names_of_classes_and_columns(error, said, given, tmp_path):
+    scores = Scores(torch.ones(4, 4), None, torch.arange(4), torch.arange(4), method="M")
+    for ask in (scores.plot, partial(scores.report, tmp_path / "page.html")):
+        with pytest.raises(error, match=said):
+            ask(train=DATA, queries=DATA, **given)
+
+
+def test_fewer_names_than_classes_in_a_dict():
+    shown = Showing(labels={0: "no"}).entry((FEATURES[0], 2))
+    assert (shown["class"], Showing().entry((FEATURES[0], 2))["class"]) == ("2", "2")
