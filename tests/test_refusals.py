@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence import Attributor, ExactGGN, Influence, InfluenceFunction, Scores, TracInCP
+from lightning_influence import Attributor, ExactGGN, GradientDot, Influence, InfluenceFunction, Scores, TracInCP
 from lightning_influence.callback.queries import check_queries
 from lightning_influence.data.source import source_of
 from lightning_influence.report.album import Showing
@@ -123,3 +123,18 @@ def test_names_of_classes_and_columns(error, said, given, tmp_path):
 def test_fewer_names_than_classes_in_a_dict():
     shown = Showing(labels={0: "no"}).entry((FEATURES[0], 2))
     assert (shown["class"], Showing().entry((FEATURES[0], 2))["class"]) == ("2", "2")
+
+
+def test_a_name_of_the_data_of_losses():
+    for name, said in (("val", r"got 'val'\. Names of other"), ("vals", "got 'vals'")):
+        with pytest.raises(ValueError, match=f"Expected `data` to be .*{said}"):
+            attributor().losses(name)
+        with pytest.raises(ValueError, match="Expected `queries` to be "):
+            attributor().score(GradientDot(), name)
+
+
+def test_attributes_of_other_libraries():
+    with pytest.raises(AttributeError, match=r"Use `values\.shape`"):
+        _ = Scores(torch.ones(4, 4), None, torch.arange(4), torch.arange(4), method="M").shape
+    with pytest.raises(AttributeError, match=r"Use `losses\(checkpoints='all'\)`"):
+        _ = attributor().labels

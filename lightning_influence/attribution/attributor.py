@@ -244,7 +244,7 @@ class Attributor(Hinted):
             ValueError: losses that are not finite.
             MissingEvidence: ``checkpoints`` without a trajectory.
         """
-        method, source = PlainLoss(checkpoints), self._queries(data)
+        method, source = PlainLoss(checkpoints), self._queries(data, "data")
         arguments.check_method(method, self.trajectory, self._refit, path)
         train = source is self._train
         with self._final.session_of(method).open(gradients=False) as setting:
@@ -344,5 +344,5 @@ class Attributor(Hinted):
             scores.save(path)
         return scores
 
-    def _queries(self, queries: Any) -> Source:
-        return queried(queries, self._train, self._datamodule)
+    def _queries(self, queries: Any, name: str = "queries") -> Source:
+        return queried(queries, self._train, self._datamodule, name)
