@@ -60,7 +60,9 @@ class ViewOptions:
     def suited_to(self: _Options, dataset: Any) -> _Options:
         """These options, with the normalisation and the class names of a dataset where none were given."""
         found = normalization_of(dataset) if self.normalization is None else self.normalization
-        labels = dict(enumerate(classes_of(dataset) or ())) or None if self.labels is None else self.labels
+        labels = self.labels
+        if labels is None and (names := classes_of(dataset)) is not None:
+            labels = dict(enumerate(names)) if not isinstance(names, Mapping) else names
         return replace(self, normalization=found, labels=labels)
 
     @property
