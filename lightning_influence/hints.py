@@ -22,6 +22,7 @@ ELSEWHERE: dict[str, Mapping[str, str]] = {
         "to_parquet": f"{_TABLE}.to_parquet(path)",
         "df": _TABLE,
         "name": "`method`",
+        "shape": "`values.shape`",
     },
     "SelfScores": {
         "proponents": f"`top(k)`: {_ITSELF}",
@@ -35,6 +36,7 @@ ELSEWHERE: dict[str, Mapping[str, str]] = {
         "to_parquet": f"{_TABLE}.to_parquet(path)",
         "df": _TABLE,
         "name": "`method`",
+        "shape": "`values.shape`",
     },
     "TopK": {"values": "`scores`", "indices": "`train_ids`", "query_id": "`query_ids`"},
     "Results": {
@@ -69,6 +71,8 @@ ELSEWHERE: dict[str, Mapping[str, str]] = {
         **dict.fromkeys(("proponents", "opponents", "plot", "report"), "a method of what `score` returns"),
         "self_scores": "`self_influence(method)`",
         "bank": "`attributor.refit.bank(queries, ...)`, with `Attributor(refit=Refit())`",
+        "labels": "`losses(checkpoints='all')`",
+        "refit": "`Attributor(..., refit=Refit())`, which has it",
     },
     "Trajectory": {
         **dict.fromkeys(("score", "self_influence", "losses"), "`Attributor(model, train, trajectory).{}`"),

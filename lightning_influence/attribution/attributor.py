@@ -108,7 +108,7 @@ class Attributor(Hinted):
         self.trajectory = trajectory
         self.trainer = trainer if trainer is not None else getattr(self.module, "_trainer", None)
         self.processes = processes_of(trainer)
-        self.refit, self.loss, self.precision = refit, loss, precision
+        self._refit, self.loss, self.precision = refit, loss, precision
         self.limit_seconds: float | None = None
         self.batch_size = batch_size
         self._datamodule = datamodule_of(datamodule, self.module, self.trainer)
@@ -119,6 +119,7 @@ class Attributor(Hinted):
         self._session = Session(*about, datamodule=datamodule, checks_data=check_data, precision=precision)
         self._final = final_weights(weights, self._session)
         if refit is not None:
+            self.refit = refit
             refit.attach(self._session, self._train, self.processes)
 
     def __repr__(self) -> str:
@@ -243,8 +244,8 @@ class Attributor(Hinted):
             ValueError: losses that are not finite.
             MissingEvidence: ``checkpoints`` without a trajectory.
         """
-        method, source = PlainLoss(checkpoints), self._queries(data)
-        arguments.check_method(method, self.trajectory, self.refit, path)
+        method, source = PlainLoss(checkpoints), self._queries(data, "data")
+        arguments.check_method(method, self.trajectory, self._refit, path)
         train = source is self._train
         with self._final.session_of(method).open(gradients=False) as setting:
             setting.reduction_of(None)  # it finds out how an example is read alone
@@ -326,7 +327,7 @@ class Attributor(Hinted):
     def _check(self, method: Method, path: str | PathLike[str] | None = None) -> None:
         if self._stream is not None and isinstance(method, Method):
             check_method_on_stream(method, len(self._train.dataset))
-        arguments.check_method(method, self.trajectory, self.refit, path)
+        arguments.check_method(method, self.trajectory, self._refit, path)
 
     def _open(
         self,
@@ -336,12 +337,12 @@ class Attributor(Hinted):
         aggregate: str | None = None,
     ) -> contextlib.AbstractContextManager[Setting]:
         session, mean = self._final.session_of(method), aggregate == "mean"
-        return opened(session, method, queries, measurement, mean, self.refit, self.processes, self.limit_seconds)
+        return opened(session, method, queries, measurement, mean, self._refit, self.processes, self.limit_seconds)
 
     def _saved(self, scores: _Answer, path: str | PathLike[str] | None) -> _Answer:
         if path is not None and self.processes.rank == 0:
             scores.save(path)
         return scores
 
-    def _queries(self, queries: Any) -> Source:
-        return queried(queries, self._train, self._datamodule)
+    def _queries(self, queries: Any, name: str = "queries") -> Source:
+        return queried(queries, self._train, self._datamodule, name)

@@ -78,8 +78,10 @@ def _source_or_none(datamodule: SetUpDataModule) -> Source | None:
         return None
 
 
-def queried(queries: Any, train: Source, datamodule: SetUpDataModule | None) -> Source:
-    """The queries: data, "train", or or a name as for ``_named``; a Dataset is collated as the training data are.
+def queried(queries: Any, train: Source, datamodule: SetUpDataModule | None, name: str = "queries") -> Source:
+    """The queries: data, "train", or a name as for ``_named``; a Dataset is collated as the training data are.
+
+    Error messages have the ``name`` of the argument.
 
     Raises:
         TypeError: see ``source_of``.
@@ -87,7 +89,7 @@ def queried(queries: Any, train: Source, datamodule: SetUpDataModule | None) -> 
     """
     if isinstance(queries, str) and queries == "train":
         return train
-    return source_of(_named(queries, datamodule) if isinstance(queries, str) else queries, "queries", like=train)
+    return source_of(_named(queries, datamodule, name) if isinstance(queries, str) else queries, name, like=train)
 
 
 def described(module: Any, train: Source, trajectory: Trajectory | None) -> str:
@@ -97,27 +99,27 @@ def described(module: Any, train: Source, trajectory: Trajectory | None) -> str:
     return f"Attributor of {of}\n{fit}"
 
 
-def _named(name: str, datamodule: SetUpDataModule | None) -> Any:
+def _named(name: str, datamodule: SetUpDataModule | None, argument: str) -> Any:
     """The DataModule's loader ``"val"`` or ``"test"``, or ``"val:1"`` for the second of several.
 
     Raises:
         ValueError: there is no such loader.
     """
-    kind, position = loader_named(name)
+    kind, position = loader_named(name, argument)
     if datamodule is None:
         raise ValueError(
-            f"Expected `queries` to be a Dataset, a DataLoader or 'train', got {name!r}. Names of other loaders "
+            f"Expected `{argument}` to be a Dataset, a DataLoader or 'train', got {name!r}. Names of other loaders "
             "work with `Attributor(datamodule=)`, and in `Influence(queries=)`."
         )
     loaders = datamodule.loaders(kind)
     if position >= len(loaders):
         raise ValueError(
-            f"Expected `queries` to name one of {counted(len(loaders), 'loader')}, got {name!r}. Count from 0."
+            f"Expected `{argument}` to name one of {counted(len(loaders), 'loader')}, got {name!r}. Count from 0."
         )
     return loaders[position]
 
 
-def loader_named(name: str) -> tuple[str, int]:
+def loader_named(name: str, argument: str = "queries") -> tuple[str, int]:
     """The kind of loader that a word for queries names, and which of several: ``("val", 1)`` for ``"val:1"``.
 
     Raises:
@@ -126,7 +128,7 @@ def loader_named(name: str) -> tuple[str, int]:
     kind, _, number = name.partition(":")
     if kind not in ("val", "test", "train") or (":" in name and not number.isdigit()):
         raise ValueError(
-            "Expected `queries` to be a Dataset, a DataLoader, 'train', 'val', 'test' or such as 'val:1', got "
+            f"Expected `{argument}` to be a Dataset, a DataLoader, 'train', 'val', 'test' or such as 'val:1', got "
             f"{name!r}. Pass data, or one of these names."
         )
     return kind, int(number or 0)

@@ -7,8 +7,10 @@ from typing import Any
 from lightning_influence.attribution.data_arguments import loader_named
 from lightning_influence.capture.schedule import Schedule
 from lightning_influence.checks import check_flag, check_integer, check_path_like, one_of
+from lightning_influence.data.lookalikes import check_no_lookalike
 from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.methods.plain_loss import LABELS
+from lightning_influence.wording import brief
 
 _MEGABYTES = 5.0  # of an album, in each file of scores
 _SHOWN = ("labels", "render", "columns", "normalization", "megabytes", "predictions")
@@ -35,12 +37,15 @@ def named_methods(methods: Any) -> dict[str, Any]:
             named[name] = method
     else:
         one = isinstance(methods, type) and issubclass(methods, Method)
-        shown = f"[{methods.__name__ if one else methods}()]" if one or isinstance(methods, str) else f"[{methods!r}]"
+        shown = (
+            f"[{methods.__name__ if one else methods}()]" if one or isinstance(methods, str) else f"[{brief(methods)}]"
+        )
         shown = shown if one or isinstance(methods, (str, Method)) else "[TracInCP()]` or, to only record, `[]"
-        raise TypeError(f"Expected `methods` to be a list or a dict of methods, got {methods!r}. Write `{shown}`.")
+        raise TypeError(f"Expected `methods` to be a list or a dict of methods, got {brief(methods)}. Write `{shown}`.")
     for name, method in named.items():
         if not isinstance(method, Method):
             hint = f"Make one: `{method.__name__}()`." if isinstance(method, type) else "Subclass `Method`."
+            hint = f"Write `{method.removesuffix('()')}()`, without quotes." if isinstance(method, str) else hint
             raise TypeError(
                 f"Expected `methods` to hold methods such as `TracInCP()`, got {method!r} as {name!r}. {hint}"
             )
@@ -97,6 +102,8 @@ def checked_queries(queries: Any) -> Any:
             f"Expected `queries` to be a Dataset, a DataLoader, 'train', 'val' or 'test', got the class "
             f"`{queries.__name__}`. Pass an object of it."
         )
+    elif isinstance(queries, int) and not isinstance(queries, bool):
+        check_no_lookalike(queries, "queries")
     elif queries is not None and not (hasattr(queries, "__getitem__") or hasattr(queries, "__iter__")):
         raise TypeError(f"Expected `queries` to be a Dataset, a DataLoader, 'train', 'val' or 'test', got {queries!r}.")
     return queries
@@ -105,6 +112,11 @@ def checked_queries(queries: Any) -> Any:
 def check_flags(**flags: Any) -> None:
     """Raises TypeError unless each is True or False."""
     for name, flag in flags.items():
+        if name == "labels" and not isinstance(flag, bool):
+            raise TypeError(
+                f"Expected `labels` to be True or False, got {flag!r}. Names of classes go to `report(labels=)` or "
+                "`album={'labels': ...}`."
+            )
         check_flag(name, flag)
 
 

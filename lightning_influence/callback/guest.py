@@ -92,7 +92,8 @@ class Guest(CallbackBase, Hinted):
 
     def __init__(self) -> None:
         super().__init__()
-        self._scores, self._self_scores = Results(), Results()
+        self._self_scores = Results()
+        self._scores = Results(self._self_scores)
         self._run_dir: Path | None = None
         self._token = os.urandom(16).hex()  # by which the process that starts those of a fit finds what they left
         self._phase = "new"  # then "set up", and "training" from the first step on

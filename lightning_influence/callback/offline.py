@@ -10,6 +10,7 @@ from torch.utils.data import IterableDataset
 from lightning_influence.callback.plan import ScoringPlan
 from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.methods.plain_loss import PlainLoss
+from lightning_influence.wording import brief, not_default
 
 
 def offline_lines(
@@ -31,9 +32,9 @@ def offline_lines(
     if trainer.datamodule is None:
         data = "train=train_dataloader, trajectory=trajectory"
     top_k = "" if plan.top_k is None else f", top_k={plan.top_k}"
-    asked = f"score({method!r}, queries={_queries(plan.queries, trainer)}{top_k})"
+    asked = f"score({brief(method)}, queries={_queries(plan.queries, trainer)}{top_k})"
     if losses or itself:
-        asked = "losses(checkpoints='all')" if losses else f"self_influence({method!r})"
+        asked = "losses(checkpoints='all')" if losses else f"self_influence({brief(method)})"
     return (
         f"  from lightning_influence import {', '.join(names)}\n"
         f"  trajectory = Trajectory.load({str(run_dir)!r})\n"
@@ -111,9 +112,9 @@ def _queries(queries: Any, trainer: Any) -> str:
 
 
 def _classes(value: Any) -> Iterator[str]:
-    """The classes of this package in the ``repr`` of a method."""
+    """The classes of this package in the code of a method."""
     if type(value).__module__.startswith("lightning_influence."):
         yield type(value).__name__
         if dataclasses.is_dataclass(value):
-            for field in dataclasses.fields(value):
-                yield from _classes(getattr(value, field.name))
+            for _, one in not_default(value):
+                yield from _classes(one)

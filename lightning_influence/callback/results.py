@@ -1,6 +1,7 @@
 """The results of a fit by name: of this process, or what those that it started (`ddp_spawn`) have left in files."""
 
 import contextlib
+import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,8 +27,10 @@ class Results(dict[str, Any], Hinted):
     ``partial`` has, by method name, the scores that were finished when an error ended a method.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, itself: "Results | None" = None) -> None:
         super().__init__()
+        self._itself = itself  # the `self_scores` beside these scores
+        self._new = True  # no fit has begun
         self.partial: dict[str, Any] = {}
         self.reasons: dict[str, str] = {}
         self.why: str | None = None  # there are no scores at all, as the fit was not recorded
@@ -40,15 +43,23 @@ class Results(dict[str, Any], Hinted):
         return words.table(("name", "scores"), rows) if rows else f"No scores{f': {self.why}' if self.why else ' yet'}."
 
     def __missing__(self, key: str) -> Any:
-        names = ", ".join(map(repr, self)) or "none yet"
-        reason = self.reasons.get(key, self.why)
-        why = "" if reason is None else f" {key!r} did not run: {reason}"
+        names, reason = ", ".join(map(repr, self)) or "none yet", self.reasons.get(key, self.why)
+        why = f" {key!r} did not run: {reason}" if reason is not None else self._hint(key)
         why += f" What was finished is in `.partial[{key!r}]`." if key in self.partial else ""
         raise NoScores(f"Expected the name of existing scores ({names}), got {key!r}.{why}")
+
+    def _hint(self, key: str) -> str:
+        if self._new and not self:
+            return " No fit has run yet. Call `trainer.fit` with this callback."
+        if self._itself is not None and key in self._itself:
+            return f" It is in `influence.self_scores[{key!r}]`."
+        close = difflib.get_close_matches(str(key), [*self, *self.reasons], n=1)
+        return f" Did you mean {close[0]!r}?" if close else ""
 
     def clear(self) -> None:
         """Remove scores and reasons."""
         super().clear()
+        self._new = False
         self.partial.clear()
         self.reasons.clear()
         self.why = None

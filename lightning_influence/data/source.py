@@ -12,6 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset
 from lightning_influence.data.examples import Examples
 from lightning_influence.data.expected_draws import expected_draws
 from lightning_influence.data.lists import ReadRows, Rows
+from lightning_influence.data.lookalikes import check_no_lookalike
 from lightning_influence.trajectory.exposure import ExpectedDraws
 from lightning_influence.types import Batch, bytes_in
 
@@ -84,17 +85,14 @@ def source_of(data: Any, name: str, like: Source | None = None) -> Source:
         like: the training source, whose collate function and workers are used for a Dataset.
 
     Raises:
-        TypeError: it has no length and integer indices, or is a single example.
+        TypeError: it has no length and integer indices, or is a single example, a table or ids.
         ValueError: it is empty.
     """
     if data is None or isinstance(data, (type, str, bytes)):
         got = f"the class `{data.__name__}`" if isinstance(data, type) else repr(data)
         raise TypeError(f"Expected `{name}` to be a Dataset or a DataLoader, got {got}. Pass an object with examples.")
-    if isinstance(data, tuple) and len({(type(part), getattr(part, "ndim", None)) for part in data}) > 1:
-        raise TypeError(
-            f"Expected `{name}` to be a Dataset or a DataLoader, got a tuple of unlike parts, which looks like one "
-            "example. Pass `[example]`, or `torch.utils.data.Subset(dataset, [7])`."
-        )
+    if not _holds_loaders(data):
+        check_no_lookalike(data, name)
     if isinstance(data, Source):
         source = data
     elif isinstance(data, DataLoader):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_influence.plotting.example_view import Look, ViewOptions, class_name, plain
+from lightning_influence.plotting.example_view import Look, ViewOptions, plain
 from lightning_influence.plotting.style import blank, fit, width_of, wrap
 
 Render: TypeAlias = Callable[..., Any]
@@ -46,7 +46,7 @@ class Drawing(ViewOptions):
         if item.score is not None:
             lines.append(f"{item.score:+.3g}" if signed else f"{item.score:.3g}")
         if look.label is not None:
-            lines.append(fit(class_name(look.label, self.labels), _NAME))
+            lines.append(fit(self.name_of(look.label), _NAME))
         predicted = plain(item.prediction)
         if predicted is not None:
             lines.append(fit(f"predicted {self.class_of(predicted)}", _NAME))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_influence.plotting.normalization import Normalization, inwards, normalization_of
 from lightning_influence.types import LABELS, labels_in
+from lightning_influence.wording import counted
 
 Classes: TypeAlias = Sequence[str] | Mapping[int, str]
 """Names of the classes, by number."""
@@ -50,10 +51,19 @@ class ViewOptions:
     columns: Sequence[str] | None = None
     normalization: Normalization | None = None
 
+    def __post_init__(self) -> None:
+        """Raises TypeError for a string in the place of names."""
+        for name, given in (("labels", self.labels), ("columns", self.columns)):
+            if isinstance(given, str):
+                raise TypeError(f"Expected `{name}` to be a list of names, got {given!r}. Write `{name}=[{given!r}]`.")
+
     def suited_to(self: _Options, dataset: Any) -> _Options:
         """These options, with the normalisation and the class names of a dataset where none were given."""
         found = normalization_of(dataset) if self.normalization is None else self.normalization
-        return replace(self, normalization=found, labels=classes_of(dataset) if self.labels is None else self.labels)
+        labels = self.labels
+        if labels is None and (names := classes_of(dataset)) is not None:
+            labels = dict(enumerate(names)) if not isinstance(names, Mapping) else names
+        return replace(self, normalization=found, labels=labels)
 
     @property
     def draws(self) -> bool:
@@ -85,7 +95,21 @@ class ViewOptions:
 
     def class_of(self, label: Any) -> str:
         """The name of a class, or its number."""
-        return class_name(label, self.labels).removeprefix("label ")
+        return self.name_of(label).removeprefix("label ")
+
+    def name_of(self, label: Any) -> str:
+        """The name of a class, or "label" and its number.
+
+        Raises:
+            ValueError: A list of `labels` was given that ends before this class.
+        """
+        listed = self.labels is not None and not isinstance(self.labels, Mapping) and not isinstance(label, str)
+        if listed and float(label).is_integer() and label >= len(self.labels or ()):
+            raise ValueError(
+                f"Expected `labels` to have a name for each class, got {len(self.labels or ())} for class {label:g}. "
+                "Name them all, or some in a dict: `labels={0: 'name'}`."
+            )
+        return class_name(label, self.labels)
 
 
 class Look(NamedTuple):
@@ -130,8 +154,12 @@ def look_at(example: Any, columns: Sequence[str] | None = None, normalization: N
         if columns is None and tensor.numel() > _ROW:
             return Look("curve", tensor.double(), label)
         names = list([""] * tensor.numel() if columns is None else columns)
+        if len(names) != tensor.numel():
+            raise ValueError(
+                f"Expected `columns` to have {counted(tensor.numel(), 'name')}, got {len(names)}. Name each number."
+            )
         return Look(
-            "row", [(printable(str(n)), _number(v)) for n, v in zip(names, tensor.tolist(), strict=False)], label
+            "row", [(printable(str(n)), _number(v)) for n, v in zip(names, tensor.tolist(), strict=True)], label
         )
     image = None if tensor is None else _image(tensor, normalization)
     if image is None:
