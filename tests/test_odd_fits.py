@@ -125,12 +125,12 @@ class Stream(IterableDataset):
         return iter(DATA["train"]())
 
 
-def test_data_that_cannot_be_read_again_come_with_lines_to_continue(tmp_path):
+def test_data_that_cannot_be_read_again_come_with_the_way_out(tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer_of(influence_of(tmp_path)).fit(Step(mlp()).double(), DataLoader(Stream(), 4))
     messages = [str(w.message) for w in caught]
-    assert any("Scores were not computed" in m and "Trajectory.load(" in m for m in messages)
+    assert any("Scores were not computed" in m and "`Influence(sample_id=, lookup=)`" in m for m in messages)
     assert any("its own iteration" in m for m in messages)
 
 
