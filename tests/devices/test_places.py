@@ -78,7 +78,7 @@ def test_the_lines_for_later_name_the_method_and_the_trainer(tmp_path, capsys):
         warnings.simplefilter("always")
         trainer(HERE, callbacks=[influence]).fit(Net(), DataLoader(data(8, 1, torch.float32), 4))
     (lines,) = [str(w.message) for w in caught if "Attributor(" in str(w.message)]
-    assert f"attributor.score({method!r}" in lines
+    assert "attributor.score(InfluenceFunction(curvature=EKFAC(), normalize='relatif')" in lines
     assert "trainer=trainer" in lines
 
 
@@ -86,6 +86,7 @@ def test_estimates_wait_for_the_device():
     import devices
     from lightning_influence.timing import timed
 
+    runs = []
     with devices.counted() as counts:
-        timed(lambda: torch.ones(3, device=HERE) + 1)
-    assert counts.synchronisations == 4  # before and after each of two runs
+        timed(lambda: runs.append(torch.ones(3, device=HERE) + 1))
+    assert counts.synchronisations == 2 * len(runs) >= 4  # before and after each
