@@ -73,7 +73,7 @@ def scores(method, **options):
 CEILINGS = {
     "TracInCP": (scores(TracInCP()), 12, 10),
     "GradientDot": (scores(GradientDot()), 10, 8),
-    "top-k": (scores(TracInCP(), top_k=3), 16, 12),
+    "top-k": (scores(TracInCP(), top_k=3), 16, 14),
     "EKFAC": (scores(InfluenceFunction(EKFAC())), 20, 13),
     "LiSSA": (scores(InfluenceFunction(LiSSA(damping=1.0))), 27, 17),
     "ConjugateGradient": (scores(InfluenceFunction(ConjugateGradient(damping=1.0))), 20, 17),
@@ -86,7 +86,7 @@ CEILINGS = {
     "RepresenterPoints": (scores(RepresenterPoints()), 9, 9),
     "self-influence": (lambda ask: ask.self_influence(TracInCP()), 9, 7),
     "self-influence by EKFAC": (lambda ask: ask.self_influence(InfluenceFunction(EKFAC())), 18, 11),
-    "a group": (lambda ask: ask.group(TracInCP(), [1, 4], data(BLOCK, 2, torch.float32)), 16, 12),
+    "a group": (lambda ask: ask.group(TracInCP(), [1, 4], data(BLOCK, 2, torch.float32)), 16, 14),
 }
 
 
