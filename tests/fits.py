@@ -1,6 +1,7 @@
 """Small fits for tests: a dataset that returns its own index, a module that writes down what it is given."""
 
 import atexit
+import multiprocessing
 
 import pytorch_lightning as pl
 import torch
@@ -133,9 +134,17 @@ def recorded(trajectory):
 
 def leaves_its_processes():
     """At its exit this program ends its process group: gloo's threads abort where they outlive the interpreter."""
-
-    def leave():
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
     atexit.register(leave)
+
+
+class Leaves(pl.Callback):
+    """Does the same when the fit of a spawned process ends, which runs nothing at its exit."""
+
+    def teardown(self, trainer, pl_module, stage):
+        if multiprocessing.parent_process() is not None:
+            leave()
+
+
+def leave():
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

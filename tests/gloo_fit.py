@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from fits import QUIET, Indexed, Net, leaves_its_processes, loader, seeded
+from fits import QUIET, Indexed, Leaves, Net, leaves_its_processes, loader, seeded
 from pytorch_lightning import Callback, Trainer
 
 from lightning_influence.callback.influence import Influence
@@ -23,7 +23,7 @@ class Write(Callback):
 
 def fit(folder, strategy, workers, watched=True):
     folder.mkdir(exist_ok=True)
-    callbacks = [Write(folder)]
+    callbacks = [Write(folder), Leaves()]
     if watched:
         callbacks.insert(0, Influence(dirpath=None if "nowhere" in sys.argv else folder / "influence"))
     options = QUIET | {"devices": 2, "strategy": strategy, "max_epochs": 2, "callbacks": callbacks}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from fits import QUIET, leaves_its_processes, loader, seeded
+from fits import QUIET, Leaves, leaves_its_processes, loader, seeded
 from torch.utils.data import TensorDataset
 
 import lightning_influence as li
@@ -113,7 +113,7 @@ def fit(folder, strategy, count, word):
         self_influence=True,
         top_k=3 if word == "top" else None,
     )
-    options = QUIET | {"devices": count, "strategy": strategy, "max_epochs": 2, "callbacks": [influence]}
+    options = QUIET | {"devices": count, "strategy": strategy, "max_epochs": 2, "callbacks": [influence, Leaves()]}
     trainer, module, train = pl.Trainer(**options), seeded(Digits, dtype, word), data(N, 1, dtype)
     trainer.fit(module, loader(train, batch_size=6))
     return influence, trainer, module, train

@@ -104,9 +104,10 @@ class ViewOptions:
             ValueError: A list of `labels` was given that ends before this class.
         """
         listed = self.labels is not None and not isinstance(self.labels, Mapping) and not isinstance(label, str)
-        if listed and float(label).is_integer() and label >= len(self.labels or ()):
+        count = len(self.labels) if listed and self.labels is not None else 0
+        if listed and float(label).is_integer() and label >= count:
             raise ValueError(
-                f"Expected `labels` to have a name for each class, got {len(self.labels or ())} for class {label:g}. "
+                f"Expected `labels` to have a name for each class, got {count} for class {label:g}. "
                 "Name them all, or some in a dict: `labels={0: 'name'}`."
             )
         return class_name(label, self.labels)
