@@ -7,20 +7,19 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from lightning_influence.module.torch_functions import functions_named
+
 Branch = tuple[int, int]
 """Digests of the functions that a pass called with the parameters it gave them, and of these with their numbers."""
 
 # Functions whose whole numbers are no sizes or positions.
-_ARITHMETIC = frozenset(
-    getattr(owner, name)
-    for owner, names in (
-        (torch, ("add", "sub", "mul", "div", "pow", "clamp", "where", "full", "tensor", "lerp", "masked_fill")),
-        (Tensor, ("add", "sub", "mul", "div", "pow", "clamp", "where", "masked_fill", "add_", "sub_", "mul_", "div_")),
-        (Tensor, ("__add__", "__sub__", "__mul__", "__truediv__", "__pow__", "__rpow__", "__getitem__", "lerp")),
-        (Tensor, ("__radd__", "__rsub__", "__rmul__", "__rtruediv__", "true_divide", "rsub")),
-    )
-    for name in names
-    if hasattr(owner, name)
+_ARITHMETIC = functions_named(
+    *("add", "sub", "mul", "div", "pow", "clamp", "where", "full", "tensor", "lerp", "masked_fill"), owners=(torch,)
+) | functions_named(
+    *("add", "sub", "mul", "div", "pow", "clamp", "where", "masked_fill", "add_", "sub_", "mul_", "div_", "lerp"),
+    *("__add__", "__sub__", "__mul__", "__truediv__", "__pow__", "__rpow__", "__getitem__", "true_divide", "rsub"),
+    *("__radd__", "__rsub__", "__rmul__", "__rtruediv__"),
+    owners=(Tensor,),
 )
 
 

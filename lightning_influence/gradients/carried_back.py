@@ -19,6 +19,7 @@ from lightning_influence.gradients.rules.computed import Result, Source, View, r
 from lightning_influence.gradients.rules.embedding import EMBEDDINGS, without_padding
 from lightning_influence.gradients.rules.rule import Parts
 from lightning_influence.gradients.sum_of_parts import SumOfParts
+from lightning_influence.module.torch_functions import functions_named
 
 Carried = Iterator[tuple[Source, Part]]
 """Operands of a computation, and gradients by them."""
@@ -219,16 +220,12 @@ def _looked_up(result: Result, part: Part) -> list[tuple[Source, Part]] | None:
     return [(result.sources[id(weight)], Lookup(ids, rows, tuple(weight.shape)))]
 
 
-def _functions(*names: str) -> list[Any]:
-    return [getattr(owner, name) for name in names for owner in (torch, Tensor) if hasattr(owner, name)]
-
-
 _PASSES: Mapping[Any, Callable[[Result, Part], list[tuple[Source, Part]] | None]] = {
-    **dict.fromkeys(_functions("add", "__add__", "__radd__"), _sum),
-    **dict.fromkeys(_functions("sub", "__sub__"), _difference),
-    **dict.fromkeys(_functions("mul", "multiply", "__mul__", "__rmul__"), _product),
-    **dict.fromkeys(_functions("div", "true_divide", "__truediv__"), _quotient),
-    **dict.fromkeys(_functions("matmul", "mm", "__matmul__"), _matrix_product),
+    **dict.fromkeys(functions_named("add", "__add__", "__radd__"), _sum),
+    **dict.fromkeys(functions_named("sub", "__sub__"), _difference),
+    **dict.fromkeys(functions_named("mul", "multiply", "__mul__", "__rmul__"), _product),
+    **dict.fromkeys(functions_named("div", "true_divide", "__truediv__"), _quotient),
+    **dict.fromkeys(functions_named("matmul", "mm", "__matmul__"), _matrix_product),
     torch.cat: _joined,
     torch.concat: _joined,
     F.embedding: _looked_up,

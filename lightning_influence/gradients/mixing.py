@@ -1,6 +1,6 @@
 """Finds where a step may mix the examples of its batch: what it computes of several of them, beside sums."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_influence.module.task import Task
+from lightning_influence.module.torch_functions import operands_of
 from lightning_influence.types import Batch
 
 
@@ -126,7 +127,7 @@ class MixingWatch(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").strip("_").removeprefix("linalg_")
         with torch._C.DisableTorchFunction():  # what is read here is no part of the pass that a tape may record
-            of = [found for t in _flat((*args, *kwargs.values())) if (found := self._known(t)) is not None]
+            of = [found for t in operands_of(args, kwargs) if (found := self._known(t)) is not None]
         output = func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             self._follow(name, args, kwargs, of, output)
@@ -136,7 +137,11 @@ class MixingWatch(TorchFunctionMode):
         self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], of: Sequence[_Found], output: Any
     ) -> None:
         """Note how the output of a call follows from the batch."""
-        made = [t for t in _flat((output, *(args[:1] if name in ("setitem", "set") else ()))) if isinstance(t, Tensor)]
+        made = [
+            t
+            for t in operands_of((output, *(args[:1] if name in ("setitem", "set") else ())), {})
+            if isinstance(t, Tensor)
+        ]
         self._align(name, made)
         if not of or (name in _FINITE and max(of)[0] < _Kind.EACH):  # losses that are not finite are reported
             self._others.update(map(id, made))
@@ -191,7 +196,7 @@ class MixingWatch(TorchFunctionMode):
         """What an operation gives of values of each example, perhaps with sums."""
         if _Kind.SUM in kinds or (_Kind.COUNT in kinds and name not in _SCALES):
             return _Kind.MIXED, f"`{name}` of values of each example and a sum over the batch"
-        first = next(t for t in _flat((*args, *kwargs.values())) if self._known(t) == (_Kind.EACH, ""))
+        first = next(t for t in operands_of(args, kwargs) if self._known(t) == (_Kind.EACH, ""))
         if why := self._paired(name, (*args, *kwargs.values()), made):
             return _Kind.MIXED, why
         dimension = self._dimension(first)
@@ -256,14 +261,6 @@ def _dimensions(name: str, tensor: Tensor, args: Sequence[Any], kwargs: Mapping[
     if given is None or not tensor.ndim:
         return set(range(tensor.ndim))
     return {d % tensor.ndim for d in (given if isinstance(given, (tuple, list)) else (given,)) if type(d) is int}
-
-
-def _flat(values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            yield from value
-        else:
-            yield value
 
 
 def _tensors(batch: Batch) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_influence.gradients.layout import Taken
 from lightning_influence.gradients.rules import RULES
+from lightning_influence.module.torch_functions import functions_named
 
 
 class TakenRows:
@@ -88,18 +89,15 @@ class TakenRows:
         return Taken(index % len(input), len(input)) if before is None else before[index]
 
 
-def _functions(*names: str) -> frozenset[Any]:
-    owners = (torch, Tensor, torch.nn.functional)
-    return frozenset(getattr(owner, name) for name in names for owner in owners if hasattr(owner, name))
-
-
+_OWNERS = (torch, Tensor, torch.nn.functional)
 _TAKES = frozenset({Tensor.__getitem__, torch.index_select, Tensor.index_select})
-_PARTS = _functions("split", "chunk", "tensor_split", "unbind", "split_with_sizes")
-_IN_PLACE = frozenset(RULES) | _functions(
+_PARTS = functions_named("split", "chunk", "tensor_split", "unbind", "split_with_sizes", owners=_OWNERS)
+_IN_PLACE = frozenset(RULES) | functions_named(
     *("relu", "relu_", "relu6", "silu", "gelu", "elu", "selu", "celu", "leaky_relu", "tanh", "sigmoid", "softplus"),
     *("mish", "hardswish", "hardtanh", "glu", "softmax", "dropout", "logsigmoid", "softsign", "prelu", "rrelu"),
     *("pow", "square", "sqrt", "rsqrt", "exp", "log", "abs", "neg", "clamp", "masked_fill", "where", "erf", "sin"),
     *("clone", "contiguous", "to", "type_as", "float", "double", "half", "bfloat16", "detach"),
     *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "multiply", "divide", "subtract", "mul_"),
     *("add_", "sub_", "div_", "__pow__", "__neg__", "__rsub__", "__imul__", "__iadd__"),
+    owners=_OWNERS,
 )

@@ -20,6 +20,7 @@ from lightning_influence.gradients.spot_checks import SuspectRows
 from lightning_influence.gradients.taken import TakenRows
 from lightning_influence.module.precision import is_half
 from lightning_influence.module.snapshot import restoring
+from lightning_influence.module.torch_functions import functions_named, operands_of
 from lightning_influence.module.transforms import in_transform
 
 _LINEAR = F.linear
@@ -113,7 +114,7 @@ class Tape(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.watch is not None:
             self.watch(func, args, kwargs)
-        sources = {id(a): s for a in _operands(args, kwargs) if (s := self._source(a)) is not None}
+        sources = {id(a): s for a in operands_of(args, kwargs) if (s := self._source(a)) is not None}
         name = getattr(func, "__name__", "")
         self.branch.add(func, (*args, *kwargs.values()), (name for source in sources.values() for name in source.names))
         if not sources or not torch.is_grad_enabled() or name == "__get__":
@@ -175,7 +176,7 @@ class Tape(TorchFunctionMode):
         by_index = any(source.by_index for source in sources.values())
         if by_index and func not in _COPIES:  # it may be of the batch, as everything that is computed from it
             return
-        for operand in _operands(args, kwargs):
+        for operand in operands_of(args, kwargs):
             if isinstance(operand, Tensor) and id(operand) not in sources and id(operand) not in self._constants:
                 if operand.is_floating_point() or operand.is_complex() or operand.requires_grad:
                     return
@@ -195,7 +196,7 @@ class Tape(TorchFunctionMode):
                 self._no_constant(self._data.get(id(written), (None, None))[1])
         elif name == "__set__":
             self._no_constant(args[0])
-        tensors = [a for a in _operands(args, kwargs) if isinstance(a, Tensor)]
+        tensors = [a for a in operands_of(args, kwargs) if isinstance(a, Tensor)]
         if tensors and isinstance(output, Tensor) and all(id(a) in self._constants for a in tensors):
             self._constants[id(output)] = output
 
@@ -255,7 +256,7 @@ class Tape(TorchFunctionMode):
         # The edge, not the tensor: if the model changes the output in place later, the tensor is the new value and the
         # edge still belongs to the old one.
         self.edges.append(get_gradient_edge(output))
-        taken = self._taken.of(_operands(args, kwargs), *output.shape[:1]) if output.ndim else None
+        taken = self._taken.of(operands_of(args, kwargs), *output.shape[:1]) if output.ndim else None
         self.calls.append(Call(rule, _detached(operands), found, tuple(output.shape), taken))
         return output.clone() if leaf and self.copy_leaves else output
 
@@ -269,12 +270,7 @@ class Tape(TorchFunctionMode):
 _REPEATS = frozenset(
     getattr(torch.Tensor, name) for name in ("expand", "expand_as", "repeat", "broadcast_to", "tile")
 ) | {torch.broadcast_to, torch.tile}
-_COPIES = frozenset(
-    getattr(owner, name)
-    for name in ("contiguous", "reshape", "flatten", "clone")
-    for owner in (torch, torch.Tensor)
-    if hasattr(owner, name)
-)
+_COPIES = functions_named("contiguous", "reshape", "flatten", "clone")
 _RANDOM = (
     "dropout",
     "rand",
@@ -301,14 +297,6 @@ def constants_of(module: nn.Module) -> Iterator[Tensor]:
     for part in module.modules():
         for held in (part._buffers, part._parameters, part.__dict__):
             yield from (tensor for tensor in held.values() if isinstance(tensor, Tensor))
-
-
-def _operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    for operand in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(operand, (list, tuple)):
-            yield from operand
-        else:
-            yield operand
 
 
 def _broadcast_shape(operands: Iterable[Any]) -> torch.Size:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_influence.module.exact_losses import put_back, taken_off
 from lightning_influence.module.in_double import LOW, in_double, lowered, raised, writes
+from lightning_influence.module.torch_functions import operands_of
 
 # Functions that lose digits near the ends of their range, or whose results are then subtracted from one another.
 _CRITICAL = frozenset(
@@ -83,7 +84,7 @@ class _LayerWatch(TorchFunctionMode):
 
     def weights(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], bool]:
         """The operands that are parameters or made of them alone, and whether there are no others."""
-        operands = [a for a in _operands(args, kwargs) if isinstance(a, Tensor)]
+        operands = [a for a in operands_of(args, kwargs) if isinstance(a, Tensor)]
         weights = [a for a in operands if id(a) in self._parameters or id(a) in self._derived]
         return weights, len(weights) == len(operands)
 
@@ -133,7 +134,7 @@ class _Search(_LayerWatch):
         if weights and alone:
             return self.derived(output)
         if weights:
-            if self._loss and func.__name__.strip("_") in _STEPS and _are_matrices(_operands(args, kwargs)):
+            if self._loss and func.__name__.strip("_") in _STEPS and _are_matrices(operands_of(args, kwargs)):
                 self._stepped = self._loss
             self._unseen = None
             self._layers.append((func, id(weights[0])))
@@ -240,11 +241,3 @@ def _are_matrices(operands: Iterator[Any]) -> bool:
     """Whether there are two tensors of the same shape, with at least two dimensions: unlike a bias and its layer."""
     shapes = [operand.shape for operand in operands if isinstance(operand, Tensor)]
     return len(shapes) > 1 and len(set(shapes)) == 1 and len(shapes[0]) > 1
-
-
-def _operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    for operand in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(operand, (list, tuple)):
-            yield from operand
-        else:
-            yield operand
