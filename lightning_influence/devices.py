@@ -116,6 +116,11 @@ def read_numbers(tensors: Sequence[Tensor]) -> list[list[float]]:
     return [tensor.flatten().tolist() for tensor in on_host(tensors)]
 
 
+def read_ends(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """The smallest and the largest entry of each tensor, likewise; twice 0 of one without entries."""
+    return read_numbers([torch.stack(torch.aminmax(t)) if t.numel() else t.new_zeros(2) for t in tensors])
+
+
 def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Tensors on the CPU, as they are; small ones come from their device in one copy, with a single wait."""
     found = [tensor.detach() for tensor in tensors]

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_influence.devices import read_numbers
+from lightning_influence.devices import read_ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +37,7 @@ class Descent:
         """The smallest and the largest entry of P, A and D (0, 1, 2) by parameter, with a single wait."""
         diagonals = enumerate((self.preconditioner, self.added, self.decoupled_decay))
         entries = {(i, name): entry for i, of_all in diagonals for name, entry in of_all.items() if entry.numel()}
-        found = read_numbers([torch.stack(torch.aminmax(entry)) for entry in entries.values()])
-        return dict(zip(entries, found, strict=True))
+        return dict(zip(entries, read_ends([*entries.values()]), strict=True))
 
     @property
     def preconditions(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_influence.curvature.curvature import PreparedCurvature
 from lightning_influence.curvature.factors import rows_of
 from lightning_influence.curvature.kronecker_part import KroneckerInverse, KroneckerPart
-from lightning_influence.devices import read_numbers, wide
+from lightning_influence.devices import read_ends, wide
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.directions import Directions
 from lightning_influence.gradients.lookup import Lookup
@@ -121,13 +121,8 @@ class _Ends:
         if self.prepared is not prepared:
             layers = by_layer(prepared)
             tables = {("|".join(n), key): tensors[key] for n, tensors in layers.items() for key in _tables(tensors)}
-            ends = read_numbers([_ends(table) for table in tables.values()])
-            self.prepared, self.found = prepared, dict(zip(tables, ends, strict=True))
+            self.prepared, self.found = prepared, dict(zip(tables, read_ends([*tables.values()]), strict=True))
         return self.found
-
-
-def _ends(table: Tensor) -> Tensor:
-    return torch.stack(torch.aminmax(table)) if table.numel() else table.new_zeros(2)
 
 
 def _tables(tensors: Mapping[str, Tensor]) -> list[str]:
