@@ -109,6 +109,17 @@ class Net(pl.LightningModule):
         return [optimizer], [{"scheduler": scheduler, "interval": self.schedule}]
 
 
+class Double(Net):
+    """The same in float64."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.double()
+
+    def loss(self, batch):
+        return super().loss({"x": batch["x"].double(), "y": batch["y"].double()})
+
+
 def fit(module, loaders, *callbacks, package=pl, ckpt_path=None, **options):
     """One quiet fit under a seed; returns the Trainer."""
     torch.manual_seed(1)

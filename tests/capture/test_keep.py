@@ -6,7 +6,7 @@ import re
 import oracles
 import pytest
 import pytorch_lightning as pl
-from fits import Indexed, Net, fit, loader, seeded
+from fits import Double, Indexed, fit, loader, seeded
 
 from lightning_influence import (
     SOURCE,
@@ -22,15 +22,6 @@ from lightning_influence import (
 
 QUERIES = Indexed(3)
 ADAMW, MOMENTUM = {"optimizer": "adamw", "lr": 0.01}, {"momentum": 0.9}
-
-
-class Double(Net):
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.double()
-
-    def loss(self, batch):
-        return super().loss({"x": batch["x"].double(), "y": batch["y"].double()})
 
 
 def recorded(folder, options, epochs=3, methods=(), **how):

@@ -6,7 +6,7 @@ import oracles
 import pytest
 import pytorch_lightning as pl
 import torch
-from fits import Indexed, Net, fit, loader, recorded, seeded
+from fits import Double, Indexed, Net, fit, loader, recorded, seeded
 from pytorch_lightning.utilities import CombinedLoader
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, default_collate
 
@@ -27,15 +27,6 @@ from lightning_influence.capture import store
 from lightning_influence.curvature.conjugate_gradient import ConjugateGradient
 
 QUERIES = Indexed(3)
-
-
-class Double(Net):
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.double()
-
-    def loss(self, batch):
-        return super().loss({"x": batch["x"].double(), "y": batch["y"].double()})
 
 
 def ones(dataset, ids):
