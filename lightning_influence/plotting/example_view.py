@@ -103,14 +103,15 @@ class ViewOptions:
         Raises:
             ValueError: A list of `labels` was given that ends before this class.
         """
-        listed = self.labels is not None and not isinstance(self.labels, Mapping) and not isinstance(label, str)
-        count = len(self.labels) if listed and self.labels is not None else 0
-        if listed and float(label).is_integer() and label >= count:
+        names = self.labels
+        if names is None or isinstance(names, Mapping) or isinstance(label, str):
+            return class_name(label, names)
+        if float(label).is_integer() and label >= len(names):
             raise ValueError(
-                f"Expected `labels` to have a name for each class, got {count} for class {label:g}. "
+                f"Expected `labels` to have a name for each class, got {len(names)} for class {label:g}. "
                 "Name them all, or some in a dict: `labels={0: 'name'}`."
             )
-        return class_name(label, self.labels)
+        return class_name(label, names)
 
 
 class Look(NamedTuple):
