@@ -33,12 +33,10 @@ class PassBranch:
     def __init__(self, examples: int) -> None:
         self.value: Branch = (0, 0)
         self._examples = examples
-        self._reads = False  # the latest call reads an attribute, as our own code and PyTorch's do now and then
 
     def add(self, called: Any, operands: Iterable[Any] = (), parameters: Iterable[str] = ()) -> None:
         """Add a call with its operands and the parameters among them; reading an attribute is none."""
-        self._reads = getattr(called, "__name__", "") == "__get__"
-        if self._reads:
+        if _reads(called):
             return
         calls, numbers = self.value
         kinds = (float, bool, str, int) if called in _ARITHMETIC else (float, bool, str)
@@ -46,11 +44,16 @@ class PassBranch:
         given = [n for n in operands if type(n) in kinds and not self._is_size(n)]
         self.value = crc32(name.encode(), calls), crc32(f"{name}{given}".encode(), numbers)
 
-    def returned(self, output: Any) -> None:
-        """Add what the latest call returned, if it is a truth value."""
-        if isinstance(output, bool) and not self._reads:
+    def returned(self, called: Any, output: Any) -> None:
+        """Add what a call returned, if it is a truth value."""
+        if isinstance(output, bool) and not _reads(called):
             self.add(output)
 
     def _is_size(self, number: Any) -> bool:
         """Whether a number is the size of the batch or one through it."""
         return type(number) is not str and (number == self._examples or abs(number * self._examples - 1) < 1e-9)
+
+
+def _reads(called: Any) -> bool:
+    """Whether a call reads an attribute, as our own code and PyTorch's do now and then."""
+    return getattr(called, "__name__", "") == "__get__"

@@ -119,7 +119,7 @@ class Tape(TorchFunctionMode):
         self.branch.add(func, (*args, *kwargs.values()), (name for source in sources.values() for name in source.names))
         if not sources or not torch.is_grad_enabled() or name == "__get__":
             output = func(*args, **kwargs)
-            self.branch.returned(output)
+            self.branch.returned(func, output)
             if not sources:
                 self._follow_constants(func, args, kwargs, output)
                 self._taken.follow(func, args, kwargs, output)
