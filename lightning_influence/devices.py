@@ -1,5 +1,6 @@
 """What differs between devices: whether they have float64, their random generators, waiting for their work."""
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -70,6 +71,31 @@ def roundings() -> list[Any]:
     cudnn: Any = torch.backends.cudnn
     known = (getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None), getattr(torch.backends.mkldnn, "matmul", None))
     return [setting for setting in (torch.backends.cuda.matmul, *known) if hasattr(setting, "fp32_precision")]
+
+
+# ---- sizes ----------------------------------------------------------------------------------------------------------
+
+
+def workspace(device: torch.device) -> int:
+    """The most elements of one intermediate tensor.
+
+    On a CPU it is small enough to stay in the last-level cache and below the size from which malloc maps fresh pages
+    for every allocation (32 MiB), large enough for a full-speed matrix product. Accelerators wait for the host between
+    small operations.
+    """
+    return 2**21 if device.type == "cpu" else 2**25
+
+
+@contextlib.contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Compute without cuDNN inside, whose recurrent layers have no derivative in eval mode, and never a second one."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.enabled
+    cudnn.enabled = False
+    try:
+        yield
+    finally:
+        cudnn.enabled = before
 
 
 # ---- reading numbers ------------------------------------------------------------------------------------------------

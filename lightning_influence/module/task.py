@@ -11,13 +11,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
-from lightning_influence.devices import has_coarse_products, pinned
+from lightning_influence.devices import has_coarse_products, pinned, without_cudnn
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.data_hooks import transferred
 from lightning_influence.module.exact_losses import exact_losses
+from lightning_influence.module.kernels import has_convolutions, is_recurrent
 from lightning_influence.module.loss_tail import NO_TAIL, LossTail, find_tail
 from lightning_influence.module.numbers import History, put_back
 from lightning_influence.module.precision import Precision, full_products
@@ -265,7 +265,11 @@ class Task:
         parameters = list(self._parameters.values())
         trained = list(map(_requires_grad, parameters))
         try:
-            with self.precision.computing(self.module, self.device, self.trainer), training_stage(self.module):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self.precision.computing(self.module, self.device, self.trainer))
+                stack.enter_context(training_stage(self.module))
+                if self.device.type == "cuda" and self.is_recurrent:
+                    stack.enter_context(without_cudnn())
                 output = self._loss_of(batch, self.batch_idx) if self.takes_index else self._loss_of(batch)
             if self.on_forward is not None:
                 self.on_forward()
@@ -330,11 +334,16 @@ class Task:
     @property
     def has_coarse_products(self) -> bool:
         """Whether products in float32 are rounded to TF32, as the user has set it."""
-        return has_coarse_products(self.device, self._convolves)
+        return has_coarse_products(self.device, self.is_recurrent or self._convolves)
+
+    @functools.cached_property
+    def is_recurrent(self) -> bool:
+        """Whether the module has recurrent layers, which are computed without cuDNN."""
+        return is_recurrent(self.module)
 
     @functools.cached_property
     def _convolves(self) -> bool:
-        return any(isinstance(part, (_ConvNd, nn.RNNBase)) for part in self.module.modules())
+        return has_convolutions(self.module)
 
 
 def settle(module: nn.Module) -> None:

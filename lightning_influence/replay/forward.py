@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_influence.data.examples import ChosenBlock, Examples, versions_of
@@ -53,7 +53,6 @@ class Forward:
             eval_modules: names of the modules that were in eval mode.
         """
         module = self.task.module
-        recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
         module.train()
         for name in eval_modules:
             module.get_submodule(name).training = False
@@ -63,8 +62,7 @@ class Forward:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(self.task.in_full())
                 stack.enter_context(math_attention())
-                if recurrent:  # neither library has second derivatives of its recurrent layers
-                    stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+                if self.task.is_recurrent:  # no second derivatives of its recurrent layers; a task does without cuDNN
                     stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
                 yield
         finally:
