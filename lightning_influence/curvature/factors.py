@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_influence.devices import workspace
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.outer_products import OuterProducts
-from lightning_influence.gradients.part import WORKSPACE, Part
+from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.pulled import Pulled
 from lightning_influence.gradients.sum_of_parts import SumOfParts
 from lightning_influence.numerics.kronecker import SecondMoment, bases
@@ -181,7 +182,7 @@ def pieces(part: Part) -> Iterator[Part]:
             yield part
             return
         size = max(size, t * (size // out + out))
-    step = max(1, 2 * WORKSPACE // max(1, size))
+    step = max(1, 2 * workspace(part.like.device) // max(1, size))
     for start in range(0, len(part), step):
         yield part.slice(slice(start, start + step))
 

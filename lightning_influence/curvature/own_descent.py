@@ -13,10 +13,10 @@ from lightning_influence.curvature.kronecker_descent import complete_descent, de
 from lightning_influence.curvature.kronecker_part import Bases
 from lightning_influence.curvature.layer_inverses import by_layer
 from lightning_influence.curvature.own_products import in_bases, layer_slices
+from lightning_influence.devices import workspace
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.dense_rows import DenseRows
-from lightning_influence.gradients.part import WORKSPACE
 from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
 from lightning_influence.setting.setting import Setting
 
@@ -47,7 +47,7 @@ class LayerVectors:
         """The coordinates in another basis: two matrix products a vector."""
         sides = self.bases.basis_out.T @ bases.basis_out, self.bases.basis_in.T @ bases.basis_in
         found = self.coordinates.new_empty(len(self.coordinates), sides[0].shape[1], sides[1].shape[1])
-        step = max(1, WORKSPACE // max(1, self.table.numel()))
+        step = max(1, workspace(self.table.device) // max(1, self.table.numel()))
         for start in range(0, len(found), step):
             rows = slice(start, start + step)
             found[rows] = rotated(self.values(rows), *sides)

@@ -7,9 +7,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lightning_influence.devices import workspace
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.outer_products import OuterProducts
-from lightning_influence.gradients.part import TRAFFIC, WORKSPACE, Part, one_row_per_example
+from lightning_influence.gradients.part import TRAFFIC, Part, one_row_per_example
 from lightning_influence.numerics.projections import KroneckerSketch, Sketch
 
 
@@ -82,14 +83,14 @@ class Lookup(Part):
         their_start = (their_counts.cumsum(0) - their_counts)[at]
         pairs = my_counts[both] * their_counts[at]
         # An id that many examples share takes one small matrix product; all rare ids are gathered pair by pair.
-        frequent = pairs >= _PAIRS_FOR_A_PRODUCT
+        frequent = pairs >= _pairs_for_a_product(mine.device)
         heads = torch.stack([my_start, my_counts[both], their_start, their_counts[at]], 1)[frequent].tolist()
         for a, n_a, b, n_b in heads:
             tile = mine[a : a + n_a] @ theirs[b : b + n_b].T
             out.index_put_((my_examples[a : a + n_a, None], their_examples[None, b : b + n_b]), tile, accumulate=True)
         rare = ~frequent
         left, right = _pairs(my_start[rare], my_counts[both][rare], their_start[rare], their_counts[at][rare])
-        step = max(1, WORKSPACE // max(1, mine.shape[1]))
+        step = max(1, workspace(mine.device) // max(1, mine.shape[1]))
         for start in range(0, len(left), step):
             i, j = left[start : start + step], right[start : start + step]
             values = torch.linalg.vecdot(mine[i], theirs[j])
@@ -100,7 +101,7 @@ class Lookup(Part):
         ids, mine, s = self.ids.flatten(), self.outputs.flatten(0, 1), self.ids.shape[1]
         counts = (ids >= 0).to(mine)[:, None]
         t = other.outputs.shape[1]
-        step = max(1, WORKSPACE // max(1, len(ids) * t))
+        step = max(1, workspace(mine.device) // max(1, len(ids) * t))
         for start in range(0, len(other), step):
             part = other.slice(slice(start, start + step))
             product = (mine * counts) @ part.inputs.flatten(0, 1).T
@@ -139,13 +140,13 @@ class Lookup(Part):
         tables = vectors[0]
         product = tables.new_zeros(len(tables), len(self))
         rows_of, counts = ids.unique_consecutive(return_counts=True)
-        frequent = counts * len(tables) >= _PAIRS_FOR_A_PRODUCT
+        frequent = counts * len(tables) >= _pairs_for_a_product(tables.device)
         heads = torch.stack([rows_of, counts.cumsum(0) - counts, counts], 1)[frequent].tolist()
         for row, start, count in heads:
             some = slice(start, start + count)
             product.index_add_(1, examples[some], tables[:, row] @ summed[some].T)
         rare = (~frequent).repeat_interleave(counts).nonzero()[:, 0]
-        for some in rare.split(max(1, WORKSPACE // max(1, len(tables) * summed.shape[1]))):
+        for some in rare.split(max(1, workspace(tables.device) // max(1, len(tables) * summed.shape[1]))):
             values = torch.linalg.vecdot(tables[:, ids[some]], summed[some])
             product.index_add_(1, examples[some], values)
         return product
@@ -197,7 +198,9 @@ class Lookup(Part):
         return self.outputs.isfinite().flatten(1).all(1)
 
 
-_PAIRS_FOR_A_PRODUCT = 512
+def _pairs_for_a_product(device: torch.device) -> int:
+    """From how many pairs on a product for a single id is faster than gathering them with those of all rare ids."""
+    return workspace(device) // 2**12
 
 
 def _intersection(mine: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:

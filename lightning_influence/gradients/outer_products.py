@@ -9,8 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lightning_influence.devices import workspace
 from lightning_influence.gradients.dense_rows import DenseRows
-from lightning_influence.gradients.part import ROWS, TRAFFIC, WHOLE, WORKSPACE, Part, one_row_per_example
+from lightning_influence.gradients.part import ROWS, TRAFFIC, WHOLE, Part, one_row_per_example
 from lightning_influence.numerics.projections import KroneckerSketch, Sketch
 
 
@@ -75,7 +76,7 @@ class OuterProducts(Part):
     def _strips(self) -> Iterator["OuterProducts"]:
         """The same for a few rows of the weight after another, without the bias."""
         left, right = self._sides
-        for rows in left.split(max(1, WORKSPACE // max(1, ROWS * right.shape[2])), 2):
+        for rows in left.split(max(1, workspace(left.device) // max(1, ROWS * right.shape[2])), 2):
             shape = rows.shape[2], right.shape[2]
             yield replace(self, source=right, outputs=rows, shape=shape, bias=False, transposed=False, patches=None)
 
@@ -137,7 +138,7 @@ class OuterProducts(Part):
         return rows <= pairs
 
     def _chunks(self, elements: int) -> "Iterator[tuple[builtins.slice, OuterProducts]]":
-        step = max(1, WORKSPACE // max(1, elements))
+        step = max(1, workspace(self.like.device) // max(1, elements))
         for start in range(0, len(self), step):
             rows = slice(start, min(start + step, len(self)))
             yield rows, self.slice(rows)
@@ -220,7 +221,7 @@ class OuterProducts(Part):
         Vectors that exceed the cache take many examples and few rows of the weight at a time, to be read less often.
         """
         product, start = vectors.new_zeros(len(vectors), len(self)), 0
-        for strip in self._strips() if vectors.numel() > WORKSPACE else (self,):
+        for strip in self._strips() if vectors.numel() > workspace(vectors.device) else (self,):
             entries = math.prod(strip.shape)
             for columns, part in strip._chunks(entries):
                 product[:, columns].addmm_(vectors[:, start : start + entries], part._weight_rows().T)
@@ -337,10 +338,8 @@ class OuterProducts(Part):
         if not isinstance(sketch, KroneckerSketch):
             chunks = [sketch.rows(part.dense()[0]) for _, part in weight._chunks(math.prod(self.shape))]
             return (DenseRows((torch.cat(chunks),)), *bias)
-        of_inputs, of_outputs = sketch.on_right, sketch.on_left
-        if self.transposed:
-            of_inputs, of_outputs = of_outputs, of_inputs
-        inputs, outputs = of_inputs(self.inputs), of_outputs(self.outputs)
+        sides = (sketch.on_left, sketch.on_right) if self.transposed else (sketch.on_right, sketch.on_left)
+        inputs, outputs = sides[0](self.inputs), sides[1](self.outputs)
         shape = (outputs.shape[2], inputs.shape[2])
         shape = shape[::-1] if self.transposed else shape
         return (replace(weight, source=inputs, outputs=outputs, shape=shape, patches=None), *bias)

@@ -8,17 +8,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lightning_influence.devices import workspace
 from lightning_influence.numerics.projections import Sketch
 
-# The most elements of one intermediate tensor: small enough to stay in the last-level cache of a CPU and below the size
-# from which malloc maps fresh pages for every allocation (32 MiB), large enough for a full-speed matrix product.
-WORKSPACE = 2**21
 # An element-wise pass over a tensor costs about this many multiply-adds of a matrix product per element.
 TRAFFIC = 12
 # Dense gradients to build at once: enough for a full-speed matrix product with them.
 ROWS = 64
 # A larger weight, as of a vocabulary, is taken in strips of a few rows.
-WHOLE = 2 * WORKSPACE
+WHOLE = 2**22
 
 
 class Part(ABC):
@@ -114,8 +112,8 @@ class Part(ABC):
         return sum(math.prod(shape) for shape in self.shapes())
 
     def in_cache(self) -> Iterator[builtins.slice]:
-        """Slices of the examples whose dense gradients fit in a CPU cache."""
-        step = max(1, WORKSPACE // max(1, self.elements))
+        """Slices of the examples whose dense gradients fit in a CPU cache, or in a part of an accelerator's memory."""
+        step = max(1, workspace(self.like.device) // max(1, self.elements))
         for start in range(0, len(self), step):
             yield builtins.slice(start, min(start + step, len(self)))
 

@@ -103,7 +103,7 @@ class Products:
         ):
             for block in self._blocks(ids):
                 activations = block.size * self.engine.width(self.examples)
-                step = vectors_per_pass(len(self.flat), activations)
+                step = vectors_per_pass(len(self.flat), activations, vectors.device)
                 try:
                     multiply = matrix_of(block, activations)
                     for start in range(0, len(vectors), step):

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_influence.devices import workspace
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.derivations import Derivation, Elementwise, Selection
 from lightning_influence.gradients.outer_products import OuterProducts
-from lightning_influence.gradients.part import WORKSPACE, Part, flat
+from lightning_influence.gradients.part import Part, flat
 from lightning_influence.numerics.projections import Sketch
 
 
@@ -91,7 +92,7 @@ class Pulled(Part):
             return False
         sides = [(p.inputs[:, 0], p.scaled_outputs()[:, 0]) for p in pair if isinstance(p, OuterProducts)]
         table = tiles.table.to(out).square()
-        step = max(1, WORKSPACE // max(1, len(self) * sum(table.shape)))
+        step = max(1, workspace(out.device) // max(1, len(self) * sum(table.shape)))
         for start in range(0, len(other), step):
             (a, g), (b, h) = sides[0], [side[start : start + step] for side in sides[1]]
             if isinstance(self.part, OuterProducts) and self.part.transposed:

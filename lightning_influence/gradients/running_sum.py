@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_influence.devices import workspace
 from lightning_influence.gradients.block import Gradients, Names, aligned
 from lightning_influence.gradients.dense_rows import DenseRows
-from lightning_influence.gradients.part import WORKSPACE, Part
+from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.sum_of_parts import sum_of
 
 
@@ -71,7 +72,7 @@ class _PartSum:
         if not self.rows:
             self.rows = tuple(first.like.new_zeros(len(first), *shape) for shape in first.shapes())
         each = max(_row_bytes(first), sum(part.query_bytes(1) for part in self.waiting))
-        step = max(1, WORKSPACE * first.like.element_size() // max(1, each))
+        step = max(1, workspace(first.like.device) * first.like.element_size() // max(1, each))
         for start in range(0, len(first), step):
             some = slice(start, start + step)
             sum_of([part.slice(some) for part in self.waiting]).add_to(tuple(row[some] for row in self.rows))

@@ -7,22 +7,23 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-# Numbers that all vectors of one backward pass may hold together: beyond the caches, several vectors in one pass take
-# longer than one pass per vector.
-_WORKSPACE = 2**24
+from lightning_influence.devices import workspace
 
 Source = TypeVar("Source")
 Target = TypeVar("Target")
 
 
-def vectors_per_pass(parameters: int, activations: int) -> int:
+def vectors_per_pass(parameters: int, activations: int, device: torch.device) -> int:
     """How many vectors to take through a graph in one backward pass.
+
+    Beyond the caches of a CPU, several vectors in one pass take longer than one pass per vector.
 
     Args:
         parameters: numbers in one vector.
         activations: numbers that the forward pass made.
+        device: where the passes are computed.
     """
-    return max(1, _WORKSPACE // max(1, parameters, activations))
+    return max(1, 8 * workspace(device) // max(1, parameters, activations))
 
 
 def vjp(
@@ -45,7 +46,8 @@ def vjp(
     live = [key for key, source in sources.items() if source.requires_grad and key in vectors]
     if not live or not targets:
         return {}
-    per_pass = vectors_per_pass(sum(v[0].numel() for v in vectors.values()), activations)
+    device = vectors[live[0]].device
+    per_pass = vectors_per_pass(sum(v[0].numel() for v in vectors.values()), activations, device)
     parts = [
         _one_pass(
             [sources[key] for key in live],

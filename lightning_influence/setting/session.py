@@ -37,6 +37,11 @@ from lightning_influence.trajectory import Checkpoint, LightningCheckpoint, Traj
 # Blocks of training examples are enlarged up to this many examples while their gradients' factors fit in these bytes.
 _BLOCK = 2048
 _BLOCK_BYTES = 2**24
+# The same on an accelerator, which waits for the host between the operations of small blocks; and up to so many times
+# the block that is known to fit, since not all that a pass keeps is a factor.
+_BLOCK_THERE = 8192
+_BLOCK_BYTES_THERE = 2**30
+_TIMES_THERE = 16
 
 
 @dataclass
@@ -159,7 +164,7 @@ class Session:
             if queries is not None:
                 setting.queries = self._queries(task, queries, measurement, mean, gradients, examples)
             if gradients and self.batch_size is None:
-                examples.block_size = _block_size(engine.plan, examples.block_size)
+                examples.block_size = _block_size(engine.plan, examples.block_size, task.device)
             try:
                 yield setting
             finally:
@@ -253,10 +258,14 @@ def fit_values(trajectory: Trajectory | None, given: bool) -> FitValues:
     return FitValues(trajectory.trainer_values, exact, given)
 
 
-def _block_size(plan: Plan, at_least: int) -> int:
+def _block_size(plan: Plan, at_least: int, device: torch.device) -> int:
     """Larger blocks if the factors of an example's gradient are small: fewer, larger matrix products."""
-    each = plan.bytes_of_one
-    return at_least if each is None else max(at_least, min(_BLOCK, _BLOCK_BYTES // max(1, each)))
+    if plan.bytes_of_one is None:
+        return at_least
+    each = max(1, plan.bytes_of_one)
+    if device.type == "cpu":
+        return max(at_least, min(_BLOCK, _BLOCK_BYTES // each))
+    return max(at_least, min(_BLOCK_THERE, _TIMES_THERE * at_least, _BLOCK_BYTES_THERE // each))
 
 
 def _check_same_model(task: Task, saved: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:

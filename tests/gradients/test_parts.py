@@ -293,7 +293,7 @@ def test_products_with_several_vectors_are_those_of_the_rows(two, count, seed):
 
 
 def test_both_orders_of_a_product_with_several_vectors_are_taken_and_chunked(monkeypatch):
-    monkeypatch.setattr("lightning_influence.gradients.outer_products.WORKSPACE", 40)
+    monkeypatch.setattr("lightning_influence.gradients.outer_products.workspace", lambda device: 40)
     generator = torch.Generator().manual_seed(0)
     taken = set()
     monkeypatch.setattr(OuterProducts, "_times_each", spied(OuterProducts._times_each, taken, "inputs first"))
@@ -378,7 +378,7 @@ def test_blocks_that_reach_different_parameters_are_written_out_with_zeros():
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_large_weight_is_multiplied_in_strips(bias, transposed, monkeypatch):
     monkeypatch.setattr(outer_products, "WHOLE", 1)
-    monkeypatch.setattr(outer_products, "ROWS", outer_products.WORKSPACE // 6)
+    monkeypatch.setattr(outer_products, "ROWS", 2**21 // 6)
     generator, shape = torch.Generator().manual_seed(0), (IN, OUT) if transposed else (OUT, IN)
     one, two = (
         OuterProducts(normal(generator, n, 40, IN), normal(generator, n, 40, OUT), shape, bias, transposed).scaled(

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_influence import Attributor
+from lightning_influence.gradients import vjp
 from lightning_influence.gradients.products import Products
 
 torch.set_num_threads(1)
@@ -134,9 +135,9 @@ def test_of_some_examples_the_sum_is_taken(matrix):
 def test_vectors_in_chunks_and_one_by_one_where_vmap_cannot(monkeypatch):
     _, attributor = opened(mlp, F.cross_entropy, both(5)["train"]())
     whole, _, _ = columns(attributor, "ggn")
-    for workspace in (1, 10_000):  # one after another; some at once
+    for size in (1, 1250):  # one after another; some at once
         with monkeypatch.context() as patch:
-            patch.setattr("lightning_influence.gradients.vjp._WORKSPACE", workspace)
+            patch.setattr(vjp, "workspace", lambda device, size=size: size)
             torch.testing.assert_close(columns(attributor, "ggn")[0], whole)
     real, batched = torch.autograd.grad, []
 

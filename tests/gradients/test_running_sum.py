@@ -43,7 +43,7 @@ def test_sums_of_any_form_and_their_products_are_those_of_rows(kinds, positions)
 
 @pytest.mark.parametrize("least", [1, 1000])
 def test_look_ups_are_multiplied_by_id_and_one_by_one(monkeypatch, least):
-    monkeypatch.setattr(lookup, "_PAIRS_FOR_A_PRODUCT", least)
+    monkeypatch.setattr(lookup, "_pairs_for_a_product", lambda device: least)
     draw = torch.Generator().manual_seed(0)
     made, tables = part("lookup", N, 9, draw), normal(draw, 5, OUT, IN)
     torch.testing.assert_close(made.times_each((tables,)), tables.flatten(1) @ written_out(made).T)
