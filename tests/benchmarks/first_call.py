@@ -1,6 +1,7 @@
 """What a first question costs beside plain passes over the same data, beside later questions and beside dattri-LLM.
 
 python tests/benchmarks/first_call.py [SUBJECT ...] [--mnist mnist.npz] [--ag-news FOLDER] [--repeats 5]
+    [--device cuda] [--times 10]
 
 For each subject, in one run: medians of a plain pass, of the checks before scoring (self-check, probing, planning), of
 a first and a later `GradientDot`, and of dattri-LLM's where it is installed (`pip install --no-deps dattri-llm`, with
@@ -107,13 +108,26 @@ SUBJECTS = {
 def plain(module, datasets, batch=None):
     """Seconds of forward and backward passes; batches of 16 where the model has a vocabulary to predict."""
     batch = batch or (16 if isinstance(module.net, GPT2) else BATCH)
-    start = time.perf_counter()
+    device = next(module.parameters()).device
+    start = now()
     for data in datasets:
         for some in DataLoader(data, batch):
             module.zero_grad()
-            module.training_step(some, 0).backward()
+            module.training_step([part.to(device) for part in some], 0).backward()
     module.zero_grad()
-    return time.perf_counter() - start
+    return now() - start
+
+
+def now():
+    """Seconds, once a GPU has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def repeated(data, times):
+    """A dataset of so many times as many examples."""
+    return TensorDataset(*(t.repeat(times, *[1] * (t.ndim - 1)) for t in data.tensors))
 
 
 @contextlib.contextmanager
@@ -149,30 +163,31 @@ def dattri(module, train, queries):
         return None
     batch = min(BATCH, len(train))
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
-        start = time.perf_counter()
+        start = now()
         task = AttributionTask(loss_func=lambda net, b: F.cross_entropy(net(b["x"]), b["y"]), model=module.net)
         options = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": batch}
         found = TracInAttributor(AttributionArguments(output_dir=folder, **options), task=task)
         found.attribute(Named(train), Named(queries))
-        return time.perf_counter() - start
+        return now() - start
 
 
 def measure(name, options):
     make, read = SUBJECTS[name]
     torch.manual_seed(0)
-    module, (train, queries) = Classifier(make()).eval(), read(options)
+    module, (train, queries) = Classifier(make()).eval().to(options.device), read(options)
+    train = repeated(train, options.times)
     seconds = {key: [] for key in ("plain", "checks", "first", "later", "dattri-LLM")}
     for turn in range(options.repeats + 1):
         found = {"plain": plain(module, (train, queries))}
-        start = time.perf_counter()
+        start = now()
         with examples_run() as ran, Attributor(module, train).session(queries) as setting:
             block = min(setting.examples.block_size, len(train))
-        found["checks"] = time.perf_counter() - start
+        found["checks"] = now() - start
         asked = Attributor(module, train)
         for key in ("first", "later"):
-            start = time.perf_counter()
+            start = now()
             asked.score(GradientDot(), queries)
-            found[key] = time.perf_counter() - start
+            found[key] = now() - start
         found["dattri-LLM"] = dattri(copy.deepcopy(module), train, queries)
         for key, value in found.items():
             if turn and value is not None:  # the first turn warms up
@@ -199,27 +214,28 @@ def measure(name, options):
 
 def spot_checks(module, train, queries):
     """The share of the spot checks in a longer question."""
-    longer = TensorDataset(*(t.repeat(10, *[1] * (t.ndim - 1)) for t in train.tensors))
+    longer = repeated(train, 10)
     spent, check = [], Guard.check
 
     def timed(*args):
-        start = time.perf_counter()
+        start = now()
         check(*args)
-        spent.append(time.perf_counter() - start)
+        spent.append(now() - start)
 
     asked = Attributor(module, longer)
     with asked.session(queries):
-        Guard.check, start = timed, time.perf_counter()
+        Guard.check, start = timed, now()
         try:
             asked.score(GradientDot(), queries)
         finally:
             Guard.check = check
-    return sum(spent) / (time.perf_counter() - start)
+    return sum(spent) / (now() - start)
 
 
 def peak(name, what, block, options):
     """Mebibytes that plain passes or a first question add to a process that has torch and the data."""
     command = [sys.executable, __file__, name, "--peak", what, "--batch", str(block)]
+    command += ["--device", options.device, "--times", str(options.times)]
     command += [f"--{key.replace('_', '-')}={path}" for key in ("mnist", "ag_news") if (path := getattr(options, key))]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
@@ -227,17 +243,20 @@ def peak(name, what, block, options):
 def print_peak(name, what, options):
     make, read = SUBJECTS[name]
     train, queries = read(options)
-    before = high_water()
-    module = Classifier(make()).eval()
+    train = repeated(train, options.times)
+    before = high_water(options.device)
+    module = Classifier(make()).eval().to(options.device)
     if what == "plain":
         plain(module, (train, queries), options.batch)
     else:
         Attributor(module, train).score(GradientDot(), queries)
-    print((high_water() - before) / 1024)
+    print((high_water(options.device) - before) / 1024)
 
 
-def high_water():
-    """Kibibytes that this process has had at most; `ru_maxrss` would count what its parent had."""
+def high_water(device):
+    """Kibibytes that this process has had at most, on a GPU in its memory; `ru_maxrss` would count its parent's."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 1024
     return int(next(line for line in Path("/proc/self/status").open() if line.startswith("VmHWM")).split()[1])
 
 
@@ -247,6 +266,8 @@ if __name__ == "__main__":
     parser.add_argument("--mnist")
     parser.add_argument("--ag-news")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--times", type=int, default=1, help="how often the training data are repeated")
     parser.add_argument("--peak")
     parser.add_argument("--batch", type=int)
     given = parser.parse_args()

@@ -14,15 +14,23 @@ import subprocess
 import sys
 import tempfile
 import types
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 
 from lightning_influence.devices import has_float64
 
 NAME = "standin"
 DEVICES = 2
+HERE = os.environ.get("TESTED_DEVICE", f"{NAME}:0")
+"""The device that the tests of this folder compute on; with `TESTED_DEVICE=cuda:0` a real one."""
+IS_STANDIN = HERE.startswith(NAME)
+OTHER = HERE.split(":")[0] + ":1"
+
+standin_only = pytest.mark.skipif(not IS_STANDIN, reason="of what only the stand-in device has")
 FOLDER = "STANDIN_DEVICE_FOLDER"
 """The environment variable that names the folder where the built library is kept."""
 
@@ -147,8 +155,18 @@ class Counts:
 
 @contextlib.contextmanager
 def counted():
-    """Count what happens on the devices inside."""
+    """Count what happens on the devices inside; on CUDA waits alone, as PyTorch warns of them."""
     found = Counts()
+    if not IS_STANDIN:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield found
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        found.synchronisations = sum("synchronizing CUDA" in str(warning.message) for warning in caught)
+        return
     load().reset()
     try:
         yield found

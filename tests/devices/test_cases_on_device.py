@@ -1,9 +1,12 @@
 """The named cases whose data may go to a device, on the stand-in device against brute force on the CPU."""
 
+from dataclasses import replace
+
 import pytest
 from cases import CASES
 from test_cases import Asked
 
+import devices
 from devices.fits_on import trainer
 from lightning_influence import Attributor
 
@@ -32,8 +35,12 @@ PLAIN = [
     if case.expected == "right"
     and case.trainer is None
     and not (case.later or case.files or name.startswith(OWN_TENSORS))
-    and not any(word in name for word in LACKING)
+    and not (devices.IS_STANDIN and any(word in name for word in LACKING))
 ]
+
+
+# PyTorch's kernel of weight norm takes the square root in float32 on CUDA.
+COARSE = ("weight norm", "weight norm as hooks", "weight norm of a convolution")
 
 
 class OnDevice(Asked):
@@ -46,7 +53,7 @@ class OnDevice(Asked):
             self.asked,
             self.loader,
             self.trajectory,
-            trainer("standin:0"),
+            trainer(devices.HERE),
             3,
             loss=case.loss,
             parameters=case.parameters,
@@ -55,4 +62,5 @@ class OnDevice(Asked):
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_case_on_the_device_equals_brute_force(name, tmp_path):
-    OnDevice(CASES[name], tmp_path).check()
+    coarse = name in COARSE and not devices.IS_STANDIN
+    OnDevice(replace(CASES[name], tolerance=1e-6) if coarse else CASES[name], tmp_path).check()

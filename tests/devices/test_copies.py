@@ -9,15 +9,16 @@ from lightning_influence import Attributor, TracInCP
 from lightning_influence.devices import Readings, on_host, read_numbers
 
 pytestmark = [pytest.mark.device, pytest.mark.filterwarnings("ignore")]
-HERE = "standin:0"
+HERE = devices.HERE
 
 
 def test_tensors_of_all_types_come_in_one_copy_as_they_are():
     kinds = [torch.bool, torch.uint8, torch.int16, torch.bfloat16, torch.float32, torch.int64, torch.float64]
     tensors = [torch.tensor([[1, 0, 3], [0, 5, 6]]).to(kind).T for kind in kinds]
     tensors += [torch.tensor(2**53 + 1), torch.empty(0, 2), torch.tensor(float("nan")), torch.tensor(True)]
+    there = [tensor.to(HERE) for tensor in tensors]
     with devices.counted() as counts:
-        found = on_host([tensor.to(HERE) for tensor in tensors])
+        found = on_host(there)
     assert counts.waits == 1
     for one, other in zip(found, tensors, strict=True):
         assert one.is_cpu
@@ -26,9 +27,9 @@ def test_tensors_of_all_types_come_in_one_copy_as_they_are():
 
 def test_large_tensors_are_copied_alone_and_those_of_the_cpu_not_at_all():
     here = torch.ones(3)
-    large, alike = torch.ones(2**20).to(HERE), torch.arange(3).to(HERE) + 1j
+    large, alike, small = torch.ones(2**20).to(HERE), torch.arange(3).to(HERE) + 1j, here.to(HERE)
     with devices.counted() as counts:
-        found = on_host([here, large, alike, here.to(HERE)])
+        found = on_host([here, large, alike, small])
     assert found[0].data_ptr() == here.data_ptr()
     assert counts.waits == 3
     assert read_numbers([alike.real, here]) == [[0, 1, 2], [1, 1, 1]]
@@ -37,8 +38,9 @@ def test_large_tensors_are_copied_alone_and_those_of_the_cpu_not_at_all():
 def test_what_waits_is_read_with_what_is_needed_first():
     readings = Readings()
     first, second = readings.later(torch.ones(2).to(HERE)), readings.arriving(torch.zeros(1).to(HERE))
+    third = torch.tensor(3).to(HERE)
     with devices.counted() as counts:
-        assert readings.read([torch.tensor(3).to(HERE)]) == [[3]]
+        assert readings.read([third]) == [[3]]
         assert first() == [1, 1]
         assert second().tolist() == [0]
     assert counts.waits == 1

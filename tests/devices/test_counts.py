@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 
 def asking(blocks, folder, of=None):
     module, train, trajectory = fit(blocks, folder) if of is None else (*of, None)
-    return Attributor(module, train, trajectory, trainer=trainer("standin:0"), batch_size=BLOCK)
+    return Attributor(module, train, trajectory, trainer=trainer(devices.HERE), batch_size=BLOCK)
 
 
 def counts_of(ask, question):
@@ -101,6 +101,7 @@ def test_the_host_seldom_waits(name, folder):
     assert more[1].waits <= some[1].waits + 2
 
 
+@devices.standin_only
 def test_blocks_are_copied_to_the_device_once_and_from_pinned_memory(folder):
     few, many = 10, 20
     some, more = (counts_of(asking(n, folder), scores(GradientDot()))[1] for n in (few, many))

@@ -31,7 +31,7 @@ from lightning_influence import (
 )
 
 pytestmark = [pytest.mark.device, pytest.mark.filterwarnings("ignore")]
-HERE = "standin:0"
+HERE = devices.HERE
 METHODS = {
     "TracInCP": TracInCP(),
     "GradientDot": GradientDot(),
@@ -93,6 +93,7 @@ def test_scores_in_16_bits_on_the_device_are_those_of_the_cpu(name, precision, t
     torch.testing.assert_close(on_device, on_cpu, rtol=0, atol=0.02 * float(on_cpu.abs().max()), equal_nan=True)
 
 
+@devices.standin_only
 def test_a_device_without_float64_refuses_it(tmp_path):
     about = fitted(tmp_path, torch.float32)
     with devices.without_float64(), pytest.raises(ValueError, match="got '64-true' on standin, which has no float64"):

@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import devices
 from devices.fits_on import Net, data, fitted, trainer
 from lightning_influence import EKFAC, Attributor, ExactGGN, GradientDot, HyDRA, Influence, InfluenceFunction, TracInCP
+from lightning_influence.timing import timed
 
 pytestmark = [pytest.mark.device, pytest.mark.filterwarnings("ignore")]
-HERE, OTHER = "standin:0", "standin:1"
+HERE, OTHER = devices.HERE, devices.OTHER
+two_devices = pytest.mark.skipif(torch.accelerator.device_count() == 1, reason="needs two devices")
 
 
 class Watched(Net):
@@ -30,19 +33,21 @@ def seen_by(module, **options):
     return SEEN
 
 
-@pytest.mark.parametrize("place", ["cpu", HERE, OTHER])
+@pytest.mark.parametrize("place", ["cpu", HERE, pytest.param(OTHER, marks=two_devices)])
 def test_a_module_is_scored_where_it_is(place):
     module = Watched().to(place)
     assert seen_by(module) == {place}
     assert {str(p.device) for p in module.parameters()} == {place}
 
 
+@two_devices
 def test_a_module_made_on_a_device_is_scored_there():
     with torch.device(OTHER):
         module = Watched()
     assert seen_by(module) == {OTHER}
 
 
+@two_devices
 def test_a_trainers_device_comes_first_and_the_module_goes_back():
     module = Watched().to(OTHER)
     assert seen_by(module, trainer=trainer(HERE)) == {HERE}
@@ -55,7 +60,7 @@ def test_files_of_a_fit_on_a_device_name_none(tmp_path):
     files = [path for path in tmp_path.rglob("*.pt") if path.is_file()]
     assert len(files) >= 3
     for path in files:
-        assert b"standin" not in path.read_bytes()
+        assert HERE.split(":")[0].encode() not in path.read_bytes()
 
 
 @pytest.mark.parametrize("method", [InfluenceFunction(EKFAC()), InfluenceFunction(ExactGGN(damping=0.1))], ids=str)
@@ -82,10 +87,8 @@ def test_the_lines_for_later_name_the_method_and_the_trainer(tmp_path, capsys):
     assert "trainer=trainer" in lines
 
 
+@devices.standin_only
 def test_estimates_wait_for_the_device():
-    import devices
-    from lightning_influence.timing import timed
-
     runs = []
     with devices.counted() as counts:
         timed(lambda: runs.append(torch.ones(3, device=HERE) + 1))

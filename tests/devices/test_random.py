@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import devices
 from devices.fits_on import Net, data, fitted, trainer
 from lightning_influence import Attributor, HyDRA, LeaveOneOut, Refit, TracIn
 from lightning_influence.devices import kinds_in_use, rng_states
@@ -10,18 +11,19 @@ from lightning_influence.module.random_state import isolated_random_state, rando
 from lightning_influence.replay.replay import DriftError
 
 pytestmark = [pytest.mark.device, pytest.mark.filterwarnings("ignore")]
-HERE = "standin:0"
+HERE = devices.HERE
 
 
 def test_the_device_is_known():
-    assert list(kinds_in_use()) == ["standin"]
-    assert [str(device) for device in rng_states()] == ["standin:0", "standin:1"]
+    kind, count = HERE.split(":")[0], torch.accelerator.device_count()
+    assert list(kinds_in_use()) == [kind]
+    assert [str(device) for device in rng_states()] == [f"{kind}:{i}" for i in range(count)]
 
 
 def test_states_are_put_back_compared_and_seeded():
     before = random_states()
     with isolated_random_state():
-        torch.randn(3, device="standin:1")
+        torch.randn(3, device=HERE)
         assert random_states() != before
         drawn = []
         for _ in range(2):
@@ -64,5 +66,6 @@ def test_the_callback_changes_no_weights_and_no_random_numbers(tmp_path):
 def test_a_replay_elsewhere_says_where_the_fit_drew(tmp_path):
     module, train, influence = fitted(tmp_path, torch.float32, HERE, net=Net(dropout=0.5))
     ask = Attributor(module, train, influence.trajectory, trainer=trainer("cpu"))
-    with pytest.raises(DriftError, match="drew random numbers on standin, which cannot be repeated on cpu"):
+    kind = HERE.split(":")[0]
+    with pytest.raises(DriftError, match=f"drew random numbers on {kind}, which cannot be repeated on cpu"):
         ask.score(TracIn(max_drift=1e-4), data(3, 2, torch.float32))

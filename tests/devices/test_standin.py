@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import devices
 
-pytestmark = pytest.mark.device
+pytestmark = [pytest.mark.device, devices.standin_only]
 HERE, OTHER = "standin:0", "standin:1"
 
 

@@ -40,8 +40,11 @@ class StandinAccelerator(Accelerator):
         return devices.NAME
 
 
-def on(device="standin:0"):
+def on(device):
     """Options of a Trainer that computes on one device."""
+    kind, _, index = device.partition(":")
+    if kind != devices.NAME:
+        return {"accelerator": kind, "devices": [int(index)] if index else 1}
     devices.load()
     return {
         "accelerator": StandinAccelerator(),
