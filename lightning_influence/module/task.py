@@ -17,7 +17,7 @@ from lightning_influence.devices import has_coarse_products, pinned, without_cud
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.data_hooks import transferred
 from lightning_influence.module.exact_losses import exact_losses
-from lightning_influence.module.kernels import has_convolutions, is_recurrent
+from lightning_influence.module.kernels import Kernels, kernels_of
 from lightning_influence.module.loss_tail import NO_TAIL, LossTail, find_tail
 from lightning_influence.module.numbers import History, put_back
 from lightning_influence.module.precision import Precision, full_products
@@ -123,11 +123,7 @@ class Task:
     # ---- weights --------------------------------------------------------------------------------------------------
 
     def named_parameters(self, names: Iterable[str] | None = None) -> dict[str, nn.Parameter]:
-        """Parameters by their names without wrapper prefixes; tied parameters appear once.
-
-        Args:
-            names: which; None: all.
-        """
+        """All parameters, or those of some names, which have no wrapper prefixes; tied parameters appear once."""
         return self._parameters if names is None else {name: self._parameters[name] for name in names}
 
     def named_buffers(self) -> dict[str, Tensor]:
@@ -268,7 +264,7 @@ class Task:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(self.precision.computing(self.module, self.device, self.trainer))
                 stack.enter_context(training_stage(self.module))
-                if self.device.type == "cuda" and self.is_recurrent:
+                if self.device.type == "cuda" and self.kernels.recurrent:
                     stack.enter_context(without_cudnn())
                 output = self._loss_of(batch, self.batch_idx) if self.takes_index else self._loss_of(batch)
             if self.on_forward is not None:
@@ -334,16 +330,12 @@ class Task:
     @property
     def has_coarse_products(self) -> bool:
         """Whether products in float32 are rounded to TF32, as the user has set it."""
-        return has_coarse_products(self.device, self.is_recurrent or self._convolves)
+        return has_coarse_products(self.device, any(self.kernels))
 
     @functools.cached_property
-    def is_recurrent(self) -> bool:
-        """Whether the module has recurrent layers, which are computed without cuDNN."""
-        return is_recurrent(self.module)
-
-    @functools.cached_property
-    def _convolves(self) -> bool:
-        return has_convolutions(self.module)
+    def kernels(self) -> Kernels:
+        """Which layers with kernels of their own the module has; recurrent ones are computed without cuDNN."""
+        return kernels_of(self.module)
 
 
 def settle(module: nn.Module) -> None:
