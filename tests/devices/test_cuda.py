@@ -184,10 +184,8 @@ def test_fits_in_16_bits_are_scored(net, method, precision, tmp_path):
     try:
         found = both(about, ASKED[method], torch.float32)[0]
     except DriftError:
-        assert (method, precision) in (
-            ("HyDRA", "bf16-true"),
-            ("TracIn", "bf16-true"),
-        )  # rounded otherwise than the fit
+        assert precision != "16-mixed"  # bfloat16 is coarse, and the replay rounds otherwise than the fit
+        assert method in ("HyDRA", "TracIn")
         return
     assert bool(found.isfinite().all())
     assert bool(found.any())
