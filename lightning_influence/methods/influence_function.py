@@ -28,6 +28,7 @@ from lightning_influence.setting.setting import Queries, Setting, Stage, cached
 from lightning_influence.timing import Work, seconds_of
 from lightning_influence.trajectory import Trajectory
 
+
 @dataclass(frozen=True)
 class InfluenceFunction(GradientProduct):
     r"""How much higher a query's loss would be if the optimum were found without the example, to first order.
