@@ -107,12 +107,12 @@ def evaluated(name, method, attributor, queries, banks, flipped, watched):
     scores = watched[name] if name in watched else attributor.score(method, queries)
     row = {"seconds": float("nan") if name in watched else time.perf_counter() - start}
     for column, bank in banks.items():
-        figures = evaluate(scores, bank, mislabelled=flipped).figures
-        if "lds" in figures:
-            row[column] = figures["lds"]
+        metrics = evaluate(scores, bank, mislabelled=flipped).metrics
+        if "lds" in metrics:
+            row[column] = metrics["lds"]
         else:
-            row |= {"leave-one-out": figures["pearson"], "slope": figures["slope"]}
-        row["wrong labels"] = figures["auroc"]
+            row |= {"leave-one-out": metrics["pearson"], "slope": metrics["slope"]}
+        row["wrong labels"] = metrics["auroc"]
     if not scores.units.startswith(("loss", "query loss")):
         row["slope"] = float("nan")
     print(line(name, row), flush=True)

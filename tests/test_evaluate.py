@@ -27,12 +27,12 @@ def test_exact_leave_one_out_is_perfect_against_itself_and_random_is_not(tmp_pat
     bank = refit.bank(TEST, leave_out=[3, 17, 5, 0, 11, 8])
     found = evaluate(scores, bank)
     for name in ("pearson", "spearman", "slope"):
-        assert found.figures[name] == pytest.approx(1.0, abs=1e-9)
+        assert found.metrics[name] == pytest.approx(1.0, abs=1e-9)
         assert abs(found.baselines["random"][name] - 1) > 0.3
     assert found.beats_random
     assert found.ceiling == 1.0
     half = Scores(scores.values / 2, None, scores.train_ids, scores.query_ids, method="half")
-    assert evaluate(half, bank).figures["slope"] == pytest.approx(0.5, abs=1e-9)
+    assert evaluate(half, bank).metrics["slope"] == pytest.approx(0.5, abs=1e-9)
     torch.testing.assert_close(bank.changes, leave_one_out(losses_on, 20)[:, [3, 17, 5, 0, 11, 8]], rtol=0, atol=1e-12)
 
 
@@ -44,9 +44,8 @@ def test_linear_datamodeling_is_that_of_loops(tmp_path):
     losses = torch.stack([losses_on(row.nonzero()[:, 0].tolist()) for row in bank.membership])
     torch.testing.assert_close(bank.mean, losses, rtol=0, atol=1e-12)
     found = evaluate(scores, bank)
-    assert found.metrics is found.figures  # the earlier name
-    assert found.figures["lds"] == pytest.approx(correlation_over_subsets(scores.values, bank.membership, losses))
-    assert found.figures["lds_low"] > found.baselines["random"]["lds_high"]
+    assert found.metrics["lds"] == pytest.approx(correlation_over_subsets(scores.values, bank.membership, losses))
+    assert found.metrics["lds_low"] > found.baselines["random"]["lds_high"]
     assert "noise ceiling of rank correlations: 1.00" in repr(found)
     assert "lds" in repr(found)
 
@@ -78,10 +77,10 @@ def test_wrong_labels_beside_the_plain_loss(tmp_path):
     found = evaluate(scores, refit.bank(TEST, n_subsets=5), mislabelled=wrong)
     own = ridge_losses(*TRAIN.tensors, range(20), *TRAIN.tensors, DECAY, 20)
     assert found.baselines["plain loss"]["auroc"] == pytest.approx(roc_auc_score(wrong, own))
-    assert found.figures["auroc"] == pytest.approx(roc_auc_score(wrong, -scores.values.mean(0)))
+    assert found.metrics["auroc"] == pytest.approx(roc_auc_score(wrong, -scores.values.mean(0)))
     assert "auroc" in found.baselines["random"]
     given = evaluate(scores, refit.bank(TEST, n_subsets=5), mislabelled=wrong, suspicion=wrong)
-    assert given.figures["auroc"] == 1.0
+    assert given.metrics["auroc"] == 1.0
 
 
 def test_subset_removal_trains_without_the_strongest_proponents(tmp_path):
@@ -103,7 +102,7 @@ def test_failed_models_do_not_count(tmp_path):
         bank = refit.bank(TEST, leave_out=[3, 4, 5])
     scores = asker.score(LeaveOneOut(examples=(3, 5)), TEST)
     found = evaluate(scores, bank)
-    assert found.figures["pearson"] == pytest.approx(1.0)
+    assert found.metrics["pearson"] == pytest.approx(1.0)
     assert [note for note in found.notes if "without [4]" in note]
 
 

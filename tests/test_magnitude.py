@@ -10,8 +10,10 @@ from test_attributor import QUERIES, TRAIN, Net
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence import Attributor, GradientDot, Influence, Trajectory
+from lightning_influence import Attributor, GradientDot, Influence, KNNShapley, Trajectory
+from lightning_influence.attribution import driver
 from lightning_influence.attribution.magnitude import FLAG
+from lightning_influence.processes import Processes
 
 NOTE = "times as large as the loss of their example or any that the fit recorded"
 
@@ -87,3 +89,30 @@ def test_a_query_whose_own_loss_is_as_large_may_have_such_scores(tmp_path):
 def test_nothing_is_said_where_the_fit_recorded_no_losses(run):
     bare = replace(run[1], fit_data=replace(run[1].fit_data, losses=None))
     assert Attributor(run[0], TRAIN, bare).score(Times(factor=1e6), QUERIES).units == "loss"
+
+
+class First(Processes):
+    """The first of two processes; the scores of the other are as many times as large."""
+
+    def __init__(self, times):
+        super().__init__(0, 2)
+        self.times = times
+
+    def gathered(self, value):
+        return [value, value * self.times if isinstance(value, torch.Tensor) and value.ndim == 1 else value]
+
+
+@pytest.mark.parametrize("method", [Times(), KNNShapley()], ids=["examples divided", "queries divided"])
+def test_what_is_noted_follows_from_the_scores_of_all_processes(run, monkeypatch, method):
+    attributor, seen = Attributor(run[0], TRAIN, run[1]), []
+    monkeypatch.setattr(driver, "note_impossible", lambda *arguments: seen.append(arguments[-1]))
+    monkeypatch.setattr(driver, "_note_vanished", lambda *arguments: seen.append(arguments[-1]))
+    whole = attributor.score(method, QUERIES).values.abs()
+    attributor.processes = First(1e9)
+    attributor.group(method, [1, 2], QUERIES)
+    if isinstance(method, Times):
+        whole = whole[:, : len(TRAIN) // 2]
+    else:
+        whole[len(QUERIES) // 2 :] = 0  # those of the other
+    torch.testing.assert_close(seen[3], whole.amax(1) * 1e9)
+    assert seen[2] == int((whole.amax(1) == 0).sum())

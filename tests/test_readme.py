@@ -61,7 +61,7 @@ def test_every_python_block_runs_in_order(run, capsys):
     assert run["wrong"] == {7, 12}
     assert list(run["kept"].indices) == [i for i in range(N_TRAIN) if i not in (7, 12)]
     assert run["hydra"].values.shape == (5, N_TRAIN)
-    assert run["evaluate"](run["hydra"], run["bank"]).figures["lds"] > 0.9
+    assert run["evaluate"](run["hydra"], run["bank"]).metrics["lds"] > 0.9
     assert "noise ceiling of rank correlations: 1.00" in capsys.readouterr().out
 
 

@@ -74,8 +74,9 @@ def run_scores(
                 finished.train = column + tile.shape[1]
             finished.queries = first + len(some)
     bad.refuse(setting.processes)
-    if len(share.train) == n_train and len(share.queries) == len(queries):
-        _note_vanished(method, setting, int((largest == 0).sum()))
+    if share.divided is not None:  # what is noted is decided by the scores of all processes
+        largest = torch.stack(setting.processes.gathered(largest.cpu())).amax(0)
+    _note_vanished(method, setting, int((largest == 0).sum()))
     if not (queries.mean or queries.measured):
         note_impossible(method, setting, queries.engine, queries.examples, largest)
     accumulator.merge(share, setting.processes)

@@ -2,16 +2,15 @@
 
 import warnings
 from collections.abc import Callable
-from operator import index as as_index
 from pathlib import Path
 from typing import Any
 
+from lightning_influence.capture.batch_ids import BatchIds
 from lightning_influence.capture.deployed_weights import averaged_state, best_file
 from lightning_influence.capture.first_batches import FirstBatches
 from lightning_influence.capture.gradient_changes import CLIPPED_OTHERWISE, GradientChanges
-from lightning_influence.capture.identity import LoaderTap, length_of, reloaded
+from lightning_influence.capture.identity import LoaderTap, length_of
 from lightning_influence.capture.in_memory import last_weights
-from lightning_influence.capture.loaders import as_indices
 from lightning_influence.capture.places import CannotRecord
 from lightning_influence.capture.schedule import Schedule, is_ending
 from lightning_influence.capture.sharded import states_of
@@ -20,7 +19,7 @@ from lightning_influence.capture.steps import StepRecorder, batch_size
 from lightning_influence.capture.store import RunWriter, without_earlier_steps
 from lightning_influence.capture.trainer_recorder import TrainerReads
 from lightning_influence.capture.windows import RecordedBatch
-from lightning_influence.compat import rank_zero_info, rank_zero_warn
+from lightning_influence.compat import rank_zero_info
 from lightning_influence.module.code_values import ValueRecord
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.trajectory.files import BROKE_OFF
@@ -28,7 +27,6 @@ from lightning_influence.trajectory.fit_data import FitData
 from lightning_influence.types import clean
 
 _ROWS_IN_MEMORY = 1024
-_RELOADED = "The training loader was reloaded during the fit"
 
 
 class Recorder:
@@ -46,7 +44,7 @@ class Recorder:
         run_dir: Path,
     ) -> None:
         self._trainer, self._module, self._tap, self._store = trainer, module, tap, store
-        self._schedule, self._sample_id = schedule, sample_id
+        self._schedule, self._ids = schedule, BatchIds(trainer, tap, sample_id, store)
         self.steps = StepRecorder(trainer, module, made)
         self.first = FirstBatches(trainer, module)
         self.failed = False
@@ -55,8 +53,6 @@ class Recorder:
         self._made_at_start = made
         # step, epoch and state at the end of the last epoch: other callbacks may average the weights in `on_train_end`
         self._held: tuple[int, int, dict[str, dict]] | None = None
-        self._warned: set[str] = set()
-        self._dataset: Any = None
         self._changes = GradientChanges(trainer, module)
         self._lazy = False  # the initial checkpoint waits for the first forward pass
         self._states = states_of(trainer, module, run_dir)
@@ -77,10 +73,10 @@ class Recorder:
         """Save the initial checkpoint; ``verbose``: say what those of the fit will weigh."""
         self._tap.epoch_starts(self._trainer)
         if self.steps.clips_otherwise:
-            self._store.manifest["notes"].append(CLIPPED_OTHERWISE)
+            self._store.note(CLIPPED_OTHERWISE, warn=False)
         self._changes.note(self._store.manifest["notes"])
         if self.made and self._store.manifest["parent"] is None:
-            self._store.manifest["notes"].append(without_earlier_steps(self.made))
+            self._store.note(without_earlier_steps(self.made), warn=False)
         names = {id(part): clean(name) for name, part in self._module.named_modules()}
         self._store.manifest["eval_modules"] = [names[id(m)] for m in self._module.modules() if not m.training]
         # the first forward pass gives parameters of `LazyLinear` and its like their shapes and values
@@ -101,13 +97,13 @@ class Recorder:
     def epoch_starts(self) -> None:
         """Notice reloaded loaders and replaced optimizers."""
         self._tap.epoch_starts(self._trainer)
-        self._notice(self._tap.dataset())
+        self._ids.epoch_starts()
         self.reads.start()
         self.steps.windows.watch()
 
     def batch_starts(self, batch: Any, batch_idx: int) -> RecordedBatch:
         """Record which examples are about to be trained on, and the index of their batch."""
-        ids = self._identify(batch)
+        ids = self._ids.of(batch)
         read = self._tap.read[0] if len(self._tap.read) == 1 else None
         self.first.batch_starts(ids, batch, self._tap.loaded, read is not None if self._tap.reads_here else None)
         self._made_at_start = self.made
@@ -117,7 +113,7 @@ class Recorder:
         """Complete the rows of the batch's steps; save a checkpoint if one is due."""
         self._note_reads()
         if batch is None:  # Lightning does not call `on_train_batch_start` then
-            self._tap.take(self._trainer, id(self))
+            self._ids.skip()
         self.steps.batch_ended()
         every = self._schedule.every_n_train_steps
         if every and self.steps.made // every > self._made_at_start // every:
@@ -150,7 +146,7 @@ class Recorder:
             if self._held is not None and self._held[0] == self.made:
                 self._checkpoint("final", self._held[2])
             elif self._states.changed:
-                self._note(
+                self._store.note(
                     "Another callback changed the weights in `on_train_end` before `Influence` could save them, so the"
                     " final checkpoint is missing. List `Influence` before it in `callbacks`."
                 )
@@ -187,9 +183,8 @@ class Recorder:
     def confirm(self, data: FitData, differs: str | None) -> None:
         """Write what remains of the fingerprints, and what differed although nothing random went into it."""
         self.first.confirmed = data
-        notes = self._store.manifest["notes"]
-        if differs is not None and not any(note.startswith(_RELOADED) for note in notes):
-            self._note(
+        if differs is not None and not self._ids.reloaded:
+            self._store.note(
                 f"The first batches of the fit could not be made again when it had ended: {differs}. Something besides"
                 " the loader and the batch-transfer hooks changed them, such as a callback or a hook in train mode, or"
                 " the dataset changes with time; scores are of the batches without it."
@@ -207,7 +202,7 @@ class Recorder:
         manifest = self._store.manifest
         if not manifest["finished"] and (manifest["checkpoints"] or not self._trainer.is_global_zero):
             text = f"{BROKE_OFF} {self.made}, the fit went on: {why}"
-            manifest["notes"].append(text)
+            self._store.note(text, warn=False)
             manifest["broken"] = text
             self.flush()
 
@@ -253,7 +248,7 @@ class Recorder:
         try:
             averaged, best = averaged_state(self._trainer, self._module), best_file(self._trainer, self.made)
         except Exception as error:
-            self._note(f"Averaged and best weights were not recorded: {type(error).__name__}: {error}")
+            self._store.note(f"Averaged and best weights were not recorded: {type(error).__name__}: {error}")
             return
         self._store.manifest["best"] = best
         if averaged is not None:
@@ -288,55 +283,3 @@ class Recorder:
             if self._store.manifest["checkpoints"]:
                 why += f" What was written before can be loaded from {str(self._store.folder)!r}."
             warnings.warn(why, UserWarning, stacklevel=2)
-
-    def _notice(self, dataset: Any) -> None:
-        """Note a changed dataset: ids are indices into the current one."""
-        change, self._dataset = reloaded(self._dataset, dataset), dataset
-        if change is None or self._sample_id is not None:
-            return
-        text = f"{_RELOADED}, with {change[0]}: "
-        if change[1]:
-            self._note(text + "one id means several examples, and scores mix them. Use one dataset for the whole fit.")
-        elif not any(note.startswith(text) for note in self._store.manifest["notes"]):
-            self._store.manifest["notes"].append(text + "its examples are assumed to be the same.")
-
-    def _identify(self, batch: Any) -> list[list[int] | None]:
-        ids = self._tap.take(self._trainer, id(self))
-        if self._sample_id is not None:
-            return [self._ids_of(batch)]
-        if any(x is None for x in ids):
-            reason = self._tap.unknown() or "it delivered a batch that its sampler did not draw"
-            self._note(
-                f"`Influence` does not know which examples are in a batch of the training loader: {reason}."
-                " Pass `sample_id=`, a key of the batch or a function of it that gives unique integers. Examples are"
-                " read from the loader's dataset: what its own iteration changes in them is not repeated."
-            )
-        elif len(ids) > 1:
-            text = (
-                f"Each batch combines {len(ids)} loaders; `steps['loader_ids']` holds the examples of each, and"
-                f" `trajectory.of_loader(0)` is the fit with those of the first."
-            )
-            if text not in self._store.manifest["notes"]:
-                self._store.manifest["notes"].append(text)
-        return ids
-
-    def _ids_of(self, batch: Any) -> list[int] | None:
-        """Ids from the user's `sample_id`."""
-        key: Any = self._sample_id
-        try:
-            ids = key(batch) if callable(key) else batch[key] if isinstance(batch, dict) else getattr(batch, key)
-            found = as_indices(ids)
-            return found if found is not None else [as_index(i.item() if hasattr(i, "item") else i) for i in ids]
-        except Exception as error:
-            self._note(
-                f"Expected `sample_id={key!r}` to give one integer for each example of a batch, got"
-                f" {type(error).__name__}: {error}. The examples of these batches are recorded as unknown."
-            )
-            return None
-
-    def _note(self, text: str) -> None:
-        """Warn once, and write the note to the manifest."""
-        if text not in self._warned:
-            self._warned.add(text)
-            self._store.manifest["notes"].append(text)
-            rank_zero_warn(text)

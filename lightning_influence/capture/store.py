@@ -111,6 +111,13 @@ class RunWriter:
             "fit_seconds": 0.0,
         }
 
+    def note(self, text: str, warn: bool = True) -> None:
+        """Add a note to the manifest, once, and warn."""
+        if text not in self.manifest["notes"]:
+            self.manifest["notes"].append(text)
+            if warn:
+                rank_zero_warn(text)
+
     def add_checkpoint(self, step: int, epoch: int, kind: str, content: bytes | memoryview, whole: bool = True) -> None:
         """Write a checkpoint, ``whole`` with the optimizer's state; readers see it once the manifest is written.
 

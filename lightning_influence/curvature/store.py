@@ -160,7 +160,7 @@ def _description(curvature: Curvature, setting: Setting, stage: Stage) -> dict[s
         "settings": curvature.preparation(),
         "step": checkpoint.step,
         "weights": checkpoint.crc32,
-        "parameters": {name: list(parameters[name].shape) for name in sorted(plan.names)},
+        "parameters": [[name, list(parameters[name].shape)] for name in plan.names],  # vectors are in this order
         "dtype": str(setting.zeros().dtype),
         "examples": setting.n_train,
         "reduction": setting.engine.reduction.value,

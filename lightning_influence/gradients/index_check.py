@@ -12,7 +12,8 @@ from lightning_influence.gradients.hessian import gradient_of
 from lightning_influence.gradients.layout import Layout
 from lightning_influence.gradients.plan import Plan
 from lightning_influence.module.random_state import seed_for
-from lightning_influence.module.task import NoLoss, Task
+from lightning_influence.module.step import NoLoss
+from lightning_influence.module.task import Task
 from lightning_influence.numerics.subsets import evenly_spread
 
 # Examples in the batch whose gradient is compared, spread over the dataset.

@@ -140,7 +140,16 @@ class HyDRA(WholeRun):
     def during_fit(
         cls, hessian: bool = True, examples: Sequence[int] | None = None, memory: int = 2**30
     ) -> "HyDRADuringFit":
-        """The same scores by forward-mode differentiation while the fit runs; see ``HyDRADuringFit``."""
+        """The same scores by forward-mode differentiation while the fit runs; see ``HyDRADuringFit``.
+
+        Args:
+            hessian: as for ``HyDRA``.
+            examples: as for ``HyDRA``.
+            memory: bytes of hypergradients in memory; beyond that a file is used.
+
+        Raises:
+            ValueError: other values.
+        """
         return HyDRADuringFit(hessian, tracked_ids(examples), memory)
 
     def scored(self, n_train: int) -> Sequence[int] | None:

@@ -13,10 +13,11 @@ from lightning_influence.curvature.curvature import Curvature
 from lightning_influence.curvature.damping import Diagonal, diagonal_at, of_group
 from lightning_influence.curvature.exact import Exact
 from lightning_influence.curvature.iterative import Iterative
-from lightning_influence.curvature.leverage import own_influence, seconds_of_leverage
+from lightning_influence.curvature.leverage import seconds_of_leverage
 from lightning_influence.curvature.newton_correction import NewtonCorrection
 from lightning_influence.curvature.stand_in import StandIn
 from lightning_influence.curvature.store import prepared_at, preparing
+from lightning_influence.curvature.unit import why_arbitrary
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.products import Products
 from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
@@ -26,14 +27,6 @@ from lightning_influence.setting.samples import Samples
 from lightning_influence.setting.setting import Queries, Setting, Stage, cached
 from lightning_influence.timing import Work, seconds_of
 from lightning_influence.trajectory import Trajectory
-
-# Chosen on tests/benchmarks/units.py: slopes of self-influence against exact leave-one-out were 0.65 to 0.90 at
-# leverages up to 0.21 (conjugate gradients), and 0.33 at 0.29. In 26 other fits they were 0.65 to 2.6 in the 9 with
-# EK-FAC and the unit loss, but 0.29 in one with a leverage of 0.06. Slopes on queries were down to 0.03.
-_MEMORISED = 0.25
-# EK-FAC ranks best at a share of the damping, which makes scores about twice as large in the same fits. Where it was
-# within this factor, slopes were below 3.
-_INFLATED = 2.2
 
 
 @dataclass(frozen=True)
@@ -220,33 +213,11 @@ class _Inverse:
 
     def _unit(self) -> str:
         """Loss or arbitrary, and a note why."""
-        why = self._why_arbitrary()
+        corrected = self.method.correction is not None
+        why = why_arbitrary(self.curvature, self.prepared, self.setting, self.diagonal, corrected)
         if why is not None:
             self.setting.note(f"The unit of the scores is arbitrary: {why}")
         return "loss" if why is None else "arbitrary"
-
-    def _why_arbitrary(self) -> str | None:
-        """Why the scores' size is not that of the change of loss without an example; None if it is."""
-        found, whole = self.diagonal, self.curvature.share == 1
-        if found.implied is None or (whole and not found.is_near):
-            return "their size depends on the damping, which does not follow from the length of the fit"
-        if self.method.correction:  # it divides by 1 - leverage
-            return None
-        implied = self.total if whole else found.decay + found.implied
-        sample = own_influence(self.curvature, self.prepared, self.setting, implied, self.total)
-        self.setting.diagnostic("leverage", sample.leverage)
-        if sample.leverage > _MEMORISED:
-            return (
-                f"the fit has memorised training examples (leverage {sample.leverage:.2f} in a sample, weighted with "
-                "self-influence), of which gradients at the final weights tell the order, but not how much leaving "
-                "them out would change. `LeaveOneOut()` measures that"
-            )
-        if not 1 / _INFLATED <= sample.inflation <= _INFLATED:
-            return (
-                f"their damping makes them {sample.inflation:.2g} times as large as the one that stands for the length "
-                f"of the fit, `damping={float(found.implied.max()):.3g}`"
-            )
-        return None
 
     @property
     def total(self) -> Tensor:

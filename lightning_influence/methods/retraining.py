@@ -42,7 +42,7 @@ class Retraining(ForwardOnly):
 
     @abstractmethod
     def estimate(self, setting: Setting, queries: Queries) -> Estimate:
-        """Scores with their standard errors, for all training examples."""
+        """Scores of all training examples with their standard errors, both [query, train]."""
 
     def models(self, setting: Setting) -> tuple[Tensor, list[int]]:
         """The models that an estimate compares: which training examples each is trained on, and its seed.

@@ -21,7 +21,7 @@ from lightning_influence.replay.samples import seconds_of_walk
 from lightning_influence.replay.steps import Step, examples_of
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.timing import seconds_of
-from lightning_influence.trajectory.exposure import gain
+from lightning_influence.trajectory.parameter_groups import gain
 
 
 @dataclass(frozen=True)

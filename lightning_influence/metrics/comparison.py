@@ -35,11 +35,6 @@ class Evaluation:
     notes: tuple[str, ...] = field(default=())
 
     @property
-    def figures(self) -> dict[str, float]:
-        """The earlier name of ``metrics``."""
-        return self.metrics
-
-    @property
     def main(self) -> str:
         """The name of the metric that methods are compared by: ``"lds"``, or ``"spearman"`` for leave-one-out."""
         return "lds" if "lds" in self.metrics else "spearman"

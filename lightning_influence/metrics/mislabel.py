@@ -18,6 +18,9 @@ class MislabelDetection(PairedMetric):
     them that is wrong, and ``recall_at_F``: the share of all wrong labels that is among them. The baseline to beat is
     the mean loss over checkpoints: ``attributor.losses(checkpoints="all").values``.
 
+    Source: Koh, Liang. Understanding Black-box Predictions via Influence Functions. ICML 2017, section 5.4, where
+    labels are checked in the order of self-influence.
+
     Args:
         fractions: shares of the training set that would be reviewed.
         n_bootstrap: bootstrap resamples per interval; 0: no intervals.

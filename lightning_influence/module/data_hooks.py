@@ -61,7 +61,20 @@ class SetUpDataModule:
 
 
 def transferred(batch: Batch, module: Any, datamodule: Any, device: torch.device) -> Batch:
-    """The batch after the three batch-transfer hooks, each that of a DataModule which has one, else the module's."""
+    """The batch after the three batch-transfer hooks, each that of a DataModule which has one, else the module's.
+
+    Args:
+        batch: as the loader gives it.
+        module: the LightningModule.
+        datamodule: None: that of the module's Trainer.
+        device: where the batch is moved.
+    """
+    trainer = module._trainer
+    # A Trainer that has never run does not know whose hooks to call.
+    new = trainer is not None and getattr(trainer._data_connector, "_datahook_selector", True) is None
+    if not new and datamodule is None:
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0)
 
     def owner(hook: str) -> Any:
         return datamodule if overrides(datamodule, hook) else module

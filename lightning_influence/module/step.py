@@ -1,16 +1,20 @@
-"""``training_step`` as a function, and whether it takes and reads the index of its batch."""
+"""``training_step`` as a function, whether it takes and reads the index of its batch, and the loss that it returns."""
 
 import dis
 import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_influence.types import is_own
 
 # Ways to read a variable other than by its name.
 _INDIRECT = frozenset({"locals", "vars", "eval", "exec", "currentframe", "_getframe", "stack"})
+
+
+class NoLoss(TypeError):
+    """``training_step`` returned None, with which Lightning skips the batch."""
 
 
 def step_of(module: nn.Module) -> Callable[..., Any]:
@@ -66,3 +70,34 @@ def set_by_hook(module: nn.Module) -> list[str]:
     others = [function for name in names if inspect.isfunction(function := inspect.getattr_static(module, name))]
     read = {name for function in others if is_own(function) for name in function.__code__.co_names}
     return sorted(stored & read)
+
+
+def loss_in(output: Any, per_sample: bool) -> Tensor:
+    """The loss that a step has returned: a scalar, or [batch] of a ``loss=``.
+
+    Args:
+        output: what it returned; of a dict, its ``"loss"``.
+        per_sample: whether it is a ``loss=``.
+
+    Raises:
+        NoLoss: there is none.
+        TypeError: it is not a tensor.
+        ValueError: it has another shape.
+    """
+    if not isinstance(output, Tensor):
+        source = "`loss=`" if per_sample else "`training_step`"
+        raise (NoLoss if output is None else TypeError)(
+            f"Expected {source} to return a tensor (or a dict with 'loss'), got {type(output).__name__}. "
+            "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
+        )
+    if not per_sample and output.numel() != 1:
+        raise ValueError(
+            f"Expected `training_step` to return a scalar loss, got shape {tuple(output.shape)}. "
+            "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
+        )
+    if per_sample and output.ndim != 1:
+        raise ValueError(
+            f"Expected `loss=` to return per-sample losses [batch], got shape {tuple(output.shape)}. Do not reduce "
+            "over the batch inside it."
+        )
+    return output

@@ -23,7 +23,7 @@ from lightning_influence.module.numbers import History, put_back
 from lightning_influence.module.precision import Precision, full_products
 from lightning_influence.module.random_state import isolated_random_state
 from lightning_influence.module.snapshot import ModuleSnapshot, restoring
-from lightning_influence.module.step import reads_index, step_of, takes_index
+from lightning_influence.module.step import loss_in, reads_index, step_of, takes_index
 from lightning_influence.module.trainer_state import batch_counter_at, set_clock, training_stage
 from lightning_influence.types import Batch, clean, foreign
 
@@ -40,10 +40,6 @@ _TAKEN: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _requires_grad = attrgetter("requires_grad")
 # See `Task.tolerance`.
 _TF32 = (1e-2, 1e-3)
-
-
-class NoLoss(TypeError):
-    """``training_step`` returned None, with which Lightning skips the batch."""
 
 
 class Task:
@@ -214,14 +210,8 @@ class Task:
         module: Any = self.module
         if not hasattr(module, "_apply_batch_transfer_handler"):
             return batch
-        owner = module._trainer
         with training_stage(module):
-            # A Trainer that has never run does not know whose hooks to call.
-            new = owner is not None and getattr(owner._data_connector, "_datahook_selector", True) is None
-            if new or self.datamodule is not None:
-                return transferred(batch, module, self.datamodule, self.device)
-            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-            return module._apply_batch_transfer_handler(batch, device=self.device, dataloader_idx=0)
+            return transferred(batch, module, self.datamodule, self.device)
 
     def __call__(self, batch: Batch) -> Tensor:
         """The loss on a batch: a scalar from ``training_step``, or [batch] from ``loss=``.
@@ -283,23 +273,7 @@ class Task:
                 f"`{switched[0]}` (of {len(switched)} in all). Use `detach()` in the step, freeze in a hook or before "
                 "the module is passed, or pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
             )
-        if not isinstance(output, Tensor):
-            source = "`loss=`" if self.loss is not None else "`training_step`"
-            raise (NoLoss if output is None else TypeError)(
-                f"Expected {source} to return a tensor (or a dict with 'loss'), got {type(output).__name__}. "
-                "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
-            )
-        if self.loss is None and output.numel() != 1:
-            raise ValueError(
-                f"Expected `training_step` to return a scalar loss, got shape {tuple(output.shape)}. "
-                "Pass `loss=`, a callable (module, batch) -> [batch] of per-sample losses."
-            )
-        if self.loss is not None and output.ndim != 1:
-            raise ValueError(
-                f"Expected `loss=` to return per-sample losses [batch], got shape {tuple(output.shape)}. Do not reduce "
-                "over the batch inside it."
-            )
-        return output
+        return loss_in(output, self.loss is not None)
 
     def _switched(self, parameters: list[nn.Parameter], trained: list[bool]) -> list[str]:
         """Names of the parameters that the step has frozen or unfrozen; all are put back."""

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from lightning_influence import loggers as trackers
 from lightning_influence import plotting, report
-from lightning_influence.files import arrow
 from lightning_influence.plotting.example_view import Classes
 from lightning_influence.plotting.normalization import Normalization
 from lightning_influence.scores import figures, page, tables, tracked
-from lightning_influence.scores.base import Answer, file_head, given_or_at_hand, numbers, paragraph, read_file
+from lightning_influence.scores.base import Answer, given_or_at_hand, numbers, paragraph
 from lightning_influence.scores.id_checks import BaseIds, ascending, base_of, whole_numbers
 from lightning_influence.scores.ranking import Ranking, checked_top, checked_values, strongest_per_query
 from lightning_influence.scores.self_scores import SelfScores
@@ -184,10 +183,7 @@ class Scores(Answer):
         if shown:
             order = page.train_order(self._ranking, self.units, min(shown.get("k", 20), self._ranking.depth))
             self.album = page.album_to_keep(self, (order, self.query_ids.tolist()), shown)
-        kind = "scores" if self.top_k is None else "top_k_scores"
-        head = file_head(self) | {"allow_nan": self._ranking.allow_nan}
-        head |= {"train_ids": arrow.pack_ids(self.train_ids), "train_base_ids": arrow.pack_ids(self._train_base)}
-        return arrow.write_file(path, kind, tables.file_columns(self._ranking), head, overwrite)
+        return tables.write(self, self._ranking, path, overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Scores":
@@ -197,14 +193,10 @@ class Scores(Answer):
             FileNotFoundError: There is no such file.
             ValueError: It is damaged, or of another kind.
         """
-        found, head, album = read_file(path, ("scores", "top_k_scores"))
-        columns = found.columns()
-        base = (arrow.unpack_ids(head.pop("train_base_ids")), columns.get("query_base_id"))
-        train_ids, allow_nan = arrow.unpack_ids(head.pop("train_ids")), head.pop("allow_nan")
-        given = (columns.get("scores"), tables.top_of(columns), train_ids, columns["query_id"])
+        given, of_ranking, album = tables.read(path)
         # The values were checked before they were saved. Reading all of them again could exceed the memory.
-        made = cls(*given, **head, base=base, allow_nan=True)
-        made._ranking = replace(made._ranking, allow_nan=allow_nan, check=found.check)
+        made = cls(**given, allow_nan=True)
+        made._ranking = replace(made._ranking, **of_ranking)
         made.album = album
         return made
 

@@ -1,6 +1,8 @@
-"""Scores as Arrow: the long table, and the columns of their file."""
+"""Scores as Arrow: the long table, and their file."""
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -8,6 +10,8 @@ from torch import Tensor
 
 from lightning_influence.files import arrow
 from lightning_influence.numerics.topk import both_ends
+from lightning_influence.report import Album
+from lightning_influence.scores.base import Answer, file_head, read_file
 from lightning_influence.scores.ranking import Ranking
 from lightning_influence.scores.topk import TopK
 
@@ -28,15 +32,35 @@ def long_table(ranking: Ranking, k: int | None) -> pa.RecordBatchReader:
     return arrow.stream(types, lambda row: _rows_of_query(ranking, row, ends), ranking.query_ids.numel())
 
 
-def file_columns(ranking: Ranking) -> dict[str, Tensor]:
-    """The columns of a file, with one row per query."""
+def write(answer: Answer, ranking: Ranking, path: arrow.FilePath, overwrite: bool) -> Path:
+    """Write a score matrix, or the strongest scores of each query, into one file with one row per query."""
     columns = {"query_id": ranking.query_ids, "query_base_id": ranking.query_base, "scores": ranking.matrix_if_kept}
     for name, end in zip(("proponent", "opponent"), ranking.top or (), strict=False):
         columns |= {f"{name}_scores": end.scores, f"{name}_ids": end.train_ids}
-    return {name: column for name, column in columns.items() if column is not None}
+    head = file_head(answer) | {
+        "allow_nan": ranking.allow_nan,
+        "train_ids": arrow.pack_ids(ranking.train_ids),
+        "train_base_ids": arrow.pack_ids(ranking.train_base),
+    }
+    kept = {name: column for name, column in columns.items() if column is not None}
+    return arrow.write_file(path, "scores" if ranking.top is None else "top_k_scores", kept, head, overwrite)
 
 
-def top_of(columns: Mapping[str, Tensor]) -> tuple[TopK, TopK] | None:
+def read(path: arrow.FilePath) -> tuple[dict[str, Any], dict[str, Any], Album | None]:
+    """The arguments of `Scores` in a file of `write`, what its `Ranking` has besides, and the album.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, or of another kind.
+    """
+    found, head, album = read_file(path, ("scores", "top_k_scores"))
+    columns, of_ranking = found.columns(), {"allow_nan": head.pop("allow_nan"), "check": found.check}
+    base = (arrow.unpack_ids(head.pop("train_base_ids")), columns.get("query_base_id"))
+    ids = {"train_ids": arrow.unpack_ids(head.pop("train_ids")), "query_ids": columns["query_id"]}
+    return head | ids | {"values": columns.get("scores"), "top": _top_of(columns), "base": base}, of_ranking, album
+
+
+def _top_of(columns: Mapping[str, Tensor]) -> tuple[TopK, TopK] | None:
     """The strongest proponents and opponents in a file's columns, or None where they hold all scores."""
     if "scores" in columns:
         return None

@@ -21,7 +21,8 @@ class _Ends(NamedTuple):
 class TopK(_Ends, Hinted):
     """The strongest training examples: scores and ids, [query, k]; of one query and of `SelfScores`: [k].
 
-    A tuple of the two, which prints as a table. `base_ids` are indices into the dataset under any `Subset`.
+    A tuple of the two, which prints as a table. Scores are in the units of what they were taken from, ids are int64.
+    `base_ids`, of the same shape, are indices into the dataset under any `Subset`; without one, the ids.
     """
 
     query_ids: Tensor | None = None

@@ -14,8 +14,8 @@ from lightning_influence.devices import wide
 from lightning_influence.gradients.index_check import gradient_at
 from lightning_influence.module.numbers import put, same, small_values
 from lightning_influence.module.random_state import seed_for
-from lightning_influence.module.step import set_by_hook
-from lightning_influence.module.task import NoLoss, Task
+from lightning_influence.module.step import NoLoss, set_by_hook
+from lightning_influence.module.task import Task
 from lightning_influence.module.watched_index import differing_indices
 from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.trajectory import Trajectory

@@ -15,7 +15,8 @@ from lightning_influence.data.examples import Block
 from lightning_influence.gradients import Reduction
 from lightning_influence.module.buffer_paths import refusal
 from lightning_influence.module.quiet import quiet
-from lightning_influence.module.task import Loss, NoLoss, Task
+from lightning_influence.module.step import NoLoss
+from lightning_influence.module.task import Loss, Task
 from lightning_influence.numerics.clipping import ByValue
 from lightning_influence.numerics.optimizers import UpdateInput, rule_for
 from lightning_influence.setting.setting import Queries, Setting

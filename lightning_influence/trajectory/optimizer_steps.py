@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_influence.trajectory.exposure import Reduction, gain
+from lightning_influence.trajectory.exposure import Reduction
+from lightning_influence.trajectory.parameter_groups import gain
 
 if TYPE_CHECKING:
     from lightning_influence.trajectory.trajectory import Trajectory

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -18,8 +17,8 @@ from torch import Tensor
 from lightning_influence.checks import check_path_like
 from lightning_influence.hints import Hinted
 from lightning_influence.trajectory import exposure as _exposure
-from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint, is_decoupled, is_plain_sgd
-from lightning_influence.trajectory.columns import steps_between, to_numpy
+from lightning_influence.trajectory.checkpoint import BestFile, Checkpoint, is_plain_sgd
+from lightning_influence.trajectory.columns import steps_between
 from lightning_influence.trajectory.file_list import Paths, files_of
 from lightning_influence.trajectory.files import STEPS
 from lightning_influence.trajectory.fit_data import FitData
@@ -27,6 +26,13 @@ from lightning_influence.trajectory.in_words import in_words
 from lightning_influence.trajectory.lightning_files import read_lightning_files
 from lightning_influence.trajectory.numbering import combines_loaders, of_loader
 from lightning_influence.trajectory.optimizer_steps import expected_from_files
+from lightning_influence.trajectory.parameter_groups import (
+    AlwaysFirst,
+    ParameterGroups,
+    effective_rates,
+    last_rates,
+    shrinkage,
+)
 from lightning_influence.trajectory.run import find_run, notes_on_the_end, read_run
 from lightning_influence.types import MissingEvidence
 
@@ -48,6 +54,7 @@ class Trajectory(Hinted):
         averaged: The averaged weights at the end of the fit, where Lightning's EMA or SWA made some.
         best: The file that ``ModelCheckpoint`` found best.
         trainer_values: (step, values by path): what ``training_step`` read of its Trainer, each time that it changed.
+        numbers: (step, value) of each of the module's plain attributes that changed during the fit, by its path.
         removed: Steps of the checkpoints that `Influence(keep_last=)` removed.
         fit_data: By what the training data are recognised in a later process; None where nothing was recorded.
         broken: Why the record ends while the fit went on, as on a full disk; None where it does not.
@@ -183,7 +190,7 @@ class Trajectory(Hinted):
         optimizer's groups during the fit are in groups of their own.
         """
         if self._stored_rates is not None and not self._groups.of_parameter:
-            return _AlwaysFirst()
+            return AlwaysFirst()
         return MappingProxyType(self._groups.of_parameter)
 
     @property
@@ -249,7 +256,7 @@ class Trajectory(Hinted):
             )
         if len(self.checkpoints) == 1 and len(window) == 0:
             return torch.full((self.n_groups, n_train), 1.0 / n_train, dtype=torch.float64) * relative
-        rates = _exposure.effective_rates(window, self.settings, self._groups)
+        rates = effective_rates(window, self.settings, self._groups)
         if window["ids"].null_count == 0:
             return _exposure.visited(window, rates, reduction, n_train, weights)
         return _exposure.expected(window, rates, reduction, n_train, batches_per_epoch) * relative
@@ -269,7 +276,7 @@ class Trajectory(Hinted):
             The examples' visits at each index, in units of the learning rate.
         """
         window = self._window(range(len(self.checkpoints))[index])
-        rates = _exposure.effective_rates(window, self.settings, self._groups)
+        rates = effective_rates(window, self.settings, self._groups)
         return _exposure.visits(window, rates, reduction, n_train, weights)
 
     def shrinkage(self, index: int) -> Tensor:
@@ -284,12 +291,7 @@ class Trajectory(Hinted):
         Returns:
             [group], float64, dimensionless.
         """
-        total, window = np.zeros(self.n_groups), self._window(range(len(self.checkpoints))[index])
-        for entry, rates in zip(window["settings"].to_pylist(), window["lr"].to_pylist(), strict=True):
-            options = self.settings[entry]
-            decays = [float(g.get("weight_decay") or 0.0) * is_decoupled(options, g) for g in options["groups"]]
-            total += self._groups.spread(entry, np.multiply(rates, decays))
-        return torch.from_numpy(total)
+        return shrinkage(self._window(range(len(self.checkpoints))[index]), self.settings, self._groups)
 
     def learning_rates(self, index: int) -> list[float]:
         """The learning rates that the last optimizer step up to a checkpoint applied, one per parameter group.
@@ -305,19 +307,11 @@ class Trajectory(Hinted):
         index = range(len(self.checkpoints))[index]
         if self._stored_rates is not None:
             return list(self._stored_rates[index])
-        steps, entries = (to_numpy(self._applied[name]) for name in ("step", "settings"))
-        optimizers = np.array([entry["optimizer"] for entry in self.settings], dtype=np.int64)[entries]
-        total = np.zeros(self._groups.count)
-        for optimizer in dict.fromkeys(optimizers.tolist()):
-            own = np.flatnonzero(optimizers == optimizer)
-            before = own[steps[own] <= self.checkpoints[index].step]
-            row = int(before[-1] if len(before) else own[0])
-            total += self._groups.spread(int(entries[row]), self._applied["lr"][row].as_py())
-        return [float(rate) for rate in total]
+        return last_rates(self._applied, self.checkpoints[index].step, self.settings, self._groups)
 
     @cached_property
-    def _groups(self) -> _exposure.ParameterGroups:
-        return _exposure.ParameterGroups.of(self.settings)
+    def _groups(self) -> ParameterGroups:
+        return ParameterGroups.of(self.settings)
 
     @cached_property
     def _applied(self) -> pa.Table:
@@ -332,19 +326,3 @@ class Trajectory(Hinted):
         step = self.checkpoints[index].step
         earlier = [self.checkpoints[index - 1].step] if index else [-1]
         return steps_between(applied, max(earlier + [gone for gone in self.removed if gone < step]), step)
-
-
-class _AlwaysFirst(Mapping[str, int]):
-    """Group 0 for every parameter: a ``.ckpt`` with one learning rate need not name its parameters."""
-
-    def __getitem__(self, name: str) -> int:
-        return 0
-
-    def __iter__(self) -> Any:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
-
-    def __contains__(self, name: object) -> bool:
-        return True

@@ -30,18 +30,19 @@ CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 PARTS = ("start", "first step", "step", "checkpoint", "end")
 
 
-class Adam(Classifier):
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
-
-
 def subjects():
     """Module, batch size, steps per epoch, and data by their number."""
+    adam = {"make": torch.optim.AdamW, "lr": 1e-3}
     return {
         "mlp": (lambda: Classifier(mlp(128)), 20, 300, lambda n: images(None, n, 1)[0]),
         "wide": (lambda: Classifier(mlp(1536)), 128, 200, lambda n: images(None, n, 1)[0]),
         "cnn": (lambda: Classifier(cnn()), 32, 200, lambda n: images(None, n, 1)[0]),
-        "transformer": (lambda: Adam(Encoder(10_000, 128, layers=4)), 32, 200, lambda n: texts(None, n, 1)[0]),
+        "transformer": (
+            lambda: Classifier(Encoder(10_000, 128, layers=4), **adam),
+            32,
+            200,
+            lambda n: texts(None, n, 1)[0],
+        ),
     }
 
 

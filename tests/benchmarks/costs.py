@@ -9,7 +9,6 @@ import argparse
 import gc
 import tempfile
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,20 +48,6 @@ from lightning_influence import (
 
 # Estimated over taken, either way. What takes less than the least matters to nobody.
 WITHIN, LEAST = 2.0, 0.05
-
-
-class Trained(Classifier):
-    """A network with its loss and optimizer."""
-
-    def __init__(self, net, loss=F.cross_entropy, make=torch.optim.SGD, **options):
-        super().__init__(net)
-        self.loss, self.make, self.options = loss, make, options or {"lr": 0.05}
-
-    def training_step(self, batch, batch_idx):
-        return self.loss(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self):
-        return self.make(self.parameters(), **self.options)
 
 
 @dataclass
@@ -110,19 +95,19 @@ def subjects(mnist=None, ag_news=None, share=1):
         return lambda: images(mnist, train // share, queries // share)
 
     return {
-        "mlp": lambda: Fit(lambda: Trained(mlp()), digits(5000, 200)(), 5),
-        "cnn": lambda: Fit(lambda: Trained(cnn()), digits(2000, 200)(), 5),
+        "mlp": lambda: Fit(lambda: Classifier(mlp()), digits(5000, 200)(), 5),
+        "cnn": lambda: Fit(lambda: Classifier(cnn()), digits(2000, 200)(), 5),
         "transformer": lambda: Fit(
-            lambda: Trained(Encoder(), **momentum), texts(ag_news, 1000 // share, 100 // share), 5
+            lambda: Classifier(Encoder(), **momentum), texts(ag_news, 1000 // share, 100 // share), 5
         ),
-        "logistic": lambda: Fit(lambda: Trained(logistic(), lr=0.1), digits(5000, 100)(), 5),
-        "long": lambda: Fit(lambda: Trained(dropped(), **momentum), digits(5000, 100)(), max(5, 50 // share)),
-        "adam": lambda: Fit(lambda: Trained(small_mlp(), make=torch.optim.AdamW, lr=1e-3), digits(2000, 100)(), 10),
+        "logistic": lambda: Fit(lambda: Classifier(logistic(), lr=0.1), digits(5000, 100)(), 5),
+        "long": lambda: Fit(lambda: Classifier(dropped(), **momentum), digits(5000, 100)(), max(5, 50 // share)),
+        "adam": lambda: Fit(lambda: Classifier(small_mlp(), make=torch.optim.AdamW, lr=1e-3), digits(2000, 100)(), 10),
         "table": lambda: Fit(
-            lambda: Trained(table_mlp(), loss=F.mse_loss, lr=0.05), tables(2000 // share, 200 // share), 10, batch=50
+            lambda: Classifier(table_mlp(), loss=F.mse_loss, lr=0.05), tables(2000 // share, 200 // share), 10, batch=50
         ),
-        "few": lambda: Fit(lambda: Trained(table_mlp(), loss=F.mse_loss), tables(24, 20), 10, batch=8),
-        "single": lambda: Fit(lambda: Trained(small_mlp(), lr=0.01), digits(400, 40)(), 1, batch=1),
+        "few": lambda: Fit(lambda: Classifier(table_mlp(), loss=F.mse_loss), tables(24, 20), 10, batch=8),
+        "single": lambda: Fit(lambda: Classifier(small_mlp(), lr=0.01), digits(400, 40)(), 1, batch=1),
     }
 
 
@@ -279,7 +264,6 @@ def main():
     parser.add_argument("--parts", action="store_true", help="what each estimate is made of")
     parser.add_argument("--wall", action="store_true", help="wall-clock seconds, on an idle machine")
     asked = parser.parse_args()
-    warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     if not asked.wall:
         timing.clock = time.process_time

@@ -5,7 +5,6 @@ python tests/benchmarks/during.py --adam --examples 20         (vectors, as many
 python tests/benchmarks/during.py --hessian --examples 20
 """
 
-import argparse
 import resource
 import statistics
 import tempfile
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from subjects import QUIET, Classifier, images, mlp
+from subjects import QUIET, Classifier, arguments_of, images, mlp
 from torch.utils.data import DataLoader
 
 from lightning_influence import HyDRA, Influence
@@ -22,19 +21,12 @@ from lightning_influence import HyDRA, Influence
 CEILING = 2.0
 
 
-class Adam(Classifier):
-    """Elementwise coefficients."""
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=1e-3)
-
-
-def fit(kind, data, batch, *callbacks):
+def fit(options, data, batch, *callbacks):
     """Seconds of the steps, without what comes before the first and after the last."""
     torch.manual_seed(0)
     clock = Clock()
     trainer = pl.Trainer(max_epochs=10, callbacks=[*callbacks, clock], **QUIET)
-    trainer.fit(kind(mlp()), DataLoader(data, batch, shuffle=True))
+    trainer.fit(Classifier(mlp(), **options), DataLoader(data, batch, shuffle=True))
     return clock.seconds / clock.steps
 
 
@@ -50,8 +42,7 @@ class Clock(pl.Callback):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mnist", help="an npz with x_train, y_train, x_test, y_test; random images without it")
+    parser = arguments_of(__doc__)
     parser.add_argument("--train", type=int, default=5_000)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--examples", type=int, help="how many are tracked; all without it")
@@ -60,7 +51,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     data, queries = images(arguments.mnist, arguments.train, 40)
-    kind = Adam if arguments.adam else Classifier
+    kind = {"make": torch.optim.Adam, "lr": 1e-3} if arguments.adam else {}
     some = None if arguments.examples is None else tuple(range(arguments.examples))
     method = HyDRA(mode="during_fit", hessian=arguments.hessian, examples=some)
     plain, captured, tracked, asked, disk = [], [], [], [], 0

@@ -4,7 +4,6 @@ pip install --no-deps kronfluence==1.0.1 && pip install accelerate datasets eino
 python tests/benchmarks/ekfac.py --mnist mnist.npz
 """
 
-import argparse
 import contextlib
 import copy
 import io
@@ -13,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from measure import Plain, timed
-from subjects import BATCH, cnn, fitted, images, mlp
+from subjects import BATCH, arguments_of, cnn, fitted, images, mlp
 from torch.nn import functional as F
 
 from lightning_influence import EKFAC, Attributor, InfluenceFunction
@@ -116,8 +115,7 @@ def compare(name, subject, repeats, peer, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mnist", help="an npz with x_train, y_train, x_test, y_test; random images without it")
+    parser = arguments_of(__doc__)
     parser.add_argument("--only", choices=list(FLOORS), help="one of the two")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-peer", action="store_true", help="leave kronfluence out")

@@ -13,10 +13,9 @@ import statistics
 import tempfile
 import time
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
-from subjects import QUIET, Classifier, cnn, images
+from subjects import QUIET, Classifier, cnn, halved, images
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -38,18 +37,13 @@ class Small(Classifier):
 
     def __init__(self, rough):
         act = nn.GELU() if rough else nn.ReLU()
-        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(196, 32), act, nn.Linear(32, 10)))
-        self.options = {"lr": 0.05, "momentum": 0.9} if rough else {"lr": 0.1}
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), weight_decay=1e-3, **self.options)
+        options = {"lr": 0.05, "momentum": 0.9} if rough else {"lr": 0.1}
+        net = nn.Sequential(nn.Flatten(), nn.Linear(196, 32), act, nn.Linear(32, 10))
+        super().__init__(net, weight_decay=1e-3, **options)
 
 
 def digits(path):
-    held = np.load(path)
-    order = np.random.default_rng(0).permutation(10000)
-    x = torch.tensor(held["x_test"][order])[:, None].float().div(255).sub(0.1307).div(0.3081)
-    x, y = F.avg_pool2d(x, 2), torch.tensor(held["y_test"][order]).long()
+    x, y = halved(path)
     train = TensorDataset(x[:TRAIN], y[:TRAIN])
     return train, TensorDataset(x[9000 : 9000 + QUERIES], y[9000 : 9000 + QUERIES])
 

@@ -3,7 +3,6 @@
 python tests/benchmarks/memory.py --mnist mnist.npz
 """
 
-import argparse
 import resource
 import subprocess
 import sys
@@ -34,8 +33,9 @@ def score(path, n_train, n_queries, top_k):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mnist", help="an npz with x_train, y_train, x_test, y_test; random images without it")
+    from subjects import arguments_of
+
+    parser = arguments_of(__doc__)
     parser.add_argument("--train", type=int, default=60_000)
     parser.add_argument("--queries", type=int, default=1_000)
     parser.add_argument("--top-k", type=int, default=50)

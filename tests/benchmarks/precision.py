@@ -7,15 +7,13 @@ each query and method, the rank correlation over the training examples of the sc
 weights and data in float64: the median and the worst of all queries, and of those with a loss below 1e-7.
 """
 
-import argparse
 import copy
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from subjects import fitted, images
-from torch import nn
+from subjects import arguments_of, fitted, images, mlp
 from torch.utils.data import TensorDataset
 
 from lightning_influence import EKFAC, SOURCE, Attributor, GradientDot, InfluenceFunction, TracInCP, Trajectory
@@ -28,15 +26,6 @@ METHODS = {
     "SOURCE": SOURCE(),
 }
 CERTAIN = 1e-7
-
-
-def mlp():
-    return nn.Sequential(
-        nn.Flatten(),
-        *(nn.Linear(784, 128), nn.ReLU(), nn.Dropout(0.1)),
-        *(nn.Linear(128, 64), nn.ReLU(), nn.Dropout(0.1)),
-        nn.Linear(64, 10),
-    )
 
 
 def in_double(data):
@@ -60,15 +49,21 @@ def row(agreement):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mnist", help="an npz with x_train, y_train, x_test, y_test; without it, random images")
+    parser = arguments_of(__doc__)
     parser.add_argument("--only", choices=list(METHODS), help="one of the methods")
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--quick", action="store_true", help="a few examples: does it run?")
     arguments = parser.parse_args()
     n, n_queries, epochs = (300, 20, 3) if arguments.quick else (5_000, 500, arguments.epochs)
     with tempfile.TemporaryDirectory() as folder:
-        subject = fitted(mlp(), images(arguments.mnist, n, n_queries), Path(folder), epochs, momentum=0.9, batch=64)
+        subject = fitted(
+            mlp(128, 0.1),
+            images(arguments.mnist, n, n_queries),
+            Path(folder),
+            epochs,
+            momentum=0.9,
+            batch=64,
+        )
         trajectory = Trajectory.load(folder)
         losses = Attributor(copy.deepcopy(subject.module), subject.train, trajectory).losses(subject.queries).values
         certain = losses < CERTAIN

@@ -24,6 +24,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from scipy.stats import spearmanr
+from subjects import halved
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
@@ -136,11 +137,7 @@ class Small(pl.LightningModule):
 
 
 def images(path, n, n_queries):
-    """Test images of MNIST in one fixed order, halved in size."""
-    stored = np.load(path)
-    order = np.random.default_rng(0).permutation(10_000)
-    x = torch.tensor(stored["x_test"][order])[:, None].float().div(255).sub(0.1307).div(0.3081)
-    x, y = F.avg_pool2d(x, 2), torch.tensor(stored["y_test"][order]).long()
+    x, y = halved(path)
     return TensorDataset(x[:n], y[:n]), TensorDataset(x[9_000 : 9_000 + n_queries], y[9_000 : 9_000 + n_queries])
 
 

@@ -6,14 +6,13 @@ of the CPU, products with the Hessian, and the error that is left, relative to t
 python tests/benchmarks/representer.py --mnist mnist.npz
 """
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 from measure import medians, timed
-from subjects import cnn, fitted, images
+from subjects import arguments_of, cnn, fitted, images
 from torch.nn import functional as F
 
 from lightning_influence import RepresenterPoints, TracInCP
@@ -77,8 +76,7 @@ def solves(mnist, share):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mnist", help="an npz with x_train, y_train, x_test, y_test; random images without it")
+    parser = arguments_of(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a twentieth of the examples, once: does it run?")
     arguments = parser.parse_args()

@@ -8,14 +8,13 @@ python tests/benchmarks/retraining.py --mnist mnist.npz --threads 2
 import argparse
 import contextlib
 import io
-import statistics
 import tempfile
 import time
-import warnings
 
 import pytorch_lightning as pl
 import torch
-from subjects import QUIET, images
+from measure import medians
+from subjects import QUIET, Classifier, images
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -26,16 +25,10 @@ from lightning_influence.refit.recipe import Recipe
 RATIO = 25  # below what two cores do: what is left is mostly matrix products
 
 
-class Small(pl.LightningModule):
+class Small(Classifier):
     def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(196, 32), nn.ReLU(), nn.Linear(32, 10))
-
-    def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1, weight_decay=1e-3)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(196, 32), nn.ReLU(), nn.Linear(32, 10))
+        super().__init__(net, lr=0.1, weight_decay=1e-3)
 
 
 def trainer():
@@ -55,17 +48,6 @@ def with_defaults(data):
         pl.Trainer(max_epochs=10, default_root_dir=tempfile.mkdtemp()).fit(Small(), loader(data))
 
 
-def in_turn(works, repeats=9):
-    """Medians of the works, each run once as a warm-up and then in turn."""
-    seconds = {name: [] for name in works}
-    for _ in range(repeats + 1):
-        for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mnist", required=True)
@@ -73,7 +55,6 @@ def main():
     parser.add_argument("--models", type=int, default=500)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    warnings.filterwarnings("ignore")
     x, y = images(arguments.mnist, 600, 1)[0].tensors
     data = TensorDataset(F.avg_pool2d(x, 2), y)
 
@@ -83,7 +64,7 @@ def main():
         "Trainer, its defaults": lambda: with_defaults(data),
         "bank, Trainer path": lambda: recipe.train(everything, 0),
     }
-    found = in_turn(works)
+    found = medians(works, 9)
     for name, seconds in found.items():
         print(f"{name:28}{seconds * 1e3:8.1f} ms a model")
 

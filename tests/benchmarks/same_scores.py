@@ -574,8 +574,8 @@ def judged(book, key, attributor, refit, queries):
                 book.add(f"{key}/losses", bank.losses)
                 wrong = torch.arange(len(scores.train_ids)) % 10 == 0
                 found = evaluate(scores, bank, mislabelled=wrong)
-                for column, figures in {"scores": found.figures, **found.baselines}.items():
-                    for name, figure in figures.items():
+                for column, metrics in {"scores": found.metrics, **found.baselines}.items():
+                    for name, figure in metrics.items():
                         book.add(f"{key}/{column}/{name}", figure)
                 book.add(f"{key}/ceiling", found.ceiling)
 

@@ -4,7 +4,6 @@ python tests/benchmarks/self_influence.py --cifar cifar10_10k2k.npz --texts ag_n
 """
 
 import argparse
-import logging
 import statistics
 import tempfile
 import time
@@ -92,7 +91,6 @@ def main():
     parser.add_argument("--all", action="store_true", help="also SOURCE, and HyDRA without the Hessian")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     methods = {"GradientDot": GradientDot(), "EK-FAC": InfluenceFunction(EKFAC())}
     if arguments.all:
         methods |= {"SOURCE": SOURCE(2), "HyDRA, no Hessian": HyDRA(hessian=False)}

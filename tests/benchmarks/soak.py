@@ -178,13 +178,6 @@ TEXTS = {
 NETWORKS = {**IMAGES, **TEXTS}
 
 
-class Adam(Classifier):
-    """Fits fast, so that many examples are nearly certain."""
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=3e-3)
-
-
 def data(name, examples, seed):
     """Labels that can be learnt, up to a tenth."""
     g = torch.Generator().manual_seed(seed)
@@ -207,7 +200,9 @@ def soaked(name, seed, examples, epochs):
     with tempfile.TemporaryDirectory() as folder:
         influence = Influence(dirpath=folder)
         trainer = pl.Trainer(max_epochs=epochs, callbacks=[influence], **QUIET)
-        trainer.fit(Adam(NETWORKS[name]()), DataLoader(train, 50, shuffle=True))
+        # It fits fast, so that many examples are nearly certain.
+        module = Classifier(NETWORKS[name](), make=torch.optim.AdamW, lr=3e-3)
+        trainer.fit(module, DataLoader(train, 50, shuffle=True))
         try:
             scores = influence.attributor.self_influence(TracInCP(units="paper"))
         except ValueError as error:

@@ -3,14 +3,13 @@
 python tests/benchmarks/source.py --mnist mnist.npz --ag-news FOLDER
 """
 
-import argparse
 import shutil
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
-from subjects import Encoder, cnn, fitted, images, nn, texts
+from subjects import Encoder, arguments_of, cnn, fitted, images, mlp, texts
 from torch.utils.data import Subset
 
 from lightning_influence import EKFAC, SOURCE, Attributor, InfluenceFunction, TracInCP
@@ -19,15 +18,8 @@ QUERIES = (100, 200)
 CEILING = 40  # seconds on two idle cores, for 100 queries of the MLP, factors included
 
 
-def mlp():
-    return nn.Sequential(
-        *(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Dropout(0.1)),
-        *(nn.Linear(128, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 10)),
-    )
-
-
 SUBJECTS = {  # network, training examples, checkpoints, options of the fit
-    "mlp": (mlp, 5_000, 50, {"momentum": 0.9}),
+    "mlp": (lambda: mlp(128, 0.1), 5_000, 50, {"momentum": 0.9}),
     "cnn": (cnn, 2_000, 10, {}),
     "transformer": (Encoder, 1_000, 10, {}),
 }
@@ -75,9 +67,7 @@ def compare(name, subject, repeats):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mnist", help="an npz with x_train, y_train, x_test, y_test; random images without it")
-    parser.add_argument("--ag-news", help="a folder with train*.parquet and test.parquet; random tokens without it")
+    parser = arguments_of(__doc__, texts=True)
     parser.add_argument("--only", choices=list(SUBJECTS), help="one of the three")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a twentieth of the examples, once: does it run?")

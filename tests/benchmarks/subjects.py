@@ -1,5 +1,6 @@
 """What is measured: three models with data, real where a path is given, and the fit that left their checkpoints."""
 
+import argparse
 import collections
 import logging
 import re
@@ -30,30 +31,29 @@ for _name in ("pytorch_lightning", "lightning.pytorch"):
 
 
 class Classifier(pl.LightningModule):
-    """Cross-entropy, SGD."""
+    """A network with its loss and optimizer: by default cross-entropy, SGD."""
 
-    def __init__(self, net, momentum=0.0):
+    def __init__(self, net, loss=F.cross_entropy, make=torch.optim.SGD, **options):
         super().__init__()
-        self.net, self.momentum = net, momentum
+        self.net, self.loss, self.make, self.options = net, loss, make, options or {"lr": 0.05}
 
     def forward(self, x):
         return self.net(x)
 
     def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.net(batch[0]), batch[1])
+        return self.loss(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=self.momentum)
+        return self.make(self.parameters(), **self.options)
 
 
-def mlp(width=256):
+def mlp(width=256, dropout=None):
+    def dropped():
+        return [] if dropout is None else [nn.Dropout(dropout)]
+
     return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(784, width),
-        nn.ReLU(),
-        nn.Linear(width, width // 2),
-        nn.ReLU(),
-        nn.Linear(width // 2, 10),
+        *(nn.Flatten(), nn.Linear(784, width), nn.ReLU(), *dropped()),
+        *(nn.Linear(width, width // 2), nn.ReLU(), *dropped(), nn.Linear(width // 2, 10)),
     )
 
 
@@ -95,6 +95,23 @@ class Encoder(nn.Module):
 
     def forward(self, tokens):
         return self.head(self.norm(self.blocks(self.embedding(tokens))).mean(1))
+
+
+def arguments_of(doc, texts=False):
+    """A parser of a benchmark's arguments that takes where its real data are."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--mnist", help="an npz with x_train, y_train, x_test, y_test; random images without it")
+    if texts:
+        parser.add_argument("--ag-news", help="a folder with train*.parquet and test.parquet; random tokens without it")
+    return parser
+
+
+def halved(path, dtype=torch.float32):
+    """The test images of MNIST in one fixed order, normalised and halved in size, and their labels."""
+    stored = np.load(path)
+    order = np.random.default_rng(0).permutation(10_000)
+    x = torch.tensor(stored["x_test"][order])[:, None].to(dtype).div(255).sub(0.1307).div(0.3081)
+    return F.avg_pool2d(x, 2), torch.tensor(stored["y_test"][order]).long()
 
 
 def images(path, n_train, n_queries):
@@ -163,6 +180,6 @@ def fitted(net, data, folder, checkpoints=5, momentum=0.0, batch=BATCH):
     torch.manual_seed(0)
     influence = Influence(dirpath=folder)
     trainer = pl.Trainer(max_epochs=checkpoints, callbacks=[influence], **QUIET)
-    module = Classifier(net, momentum)
+    module = Classifier(net, lr=0.05, momentum=momentum)
     trainer.fit(module, DataLoader(data[0], batch, shuffle=True))
     return Subject(module, *data, influence.attributor)

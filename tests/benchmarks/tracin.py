@@ -4,13 +4,12 @@ pip install -r tests/requirements-slow.txt
 python tests/benchmarks/tracin.py --mnist mnist.npz --ag-news FOLDER
 """
 
-import argparse
 import statistics
 import tempfile
 from pathlib import Path
 
 from measure import Plain, difference, loading, medians, timed, with_captum, with_vmap
-from subjects import Encoder, cnn, fitted, images, mlp, texts
+from subjects import Encoder, arguments_of, cnn, fitted, images, mlp, texts
 
 from lightning_influence import TracInCP
 
@@ -57,9 +56,7 @@ def compare(name, subject, peer, repeats, peer_repeats):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mnist", help="an npz with x_train, y_train, x_test, y_test; random images without it")
-    parser.add_argument("--ag-news", help="a folder with train*.parquet and test.parquet; random tokens without it")
+    parser = arguments_of(__doc__, texts=True)
     parser.add_argument("--only", choices=list(CEILINGS), help="one of the three")
     parser.add_argument("--full", action="store_true", help="the MLP on 60,000 examples")
     parser.add_argument("--repeats", type=int, default=5)

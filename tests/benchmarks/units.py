@@ -11,14 +11,12 @@ self-influence is within a factor of 3 of 1, or this fails.
 """
 
 import argparse
-import logging
 import tempfile
-import warnings
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from quality import digits
+from subjects import halved
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -68,10 +66,7 @@ class Small(pl.LightningModule):
 
 
 def images(path, n):
-    stored = np.load(path)
-    order = np.random.default_rng(0).permutation(10_000)
-    x = torch.tensor(stored["x_test"][order])[:, None].double().div(255).sub(0.1307).div(0.3081)
-    x, y = F.avg_pool2d(x, 2), torch.tensor(stored["y_test"][order]).long()
+    x, y = halved(path, torch.float64)
     return TensorDataset(x[:n], y[:n]), TensorDataset(x[-QUERIES:], y[-QUERIES:])
 
 
@@ -116,8 +111,6 @@ def main():
     parser.add_argument("--rows", default="", help="only optimizers whose name contains this")
     parser.add_argument("--quick", action="store_true", help="the shortest fits and three methods: does it run?")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     if arguments.mnist:
         train, queries = images(arguments.mnist, arguments.examples)
     else:

@@ -90,6 +90,15 @@ def test_a_file_of_other_weights_under_the_right_name_is_made_again_and_said(fit
     torch.testing.assert_close(again.values, first.values, rtol=0, atol=0)
 
 
+def test_a_module_that_lists_its_parameters_in_another_order_has_a_file_of_its_own(fitted):
+    first = score(fitted)
+    for part in fitted[0].net:
+        for name in sorted(part._parameters):  # bias before weight
+            part._parameters[name] = part._parameters.pop(name)
+    torch.testing.assert_close(score(fitted).values, first.values, rtol=1e-10, atol=1e-12)
+    assert len(made) == len(files(fitted)) == 4
+
+
 @pytest.mark.slow
 def test_other_data_parameters_losses_and_settings_have_files_of_their_own(fitted):
     score(fitted, Arnoldi(steps=5))
