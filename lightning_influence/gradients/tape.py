@@ -20,7 +20,7 @@ from lightning_influence.gradients.spot_checks import SuspectRows
 from lightning_influence.gradients.taken import TakenRows
 from lightning_influence.module.precision import is_half
 from lightning_influence.module.snapshot import restoring
-from lightning_influence.module.torch_functions import functions_named, operands_of
+from lightning_influence.module.torch_functions import functions_named, operands_of, writes
 from lightning_influence.module.transforms import in_transform
 
 _LINEAR = F.linear
@@ -139,7 +139,7 @@ class Tape(TorchFunctionMode):
         rule = RULES.get(func)
         output = func(*args, **kwargs) if rule is None else self._record(rule, func, args, kwargs, sources)
         self._taken.follow(func, args, kwargs, output)
-        if _writes(name):
+        if writes(func):
             self._forget(args[:1])
         elif isinstance(output, Tensor) and id(output) not in self._known:
             if output.is_floating_point():
@@ -191,11 +191,11 @@ class Tape(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__" and func == _DATA:
             self._data[id(output)] = output, args[0]
-        elif self._data and _writes(name):
-            for written in (args[0], getattr(args[0], "_base", None)):
-                self._no_constant(self._data.get(id(written), (None, None))[1])
         elif name == "__set__":
             self._no_constant(args[0])
+        elif self._data and writes(func):
+            for written in (args[0], getattr(args[0], "_base", None)):
+                self._no_constant(self._data.get(id(written), (None, None))[1])
         tensors = [a for a in operands_of(args, kwargs) if isinstance(a, Tensor)]
         if tensors and isinstance(output, Tensor) and all(id(a) in self._constants for a in tensors):
             self._constants[id(output)] = output
@@ -283,13 +283,7 @@ _RANDOM = (
     "dirichlet",
     "fractional",
 )
-_WRITES = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"})
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
-
-
-def _writes(name: str) -> bool:
-    """Whether a function of this name writes into its first operand."""
-    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
 
 
 def constants_of(module: nn.Module) -> Iterator[Tensor]:

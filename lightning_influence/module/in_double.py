@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from lightning_influence.devices import has_float64
+from lightning_influence.module.torch_functions import writes
 
 LOW = (torch.float32, torch.float16, torch.bfloat16)
 _CPU = torch.device("cpu")
@@ -46,12 +47,6 @@ def in_double(
     kept = 1 if writes(func) else 0
     args = (*args[:kept], *tree_map(operand, tuple(args[kept:])))
     return func(*args, **{name: value if name == "out" else tree_map(operand, value) for name, value in kwargs.items()})
-
-
-def writes(func: Callable[..., Any]) -> bool:
-    """Whether a function writes into its first argument."""
-    name = getattr(func, "__name__", "")
-    return name.startswith(("__i", "__set")) if name.startswith("__") else name.endswith("_")
 
 
 def _is_cast(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from lightning_influence.module.exact_losses import put_back, taken_off
-from lightning_influence.module.in_double import LOW, in_double, lowered, raised, writes
-from lightning_influence.module.torch_functions import operands_of
+from lightning_influence.module.in_double import LOW, in_double, lowered, raised
+from lightning_influence.module.torch_functions import operands_of, writes
 
 # Functions that lose digits near the ends of their range, or whose results are then subtracted from one another.
 _CRITICAL = frozenset(

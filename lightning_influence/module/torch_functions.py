@@ -1,10 +1,14 @@
 """Functions of PyTorch as modes see them: by their names, and with their operands."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_WRITING_OPERATORS = frozenset(
+    f"__{name}__" for name in "setitem set iadd isub imul itruediv ifloordiv imod ipow iand ior ixor".split()
+)
 
 
 def functions_named(*names: str, owners: Sequence[Any] = (torch, Tensor)) -> frozenset[Any]:
@@ -19,3 +23,9 @@ def operands_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]
             yield from operand
         else:
             yield operand
+
+
+def writes(func: Callable[..., Any]) -> bool:
+    """Whether a function writes into its first operand."""
+    name = getattr(func, "__name__", "")
+    return name in _WRITING_OPERATORS or (name.endswith("_") and not name.endswith("__"))
