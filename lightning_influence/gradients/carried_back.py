@@ -59,10 +59,9 @@ def _selected(part: Part, selection: Selection) -> Part:
     """Gradients by a selection as those of the parameter, where each term is a selection of its own if it can be."""
     if isinstance(part, SumOfParts):
         return SumOfParts(tuple(_selected(term, selection) for term in part.terms))
-    inner = (
-        part.derivation.of(selection) if isinstance(part, Pulled) and isinstance(part.derivation, Selection) else None
-    )
-    return Pulled(part, selection) if inner is None else Pulled(part.part, inner)
+    if isinstance(part, Pulled) and isinstance(part.derivation, Selection) and (both := part.derivation.of(selection)):
+        return Pulled(part.part, both)
+    return Pulled(part, selection)
 
 
 def apart(parts: Parts) -> Parts:
@@ -214,11 +213,11 @@ def _looked_up(result: Result, part: Part) -> Steps:
 
 
 _PASSES: Mapping[Any, Callable[[Result, Part], Steps]] = {
-    **dict.fromkeys(functions_named("add", "__add__", "__radd__"), _sum),
-    **dict.fromkeys(functions_named("sub", "__sub__"), partial(_sum, sign=-1)),
-    **dict.fromkeys(functions_named("mul", "multiply", "__mul__", "__rmul__"), _product),
-    **dict.fromkeys(functions_named("div", "true_divide", "__truediv__"), _quotient),
-    **dict.fromkeys(functions_named("matmul", "mm", "__matmul__"), _matrix_product),
+    **dict.fromkeys(functions_named("add __add__ __radd__"), _sum),
+    **dict.fromkeys(functions_named("sub __sub__"), partial(_sum, sign=-1)),
+    **dict.fromkeys(functions_named("mul multiply __mul__ __rmul__"), _product),
+    **dict.fromkeys(functions_named("div true_divide __truediv__"), _quotient),
+    **dict.fromkeys(functions_named("matmul mm __matmul__"), _matrix_product),
     torch.cat: _joined,
     torch.concat: _joined,
     F.embedding: _looked_up,

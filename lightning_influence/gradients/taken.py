@@ -91,13 +91,11 @@ class TakenRows:
 
 _OWNERS = (torch, Tensor, torch.nn.functional)
 _TAKES = frozenset({Tensor.__getitem__, torch.index_select, Tensor.index_select})
-_PARTS = functions_named("split", "chunk", "tensor_split", "unbind", "split_with_sizes", owners=_OWNERS)
+_PARTS = functions_named("split chunk tensor_split unbind split_with_sizes", _OWNERS)
 _IN_PLACE = frozenset(RULES) | functions_named(
-    *("relu", "relu_", "relu6", "silu", "gelu", "elu", "selu", "celu", "leaky_relu", "tanh", "sigmoid", "softplus"),
-    *("mish", "hardswish", "hardtanh", "glu", "softmax", "dropout", "logsigmoid", "softsign", "prelu", "rrelu"),
-    *("pow", "square", "sqrt", "rsqrt", "exp", "log", "abs", "neg", "clamp", "masked_fill", "where", "erf", "sin"),
-    *("clone", "contiguous", "to", "type_as", "float", "double", "half", "bfloat16", "detach"),
-    *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "multiply", "divide", "subtract", "mul_"),
-    *("add_", "sub_", "div_", "__pow__", "__neg__", "__rsub__", "__imul__", "__iadd__"),
-    owners=_OWNERS,
+    "relu relu_ relu6 silu gelu elu selu celu leaky_relu tanh sigmoid softplus mish hardswish hardtanh glu softmax "
+    "dropout logsigmoid softsign prelu rrelu pow square sqrt rsqrt exp log abs neg clamp masked_fill where erf sin "
+    "clone contiguous to type_as float double half bfloat16 detach view reshape flatten unflatten squeeze unsqueeze "
+    "multiply divide subtract mul_ add_ sub_ div_ __pow__ __neg__ __rsub__ __imul__ __iadd__",
+    _OWNERS,
 )

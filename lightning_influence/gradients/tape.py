@@ -20,7 +20,7 @@ from lightning_influence.gradients.spot_checks import SuspectRows
 from lightning_influence.gradients.taken import TakenRows
 from lightning_influence.module.precision import is_half
 from lightning_influence.module.snapshot import restoring
-from lightning_influence.module.torch_functions import functions_named, operands_of, writes
+from lightning_influence.module.torch_functions import functions_named, operands_of, words, writes
 from lightning_influence.module.transforms import in_transform
 
 _LINEAR = F.linear
@@ -267,22 +267,9 @@ class Tape(TorchFunctionMode):
             return func(*args, **kwargs)
 
 
-_REPEATS = frozenset(
-    getattr(torch.Tensor, name) for name in ("expand", "expand_as", "repeat", "broadcast_to", "tile")
-) | {torch.broadcast_to, torch.tile}
-_COPIES = functions_named("contiguous", "reshape", "flatten", "clone")
-_RANDOM = (
-    "dropout",
-    "rand",
-    "bernoulli",
-    "multinomial",
-    "normal_",
-    "gumbel",
-    "rrelu",
-    "gamma",
-    "dirichlet",
-    "fractional",
-)
+_REPEATS = functions_named("expand expand_as repeat broadcast_to tile")
+_COPIES = functions_named("contiguous reshape flatten clone")
+_RANDOM = words("dropout rand bernoulli multinomial normal_ gumbel rrelu gamma dirichlet fractional")
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 

@@ -16,35 +16,21 @@ from lightning_influence.gradients.rules.rule import arguments
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.module.task import Task
+from lightning_influence.module.torch_functions import functions_named
 from lightning_influence.module.transforms import without_transforms
 
 Key = tuple[str, int]
 """A kind of operation, and how many of this kind came before it in the forward pass."""
 
-_SUMS = frozenset(
-    getattr(owner, name) for owner in (torch, Tensor) for name in ("sum", "mean", "nansum", "nanmean", "count_nonzero")
+_SUMS = functions_named("sum mean nansum nanmean count_nonzero")
+_LOSSES = functions_named(
+    "cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy "
+    "binary_cross_entropy_with_logits poisson_nll_loss",
+    (F,),
 )
-_LOSSES = frozenset(
-    {
-        F.cross_entropy,
-        F.nll_loss,
-        F.mse_loss,
-        F.l1_loss,
-        F.smooth_l1_loss,
-        F.huber_loss,
-        F.binary_cross_entropy,
-        F.binary_cross_entropy_with_logits,
-        F.poisson_nll_loss,
-    }
-)
-_DIVISIONS = frozenset(
-    getattr(owner, name) for owner in (torch, Tensor) for name in ("div", "divide", "true_divide")
-) | {
-    Tensor.__truediv__,
-    Tensor.div_,
-}
-_SELECTS = frozenset({torch.masked_select, Tensor.masked_select})
-_FINDS = frozenset({torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere, torch.where})
+_DIVISIONS = functions_named("div divide true_divide") | {Tensor.__truediv__, Tensor.div_}
+_SELECTS = functions_named("masked_select")
+_FINDS = functions_named("nonzero argwhere") | {torch.where}
 
 
 class CountWatch(TorchFunctionMode):

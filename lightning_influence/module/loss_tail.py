@@ -18,24 +18,21 @@ from torch.utils._pytree import tree_map
 
 from lightning_influence.module.exact_losses import put_back, taken_off
 from lightning_influence.module.in_double import LOW, in_double, lowered, raised
-from lightning_influence.module.torch_functions import operands_of, writes
+from lightning_influence.module.torch_functions import operands_of, words, writes
 
 # Functions that lose digits near the ends of their range, or whose results are then subtracted from one another.
-_CRITICAL = frozenset(
-    {
-        *("sigmoid", "expit", "logit", "tanh", "softmax", "softmin", "gumbel_softmax", "softplus"),
-        *("logsigmoid", "log_sigmoid", "logsumexp", "logaddexp", "logaddexp2", "log", "log2", "log10", "log1p"),
-        *("exp", "exp2", "expm1", "erf", "erfc", "ndtr", "log_ndtr", "entr", "xlogy", "xlog1py"),
-        *("binary_cross_entropy", "ctc_loss", "cosine_similarity", "cosine_embedding_loss", "normalize"),
-        *("norm", "vector_norm", "cdist", "pairwise_distance", "acos", "asin", "atanh"),
-    }
+_CRITICAL = words(
+    "sigmoid expit logit tanh softmax softmin gumbel_softmax softplus logsigmoid log_sigmoid logsumexp logaddexp "
+    "logaddexp2 log log2 log10 log1p exp exp2 expm1 erf erfc ndtr log_ndtr entr xlogy xlog1py binary_cross_entropy "
+    "ctc_loss cosine_similarity cosine_embedding_loss normalize norm vector_norm cdist pairwise_distance acos "
+    "asin atanh"
 )
 # Of these, code that modes see calls versions that keep the digits.
-_EXACT = frozenset({"log_softmax", "binary_cross_entropy_with_logits", "cross_entropy_loss", "log_sigmoid_forward"})
+_EXACT = words("log_softmax binary_cross_entropy_with_logits cross_entropy_loss log_sigmoid_forward")
 
 # Losses whose gradients lose digits where the model is certain, and how a weight is changed by a gradient.
-_LOSSES = frozenset({"cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"})
-_STEPS = frozenset({"sub", "add", "rsub", "radd", "addcmul", "addcdiv", "lerp"})
+_LOSSES = words("cross_entropy nll_loss binary_cross_entropy binary_cross_entropy_with_logits")
+_STEPS = words("sub add rsub radd addcmul addcdiv lerp")
 
 
 @dataclass(frozen=True)

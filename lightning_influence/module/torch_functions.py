@@ -6,14 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_WRITING_OPERATORS = frozenset(
-    f"__{name}__" for name in "setitem set iadd isub imul itruediv ifloordiv imod ipow iand ior ixor".split()
-)
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text, such as names of functions."""
+    return frozenset(text.split())
 
 
-def functions_named(*names: str, owners: Sequence[Any] = (torch, Tensor)) -> frozenset[Any]:
+_WRITING = words("__setitem__ __set__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__")
+_WRITING |= words("__iand__ __ior__ __ixor__")
+
+
+def functions_named(names: str, owners: Sequence[Any] = (torch, Tensor)) -> frozenset[Any]:
     """The functions of these names that the owners have in this version of PyTorch."""
-    return frozenset(getattr(owner, name) for name in names for owner in owners if hasattr(owner, name))
+    return frozenset(getattr(owner, name) for name in words(names) for owner in owners if hasattr(owner, name))
 
 
 def operands_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
@@ -28,4 +33,4 @@ def operands_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]
 def writes(func: Callable[..., Any]) -> bool:
     """Whether a function writes into its first operand."""
     name = getattr(func, "__name__", "")
-    return name in _WRITING_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    return name in _WRITING or (name.endswith("_") and not name.endswith("__"))
