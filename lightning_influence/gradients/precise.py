@@ -69,8 +69,11 @@ def precise(task: Task, dtype: torch.dtype | None, seed: int | None = 0) -> Iter
             if isinstance(tensor, nn.Parameter) and seed is not None:
                 value *= 1 + noise * torch.rand(value.shape, generator=draw).to(value)
             tensor.data = value
-        if dtype is torch.float64:
-            stack.enter_context(_attributes_in_double(module))
+        for part in module.modules() if dtype is torch.float64 else ():
+            for name, value in list(part.__dict__.items()):  # plain tensors among its attributes
+                if isinstance(value, Tensor) and value.dtype in LOW:
+                    stack.callback(part.__dict__.update, {name: value})
+                    part.__dict__[name] = value.detach().double()
         yield _PreciseTask.of(task, dtype)
 
 
@@ -106,19 +109,3 @@ class _PreciseTask(Task):
                 return super().__call__(batch)
         finally:
             torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def _attributes_in_double(module: nn.Module) -> Iterator[None]:
-    """Plain tensors among the modules' attributes in float64."""
-    changed: list[tuple[nn.Module, str, Tensor]] = []
-    for part in module.modules():
-        for name, value in list(part.__dict__.items()):
-            if isinstance(value, Tensor) and value.dtype in LOW:
-                changed.append((part, name, value))
-                part.__dict__[name] = value.detach().double()
-    try:
-        yield
-    finally:
-        for part, name, value in changed:
-            part.__dict__[name] = value
