@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_influence.module.task import Task
-from lightning_influence.module.torch_functions import operands_of, words
+from lightning_influence.module.torch_functions import Args, Function, FunctionWatch, Kwargs, operands_of, words
 from lightning_influence.types import Batch
 
 
@@ -55,7 +54,7 @@ _FINITE = words("isfinite isnan isinf")
 _READS = words("item tolist bool int float index numpy equal allclose array")
 
 
-class MixingWatch(TorchFunctionMode):
+class MixingWatch(FunctionWatch):
     """Follows, during a forward pass, which values are of each example, sums over them, or made of several otherwise.
 
     It tells what the step may do with other examples than those of the pass, which no check of a few can know, such as
@@ -113,10 +112,8 @@ class MixingWatch(TorchFunctionMode):
         self._kept.clear()
         return loss
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def called(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
+        """Run and follow a call."""
         name = getattr(func, "__name__", "").strip("_").removeprefix("linalg_")
         with torch._C.DisableTorchFunction():  # what is read here is no part of the pass that a tape may record
             of = [self._known(operand) for operand in operands_of(args, kwargs)]
@@ -125,9 +122,7 @@ class MixingWatch(TorchFunctionMode):
             self._follow(name, args, kwargs, of, output)
         return output
 
-    def _follow(
-        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], of: Sequence[_Found], output: Any
-    ) -> None:
+    def _follow(self, name: str, args: Args, kwargs: Kwargs, of: Sequence[_Found], output: Any) -> None:
         """Note how the output of a call follows from the batch."""
         written = args[:1] if name in ("setitem", "set") else ()
         made = [t for t in operands_of((output, *written), {}) if isinstance(t, Tensor)]
@@ -166,9 +161,7 @@ class MixingWatch(TorchFunctionMode):
         self._found[id(tensor)] = found
         self._kept.append(tensor)
 
-    def _of_each(
-        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], kinds: set[_Kind], made: Sequence[Tensor]
-    ) -> _Found:
+    def _of_each(self, name: str, args: Args, kwargs: Kwargs, kinds: set[_Kind], made: Sequence[Tensor]) -> _Found:
         """What an operation gives of values of each example, perhaps with sums."""
         if _Kind.SUM in kinds or (_Kind.COUNT in kinds and name not in _SCALES):
             return _Kind.MIXED, f"`{name}` of values of each example and a sum over the batch"
@@ -209,7 +202,7 @@ class MixingWatch(TorchFunctionMode):
         over = any(self._known(t) != _NONE and self._dimension(t) == end for t, end in ends)
         return f"`{name}` that sums over the batch" if over else None
 
-    def _by_position(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], over: bool) -> bool:
+    def _by_position(self, name: str, args: Args, kwargs: Kwargs, over: bool) -> bool:
         """Whether examples are taken by numbers that do not follow from the batch."""
         if name != "getitem" and not (name == "index_select" and over):
             return False
@@ -233,7 +226,7 @@ def _sizes(tensor: Tensor) -> tuple[int, ...]:
     return () if tensor.is_nested else tuple(tensor.shape)
 
 
-def _dimensions(name: str, tensor: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[int]:
+def _dimensions(name: str, tensor: Tensor, args: Args, kwargs: Kwargs) -> set[int]:
     """The dimensions that an operation runs over; all where it is not told."""
     given = kwargs.get("dim", kwargs.get("dims", kwargs.get("axis")))
     if given is None:

@@ -1,6 +1,6 @@
 """Follows rows that a forward pass takes by index out of others, such as the tokens that go to an expert."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 from weakref import ref
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_influence.gradients.layout import Taken
 from lightning_influence.gradients.rules import RULES
-from lightning_influence.module.torch_functions import functions_named
+from lightning_influence.module.torch_functions import Args, Function, Kwargs, functions_named
 
 
 class TakenRows:
@@ -36,7 +36,7 @@ class TakenRows:
         tensor, taken = self._known.get(id(operand), (None, None))
         return taken if tensor is not None and tensor() is operand else None
 
-    def follow(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+    def follow(self, func: Function, args: Args, kwargs: Kwargs, output: Any) -> None:
         """Note what a function returned, if it took rows, or left taken rows in their places."""
         if func in _TAKES:
             taken = self._taken(*args, **kwargs) if func is Tensor.__getitem__ else self._selected(*args, **kwargs)
@@ -45,7 +45,7 @@ class TakenRows:
         elif self._known and (func in _PARTS or func in _IN_PLACE):
             self._pass(args, output)
 
-    def _pass(self, args: Sequence[Any], output: Any) -> None:
+    def _pass(self, args: Args, output: Any) -> None:
         tensors = [output] if isinstance(output, Tensor) else output
         if not isinstance(tensors, (list, tuple)) or not all(isinstance(t, Tensor) and t.ndim for t in tensors):
             return
