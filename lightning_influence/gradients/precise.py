@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_influence.module.in_double import LOW, InDouble, raised
+from lightning_influence.module.precision import default_type
 from lightning_influence.module.snapshot import ModuleSnapshot, restoring
 from lightning_influence.module.task import Task, settle
 from lightning_influence.types import Batch
@@ -102,10 +103,5 @@ class _PreciseTask(Task):
         """The loss on a batch; numbers that the step itself makes in float32 are float64, too."""
         if self.dtype is None:
             return super().__call__(batch)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        try:
-            with InDouble():
-                return super().__call__(batch)
-        finally:
-            torch.set_default_dtype(before)
+        with default_type(torch.float64), InDouble():
+            return super().__call__(batch)

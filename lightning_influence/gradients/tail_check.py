@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_influence.data.examples import Examples
 from lightning_influence.gradients.precise import CANNOT, precise
-from lightning_influence.module.snapshot import restoring
+from lightning_influence.module.snapshot import holding
 from lightning_influence.module.task import Task
 from lightning_influence.numerics.subsets import evenly_spread
 
@@ -31,15 +31,13 @@ def check_tail(task: Task, examples: Examples, names: Sequence[str]) -> bool:
         return False
     for example in evenly_spread(len(examples), _TRIED):
         try:
-            with precise(task, torch.float64, None) as other, restoring([other], "exact"):
-                other.exact = False
+            with precise(task, torch.float64, None) as other, holding([other], "exact", False):
                 truth = _gradient(other, examples, example, names)
         except CANNOT:
             continue
         found = _error(_gradient(task, examples, example, names), truth)
         if found > _DIFFERS:
-            with restoring([task], "exact"):
-                task.exact = False
+            with holding([task], "exact", False):
                 plain = _error(_gradient(task, examples, example, names), truth)
             if plain < found:
                 task.tail = replace(task.tail, layers=math.inf)

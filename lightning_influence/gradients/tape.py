@@ -18,7 +18,7 @@ from lightning_influence.gradients.rules.recurrent import RECURRENT, unrolled
 from lightning_influence.gradients.spot_checks import SuspectRows
 from lightning_influence.gradients.taken import TakenRows
 from lightning_influence.module.precision import is_half
-from lightning_influence.module.snapshot import restoring
+from lightning_influence.module.snapshot import holding
 from lightning_influence.module.torch_functions import (
     Args,
     Function,
@@ -254,8 +254,7 @@ class Tape(FunctionWatch):
 
     def _attention(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         """Run multi-head attention with ``F.linear`` replaced: its weights are passed to one composite function."""
-        with restoring([F], "linear"):
-            F.linear = self._linear
+        with holding([F], "linear", self._linear):
             return func(*args, **kwargs)
 
 

@@ -13,6 +13,7 @@ from lightning_influence.devices import wide
 from lightning_influence.gradients.index_check import gradient_at
 from lightning_influence.module.numbers import put, same, small_values
 from lightning_influence.module.random_state import seed_for
+from lightning_influence.module.snapshot import holding
 from lightning_influence.module.step import set_by_hook
 from lightning_influence.module.task import NoLoss, Task
 from lightning_influence.module.watched_index import differing_indices
@@ -132,19 +133,16 @@ def _states(task: Task, examples: Examples, calls: int, start: Mapping[str, Any]
     ids = evenly_spread(len(examples), 5)
     found = [] if start is not None else [small_values(task.module)]
     values: Mapping[str, Any] = start or {}
-    outer = task.on_forward
-    task.on_forward = lambda: found.append(small_values(task.module))
     try:
-        for _ in range(calls):
-            batch = task.to_device(examples.some(ids))
-            seed_for(0, ids[0])
-            with _at(task, values), torch.no_grad(), contextlib.suppress(NoLoss):
-                task(batch)
-            values = found[-1] if found else {}
+        with holding([task], "on_forward", lambda: found.append(small_values(task.module))):
+            for _ in range(calls):
+                batch = task.to_device(examples.some(ids))
+                seed_for(0, ids[0])
+                with _at(task, values), torch.no_grad(), contextlib.suppress(NoLoss):
+                    task(batch)
+                values = found[-1] if found else {}
     except Exception:  # whoever needs the loss meets the error, and says more about it
         return found[:1] * 2
-    finally:
-        task.on_forward = outer
     return found
 
 
