@@ -51,9 +51,8 @@ def _gradient(task: Task, examples: Examples, example: int, names: Sequence[str]
     parameters = [p for p in parameters if p.requires_grad]
     with torch.enable_grad():
         loss = task(task.to_device(examples.one(example))).sum()
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    like = (torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True))
-    return torch.cat([g.detach().flatten().cpu().double() for g in like])
+        found = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    return torch.cat([g.detach().flatten().cpu().double() for g in found])
 
 
 def _error(found: Tensor, truth: Tensor) -> float:

@@ -49,19 +49,15 @@ class TakenRows:
         tensors = [output] if isinstance(output, Tensor) else output
         if not isinstance(tensors, (list, tuple)) or not all(isinstance(t, Tensor) and t.ndim for t in tensors):
             return
-        lengths = [len(t) for t in tensors]
-        for operand in args:
-            taken = self._of(operand)
-            if taken is None:
-                continue
-            start, total = 0, len(taken.index)
-            for tensor, length in zip(tensors, lengths, strict=True):
-                if length == total:
-                    self._known[id(tensor)] = ref(tensor), taken
-                elif sum(lengths) == total:
-                    self._known[id(tensor)] = ref(tensor), taken[start : start + length]
-                start += length
+        if (taken := next(filter(None, map(self._of, args)), None)) is None:
             return
+        start, total, divided = 0, len(taken.index), sum(map(len, tensors))
+        for tensor in tensors:
+            if len(tensor) == total:
+                self._known[id(tensor)] = ref(tensor), taken
+            elif divided == total:
+                self._known[id(tensor)] = ref(tensor), taken[start : start + len(tensor)]
+            start += len(tensor)
 
     def _taken(self, of: Tensor, index: Any) -> Taken | None:
         """The rows of ``of[index]``."""
