@@ -14,12 +14,11 @@ Branch = tuple[int, int]
 
 # Functions whose whole numbers are no sizes or positions.
 _ARITHMETIC = functions_named(
-    *("add", "sub", "mul", "div", "pow", "clamp", "where", "full", "tensor", "lerp", "masked_fill"), owners=(torch,)
+    "add sub mul div pow clamp where full tensor lerp masked_fill", (torch,)
 ) | functions_named(
-    *("add", "sub", "mul", "div", "pow", "clamp", "where", "masked_fill", "add_", "sub_", "mul_", "div_", "lerp"),
-    *("__add__", "__sub__", "__mul__", "__truediv__", "__pow__", "__rpow__", "__getitem__", "true_divide", "rsub"),
-    *("__radd__", "__rsub__", "__rmul__", "__rtruediv__"),
-    owners=(Tensor,),
+    "add sub mul div pow clamp where masked_fill add_ sub_ mul_ div_ lerp __add__ __sub__ __mul__ __truediv__ __pow__ "
+    "__rpow__ __getitem__ true_divide rsub __radd__ __rsub__ __rmul__ __rtruediv__",
+    (Tensor,),
 )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from lightning_influence.gradients.rules.rule import Parts
 from lightning_influence.gradients.sum_of_parts import SumOfParts
 from lightning_influence.module.torch_functions import functions_named
 
-Carried = Iterator[tuple[Source, Part]]
-"""Operands of a computation, and gradients by them."""
+Steps = list[tuple[Source, Part]] | None
+"""Operands of a computation, and gradients by them; None where factors do not pass through it."""
 
 
 def carried_back(source: Source, part: Part) -> Iterator[tuple[Names, Part]]:
@@ -30,20 +31,17 @@ def carried_back(source: Source, part: Part) -> Iterator[tuple[Names, Part]]:
     if not source.value.numel():
         return
     if isinstance(source, View):
-        reshaped = _reshaped(source, part)
-        if reshaped is not None:
+        if (reshaped := _reshaped(source, part)) is not None:
             yield from carried_back(source.base, reshaped)
         elif isinstance(source.base, (View, Result)):
             yield from _replayed(source, part)
         else:
             yield source.names, _selected(part, source.selection)
     elif isinstance(source, Result):
-        steps = _step(source, part)
-        if steps is None:
+        if (steps := _step(source, part)) is None:
             yield from _replayed(source, part)
-        else:
-            for operand, own in steps:
-                yield from carried_back(operand, own)
+        for operand, own in steps or ():
+            yield from carried_back(operand, own)
     else:
         yield source.names, part
 
@@ -61,10 +59,8 @@ def _selected(part: Part, selection: Selection) -> Part:
     """Gradients by a selection as those of the parameter, where each term is a selection of its own if it can be."""
     if isinstance(part, SumOfParts):
         return SumOfParts(tuple(_selected(term, selection) for term in part.terms))
-    if isinstance(part, Pulled) and isinstance(part.derivation, Selection):
-        composed = part.derivation.of(selection)
-        if composed is not None:
-            return Pulled(part.part, composed)
+    if isinstance(part, Pulled) and isinstance(part.derivation, Selection) and (both := part.derivation.of(selection)):
+        return Pulled(part.part, both)
     return Pulled(part, selection)
 
 
@@ -105,15 +101,15 @@ def _reshaped(view: View, part: Part) -> Part | None:
 # ---- functions through which factors pass ------------------------------------------------------------------------
 
 
-def _step(result: Result, part: Part) -> list[tuple[Source, Part]] | None:
-    """The gradients by the operands of a function; None where factors do not pass through it."""
+def _step(result: Result, part: Part) -> Steps:
+    """The gradients by the operands of a function."""
     passes = _PASSES.get(result.func)
     if passes is None or (passes not in _OWN_ARGUMENTS and (result.kwargs or len(result.args) != 2)):
         return None
     return passes(result, part)
 
 
-def _sum(result: Result, part: Part, sign: int = 1) -> list[tuple[Source, Part]] | None:
+def _sum(result: Result, part: Part, sign: int = 1) -> Steps:
     found = []
     for operand, by in zip(result.args, (1, sign), strict=True):
         source = result.sources.get(id(operand))
@@ -125,11 +121,7 @@ def _sum(result: Result, part: Part, sign: int = 1) -> list[tuple[Source, Part]]
     return found
 
 
-def _difference(result: Result, part: Part) -> list[tuple[Source, Part]] | None:
-    return _sum(result, part, -1)
-
-
-def _product(result: Result, part: Part) -> list[tuple[Source, Part]] | None:
+def _product(result: Result, part: Part) -> Steps:
     """A product with a constant: a number, one per row or column, or a mask."""
     left, right = result.args
     source, other = result.sources.get(id(left)), right
@@ -144,7 +136,7 @@ def _product(result: Result, part: Part) -> list[tuple[Source, Part]] | None:
     return None if scaled is None else [(source, scaled)]
 
 
-def _quotient(result: Result, part: Part) -> list[tuple[Source, Part]] | None:
+def _quotient(result: Result, part: Part) -> Steps:
     left, right = result.args
     if id(left) not in result.sources or id(right) in result.sources:
         return None
@@ -170,7 +162,7 @@ def _scaled(part: Part, by: Any, weight: Tensor) -> Part | None:
     return replace(part, outputs=part.outputs * numbers)
 
 
-def _matrix_product(result: Result, part: Part) -> list[tuple[Source, Part]] | None:
+def _matrix_product(result: Result, part: Part) -> Steps:
     """B A, with gradients l r^T by it: those by B are l (A r)^T, those by A are (B^T l) r^T."""
     left, right = result.args
     if not isinstance(part, OuterProducts) or left.ndim != 2 or right.ndim != 2:
@@ -189,7 +181,7 @@ def _with_sides(part: OuterProducts, first: Tensor, then: Tensor, shape: torch.S
     return replace(part, source=inputs, outputs=outputs, shape=tuple(shape), patches=None)
 
 
-def _joined(result: Result, part: Part) -> list[tuple[Source, Part]] | None:
+def _joined(result: Result, part: Part) -> Steps:
     """Several matrices below or beside one another."""
     if not isinstance(part, OuterProducts) or part.patches is not None or result.value.ndim != 2:
         return None
@@ -208,7 +200,7 @@ def _joined(result: Result, part: Part) -> list[tuple[Source, Part]] | None:
     return found
 
 
-def _looked_up(result: Result, part: Part) -> list[tuple[Source, Part]] | None:
+def _looked_up(result: Result, part: Part) -> Steps:
     """Rows of a table, of which all examples have the same."""
     operands = EMBEDDINGS[F.embedding].operands(*result.args, **result.kwargs)
     if operands is None or not isinstance(part, DenseRows) or id(operands["weight"]) not in result.sources:
@@ -220,12 +212,12 @@ def _looked_up(result: Result, part: Part) -> list[tuple[Source, Part]] | None:
     return [(result.sources[id(weight)], Lookup(ids, rows, tuple(weight.shape)))]
 
 
-_PASSES: Mapping[Any, Callable[[Result, Part], list[tuple[Source, Part]] | None]] = {
-    **dict.fromkeys(functions_named("add", "__add__", "__radd__"), _sum),
-    **dict.fromkeys(functions_named("sub", "__sub__"), _difference),
-    **dict.fromkeys(functions_named("mul", "multiply", "__mul__", "__rmul__"), _product),
-    **dict.fromkeys(functions_named("div", "true_divide", "__truediv__"), _quotient),
-    **dict.fromkeys(functions_named("matmul", "mm", "__matmul__"), _matrix_product),
+_PASSES: Mapping[Any, Callable[[Result, Part], Steps]] = {
+    **dict.fromkeys(functions_named("add __add__ __radd__"), _sum),
+    **dict.fromkeys(functions_named("sub __sub__"), partial(_sum, sign=-1)),
+    **dict.fromkeys(functions_named("mul multiply __mul__ __rmul__"), _product),
+    **dict.fromkeys(functions_named("div true_divide __truediv__"), _quotient),
+    **dict.fromkeys(functions_named("matmul mm __matmul__"), _matrix_product),
     torch.cat: _joined,
     torch.concat: _joined,
     F.embedding: _looked_up,

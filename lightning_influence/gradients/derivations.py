@@ -1,12 +1,13 @@
 """How a weight is computed from parameters: its derivative, applied to gradients (back) and to vectors (forward)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lightning_influence.gradients.part import TRAFFIC
 from lightning_influence.gradients.vjp import named, vjp
@@ -83,20 +84,15 @@ class Selection(Derivation):
     def of(self, base: "Selection") -> "Selection | None":
         """The same entries, where what they are selected from is a selection itself; None if there is no stride."""
         lengths = torch.empty(self.shape, device="meta").stride()
-        steps = {length: step for length, step, n in zip(lengths, base.stride, self.shape, strict=True) if n > 1}
-        if any(n > 1 and step not in steps for n, step in zip(self.size, self.stride, strict=True)):
-            return None
-        dims = {step: i for i, step in enumerate(lengths) if self.shape[i] > 1}
-        offset, left = base.offset, self.offset
-        starts = dict.fromkeys(dims, 0)
-        for step in dims:
-            starts[step], left = divmod(left, step)
-            offset += starts[step] * steps[step]
+        starts = [self.offset // length % n for length, n in zip(lengths, self.shape, strict=True)]
+        dims = {length: i for i, length in enumerate(lengths) if self.shape[i] > 1}
+        stride = []
         for n, step in zip(self.size, self.stride, strict=True):
-            if n > 1 and starts[step] + n > self.shape[dims[step]]:
+            if n > 1 and (step not in dims or starts[dims[step]] + n > self.shape[dims[step]]):
                 return None
-        stride = tuple(steps.get(step, 0) if n > 1 else 0 for n, step in zip(self.size, self.stride, strict=True))
-        return Selection(base.shape, self.size, stride, offset)
+            stride.append(base.stride[dims[step]] if n > 1 else 0)
+        offset = base.offset + sum(start * step for start, step in zip(starts, base.stride, strict=True))
+        return Selection(base.shape, self.size, tuple(stride), offset)
 
     def overlaps(self, other: "Selection") -> bool:
         """Whether any entry is in both."""
@@ -105,19 +101,14 @@ class Selection(Derivation):
 
 @lru_cache(1024)
 def _overlap(one: Selection, other: Selection) -> bool:
-    if one.size == other.size and one == other:
-        return True
-    (first, last), (start, end) = _range(one), _range(other)
-    if last < start or end < first:
+    first, second = (
+        of.offset + sum((n - 1) * s for n, s in zip(of.size, of.stride, strict=True)) for of in (one, other)
+    )
+    if first < other.offset or second < one.offset:  # the last entry of one lies before all of the other
         return False
     marks = torch.zeros(1, torch.Size(one.shape).numel(), dtype=torch.bool)
     one._within(marks).fill_(True)
     return bool(other._within(marks).any())
-
-
-def _range(of: Selection) -> tuple[int, int]:
-    """The first and the last entry."""
-    return of.offset, of.offset + sum((n - 1) * s for n, s in zip(of.size, of.stride, strict=True))
 
 
 class Constant:
@@ -188,12 +179,8 @@ def _tiles(factor: Tensor) -> Tiles | None:
 
 def _equal(which: Tensor) -> Tensor:
     """The indices of each group in one row, filled up with their total number."""
-    sizes = which.bincount()
-    order = which.argsort(stable=True)
-    within = torch.arange(len(which), device=which.device) - (sizes.cumsum(0) - sizes)[which[order]]
-    found = which.new_full((len(sizes), int(sizes.max())), len(which))
-    found[which[order], within] = order
-    return found
+    groups = which.argsort(stable=True).split(which.bincount().tolist())
+    return pad_sequence(groups, batch_first=True, padding_value=len(which))
 
 
 class Replayed(Derivation):
@@ -247,10 +234,14 @@ class Replayed(Derivation):
 
     def forward(self, vectors: Sequence[Tensor]) -> Tensor:
         """By the derivative of J^T w with respect to w."""
-        wanted = {i: v.to(self._weight) for i, v in enumerate(vectors) if i in self._transposed}
+        return self.forward_of(dict(enumerate(vectors)))
+
+    def forward_of(self, vectors: Mapping[int, Tensor]) -> Tensor:
+        """The same for some of the parameters; the vectors of the others are zero."""
+        like = next(iter(vectors.values()))
+        wanted = {i: v.to(self._weight) for i, v in vectors.items() if i in self._transposed}
         found = vjp(self._transposed, {0: self._weight}, wanted, self._value.numel())
-        zeros = vectors[0].new_zeros(len(vectors[0]), *self._weight.shape)
-        return found[0].to(vectors[0]) if found else zeros
+        return found[0].to(like) if found else like.new_zeros(len(like), *self._weight.shape)
 
     def only(self, which: int) -> Derivation:
         """With respect to one of the parameters."""
@@ -276,12 +267,4 @@ class _OneOf(Derivation):
         return (self.whole.back(rows)[self.which],)
 
     def forward(self, vectors: Sequence[Tensor]) -> Tensor:
-        if self.which not in self.whole._transposed:
-            return self.whole.forward([vectors[0].new_zeros(len(vectors[0]), *s) for s in self.whole.shapes])
-        found = vjp(
-            {0: self.whole._transposed[self.which]},
-            {0: self.whole._weight},
-            {0: vectors[0].to(self.whole._weight)},
-            self.whole._value.numel(),
-        )
-        return found[0].to(vectors[0]) if found else vectors[0].new_zeros(len(vectors[0]), *self.whole._weight.shape)
+        return self.whole.forward_of({self.which: vectors[0]})

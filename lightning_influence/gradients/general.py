@@ -132,11 +132,9 @@ def loss_and_gradient(
         loss = found.sum()
         if not loss.requires_grad:
             return loss.detach(), {name: torch.zeros_like(parameters[name]) for name in names}
-        values = torch.autograd.grad(loss, [parameters[name] for name in names], allow_unused=True)
-    return loss.detach(), {
-        name: torch.zeros_like(parameters[name]) if value is None else value.to_dense()  # tables may have sparse ones
-        for name, value in zip(names, values, strict=True)
-    }
+        values = torch.autograd.grad(loss, [parameters[name] for name in names], materialize_grads=True)
+    # tables may have sparse ones
+    return loss.detach(), {name: value.to_dense() for name, value in zip(names, values, strict=True)}
 
 
 @contextlib.contextmanager

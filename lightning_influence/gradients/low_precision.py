@@ -14,7 +14,7 @@ from lightning_influence.gradients.general import one_gradient
 from lightning_influence.gradients.plan import Plan
 from lightning_influence.gradients.sample import Sample
 from lightning_influence.module.precision import Precision
-from lightning_influence.module.snapshot import restoring
+from lightning_influence.module.snapshot import holding
 from lightning_influence.timing import seconds_of
 from lightning_influence.wording import counted
 
@@ -97,8 +97,7 @@ def compared(engine: Engine, sample: Sample, precision: Precision) -> LowPrecisi
     task = engine.task
     narrow = precision.low is torch.float16  # bfloat16 has the range of float32
     full = _rows(engine, sample, narrow)
-    with restoring([task], "precision"):
-        task.precision = precision
+    with holding([task], "precision", precision):
         try:
             _rows(engine, sample)  # the first pass also prepares kernels
             low = _rows(engine, sample, narrow)

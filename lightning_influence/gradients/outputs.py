@@ -1,36 +1,27 @@
 """Finds the network's outputs, the tensors through which the loss depends on the parameters."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from lightning_influence.devices import widest
+from lightning_influence.module.torch_functions import Args, Function, FunctionWatch, Kwargs, functions_named, words
 
 # Loss functions that are convex in their first argument, the prediction.
-_LOSSES = frozenset(
-    {
-        F.cross_entropy,
-        F.nll_loss,
-        F.mse_loss,
-        F.binary_cross_entropy,
-        F.binary_cross_entropy_with_logits,
-        F.huber_loss,
-        F.smooth_l1_loss,
-        F.poisson_nll_loss,
-        F.kl_div,
-        F.l1_loss,
-    }
+_LOSSES = functions_named(
+    "cross_entropy nll_loss mse_loss binary_cross_entropy binary_cross_entropy_with_logits huber_loss smooth_l1_loss "
+    "poisson_nll_loss kl_div l1_loss",
+    (F,),
 )
 # Functions between the logits and a loss of probabilities; the network's outputs are then the logits.
-_LINKS = frozenset({"log_softmax", "sigmoid", "logsigmoid", "log_sigmoid"})
-_SHAPES = frozenset({"squeeze", "unsqueeze", "view", "reshape", "flatten", "permute", "transpose"})
+_LINKS = words("log_softmax sigmoid logsigmoid log_sigmoid")
+_SHAPES = words("squeeze unsqueeze view reshape flatten permute transpose")
 
 
-class OutputWatch(TorchFunctionMode):
+class OutputWatch(FunctionWatch):
     """While active, records the inputs of loss functions, and the output of the last operation with a parameter.
 
     Args:
@@ -47,11 +38,8 @@ class OutputWatch(TorchFunctionMode):
         self._links: dict[int, tuple[Tensor, Tensor]] = {}  # holds the link's output too, so that its id is not reused
         self._casts: dict[int, tuple[Tensor, Tensor]] = {}  # likewise
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def called(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         """Run ``func`` and record it."""
-        kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if not isinstance(output, Tensor) or not output.requires_grad:
             return output

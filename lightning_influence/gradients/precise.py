@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_influence.module.in_double import LOW, InDouble, raised
+from lightning_influence.module.precision import default_type
 from lightning_influence.module.snapshot import ModuleSnapshot, restoring
 from lightning_influence.module.task import Task, settle
 from lightning_influence.types import Batch
@@ -69,8 +70,11 @@ def precise(task: Task, dtype: torch.dtype | None, seed: int | None = 0) -> Iter
             if isinstance(tensor, nn.Parameter) and seed is not None:
                 value *= 1 + noise * torch.rand(value.shape, generator=draw).to(value)
             tensor.data = value
-        if dtype is torch.float64:
-            stack.enter_context(_attributes_in_double(module))
+        for part in module.modules() if dtype is torch.float64 else ():
+            for name, value in list(part.__dict__.items()):  # plain tensors among its attributes
+                if isinstance(value, Tensor) and value.dtype in LOW:
+                    stack.callback(part.__dict__.update, {name: value})
+                    part.__dict__[name] = value.detach().double()
         yield _PreciseTask.of(task, dtype)
 
 
@@ -99,26 +103,5 @@ class _PreciseTask(Task):
         """The loss on a batch; numbers that the step itself makes in float32 are float64, too."""
         if self.dtype is None:
             return super().__call__(batch)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        try:
-            with InDouble():
-                return super().__call__(batch)
-        finally:
-            torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def _attributes_in_double(module: nn.Module) -> Iterator[None]:
-    """Plain tensors among the modules' attributes in float64."""
-    changed: list[tuple[nn.Module, str, Tensor]] = []
-    for part in module.modules():
-        for name, value in list(part.__dict__.items()):
-            if isinstance(value, Tensor) and value.dtype in LOW:
-                changed.append((part, name, value))
-                part.__dict__[name] = value.detach().double()
-    try:
-        yield
-    finally:
-        for part, name, value in changed:
-            part.__dict__[name] = value
+        with default_type(torch.float64), InDouble():
+            return super().__call__(batch)

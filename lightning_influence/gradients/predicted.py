@@ -1,16 +1,16 @@
 """What a model predicts for the examples of a batch, read from the call of a loss function."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from lightning_influence.data.examples import Block
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.module.task import Task
+from lightning_influence.module.torch_functions import Args, Function, FunctionWatch, Kwargs
 from lightning_influence.types import labels_in
 
 # Log-probabilities of the classes, from the first argument of a loss function.
@@ -71,7 +71,7 @@ def _read(func: Any, given: Tensor, target: Any, labels: Any, size: int) -> Pred
     return Predicted(best.indices, best.values.exp(), best.indices == asked)
 
 
-class _LossWatch(TorchFunctionMode):
+class _LossWatch(FunctionWatch):
     """While active, keeps what torch's loss functions were called with."""
 
     def __init__(self) -> None:
@@ -79,10 +79,8 @@ class _LossWatch(TorchFunctionMode):
         self.of_classes: list[tuple[Any, Tensor, Any]] = []
         self.of_numbers: list[tuple[Any, Tensor, Any]] = []
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def called(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
+        """Run and follow a call."""
         calls = self.of_classes if func in _CLASSES or func in _TWO else self.of_numbers if func in _NUMBERS else None
         given = args[0] if args else kwargs.get("input")
         if calls is not None and isinstance(given, Tensor):

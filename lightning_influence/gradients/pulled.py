@@ -84,19 +84,18 @@ class Pulled(Part):
 
     def _accumulate_tiles(self, derivation: Elementwise, other: "Pulled", out: Tensor) -> bool:
         """The same in factors, for a mask of few distinct rows and columns; whether it can be done."""
-        pair = self.part, other.part
-        if any(not isinstance(p, OuterProducts) or p.outputs.shape[1] > 1 for p in pair):
+        sides: list[tuple[Tensor, ...]] = []
+        for part in (self.part, other.part):
+            if not isinstance(part, OuterProducts) or part.outputs.shape[1] > 1:
+                return False
+            pair = part.inputs[:, 0], part.scaled_outputs()[:, 0]
+            sides.append(pair[::-1] if part.transposed else pair)
+        if (tiles := derivation.tiles) is None:
             return False
-        tiles = derivation.tiles
-        if tiles is None:
-            return False
-        sides = [(p.inputs[:, 0], p.scaled_outputs()[:, 0]) for p in pair if isinstance(p, OuterProducts)]
         table = tiles.table.to(out).square()
         step = max(1, workspace(out.device) // max(1, len(self) * sum(table.shape)))
         for start in range(0, len(other), step):
             (a, g), (b, h) = sides[0], [side[start : start + step] for side in sides[1]]
-            if isinstance(self.part, OuterProducts) and self.part.transposed:
-                a, g, b, h = g, a, h, b
             by_columns = torch.bmm(_grouped(a, tiles.columns), _grouped(b, tiles.columns).mT)
             by_rows = torch.bmm(_grouped(g, tiles.rows), _grouped(h, tiles.rows).mT)
             by_rows *= (table @ by_columns.flatten(1)).view_as(by_rows)

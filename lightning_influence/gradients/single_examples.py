@@ -3,13 +3,12 @@
 import contextlib
 import math
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_influence.data.examples import Examples, alike
@@ -20,6 +19,7 @@ from lightning_influence.gradients.sample import Sample
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.module.snapshot import restoring
 from lightning_influence.module.task import Task
+from lightning_influence.module.torch_functions import Args, Function, FunctionWatch, Kwargs
 from lightning_influence.numerics.subsets import evenly_spread
 
 # Examples of the batches in which the cause of a refusal is sought.
@@ -98,7 +98,7 @@ def _is_of_this_package(error: Exception) -> bool:
     """Whether an error was raised here, with a cause and a way out; torch's own may begin with "Expected", too."""
     frames = traceback.extract_tb(error.__traceback__)
     # a mode that watches torch's functions calls them in the place of the user's code
-    return bool(frames) and _PACKAGE in Path(frames[-1].filename).parents and frames[-1].name != "__torch_function__"
+    return bool(frames) and _PACKAGE in Path(frames[-1].filename).parents and frames[-1].name != "called"
 
 
 def _returns_loss_in_training(task: Task, examples: Examples) -> bool:
@@ -203,7 +203,7 @@ def _some(examples: Examples) -> list[int]:
     return list(evenly_spread(len(examples), _TRIED))
 
 
-class _BroadcastWatch(TorchFunctionMode):
+class _BroadcastWatch(FunctionWatch):
     """Finds an operation that broadcasts [batch, 1] against [batch] to [batch, batch].
 
     Args:
@@ -215,15 +215,9 @@ class _BroadcastWatch(TorchFunctionMode):
         self.examples = examples
         self.found: tuple[tuple[int, ...], tuple[int, ...], str] | None = None
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def called(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
+        """Run and follow a call."""
         tensors = [tuple(a.shape) for a in args[:2] if isinstance(a, Tensor)]
-        if self.found is None and len(tensors) == 2 and self._pairs(*tensors):
+        if self.found is None and len(tensors) == 2 and set(tensors) == {(self.examples,), (self.examples, 1)}:
             self.found = tensors[0], tensors[1], getattr(func, "__name__", str(func)).strip("_")
-        return func(*args, **(kwargs or {}))
-
-    def _pairs(self, first: Sequence[int], second: Sequence[int]) -> bool:
-        """Whether one shape is [batch] and the other [batch, 1], up to leading ones."""
-        n = self.examples
-        return {tuple(first), tuple(second)} == {(n,), (n, 1)}
+        return func(*args, **kwargs)

@@ -75,8 +75,7 @@ def writable(folder: Path | None, owner: object) -> Path:
 
 def _read(path: Path) -> list[HeadRows] | None:
     try:
-        batches = read_batches(path, ["features"]).batches
-        return [HeadRows(b["features"], b["outputs"], b["gradients"]) for b in batches]
+        return [HeadRows(b["features"], b["outputs"], b["gradients"]) for b in read_batches(path, ["features"]).batches]
     except (ValueError, KeyError):
         return None
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_influence.data.examples import Examples
 from lightning_influence.gradients.precise import CANNOT, precise
-from lightning_influence.module.snapshot import restoring
+from lightning_influence.module.snapshot import holding
 from lightning_influence.module.task import Task
 from lightning_influence.numerics.subsets import evenly_spread
 
@@ -31,15 +31,13 @@ def check_tail(task: Task, examples: Examples, names: Sequence[str]) -> bool:
         return False
     for example in evenly_spread(len(examples), _TRIED):
         try:
-            with precise(task, torch.float64, None) as other, restoring([other], "exact"):
-                other.exact = False
+            with precise(task, torch.float64, None) as other, holding([other], "exact", False):
                 truth = _gradient(other, examples, example, names)
         except CANNOT:
             continue
         found = _error(_gradient(task, examples, example, names), truth)
         if found > _DIFFERS:
-            with restoring([task], "exact"):
-                task.exact = False
+            with holding([task], "exact", False):
                 plain = _error(_gradient(task, examples, example, names), truth)
             if plain < found:
                 task.tail = replace(task.tail, layers=math.inf)
@@ -53,9 +51,8 @@ def _gradient(task: Task, examples: Examples, example: int, names: Sequence[str]
     parameters = [p for p in parameters if p.requires_grad]
     with torch.enable_grad():
         loss = task(task.to_device(examples.one(example))).sum()
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    like = (torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True))
-    return torch.cat([g.detach().flatten().cpu().double() for g in like])
+        found = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    return torch.cat([g.detach().flatten().cpu().double() for g in found])
 
 
 def _error(found: Tensor, truth: Tensor) -> float:

@@ -1,6 +1,6 @@
 """Follows rows that a forward pass takes by index out of others, such as the tokens that go to an expert."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 from weakref import ref
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_influence.gradients.layout import Taken
 from lightning_influence.gradients.rules import RULES
-from lightning_influence.module.torch_functions import functions_named
+from lightning_influence.module.torch_functions import Args, Function, Kwargs, functions_named
 
 
 class TakenRows:
@@ -36,7 +36,7 @@ class TakenRows:
         tensor, taken = self._known.get(id(operand), (None, None))
         return taken if tensor is not None and tensor() is operand else None
 
-    def follow(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+    def follow(self, func: Function, args: Args, kwargs: Kwargs, output: Any) -> None:
         """Note what a function returned, if it took rows, or left taken rows in their places."""
         if func in _TAKES:
             taken = self._taken(*args, **kwargs) if func is Tensor.__getitem__ else self._selected(*args, **kwargs)
@@ -45,23 +45,19 @@ class TakenRows:
         elif self._known and (func in _PARTS or func in _IN_PLACE):
             self._pass(args, output)
 
-    def _pass(self, args: Sequence[Any], output: Any) -> None:
+    def _pass(self, args: Args, output: Any) -> None:
         tensors = [output] if isinstance(output, Tensor) else output
         if not isinstance(tensors, (list, tuple)) or not all(isinstance(t, Tensor) and t.ndim for t in tensors):
             return
-        lengths = [len(t) for t in tensors]
-        for operand in args:
-            taken = self._of(operand)
-            if taken is None:
-                continue
-            start, total = 0, len(taken.index)
-            for tensor, length in zip(tensors, lengths, strict=True):
-                if length == total:
-                    self._known[id(tensor)] = ref(tensor), taken
-                elif sum(lengths) == total:
-                    self._known[id(tensor)] = ref(tensor), taken[start : start + length]
-                start += length
+        if (taken := next(filter(None, map(self._of, args)), None)) is None:
             return
+        start, total, divided = 0, len(taken.index), sum(map(len, tensors))
+        for tensor in tensors:
+            if len(tensor) == total:
+                self._known[id(tensor)] = ref(tensor), taken
+            elif divided == total:
+                self._known[id(tensor)] = ref(tensor), taken[start : start + len(tensor)]
+            start += len(tensor)
 
     def _taken(self, of: Tensor, index: Any) -> Taken | None:
         """The rows of ``of[index]``."""
@@ -91,13 +87,11 @@ class TakenRows:
 
 _OWNERS = (torch, Tensor, torch.nn.functional)
 _TAKES = frozenset({Tensor.__getitem__, torch.index_select, Tensor.index_select})
-_PARTS = functions_named("split", "chunk", "tensor_split", "unbind", "split_with_sizes", owners=_OWNERS)
+_PARTS = functions_named("split chunk tensor_split unbind split_with_sizes", _OWNERS)
 _IN_PLACE = frozenset(RULES) | functions_named(
-    *("relu", "relu_", "relu6", "silu", "gelu", "elu", "selu", "celu", "leaky_relu", "tanh", "sigmoid", "softplus"),
-    *("mish", "hardswish", "hardtanh", "glu", "softmax", "dropout", "logsigmoid", "softsign", "prelu", "rrelu"),
-    *("pow", "square", "sqrt", "rsqrt", "exp", "log", "abs", "neg", "clamp", "masked_fill", "where", "erf", "sin"),
-    *("clone", "contiguous", "to", "type_as", "float", "double", "half", "bfloat16", "detach"),
-    *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "multiply", "divide", "subtract", "mul_"),
-    *("add_", "sub_", "div_", "__pow__", "__neg__", "__rsub__", "__imul__", "__iadd__"),
-    owners=_OWNERS,
+    "relu relu_ relu6 silu gelu elu selu celu leaky_relu tanh sigmoid softplus mish hardswish hardtanh glu softmax "
+    "dropout logsigmoid softsign prelu rrelu pow square sqrt rsqrt exp log abs neg clamp masked_fill where erf sin "
+    "clone contiguous to type_as float double half bfloat16 detach view reshape flatten unflatten squeeze unsqueeze "
+    "multiply divide subtract mul_ add_ sub_ div_ __pow__ __neg__ __rsub__ __imul__ __iadd__",
+    _OWNERS,
 )

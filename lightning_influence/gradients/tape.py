@@ -1,6 +1,6 @@
 """Records every operation that uses a trainable parameter, and the gradient with respect to its output."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from lightning_influence.gradients.branches import PassBranch
 from lightning_influence.gradients.layout import Taken
@@ -19,8 +18,17 @@ from lightning_influence.gradients.rules.recurrent import RECURRENT, unrolled
 from lightning_influence.gradients.spot_checks import SuspectRows
 from lightning_influence.gradients.taken import TakenRows
 from lightning_influence.module.precision import is_half
-from lightning_influence.module.snapshot import restoring
-from lightning_influence.module.torch_functions import functions_named, operands_of
+from lightning_influence.module.snapshot import holding
+from lightning_influence.module.torch_functions import (
+    Args,
+    Function,
+    FunctionWatch,
+    Kwargs,
+    functions_named,
+    operands_of,
+    words,
+    writes,
+)
 from lightning_influence.module.transforms import in_transform
 
 _LINEAR = F.linear
@@ -69,7 +77,7 @@ class Call:
         return replace(self, operands=operands, gradient=_raised(gradient))
 
 
-class Tape(TorchFunctionMode):
+class Tape(FunctionWatch):
     """While active, records each call of a torch function with a trainable parameter among its operands.
 
     It intercepts functions, not modules, so that reused and tied modules, ``nn.MultiheadAttention`` and functional
@@ -107,11 +115,8 @@ class Tape(TorchFunctionMode):
         self._casts: list[Tensor] = []  # kept, so that no other tensor has the id of one
         self._constants = {id(tensor): tensor for tensor in constants if id(tensor) not in self._known}
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def called(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         """Run and record ``func``; its result is unchanged, except that it may require a gradient."""
-        kwargs = kwargs or {}
         if self.watch is not None:
             self.watch(func, args, kwargs)
         sources = {id(a): s for a in operands_of(args, kwargs) if (s := self._source(a)) is not None}
@@ -139,8 +144,8 @@ class Tape(TorchFunctionMode):
         rule = RULES.get(func)
         output = func(*args, **kwargs) if rule is None else self._record(rule, func, args, kwargs, sources)
         self._taken.follow(func, args, kwargs, output)
-        if _writes(name):
-            self._forget(args[:1])
+        if writes(func):
+            self._forget(args[0])
         elif isinstance(output, Tensor) and id(output) not in self._known:
             if output.is_floating_point():
                 self._follow(func, args, kwargs, sources, output)
@@ -163,12 +168,7 @@ class Tape(TorchFunctionMode):
         return View(operand, base.parameters, base.by_index, base)
 
     def _follow(
-        self,
-        func: Callable[..., Any],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        sources: Mapping[int, Source],
-        output: Tensor,
+        self, func: Function, args: Args, kwargs: Kwargs, sources: Mapping[int, Source], output: Tensor
     ) -> None:
         """Note how ``output`` is computed, if from parameters and constants alone."""
         if func in _REPEATS or output._base is not None or any(word in func.__name__ for word in _RANDOM):
@@ -184,18 +184,16 @@ class Tape(TorchFunctionMode):
         parameters = {name: p for source in sources.values() for name, p in source.parameters.items()}
         self._known[id(output)] = Result(output, parameters, by_index, func, tuple(args), kwargs, sources)
 
-    def _follow_constants(
-        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
-    ) -> None:
+    def _follow_constants(self, func: Function, args: Args, kwargs: Kwargs, output: Any) -> None:
         """Note what is computed from constants alone; one written to through ``.data``, unversioned, is none."""
         name = getattr(func, "__name__", "")
         if name == "__get__" and func == _DATA:
             self._data[id(output)] = output, args[0]
-        elif self._data and _writes(name):
-            for written in (args[0], getattr(args[0], "_base", None)):
-                self._no_constant(self._data.get(id(written), (None, None))[1])
         elif name == "__set__":
             self._no_constant(args[0])
+        elif self._data and writes(func):
+            for written in (args[0], getattr(args[0], "_base", None)):
+                self._no_constant(self._data.get(id(written), (None, None))[1])
         tensors = [a for a in operands_of(args, kwargs) if isinstance(a, Tensor)]
         if tensors and isinstance(output, Tensor) and all(id(a) in self._constants for a in tensors):
             self._constants[id(output)] = output
@@ -205,13 +203,11 @@ class Tape(TorchFunctionMode):
             for one in (tensor, tensor._base):
                 self._constants.pop(id(one), None)
 
-    def _forget(self, operands: Iterable[Any]) -> None:
+    def _forget(self, written: Tensor) -> None:
         """What is written to in place is no longer what it was computed as."""
-        for operand in operands:
-            if isinstance(operand, Tensor):
-                for tensor in (operand, operand._base):
-                    if isinstance(self._known.get(id(tensor)), Result):
-                        del self._known[id(tensor)]
+        for tensor in (written, getattr(written, "_base", None)):
+            if isinstance(self._known.get(id(tensor)), Result):
+                del self._known[id(tensor)]
 
     def backward(self, total: Tensor) -> None:
         """Compute the gradient of every recorded call by one backward pass through the activations."""
@@ -227,12 +223,7 @@ class Tape(TorchFunctionMode):
         return self._record(RULES[_LINEAR], _LINEAR, args, kwargs, sources) if sources else _LINEAR(*args, **kwargs)
 
     def _record(
-        self,
-        rule: LayerRule,
-        func: Callable[..., Any],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        sources: Mapping[int, Source],
+        self, rule: LayerRule, func: Function, args: Args, kwargs: Kwargs, sources: Mapping[int, Source]
     ) -> Any:
         try:
             operands = rule.operands(*args, **kwargs)
@@ -242,7 +233,8 @@ class Tape(TorchFunctionMode):
             return func(*args, **kwargs)
         found = {role: sources[id(p)] for role, p in operands.parameters.items() if id(p) in sources}
         if any(type(source) is not Source for source in found.values()):
-            shape = _broadcast_shape(args) if func in ELEMENTWISE else None
+            shapes = (a.shape for a in args if isinstance(a, Tensor))
+            shape = torch.broadcast_shapes(*shapes) if func in ELEMENTWISE else None
             found = {role: s for role, s in found.items() if s.is_weight(shape)}
         # They may have become leaves where they were computed; the gradient is taken from this operation's output.
         own = {id(s.value): s.value.detach() for s in found.values() if s.value.requires_grad}
@@ -260,36 +252,16 @@ class Tape(TorchFunctionMode):
         self.calls.append(Call(rule, _detached(operands), found, tuple(output.shape), taken))
         return output.clone() if leaf and self.copy_leaves else output
 
-    def _attention(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _attention(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         """Run multi-head attention with ``F.linear`` replaced: its weights are passed to one composite function."""
-        with restoring([F], "linear"):
-            F.linear = self._linear
+        with holding([F], "linear", self._linear):
             return func(*args, **kwargs)
 
 
-_REPEATS = frozenset(
-    getattr(torch.Tensor, name) for name in ("expand", "expand_as", "repeat", "broadcast_to", "tile")
-) | {torch.broadcast_to, torch.tile}
-_COPIES = functions_named("contiguous", "reshape", "flatten", "clone")
-_RANDOM = (
-    "dropout",
-    "rand",
-    "bernoulli",
-    "multinomial",
-    "normal_",
-    "gumbel",
-    "rrelu",
-    "gamma",
-    "dirichlet",
-    "fractional",
-)
-_WRITES = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"})
+_REPEATS = functions_named("expand expand_as repeat broadcast_to tile")
+_COPIES = functions_named("contiguous reshape flatten clone")
+_RANDOM = words("dropout rand bernoulli multinomial normal_ gumbel rrelu gamma dirichlet fractional")
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
-
-
-def _writes(name: str) -> bool:
-    """Whether a function of this name writes into its first operand."""
-    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
 
 
 def constants_of(module: nn.Module) -> Iterator[Tensor]:
@@ -297,10 +269,6 @@ def constants_of(module: nn.Module) -> Iterator[Tensor]:
     for part in module.modules():
         for held in (part._buffers, part._parameters, part.__dict__):
             yield from (tensor for tensor in held.values() if isinstance(tensor, Tensor))
-
-
-def _broadcast_shape(operands: Iterable[Any]) -> torch.Size:
-    return torch.broadcast_shapes(*(a.shape for a in operands if isinstance(a, Tensor)))
 
 
 def _raised(tensor: T) -> T:

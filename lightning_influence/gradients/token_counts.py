@@ -1,6 +1,6 @@
 """The weights of examples in a batch's mean over tokens, pixels or class weights: how many of them each example has."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from lightning_influence.data.examples import Examples
 from lightning_influence.devices import wide
@@ -16,38 +15,24 @@ from lightning_influence.gradients.rules.rule import arguments
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.module.task import Task
+from lightning_influence.module.torch_functions import Args, Function, FunctionWatch, Kwargs, functions_named
 from lightning_influence.module.transforms import without_transforms
 
 Key = tuple[str, int]
 """A kind of operation, and how many of this kind came before it in the forward pass."""
 
-_SUMS = frozenset(
-    getattr(owner, name) for owner in (torch, Tensor) for name in ("sum", "mean", "nansum", "nanmean", "count_nonzero")
+_SUMS = functions_named("sum mean nansum nanmean count_nonzero")
+_LOSSES = functions_named(
+    "cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy "
+    "binary_cross_entropy_with_logits poisson_nll_loss",
+    (F,),
 )
-_LOSSES = frozenset(
-    {
-        F.cross_entropy,
-        F.nll_loss,
-        F.mse_loss,
-        F.l1_loss,
-        F.smooth_l1_loss,
-        F.huber_loss,
-        F.binary_cross_entropy,
-        F.binary_cross_entropy_with_logits,
-        F.poisson_nll_loss,
-    }
-)
-_DIVISIONS = frozenset(
-    getattr(owner, name) for owner in (torch, Tensor) for name in ("div", "divide", "true_divide")
-) | {
-    Tensor.__truediv__,
-    Tensor.div_,
-}
-_SELECTS = frozenset({torch.masked_select, Tensor.masked_select})
-_FINDS = frozenset({torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere, torch.where})
+_DIVISIONS = functions_named("div divide true_divide") | {Tensor.__truediv__, Tensor.div_}
+_SELECTS = functions_named("masked_select")
+_FINDS = functions_named("nonzero argwhere") | {torch.where}
 
 
-class CountWatch(TorchFunctionMode):
+class CountWatch(FunctionWatch):
     """Records, during a forward pass, the numbers that the denominator of a mean may be the sum of.
 
     ``found`` has them by operation: the class weights of the targets that a cross-entropy does not ignore, the number
@@ -65,11 +50,8 @@ class CountWatch(TorchFunctionMode):
         self.unequal: dict[Key, Tensor] = {}
         """By cross-entropy with class weights: whether they are unequal."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def called(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         """Record what ``func`` may count, and run it."""
-        kwargs = kwargs or {}
         for name, values, weighted in _counted(func, args, kwargs):
             key = name, self._met.get(name, 0)
             self._met[name] = key[1] + 1
@@ -86,7 +68,7 @@ class CountWatch(TorchFunctionMode):
 _Counted = tuple[str, Callable[[], Tensor], Tensor | None]
 
 
-def _counted(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[_Counted]:
+def _counted(func: Function, args: Args, kwargs: Kwargs) -> Iterator[_Counted]:
     """What a call may count: the kind of operation, a function that computes it, whether class weights are unequal."""
     first = args[0] if args else kwargs.get("input")
     if func in _SUMS and isinstance(first, Tensor):
@@ -103,7 +85,7 @@ def _counted(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
         yield "mask", partial(wide, mask), None
 
 
-def _summed(func: Callable[..., Any], values: Tensor, *args: Any, **kwargs: Any) -> Iterator[_Counted]:
+def _summed(func: Function, values: Tensor, *args: Any, **kwargs: Any) -> Iterator[_Counted]:
     """Sums without a gradient over the whole batch, or over all but one dimension; or the elements of a mean."""
     if values.is_complex():
         return
@@ -117,9 +99,7 @@ def _summed(func: Callable[..., Any], values: Tensor, *args: Any, **kwargs: Any)
         yield "sum" if over == values.ndim else "sums", lambda: wide(found.get(name, lambda: values)()), None
 
 
-def _averaged(
-    func: Callable[..., Any], prediction: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Iterator[_Counted]:
+def _averaged(func: Function, prediction: Tensor, args: Args, kwargs: Kwargs) -> Iterator[_Counted]:
     """Over what a loss function averages."""
     bound = arguments(func, args, kwargs)
     if bound["reduction"] != "mean":
@@ -133,7 +113,7 @@ def _averaged(
     yield "cross entropy", lambda: _class_weights(target, weight, bound["ignore_index"]), unequal
 
 
-def _masks(func: Callable[..., Any], first: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+def _masks(func: Function, first: Any, args: Args, kwargs: Kwargs) -> Iterator[Tensor]:
     """The masks by which a call selects elements."""
     if func is Tensor.__getitem__:
         for index in args[1] if isinstance(args[1], tuple) else (args[1],):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_influence.module.snapshot import holding, restoring
 from lightning_influence.module.task import Task
 from lightning_influence.types import clean
 
@@ -104,17 +105,14 @@ def refusal(name: str) -> str:
 @contextlib.contextmanager
 def evaluating(task: Task) -> Iterator[None]:
     """Puts the module into eval mode, and back into the modes that it was in."""
-    modes = [(part, part.training) for part in task.module.modules()]
-    task.settle()
-    task.module.eval()
-    task.remember()
-    try:
-        yield
-    finally:
+    with contextlib.ExitStack() as stack:
+        stack.callback(task.remember)
+        stack.enter_context(restoring(task.module.modules(), "training"))
+        stack.callback(task.settle)
         task.settle()
-        for part, mode in modes:
-            part.training = mode
+        task.module.eval()
         task.remember()
+        yield
 
 
 def _passed(task: Task, loss: Callable[[], Tensor], names: Collection[str]) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -124,11 +122,10 @@ def _passed(task: Task, loss: Callable[[], Tensor], names: Collection[str]) -> t
     def note() -> None:
         written.update({name: b.detach().clone() for name, b in task.named_buffers().items() if name in names})
 
-    before, task.on_forward = task.on_forward, note
     try:
-        return loss().detach().clone(), written
+        with holding([task], "on_forward", note):
+            return loss().detach().clone(), written
     finally:
-        task.on_forward = before
         task.settle()
 
 

@@ -14,6 +14,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from importlib.util import resolve_name
+from itertools import chain
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -31,29 +32,26 @@ from lightning_influence.module.code_libraries import (
     version,
 )
 from lightning_influence.module.code_reading import imports_in, names_in, written
+from lightning_influence.module.torch_functions import words
 
 # What reads more than its arguments, or names that no code spells.
-_DOUBTFUL = frozenset(
-    {"open", "eval", "exec", "globals", "locals", "vars", "input", "compile", "trainer", "_trainer", "fabric", "dir"}
-)
+_DOUBTFUL = words("open eval exec globals locals vars input compile trainer _trainer fabric dir")
 # Attributes that Lightning gives a module, and that say nothing about what it computes.
-_ASIDE = frozenset({"_trainer", "_fabric", "log", "log_dict", "print", "prepare_data_per_node"})
+_ASIDE = words("_trainer _fabric log log_dict print prepare_data_per_node")
 # Methods of a class that nothing calls but its name.
-_MAKING = frozenset({"__init__", "__new__", "__post_init__"})
+_MAKING = words("__init__ __new__ __post_init__")
+_OF_ALL = words("__dict__ __weakref__ __doc__ __module__ __annotations__ __abstractmethods__")
+_DYNAMIC = words("getattr hasattr attrgetter methodcaller __dict__ __getattribute__")
+_ENTERED = words(
+    "training_step forward _call_impl on_before_batch_transfer transfer_batch_to_device on_after_batch_transfer"
+)
 _ENTRIES = 2**22  # of a tensor or array that is no parameter
 _OBJECTS = 20_000
 _GIVING = ("member_descriptor", "_tuplegetter")  # what is in an object
 _VALUES = (int, float, complex, str, bytes)
-_PLAIN_TYPES = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice)
+_PLAIN_TYPES = (bool, *_VALUES, type(None), type(Ellipsis), range, slice)
 _TORCH_TYPES = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
-_OF_ALL = frozenset({"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__abstractmethods__"})
-
-
-_DYNAMIC = frozenset({"getattr", "hasattr", "attrgetter", "methodcaller", "__dict__", "__getattribute__"})
-_ENTERED = (
-    *("training_step", "forward", "_call_impl"),
-    *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"),
-)
+_CACHED: Any = type(functools.cache(len))
 EVERYTHING = ("getattr",)
 """Names with which all attributes are reached."""
 
@@ -123,8 +121,7 @@ class _Walk:
             self._add_array(value)
         elif isinstance(value, (list, tuple, Mapping)):
             self._feed(_label(type(value)), len(value))
-            for pair in value.items() if isinstance(value, Mapping) else enumerate(value):
-                self._add_all(pair)
+            self._add_all(chain.from_iterable(value.items()) if isinstance(value, Mapping) else value)
             self.add(value.default_factory if isinstance(value, defaultdict) else None)
             self._add_own(value)
         elif (plain := _plain(value)) is not None:
@@ -205,7 +202,7 @@ class _Walk:
             self._feed("function", _label(function), version(function.__module__))
             self._add_closure(function)
             return
-        names = set(names_in(function.__code__))
+        names = frozenset(names_in(function.__code__))
         if doubtful := names & _DOUBTFUL:
             raise Unclear(f"`{sorted(doubtful)[0]}` in `{function.__qualname__}`")
         self.found |= names
@@ -215,7 +212,7 @@ class _Walk:
         self._add_attributes(vars(function), False)
         self._add_closure(function)
         for name in sorted(names & function.__globals__.keys()):
-            self._add_global(name, function.__globals__[name], names)
+            self._add_named(name, function.__globals__[name], names, set())
         for name in sorted(imports_in(function.__code__)):
             self._add_import(name, function, names)
 
@@ -227,7 +224,7 @@ class _Walk:
                 raise Unclear("an empty cell") from error
             self.add(content)
 
-    def _add_import(self, name: str, function: FunctionType, names: set[str]) -> None:
+    def _add_import(self, name: str, function: FunctionType, names: frozenset[str]) -> None:
         try:
             name = resolve_name(name, function.__globals__.get("__package__"))
         except ImportError as error:
@@ -235,14 +232,15 @@ class _Walk:
         for imported in {name.partition(".")[0]: 0, name: 0}:
             if imported not in sys.modules:
                 raise Unclear(f"an import of `{imported}`")
-            self._add_global(imported, sys.modules[imported], names)
+            self._add_named(imported, sys.modules[imported], names, set())
 
-    def _add_global(self, name: str, value: Any, names: Iterable[str]) -> None:
-        self._feed("global", name)
-        if isinstance(value, ModuleType):
-            self._add_names_of(value, frozenset(names), set())
-        else:
+    def _add_named(self, name: str, value: Any, names: frozenset[str], met: set[int]) -> None:
+        """What a name stands for; of a module what it has of some names."""
+        self._feed(name)
+        if not isinstance(value, ModuleType):
             self.add(value)
+        elif id(value) not in met:
+            self._add_names_of(value, names, met)
 
     def _add_names_of(self, module: ModuleType, names: frozenset[str], met: set[int]) -> None:
         """What a module, and the modules in it, have of some names."""
@@ -251,12 +249,7 @@ class _Walk:
         self._feed(module.__name__, version(module.__name__))
         met.add(id(module))
         for name in sorted(names & vars(module).keys()):
-            value = vars(module)[name]
-            self._feed(name)
-            if not isinstance(value, ModuleType):
-                self.add(value)
-            elif id(value) not in met:
-                self._add_names_of(value, names, met)
+            self._add_named(name, vars(module)[name], names, met)
 
     def _add_class(self, cls: type, made: bool) -> None:
         """A class; ``made``: code may make an object of it."""
@@ -278,19 +271,16 @@ class _Walk:
     # ---- objects --------------------------------------------------------------------------------------------------
 
     def _add_module(self, module: nn.Module) -> None:
-        if getattr(module, "_compiler_ctx", None) or getattr(module, "_compiled_call_impl", None):
-            raise Unclear("compiled code")
-        if type(module).__module__.startswith(("torch.jit", "torch._dynamo")):
+        compiled = any(getattr(module, name, None) for name in ("_compiler_ctx", "_compiled_call_impl"))
+        if compiled or type(module).__module__.startswith(("torch.jit", "torch._dynamo")):
             raise Unclear("compiled code")
         self._add_type(type(module))
         aside = _ASIDE if "_trainer" in vars(module) else ()
         values = {name: value for name, value in vars(module).items() if name not in aside and name != "training"}
-        for name in ("_parameters", "_buffers", "_modules"):
-            self.add(dict(values.pop(name)))
-        hooks = {name: values.pop(name) for name in list(values) if "_hooks" in name}
-        for name, hook in hooks.items():
-            self._feed(name)
-            self.add(list(hook.values()) if isinstance(hook, Mapping) else hook)
+        for name in [n for n in values if "_hooks" in n or n in ("_parameters", "_buffers", "_modules")]:
+            held = values.pop(name)
+            self._feed(name)  # the keys of hooks are numbers that count all modules' hooks
+            self.add(list(held.values()) if "_hooks" in name and isinstance(held, Mapping) else held)
         if type(module).__module__.startswith("torchmetrics"):
             values = {name: value for name, value in values.items() if type(value) in _PLAIN_TYPES}
         self._add_attributes(values, extends_library(type(module)))
@@ -313,18 +303,13 @@ def _plain(value: Any) -> Any:
     return next((kind.__repr__(value) for kind in _VALUES if isinstance(value, kind)), None)
 
 
-@functools.cache
-def _cached() -> None:
-    """Its type is that of all cached functions."""
-
-
 def _parts(value: Any) -> list[Any] | None:
     """What a bound method, a property or another wrapper of functions holds; None for others."""
     if isinstance(value, MethodType):
         return [value.__func__, value.__self__]
     if isinstance(value, weakref.ref):
         return [value()]
-    if isinstance(value, type(_cached)):
+    if isinstance(value, _CACHED):
         return [value.__wrapped__]
     if isinstance(value, logging.Logger) or type(value).__name__ in _GIVING:
         return []

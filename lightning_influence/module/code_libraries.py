@@ -13,23 +13,21 @@ from typing import Any
 import torch
 from torch.nn.modules import module as modules
 
+from lightning_influence.module.torch_functions import words
 from lightning_influence.types import LIBRARIES
 
 # Of Python's own modules, those whose functions depend on their arguments alone, or on random states.
-_PLAIN = frozenset(
-    {
-        *("abc", "builtins", "cmath", "collections", "contextlib", "copy", "dataclasses", "enum", "functools", "math"),
-        *("itertools", "logging", "numbers", "operator", "random", "re", "statistics", "string", "types", "typing"),
-        *("warnings", "__future__", "_warnings", "_operator", "_functools", "_collections", "_collections_abc"),
-    }
+_PLAIN = words(
+    "abc builtins cmath collections contextlib copy dataclasses enum functools math itertools logging numbers operator "
+    "random re statistics string types typing warnings __future__ _warnings _operator _functools _collections "
+    "_collections_abc"
 )
-_RELEASED = LIBRARIES | {
-    *("numpy", "scipy", "torchvision", "torchaudio", "transformers", "tokenizers", "timm", "einops", "peft"),
-    *("accelerate", "diffusers", "safetensors", "torch_geometric", "jaxtyping", "omegaconf"),
-    "typing_extensions",
-}
+_RELEASED = LIBRARIES | words(
+    "numpy scipy torchvision torchaudio transformers tokenizers timm einops peft accelerate diffusers safetensors "
+    "torch_geometric jaxtyping omegaconf typing_extensions"
+)
 # Whose base classes call what a step is entered by.
-_CALLERS = frozenset({"pytorch_lightning", "lightning", "lightning_fabric", "builtins", "abc", "typing"})
+_CALLERS = words("pytorch_lightning lightning lightning_fabric builtins abc typing")
 
 
 class Unclear(ValueError):

@@ -3,7 +3,8 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from types import FunctionType
+from functools import partial
+from types import CellType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -88,59 +89,45 @@ def _values_of(module: nn.Module) -> Iterator[tuple[str, _Read]]:
             if isinstance(function := _function(value), FunctionType):
                 functions.append(function)
             elif not name.startswith("__"):
-                yield from _read(f"{cls.__name__}.{name}", vars(cls), name)
+                yield from _with_parts(f"{cls.__name__}.{name}", partial(vars(cls).get, name, NOTHING))
     visited: set[int] = set()
     while functions and len(visited) < _FUNCTIONS:
         function = functions.pop(0)
         if id(function) not in visited and is_own(function):
             visited.add(id(function))
-            for path, owner, name in _names_in(function):
-                if isinstance(inner := _function(owner.get(name)), FunctionType):
+            for path, read in _names_in(function):
+                if isinstance(inner := _function(read()), FunctionType):
                     functions.append(inner)
                 else:
-                    yield from _read(path, owner, name)
+                    yield from _with_parts(path, read)
 
 
-def _names_in(function: FunctionType) -> Iterator[tuple[str, Mapping[str, Any], str]]:
-    """What a function reads besides its arguments: a name for it, the mapping that has it, the key there."""
+def _names_in(function: FunctionType) -> Iterator[tuple[str, _Read]]:
+    """How to read what a function reads besides its arguments, by a name for it."""
     for name in function.__code__.co_names:
         if name in function.__globals__:
-            yield f"{function.__module__}.{name}", function.__globals__, name
+            yield f"{function.__module__}.{name}", partial(function.__globals__.get, name, NOTHING)
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        yield f"{function.__qualname__}: {name}", _Cell(cell), name
+        yield f"{function.__qualname__}: {name}", partial(_kept_by, cell)
 
 
-class _Cell(dict[str, Any]):
-    """What a closure keeps under one name, as a mapping."""
-
-    def __init__(self, kept: Any) -> None:
-        super().__init__()
-        self._kept = kept
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """What it keeps now; nothing before it is assigned."""
-        try:
-            return self._kept.cell_contents
-        except ValueError:
-            return default
+def _kept_by(cell: CellType) -> Any:
+    """What a closure keeps; nothing before it is assigned."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return NOTHING
 
 
-def _read(path: str, owner: Mapping[str, Any], name: str) -> Iterator[tuple[str, _Read]]:
+def _with_parts(path: str, read: _Read) -> Iterator[tuple[str, _Read]]:
     """A small value, and those in a dict or a plain object of a user's class."""
-    value = owner.get(name)
-    yield path, lambda: owner.get(name, NOTHING)
+    value = read()
+    yield path, read
     plain = type(value) is dict  # another one may do anything when it is read
-    inside: dict[Any, Any] = value if plain else vars(value) if _is_holder(value) else {}  # type: ignore[assignment]
+    holds = plain or (is_plain_object(value) and is_own(type(value)))
+    inside: Mapping[Any, Any] = value if plain else vars(value) if holds else {}
     for key in list(inside)[:_FUNCTIONS]:
-        yield f"{path}[{key!r}]" if plain else f"{path}.{key}", _reader(inside, key)
-
-
-def _reader(owner: Mapping[str, Any], key: Any) -> _Read:
-    return lambda: owner.get(key, NOTHING)
-
-
-def _is_holder(value: Any) -> bool:
-    return is_plain_object(value) and is_own(type(value))
+        yield f"{path}[{key!r}]" if plain else f"{path}.{key}", partial(inside.get, key, NOTHING)
 
 
 def _function(value: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_influence.module.random_state import isolated_random_state
-from lightning_influence.module.snapshot import restoring
+from lightning_influence.module.snapshot import holding, restoring
 from lightning_influence.types import LIBRARIES, Batch
 
 HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -48,7 +48,8 @@ class SetUpDataModule:
         with isolated_random_state():  # it may split its data at random
             if not self._stages and fitted is None:
                 self.datamodule.prepare_data()
-            if stage not in self._stages and not (stage == "fit" and fitted is not None and _is_set_up(fitted)):
+            is_set_up = stage == "fit" and getattr(fitted, "train_dataloader", None) is not None
+            if stage not in self._stages and not is_set_up:
                 self.datamodule.setup(stage)
             self._stages.add(stage)
             found = loaders_in(getattr(self.datamodule, make)()) if overrides(self.datamodule, make) else []
@@ -114,16 +115,8 @@ def attached(datamodule: Any, module: Any) -> Iterator[None]:
     trainer = getattr(module, "_trainer", None)
     owners = [datamodule] if trainer is not None and hasattr(datamodule, "trainer") else []
     without: list[Any] = [trainer] if getattr(trainer, "datamodule", datamodule) is None else []
-    with restoring(owners, "trainer"), restoring(without, "datamodule"):
-        for owner in owners:
-            owner.trainer = trainer
-        for each in without:
-            each.datamodule = datamodule
+    with holding(owners, "trainer", trainer), holding(without, "datamodule", datamodule):
         yield
-
-
-def _is_set_up(trainer: Any) -> bool:
-    return getattr(trainer, "train_dataloader", None) is not None
 
 
 def loaders_in(found: Any) -> list[Any]:

@@ -1,21 +1,21 @@
 """Puts cross-entropies that keep their digits into the place of torch's, while scores are computed."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
+from lightning_influence.module.torch_functions import Args, Function, FunctionWatch, Kwargs
 from lightning_influence.numerics.log_probabilities import EXACT
 
 
-class _ExactLosses(TorchFunctionMode):
+class _ExactLosses(FunctionWatch):
     """While active, calls the functions of ``log_probabilities`` for those of torch that they stand for."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        return EXACT.get(func, func)(*args, **(kwargs or {}))
+    def called(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
+        """Run and follow a call."""
+        return EXACT.get(func, func)(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -1,35 +1,29 @@
 """Operations in float64 whose operands are in lower precisions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from lightning_influence.devices import has_float64
+from lightning_influence.module.torch_functions import Args, Function, FunctionWatch, Kwargs, writes
 
 LOW = (torch.float32, torch.float16, torch.bfloat16)
 _CPU = torch.device("cpu")
 _CASTS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
 
 
-class InDouble(TorchFunctionMode):
+class InDouble(FunctionWatch):
     """While active, functions get float64 in place of lower precisions, among them those that are named in a cast."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        return in_double(func, args, kwargs or {})
+    def called(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
+        """Run and follow a call."""
+        return in_double(func, args, kwargs)
 
 
-def in_double(
-    func: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    operand: Callable[[Any], Any] | None = None,
-) -> Any:
+def in_double(func: Function, args: Args, kwargs: Kwargs, operand: Callable[[Any], Any] | None = None) -> Any:
     """Call a function of torch with its operands in float64, on the CPU if their device has none.
 
     Args:
@@ -48,20 +42,14 @@ def in_double(
     return func(*args, **{name: value if name == "out" else tree_map(operand, value) for name, value in kwargs.items()})
 
 
-def writes(func: Callable[..., Any]) -> bool:
-    """Whether a function writes into its first argument."""
-    name = getattr(func, "__name__", "")
-    return name.startswith(("__i", "__set")) if name.startswith("__") else name.endswith("_")
-
-
-def _is_cast(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def _is_cast(func: Function, args: Args, kwargs: Kwargs) -> bool:
     """Whether a function of a tensor makes it one of floats."""
     name = getattr(func, "__name__", "")
     named = (*args[1:], *kwargs.values())
     return name in _CASTS or (name in ("to", "type") and any(value is torch.float64 for value in named))
 
 
-def _is_itself(func: Callable[..., Any], value: Tensor) -> bool:
+def _is_itself(func: Function, value: Tensor) -> bool:
     """Whether a cast of a tensor, which may stand for one of float32, would return the tensor itself."""
     own = torch.float32 if value.dtype is torch.float64 else value.dtype
     return own is _CASTS.get(func.__name__)

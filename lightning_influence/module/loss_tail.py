@@ -6,36 +6,32 @@ stays in float32.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from lightning_influence.module.exact_losses import put_back, taken_off
-from lightning_influence.module.in_double import LOW, in_double, lowered, raised, writes
-from lightning_influence.module.torch_functions import operands_of
+from lightning_influence.module.in_double import LOW, in_double, lowered, raised
+from lightning_influence.module.torch_functions import Args, Function, FunctionWatch, Kwargs, operands_of, words, writes
 
 # Functions that lose digits near the ends of their range, or whose results are then subtracted from one another.
-_CRITICAL = frozenset(
-    {
-        *("sigmoid", "expit", "logit", "tanh", "softmax", "softmin", "gumbel_softmax", "softplus"),
-        *("logsigmoid", "log_sigmoid", "logsumexp", "logaddexp", "logaddexp2", "log", "log2", "log10", "log1p"),
-        *("exp", "exp2", "expm1", "erf", "erfc", "ndtr", "log_ndtr", "entr", "xlogy", "xlog1py"),
-        *("binary_cross_entropy", "ctc_loss", "cosine_similarity", "cosine_embedding_loss", "normalize"),
-        *("norm", "vector_norm", "cdist", "pairwise_distance", "acos", "asin", "atanh"),
-    }
+_CRITICAL = words(
+    "sigmoid expit logit tanh softmax softmin gumbel_softmax softplus logsigmoid log_sigmoid logsumexp logaddexp "
+    "logaddexp2 log log2 log10 log1p exp exp2 expm1 erf erfc ndtr log_ndtr entr xlogy xlog1py binary_cross_entropy "
+    "ctc_loss cosine_similarity cosine_embedding_loss normalize norm vector_norm cdist pairwise_distance acos "
+    "asin atanh"
 )
 # Of these, code that modes see calls versions that keep the digits.
-_EXACT = frozenset({"log_softmax", "binary_cross_entropy_with_logits", "cross_entropy_loss", "log_sigmoid_forward"})
+_EXACT = words("log_softmax binary_cross_entropy_with_logits cross_entropy_loss log_sigmoid_forward")
 
 # Losses whose gradients lose digits where the model is certain, and how a weight is changed by a gradient.
-_LOSSES = frozenset({"cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"})
-_STEPS = frozenset({"sub", "add", "rsub", "radd", "addcmul", "addcdiv", "lerp"})
+_LOSSES = words("cross_entropy nll_loss binary_cross_entropy binary_cross_entropy_with_logits")
+_STEPS = words("sub add rsub radd addcmul addcdiv lerp")
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ class LossTail:
 NO_TAIL = LossTail(math.inf)
 
 
-class _LayerWatch(TorchFunctionMode):
+class _LayerWatch(FunctionWatch):
     """Sees the operations of a module's parameters with activations, its layers.
 
     Args:
@@ -82,7 +78,7 @@ class _LayerWatch(TorchFunctionMode):
         self._parameters = frozenset(map(id, module.parameters()))  # those of now: others may stand for them
         self._derived: dict[int, Tensor] = {}  # made of parameters alone, such as a transposed weight
 
-    def weights(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], bool]:
+    def weights(self, args: Args, kwargs: Kwargs) -> tuple[list[Tensor], bool]:
         """The operands that are parameters or made of them alone, and whether there are no others."""
         operands = [a for a in operands_of(args, kwargs) if isinstance(a, Tensor)]
         weights = [a for a in operands if id(a) in self._parameters or id(a) in self._derived]
@@ -121,10 +117,8 @@ class _Search(_LayerWatch):
         if not self._is_inside and name.strip("_") in _CRITICAL | _EXACT:
             self._unseen = name.strip("_")
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def called(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
+        """Run and follow a call."""
         outside, self._is_inside = not self._is_inside, True
         try:
             output = func(*args, **kwargs)
@@ -153,9 +147,7 @@ class _OperatorWatch(TorchDispatchMode):
         super().__init__()
         self._search = search
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         self._search.dispatched(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
@@ -168,10 +160,8 @@ class _InDouble(_LayerWatch):
         self._left, self._waits = tail.layers or 0, tail.waits
         self._raised: dict[int, tuple[Tensor, int, Tensor]] = {}
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def called(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
+        """Run and follow a call."""
         weights, alone = self.weights(args, kwargs)
         if weights and alone:
             return self.derived(func(*args, **kwargs))
@@ -233,7 +223,7 @@ def find_tail(loss: Callable[[], Tensor], module: nn.Module) -> LossTail:
         put_back(above)
 
 
-def _is_critical(func: Callable[..., Any]) -> bool:
+def _is_critical(func: Function) -> bool:
     return getattr(func, "__name__", "").removeprefix("special_").removesuffix("_") in _CRITICAL
 
 

@@ -7,6 +7,7 @@ import ast
 import contextlib
 import math
 import sys
+from collections import UserDict
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -189,26 +190,11 @@ def _inside(path: str, value: Any, nested: bool = False) -> Iterator[tuple[str, 
                 yield from _inside(_path(path, own, key), own[key], nested=True)
 
 
-class _Attributes(MutableMapping[Any, Any]):
+class _Attributes(UserDict[Any, Any]):
     """The attributes of an object, told apart from a dict's items."""
 
     def __init__(self, attributes: dict[str, Any]) -> None:
-        self._attributes = attributes
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._attributes[key]
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._attributes[key] = value
-
-    def __delitem__(self, key: Any) -> None:
-        del self._attributes[key]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._attributes)
-
-    def __len__(self) -> int:
-        return len(self._attributes)
+        self.data = attributes
 
 
 @lru_cache(1024)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_influence.devices import kinds_in_use, roundings
 from lightning_influence.module.replacing import replacing
-from lightning_influence.module.snapshot import restoring
+from lightning_influence.module.snapshot import holding, restoring
 from lightning_influence.types import Batch, clean
 
 WORDS = ("32-true", "64-true", "bf16-true", "16-mixed", "bf16-mixed")
@@ -92,7 +92,7 @@ class Precision:
             if self._is_that_of(trainer):
                 stack.enter_context(trainer.precision_plugin.forward_context())
             if self.name in ("64-true", "bf16-true"):
-                stack.enter_context(_default_type(self.low or torch.float64))
+                stack.enter_context(default_type(self.low or torch.float64))
             if self.name == "bf16-true":
                 stack.enter_context(_cast(module, torch.bfloat16))
             elif self.low is not None:
@@ -174,15 +174,13 @@ def _no_autocast() -> Iterator[None]:
         finally:
             self._enabled = enabled
 
-    setattr(cls, "__enter__", off)  # noqa: B010
-    try:
+    with holding([cls], "__enter__", off):
         yield
-    finally:
-        setattr(cls, "__enter__", enter)  # noqa: B010
 
 
 @contextlib.contextmanager
-def _default_type(dtype: torch.dtype) -> Iterator[None]:
+def default_type(dtype: torch.dtype) -> Iterator[None]:
+    """Make new tensors of this type inside, where they are given none."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

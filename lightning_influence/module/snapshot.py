@@ -278,6 +278,15 @@ def restoring(owners: Iterable[Any], name: str) -> Iterator[None]:
             setattr(owner, name, value)
 
 
+@contextlib.contextmanager
+def holding(owners: Sequence[Any], name: str, value: Any) -> Iterator[None]:
+    """Give one attribute of each of these objects another value inside."""
+    with restoring(owners, name):
+        for owner in owners:
+            setattr(owner, name, value)
+        yield
+
+
 def _copy(tensor: Tensor, lazily: bool) -> Tensor:
     """A copy; a lazy one shares the tensor's memory until something writes into either of them."""
     if lazily:

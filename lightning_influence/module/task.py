@@ -22,7 +22,7 @@ from lightning_influence.module.loss_tail import NO_TAIL, LossTail, find_tail
 from lightning_influence.module.numbers import History, put_back
 from lightning_influence.module.precision import Precision, full_products
 from lightning_influence.module.random_state import isolated_random_state
-from lightning_influence.module.snapshot import ModuleSnapshot, restoring
+from lightning_influence.module.snapshot import ModuleSnapshot, holding
 from lightning_influence.module.step import loss_in, reads_index, step_of, takes_index
 from lightning_influence.module.trainer_state import batch_counter_at, set_clock, training_stage
 from lightning_influence.types import Batch, clean, foreign
@@ -241,8 +241,7 @@ class Task:
     def dry_run(self, batch: Batch) -> Tensor:
         """A pass without a trace, on a copy of the batch."""
         batch = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
-        with torch.no_grad(), isolated_random_state(), restoring([self], "on_forward"):
-            self.on_forward = None
+        with torch.no_grad(), isolated_random_state(), holding([self], "on_forward", None):
             return self._run(batch)
 
     def _run(self, batch: Batch) -> Tensor:
@@ -292,8 +291,7 @@ class Task:
     @contextlib.contextmanager
     def in_full(self) -> Iterator[None]:
         """Compute without 16 bits and TF32 inside, if the module runs so."""
-        with restoring([self], "precision"), full_products():
-            self.precision = self.precision.full
+        with holding([self], "precision", self.precision.full), full_products():
             yield
 
     @property

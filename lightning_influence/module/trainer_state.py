@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from lightning_influence.module.snapshot import restoring
+from lightning_influence.module.snapshot import holding, restoring
 from lightning_influence.module.trainer_answers import answers_of
 
 
@@ -14,9 +14,8 @@ from lightning_influence.module.trainer_answers import answers_of
 def training_stage(module: Any) -> Iterator[None]:
     """Make ``trainer.training`` true: ``training_step``, or a hook on its batch, may read it."""
     state = getattr(getattr(module, "_trainer", None), "state", None)
-    with restoring([] if state is None else [state], "stage"):
-        if state is not None:
-            state.stage = sys.modules[type(state).__module__].RunningStage.TRAINING
+    stages = getattr(sys.modules[type(state).__module__], "RunningStage", None)
+    with holding([] if state is None else [state], "stage", stages and stages.TRAINING):
         yield
 
 
@@ -25,9 +24,8 @@ def silent_loggers(trainer: Any) -> Iterator[None]:
     """Discard what ``training_step`` writes to ``self.logger.experiment``."""
     package = type(trainer).__module__.partition(".trainer")[0]
     dummy = sys.modules.get(f"{package}.loggers.logger")
-    with restoring([trainer], "loggers"):
-        if trainer.loggers and dummy is not None:
-            trainer.loggers = [dummy.DummyLogger()]
+    quiet = trainer.loggers if dummy is None or not trainer.loggers else [dummy.DummyLogger()]
+    with holding([trainer], "loggers", quiet):
         yield
 
 
@@ -52,9 +50,7 @@ def batch_counter_at(module: Any, batch_idx: int) -> Iterator[None]:
     """Set ``trainer.fit_loop.batch_idx`` inside: it is one less than the number of batches begun in the epoch."""
     loop = getattr(getattr(module, "_trainer", None), "fit_loop", None)
     begun = [] if loop is None else [loop.epoch_loop.batch_progress.current]
-    with restoring(begun, "ready"):
-        for counter in begun:
-            counter.ready = batch_idx + 1
+    with holding(begun, "ready", batch_idx + 1):
         yield
 
 
@@ -111,7 +107,5 @@ def _without_plugins(package: str) -> Iterator[None]:
     """No callbacks of installed packages: a Trainer reads the metadata of all that there are to find them."""
     connector, name = sys.modules.get(f"{package}.trainer.connectors.callback_connector"), "_load_external_callbacks"
     found = [connector] if hasattr(connector, name) else []
-    with restoring(found, name):
-        for each in found:
-            setattr(each, name, lambda group: [])
+    with holding(found, name, lambda group: []):
         yield

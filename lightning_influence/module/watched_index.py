@@ -2,8 +2,8 @@
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial, partialmethod
 from typing import Any
 
 import torch
@@ -134,6 +134,9 @@ class WatchedIndex:
         found = self._derived(function, *others)
         return found._value() if type(found) is WatchedIndex else found
 
+    def _converted(self, function: Callable[..., Any], *others: Any) -> Any:
+        return self._value(lambda number: function(number, *others))
+
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
 
@@ -151,30 +154,22 @@ def _swapped(function: Callable[[Any, Any], Any], one: Any, other: Any) -> Any:
     return function(other, one)
 
 
-def _operators() -> None:
-    def binary(function: Callable[[Any, Any], Any], how: Callable[..., Any]) -> Callable[[Any, Any], Any]:
-        return lambda self, other: how(self, function, other)
-
-    def unary(function: Callable[[Any], Any], how: Callable[..., Any]) -> Callable[[Any], Any]:
-        return lambda self: how(self, function)
-
-    def converted(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda self, *args: self._value(lambda number: function(number, *args))
-
-    derived, compared = WatchedIndex._derived, WatchedIndex._compared
+def _operators() -> Iterator[tuple[str, Any]]:
+    """Python's special methods of an integer."""
+    derived, compared, converted = WatchedIndex._derived, WatchedIndex._compared, WatchedIndex._converted
     for name in _ARITHMETIC:
         function = getattr(operator, f"__{name}__")
-        setattr(WatchedIndex, f"__{name}__", binary(function, derived))
-        setattr(WatchedIndex, f"__r{name}__", binary(partial(_swapped, function), derived))
-    for name in ("eq", "ne", "lt", "le", "gt", "ge"):
-        setattr(WatchedIndex, f"__{name}__", binary(getattr(operator, name), compared))
+        yield name, partialmethod(derived, function)
+        yield f"r{name}", partialmethod(derived, partial(_swapped, function))
     for name in ("neg", "pos", "abs", "invert"):
-        setattr(WatchedIndex, f"__{name}__", unary(getattr(operator, f"__{name}__"), derived))
-    WatchedIndex.__bool__ = unary(bool, compared)  # type: ignore[attr-defined]
+        yield name, partialmethod(derived, getattr(operator, f"__{name}__"))
     for function in (round, math.floor, math.ceil, math.trunc):
-        setattr(WatchedIndex, f"__{function.__name__}__", lambda self, *args, f=function: self._derived(f, *args))
+        yield function.__name__, partialmethod(derived, function)
+    for function in (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, bool):
+        yield function.__name__, partialmethod(compared, function)
     for function in (int, float, complex, hash, str, repr, format, operator.index):
-        setattr(WatchedIndex, f"__{function.__name__}__", converted(function))
+        yield function.__name__, partialmethod(converted, function)
 
 
-_operators()
+for _name, _method in _operators():
+    setattr(WatchedIndex, f"__{_name}__", _method)

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_influence.data.examples import Examples
 from lightning_influence.gradients.low_precision import LowPrecision
 from lightning_influence.module.precision import Precision, full_products, is_half, precision_of
-from lightning_influence.module.snapshot import restoring
+from lightning_influence.module.snapshot import holding, restoring
 from lightning_influence.module.task import Task
 
 
@@ -72,8 +72,7 @@ def other_precision(task: Task) -> Precision | None:
 
 def _error(task: Task, examples: Examples, precision: Precision) -> str | None:
     """What the module raises in a precision on the first example; None if it runs."""
-    with restoring([task], "precision"), restoring([task], "tail"), full_products():
-        task.precision = precision
+    with holding([task], "precision", precision), restoring([task], "tail"), full_products():
         try:
             task.dry_run(task.to_device(examples.one(0)))
         except Exception as error:

@@ -31,6 +31,11 @@ _FORMAT = 1
 _LARGEST = 2**24  # bytes
 _MOST = 32  # verdicts of a run; code that is worked on gives another at each change
 _PACKAGE = Path(__file__).parents[1]
+# Fields of a plan; by `bytes_of_one` all processes choose the size of blocks.
+_OF_PLAN: dict[str, Any] = {
+    **{"separate": frozenset, "unreached": tuple, "zero": tuple},
+    **{"copy_leaves": bool, "reads": bool, "closely": bool, "bytes_of_one": int},
+}
 
 
 @dataclass(frozen=True)
@@ -98,17 +103,8 @@ class KeptChecks:
             if found["key"] != self.key:
                 return None
             layouts = {name: Layout[layout] for name, layout in found["layouts"]}
-            plan = Plan(
-                layouts,
-                separate=frozenset(found["separate"]),
-                copy_leaves=bool(found["copy_leaves"]),
-                unreached=tuple(found["unreached"]),
-                zero=tuple(found["zero"]),
-                branches=frozenset((int(calls), int(numbers)) for calls, numbers in found["branches"]),
-                reads=bool(found["reads"]),
-                closely=bool(found["closely"]),
-                bytes_of_one=int(found["bytes_of_one"]),  # by which all processes choose the size of blocks
-            )
+            branches = frozenset((int(calls), int(numbers)) for calls, numbers in found["branches"])
+            plan = Plan(layouts, branches=branches, **{name: kind(found[name]) for name, kind in _OF_PLAN.items()})
             if sorted(plan.names) != sorted(self.names):
                 return None
             uses = frozenset((name, function) for name, function in found["uses"])
@@ -124,14 +120,8 @@ class KeptChecks:
             "key": self.key,
             "reduction": reduction.value,
             "layouts": [[name, layout.name] for name, layout in plan.layouts.items()],  # vectors are in this order
-            "separate": sorted(plan.separate),
-            "copy_leaves": plan.copy_leaves,
-            "unreached": list(plan.unreached),
-            "zero": list(plan.zero),
             "branches": sorted(map(list, plan.branches)),
-            "reads": plan.reads,
-            "closely": plan.closely,
-            "bytes_of_one": plan.bytes_of_one,
+            **{n: sorted(v) if isinstance(v := getattr(plan, n), frozenset) else v for n in _OF_PLAN},
             "uses": sorted(map(list, _names_of(plan.uses))),
             "note": note,
         }

@@ -1,24 +1,27 @@
 """Values that ``training_step`` changes itself, such as a counter of its calls: whether its loss depends on them."""
 
 import contextlib
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_influence.data.examples import Examples
 from lightning_influence.devices import wide
 from lightning_influence.gradients.index_check import gradient_at
 from lightning_influence.module.numbers import put, same, small_values
 from lightning_influence.module.random_state import seed_for
+from lightning_influence.module.snapshot import holding
 from lightning_influence.module.step import NoLoss, set_by_hook
 from lightning_influence.module.task import Task
 from lightning_influence.module.watched_index import differing_indices
 from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.trajectory import Trajectory
+
+Gradient = Callable[[Any], Mapping[str, Tensor] | None]
+"""Of a few examples, by name, as a function of a number of calls; None without a loss."""
 
 # Calls that are tried of a step with values that do not just count; calls back to which a counter is followed.
 _CALLS, _BACK = 3, 1000
@@ -98,13 +101,18 @@ def check_own_counters(
     def counted(number: Any) -> dict[str, Any]:
         return {path: start[path] + step * number for path, step in counters.items()}
 
-    pair = _differing(task, examples, names, counted, _calls(counters, start, back)) if counters else None
-    which = list(counters)
-    tried: Callable[[Any], Mapping[str, Any]] = counted
+    def gradient(values: Callable[[Any], Mapping[str, Any]]) -> Gradient:
+        return gradient_at(task, examples, names, lambda number: _at(task, values(number)))
+
+    def gradient_with(paths: Sequence[str]) -> Gradient:
+        return gradient(lambda call: {path: states[call][path] for path in paths})
+
+    run, which = gradient(counted), list(counters)
+    pair = differing_indices(run, _calls(counters, start, back)) if counters else None
     if pair is None and (which := [path for path in exact if path not in counters]):
-        tried = functools.partial(_some, states, which)
-        pair = _differing(task, examples, names, tried, range(len(states)))
-    slow = pair is not None and _gap(task, examples, names, tried, pair) <= _SLOW
+        run = gradient_with(which)
+        pair = differing_indices(run, range(len(states)))
+    slow = pair is not None and _gap(run, pair) <= _SLOW
     if pair is not None and not slow:
         raise ValueError(
             f"Expected a loss that does not depend on what `training_step` counts itself, got other gradients at other "
@@ -112,8 +120,7 @@ def check_own_counters(
             f"different losses of the same example. {_WAY_OUT}"
         )
     rest = which if slow else [path for path in changed if path not in exact]
-    averaged = functools.partial(_some, states, rest)
-    if slow or (rest and _differing(task, examples, names, averaged, range(len(states)))):
+    if slow or (rest and differing_indices(gradient_with(rest), range(len(states)))):
         return (
             f"The loss depends on {_named(rest)}, which each call of `training_step` changes: gradients are taken at "
             "the values of the checkpoints, where they are recorded. Scores are wrong if these vary from step to step."
@@ -126,19 +133,16 @@ def _states(task: Task, examples: Examples, calls: int, start: Mapping[str, Any]
     ids = evenly_spread(len(examples), 5)
     found = [] if start is not None else [small_values(task.module)]
     values: Mapping[str, Any] = start or {}
-    outer = task.on_forward
-    task.on_forward = lambda: found.append(small_values(task.module))
     try:
-        for _ in range(calls):
-            batch = task.to_device(examples.some(ids))
-            seed_for(0, ids[0])
-            with _at(task, values), torch.no_grad(), contextlib.suppress(NoLoss):
-                task(batch)
-            values = found[-1] if found else {}
+        with holding([task], "on_forward", lambda: found.append(small_values(task.module))):
+            for _ in range(calls):
+                batch = task.to_device(examples.some(ids))
+                seed_for(0, ids[0])
+                with _at(task, values), torch.no_grad(), contextlib.suppress(NoLoss):
+                    task(batch)
+                values = found[-1] if found else {}
     except Exception:  # whoever needs the loss meets the error, and says more about it
         return found[:1] * 2
-    finally:
-        task.on_forward = outer
     return found
 
 
@@ -163,30 +167,8 @@ def _set(module: nn.Module, values: Mapping[str, Any]) -> None:
                     buffer.copy_(content)
 
 
-def _differing(
-    task: Task,
-    examples: Examples,
-    names: Sequence[str],
-    values: Callable[[Any], Mapping[str, Any]],
-    calls: Sequence[int],
-) -> tuple[int, int] | None:
-    """Two calls at whose values the gradient of a few examples differs, or the loss where no parameter is named."""
-    return differing_indices(gradient_at(task, examples, names, lambda number: _at(task, values(number))), calls)
-
-
-def _some(states: Sequence[Mapping[str, Any]], paths: Sequence[str], call: int) -> dict[str, Any]:
-    return {path: states[call][path] for path in paths}
-
-
-def _gap(
-    task: Task,
-    examples: Examples,
-    names: Sequence[str],
-    values: Callable[[Any], Mapping[str, Any]],
-    pair: tuple[int, int],
-) -> float:
-    """How far the gradients at the values of two calls are apart, as a share of the larger one's length."""
-    run = gradient_at(task, examples, names, lambda number: _at(task, values(number)))
+def _gap(run: Gradient, pair: tuple[int, int]) -> float:
+    """How far the gradients at two calls are apart, as a share of the larger one's length."""
     one, other = run(pair[0]), run(pair[1])
     if one is None or other is None or one.keys() != other.keys():
         return 1.0

@@ -89,11 +89,8 @@ def _gradient(engine: Engine, examples: Examples) -> Tensor | None:
     with requiring_gradients(engine.task.module, names):
         loss = engine.task(engine.task.to_device(block.batch))
         total = engine.reduction.total(loss, block.size, engine.weights_of(block.ids))
-        found = torch.autograd.grad(total, parameters, allow_unused=True)
-    if before != random_states():
-        return None
-    pairs = zip(found, parameters, strict=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g.to_dense()).flatten() for g, p in pairs])
+        found = torch.autograd.grad(total, parameters, materialize_grads=True)
+    return None if before != random_states() else torch.cat([g.to_dense().flatten() for g in found])
 
 
 @contextlib.contextmanager

@@ -163,19 +163,14 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
         self.append(_called(kind, values))
 
     def load_reduce(self) -> None:
-        """A call."""
-        arguments = self.stack.pop()
-        self.stack[-1] = _called(self.stack[-1], arguments)
-
-    def load_newobj(self) -> None:
-        """A new object."""
+        """A call, or a new object."""
         arguments = self.stack.pop()
         self.stack[-1] = _called(self.stack[-1], arguments)
 
     def load_newobj_ex(self) -> None:
         """A new object with keyword arguments."""
         self.stack.pop()
-        self.load_newobj()
+        self.load_reduce()
 
     def load_build(self) -> None:
         """The state of an object, which only a placeholder keeps."""
@@ -195,7 +190,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
 
 _Unpickler.dispatch |= {
     pickle.REDUCE[0]: _Unpickler.load_reduce,
-    pickle.NEWOBJ[0]: _Unpickler.load_newobj,
+    pickle.NEWOBJ[0]: _Unpickler.load_reduce,
     pickle.NEWOBJ_EX[0]: _Unpickler.load_newobj_ex,
     pickle.BUILD[0]: _Unpickler.load_build,
     pickle.BINPERSID[0]: _Unpickler.load_binpersid,

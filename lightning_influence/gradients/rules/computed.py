@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_influence.gradients.derivations import Constant, Replayed, Selection
 
@@ -158,13 +158,12 @@ class Result(Source):
         """The function's result."""
 
         def operand(of: Any) -> Any:
-            if isinstance(of, (list, tuple)):
-                return [operand(one) for one in of] if isinstance(of, list) else tuple(operand(one) for one in of)
             if id(of) in self.sources:
                 return self.sources[id(of)].replayed(values)
             return values[id(of)] if isinstance(of, Tensor) else of
 
-        return self.func(*operand(self.args), **{k: operand(v) for k, v in self.kwargs.items()})  # type: ignore[no-any-return]
+        args, kwargs = tree_map(operand, (self.args, dict(self.kwargs)))
+        return self.func(*args, **kwargs)  # type: ignore[no-any-return]
 
 
 def replay(source: Source) -> Replayed:

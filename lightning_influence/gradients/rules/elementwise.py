@@ -9,14 +9,10 @@ from torch import Tensor
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.layout import Layout, LayoutMismatch, Split
 from lightning_influence.gradients.rules.rule import LayerRule, Operands, Parts
-
-_SUMS = (torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)
-_DIFFERENCES = (torch.sub, torch.Tensor.sub, torch.Tensor.__sub__)
-_QUOTIENTS = (torch.div, torch.Tensor.div, torch.true_divide, torch.Tensor.true_divide, torch.Tensor.__truediv__)
-_PRODUCTS = (torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
+from lightning_influence.module.torch_functions import functions_named
 
 
-def sum_broadcast(gradient: Tensor, shape: tuple[int, ...], split: Split) -> Tensor:
+def sum_broadcast(gradient: Tensor, shape: torch.Size, split: Split) -> Tensor:
     """Sum each example's ``gradient`` over the dimensions along which ``shape`` was broadcast: [example, *shape].
 
     Raises:
@@ -34,58 +30,49 @@ def sum_broadcast(gradient: Tensor, shape: tuple[int, ...], split: Split) -> Ten
     return (rows.sum(axes, keepdim=True) if axes else rows).reshape(split.examples, *shape)
 
 
-class _Sum:
+_Gradient = Callable[[Tensor, Any, Any], Tensor]
+"""By an operand, before it is summed: of the gradient by the result, and the left and right operand."""
+
+
+class _Broadcast:
+    """A function of two operands, entry by entry.
+
+    Args:
+        by: the gradients by the left and the right operand.
+    """
+
+    def __init__(self, *by: _Gradient) -> None:
+        self.by = dict(zip(("left", "right"), by, strict=True))
+
     def operands(self, input: Any, other: Any, *rest: Any, **kwargs: Any) -> Operands | None:
         if rest or kwargs or not (isinstance(input, Tensor) and isinstance(other, Tensor)):
             return None
         return Operands({"left": input, "right": other}, input, max(input.ndim, other.ndim))
 
     def parts(self, operands: Operands, gradient: Tensor, wanted: frozenset[str], split: Split) -> Parts:
-        return {(role,): _rows(operands[role], gradient, split) for role in wanted}
+        left, right = operands["left"], operands.parameters.get("right")
+        return {
+            (role,): DenseRows((sum_broadcast(self.by[role](gradient, left, right), operands[role].shape, split),))
+            for role in wanted
+        }
 
 
-class _Product:
-    operands = _Sum.operands
-
-    def parts(self, operands: Operands, gradient: Tensor, wanted: frozenset[str], split: Split) -> Parts:
-        others = {"left": "right", "right": "left"}
-        return {(role,): _rows(operands[role], gradient * operands[others[role]], split) for role in wanted}
-
-
-class _Difference:
-    operands = _Sum.operands
-
-    def parts(self, operands: Operands, gradient: Tensor, wanted: frozenset[str], split: Split) -> Parts:
-        signed = {"left": gradient, "right": -gradient}
-        return {(role,): _rows(operands[role], signed[role], split) for role in wanted}
-
-
-class _Quotient:
-    operands = _Sum.operands
-
-    def parts(self, operands: Operands, gradient: Tensor, wanted: frozenset[str], split: Split) -> Parts:
-        gradient = gradient / operands["right"]
-        by = {"left": gradient, "right": -gradient * operands["left"] / operands["right"]}
-        return {(role,): _rows(operands[role], by[role], split) for role in wanted}
-
-
-class _Expand:
+class _Expand(_Broadcast):
     """A parameter repeated for every example, such as a class token."""
-
-    parts = _Sum.parts
 
     def operands(self, input: Tensor, *sizes: Any, **kwargs: Any) -> Operands | None:
         return None if kwargs else Operands({"left": input}, input, 3)
 
 
-def _rows(parameter: Tensor, gradient: Tensor, split: Split) -> DenseRows:
-    return DenseRows((sum_broadcast(gradient, tuple(parameter.shape), split),))
-
+_same: _Gradient = lambda g, left, right: g  # noqa: E731
+_SUM, _DIFFERENCE = _Broadcast(_same, _same), _Broadcast(_same, lambda g, left, right: -g)
+_QUOTIENT = _Broadcast(lambda g, left, right: g / right, lambda g, left, right: -g / right * left / right)
+_PRODUCT = _Broadcast(lambda g, left, right: g * right, lambda g, left, right: g * left)
 
 ELEMENTWISE: dict[Callable[..., object], LayerRule] = {
-    **dict.fromkeys(_SUMS, _Sum()),
-    **dict.fromkeys(_DIFFERENCES, _Difference()),
-    **dict.fromkeys(_QUOTIENTS, _Quotient()),
-    **dict.fromkeys(_PRODUCTS, _Product()),
-    torch.Tensor.expand: _Expand(),
+    **dict.fromkeys(functions_named("add") | {Tensor.__add__, Tensor.__radd__}, _SUM),
+    **dict.fromkeys(functions_named("sub") | {Tensor.__sub__}, _DIFFERENCE),
+    **dict.fromkeys(functions_named("div true_divide") | {Tensor.__truediv__}, _QUOTIENT),
+    **dict.fromkeys(functions_named("mul") | {Tensor.__mul__, Tensor.__rmul__}, _PRODUCT),
+    torch.Tensor.expand: _Expand(_same, _same),
 }
