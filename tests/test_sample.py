@@ -266,7 +266,7 @@ def test_a_wrong_gradient_has_another_digest(fault, shape, dtype):
         of_truth = digester.of({"p": truth[row]})
         for rows, right in ((truth, True), (rounded, True), (wrong, row != 1)):
             found = {"p": digester.of({"p": rows[row]}).values["p"][None]}
-            assert all(same for _, same in digests.agreements(found, 0, of_truth, {"p"})) == right
+            assert (digests.agreeing([(found, 0, of_truth)], {"p"}) == {"p"}) == right
 
 
 # ---- examples of which there are few -------------------------------------------------------------------------------

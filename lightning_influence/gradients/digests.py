@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -13,7 +13,7 @@ from lightning_influence.devices import Readings, read_numbers
 from lightning_influence.gradients.block import Names
 from lightning_influence.gradients.part import Part
 from lightning_influence.gradients.precise import Tolerance
-from lightning_influence.gradients.spot_checks import agrees, largest_of, peak
+from lightning_influence.gradients.spot_checks import agreements, peaks
 from lightning_influence.numerics.projections import PlainSketch, Projector, RandomProjection, Sketch
 
 # Parameters of at most this many entries are compared entry by entry, others by so many random combinations.
@@ -78,9 +78,10 @@ class Digester:
         """The digest of one gradient, [*shape] by parameter."""
         values = {name: self._sketch(name, g.shape, g).rows(g[None])[0] for name, g in gradient.items()}
         spread = {n: 1.0 if v.numel() == gradient[n].numel() else gradient[n].numel() ** 0.5 for n, v in values.items()}
-        peaks = {name: peak(g) for name, g in gradient.items() if g.numel()}
-        most = {name: self.readings.later(largest) for name, largest in peaks.items()}
-        return Digest(values, spread, lambda: {n: read()[0] for n, read in most.items()}, largest_of(peaks.values()))
+        names = [name for name, g in gradient.items() if g.numel()]
+        largest = peaks(gradient[name] for name in names)
+        read = self.readings.later(largest)
+        return Digest(values, spread, lambda: dict(zip(names, read(), strict=False)), largest.max())
 
     def rows(self, parts: Mapping[Names, Part], wanted: set[str]) -> dict[str, Tensor]:
         """[example, ...]: the values of the digests of a block's gradients, for parts with parameters in ``wanted``."""
@@ -102,31 +103,34 @@ class Digester:
         return self._project(name, tuple(shape), like)
 
 
-def agreements(
-    rows: Mapping[str, Tensor], row: int, truth: Digest, names: Iterable[str], tolerance: Tolerance = None
-) -> Iterator[tuple[str, Tensor]]:
-    """By parameter, whether the gradient of one example is that of its digest, up to rounding errors; see ``agrees``.
+Compared = tuple[Mapping[str, Tensor], int, Digest]
+"""[example, ...] values of a block's digests by parameter, see ``Digester.rows``; a row; its digest by autograd."""
 
-    If the digest is not finite there is nothing to compare; the attributor reports every such example.
+
+def agreeing(checks: Sequence[Compared], names: set[str], tolerance: Tolerance = None) -> set[str]:
+    """The parameters whose gradients are right up to rounding errors in all comparisons, which are read together.
+
+    If a digest is not finite there is nothing to compare; the attributor reports every such example.
 
     Args:
-        rows: [example, ...]: see ``Digester.rows``; what is absent is zero.
-        row: of the example.
-        truth: the gradient by plain autograd.
+        checks: what is compared; a parameter that is absent from the values is zero.
         names: the parameters.
         tolerance: relative to the parameter's and to the largest entry; None: that of the dtype.
     """
-    for name in names:
-        true, mine = truth.values[name], rows.get(name)
-        largest = truth.peak.to(true.device) * truth.spread[name]
-        right = agrees(None if mine is None else mine[row].view_as(true), true, largest, tolerance)
-        yield name, right | ~largest.isfinite()
+    with_entries = [name for name in names if all(truth.values[name].numel() for *_, truth in checks)]
+    if not with_entries:
+        return names
+    right = read_numbers([_agree(*each, with_entries, tolerance) for each in checks])
+    return names - {name for each in right for name, holds in zip(with_entries, each, strict=True) if not holds}
 
 
-def without_wrong(names: set[str], checked: Sequence[tuple[str, Tensor]]) -> set[str]:
-    """The names of which no comparison failed; all comparisons are read together."""
-    right = read_numbers([same for _, same in checked])
-    return names - {name for (name, _), (same,) in zip(checked, right, strict=True) if not same}
+def _agree(rows: Mapping[str, Tensor], row: int, truth: Digest, names: Sequence[str], tolerance: Tolerance) -> Tensor:
+    """[parameter]: whether the gradients of one example are those of its digest, if that is finite."""
+    true = [truth.values[name] for name in names]
+    mine = [None if name not in rows else rows[name][row].view_as(t) for name, t in zip(names, true, strict=True)]
+    sizes, spread = peaks(true), [truth.spread[name] for name in names]
+    largest = truth.peak * (spread[0] if len(set(spread)) == 1 else sizes.new_tensor(spread))
+    return agreements(mine, true, sizes, largest, tolerance) | ~truth.peak.isfinite()
 
 
 def _larger(one: float, other: float) -> float:

@@ -32,8 +32,8 @@ from lightning_influence.wording import counted
 if TYPE_CHECKING:
     from lightning_influence.gradients.engine import Computed, Engine
 
-# On the first pass over the data, one example in this many is checked, and then one in a share of those before.
-_CHECKED, _SHARE = 128, 16
+# On the first pass over the data at most one example in this many is checked, of blocks 1, 4, 9, 16, ...
+_CHECKED = 128
 # Of so many different ways in which blocks branch, examples are checked.
 _BRANCHES = 16
 # Blocks whose checks are read at once, at the latest.
@@ -43,10 +43,14 @@ Again = Callable[[Sequence[int]], Block]
 """Reads the block of some examples once more."""
 
 
-def checks_of(examples: int) -> float:
-    """How many examples are checked on a first pass over so many, beside those that are most unlike the others."""
-    first = _CHECKED * _SHARE
-    return examples / _CHECKED if examples <= first else _SHARE * (1 + math.log(examples / first))
+def checks_of(examples: int, block: int) -> float:
+    """How many examples are checked on a first pass, beside those that are most unlike the others.
+
+    Args:
+        examples: how many there are.
+        block: how many are in a block.
+    """
+    return min(examples / _CHECKED, math.sqrt(examples / block))
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,10 @@ class Guard:
     refused: bool = False
     _blocks: int = 0
     _next: int = 4
-    _start: int = 0
+    _new: int = 0
+    _before: int = 0
     _waiting: int = 0
+    _routine: int = 0
     _unread: list[Unread] = field(default_factory=list)
     _uneven: bool = False
     _branches: set[int] = field(default_factory=set)
@@ -99,25 +105,25 @@ class Guard:
 
     def again(self) -> "Guard":
         """For a later question about the same examples: what was checked is not, unless it has changed."""
-        known = {"_start": self._start, "_uneven": self._uneven, "_branches": set(self._branches)}
-        known |= {"_branched": list(self._branched), "_known": self._known.again()}
+        known = {"_before": max(self._before, self._new), "_routine": self._routine, "_uneven": self._uneven}
+        known |= {"_branches": set(self._branches), "_branched": list(self._branched), "_known": self._known.again()}
         return Guard(unlike=self.unlike.again(), dataset=self.dataset, **known)  # type: ignore[arg-type]
 
     def choose(self, block: Block) -> tuple[dict[int, int | None], bool]:
         """The rows of a block to check, each with the id of an example unlike it, and whether the block is new.
 
-        They are those most unlike the examples before, one in 128 examples on the first pass (of the 2,048th on, one in
-        a sixteenth of those before), and one each of blocks 4, 16, 64 ...
+        They are those most unlike the examples before, and one each of blocks 1, 4, 9, 16 ... of the first pass, at most
+        one in 128 examples, and of blocks 4, 16, 64 ... of later ones.
         """
         unlike = self.unlike.new(block)
         rows: dict[int, int | None] = dict(unlike or {})
         self._blocks += 1
+        self._new += unlike is not None
         self._waiting += block.size
-        if self._blocks == self._next or (
-            block.start >= self._start and self._waiting >= max(_CHECKED, block.start // _SHARE)
-        ):
+        due = self._waiting >= _CHECKED and self._new >= max(self._before + 1, (self._routine + 1) ** 2)
+        if self._blocks == self._next or (due and unlike is not None):
             self._next *= 4 if self._blocks == self._next else 1
-            self._start, self._waiting = block.start + 1, 0
+            self._waiting, self._routine = 0, self._routine + 1
             row = self._blocks * 7919 % block.size
             rows.setdefault(row, self.unlike.other(block.ids[row]))
         return rows, unlike is not None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.devices import wide
-from lightning_influence.gradients.digests import agreements, without_wrong
+from lightning_influence.gradients.digests import Compared, agreeing
 from lightning_influence.gradients.engine import Computed, Engine
 from lightning_influence.gradients.general import one_gradient
 from lightning_influence.gradients.plan import Plan
@@ -70,13 +70,13 @@ def checked_in(engine: Engine, sample: Sample) -> Plan:
     computed = engine.in_block(block)
     rows = sample.digester.rows(computed.parts, set(names))
     good = set(names) - set(computed.slow)
-    checked: list[tuple[str, Tensor]] = []
+    checks: list[Compared] = []
     for row, example in enumerate(block.ids):
         alone = one_gradient(engine.task, block.one(example), names, engine.seed, example)
         truth = sample.digester.of(alone)
         if truth.is_finite:
-            checked += agreements(rows, row, truth, good, engine.task.tolerance)
-    good = without_wrong(good, checked)
+            checks.append((rows, row, truth))
+    good = agreeing(checks, good, engine.task.tolerance)
     slow = [name for name in names if name not in good and name not in plan.one_by_one]
     return replace(
         plan,

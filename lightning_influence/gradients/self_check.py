@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_influence.data.examples import Block
-from lightning_influence.gradients.digests import Digest, agreements, without_wrong
+from lightning_influence.gradients.digests import Digest, agreeing
 from lightning_influence.gradients.engine import Engine
 from lightning_influence.gradients.general import NotVectorisable, vectorised_rows
 from lightning_influence.gradients.layout import BY_INDEX, Layout, fits
@@ -193,11 +193,12 @@ def _vectorised(engine: Engine, sample: Sample, names: Sequence[str]) -> set[str
 def _agreeing(sample: Sample, rows: Sequence[_Rows], names: set[str]) -> set[str]:
     """The parameters whose gradients agree with plain autograd for all examples."""
     names = names.difference(*(failed for _, failed in rows))
-    checked: list[tuple[str, Tensor]] = []
-    for (of_block, _), of in zip(rows, sample.compared, strict=True):
-        for row, example in of.items():
-            checked += agreements(of_block, row, _truth(sample, example), names, sample.task.tolerance)
-    return without_wrong(names, checked)
+    checks = [
+        (of_block, row, _truth(sample, example))
+        for (of_block, _), of in zip(rows, sample.compared, strict=True)
+        for row, example in of.items()
+    ]
+    return agreeing(checks, names, sample.task.tolerance)
 
 
 def _candidates(name: str, recorded: Sequence[Sequence[Call]], blocks: Sequence[Block]) -> list[Layout]:

@@ -1,6 +1,8 @@
 """Spot checks while scoring: an example's gradient in its block, compared with a backward pass of it alone."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +30,8 @@ _SCALES = frozenset(
 )
 # Of tensors with more entries no copy is made to find the largest.
 _SMALL = 2**12
+# Differences of about so many entries are formed at once.
+_TOGETHER = 2**22
 _READS = frozenset({Tensor.item, Tensor.tolist, Tensor.__int__, Tensor.__float__})
 
 
@@ -128,28 +132,42 @@ def _scaled_by_number(operands: Sequence[Any]) -> bool:
     return any(t.requires_grad for t in tensors) and any(t.numel() == 1 and not t.requires_grad for t in tensors)
 
 
-def agrees(row: Tensor | None, truth: Tensor, largest: Tensor | float, tolerance: Tolerance = None) -> Tensor:
-    """Whether one parameter's gradient is right up to rounding errors: true or false, where the gradients are.
+def agreements(
+    rows: Sequence[Tensor | None],
+    truths: Sequence[Tensor],
+    sizes: Tensor,
+    largest: Tensor,
+    tolerance: Tolerance = None,
+) -> Tensor:
+    """[parameter]: whether an example's gradients are right up to rounding errors, where they are.
 
     Args:
-        row: the gradient to check, [*shape]; None means zeros.
-        truth: the gradient by plain autograd.
-        largest: the largest entry of the example's gradient over all parameters; it sets the tolerance where ``truth``
-            is zero up to rounding (as for a bias before a normalisation layer).
+        rows: the gradients to check, [*shape]; None means zeros.
+        truths: the gradients by plain autograd, which have entries.
+        sizes: [parameter]: see ``peaks``.
+        largest: the largest entry of the example's gradient over all parameters, or [parameter]; it sets the tolerance
+            where a truth is zero up to rounding (as for a bias before a normalisation layer).
         tolerance: relative to the parameter's and to the largest entry; None: that of the dtype.
     """
-    if row is None or not truth.numel():
-        return ~truth.any()
-    relative, floor = tolerance or tolerance_of(truth)
-    allowed = relative * peak(truth) + floor * largest
-    return peak(row - truth) <= allowed + torch.finfo(truth.dtype).tiny
+    limits: list[Any] = [
+        (*((0.0, 0.0) if row is None else tolerance or tolerance_of(truth)), torch.finfo(truth.dtype).tiny)
+        for row, truth in zip(rows, truths, strict=True)
+    ]
+    # of one kind as numbers, for which nothing goes to a device
+    relative, floor, least = limits[0] if len(set(limits)) == 1 else sizes.new_tensor(limits).T
+    unlike = torch.stack(list(_differences(rows, truths)))
+    return widest(unlike) <= relative * sizes + floor * largest + least
 
 
 def same(row: Mapping[str, Tensor], truth: Mapping[str, Tensor], tolerance: Tolerance = None) -> Tensor:
     """Whether an example's gradient is finite and the same in its block, as by ``differing``; not read."""
-    largest = largest_entry(truth.values())
-    agree = [agrees(row.get(n), true, largest, tolerance) for n, true in truth.items()]
-    return torch.stack([largest.isfinite(), *agree]).all()
+    compared = {name: true for name, true in truth.items() if true.numel()}
+    if not compared:
+        return torch.ones((), dtype=torch.bool)
+    sizes = peaks(compared.values())
+    largest = sizes.max()
+    right = agreements([row.get(n) for n in compared], list(compared.values()), sizes, largest, tolerance)
+    return (right & (largest < torch.inf)).all()
 
 
 def tolerance_of(like: Tensor) -> tuple[float, float]:
@@ -157,26 +175,40 @@ def tolerance_of(like: Tensor) -> tuple[float, float]:
     return {torch.float64: (1e-9, 1e-13), torch.float32: (2e-4, 1e-6)}.get(like.dtype, (5e-2, 1e-2))
 
 
+def peaks(values: Iterable[Tensor]) -> Tensor:
+    """[tensor]: the largest magnitude of an entry of each; NaN if there is one, and a single 0 of no tensors."""
+    return widest(torch.stack([*_peaks(list(values))] or [torch.zeros(())]))
+
+
 def largest_entry(gradients: Iterable[Tensor]) -> Tensor:
     """The largest magnitude of an entry of one example's gradient, over all parameters."""
-    return largest_of(peak(g) for g in gradients if g.numel())
-
-
-def largest_of(peaks: Iterable[Tensor]) -> Tensor:
-    """The largest of some numbers; NaN if one is, 0 if there are none."""
-    return torch.stack([widest(each) for each in peaks] or [torch.zeros(())]).max()
+    return peaks(g for g in gradients if g.numel()).max()
 
 
 def is_finite(gradient: Mapping[str, Tensor]) -> bool:
     """Whether all entries are finite."""
-    return all(finite for (finite,) in read_numbers([peak(g).isfinite() for g in gradient.values() if g.numel()]))
+    return bool(largest_entry(gradient.values()).isfinite())
 
 
-def peak(values: Tensor) -> Tensor:
+def _peaks(values: list[Tensor]) -> Sequence[Tensor]:
+    if values and not values[0].is_cpu:
+        return torch._foreach_norm(values, math.inf)  # few launches; on a CPU ten times as slow as what follows
+    return [_peak(each) for each in values]
+
+
+def _peak(values: Tensor) -> Tensor:
     """The largest magnitude of an entry; NaN if there is one. This is faster than ``isfinite`` and norms."""
     if values.numel() <= _SMALL or values.is_complex():
         return values.abs().max()
     return torch.stack(torch.aminmax(values)).abs().max()
+
+
+def _differences(rows: Sequence[Tensor | None], truths: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The largest magnitude of an entry of each difference, in few launches, and with few entries at once."""
+    ends = itertools.accumulate(truth.numel() for truth in truths)
+    for _, group in itertools.groupby(zip(rows, truths, ends, strict=True), lambda each: each[2] // _TOGETHER):
+        pairs = [(torch.zeros_like(truth) if row is None else row, truth) for row, truth, _ in group]
+        yield from _peaks([*torch._foreach_sub([row for row, _ in pairs], [truth for _, truth in pairs])])
 
 
 def smallest_scale(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
@@ -195,10 +227,13 @@ def differing(
         tolerance: relative to the parameter's and to the largest entry; None: that of the dtype.
         scale: what the largest entry counts as at least.
     """
-    largest = largest_entry(truth.values())
-    largest = torch.maximum(largest, torch.as_tensor(scale).to(largest))
-    right = [agrees(row.get(n), true, largest, tolerance) for n, true in truth.items()]
-    (finite,), *agree = read_numbers([largest.isfinite(), *right])
+    compared = {name: true for name, true in truth.items() if true.numel()}
+    if not compared:
+        return None
+    sizes = peaks(compared.values())
+    largest = torch.maximum(sizes.max(), torch.as_tensor(scale).to(sizes))
+    right = agreements([row.get(n) for n in compared], list(compared.values()), sizes, largest, tolerance)
+    (finite,), agree = read_numbers([largest.isfinite(), right])
     if not finite:  # the attributor reports it, unless it is finite in the block
         return next((n for n, g in row.items() if n in truth and bool(g.any())), None) if is_finite(row) else None
-    return next((n for n, (same,) in zip(truth, agree, strict=True) if not same), None)
+    return next((n for n, same in zip(compared, agree, strict=True) if not same), None)

@@ -82,23 +82,17 @@ def detached_trainer(module: Any) -> Any:
         if base.__name__ == "LightningModule" and package in ("pytorch_lightning", "lightning.pytorch"):
             tensors = (*module.parameters(), *module.buffers())
             device = next((t.device for t in tensors if not t.is_meta), module.device)
-            logger = logging.getLogger(package)
-            level = logger.level
-            logger.setLevel(logging.ERROR)
-            try:
-                with _without_plugins(package):
-                    strategies = sys.modules[f"{package}.strategies"]
-                    return sys.modules[package].Trainer(
-                        accelerator="cpu" if device.type == "cpu" else "auto",
-                        strategy=strategies.SingleDeviceStrategy(device=device),
-                        devices=1,
-                        logger=False,
-                        enable_checkpointing=False,
-                        enable_progress_bar=False,
-                        enable_model_summary=False,
-                    )
-            finally:
-                logger.setLevel(level)
+            with _without_plugins(package), _without_messages(package):
+                strategies = sys.modules[f"{package}.strategies"]
+                return sys.modules[package].Trainer(
+                    accelerator="cpu" if device.type == "cpu" else "auto",
+                    strategy=strategies.SingleDeviceStrategy(device=device),
+                    devices=1,
+                    logger=False,
+                    enable_checkpointing=False,
+                    enable_progress_bar=False,
+                    enable_model_summary=False,
+                )
     return None
 
 
@@ -108,4 +102,15 @@ def _without_plugins(package: str) -> Iterator[None]:
     connector, name = sys.modules.get(f"{package}.trainer.connectors.callback_connector"), "_load_external_callbacks"
     found = [connector] if hasattr(connector, name) else []
     with holding(found, name, lambda group: []):
+        yield
+
+
+@contextlib.contextmanager
+def _without_messages(package: str) -> Iterator[None]:
+    """No messages of the package's loggers, whose levels stay: to set one takes a millisecond."""
+    named = logging.root.manager.loggerDict.items()
+    loggers = [x for name, x in named if name.startswith(package) and isinstance(x, logging.Logger)]
+    with restoring(loggers, "disabled"):
+        for logger in loggers:
+            logger.disabled = True
         yield

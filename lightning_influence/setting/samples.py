@@ -80,7 +80,7 @@ class Samples:
 
     def checks(self) -> Work:
         """Comparing some training examples with passes of them alone."""
-        return Work("spot checks", checks_of(len(self.examples)) + 2, self.alone)
+        return Work("spot checks", checks_of(len(self.examples), self.examples.block_size) + 2, self.alone)
 
 
 def first_queries(queries: Queries) -> Queries:
