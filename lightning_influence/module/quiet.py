@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_influence.devices import has_float64
+from lightning_influence.devices import has_float64, on_device
 from lightning_influence.module.data_hooks import attached
 from lightning_influence.module.eager import plain_checkpointing, plain_operations
 from lightning_influence.module.precision import Precision, full_products, outside_autocast
@@ -105,9 +105,10 @@ def _enter_device(module: nn.Module, trainer: Any, precision: Precision) -> torc
             f"Expected a `precision` that the device has, got '64-true' on {device.type}, which has no float64. Use "
             "None, or a Trainer with `accelerator='cpu'`."
         )
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.device != device or tensor.dtype != precision.held(tensor):
-            tensor.data = tensor.data.to(device, precision.held(tensor))
+    tensors = (*module.parameters(), *module.buffers())
+    moved = [t for t in tensors if t.device != device or t.dtype != precision.held(t)]
+    for tensor, value in zip(moved, on_device([t.data.to(precision.held(t)) for t in moved], device), strict=True):
+        tensor.data = value
     torchmetrics: Any = sys.modules.get("torchmetrics")
     for part in module.modules() if torchmetrics is not None else ():
         if isinstance(part, torchmetrics.Metric) and part.device != device:

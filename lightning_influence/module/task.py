@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_influence.devices import has_coarse_products, pinned, without_cudnn
+from lightning_influence.devices import has_coarse_products, on_device, pinned, without_cudnn
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.data_hooks import transferred
 from lightning_influence.module.exact_losses import exact_losses
@@ -151,12 +151,12 @@ class Task:
         set_clock(self.module, step, epoch)
         if step >= 0:
             put_back(self.module, self.numbers, step)
-        for name, parameter in self.named_parameters().items():
-            if name in parameters:
-                parameter.data = parameters[name].to(device=self.device, dtype=parameter.dtype)
-        for name, buffer in self.named_buffers().items():
-            if name in buffers:
-                buffer.data = buffers[name].to(device=self.device, dtype=buffer.dtype).clone()
+        own = [(p, parameters[name]) for name, p in self.named_parameters().items() if name in parameters]
+        n_parameters = len(own)
+        own += [(b, buffers[name]) for name, b in self.named_buffers().items() if name in buffers]
+        arrived = on_device([value.to(tensor.dtype) for tensor, value in own], self.device)
+        for i, ((tensor, _), value) in enumerate(zip(own, arrived, strict=True)):
+            tensor.data = value if i < n_parameters else value.clone()
         self.weights_changed()
         self.remember()
 
