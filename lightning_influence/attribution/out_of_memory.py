@@ -12,7 +12,10 @@ from lightning_influence.setting.setting import Setting
 
 T = TypeVar("T")
 # Of errors that have no type of their own, from an allocator or from cuBLAS and the like.
-_TEXTS = ("out of memory", "not enough memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
+_TEXTS = (
+    *("out of memory", "not enough memory", "can't allocate memory", "_STATUS_ALLOC_FAILED"),
+    *("CUBLAS_STATUS_NOT_INITIALIZED", "unable to find an engine"),  # what cuBLAS and cuDNN say where they lack memory
+)
 
 
 def in_memory(work: Callable[[], T], setting: Setting, processes: Processes) -> T:
@@ -36,8 +39,14 @@ def in_memory(work: Callable[[], T], setting: Setting, processes: Processes) -> 
             size = max(processes.gathered(max(min(read.block_size, count) for read, count in _read(setting))))
             if size == 1:
                 raise
-            error.__traceback__ = None  # all processes know the error, which would keep what is in memory
+            _forget_frames(error)
         _halve(setting, size)
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Drop what an error, which all processes know, and those before it would keep in memory."""
+    while error is not None:
+        error.__traceback__, error = None, error.__cause__ or error.__context__
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -6,7 +6,7 @@ import torch
 import devices
 from devices.fits_on import Net, data, fitted, trainer
 from lightning_influence import Attributor, TracInCP
-from lightning_influence.devices import Readings, on_host, read_numbers
+from lightning_influence.devices import Readings, on_device, on_host, read_numbers
 
 pytestmark = [pytest.mark.device, pytest.mark.filterwarnings("ignore")]
 HERE = devices.HERE
@@ -23,6 +23,19 @@ def test_tensors_of_all_types_come_in_one_copy_as_they_are():
     for one, other in zip(found, tensors, strict=True):
         assert one.is_cpu
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_tensors_of_all_types_reach_a_device_in_one_copy_as_they_are():
+    kinds = [torch.bool, torch.int16, torch.bfloat16, torch.float32, torch.int64]
+    tensors = [torch.tensor([[1, 0, 3], [0, 5, 6]]).to(kind).T for kind in kinds] + [torch.tensor(2.5)]
+    with devices.counted() as counts:
+        found = on_device(tensors, torch.device(HERE))
+    assert (counts.to_device, counts.pageable) == (1, 0)
+    for one, other in zip(found, tensors, strict=True):
+        assert one.stride() == other.stride()
+        assert one.untyped_storage().nbytes() == other.nbytes  # none keeps the others in memory
+        assert str(one.device) == HERE
+        assert torch.equal(one.cpu(), other)
 
 
 def test_large_tensors_are_copied_alone_and_those_of_the_cpu_not_at_all():
