@@ -48,6 +48,12 @@ def decomposable(matrix: Tensor) -> Tensor:
     return matrix if has_float64(matrix.device) else matrix.cpu()
 
 
+def cumulated(rows: Tensor) -> Tensor:
+    """The cumulative sums of each row; some versions of CUDA's are not among torch's deterministic operations."""
+    there = rows.cpu() if torch.are_deterministic_algorithms_enabled() else rows
+    return there.cumsum(1).to(rows.device)
+
+
 def has_coarse_products(device: torch.device, convolutions: bool) -> bool:
     """Whether products of float32 matrices are rounded to TF32 (bfloat16 on some CPUs), as the user has set it.
 
@@ -164,8 +170,8 @@ def on_device(tensors: Sequence[Tensor], target: torch.device) -> list[Tensor]:
             sizes = [found[i].nbytes for i in places]
             joined = torch.cat([found[i].reshape(-1).contiguous().view(torch.uint8) for i in places])
             joined = pinned(joined, target).to(target, non_blocking=has_pinned_memory(target))
-            for i, own in zip(places, joined.split(sizes), strict=True):
-                own = own.view(found[i].dtype).reshape(found[i].shape)
+            for i, bits in zip(places, joined.split(sizes), strict=True):
+                own = bits.view(found[i].dtype).reshape(found[i].shape)
                 found[i] = torch.empty_like(found[i], device=target).copy_(own)  # in the same order of memory
     return [tensor.to(target) for tensor in found]
 
