@@ -95,7 +95,7 @@ def _restore_afterwards(module: nn.Module, stack: contextlib.ExitStack) -> None:
 def _enter_device(module: nn.Module, trainer: Any, precision: Precision) -> torch.device:
     """Move the module to the device of scoring, in the type in which its weights are held.
 
-    Only ``tensor.data`` and states of metrics are replaced, which ``_restore_afterwards`` puts back.
+    Only ``tensor.data``, attributes and states of metrics are replaced, which ``_restore_afterwards`` puts back.
     """
     first = next(iter((*module.parameters(), *module.buffers())), None)
     here = torch.device("cpu") if first is None else first.device
@@ -113,6 +113,11 @@ def _enter_device(module: nn.Module, trainer: Any, precision: Precision) -> torc
     for part in module.modules() if torchmetrics is not None else ():
         if isinstance(part, torchmetrics.Metric) and part.device != device:
             part.to(device)  # their states are no buffers
+    for own in map(vars, module.modules()):
+        if "_device" in own:  # what a LightningModule's `self.device` and `self.dtype` say
+            own["_device"] = device
+            if isinstance(kind := own.get("_dtype"), torch.dtype):
+                own["_dtype"] = precision.held(torch.empty(0, dtype=kind))
     return device
 
 

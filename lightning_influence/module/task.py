@@ -151,7 +151,8 @@ class Task:
         set_clock(self.module, step, epoch)
         if step >= 0:
             put_back(self.module, self.numbers, step)
-        own = [(p, parameters[name]) for name, p in self.named_parameters().items() if name in parameters]
+        own: list[tuple[Tensor, Tensor]] = []
+        own += [(p, parameters[name]) for name, p in self.named_parameters().items() if name in parameters]
         n_parameters = len(own)
         own += [(b, buffers[name]) for name, b in self.named_buffers().items() if name in buffers]
         arrived = on_device([value.to(tensor.dtype) for tensor, value in own], self.device)
