@@ -151,13 +151,11 @@ class Task:
         set_clock(self.module, step, epoch)
         if step >= 0:
             put_back(self.module, self.numbers, step)
-        own: list[tuple[Tensor, Tensor]] = []
-        own += [(p, parameters[name]) for name, p in self.named_parameters().items() if name in parameters]
-        n_parameters = len(own)
-        own += [(b, buffers[name]) for name, b in self.named_buffers().items() if name in buffers]
+        parts = ((self.named_parameters(), parameters), (self.named_buffers(), buffers))
+        own = [(tensors[name], values[name]) for tensors, values in parts for name in tensors if name in values]
         arrived = on_device([value.to(tensor.dtype) for tensor, value in own], self.device)
-        for i, ((tensor, _), value) in enumerate(zip(own, arrived, strict=True)):
-            tensor.data = value if i < n_parameters else value.clone()
+        for (tensor, _), value in zip(own, arrived, strict=True):
+            tensor.data = value if isinstance(tensor, nn.Parameter) else value.clone()
         self.weights_changed()
         self.remember()
 
