@@ -39,14 +39,8 @@ def in_memory(work: Callable[[], T], setting: Setting, processes: Processes) -> 
             size = max(processes.gathered(max(min(read.block_size, count) for read, count in _read(setting))))
             if size == 1:
                 raise
-            _forget_frames(error)
+            error.__traceback__ = None  # all processes know the error, which would keep what is in memory
         _halve(setting, size)
-
-
-def _forget_frames(error: BaseException | None) -> None:
-    """Drop what an error, which all processes know, and those before it would keep in memory."""
-    while error is not None:
-        error.__traceback__, error = None, error.__cause__ or error.__context__
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -7,6 +7,7 @@ import devices
 from devices.fits_on import Net, data, fitted, trainer
 from lightning_influence import Attributor, TracInCP
 from lightning_influence.devices import Readings, on_device, on_host, read_numbers
+from lightning_influence.numerics.dense import eigenpairs
 
 pytestmark = [pytest.mark.device, pytest.mark.filterwarnings("ignore")]
 HERE = devices.HERE
@@ -57,6 +58,24 @@ def test_what_waits_is_read_with_what_is_needed_first():
         assert first() == [1, 1]
         assert second().tolist() == [0]
     assert counts.waits == 1
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("cusolver error: CUSOLVER_STATUS_INVALID_VALUE"), torch.OutOfMemoryError]
+)
+def test_a_solver_that_fails_on_the_device_is_replaced_by_that_of_the_cpu(monkeypatch, error):
+    eigh, matrix = torch.linalg.eigh, torch.randn(600, 600, generator=torch.Generator().manual_seed(0)).double()
+
+    def fails(matrix):
+        if not matrix.is_cpu:
+            raise error
+        return eigh(matrix)
+
+    matrix = matrix + matrix.T
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    values, vectors = eigenpairs(matrix.to(HERE))
+    assert str(values.device) == HERE
+    torch.testing.assert_close((vectors * values @ vectors.T).cpu(), matrix)
 
 
 class WritesSilently(Net):

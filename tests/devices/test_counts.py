@@ -112,6 +112,27 @@ def test_blocks_are_copied_to_the_device_once_and_from_pinned_memory(folder):
     assert copies == more.pinned - some.pinned
 
 
+class Looks(Net):
+    """Looks up words in a table."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.out = torch.nn.Embedding(20, 4), torch.nn.Linear(4, 3)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.out(self.words((10 * x).long() % 20).mean(1)), y)
+
+
+def test_a_look_up_waits_four_times_for_each_block(folder):
+    found = []
+    for blocks in (FEW, MANY):
+        train, queries = data(blocks * BLOCK, 1, torch.float32), data(BLOCK, 2, torch.float32)
+        ask = asking(0, None, (Looks(), train))
+        found.append(counts_of(ask, lambda ask: ask.score(GradientDot(), queries))[1].waits)
+    assert found[1] - found[0] <= 4 * (MANY - FEW)
+
+
 class Unequal(Net):
     """Its loss ignores labels of 2, of which blocks have different numbers, and weighs examples equally."""
 
