@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 
@@ -89,3 +89,10 @@ def optional(package: str, extra: str, purpose: str, instead: str) -> Iterator[N
             f"Expected {package} to be installed for {purpose}. "
             f'Run `pip install "lightning-influence[{extra}]"`, or {instead}.'
         ) from error
+
+
+def check_examples(examples: Iterable[int] | None) -> tuple[int, ...] | None:
+    """The field ``examples``, ascending and without repetitions."""
+    if examples is not None and not isinstance(examples, Iterable):
+        raise TypeError(f"Expected `examples` to be ids of training examples or None, got {examples!r}.")
+    return None if examples is None else tuple(sorted({int(i) for i in examples}))

@@ -48,6 +48,12 @@ def decomposable(matrix: Tensor) -> Tensor:
     return matrix if has_float64(matrix.device) else matrix.cpu()
 
 
+def cumulated(rows: Tensor) -> Tensor:
+    """The cumulative sums of each row; some versions of CUDA's are not among torch's deterministic operations."""
+    there = rows.cpu() if torch.are_deterministic_algorithms_enabled() else rows
+    return there.cumsum(1).to(rows.device)
+
+
 def has_coarse_products(device: torch.device, convolutions: bool) -> bool:
     """Whether products of float32 matrices are rounded to TF32 (bfloat16 on some CPUs), as the user has set it.
 
@@ -149,25 +155,31 @@ def read_ends(tensors: Sequence[Tensor]) -> list[list[float]]:
 
 def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Tensors on the CPU, as they are; small ones come from their device in one copy, with a single wait."""
+    return on_device(tensors, torch.device("cpu"))
+
+
+def on_device(tensors: Sequence[Tensor], target: torch.device) -> list[Tensor]:
+    """Tensors on a device, as they are; small ones arrive in one copy, for which the host waits only on the CPU."""
     found = [tensor.detach() for tensor in tensors]
-    for device in {tensor.device for tensor in found if not tensor.is_cpu}:
+    for device in {tensor.device for tensor in found if tensor.device != target}:
         small = [i for i, tensor in enumerate(found) if tensor.device == device and _is_small(tensor)]
         small.sort(key=lambda i: -found[i].itemsize)  # each begins at a multiple of its own size
         ends = itertools.accumulate(found[i].nbytes for i in small)
         for _, pairs in itertools.groupby(zip(small, ends, strict=True), lambda pair: pair[1] // _TOGETHER):
             places = [i for i, _ in pairs]
             sizes = [found[i].nbytes for i in places]
-            joined = torch.cat([found[i].reshape(-1).contiguous().view(torch.uint8) for i in places]).cpu()
-            for i, own in zip(places, joined.split(sizes), strict=True):
-                found[i] = own.view(found[i].dtype).reshape(found[i].shape).clone()
-    return [tensor.cpu() for tensor in found]
+            joined = torch.cat([found[i].reshape(-1).contiguous().view(torch.uint8) for i in places])
+            joined = pinned(joined, target).to(target, non_blocking=has_pinned_memory(target))
+            for i, bits in zip(places, joined.split(sizes), strict=True):
+                own = bits.view(found[i].dtype).reshape(found[i].shape)
+                found[i] = torch.empty_like(found[i], device=target).copy_(own)  # in the same order of memory
+    return [tensor.to(target) for tensor in found]
 
 
 def _is_small(tensor: Tensor) -> bool:
     """Whether it may be copied together with others."""
-    return (
-        tensor.layout is torch.strided and not tensor.is_complex() and not tensor.is_neg() and tensor.nbytes <= _SMALL
-    )
+    plain = type(tensor) is Tensor and tensor.layout is torch.strided
+    return plain and not tensor.is_complex() and not tensor.is_neg() and tensor.nbytes <= _SMALL
 
 
 # ---- copies to a device ---------------------------------------------------------------------------------------------

@@ -12,7 +12,10 @@ from lightning_influence.setting.setting import Setting
 
 T = TypeVar("T")
 # Of errors that have no type of their own, from an allocator or from cuBLAS and the like.
-_TEXTS = ("out of memory", "not enough memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
+_TEXTS = (
+    *("out of memory", "not enough memory", "can't allocate memory", "_STATUS_ALLOC_FAILED"),
+    *("CUBLAS_STATUS_NOT_INITIALIZED", "unable to find an engine"),  # what cuBLAS and cuDNN say where they lack memory
+)
 
 
 def in_memory(work: Callable[[], T], setting: Setting, processes: Processes) -> T:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.data.examples import Block
-from lightning_influence.devices import wide
+from lightning_influence.devices import cumulated, wide
 from lightning_influence.gradients import Engine, Gradients, Reduction
 from lightning_influence.gradients.final_layer import Head, find_head
 from lightning_influence.gradients.guard import Again
@@ -167,7 +167,7 @@ class SampledLabelLoss:
             return scale * self._normal[rows]
         if self.link.kind == "sigmoid":
             return scale * (mean - (self._uniform[rows] < mean).double())
-        beyond = self._uniform[rows, :1] > mean.cumsum(1)
+        beyond = self._uniform[rows, :1] > cumulated(mean)
         label = beyond.sum(1).clamp_max(self.classes - 1)
         return scale * (mean - nn.functional.one_hot(label, self.classes).double())
 

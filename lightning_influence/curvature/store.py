@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
-from lightning_influence.devices import on_host, read_numbers, wide_device
+from lightning_influence.devices import has_float64, on_device, on_host, read_numbers
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.setting.setting import Setting, Stage, cached
 from lightning_influence.timing import Work, seconds_of
@@ -136,16 +136,14 @@ def read_any(path: Path, device: torch.device | None = None) -> tuple[dict[str, 
         raise ValueError(f"Expected a complete curvature in `{path}`, got a damaged file.")
     # To the CPU first: a file may name a device that is not there.
     stored = torch.load(io.BytesIO(content[start:]), map_location="cpu", weights_only=True)
-    return json.loads(stored["head"]), {n: _placed(t, device) for n, t in stored["tensors"].items()}
-
-
-def _placed(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
-    """The tensor where ``prepare`` would have made it: flags on the CPU."""
-    if tensor.dtype is torch.bool:
-        return tensor
-    if device is not None and tensor.dtype == torch.float64:
-        device = wide_device(device)
-    return tensor.to(device)
+    tensors: dict[str, torch.Tensor] = stored["tensors"]
+    if device is not None:  # where `prepare` would have made them: flags on the CPU, and float64 where there is none
+        narrow = not has_float64(device)
+        here = [
+            n for n, t in tensors.items() if t.dtype is not torch.bool and not (narrow and t.dtype == torch.float64)
+        ]
+        tensors |= zip(here, on_device([tensors[name] for name in here], device), strict=True)
+    return json.loads(stored["head"]), tensors
 
 
 def _description(curvature: Curvature, setting: Setting, stage: Stage) -> dict[str, Any]:

@@ -44,13 +44,19 @@ class Lookup(Part):
     @cached_property
     def _merged(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, examples and summed gradients with one entry per pair of id and example, sorted by id."""
-        examples = torch.arange(len(self), device=self.ids.device)[:, None].expand_as(self.ids)
-        counts = self.ids >= 0
-        key = self.ids[counts] * max(1, len(self)) + examples[counts]
+        ids, n = self.ids.flatten(), max(1, len(self))
+        taken = (ids >= 0).nonzero()[:, 0]
+        key = ids[taken] * n + taken // max(1, self.ids.shape[1])
         unique, inverse = key.unique(sorted=True, return_inverse=True)
         summed = self.outputs.new_zeros(len(unique), self.outputs.shape[-1])
-        summed.index_add_(0, inverse, self.outputs[counts])
-        return unique // max(1, len(self)), unique % max(1, len(self)), summed
+        summed.index_add_(0, inverse, self.outputs.flatten(0, 1)[taken])
+        return unique // n, unique % n, summed
+
+    @cached_property
+    def _runs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The distinct ids, where each begins among the ids of ``_merged``, and how often it occurs there."""
+        ids, counts = self._merged[0].unique_consecutive(return_counts=True)
+        return ids, counts.cumsum(0) - counts, counts
 
     def dense(self) -> tuple[Tensor, ...]:
         """[example, *table shape]: mostly zeros."""
@@ -72,24 +78,20 @@ class Lookup(Part):
         if not isinstance(other, Lookup):
             other.accumulate_dot(self, out.T)
             return
-        my_ids, my_examples, mine = self._merged
-        their_ids, their_examples, theirs = other._merged
-        mine_of, my_counts = my_ids.unique_consecutive(return_counts=True)
-        theirs_of, their_counts = their_ids.unique_consecutive(return_counts=True)
-        both, at = _intersection(mine_of, theirs_of)
-        if not len(both):
+        _, my_examples, mine = self._merged
+        _, their_examples, theirs = other._merged
+        if not len(mine) or not len(theirs):
             return
-        my_start = (my_counts.cumsum(0) - my_counts)[both]
-        their_start = (their_counts.cumsum(0) - their_counts)[at]
-        pairs = my_counts[both] * their_counts[at]
+        runs = _common_runs(self._runs, other._runs)
         # An id that many examples share takes one small matrix product; all rare ids are gathered pair by pair.
+        pairs = runs[:, 1] * runs[:, 3]
         frequent = pairs >= _pairs_for_a_product(mine.device)
-        heads = torch.stack([my_start, my_counts[both], their_start, their_counts[at]], 1)[frequent].tolist()
-        for a, n_a, b, n_b in heads:
+        pairs.masked_fill_(frequent, 0)
+        n_frequent, n_pairs = torch.stack([frequent.sum(), pairs.sum()]).tolist()
+        for a, n_a, b, n_b in runs[frequent].tolist() if n_frequent else ():
             tile = mine[a : a + n_a] @ theirs[b : b + n_b].T
             out.index_put_((my_examples[a : a + n_a, None], their_examples[None, b : b + n_b]), tile, accumulate=True)
-        rare = ~frequent
-        left, right = _pairs(my_start[rare], my_counts[both][rare], their_start[rare], their_counts[at][rare])
+        left, right = _pairs(runs, pairs, n_pairs)
         step = max(1, workspace(mine.device) // max(1, mine.shape[1]))
         for start in range(0, len(left), step):
             i, j = left[start : start + step], right[start : start + step]
@@ -139,13 +141,13 @@ class Lookup(Part):
         ids, examples, summed = self._merged
         tables = vectors[0]
         product = tables.new_zeros(len(tables), len(self))
-        rows_of, counts = ids.unique_consecutive(return_counts=True)
+        rows_of, starts, counts = self._runs
         frequent = counts * len(tables) >= _pairs_for_a_product(tables.device)
-        heads = torch.stack([rows_of, counts.cumsum(0) - counts, counts], 1)[frequent].tolist()
-        for row, start, count in heads:
+        rare = (~frequent).repeat_interleave(counts, output_size=len(ids)).nonzero()[:, 0]
+        heads = torch.stack([rows_of, starts, counts], 1)
+        for row, start, count in heads[frequent].tolist() if len(rare) < len(ids) else ():
             some = slice(start, start + count)
             product.index_add_(1, examples[some], tables[:, row] @ summed[some].T)
-        rare = (~frequent).repeat_interleave(counts).nonzero()[:, 0]
         for some in rare.split(max(1, workspace(tables.device) // max(1, len(tables) * summed.shape[1]))):
             values = torch.linalg.vecdot(tables[:, ids[some]], summed[some])
             product.index_add_(1, examples[some], values)
@@ -203,16 +205,16 @@ def _pairs_for_a_product(device: torch.device) -> int:
     return workspace(device) // 2**12
 
 
-def _intersection(mine: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-    """The positions of the common entries in two sorted tensors of distinct ids."""
-    at = torch.searchsorted(theirs, mine).clamp_max(max(0, len(theirs) - 1))
-    hit = (theirs[at] == mine).nonzero()[:, 0] if len(theirs) else mine.new_zeros(0)
-    return hit, at[hit] if len(theirs) else hit
+def _common_runs(mine: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> Tensor:
+    """[id, 4]: where the run of each of my ids begins and its length, and that of theirs; 0 if they lack the id."""
+    (ids, my_start, my_counts), (their_ids, their_start, their_counts) = mine, theirs
+    at = torch.searchsorted(their_ids, ids).clamp_max(len(their_ids) - 1)
+    return torch.stack([my_start, my_counts, their_start[at], their_counts[at] * (their_ids[at] == ids)], 1)
 
 
-def _pairs(my_start: Tensor, my_count: Tensor, their_start: Tensor, their_count: Tensor) -> tuple[Tensor, Tensor]:
-    """All pairs of positions within the two runs of each id."""
-    sizes = my_count * their_count
-    run = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
-    within = torch.arange(len(run), device=sizes.device) - (sizes.cumsum(0) - sizes)[run]
-    return my_start[run] + within // their_count[run], their_start[run] + within % their_count[run]
+def _pairs(runs: Tensor, sizes: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """All pairs of positions within the two runs of each id, of which there are as many as ``sizes`` says."""
+    run = torch.repeat_interleave(sizes, output_size=total)
+    within = torch.arange(total, device=sizes.device) - (sizes.cumsum(0) - sizes)[run]
+    my_start, _, their_start, their_count = runs[run].unbind(1)
+    return my_start + within // their_count, their_start + within % their_count

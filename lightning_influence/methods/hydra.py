@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from lightning_influence.checks import check_integer, check_positive, one_of
+from lightning_influence.checks import check_examples, check_integer, check_positive, one_of
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.queries import QueryGradients
-from lightning_influence.methods.hydra_during_fit import HyDRADuringFit, tracked_ids
+from lightning_influence.methods.hydra_during_fit import HyDRADuringFit
 from lightning_influence.methods.kinds import WholeRun
 from lightning_influence.methods.method import Evidence
 from lightning_influence.replay.adjoint import adjoint
@@ -116,7 +116,9 @@ class HyDRA(WholeRun):
         """``HyDRA(mode="during_fit", ...)`` returns ``HyDRA.during_fit(...)``."""
         if mode != "during_fit":
             return super().__new__(cls)
-        cls("replay", hessian, tracked_ids(examples), memory, removal, max_drift, runs, checks)  # raises for bad values
+        cls(
+            "replay", hessian, check_examples(examples), memory, removal, max_drift, runs, checks
+        )  # raises for bad values
         _check_only_replay(mode, removal, runs)
         made = cls.during_fit(hessian, examples, memory)
         object.__setattr__(made, "_of_replay", {"max_drift": max_drift, "checks": checks})
@@ -134,7 +136,7 @@ class HyDRA(WholeRun):
         check_integer("memory", memory)
         if self.runs > 1 and self.removal != "downweight":
             _check_only_replay(mode, self.removal, self.runs)
-        object.__setattr__(self, "examples", tracked_ids(self.examples))
+        object.__setattr__(self, "examples", check_examples(self.examples))
 
     @classmethod
     def during_fit(
@@ -150,7 +152,7 @@ class HyDRA(WholeRun):
         Raises:
             ValueError: other values.
         """
-        return HyDRADuringFit(hessian, tracked_ids(examples), memory)
+        return HyDRADuringFit(hessian, check_examples(examples), memory)
 
     def scored(self, n_train: int) -> Sequence[int] | None:
         """The given ``examples``."""

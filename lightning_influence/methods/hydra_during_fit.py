@@ -1,14 +1,14 @@
 """HyDRA by hypergradients that a tracker computes while the fit runs (Chen et al., 2021)."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_influence.checks import check_integer, one_of
+from lightning_influence.checks import check_examples, check_integer, one_of
 from lightning_influence.gradients import Gradients
 from lightning_influence.methods.kinds import WholeRun
 from lightning_influence.methods.method import Evidence
@@ -55,7 +55,7 @@ class HyDRADuringFit(WholeRun):
     def __post_init__(self) -> None:
         one_of("hessian", self.hessian, (True, False))
         check_integer("memory", self.memory)
-        object.__setattr__(self, "examples", tracked_ids(self.examples))
+        object.__setattr__(self, "examples", check_examples(self.examples))
 
     @property
     def name(self) -> str:
@@ -154,10 +154,3 @@ def _seconds_of_blocks(
     found = [len(ids) for ids, _ in itertools.islice(vectors_of(record, like, most), 1)]
     first = timed(lambda: [work(*block) for block in itertools.islice(vectors_of(record, like, most), 1)])
     return first * len(record.tensors["ids"]) / max(1, sum(found))
-
-
-def tracked_ids(examples: Sequence[int] | None) -> tuple[int, ...] | None:
-    """The field ``examples``, ascending and without repetitions."""
-    if examples is not None and not isinstance(examples, Iterable):
-        raise TypeError(f"Expected `examples` to be ids of training examples or None, got {examples!r}.")
-    return None if examples is None else tuple(sorted({int(i) for i in examples}))

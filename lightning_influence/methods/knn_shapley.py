@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_influence.checks import check_integer
 from lightning_influence.data.examples import Examples
-from lightning_influence.devices import wide
+from lightning_influence.devices import cumulated, wide
 from lightning_influence.gradients.final_layer import last_linear
 from lightning_influence.methods.kinds import ForwardOnly
 from lightning_influence.module.copies import Copies
@@ -158,7 +158,7 @@ def knn_shapley(distances: Tensor, same: Tensor, k: int) -> Tensor:
     rank = torch.arange(1, n, dtype=torch.float64, device=match.device)
     step = (match[:, :-1] - match[:, 1:]) / k * (rank.clamp(max=k) / rank)
     last = match[:, -1:] * (min(k, n) / (n * k))
-    values = torch.cat([step.flip(1).cumsum(1).flip(1) + last, last], 1)
+    values = torch.cat([cumulated(step.flip(1)).flip(1) + last, last], 1)
     return torch.empty_like(values).scatter_(1, order, values)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_influence.checks import check_integer
+from lightning_influence.checks import check_examples, check_integer
 from lightning_influence.methods.retraining import Estimate, Retraining, losses_of, models_of
 from lightning_influence.numerics.subsets import without_each
 from lightning_influence.setting.setting import Queries, Setting
@@ -39,6 +39,7 @@ class LeaveOneOut(Retraining):
 
     def __post_init__(self) -> None:
         check_integer("n_seeds", self.n_seeds)
+        object.__setattr__(self, "examples", check_examples(self.examples))
 
     def scored(self, n_train: int) -> Sequence[int] | None:
         """The given ``examples``, ascending.
@@ -51,7 +52,7 @@ class LeaveOneOut(Retraining):
         wrong = [i for i in self.examples if not 0 <= i < n_train]
         if wrong:
             raise ValueError(f"Expected `examples` to be ids below {n_train}, got {wrong[:5]!r}.")
-        return sorted(set(self.examples))
+        return self.examples
 
     def models(self, setting: Setting) -> tuple[Tensor, list[int]]:
         """One model with all examples and one without each, for every seed."""

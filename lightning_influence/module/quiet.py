@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_influence.devices import has_float64
+from lightning_influence.devices import has_float64, on_device
 from lightning_influence.module.data_hooks import attached
 from lightning_influence.module.eager import plain_checkpointing, plain_operations
 from lightning_influence.module.precision import Precision, full_products, outside_autocast
@@ -95,7 +95,7 @@ def _restore_afterwards(module: nn.Module, stack: contextlib.ExitStack) -> None:
 def _enter_device(module: nn.Module, trainer: Any, precision: Precision) -> torch.device:
     """Move the module to the device of scoring, in the type in which its weights are held.
 
-    Only ``tensor.data`` and states of metrics are replaced, which ``_restore_afterwards`` puts back.
+    Only ``tensor.data``, attributes and states of metrics are replaced, which ``_restore_afterwards`` puts back.
     """
     first = next(iter((*module.parameters(), *module.buffers())), None)
     here = torch.device("cpu") if first is None else first.device
@@ -105,13 +105,19 @@ def _enter_device(module: nn.Module, trainer: Any, precision: Precision) -> torc
             f"Expected a `precision` that the device has, got '64-true' on {device.type}, which has no float64. Use "
             "None, or a Trainer with `accelerator='cpu'`."
         )
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.device != device or tensor.dtype != precision.held(tensor):
-            tensor.data = tensor.data.to(device, precision.held(tensor))
+    tensors = (*module.parameters(), *module.buffers())
+    moved = [t for t in tensors if t.device != device or t.dtype != precision.held(t)]
+    for tensor, value in zip(moved, on_device([t.data.to(precision.held(t)) for t in moved], device), strict=True):
+        tensor.data = value
     torchmetrics: Any = sys.modules.get("torchmetrics")
     for part in module.modules() if torchmetrics is not None else ():
         if isinstance(part, torchmetrics.Metric) and part.device != device:
             part.to(device)  # their states are no buffers
+    for own in map(vars, module.modules()):
+        if "_device" in own:  # what a LightningModule's `self.device` and `self.dtype` say
+            own["_device"] = device
+            if isinstance(kind := own.get("_dtype"), torch.dtype):
+                own["_dtype"] = precision.held(torch.empty(0, dtype=kind))
     return device
 
 

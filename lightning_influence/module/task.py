@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_influence.devices import has_coarse_products, pinned, without_cudnn
+from lightning_influence.devices import has_coarse_products, on_device, pinned, without_cudnn
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.data_hooks import transferred
 from lightning_influence.module.exact_losses import exact_losses
@@ -147,12 +147,11 @@ class Task:
         set_clock(self.module, step, epoch)
         if step >= 0:
             put_back(self.module, self.numbers, step)
-        for name, parameter in self.named_parameters().items():
-            if name in parameters:
-                parameter.data = parameters[name].to(device=self.device, dtype=parameter.dtype)
-        for name, buffer in self.named_buffers().items():
-            if name in buffers:
-                buffer.data = buffers[name].to(device=self.device, dtype=buffer.dtype).clone()
+        parts = ((self.named_parameters(), parameters), (self.named_buffers(), buffers))
+        own = [(tensors[name], values[name]) for tensors, values in parts for name in tensors if name in values]
+        arrived = on_device([value.to(tensor.dtype) for tensor, value in own], self.device)
+        for (tensor, _), value in zip(own, arrived, strict=True):
+            tensor.data = value if isinstance(tensor, nn.Parameter) else value.clone()
         self.weights_changed()
         self.remember()
 

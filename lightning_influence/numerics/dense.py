@@ -70,10 +70,15 @@ def _eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
     for scale in (0.0, 1.0, 3.0):
         try:
             values, vectors = torch.linalg.eigh(wide(matrix) / scale if scale else matrix)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        except RuntimeError as error:  # a device's solver also fails where it lacks memory, or for large matrices
+            if matrix.is_cpu and not isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+                raise
             continue
         if bool(values.isfinite().all() & vectors.isfinite().all()):
             return (values * scale).to(matrix) if scale else values, vectors.to(matrix)
+    if not matrix.is_cpu:
+        values, vectors = _eigenpairs(matrix.cpu())
+        return values.to(matrix), vectors.to(matrix)
     raise ArithmeticError(f"Expected eigenvalues of a symmetric matrix of width {len(matrix)}, got no convergence.")
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_influence.devices import wide
+from lightning_influence.devices import on_device, wide
 from lightning_influence.numerics.dense import SMALL, all_eigenpairs, eigenpairs
 
 STORED = 0.75
@@ -71,14 +71,21 @@ class SecondMoment:
             self._rows = [torch.cat(self._rows)]
         return self._rows[0] @ self._rows[0].T if self._sum is None else self._sum
 
+    def _leading(self, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """The eigenvalues and eigenvectors of the matrix that are not 0, in descending order, where they are."""
+        # The small eigenvalues of a Gram matrix of rounded rows are less accurate.
+        noise = 8.0 if self._sum is None else 2.0
+        values, vectors = values.flip(0), vectors.flip(1)
+        # Drop eigenvalues that are zero up to rounding; rows that are all zero keep one direction.
+        kept = max(1, int((values > noise * torch.finfo(values.dtype).eps * values[0]).sum()))
+        return values[:kept].clamp_min(torch.finfo(values.dtype).tiny), vectors[:, :kept].contiguous()
+
     def _basis(self, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See ``bases``; from the eigenvectors of the matrix."""
+        """See ``bases``; from the leading eigenvectors of the matrix."""
         if self._sum is not None:
-            values, vectors = _leading(values, vectors, 2.0)
             return values.to(self._sum), vectors.to(self._sum), None
         (rows,) = self._rows
-        # The small eigenvalues of a Gram matrix of rounded rows are less accurate.
-        values, vectors = (each.to(rows) for each in _leading(values, vectors, 8.0))
+        values, vectors = values.to(rows), vectors.to(rows)
         return values, rows.T @ (vectors / values.sqrt()), vectors * values.sqrt()
 
 
@@ -90,16 +97,14 @@ def bases(moments: Sequence[SecondMoment]) -> Iterator[tuple[Tensor, Tensor, Ten
         else None.
     """
     small = [moment for moment in moments if moment.side <= SMALL]
-    found = dict(zip(map(id, small), all_eigenpairs([moment._matrix() for moment in small]), strict=True))
+    matrices = [moment._matrix() for moment in small]
+    leading = [moment._leading(*pair) for moment, pair in zip(small, all_eigenpairs(matrices), strict=True)]
+    if small:  # which come from the CPU together
+        arrived = on_device([each for pair in leading for each in pair], matrices[0].device)
+        leading = list(zip(arrived[::2], arrived[1::2], strict=True))
+    found = dict(zip(map(id, small), leading, strict=True))
     for moment in moments:
-        yield moment._basis(*(found.get(id(moment)) or all_eigenpairs([moment._matrix()])[0]))
-
-
-def _leading(values: Tensor, vectors: Tensor, noise: float) -> tuple[Tensor, Tensor]:
-    values, vectors = values.flip(0), vectors.flip(1)
-    # Drop eigenvalues that are zero up to rounding; rows that are all zero keep one direction.
-    kept = max(1, int((values > noise * torch.finfo(values.dtype).eps * values[0]).sum()))
-    return values[:kept].clamp_min(torch.finfo(values.dtype).tiny), vectors[:, :kept].contiguous()
+        yield moment._basis(*(found.get(id(moment)) or moment._leading(*all_eigenpairs([moment._matrix()])[0])))
 
 
 def weighted_truncation(table: Tensor, left: Tensor, right: Tensor) -> Callable[[int], tuple[Tensor, Tensor]]:

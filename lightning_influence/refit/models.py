@@ -170,7 +170,7 @@ def _labels(dataset: Any) -> Tensor | None:
         return None if inner is None else inner[torch.as_tensor(list(dataset.indices))]
     found = dataset.tensors[-1] if isinstance(dataset, TensorDataset) else getattr(dataset, "targets", None)
     try:
-        labels = torch.as_tensor(found)
+        labels = torch.as_tensor(found).cpu()
     except (TypeError, ValueError, RuntimeError):
         return None
     whole = labels.ndim == 1 and len(labels) == len(dataset) and not labels.is_floating_point()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_influence.devices import wide
+from lightning_influence.devices import on_device, wide
 from lightning_influence.module.task import Task
 from lightning_influence.numerics.optimizers import OptimizerState, UpdateInput
 from lightning_influence.replay.steps import Step
@@ -34,17 +34,21 @@ class TrainingState:
     def of(cls, captured: SavedState, task: Task) -> "TrainingState":
         """A captured state on the module's device and in its precision."""
         like, buffers = task.named_parameters(), task.named_buffers()
-        optimizer = {
-            name: {key: v.to(like[name]) for key, v in values.items() if key != "step" and v.shape == like[name].shape}
-            for name, values in captured.optimizer.items()
-            if name in like
-        }
-        return cls(
-            {name: captured.parameters[name].to(p) for name, p in like.items()},
-            {name: captured.buffers[name].to(b) for name, b in buffers.items() if name in captured.buffers},
-            optimizer,
-            {name: int(values["step"]) for name, values in captured.optimizer.items() if "step" in values},
-        )
+        saved: list[tuple[dict[str, Tensor], str, Tensor]] = []
+        found: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        optimizer: dict[str, OptimizerState] = {name: {} for name in captured.optimizer if name in like}
+        saved += [(found[0], name, captured.parameters[name].to(p.dtype)) for name, p in like.items()]
+        saved += [(found[1], n, captured.buffers[n].to(b.dtype)) for n, b in buffers.items() if n in captured.buffers]
+        saved += [
+            (own, key, value.to(like[name].dtype))
+            for name, own in optimizer.items()
+            for key, value in captured.optimizer[name].items()
+            if key != "step" and value.shape == like[name].shape
+        ]
+        for (own, name, _), tensor in zip(saved, on_device([t for *_, t in saved], task.device), strict=True):
+            own[name] = tensor
+        counts = {name: int(values["step"]) for name, values in captured.optimizer.items() if "step" in values}
+        return cls(*found, optimizer, counts)
 
     def put_into(self, task: Task) -> None:
         """Loads the state into the module; its buffers are copies, which a forward pass may write into."""

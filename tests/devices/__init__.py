@@ -148,6 +148,11 @@ class Counts:
     pinned: int = 0
 
     @property
+    def pageable(self):
+        """Copies to the device before which the host waits for it."""
+        return self.to_device - self.pinned
+
+    @property
     def waits(self):
         """How often the host waited for the device's results."""
         return self.synchronisations + self.to_host

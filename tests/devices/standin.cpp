@@ -236,6 +236,18 @@ const std::set<std::string> kWaits = {
     "aten::unique_consecutive", "aten::unique_dim_consecutive", "aten::bincount", "aten::repeat_interleave",
     "aten::_linalg_eigh", "aten::linalg_eig", "aten::_linalg_svd", "aten::cholesky", "aten::linalg_lstsq"};
 
+// Operations that CUDA refuses where only deterministic ones are allowed; the second some versions of it, with fractions.
+const std::set<std::string> kNondeterministic = {"aten::put_", "aten::cumsum", "aten::kthvalue", "aten::histc",
+                                                 "aten::nll_loss2d_forward", "aten::median"};
+
+void refuse_nondeterministic(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
+  const std::string& name = op.schema().name();
+  const c10::IValue& first = stack[stack.size() - op.schema().arguments().size()];
+  bool exact = name == "aten::cumsum" && first.isTensor() && !first.toTensor().is_floating_point();
+  bool whole = name == "aten::median" && op.schema().overload_name().empty();
+  if (kNondeterministic.count(name) && !exact && !whole) at::globalContext().alertNotDeterministic(name);
+}
+
 // Operations that Apple's MPS, which has no float64 either, does not have.
 const std::set<std::string> kLacking = {
     "aten::_linalg_eigh", "aten::linalg_eig", "aten::_linalg_svd", "aten::linalg_qr", "aten::linalg_lstsq",
@@ -294,8 +306,10 @@ void on_cpu_kernels(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   bool lacking = !has_float64 && !arguments.devices.empty() && kLacking.count(arguments.name);
   TORCH_CHECK_NOT_IMPLEMENTED(!lacking, "The operator '", arguments.name,
                               "' is not currently implemented for the standin device.");
+  refuse_nondeterministic(op, *stack);
   count(OPERATORS);
-  if (kWaits.count(arguments.name)) count(SYNCHRONISATIONS);
+  bool size_is_given = arguments.name == "aten::repeat_interleave" && !stack->back().isNone();
+  if (kWaits.count(arguments.name) && !size_is_given) count(SYNCHRONISATIONS);
   int index = arguments.devices.empty() ? current : *arguments.devices.begin();
   c10::DeviceGuard guard(at::Device(kDevice, index));
   Inside inside;

@@ -6,7 +6,8 @@ import torch
 import devices
 from devices.fits_on import Net, data, fitted, trainer
 from lightning_influence import Attributor, TracInCP
-from lightning_influence.devices import Readings, on_host, read_numbers
+from lightning_influence.devices import Readings, on_device, on_host, read_numbers
+from lightning_influence.numerics.dense import eigenpairs
 
 pytestmark = [pytest.mark.device, pytest.mark.filterwarnings("ignore")]
 HERE = devices.HERE
@@ -23,6 +24,19 @@ def test_tensors_of_all_types_come_in_one_copy_as_they_are():
     for one, other in zip(found, tensors, strict=True):
         assert one.is_cpu
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_tensors_of_all_types_reach_a_device_in_one_copy_as_they_are():
+    kinds = [torch.bool, torch.int16, torch.bfloat16, torch.float32, torch.int64]
+    tensors = [torch.tensor([[1, 0, 3], [0, 5, 6]]).to(kind).T for kind in kinds] + [torch.tensor(2.5)]
+    with devices.counted() as counts:
+        found = on_device(tensors, torch.device(HERE))
+    assert (counts.to_device, counts.pageable) == (1, 0)
+    for one, other in zip(found, tensors, strict=True):
+        assert one.stride() == other.stride()
+        assert one.untyped_storage().nbytes() == other.nbytes  # none keeps the others in memory
+        assert str(one.device) == HERE
+        assert torch.equal(one.cpu(), other)
 
 
 def test_large_tensors_are_copied_alone_and_those_of_the_cpu_not_at_all():
@@ -44,6 +58,24 @@ def test_what_waits_is_read_with_what_is_needed_first():
         assert first() == [1, 1]
         assert second().tolist() == [0]
     assert counts.waits == 1
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("cusolver error: CUSOLVER_STATUS_INVALID_VALUE"), torch.OutOfMemoryError]
+)
+def test_a_solver_that_fails_on_the_device_is_replaced_by_that_of_the_cpu(monkeypatch, error):
+    eigh, matrix = torch.linalg.eigh, torch.randn(600, 600, generator=torch.Generator().manual_seed(0)).double()
+
+    def fails(matrix):
+        if not matrix.is_cpu:
+            raise error
+        return eigh(matrix)
+
+    matrix = matrix + matrix.T
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    values, vectors = eigenpairs(matrix.to(HERE))
+    assert str(values.device) == HERE
+    torch.testing.assert_close((vectors * values @ vectors.T).cpu(), matrix)
 
 
 class WritesSilently(Net):

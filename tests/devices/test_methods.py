@@ -61,6 +61,14 @@ TRACKED = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _deterministic_operations_only():
+    """As users may demand; a GPU would also want cuBLAS set up for it."""
+    torch.use_deterministic_algorithms(devices.IS_STANDIN)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def asked(module, train, influence, method, device, folder, precision=None):
     refit = Refit(dirpath=folder) if isinstance(method, (LeaveOneOut, Downsampling)) else None
     about = {"trainer": trainer(device), "refit": refit, "batch_size": 5, "precision": precision}

@@ -4,11 +4,24 @@ import warnings
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import devices
 from devices.fits_on import Net, data, fitted, trainer
-from lightning_influence import EKFAC, Attributor, ExactGGN, GradientDot, HyDRA, Influence, InfluenceFunction, TracInCP
+from lightning_influence import (
+    EKFAC,
+    Attributor,
+    ExactGGN,
+    GradientDot,
+    HyDRA,
+    Influence,
+    InfluenceFunction,
+    KNNShapley,
+    LeaveOneOut,
+    Refit,
+    RepresenterPoints,
+    TracInCP,
+)
 from lightning_influence.timing import timed
 
 pytestmark = [pytest.mark.device, pytest.mark.filterwarnings("ignore")]
@@ -38,6 +51,52 @@ def test_a_module_is_scored_where_it_is(place):
     module = Watched().to(place)
     assert seen_by(module) == {place}
     assert {str(p.device) for p in module.parameters()} == {place}
+
+
+class MakesTensors(Net):
+    """Makes tensors where and in the type that it says it is."""
+
+    def training_step(self, batch, batch_idx):
+        zeros = torch.zeros_like(batch[0], device=self.device, dtype=self.dtype)
+        assert zeros.dtype is next(self.parameters()).dtype
+        return super().training_step((batch[0] + zeros, batch[1]), batch_idx)
+
+
+@pytest.mark.parametrize("precision", [None, "32-true", "bf16-true"])
+def test_a_module_says_where_and_in_which_type_it_is_scored(precision):
+    module = MakesTensors().double()
+    ask = Attributor(module, data(6, 1, torch.float64), trainer=trainer(HERE), precision=precision)
+    assert ask.score(GradientDot(), data(2, 2, torch.float64)).values.any()
+    assert (str(module.device), module.dtype) == ("cpu", torch.float64)
+
+
+def on_device(dataset):
+    return TensorDataset(*[tensor.to(HERE) for tensor in dataset.tensors])
+
+
+@pytest.mark.parametrize("method", [TracInCP(), KNNShapley(), RepresenterPoints(), LeaveOneOut((0, 3))], ids=str)
+@pytest.mark.parametrize("moved", ["the dataset", "by the loader"])
+def test_data_may_be_on_the_device_already(method, moved, tmp_path):
+    train, queries = data(14, 1, torch.float64), data(3, 2, torch.float64)
+    there = moved == "the dataset"
+    collate = None if there else lambda items: [part.to(HERE) for part in default_collate(items)]
+    loader = DataLoader(on_device(train) if there else train, 4, collate_fn=collate)
+    module, found = MakesTensors().double(), []
+    influence = Influence(dirpath=tmp_path, log_scores=False)
+    trainer(HERE, callbacks=[influence]).fit(module, loader)
+    for n, (data_, asked, where) in enumerate(((loader, on_device(queries), HERE), (train, queries, "cpu"))):
+        about = {"trainer": trainer(where), "refit": Refit(dirpath=tmp_path / str(n))}
+        found.append(Attributor(module, data_, influence.trajectory, **about).score(method, asked).values)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+def test_ids_may_be_on_the_device():
+    module, train = Net(), data(6, 1, torch.float32)
+    scores = Attributor(module, train).score(GradientDot(), data(2, 2, torch.float32))
+    ids = torch.tensor([1, 4])
+    assert torch.equal(scores.group(ids.to(HERE)), scores.group(ids))
+    assert torch.equal(scores.proponents(2, query=ids[0].to(HERE)).ids, scores.proponents(2, query=1).ids)
+    assert LeaveOneOut(ids.to(HERE)).examples == (1, 4)
 
 
 @two_devices
