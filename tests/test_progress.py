@@ -1,6 +1,8 @@
 """What long calls show while they run: every step of the work is counted to its end; Ctrl-C leaves nothing changed."""
 
 import contextlib
+import re
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -112,6 +114,18 @@ def test_what_is_prepared_before_the_first_piece_is_not_taken_for_its_pace(monke
         "SOURCE: 256 of 40,000 examples",
         "SOURCE: 10,256 of 40,000 examples, about 92 s left",
     ]
+
+
+def test_work_without_pieces_is_told_once_it_takes_long(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_FIRST", 0.01)
+    told = threading.Event()
+    monkeypatch.setattr(progress, "print", lambda *words, **_: (print(*words), told.set()), raising=False)
+    with progress.telling(None, "X: checking"):
+        assert told.wait(10)
+    assert re.fullmatch(r"X: checking \(\d+ s so far\)\n", capsys.readouterr().out)
+    trainer = SimpleNamespace(progress_bar_callback=None, is_global_zero=True, state=SimpleNamespace(status="running"))
+    with progress.telling(trainer, "X"):
+        assert not any(thread.name.endswith("(tell)") for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("call", [1, 4, 9, 14])
