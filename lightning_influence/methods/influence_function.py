@@ -237,9 +237,9 @@ class _Inverse:
         self.setting.diagnostic("leverage", sample.leverage)
         if sample.leverage > _MEMORISED:
             return (
-                f"the fit has memorised training examples (leverage {sample.leverage:.2f} in a sample, weighted with "
-                "self-influence), of which gradients at the final weights tell the order, but not how much leaving "
-                "them out would change. `LeaveOneOut()` measures that"
+                f"the fit has memorised training examples (in a sample, they decide {sample.leverage:.0%} of their own "
+                "predictions, which is their leverage), of which gradients at the final weights tell the order, but not "
+                "how much leaving them out would change. `LeaveOneOut()` measures that"
             )
         if not 1 / _INFLATED <= sample.inflation <= _INFLATED:
             return (
