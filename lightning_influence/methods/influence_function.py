@@ -238,7 +238,7 @@ class _Inverse:
         if sample.leverage > _MEMORISED:
             return (
                 f"the fit has memorised training examples (in a sample, they decide {sample.leverage:.0%} of their own "
-                "predictions, which is their leverage), of which gradients at the final weights tell the order, but not "
+                "predictions, which is their leverage): gradients at the final weights tell the order of these, not "
                 "how much leaving them out would change. `LeaveOneOut()` measures that"
             )
         if not 1 / _INFLATED <= sample.inflation <= _INFLATED:
