@@ -22,6 +22,8 @@ from lightning_influence import (
     HyDRA,
     InfluenceFunction,
     KNNShapley,
+    LeaveOneOut,
+    Refit,
     RepresenterPoints,
     TracIn,
     TracInCP,
@@ -90,6 +92,22 @@ def test_refits_and_losses_are_counted_to_the_end(tmp_path, shown):
     fit.attributor().losses()
     assert {"HyDRA", "HyDRA: refits", "labels: loss"} == shown.keys()
     assert all(done == total > 0 for total, done in shown.values()), shown
+
+
+def test_models_that_are_trained_side_by_side_are_counted_while_they_are(tmp_path, monkeypatch):
+    seen = []
+
+    @contextlib.contextmanager
+    def counting(trainer, total, label, unit="example"):
+        yield lambda done: seen.append((label, done, total))
+
+    monkeypatch.setattr("lightning_influence.refit.models.progress", counting)
+    fit = fitted(tmp_path)
+    fit.attributor(refit=Refit()).score(LeaveOneOut(), fit.queries)
+    for label in ("retraining", "queries under retrained models"):
+        counts = [done for of, done, _ in seen if of == label]
+        assert sum(counts) == {total for of, _, total in seen if of == label}.pop()
+        assert len([count for count in counts if count]) > 3
 
 
 def test_a_log_gets_a_line_soon_and_then_every_half_minute(monkeypatch, capsys):

@@ -148,8 +148,8 @@ def test_models_that_diverge_are_named(tmp_path):
     way = asker.refit.models.backend
     from lightning_influence.refit import fixed
 
-    def broken(replay, weights, renormalize):
-        found = run_many(replay, weights, renormalize)
+    def broken(replay, weights, renormalize, done):
+        found = run_many(replay, weights, renormalize, done)
         found["net.0.bias"][0] = torch.nan
         return found
 
