@@ -1,8 +1,11 @@
-"""Attributes that people look for in the wrong place, or know from other libraries: where they are here."""
+"""Attributes and arguments that people look for in the wrong place or know from other libraries: what they are here."""
 
 import difflib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 _TABLE = "`to_pandas()`"
 _ITSELF = "these are single numbers of training examples, see `influence.scores[name]` for queries"
@@ -82,8 +85,117 @@ ELSEWHERE: dict[str, Mapping[str, str]] = {
 """By the name of a class: what is looked for in it, and what to use."""
 
 
-class Hinted:
-    """A base of public classes whose error about a missing attribute says where to look."""
+_DATA = ("train", "queries", "data")
+_QUERIES, _IDS = ("queries", "query", "data"), ("ids", "query", "examples")
+_PATH, _ITERATIONS = ("path", "dirpath"), ("max_iterations", "depth", "steps")
+_COUNT = ("k", "top_k", "n_models", "n_subsets", "n_seeds")
+OTHER_WORDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("k", "n", "topk", "top_k", "count", "limit", "number"), _COUNT),
+    **dict.fromkeys(("model", "net", "network", "lightning_module", "pl_module"), ("module", "make_module")),
+    **dict.fromkeys(("dataset", "dataloader", "loader", "dataloaders"), _DATA),
+    **dict.fromkeys(("train_data", "train_loader", "train_set", "training_data", "x_train"), _DATA[:1]),
+    **dict.fromkeys(("test", "val", "test_dataset", "test_data", "val_dataset", "x_test", "targets"), _QUERIES),
+    **dict.fromkeys(("id", "idx", "index", "indices", "sample", "example", "train_id", "query_id"), _IDS),
+    **dict.fromkeys(("file", "filename", "output", "out", "folder", "root", "save_dir", "directory"), _PATH),
+    **dict.fromkeys(("ckpt", "ckpt_path", "ckpts", "run", "run_dir"), ("weights", "trajectory", "checkpoints")),
+    **dict.fromkeys(("criterion", "loss_fn", "objective"), ("loss", "measurement")),
+    **dict.fromkeys(("target_fn", "function", "metric"), ("measurement",)),
+    **dict.fromkeys(("device", "accelerator", "devices"), ("trainer",)),
+    "dtype": ("precision",),
+    "lr": ("learning_rates",),
+    **dict.fromkeys(("layers", "params", "param_names"), ("parameters",)),
+    **dict.fromkeys(("lambda_", "lam", "regularization", "regularisation", "l2"), ("damping", "weight_decay")),
+    **dict.fromkeys(("n_iter", "max_iter", "iterations", "num_iterations", "recursion_depth"), _ITERATIONS),
+    **dict.fromkeys(("hvp", "ihvp", "solver", "inverse", "hessian_method"), ("curvature",)),
+    **dict.fromkeys(("mean", "std", "transform", "denormalize", "unnormalize"), ("normalization",)),
+    **dict.fromkeys(("class_names", "classes", "names", "label_names"), ("labels",)),
+    **dict.fromkeys(("show", "draw", "to_image", "decode", "image"), ("render",)),
+    **dict.fromkeys(("features", "feature_names"), ("columns",)),
+    **dict.fromkeys(("num_models", "n_subsets", "num_subsets"), ("n_models", "n_subsets")),
+    **dict.fromkeys(("callback", "estimator", "name", "algorithm"), ("method", "methods")),
+    **dict.fromkeys(("logger", "trainer"), ("loggers",)),
+    **dict.fromkeys(("max_seconds", "budget", "max_time", "time_limit"), ("max_cost",)),
+}
+"""By an argument's name elsewhere: those that it may have here, of which a function has at most a few."""
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    """Which of the known arguments was probably meant, or all of them, in a sentence."""
+    known = list(known)
+    other = [word for word in OTHER_WORDS.get(name.lower(), ()) if word in known]
+    close = other or difflib.get_close_matches(name.lower(), known, n=1)
+    if close:
+        return f"Did you mean `{close[0]}`?"
+    return f"It takes {', '.join(f'`{word}`' for word in known)}." if known else "It takes none."
+
+
+def _wrong(function: Callable[..., Any], called: str, arguments: tuple[Any, ...], keywords: Any) -> TypeError | None:
+    """The error about a keyword that a function does not take, or has already, with what was probably meant.
+
+    Args:
+        function: with ``self`` as its first argument, if it is a method.
+        called: its name for a user.
+        arguments: by position.
+        keywords: by name.
+    """
+    parameters = inspect.signature(function).parameters
+    names = [name for name, one in parameters.items() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    by_position = names[: len(arguments)]
+    public = [name for name in names if name not in ("self", "cls") and name[:1] != "_"]
+    for name in keywords:
+        if name in by_position:
+            return TypeError(
+                f"Expected `{name}` of `{called}` once, got it by position and by name. Its arguments are, in this "
+                f"order, {', '.join(f'`{word}`' for word in public)}."
+            )
+        if name not in names and all(one.kind is not one.VAR_KEYWORD for one in parameters.values()):
+            return TypeError(f"Expected an argument of `{called}`, got `{name}`. {_meant(name, public)}")
+    return None
+
+
+def hinted(function: F) -> F:
+    """Decorate a public function, so that its error about a keyword says what was probably meant."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        try:
+            return function(*arguments, **keywords)
+        except TypeError:
+            wrong = _wrong(function, function.__qualname__.removesuffix(".__new__"), arguments, keywords)
+            if wrong is None:
+                raise
+        raise wrong
+
+    return call  # type: ignore[return-value]
+
+
+class HintedArguments:
+    """A base of public classes whose constructors' errors about a keyword say what was probably meant."""
+
+    if not TYPE_CHECKING:  # a type checker that saw it would accept any arguments
+
+        def __new__(cls, *arguments: Any, **keywords: Any) -> Any:
+            """Raises TypeError for keywords that ``__init__`` does not take."""
+            made = super().__new__(cls)
+            if keywords and (wrong := _wrong(cls.__init__, cls.__name__, (made, *arguments), keywords)) is not None:
+                raise wrong
+            return made
+
+
+class Hinted(HintedArguments):
+    """A base of public classes whose errors about a missing attribute or a wrong keyword say what to use."""
+
+    def __init_subclass__(cls) -> None:
+        """Public methods of its own are ``hinted``; not those that another base, such as Lightning's, has."""
+        super().__init_subclass__()
+        for name, one in list(vars(cls).items()):
+            function = one.__func__ if isinstance(one, classmethod) else one
+            if name[:1] == "_" or not isinstance(function, FunctionType) or hasattr(super(cls, cls), name):
+                continue
+            setattr(cls, name, classmethod(hinted(function)) if isinstance(one, classmethod) else hinted(function))
 
     if not TYPE_CHECKING:  # a type checker that saw it would accept any attribute
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -30,8 +31,7 @@ def progress(trainer: Any, total: int, label: str, unit: str = "example") -> Ite
     """
     bar = None if trainer is None else trainer.progress_bar_callback
     if trainer is not None and (bar is None or not bar.is_enabled or not trainer.is_global_zero):
-        silent = not trainer.is_global_zero or trainer.state.status == "running"
-        yield (lambda done: None) if silent else _Lines(total, label, unit)
+        yield (lambda done: None) if _silent(trainer) else _Lines(total, label, unit)
         return
     rich = getattr(bar, "progress", None)
     if rich is not None and hasattr(rich, "add_task") and getattr(rich, "live", None) and rich.live.is_started:
@@ -47,6 +47,38 @@ def progress(trainer: Any, total: int, label: str, unit: str = "example") -> Ite
         return
     with tqdm(total=total, desc=label, unit=unit, leave=False) as shown:
         yield shown.update
+
+
+@contextlib.contextmanager
+def telling(trainer: Any, what: str) -> Iterator[None]:
+    """Writes lines on work that has no pieces to count: first after five seconds, then every half minute.
+
+    They go to stderr, also beside a progress bar; nothing is shown during a fit whose Trainer shows no progress bar.
+    """
+    ended, began = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        wait = _FIRST
+        while not ended.wait(wait):
+            print(f"{what} ({time.monotonic() - began:,.0f} s so far)", file=sys.stderr, flush=True)
+            wait = _EVERY
+
+    thread = None if trainer is not None and _silent(trainer) else threading.Thread(target=tell, daemon=True)
+    if thread is not None:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if thread is not None:
+            thread.join()
+
+
+def _silent(trainer: Any) -> bool:
+    """Whether nothing is shown: in other processes than the first, and while a Trainer without a progress bar runs."""
+    bar = trainer.progress_bar_callback
+    hidden = bar is None or not bar.is_enabled
+    return not trainer.is_global_zero or (hidden and trainer.state.status == "running")
 
 
 @contextlib.contextmanager

@@ -21,7 +21,9 @@ from lightning_influence import (
     TracInCP,
     Trajectory,
 )
+from lightning_influence.gradients.transforms import scale
 from lightning_influence.methods import method
+from lightning_influence.scores.words import news
 from lightning_influence.setting import setting as questions
 from lightning_influence.setting.setting import Setting
 
@@ -388,6 +390,18 @@ def test_bad_questions_are_refused(arguments, error, text):
 def test_self_influence_that_would_be_constant_is_refused():
     with pytest.raises(ValueError, match=r"Expected `normalize=None` for self-influence, got 'cosine'"):
         Attributor(Net(), TRAIN).self_influence(GradientDot(normalize="cosine"))
+
+
+@pytest.mark.parametrize("normalize", ["cosine", "layerwise"])
+def test_the_scale_of_cosines_is_told(normalize):
+    (note,) = (
+        note for note in Attributor(Net(), TRAIN).score(GradientDot(normalize), QUERIES).notes if "from -1" in note
+    )
+    assert note.startswith("Scores are ")
+    assert "to 1" in note
+    assert note.endswith("; the size of a gradient does not count.")
+    assert not news([note])  # which is so of every such question
+    assert "learning rates as weights" in scale(normalize, weighted=True)
 
 
 def test_a_method_without_self_influence_says_which_has():

@@ -212,7 +212,7 @@ def test_a_refusal_names_the_parameters_that_make_it_dear():
 
 
 def test_a_warning_on_images_is_given_once_whatever_their_ranges():
-    end = EndOfFit(*[None] * 4, Summary(Path("run-0"), 1.0), None, None)
+    end = EndOfFit(*[None] * 4, Summary(Path("run-0"), 0.0), None, None)
 
     def shows(low):
         with end._told_once():
@@ -229,7 +229,26 @@ def test_a_warning_on_images_is_given_once_whatever_their_ranges():
 def test_messages_say_whether_scores_or_self_influence_are_meant():
     assert meant("HyDRA", True) == "HyDRA's self-influence"
     assert meant("`HyDRA`", False) == "`HyDRA`'s scores"
-    assert meant("`labels`", True) == "`labels`"
+    assert meant("`labels`", True, "was", "were") == "`labels` was"
+    assert meant("scores", False, "was", "were") == "scores's scores were"
+    assert meant("my_scores", True, "was", "were") == "my_scores's self-influence was"
+
+
+def test_every_second_since_training_ended_is_in_the_block_where_it_matters(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("lightning_influence.callback.summary.time.perf_counter", lambda: now[0])
+    scores = Scores(torch.ones(1, 2), None, torch.arange(2), torch.arange(1), method="m")
+    summary = Summary(tmp_path, 100.0, 5.0)
+    summary.add("m", scores, 1.0, 3.0)
+    for part, seconds in {"checks": 3, "scores": 3, "saving": 0.2, "logging": 4}.items():
+        with summary.spending(part):
+            now[0] += seconds
+    assert "computed in 3.0 s (0.6 times the fit's 5.0 s)" in str(summary)
+    assert "\n  10 s since training ended: checks 3 s, scores 3 s, logging 4 s\n" in str(summary)
+    now[0] += 7  # unknown to us
+    assert "17 s since training ended: checks 3 s, scores 3 s, logging 4 s, other 7 s" in str(summary)
+    summary.began = 114.5
+    assert "since training" not in str(summary)
 
 
 def test_self_influence_is_offered_again_where_that_was_refused(tmp_path):
@@ -285,7 +304,7 @@ def test_only_news_among_the_notes_are_told_and_a_single_one_in_full(tmp_path, p
     assert influence.scores["GradientDot"].notes
     assert "note on" not in printed[-1]
     assert "with 1 note" not in printed[-1]
-    summary = Summary(tmp_path, 1.0)
+    summary = Summary(tmp_path, 0.0, 1.0)
     scores = influence.scores["GradientDot"]
     scores.notes = (*scores.notes, "Something to know.")
     summary.add("GradientDot", scores, 1.0, 1.0)
@@ -419,7 +438,7 @@ def test_a_stream_is_not_continued_by_lines_that_would_be_refused(tmp_path, samp
     trainer.train_dataloader, trainer.strategy = DataLoader(Stream()), pl.Trainer(**QUIET).strategy
     refused = mock.Mock(side_effect=TypeError("no examples by index"))
     with pytest.warns(UserWarning, match="Scores were not computed") as caught:
-        score_at_end(plan, trainer, tmp_path, refused, Results(), Results())
+        score_at_end(plan, trainer, tmp_path, refused, Results(), Results(), 0.0)
     text = str(caught[0].message)
     assert ("To continue" in text) == (sample_id is not None) == (", lookup=lookup)" in text)
     assert ("`Influence(sample_id=, lookup=)`" in text) == (sample_id is None)

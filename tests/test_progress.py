@@ -1,6 +1,8 @@
 """What long calls show while they run: every step of the work is counted to its end; Ctrl-C leaves nothing changed."""
 
 import contextlib
+import re
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,8 @@ from lightning_influence import (
     HyDRA,
     InfluenceFunction,
     KNNShapley,
+    LeaveOneOut,
+    Refit,
     RepresenterPoints,
     TracIn,
     TracInCP,
@@ -90,6 +94,22 @@ def test_refits_and_losses_are_counted_to_the_end(tmp_path, shown):
     assert all(done == total > 0 for total, done in shown.values()), shown
 
 
+def test_models_that_are_trained_side_by_side_are_counted_while_they_are(tmp_path, monkeypatch):
+    seen = []
+
+    @contextlib.contextmanager
+    def counting(trainer, total, label, unit="example"):
+        yield lambda done: seen.append((label, done, total))
+
+    monkeypatch.setattr("lightning_influence.refit.models.progress", counting)
+    fit = fitted(tmp_path)
+    fit.attributor(refit=Refit()).score(LeaveOneOut(), fit.queries)
+    for label in ("retraining", "queries under retrained models"):
+        counts = [done for of, done, _ in seen if of == label]
+        assert sum(counts) == {total for of, _, total in seen if of == label}.pop()
+        assert len([count for count in counts if count]) > 3
+
+
 def test_a_log_gets_a_line_soon_and_then_every_half_minute(monkeypatch, capsys):
     now = iter([0.0, 4.0, 6.0, 35.0, 48.0])
     monkeypatch.setattr("lightning_influence.progress.time.monotonic", lambda: next(now))
@@ -112,6 +132,18 @@ def test_what_is_prepared_before_the_first_piece_is_not_taken_for_its_pace(monke
         "SOURCE: 256 of 40,000 examples",
         "SOURCE: 10,256 of 40,000 examples, about 92 s left",
     ]
+
+
+def test_work_without_pieces_is_told_once_it_takes_long(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_FIRST", 0.01)
+    told = threading.Event()
+    monkeypatch.setattr(progress, "print", lambda *words, **_: (print(*words), told.set()), raising=False)
+    with progress.telling(None, "X: checking"):
+        assert told.wait(10)
+    assert re.fullmatch(r"X: checking \(\d+ s so far\)\n", capsys.readouterr().out)
+    trainer = SimpleNamespace(progress_bar_callback=None, is_global_zero=True, state=SimpleNamespace(status="running"))
+    with progress.telling(trainer, "X"):
+        assert not any(thread.name.endswith("(tell)") for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("call", [1, 4, 9, 14])

@@ -30,6 +30,7 @@ from lightning_influence.methods.retraining import Estimate, Retraining
 from lightning_influence.module.layers import make_layers
 from lightning_influence.module.task import Loss, unwrapped
 from lightning_influence.processes import Processes, processes_of
+from lightning_influence.progress import telling
 from lightning_influence.refit import Refit
 from lightning_influence.scores import Scores, SelfScores
 from lightning_influence.setting.session import Session
@@ -281,7 +282,8 @@ class Attributor(Hinted):
             n = 1 if setting.queries is None else len(setting.queries)
             fraction = share_of(method, setting, n).fraction
             alone = setting.processes = Processes()  # each times its own pieces
-            cost = in_memory(lambda: method.cost(setting, setting.queries), setting, alone)
+            with telling(self.trainer, f"{method.name}: estimating how long it will take"):
+                cost = in_memory(lambda: method.cost(setting, setting.queries), setting, alone)
         with contextlib.ExitStack() as again:  # the first time also looks at the loss and the gradients, only once
             opening = seconds_of(lambda: again.enter_context(self._open(method, source, aggregate=aggregate)))
         return cost.of_share(fraction, Work("opening", 1, opening))

@@ -11,6 +11,7 @@ from lightning_influence.methods.method import Evidence, Method
 from lightning_influence.module.precision import full_products
 from lightning_influence.module.task import Loss
 from lightning_influence.processes import Processes
+from lightning_influence.progress import telling
 from lightning_influence.refit import Refit
 from lightning_influence.setting.session import Session
 from lightning_influence.setting.setting import Setting
@@ -41,7 +42,9 @@ def opened(
     """
     # Rounding to TF32 is multiplied where equations are solved.
     products = full_products() if hasattr(method, "curvature") else contextlib.nullcontext()
-    with products, session.open(queries, measurement, mean, not isinstance(method, ForwardOnly)) as setting:
+    with products, contextlib.ExitStack() as stack:
+        with telling(session.trainer, f"{method.name}: checking the data, the module and its gradients"):
+            setting = stack.enter_context(session.open(queries, measurement, mean, not isinstance(method, ForwardOnly)))
         if refit is not None and method.needs & Evidence.REFIT:
             setting.models = refit.models
         if refit is not None and queries is not None:

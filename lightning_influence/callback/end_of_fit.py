@@ -24,6 +24,7 @@ from lightning_influence.loggers import listening
 from lightning_influence.methods.method import Method
 from lightning_influence.methods.plain_loss import LABELS, PlainLoss
 from lightning_influence.processes import processes_of
+from lightning_influence.progress import telling
 from lightning_influence.scores import Scores, SelfScores
 
 _Work = Callable[[str, Method], Scores | SelfScores]
@@ -32,11 +33,10 @@ _SHOWN = ("render", "labels", "columns", "normalization")
 _WORTH_ANNOUNCING = 5.0  # seconds
 
 
-def meant(name: str, itself: bool) -> str:
-    """A method's scores or its self-influence, in words; the list of labels by its name."""
-    if name.strip("`") == LABELS:
-        return name
-    return f"{name}'s {'self-influence' if itself else 'scores'}"
+def meant(name: str, itself: bool, one: str = "", several: str = "") -> str:
+    """A method's scores (several) or its self-influence (one) in words, then that form of a verb; labels by name."""
+    what = f"{name}'s self-influence" if itself else f"{name}'s scores"
+    return f"{name if name.strip('`') == LABELS else what} {one if itself else several}".rstrip()
 
 
 def did_not_finish(error: BaseException, run_dir: Path, plan: ScoringPlan, trainer: Any) -> str:
@@ -52,13 +52,19 @@ def score_at_end(
     open_attributor: Callable[[], Attributor],
     scores: Results,
     self_scores: Results,
+    began: float,
 ) -> None:
-    """Run the methods on what was recorded in `run_dir`, in all processes of the Trainer together; see `EndOfFit`."""
-    summary = None
+    """Run the methods on what was recorded in `run_dir`, in all processes of the Trainer together; see `EndOfFit`.
+
+    Training had ended when ``time.perf_counter`` was at `began`.
+    """
+    summary = Summary(run_dir, began)
+    summary.spent["recording"] = time.perf_counter() - began
     try:
         with processes_of(trainer).together():  # so that an interrupt between two questions reaches all as well
-            attributor = open_attributor()
-            summary = Summary(run_dir, getattr(attributor.trajectory, "fit_seconds", None) or 0.0)
+            with summary.spending("checks"):
+                attributor = open_attributor()
+            summary.fit_seconds = getattr(attributor.trajectory, "fit_seconds", None) or 0.0
             EndOfFit(plan, trainer, attributor, run_dir, summary, scores, self_scores).run()
     except KeyboardInterrupt:
         _interrupted(plan, scores, self_scores, offline_lines(run_dir, plan, trainer))
@@ -70,8 +76,8 @@ def score_at_end(
         for results in (scores, self_scores):
             results.reasons |= {name: str(error) for name in set(plan.names) - results.keys()}
     finally:
-        if summary is not None and plan.verbose and str(summary):
-            rank_zero_info(str(summary))
+        if plan.verbose and (block := str(summary)):
+            rank_zero_info(block)
 
 
 def _interrupted(plan: ScoringPlan, scores: Results, self_scores: Results, lines: str) -> None:
@@ -140,8 +146,8 @@ class EndOfFit:
         except _TooExpensiveError as refusal:
             self.summary.lacks(meant(name, results is self.self_scores))
             results.reasons[name] = str(refusal)
-            what = meant(f"`{name}`", results is self.self_scores)
-            rank_zero_warn(f"{what} {'were' if what.endswith('scores') else 'was'} not started. {refusal}")
+            what = meant(f"`{name}`", results is self.self_scores, "was", "were")
+            rank_zero_warn(f"{what} not started. {refusal}")
         except KeyboardInterrupt as error:
             lines = self._lines(method, results is self.self_scores)
             results.reasons[name] = f"it was interrupted. The fit is complete. To continue:\n{lines}"
@@ -176,7 +182,7 @@ class EndOfFit:
     def _score(self, name: str, method: Method) -> Scores:
         queries = resolve_queries(self.plan.queries, self.trainer)
         score = partial(self.attributor.score, method, queries, top_k=self.plan.top_k)
-        scores = self._computed(name, method, self.attributor.cost(method, queries), score)
+        scores = self._computed(name, method, partial(self.attributor.cost, method, queries), score)
         self._save(name, scores)
         if self.plan.log_scores:
             train = getattr(self.trainer.train_dataloader, "dataset", None)
@@ -188,35 +194,47 @@ class EndOfFit:
         score = partial(self.attributor.self_influence, method)
         if isinstance(method, PlainLoss):
             score = partial(self.attributor.losses, checkpoints=method.checkpoints)
-        scores = self._computed(name, method, self.attributor.cost(method), score, itself=True)
+        scores = self._computed(name, method, partial(self.attributor.cost, method), score, itself=True)
         self._save(f"{name}.self", scores)
         if self.plan.log_scores:
             self._log(scores, name)
         return scores
 
     def _computed(
-        self, name: str, method: Method, estimated: float, compute: Callable[[], _Answer], itself: bool = False
+        self,
+        name: str,
+        method: Method,
+        estimate: Callable[[], float],
+        compute: Callable[[], _Answer],
+        itself: bool = False,
     ) -> _Answer:
         """Compute scores if they are worth their estimated time; solvers stop at `max_cost` with what they have found.
 
         Raises:
             _TooExpensiveError: it would take more than `max_cost` times the duration of the fit.
         """
+        spent, session = self.summary.spent, self.attributor._session
+        opened = session.opening_seconds
+        with self.summary.spending("estimates"):
+            estimated = estimate()
+        spent["checks"] += session.opening_seconds - opened
+        spent["estimates"] -= session.opening_seconds - opened
         estimated = self._afforded(name, method, estimated, itself)
-        self.attributor.limit_seconds = self.plan.limit(self.summary.fit_seconds)
-        began = time.perf_counter()
+        self.attributor.limit_seconds, before = self.plan.limit(self.summary.fit_seconds), spent["scores"]
         try:
-            scores = compute()
+            with self.summary.spending("scores"):
+                scores = compute()
         finally:
             self.attributor.limit_seconds = None
-        self.summary.add(name, scores, estimated, time.perf_counter() - began)
+        self.summary.add(name, scores, estimated, spent["scores"] - before)
         return scores
 
     def _save(self, name: str, scores: Scores | SelfScores) -> None:
         if not self.trainer.is_global_zero:
             return
         try:
-            self._write(name, scores)
+            with self._doing("album" if self.plan.album else "saving", f"saving {name}"):
+                self._write(name, scores)
             self.summary.saved = True
         except OSError as error:
             rank_zero_warn(
@@ -243,11 +261,17 @@ class EndOfFit:
         if not self.trainer.is_global_zero:
             return
         try:
-            with self._told_once():
+            with self._doing("logging", f"logging {name}"), self._told_once():
                 scores.log(self.trainer.loggers, step=self.trainer.global_step, name=name, **data, **shown)
             self.summary.loggers = tuple(type(logger).__name__ for logger in listening(self.trainer.loggers))
         except Exception as error:
             rank_zero_warn(f"`{name}` was scored and saved, but not logged: {type(error).__name__}: {error}")
+
+    @contextlib.contextmanager
+    def _doing(self, part: str, what: str) -> Iterator[None]:
+        """Counts the time of a part, and says what is done if it takes long."""
+        with self.summary.spending(part), telling(self.trainer, f"Influence: {what}"):
+            yield
 
     @contextlib.contextmanager
     def _told_once(self) -> Iterator[None]:
@@ -282,8 +306,7 @@ class EndOfFit:
         """The estimated time, the same in every process, which is announced where somebody would wait for it."""
         seconds = max(self.attributor.processes.gathered(seconds))
         if self.plan.verbose and seconds >= _WORTH_ANNOUNCING:
-            what = meant(name, itself)
-            rank_zero_info(f"Influence: {what} {'take' if what.endswith('scores') else 'takes'} about {seconds:.0f} s.")
+            rank_zero_info(f"Influence: {meant(name, itself, 'takes', 'take')} about {seconds:.0f} s.")
         fit = self.summary.fit_seconds
         if seconds > self.plan.limit(fit):
             why = slow_gradients(method, self.attributor._session.one_by_one)

@@ -1,5 +1,6 @@
 """`Influence`: the callback that users add to their Trainer."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from os import PathLike
@@ -273,14 +274,15 @@ class Influence(Guest):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Save the final checkpoint, then run the methods in all processes."""
         self._check_present()
-        processes = processes_of(trainer)
+        began, processes = time.perf_counter(), processes_of(trainer)
         with processes.together():  # after it, each can read what the others have recorded
             recorded = self._end_record(trainer, pl_module)
             everywhere = all(processes.gathered(recorded and self._last is None))
         if self._plan.names and processes.count > 1 and not everywhere:
             self.scores.why = self.self_scores.why = "the fit was not recorded in every process"
         elif recorded and self._plan.names and self.run_dir is not None:
-            score_at_end(self._plan, trainer, self.run_dir, lambda: self.attributor, self.scores, self.self_scores)
+            results = self.scores, self.self_scores
+            score_at_end(self._plan, trainer, self.run_dir, lambda: self.attributor, *results, began)
 
     def _end_record(self, trainer: Any, pl_module: Any) -> bool:
         """Complete the record; whether there is one in this process."""

@@ -1,5 +1,9 @@
 """The block of lines that `Influence` prints when it has scored a fit."""
 
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +13,8 @@ from lightning_influence.wording import counted
 
 Row = tuple[str, str, str, str]
 
+_WORTH_TELLING = 2.0  # seconds, of what was not computing scores
+
 
 @dataclass
 class Summary:
@@ -16,23 +22,46 @@ class Summary:
 
     Args:
         run_dir: folder of the fit; scores are saved in `scores/` inside it.
+        began: when training ended, by ``time.perf_counter``.
         fit_seconds: duration of the fit.
         loggers: names of the loggers that the scores were written to.
         saved: whether they were saved.
         told: category and text of the warnings so far.
+        spent: seconds by what they were spent on.
     """
 
     run_dir: Path
-    fit_seconds: float
+    began: float
+    fit_seconds: float = 0.0
     loggers: tuple[str, ...] = ()
     saved: bool = False
     told: set[tuple[type, str]] = field(default_factory=set)
+    spent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     _rows: list[Row] = field(default_factory=list)
     _notes: dict[str, list[str]] = field(default_factory=dict)
     _missing: dict[str, None] = field(default_factory=dict)
     _seconds: float = 0.0
     _train: int = 0
     _first: str | None = None
+
+    @contextlib.contextmanager
+    def spending(self, on: str) -> Iterator[None]:
+        """Counts the time of what is done inside."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[on] += time.perf_counter() - began
+
+    def _times(self) -> str:
+        """What the time since training ended was spent on, if more than the scores took long; otherwise empty."""
+        total = time.perf_counter() - self.began
+        if total - self.spent["scores"] < _WORTH_TELLING:
+            return ""
+        parts = {on: seconds for on, seconds in self.spent.items() if seconds >= 0.5}
+        parts["other"] = total - sum(parts.values())
+        shown = (f"{on} {seconds:.0f} s" for on, seconds in parts.items() if seconds >= 0.5)
+        return f"{total:.0f} s since training ended: {', '.join(shown)}"
 
     def add(self, name: str, scores: Scores | SelfScores, estimated: float, taken: float) -> None:
         """A method's scores, and its estimated and real duration in seconds."""
@@ -68,6 +97,7 @@ class Summary:
                 f"Influence of {counted(self._train, 'training example')}, computed in {self._seconds:.1f} s "
                 f"({share:.2g} times the fit's {self.fit_seconds:.1f} s):",
                 *rows,
+                *([times] if (times := self._times()) else []),
                 *(f"note on {', '.join(of)}: {note}" for note, of in self._notes.items()),
                 *([f"without {', '.join(self._missing)}: a warning says why"] if self._missing else []),
                 *([f"saved in {str(self.run_dir / 'scores')!r}"] if self.saved else []),

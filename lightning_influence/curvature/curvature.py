@@ -12,6 +12,7 @@ from lightning_influence.checks import check_at_least_0
 from lightning_influence.curvature.descent import Descent
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.queries import DenseQueries, EachQuery, QueryGradients
+from lightning_influence.hints import HintedArguments
 from lightning_influence.setting.setting import Setting
 from lightning_influence.timing import timed
 
@@ -35,7 +36,7 @@ class PreparedCurvature:
 
 
 @dataclass(frozen=True)
-class Curvature(ABC):
+class Curvature(HintedArguments, ABC):
     r"""The curvature C of the mean training loss :math:`\frac1n \sum_i \ell_i`, without weight decay, and its inverse.
 
     The fit's L2 weight decay and the damping are added to the diagonal of C. They are passed to ``solve``, per

@@ -36,9 +36,9 @@ def why_arbitrary(
     setting.diagnostic("leverage", sample.leverage)
     if sample.leverage > _MEMORISED:
         return (
-            f"the fit has memorised training examples (leverage {sample.leverage:.2f} in a sample, weighted with "
-            "self-influence), of which gradients at the final weights tell the order, but not how much leaving "
-            "them out would change. `LeaveOneOut()` measures that"
+            f"the fit has memorised training examples (in a sample, they decide {sample.leverage:.0%} of their own "
+            "predictions, which is their leverage): gradients at the final weights tell the order of these, not "
+            "how much leaving them out would change. `LeaveOneOut()` measures that"
         )
     if not 1 / _INFLATED <= sample.inflation <= _INFLATED:
         return (

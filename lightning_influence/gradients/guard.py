@@ -216,8 +216,11 @@ class Guard:
         """A sentence about the checks that were repeated; None if there were none."""
         if not self.repeated:
             return None
-        made = counted(self.made, "spot check")
-        return f"{self.repeated} of {made} failed by rounding errors: repeated in float64, they hold."
+        made = counted(self.made, "example")
+        return (
+            f"Gradients of {made} were compared with those of the example alone: {self.repeated} differed by rounding "
+            "errors, and agree in float64."
+        )
 
     def _check_now(
         self, engine: "Engine", block: Block, computed: "Computed", rows: Collection[int], unequal: Sequence[Tensor]

@@ -43,6 +43,18 @@ class ConstantSelfInfluenceError(ValueError):
     """All examples have the same self-influence, which therefore says nothing."""
 
 
+_SCALES = {
+    "cosine": "Scores are cosines of the angle between two gradients, from -1 (opposite) to 1 (the same direction)",
+    "layerwise": "Scores are sums over layers of the cosines between two gradients, each from -1 to 1",
+}
+
+
+def scale(normalize: str, weighted: bool) -> str:
+    """What scores of normalised gradients are; weighted ones are summed with learning rates as weights."""
+    summed = ", summed over training with the learning rates as weights" if weighted else ""
+    return f"{_SCALES[normalize]}{summed}; the size of a gradient does not count."
+
+
 def refuse_constant(normalize: str | None) -> None:
     """Raise ``ConstantSelfInfluenceError`` with ``normalize=``."""
     if normalize is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_influence.checks import check_examples, check_integer, check_positive, one_of
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.queries import QueryGradients
+from lightning_influence.hints import hinted
 from lightning_influence.methods.hydra_during_fit import HyDRADuringFit
 from lightning_influence.methods.kinds import WholeRun
 from lightning_influence.methods.method import Evidence
@@ -102,6 +103,7 @@ class HyDRA(WholeRun):
     checks: int = 4
     needs: ClassVar[Evidence] = Evidence.CHECKPOINTS | Evidence.BATCH_ORDER
 
+    @hinted
     def __new__(
         cls,
         mode: str = "replay",
@@ -139,6 +141,7 @@ class HyDRA(WholeRun):
         object.__setattr__(self, "examples", check_examples(self.examples))
 
     @classmethod
+    @hinted
     def during_fit(
         cls, hessian: bool = True, examples: Sequence[int] | None = None, memory: int = 2**30
     ) -> "HyDRADuringFit":

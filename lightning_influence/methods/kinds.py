@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_influence.checks import one_of
 from lightning_influence.gradients import Gradients
 from lightning_influence.gradients.queries import QueryGradients
-from lightning_influence.gradients.transforms import Transforms, check_projection, refuse_constant
-from lightning_influence.methods.method import TILE, Method, Tile
+from lightning_influence.gradients.transforms import Transforms, check_projection, refuse_constant, scale
+from lightning_influence.methods.method import TILE, Evidence, Method, Tile
 from lightning_influence.numerics.projections import RandomProjection
 from lightning_influence.setting.batch_index import visit_blocks, visits_per_example
 from lightning_influence.setting.samples import Samples, first_queries
@@ -208,6 +208,8 @@ class TransformedProduct(GradientProduct):
 
     def query_side(self, stage: Stage, queries: Queries) -> QueryGradients:
         """The transformed gradients of the queries."""
+        if self.normalize is not None:
+            stage.setting.note(scale(self.normalize, Evidence.CHECKPOINTS in self.needs))
         return self._transforms(stage)(stage.gradients(queries))
 
     def product(self, stage: Stage, query: QueryGradients, block: TrainBlock) -> Tensor:

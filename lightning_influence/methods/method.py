@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
+from lightning_influence.hints import HintedArguments
 from lightning_influence.setting.checkpoints import stage_positions
 from lightning_influence.setting.samples import Samples, first_queries
 from lightning_influence.setting.setting import Queries, Setting
@@ -83,7 +84,7 @@ _EARLIER = {
 }
 
 
-class Method(ABC):
+class Method(HintedArguments, ABC):
     """How influence is estimated. To write your own, subclass one of the kinds as a frozen dataclass.
 
     The kinds: ``GradientProduct`` (inner products of gradients at checkpoints), ``WholeRun`` (scores all training

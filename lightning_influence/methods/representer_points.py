@@ -195,8 +195,8 @@ class RepresenterPoints(ForwardOnly):
         how = f"solved in {counted(fit.iterations, 'Newton step')}" if self.refit else "as it was trained"
         setting.note(
             f"Head `{points.head.name}` {how}: gradient norm {fit.gradient_norm:.1e} with weight decay "
-            f"{self.weight_decay:g}; the sum over training examples misses a training example's pre-activations by at "
-            f"most {error:.1e}."
+            f"{self.weight_decay:g}; the sum over training examples gives its outputs for each of them to within "
+            f"{error:.1e}."
         )
         setting.diagnostic("head_gradient_norm", fit.gradient_norm)
         setting.diagnostic("reconstruction_error", error)
@@ -205,8 +205,8 @@ class RepresenterPoints(ForwardOnly):
             when, limit = ("at the limit of time ", "`Attributor.limit_seconds`, ") if setting.late else ("", "")
             setting.warn(
                 f"The head `{points.head.name}` stopped {when}after {counted(fit.iterations, 'Newton step')} at "
-                f"gradient norm {fit.gradient_norm:.1e}: the decomposition is not exact, by "
-                f"`diagnostics['reconstruction_error']`. Raise {limit}`max_iterations` or `weight_decay`{again}."
+                f"gradient norm {fit.gradient_norm:.1e}: its outputs are not quite sums over training examples, "
+                f"but to within {error:.1e}. Raise {limit}`max_iterations` or `weight_decay`{again}."
             )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_influence.checks import check_positive, one_of
 from lightning_influence.gradients.queries import EachQuery
-from lightning_influence.gradients.transforms import Transforms, check_projection, refuse_constant
+from lightning_influence.gradients.transforms import Transforms, check_projection, refuse_constant, scale
 from lightning_influence.methods.kinds import WholeRun
 from lightning_influence.methods.method import Evidence
 from lightning_influence.numerics.clipping import ByNorm
@@ -114,6 +114,8 @@ class TracIn(WholeRun):
 
         Per micro-batch, they are [query, example], or [example] with each example as its own query.
         """
+        if self.normalize is not None:
+            setting.note(scale(self.normalize, weighted=True))
         forward, transforms = replay.forward, setting.state(self, Transforms, self.normalize, self.projection)
         for replayed in replay.walk(replay.start(segment), steps, separate=True):
             replay.load(replayed.before, replayed.step)

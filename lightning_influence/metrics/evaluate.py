@@ -6,6 +6,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from lightning_influence.hints import hinted
 from lightning_influence.metrics.comparison import Comparison, Evaluation, compare
 from lightning_influence.metrics.leave_one_out import LeaveOneOutCorrelation
 from lightning_influence.metrics.linear_datamodeling import LinearDatamodelingScore
@@ -33,6 +34,7 @@ def evaluate(
 ) -> Comparison: ...
 
 
+@hinted
 def evaluate(
     scores: Scores | Mapping[str, Scores],
     bank: Bank,
@@ -85,6 +87,7 @@ def evaluate(
     return compare(found, predicted, observed, seed) if isinstance(scores, Mapping) else found[""]
 
 
+@hinted
 def subset_removal(scores: Scores, refit: Refit, k: int, queries: Any = None, n_seeds: int = 1) -> SubsetRemoval:
     """Leave out each query's k strongest proponents, retrain, and measure how much worse the query becomes.
 

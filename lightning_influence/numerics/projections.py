@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.checks import check_integer, one_of
+from lightning_influence.hints import HintedArguments
 
 
 class Sketch(ABC):
@@ -80,7 +81,7 @@ _DRAWS = {"gaussian": gaussian, "orthogonal": orthogonal}
 
 
 @dataclass(frozen=True)
-class RandomProjection:
+class RandomProjection(HintedArguments):
     """A random projection of each parameter's gradient to at most ``dim`` numbers.
 
     Inner products of projected gradients equal those of the gradients in expectation over the seed. With

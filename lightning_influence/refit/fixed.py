@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_influence.progress import telling
 from lightning_influence.refit.pool import Failure, Job
 from lightning_influence.refit.store import TrainedModel, digest_of
 from lightning_influence.replay.replay import Replay
@@ -55,7 +56,9 @@ class Fixed:
         state = self.trajectory.checkpoints[0].load()
         return {**state.parameters, **state.buffers}
 
-    def train_all(self, jobs: Sequence[Job], take: Callable[[Sequence[TrainedModel]], None]) -> list[Failure]:
+    def train_all(
+        self, jobs: Sequence[Job], take: Callable[[Sequence[TrainedModel]], None], done: Callable[[int], Any]
+    ) -> list[Failure]:
         """Trains models side by side, passes those of each call to ``take``, and returns the jobs that failed.
 
         Raises:
@@ -69,7 +72,7 @@ class Fixed:
                 part = jobs[first : first + self._count()]
                 start = time.perf_counter()
                 weights = torch.stack([membership for membership, _ in part]).double()
-                found = run_many(replay, weights, renormalize=self.removal == "renormalize")
+                found = run_many(replay, weights, self.removal == "renormalize", done)
                 self._each = each = (time.perf_counter() - start) / len(part)
                 models = [
                     TrainedModel(membership, seed, each, {name: value[row].cpu() for name, value in found.items()})
@@ -107,6 +110,7 @@ class Fixed:
             replay = Replay(setting.engine, setting.examples, self.trajectory)
             if self._seconds == 0:
                 start = time.perf_counter()
-                replay.run()  # unchanged: raises unless it ends at the captured weights
+                with telling(self.session.trainer, "retraining: repeating the fit as it was, to compare its weights"):
+                    replay.run()  # unchanged: raises unless it ends at the captured weights
                 self._seconds = time.perf_counter() - start
             yield replay

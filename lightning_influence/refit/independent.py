@@ -55,12 +55,19 @@ class Independent:
         """The weights of the untrained model of a seed."""
         return self.recipe.initial(seed)
 
-    def train_all(self, jobs: Sequence[Job], take: Callable[[Sequence[TrainedModel]], None]) -> list[Failure]:
+    def train_all(
+        self, jobs: Sequence[Job], take: Callable[[Sequence[TrainedModel]], None], done: Callable[[int], Any]
+    ) -> list[Failure]:
         """Trains models, passes each to ``take`` as it is finished, and returns the jobs that failed twice."""
+
+        def finished(model: TrainedModel) -> None:
+            take([model])
+            done(1)
+
         if not self._checked:
             self.recipe.check()
             self._checked = True
-        return train_all(self.recipe.train, jobs, self.n_jobs, lambda model: take([model]))
+        return train_all(self.recipe.train, jobs, self.n_jobs, finished)
 
     def seconds(self, jobs: Sequence[Job]) -> float:
         """Estimate the seconds of training models, by training one on two small parts of its data."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,8 +36,13 @@ class TrainingBackend(Protocol):
     def initial(self, seed: int) -> dict[str, Tensor]:
         """The weights of the untrained model of a seed."""
 
-    def train_all(self, jobs: Sequence[Job], take: Callable[[Sequence[TrainedModel]], None]) -> list[Failure]:
-        """Trains models, passes them to ``take`` as they are finished, and returns the jobs that failed for good."""
+    def train_all(
+        self, jobs: Sequence[Job], take: Callable[[Sequence[TrainedModel]], None], done: Callable[[int], Any]
+    ) -> list[Failure]:
+        """Trains models, passes them to ``take`` as they are finished, and returns the jobs that failed for good.
+
+        ``done`` is called with the number of models that were just finished, or were taken as far as so many are.
+        """
 
     def seconds(self, jobs: Sequence[Job]) -> float:
         """Estimate the seconds of training models, by parts of them."""
@@ -90,12 +95,7 @@ class Models:
                 return self._missing_classes(membership)
             own = jobs[self.processes.rank :: self.processes.count]
             with progress(self._trainer, len(own), "retraining", unit="model") as done:
-
-                def take(models: Sequence[TrainedModel]) -> None:
-                    self.store.add(models)
-                    done(len(models))
-
-                failures = self.backend.train_all(own, take) if own else []
+                failures = self.backend.train_all(own, self.store.add, done) if own else []
             failures = [failure for some in self.processes.gathered(failures) for failure in some]
         if len(failures) == len(jobs):
             raise RuntimeError(
@@ -117,7 +117,8 @@ class Models:
         trained = list(dict.fromkeys(key for key in keys if key in self.store))
         rows = {key: row for row, key in enumerate(trained)}
         own = self.processes.share(len(trained))
-        found = losses_under(self.store.weights(trained[own.start : own.stop]), queries)
+        with progress(self._trainer, len(own), "queries under retrained models", unit="model") as done:
+            found = losses_under(_ticking(self.store.weights(trained[own.start : own.stop]), done), queries)
         found = self._of_all(found, len(trained))
         missing = torch.full((1, len(queries)), torch.nan, dtype=torch.float64)
         every = torch.cat([found, missing])
@@ -175,6 +176,13 @@ def _labels(dataset: Any) -> Tensor | None:
         return None
     whole = labels.ndim == 1 and len(labels) == len(dataset) and not labels.is_floating_point()
     return labels if whole else None
+
+
+def _ticking(models: Iterable[dict[str, Tensor]], done: Callable[[int], Any]) -> Iterator[dict[str, Tensor]]:
+    """The models, of which each is counted once the next is asked for."""
+    for model in models:
+        yield model
+        done(1)
 
 
 def _fingerprint(train: Source) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_influence.checks import check_fraction, check_integer, one_of
 from lightning_influence.data.source import Source, source_of
+from lightning_influence.hints import Hinted
 from lightning_influence.module.task import Loss
 from lightning_influence.numerics import subsets
 from lightning_influence.processes import Processes
@@ -37,7 +38,7 @@ class Subject:
     processes: Processes
 
 
-class Refit:
+class Refit(Hinted):
     """How models are retrained, for methods that need it and for evaluating scores against the truth.
 
     Args:

@@ -1,4 +1,4 @@
-"""How far a replay is, and how far it strayed from the fit: what a user is shown of it."""
+"""How far a replay is, and by how much it misses the weights of the fit: what a user is shown of it."""
 
 from lightning_influence.replay.replay import Replay
 from lightning_influence.replay.steps import Step, examples_of
@@ -35,12 +35,13 @@ def note_drift(setting: Setting, replay: Replay) -> None:
     if (gap := replay.forward.attention) is not None:
         setting.diagnostic("attention_drift", gap)
         setting.note(
-            "Attention, which ran in a fused kernel, is replayed in the math kernel, which has second derivatives: "
+            "Attention, which ran in a fused kernel, is repeated in the math kernel, which has second derivatives: "
             f"gradients of one step differ by {gap:.1e} of their length."
         )
     if replay.beyond_rounding():
         worst = max(replay.drifts, key=lambda step: replay.drifts[step])
         setting.note(
-            f"The replay strayed from the captured weights by up to {replay.drift:.1e} (step {worst}) of the distance "
-            f"that they moved between checkpoints, which is more than rounding. {replay.cause()}"
+            "The training steps, repeated from the record, miss the weights of the fit by up to "
+            f"{replay.drift:.1e} (step {worst}) of the distance that those moved between checkpoints, which is more "
+            f"than rounding. {replay.cause()}"
         )

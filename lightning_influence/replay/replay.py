@@ -198,17 +198,17 @@ class Replay:
         self.drifts[found.end.step] = max(drift, self.drifts.get(found.end.step, 0.0))
         if not drift <= self.max_drift:
             raise DriftError(
-                f"Expected the replay to meet the captured weights of step {found.end.step} within "
-                f"{self.max_drift:g} of the distance that they moved since step {found.start.step}, got {drift:.2g}. "
-                f"{self.cause()} Scores from this replay would not be about the captured fit: fit again without what "
-                "cannot be repeated, or raise `max_drift`. `TracInCP()` repeats no step, but it is right only if data "
-                "and loss are those of the fit."
+                f"Expected training steps that are repeated from the record to end at the fit's weights of step "
+                f"{found.end.step}, within {self.max_drift:g} of the distance that those moved since step "
+                f"{found.start.step}, got {drift:.2g}. {self.cause()} Scores would not be about this fit: fit again "
+                "without what cannot be repeated, or raise `max_drift`. `TracInCP()` repeats no step, but it is right "
+                "only if data and loss are those of the fit."
             )
         if self.beyond_rounding() and (name := self._still(found, here)) is not None:
             raise DriftError(
                 f"Expected the loss to move the buffers that it reads as the fit did, got `{name}`, which only the fit "
-                f"moved (the replay strayed by {drift:.2g}). Move it in `training_step`, and leave `loss=` out or move "
-                "it there too; or use `TracInCP()`, which repeats no step."
+                f"moved (repeated steps miss its weights by {drift:.2g}). Move it in `training_step`, and leave "
+                "`loss=` out or move it there too; or use `TracInCP()`, which repeats no step."
             )
 
     def beyond_rounding(self) -> bool:

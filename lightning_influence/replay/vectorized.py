@@ -37,7 +37,7 @@ def run_many(
         replay: the fit.
         weights: [model, train], of the examples' losses: 1 as in the fit, 0 left out.
         renormalize: divide a micro-batch's loss by the sum of its weights in place of its size.
-        done: called with the number of models that were just finished.
+        done: called with the number of models that were just finished; side by side, with their share of the steps.
 
     Returns:
         [model, *shape] by the name of a parameter or buffer, on the module's device.
@@ -52,19 +52,25 @@ def run_many(
         )
     found: list[Weights] = []
     at_once = _models_at_once(replay)
-    first = 0
+    first = reported = 0
+
+    def told(models: int) -> None:
+        nonlocal reported
+        done(models - reported)
+        reported = models
+
     while first < len(weights):
-        part = weights[first : first + max(1, at_once)]
+        part, reported = weights[first : first + max(1, at_once)], 0
         try:
             if at_once == 0:
                 raise NotVectorisable("The forward pass draws random numbers for a batch as a whole.")
-            found.append(_vectorised(replay, part, renormalize))
+            found.append(_vectorised(replay, part, renormalize, told))
         except NotVectorisable:
             at_once, part = 0, weights[first : first + 1]
             end = replay.run(part[0], renormalize)
             found.append({name: value[None] for name, value in {**end.weights, **end.buffers}.items()})
         first += len(part)
-        done(len(part))
+        told(len(part))
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
@@ -86,7 +92,8 @@ def _models_at_once(replay: Replay) -> int:
     return max(1, _BYTES // (activations + 2 * replay.start().bytes()))
 
 
-def _vectorised(replay: Replay, weights: Tensor, renormalize: bool) -> Weights:
+def _vectorised(replay: Replay, weights: Tensor, renormalize: bool, told: Callable[[int], Any]) -> Weights:
+    """The models after all steps; after each one, `told` is called with how many finished ones it is worth so far."""
     task = replay.engine.task
     with replay.training():
         start = replay.start()
@@ -100,9 +107,10 @@ def _vectorised(replay: Replay, weights: Tensor, renormalize: bool) -> Weights:
         models = TrainingState(parameters, buffers, states, start.counts)
         weights = onto(weights, task.device)
         with without_metrics(task.module):
-            for step in replay.steps:
+            for number, step in enumerate(replay.steps, 1):
                 set_clock(task.module, step.made - 1, step.epoch)
                 models = _step(replay, models, step, weights, renormalize)
+                told(len(weights) * number // len(replay.steps))
     return {**models.weights, **models.buffers}
 
 

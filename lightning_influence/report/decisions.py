@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.checks import one_of
+from lightning_influence.hints import hinted
 
 DECISIONS = ("wrong label", "fine", "unsure")
 _LINE = 200  # characters of a row that are shown
@@ -25,6 +26,7 @@ class Decisions(NamedTuple):
     base_ids: Tensor | None
 
 
+@hinted
 def read_decisions(path: str | os.PathLike[str], decision: str = "wrong label") -> Decisions:
     r"""The training examples that were marked with a decision, by ascending id; by default those with a wrong label.
 

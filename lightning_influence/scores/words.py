@@ -7,13 +7,13 @@ from typing import Any
 _DIAGNOSTICS = {
     "agreement": "rank correlation with refits without a tenth of the examples {:.2f}",
     "attention_drift": "gradients of one step differ by {:.1e} between kernels of attention",
-    "drift": "the replay strayed by at most {:.1e} of the way between checkpoints",
+    "drift": "training steps that were repeated end within {:.1e} of the way between checkpoints",
     "eigenvectors": "{:.0f} eigenvectors",
     "head_gradient_norm": "gradient norm of the last layer {:.1e}",
-    "leverage": "leverage {:.2g} (0: no example is memorised, 1: all are)",
+    "leverage": "examples decide their own predictions by {:.0%} (leverage; 100%: memorised)",
     "models": "{:.0f} models",
     "queries_without_scores": "{:.0f} queries without scores",
-    "reconstruction_error": "largest error of the decomposition {:.1e}",
+    "reconstruction_error": "sums over training examples give the outputs of the last layer to {:.1e}",
     "score_error": "relative error of the approximation of the scores {:.2g}",
     "share_of_gradient_in_eigenvectors": "at least {:.0%} of a gradient is in the eigenvectors",
     "solver_iterations": "at most {:.0f} iterations of the solver",
@@ -23,7 +23,7 @@ _DIAGNOSTICS = {
 }
 _ALL_FAST = r"Gradients of all [\d,]+ parameters were computed the fast way$"
 _ROUTINE = re.compile(
-    _ALL_FAST + r"|Damping |E?K-FAC of the |Head `"
+    _ALL_FAST + r"|Damping |E?K-FAC of the |Head `|Scores are "
     r"|\d+ segments? with |Exact: all |Truncated Monte Carlo: |`diagnostics\['agreement'\]`"
 )
 _NOTHING_AT_ZERO = ("attention_drift", "queries_without_scores", "score_error")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_influence import timing
 from lightning_influence.data.examples import Examples
 from lightning_influence.data.source import Source
 from lightning_influence.gradients import Engine, Plan, Reduction
@@ -60,6 +61,9 @@ class Session:
         datamodule: its batch-transfer hooks are used, or None.
         checks_data: compare data and module with those of the fit, before each question.
         precision: Lightning's word for it, or None.
+
+    Attributes:
+        opening_seconds: spent until questions were open, which is on loading, comparing, planning and checking.
     """
 
     module: Any
@@ -73,6 +77,7 @@ class Session:
     datamodule: Any = None
     checks_data: bool = True
     precision: str | None = None
+    opening_seconds: float = field(init=False, default=0.0)
     _planner: Planner = field(init=False)
     _data_notes: list[str] | None = field(init=False, default=None)
     _asked: Source | None = field(init=False, default=None)
@@ -139,7 +144,7 @@ class Session:
         Raises:
             ValueError: a loss that is not made of one loss per example; queries that the module does not accept.
         """
-        self._asked = queries
+        self._asked, began = queries, timing.clock()
         with self.quiet(asked=True) as task, contextlib.ExitStack() as stack:
             planner, examples = self._planner, self.examples(self.train)
             index = planner.batch_index(task, examples)
@@ -165,6 +170,7 @@ class Session:
                 setting.queries = self._queries(task, queries, measurement, mean, gradients, examples)
             if gradients and self.batch_size is None:
                 examples.block_size = _block_size(engine.plan, examples.block_size, task.device)
+            self.opening_seconds += timing.clock() - began
             try:
                 yield setting
             finally:

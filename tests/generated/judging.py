@@ -171,7 +171,7 @@ class Asked:
         if truth.cause is not None:
             return Verdict("noted") if tells else Verdict("silently wrong", f"{truth.cause}, and scores came out")
         if question.method == "hydra" and self.config.module in CARRIES:
-            strays = any("strayed from the captured weights" in note for note in notes)
+            strays = any("miss the weights of the fit" in note for note in notes)
             return Verdict("noted") if strays else Verdict("silently wrong", "the path through a buffer is missing")
         expected = self.expected(question, truth)
         size = expected.abs().amax(-1, keepdim=True).clamp(min=1e-30)

@@ -118,7 +118,7 @@ def test_away_from_the_minimum_the_gradient_is_what_the_sum_misses(kind):
         torch.testing.assert_close(scores.values.sum(1) + rest, problem.asked @ weight[c].detach())
     longest = float(problem.features.norm(dim=1).max())
     assert (
-        f"misses a training example's pre-activations by at most {gradient.norm() / weight_decay * longest:.1e}"
+        f"gives its outputs for each of them to within {gradient.norm() / weight_decay * longest:.1e}"
         in (scores.notes[0])
     )
     assert f"gradient norm {gradient.norm():.1e} with weight decay 0.05" in scores.notes[0]
@@ -502,7 +502,7 @@ def test_a_solve_that_stops_early_is_said():
     problem = Problem("softmax")
     with pytest.warns(UserWarning, match="stopped after 1 Newton step .* Raise `max_iterations`"):
         scores = problem.score(RepresenterPoints(max_iterations=1, weight_decay=1e-5))
-    assert any("the decomposition is not exact" in note for note in scores.notes)
+    assert any("not quite sums over training examples" in note for note in scores.notes)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         problem.score(RepresenterPoints(weight_decay=1e-5))

@@ -80,8 +80,8 @@ class ClosedForm:
     def initial(self, seed):
         return {"layer.weight": torch.zeros(1, WIDTH, dtype=torch.float64)}
 
-    def train_all(self, jobs, take):
-        failures, done = [], []
+    def train_all(self, jobs, take, done):
+        failures, models = [], []
         for membership, seed in jobs:
             out = (~membership).nonzero()[:, 0].tolist()
             if self.fail.intersection(out):
@@ -92,11 +92,12 @@ class ClosedForm:
             weight = normal_equations(self.x, self.y, membership)
             if self.noise:
                 weight = weight + self.noise * torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(seed))
-            done.append(TrainedModel(membership, seed, 0.0, {"layer.weight": weight}))
-            if self.pause or len(done) == 100:
-                take(done)
-                done = []
-        take(done)
+            models.append(TrainedModel(membership, seed, 0.0, {"layer.weight": weight}))
+            done(1)
+            if self.pause or len(models) == 100:
+                take(models)
+                models = []
+        take(models)
         return failures
 
 

@@ -138,7 +138,7 @@ def test_a_run_that_cannot_be_repeated_is_refused(tmp_path):
     x, y = train.tensors
     other = torch.utils.data.TensorDataset(-3 * x, y)
     asker = Attributor(model, train=other, trajectory=trajectory, refit=Refit(), check_data=False)
-    with pytest.raises(DriftError, match="Expected the replay to meet the captured weights"):
+    with pytest.raises(DriftError, match="steps that are repeated from the record to end at the fit's"):
         asker.score(Downsampling(3), train)
 
 
@@ -148,8 +148,8 @@ def test_models_that_diverge_are_named(tmp_path):
     way = asker.refit.models.backend
     from lightning_influence.refit import fixed
 
-    def broken(replay, weights, renormalize):
-        found = run_many(replay, weights, renormalize)
+    def broken(replay, weights, renormalize, done):
+        found = run_many(replay, weights, renormalize, done)
         found["net.0.bias"][0] = torch.nan
         return found
 

@@ -316,5 +316,5 @@ def test_wrong_settings_and_missing_evidence(tmp_path):
     fit.data.tensors[0].add_(1.0)
     with pytest.raises(ValueError, match="Expected `train` to give the batches that were trained on"):
         scores(fit)
-    with pytest.raises(DriftError, match="meet the captured weights"):
+    with pytest.raises(DriftError, match="end at the fit's weights"):
         fit.attributor(check_data=False).score(plain(), fit.queries)

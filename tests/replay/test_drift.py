@@ -55,7 +55,7 @@ def test_an_example_drawn_twice_into_a_batch_has_both_its_looks(tmp_path):
 def test_augmentation_in_workers_drifts_at_every_checkpoint_and_says_why(tmp_path):
     fit = fitted(tmp_path, noisy=True, loader={"num_workers": 2})
     cause = r"augmentation\), in worker processes.*`num_workers=0` it is repeated exactly"
-    with pytest.raises(DriftError, match=r"captured weights of step \d within 0\.1 .*" + cause):
+    with pytest.raises(DriftError, match=r"weights of step \d, within 0\.1 .*" + cause):
         fit.attributor().score(plain(), fit.queries)
     replay = replayed(fit, max_drift=100.0)
     assert sorted(replay.drifts) == [3, 6]
@@ -64,7 +64,7 @@ def test_augmentation_in_workers_drifts_at_every_checkpoint_and_says_why(tmp_pat
     for method in (plain(max_drift=100.0), TracIn(max_drift=100.0)):  # they start anew from each checkpoint
         found = fit.attributor().score(method, fit.queries)
         assert found.figures["drift"] > 0.1
-        (note,) = (note for note in found.notes if "strayed" in note)
+        (note,) = (note for note in found.notes if "miss the weights of the fit" in note)
         worst = re.escape(f"up to {found.figures['drift']:.1e}")
         assert re.search(rf"{worst} \(step [36]\) of the distance", note)
         assert "in worker processes" in note
@@ -85,7 +85,7 @@ def test_the_attention_kernel_is_named_and_its_difference_measured(tmp_path):
         gap = f"gradients of one step differ by {found.figures['attention_drift']:.1e} of their length"
         (note,) = (note for note in found.notes if "Attention" in note)
         assert gap in note
-        assert not any("strayed" in note for note in found.notes)
+        assert not any("miss the weights of the fit" in note for note in found.notes)
     with pytest.raises(DriftError, match=KERNEL):
         fit.attributor().score(plain(max_drift=1e-12), fit.queries)
 
@@ -97,7 +97,7 @@ def test_a_rough_fit_makes_much_of_the_attention_kernel(tmp_path):
     found = fit.attributor().score(TracIn(max_drift=1e9), fit.queries)
     assert found.figures["attention_drift"] < 1e-5
     assert found.figures["drift"] > 2e-3
-    (note,) = (note for note in found.notes if "strayed" in note)
+    (note,) = (note for note in found.notes if "miss the weights of the fit" in note)
     assert re.search(KERNEL, note)
 
 

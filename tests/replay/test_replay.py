@@ -84,7 +84,7 @@ def test_a_fit_that_something_else_moved_is_refused(tmp_path):
     x.add_(1.0)  # other data than what was trained on
     with fit.attributor(check_data=False)._session.open() as session:
         replay = Replay(session.engine, session.examples, fit.influence.trajectory)
-        with pytest.raises(DriftError, match=r"meet the captured weights of step 3 within 0\.1 .*Likely causes"):
+        with pytest.raises(DriftError, match=r"end at the fit's weights of step 3, within 0\.1 .*Likely causes"):
             replay.run()
     with fit.attributor(check_data=False)._session.open() as session:
         replay = Replay(session.engine, session.examples, fit.influence.trajectory, max_drift=100.0)
