@@ -11,6 +11,7 @@ Normalization: TypeAlias = tuple[Any, Any]
 """Mean and standard deviation that an image was normalised with: numbers, or one per channel."""
 
 _DEEP = 5  # transforms within transforms, datasets within datasets
+_OF_LABELS = {"y", "target", "targets", "label", "labels", "output", "outputs"}  # words in the names of other numbers
 _PAIRS = tuple((mean, std) for mean in ("mean", "mu") for std in ("std", "stddev", "stdev", "sigma"))
 
 
@@ -89,6 +90,7 @@ def _read_by(function: Any) -> dict[str, Any]:
 def _named(values: Mapping[str, Any]) -> Normalization | None:
     """Numbers whose names differ in mean and std only, such as ``MEAN`` and ``STD``."""
     lower = {name.lower().strip("_"): value for name, value in values.items()}
+    lower = {name: value for name, value in lower.items() if not _OF_LABELS & set(name.split("_"))}
     for name, mean in lower.items():
         for word, other in _PAIRS:
             if word in name and (std := lower.get(name.replace(word, other))) is not None:

@@ -146,7 +146,7 @@ def collect(
     Raises:
         ValueError: An example cannot be shown, and there is no `render`.
     """
-    showing = showing.suited_to(queries if train is None else train)
+    showing = showing.suited_to(train, queries)
     album, budget = Album(), megabytes * 1e6
     sides = (queries, query_order, album.queries, 1 / 3), (train, train_order, album.train, 1.0)
     for dataset, order, into, share in sides:

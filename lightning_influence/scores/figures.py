@@ -36,7 +36,7 @@ def explain(
         ValueError: `query` is empty or was not scored, `k` is below 1, or an example cannot be drawn without `render`.
     """
     train, queries = data
-    drawing = drawing.suited_to(queries if train is None else train)
+    drawing = drawing.suited_to(train, queries)
     wanted = ranking.query_ids[:1].tolist() if query is None else [query] if isinstance(query, int) else list(query)
     if not wanted:
         raise ValueError("Expected `query` to be an id or several, got none. Leave it out for the first one.")
