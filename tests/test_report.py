@@ -328,3 +328,26 @@ def test_the_query_that_tells_most_is_the_wrongly_predicted_one_of_highest_loss(
     assert (query, predictions) == (3, {3: 1})
     assert "2 wrongly predicted among 3 queries" in why
     assert telling_query(found, [5, 6])[0] == 5
+
+
+def test_a_dataset_that_is_given_holds_the_examples_that_were_scored(tmp_path):
+    from torch.utils.data import DataLoader, Subset
+
+    under = [{"text": f"text {i}", "label": i % 2} for i in range(30)]
+    chosen = [9, 8, 7, 20, 4, 2, 29]
+
+    def shown(train, base=torch.tensor(chosen)[TRAIN_IDS]):
+        found = Scores(VALUES, None, TRAIN_IDS, QUERY_IDS, method="M", base=(base, None))
+        return embedded(found.report(tmp_path / "p.html", train=train))["train"]["looks"]["2"]["value"]
+
+    subset = Subset(under, chosen)
+    nested = Subset(Subset(under, list(range(29, -1, -1))), [29 - i for i in chosen])
+    for given in (subset, nested, DataLoader(subset), under, [subset[i] for i in range(7)], list(under)):
+        assert shown(given) == "text 2"
+    with pytest.raises(ValueError, match=r"the Subset that was scored, got another: its example 1 is 3 .* and 8 was"):
+        shown(Subset(under, list(range(2, 9))))
+    with pytest.raises(ValueError, match="of which the last has the id 6, got 5"):
+        shown(under[:5])
+    assert shown(under[:8], TRAIN_IDS) == "text 5"
+    with pytest.warns(UserWarning, match="is taken for the former. If it is the latter, pass the Subset"):
+        assert shown(under[:7], torch.tensor([6, 5, 1, 0])) == "text 5"

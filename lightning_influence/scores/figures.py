@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_influence import plotting
 from lightning_influence.plotting.example_view import Classes, class_name, plain
-from lightning_influence.scores.base import Answer, Data
+from lightning_influence.scores.base import Answer
+from lightning_influence.scores.data import Data
 from lightning_influence.scores.id_checks import places
 from lightning_influence.scores.ranking import Ranking, row_blocks
 from lightning_influence.scores.topk import TopK

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lightning_influence import report
 from lightning_influence.report import Album, Showing
-from lightning_influence.scores.base import Answer, Data, facts, given_or_at_hand
+from lightning_influence.scores.base import Answer, facts
+from lightning_influence.scores.data import Data, given_or_at_hand
 from lightning_influence.scores.ranking import Ranking, row_blocks
 from lightning_influence.wording import counted
 

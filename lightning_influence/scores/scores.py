@@ -16,7 +16,8 @@ from lightning_influence import plotting, report
 from lightning_influence.plotting.example_view import Classes
 from lightning_influence.plotting.normalization import Normalization
 from lightning_influence.scores import figures, page, tables, tracked
-from lightning_influence.scores.base import Answer, given_or_at_hand, numbers, paragraph
+from lightning_influence.scores.base import Answer, numbers, paragraph
+from lightning_influence.scores.data import given_or_at_hand
 from lightning_influence.scores.id_checks import BaseIds, ascending, base_of, whole_numbers
 from lightning_influence.scores.ranking import Ranking, checked_top, checked_values, strongest_per_query
 from lightning_influence.scores.self_scores import SelfScores
@@ -72,6 +73,7 @@ class Scores(Answer):
         super().__init__(train_ids, base[0], method, settings, units, notes, checkpoints, diagnostics)
         self.query_ids = ascending("query_ids", query_ids)
         query_base = base_of("query_ids", base[1], self.query_ids)
+        self._ids["queries"] = self.query_ids, query_base
         if (values is None) == (top is None):
             raise ValueError("Expected either `values` or `top`, got both or neither. Leave one of them None.")
         values = None if values is None else checked_values(values, self.train_ids, self.query_ids, allow_nan)

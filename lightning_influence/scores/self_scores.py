@@ -17,7 +17,8 @@ from lightning_influence.numerics.topk import top_k
 from lightning_influence.plotting.example_view import Classes, printable
 from lightning_influence.plotting.normalization import Normalization
 from lightning_influence.scores import figures, page, tracked
-from lightning_influence.scores.base import Answer, facts, file_head, given_or_at_hand, paragraph, read_file
+from lightning_influence.scores.base import Answer, facts, file_head, paragraph, read_file
+from lightning_influence.scores.data import given_or_at_hand
 from lightning_influence.scores.id_checks import name_of
 from lightning_influence.scores.ranking import floating, refuse_non_finite
 from lightning_influence.scores.topk import TopK

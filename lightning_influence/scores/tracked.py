@@ -8,7 +8,8 @@ from lightning_influence.files import arrow
 from lightning_influence.loggers import TrackerResults
 from lightning_influence.loggers.summary import Table
 from lightning_influence.report import Opinion, Showing
-from lightning_influence.scores.base import Answer, given_or_at_hand
+from lightning_influence.scores.base import Answer
+from lightning_influence.scores.data import given_or_at_hand
 from lightning_influence.scores.ranking import Ranking
 from lightning_influence.scores.ranking import side as side_of
 from lightning_influence.scores.tables import long_table
