@@ -21,6 +21,13 @@ from lightning_influence.plotting.normalization import normalization_of
         (({"age": 3}, np.int64(4)), Look("row", [("age", "3")], 4)),
         (([1.5, 2], "cat"), Look("row", [("", "1.5"), ("", "2")], "cat")),
         (None, Look("nothing", None)),
+        (("words", torch.tensor([2.5])), Look("text", "words", 2.5)),
+        (("words", np.array([0, 0, 1])), Look("text", "words", 2)),
+        (("words", [0.2, 0.8]), Look("text", "words")),
+        (("words", torch.tensor([0, 1, 0]), 7), Look("text", "words")),
+        (("a premise", "a hypothesis", 2), Look("text", "a premise\n\na hypothesis", 2)),
+        ({"premise": "a", "hypothesis": "b", "label": 2}, Look("row", [("premise", "a"), ("hypothesis", "b")], 2)),
+        ({"question": "a", "label": 2}, Look("text", "a", 2)),
     ],
 )
 def test_an_example_is_recognised(example, look):

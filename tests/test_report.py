@@ -316,7 +316,7 @@ def test_the_query_that_tells_most_is_the_wrongly_predicted_one_of_highest_loss(
     from lightning_influence.scores.tracked import telling_query
 
     found = scores()
-    assert telling_query(found, [3, 4]) == (None, {}, "")
+    assert telling_query(found, [3, 4]) == (None, "")
     told = {
         3: Opinion(0.5, 1, 0.9, False),
         4: Opinion(0.4, 0, 0.9, False),
@@ -324,8 +324,8 @@ def test_the_query_that_tells_most_is_the_wrongly_predicted_one_of_highest_loss(
         6: Opinion(None),
     }
     found.opinions = lambda side, ids: {i: told[i] for i in ids}
-    query, predictions, why = telling_query(found, [3, 4, 5, 6])
-    assert (query, predictions) == (3, {3: 1})
+    query, why = telling_query(found, [3, 4, 5, 6])
+    assert query == 3
     assert "2 wrongly predicted among 3 queries" in why
     assert telling_query(found, [5, 6])[0] == 5
 

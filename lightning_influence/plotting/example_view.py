@@ -3,7 +3,7 @@
 import contextlib
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from inspect import signature
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -21,7 +21,8 @@ _Options = TypeVar("_Options", bound="ViewOptions")
 _SOME = 8  # images by which the range of all is judged
 _ROW = 40  # the most numbers that are shown one by one; more are a curve
 _NAME = 200  # characters of the name of a class
-_TEXTS = ("text", "sentence", "content", "document", "question", "premise", "review")
+_TEXTS = ("text", "sentence", "content", "document", "review", "question", "premise")
+_FIRST_OF_TWO = ("question", "premise")
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,16 @@ class ViewOptions:
     def suited_to(self: _Options, *datasets: Any) -> _Options:
         """These options, with the normalisation and the class names that datasets have where none were given."""
         known = [dataset for dataset in datasets if dataset is not None]
-        undone, labels = self.normalization, self.labels
+        undone = self.normalization
         if undone is None:
             undone = next((found for one in known if (found := normalization_of(one)) is not None), None)
             undone = scale_of([image for one in known for image in _some_images(one)], undone)
-        if labels is None and (names := next((f for one in known if (f := classes_of(one))), None)) is not None:
-            labels = dict(enumerate(names)) if not isinstance(names, Mapping) else names
-        return replace(self, normalization=undone, labels=labels)
+        return replace(self.named_by(*known), normalization=undone)
+
+    def named_by(self: _Options, *datasets: Any) -> _Options:
+        """These options, with the class names of the first dataset that has any where none were given."""
+        names = next((found for one in datasets if (found := classes_of(one))), None)
+        return self if names is None or self.labels is not None else replace(self, labels=dict(enumerate(names)))
 
     @property
     def draws(self) -> bool:
@@ -77,6 +81,8 @@ class ViewOptions:
         Raises:
             ValueError: The example holds nothing that can be shown.
         """
+        if isinstance(example, Look):
+            return example
         if self.render is None:
             return look_at(example, self.columns, self.normalization)
         look = Look("nothing", None) if self.draws else look_at(self.render(example), self.columns, self.normalization)
@@ -85,6 +91,11 @@ class ViewOptions:
         with contextlib.suppress(ValueError):
             return look._replace(label=look_at(example, self.columns, self.normalization).label)
         return look
+
+    def filled(self: _Options, other: "ViewOptions | None") -> _Options:
+        """These options, with those of another where none were given."""
+        given = {} if other is None else {f.name: getattr(other, f.name) for f in fields(ViewOptions)}
+        return replace(self, **{name: value for name, value in given.items() if getattr(self, name) is None})
 
     def class_of(self, label: Any) -> str:
         """The name of a class, or its number."""
@@ -180,13 +191,13 @@ def _some_images(dataset: Any) -> list[Tensor]:
     return found
 
 
-def classes_of(dataset: Any) -> Classes | None:
-    """Names of the classes of a dataset, or of one that it wraps: `classes` as in torchvision, or Hugging Face's."""
+def classes_of(dataset: Any) -> list[str] | None:
+    """Names of the classes of a dataset, or of one that it wraps: `classes`, `class_names`, or Hugging Face's."""
     for owner in inwards(dataset):
         features = getattr(owner, "features", None)
         features = features if isinstance(features, Mapping) else {}
         named = (getattr(features[name], "names", None) for name in LABELS if name in features)
-        for names in (getattr(owner, "classes", None), *named):
+        for names in (getattr(owner, "classes", None), getattr(owner, "class_names", None), *named):
             if isinstance(names, (list, tuple)) and names:
                 first = [one[0] if isinstance(one, (list, tuple)) and one else one for one in names]  # synonyms
                 if all(isinstance(one, str) for one in first):
@@ -226,13 +237,44 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str)) else None
 
 
+def label_of(example: Any) -> Any:
+    """The class of an example as a number or a text, also where it is one-hot, or its target; None without."""
+    found = example[-1] if _pair(example) else labels_in(example)
+    numbers = None if found is None else tensor_of(found)
+    if numbers is None or numbers.ndim == 0 or (len(example) > 2 and not isinstance(example, Mapping)):
+        return plain(found)  # of three parts, the second may be a mask
+    if numbers.numel() == 1:
+        return numbers.item()
+    one_hot = numbers.ndim == 1 and bool((((numbers == 0) | (numbers == 1)).all()) and numbers.sum() == 1)
+    return int(numbers.argmax()) if one_hot else None
+
+
+def _pair(example: Any) -> bool:
+    """Whether an example is texts, such as a premise and a hypothesis, and a class."""
+    return (
+        isinstance(example, (tuple, list))
+        and len(example) > 2
+        and all(isinstance(part, str) for part in example[:-1])
+        and not isinstance(example[-1], str)
+    )
+
+
+def fitting(cells: Sequence[tuple[str, str]], most: int) -> tuple[list[tuple[str, str]], int]:
+    """The cells of a row that fit, and how many are left out: first zeros, if most are, as of one-hot columns."""
+    if len(cells) <= most:
+        return list(cells), 0
+    telling = [cell for cell in cells if cell[1] not in ("0", "False")]
+    shown = (telling if 2 * len(telling) <= len(cells) else list(cells))[:most]
+    return shown, len(cells) - len(shown)
+
+
 def _parts(example: Any) -> tuple[Any, Any]:
     """The content of an example to show, and its label."""
-    label = plain(labels_in(example))
+    label = label_of(example)
     if isinstance(example, Mapping):
         return _of_mapping({key: value for key, value in example.items() if key not in LABELS}), label
     if isinstance(example, (tuple, list)):
-        content = example[0] if example else None
+        content = "\n\n".join(example[:-1]) if _pair(example) else example[0] if example else None
         return (_of_mapping(content) if isinstance(content, Mapping) else content), label
     return example, label
 
@@ -245,6 +287,8 @@ def _of_mapping(entries: Mapping[Any, Any]) -> Any:
             return value
     texts = [key for key, value in entries.items() if isinstance(value, str)]
     named = next((key for key in _TEXTS if key in texts), texts[0] if len(texts) == 1 == len(entries) else None)
+    if named in _FIRST_OF_TWO and len(texts) > 1:
+        return _row({key: entries[key] for key in texts})
     if named is not None:
         return entries[named]
     if len(entries) == 1 and plain(only := next(iter(entries.values()))) is None:

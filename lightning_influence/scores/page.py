@@ -62,7 +62,7 @@ def album_of(answer: Answer, orders: Orders, data: Data, how: Showing, megabytes
     here = any(one is not None for one in answer.at_hand)
     if answer.album is not None and all(one is None for one in data) and not (another and here):
         return replace(answer.album, kept=True)
-    how = replace(how, opinions=answer.opinions)
+    how = replace(how, opinions=answer.opinions).filled(None if answer.album is None else answer.album.view)
     return report.collect(*given_or_at_hand(answer, *data), *orders, how, megabytes)
 
 
