@@ -85,6 +85,13 @@ class ReadsGlobals:
         return (index - MEAN) / STD
 
 
+class Writes:
+    def __getitem__(self, index):
+        mean = torch.tensor([0.5])
+        std = (0.25,)
+        return (index - mean) / torch.tensor(std)
+
+
 class Holds:
     def __init__(self, **attributes):
         self.__dict__ |= attributes
@@ -106,6 +113,7 @@ def closure(mean, std):
         Holds(transform=closure(0.5, 0.25)),
         Holds(transform=len, augment=Normalize()),
         ReadsGlobals(),
+        Writes(),
     ],
 )
 def test_the_normalisation_of_a_dataset_is_found(dataset):

@@ -67,6 +67,7 @@ def test_kept_scores_are_summed_and_explained(tmp_path):
     assert data["train"]["columns"][0] == {
         "title": "Influence on all queries (sum of the scores kept)",
         "scores": [0.5, -1.0, 5.0, 4.0],
+        "meaning": "Above 0, training on the example made the queries better in all, below 0 worse.",
     }
 
 
@@ -351,3 +352,13 @@ def test_a_dataset_that_is_given_holds_the_examples_that_were_scored(tmp_path):
     assert shown(under[:8], TRAIN_IDS) == "text 5"
     with pytest.warns(UserWarning, match="is taken for the former. If it is the latter, pass the Subset"):
         assert shown(under[:7], torch.tensor([6, 5, 1, 0])) == "text 5"
+
+
+def test_the_page_says_that_colours_may_be_wrong_also_for_a_file(tmp_path):
+    images = [(torch.rand(3, 4, 4) * 3 - 1, 0) for _ in range(7)]
+    with pytest.warns(UserWarning, match="stretched to its own range") as told:
+        path = scores().save(tmp_path / "s.arrow", train=images)
+    assert len(told) == 1
+    assert "stretched to its own range" in Scores.load(path).report(tmp_path / "p.html").read_text("utf-8")
+    fine = scores().report(tmp_path / "p.html", train=[(torch.rand(3, 4, 4), 0)] * 7).read_text("utf-8")
+    assert "stretched" not in fine

@@ -10,6 +10,11 @@ from torch import Tensor
 
 from lightning_influence.plotting.normalization import Normalization
 
+
+class ColourWarning(UserWarning):
+    """The colours of an image may be wrong."""
+
+
 _ROUNDING = 0.02  # resizing and compression leave [0, 1] by as much
 _PASS = "Pass `normalization=(mean, std)` here; for the logger, `Influence(album={'normalization': (mean, std)})`."
 _OTHER = (
@@ -66,11 +71,11 @@ def image_of(image: Tensor, normalization: Normalization | None) -> Tensor | Non
     low, high = image.min(), image.max()
     if normalization is not None and not whole:
         if low < -_ROUNDING or high > 1 + _ROUNDING:
-            warnings.warn(f"{_OTHER.format(low, high)} {_PASS}", stacklevel=2)
+            warnings.warn(f"{_OTHER.format(low, high)} {_PASS}", ColourWarning, stacklevel=2)
         image = image.clamp(0, 1)
     elif low < 0 or high > 1:
         if image.ndim == 3 and image.shape[2] == 3:
-            warnings.warn(_STRETCHED, stacklevel=2)
+            warnings.warn(_STRETCHED, ColourWarning, stacklevel=2)
         image = (image - low) / (high - low).clamp(min=1e-12)
     return image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
 

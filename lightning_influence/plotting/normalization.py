@@ -1,6 +1,7 @@
 """The mean and standard deviation that a dataset normalises its images with, where they can be found."""
 
 from collections.abc import Iterator, Mapping
+from dis import get_instructions
 from inspect import getclosurevars
 from types import FunctionType, MethodType
 from typing import Any, TypeAlias
@@ -84,7 +85,21 @@ def _read_by(function: Any) -> dict[str, Any]:
         read = getclosurevars(function)
     except (TypeError, ValueError):
         return {}
-    return {**read.globals, **read.nonlocals}
+    return {**read.globals, **read.nonlocals, **_constants(function)}
+
+
+def _constants(function: Any) -> dict[str, Any]:
+    """Local variables of a function that it makes of a constant, such as ``mean = torch.tensor([0.5, 0.4, 0.3])``."""
+    found: dict[str, Any] = {}
+    last = None
+    for step in get_instructions(function):
+        if step.opname == "LOAD_CONST" and isinstance(step.argval, (tuple, float)):
+            last = step.argval
+        elif step.opname.startswith("STORE_FAST"):  # from 3.13 on also together with a second name
+            if last is not None:
+                found[step.argval[0] if isinstance(step.argval, tuple) else step.argval] = last
+            last = None
+    return found
 
 
 def _named(values: Mapping[str, Any]) -> Normalization | None:

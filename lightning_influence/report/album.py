@@ -1,11 +1,14 @@
 """What examples look like, small enough for a file: texts, thumbnails, rows and curves by id, up to a size limit."""
 
 import base64
+import contextlib
 import json
+import re
 import struct
 import textwrap
+import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,6 +18,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from lightning_influence.plotting.cell import picture
 from lightning_influence.plotting.example_view import Look, ViewOptions, fitting, look_at, plain
+from lightning_influence.plotting.image import ColourWarning
 
 _SIDE = 96  # pixels of a thumbnail's longer side
 _TEXT = 1500  # characters of a text
@@ -112,13 +116,15 @@ class Showing(ViewOptions):
 class Album:
     """What is shown of training examples and queries, by id; ``kept`` says that it is of a file of scores.
 
-    `view` is how they were shown, of which a file keeps the names of classes and columns.
+    `view` is how they were shown, of which a file keeps the names of classes and columns; `doubts` are what was said
+    meanwhile, as about colours.
     """
 
     train: dict[int, dict[str, Any]] = field(default_factory=dict)
     queries: dict[int, dict[str, Any]] = field(default_factory=dict)
     kept: bool = False
     view: ViewOptions = field(default_factory=ViewOptions, compare=False)
+    doubts: Sequence[str] = ()
 
     def with_train(self, other: "Album | None") -> "Album":
         """This one with the training examples of another, too."""
@@ -130,17 +136,17 @@ class Album:
         labels, columns = self.view.labels, self.view.columns
         if labels is not None:
             labels = dict(labels if isinstance(labels, Mapping) else enumerate(labels))
-        names = [labels and list(labels.items()), columns and list(columns)]
-        named = [names] if any(one is not None for one in names) else []
+        names = [labels and list(labels.items()), columns and list(columns), list(self.doubts)]
+        named = [names] if any(names) else []
         return json.dumps([*sides, *named], ensure_ascii=False, separators=(",", ":"), default=str)
 
     @classmethod
     def from_json(cls, text: str) -> "Album":
         """The album that `to_json` wrote."""
         train, queries, *named = json.loads(text)  # files of earlier versions have no names
-        labels, columns = named[0] if named else (None, None)
+        labels, columns, doubts = named[0] if named else (None, None, [])
         view = ViewOptions(labels=None if labels is None else dict(labels), columns=columns)
-        return cls(dict(train), dict(queries), view=view)
+        return cls(dict(train), dict(queries), view=view, doubts=doubts)
 
     def looks(self, side: str) -> "KeptLooks | None":
         """What the examples of the ``"train"`` or ``"queries"`` side look like, for figures; None without any."""
@@ -199,26 +205,40 @@ def collect(
     showing = showing.suited_to(train, queries)
     album, budget = Album(view=ViewOptions(*(getattr(showing, f.name) for f in fields(ViewOptions)))), megabytes * 1e6
     sides = (queries, query_order, album.queries, 1 / 3), (train, train_order, album.train, 1.0)
-    for dataset, order, into, share in sides:
-        left = budget * share
-        for i in order:
-            if left <= 0:
-                break
-            if i in into:
-                continue
-            # Predictions are known even without the data.
-            made = {"kind": "nothing", "value": None} if dataset is None else showing.entry(dataset[i])
-            if into is album.queries:
-                made |= showing.prediction(i)
-            if dataset is None and len(made) == 2:
-                break
-            into[i] = made
-            # The id and the separators take about 12 characters more.
-            size = len(json.dumps(made)) + 12 + _OPINION * (showing.opinions is not None)
-            left, budget = left - size, budget - size
+    with _said_once() as album.doubts:
+        for dataset, order, into, share in sides:
+            left = budget * share
+            for i in order:
+                if left <= 0:
+                    break
+                if i in into:
+                    continue
+                # Predictions are known even without the data.
+                made = {"kind": "nothing", "value": None} if dataset is None else showing.entry(dataset[i])
+                if into is album.queries:
+                    made |= showing.prediction(i)
+                if dataset is None and len(made) == 2:
+                    break
+                into[i] = made
+                # The id and the separators take about 12 characters more.
+                size = len(json.dumps(made)) + 12 + _OPINION * (showing.opinions is not None)
+                left, budget = left - size, budget - size
     showing.judged("train", album.train if train is not None else {})
     showing.judged("queries", album.queries)
     return album
+
+
+@contextlib.contextmanager
+def _said_once() -> Iterator[list[str]]:
+    """The distinct warnings about colours in the block; all are given once at its end."""
+    told: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield told
+    for one in {re.sub(r"from -?\d\S* to -?\d\S*", "", str(one.message)): one for one in reversed(caught)}.values():
+        if issubclass(one.category, ColourWarning):
+            told.append(str(one.message))
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
 def png(image: Tensor) -> bytes:

@@ -17,30 +17,47 @@ from lightning_influence.wording import counted
 Orders: TypeAlias = tuple[Iterable[int], Iterable[int]]
 """Ids of training examples and of queries, the most important first."""
 
+_TOTAL = "Above 0, training on the example made the queries better in all, below 0 worse."
 _SHARES = (
     "Scores without a unit cannot be added up over queries: each counts as its share of the query's strongest score, "
-    "from -1 to 1, of which the mean over all queries is shown."
+    "from -1 to 1, of which this is the mean over all queries; above 0, it made them better."
 )
 _FIRST = 2000  # training examples that go into an album before those that explain queries
 
 
-def page_of(answer: Answer, ranking: Ranking, k: int, own: dict[str, Tensor], album: Album) -> report.Page:
-    """The page of a score matrix, whose training examples are sorted by `own` numbers, [train] by title, if any."""
+def page_of(answer: Answer, ranking: Ranking, k: int, own: Mapping[str, Any], album: Album) -> report.Page:
+    """The page of a score matrix, whose training examples are sorted by their `own` scores, by title, if any."""
+    shares = answer.units == "arbitrary"
     kept = "" if ranking.top is None else " of the scores kept"
-    title = f"Influence on all queries ({'mean share' if answer.units == 'arbitrary' else 'sum'}{kept})"
+    title = f"Influence on all queries ({'mean share' if shares else 'sum'}{kept})"
     train = counted(len(ranking.train_ids), "training example")
     return report.Page(
         title=f"{answer.method}: {counted(len(ranking.query_ids), 'query')}, {train}",
-        facts=[*facts(answer), *([_SHARES] if answer.units == "arbitrary" else [])],
+        facts=facts(answer),
         units=answer.units,
         train_ids=ranking.train_ids,
         train_base=ranking.train_base,
-        columns=own | {title: _total(ranking, answer.units)},
+        columns={name: one.values for name, one in own.items()} | {title: _total(ranking, answer.units)},
+        meanings={name: one.meaning for name, one in own.items()} | {title: _SHARES if shares else _TOTAL},
         query_ids=ranking.query_ids,
         query_base=ranking.query_base,
         pairs=_pairs(ranking, k),
         album=album,
     )
+
+
+def own_of(answer: Answer, own: Any) -> dict[str, Any]:
+    """The `SelfScores` by the title of their column; empty without any.
+
+    Raises:
+        ValueError: They are of other training examples than the scores.
+    """
+    if own is not None and not torch.equal(own.train_ids, answer.train_ids):
+        raise ValueError(
+            f"Expected `self_scores` of the same {answer.train_ids.numel()} training examples, got "
+            f"{own.train_ids.numel()} others. Compute both from one attributor."
+        )
+    return {} if own is None else {own.title.capitalize(): own}
 
 
 def snippet(paragraph: str, ranking: Ranking) -> str:

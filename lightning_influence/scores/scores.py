@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 from torch import Tensor
 
 from lightning_influence import loggers as trackers
@@ -297,16 +296,10 @@ class Scores(Answer):
             ValueError: `k` is below 1, `self_scores` are of other examples, or an example needs `render`.
             ImportError: Jinja2 is not installed.
         """
-        if self_scores is not None and not torch.equal(self_scores.train_ids, self.train_ids):
-            raise ValueError(
-                f"Expected `self_scores` of the same {self.train_ids.numel()} training examples, got "
-                f"{self_scores.train_ids.numel()} others. Compute both from one attributor."
-            )
-        k = min(k, self._ranking.depth)
-        own = {} if self_scores is None else {self_scores.title.capitalize(): self_scores.values}
-        orders = (page.train_order(self._ranking, self.units, k, *own.values()), self.query_ids.tolist())
+        k, own = min(k, self._ranking.depth), page.own_of(self, self_scores)
+        order = page.train_order(self._ranking, self.units, k, *(one.values for one in own.values()))
         showing = report.Showing(render, labels, columns, normalization, predictions)
-        album = page.album_of(self, orders, (train, queries), showing, megabytes)
+        album = page.album_of(self, (order, self.query_ids.tolist()), (train, queries), showing, megabytes)
         album = album.with_train(None if self_scores is None else self_scores.album)
         return report.write_page(path, page.page_of(self, self._ranking, k, own, album))
 

@@ -228,6 +228,7 @@ class SelfScores(Answer):
             train_ids=self.train_ids,
             train_base=self._train_base,
             columns={self.title.capitalize(): self.values},
+            meanings={self.title.capitalize(): self.meaning},
             album=page.album_of(self, self._orders(), (train, None), showing, megabytes),
         )
         return report.write_page(path, content)
