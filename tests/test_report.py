@@ -98,6 +98,13 @@ def test_names_of_classes_that_are_given_later_are_used_where_the_data_are_here(
     assert kept["class"] == "1"
 
 
+def test_many_queries_have_fewer_explaining_examples_each(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_influence.scores.page._EXPLAINING", 5)
+    path = scores().report(tmp_path / "p.html", k=2)
+    assert [len(pairs) for pairs in embedded(path)["queries"]["pairs"]] == [2, 1]
+    assert "For each query, the 1 strongest proponent and as many opponents" in path.read_text("utf-8")
+
+
 def test_no_line_ends_within_an_abbreviation(tmp_path):
     found = scores(notes=["EK-FAC of the Fisher on CIFAR-10, half-way"])
     assert "EK\u2011FAC of the Fisher on CIFAR\u201110, half-way" in found.report(tmp_path / "p.html").read_text(

@@ -22,6 +22,8 @@ _SHARES = (
     "Scores without a unit cannot be added up over queries: each counts as its share of the query's strongest score, "
     "from -1 to 1, of which this is the mean over all queries; above 0, it made them better."
 )
+_FEWER = "For each query, the {} and as many opponents are on this page, which would be too large otherwise."
+_EXPLAINING = 400_000  # scores of single queries on a page, about 6 MB
 _FIRST = 2000  # training examples that go into an album before those that explain queries
 
 
@@ -31,9 +33,10 @@ def page_of(answer: Answer, ranking: Ranking, k: int, own: Mapping[str, Any], al
     kept = "" if ranking.top is None else " of the scores kept"
     title = f"Influence on all queries ({'mean share' if shares else 'sum'}{kept})"
     train = counted(len(ranking.train_ids), "training example")
+    few = max(1, min(k, _EXPLAINING // (2 * len(ranking.query_ids))))
     return report.Page(
         title=f"{answer.method}: {counted(len(ranking.query_ids), 'query')}, {train}",
-        facts=facts(answer),
+        facts=[*facts(answer), *([_FEWER.format(counted(few, "strongest proponent"))] if few < k else [])],
         units=answer.units,
         train_ids=ranking.train_ids,
         train_base=ranking.train_base,
@@ -41,7 +44,7 @@ def page_of(answer: Answer, ranking: Ranking, k: int, own: Mapping[str, Any], al
         meanings={name: one.meaning for name, one in own.items()} | {title: _SHARES if shares else _TOTAL},
         query_ids=ranking.query_ids,
         query_base=ranking.query_base,
-        pairs=_pairs(ranking, k),
+        pairs=_pairs(ranking, few),
         album=album,
     )
 
