@@ -263,6 +263,19 @@ def test_notebooks_get_the_paragraph_and_a_table_as_text():
     assert "<td>2</td><td>0.4</td>" in re.sub(r"<td [^>]*>", "<td>", itself()._repr_html_())
 
 
+def test_notebooks_get_the_most_telling_queries_and_classes_of_an_album(tmp_path):
+    from lightning_influence.report import Opinion
+
+    found = scores()
+    found.opinions = lambda side, ids: {i: Opinion(1.0, int(i == 4), 0.9, i != 4) for i in ids}
+    found.save(tmp_path / "s.arrow", train=TEXTS, queries=TEXTS, labels=["cat", "dog"])
+    html = Scores.load(tmp_path / "s.arrow")._repr_html_()
+    cells = re.findall(r"<td [^>]*>(.*?)</td>", html.replace("\u00a0", " "))
+    assert cells[:3] == ["4", "cat", "dog"]
+    assert cells[5:8] == ["3", "dog", "cat"]
+    assert cells[8].startswith("5 (base 15) dog (+2)")
+
+
 def test_without_jinja_the_error_names_the_extra(monkeypatch, tmp_path):
     real = builtins.__import__
 
@@ -313,8 +326,8 @@ def test_trackers_tell_what_the_first_examples_of_a_table_are():
     found.opinions = judging
     table = ["query_id", "train_id"], [[3, 1], [4, 6]]
     columns, rows = described(found, table, {"train": TEXTS, "queries": [None] * 3 + [5, 7], "labels": ["cat", "dog"]})
-    assert columns[2:5] == ["query_predicted", "query_loss", "train_class"]
-    assert rows[1][2:] == ["dog", 4.5, "cat", "dog", 6.5, "text 6"]
+    assert columns[2:6] == ["query_predicted", "query_probability", "query_loss", "train_class"]
+    assert rows[1][2:] == ["dog", 0.25, 4.5, "cat", "dog", 0.25, 6.5, "text 6"]
     assert described(scores(), table, {}) == table
     assert table[1] == [[3, 1], [4, 6]]
 

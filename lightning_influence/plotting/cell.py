@@ -59,14 +59,15 @@ class Drawing(ViewOptions):
             ValueError: The example holds nothing that can be drawn, and there is no `render`.
         """
         look = self.look(item.example)
-        lines = [fit(item.name if item.score is not None else f"query {item.name}", _NAME)]
+        wide = max(_NAME, size[0] - 4)
+        lines = [fit(item.name if item.score is not None else f"query {item.name}", wide)]
         if item.score is not None:
             lines.append(f"{item.score:+.3g}" if signed else f"{item.score:.3g}")
         if look.label is not None:
             name = self.name_of(look.label)
             number = self.targets or (isinstance(look.label, float) and not look.label.is_integer())
-            lines.append(fit(f"target {self.class_of(look.label)}" if number else name, _NAME))
-        lines += [fit(line, _NAME) for line in item.opinion(self)]
+            lines.append(fit(f"target {self.class_of(look.label)}" if number else name, wide))
+        lines += [fit(line, wide) for line in item.opinion(self)]
         axes.set_title("\n".join(lines), fontsize=8, color=colour)
         axes.set_xticks([])
         axes.set_yticks([])

@@ -260,7 +260,8 @@
     $("caption").textContent = caption();
     const first = $("rows").firstElementChild;
     if (first) first.tabIndex = 0;
-    const total = side().id.length, what = view === "train" ? "training examples" : "queries";
+    const total = side().id.length, one = (total === 1 ? ["training example", "query"] : ["training examples", "queries"]);
+    const what = one[view === "train" ? 0 : 1];
     $("status").textContent = order.length
       ? `${(page * SIZE + 1).toLocaleString("en")} to ${(page * SIZE + shown.length).toLocaleString("en")} of `
         + `${order.length.toLocaleString("en")} ${what}` + (order.length < total ? ` (${total.toLocaleString("en")} in all)` : "")

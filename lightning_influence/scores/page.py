@@ -24,6 +24,7 @@ _SHARES = (
 )
 _FEWER = "For each query, the {} and as many opponents are on this page, which would be too large otherwise."
 _EXPLAINING = 400_000  # scores of single queries on a page, about 6 MB
+_KNOWN = {"class": "class", "prediction": "predicted"}
 _FIRST = 2000  # training examples that go into an album before those that explain queries
 
 
@@ -63,17 +64,29 @@ def own_of(answer: Answer, own: Any) -> dict[str, Any]:
     return {} if own is None else {own.title.capitalize(): own}
 
 
-def snippet(paragraph: str, ranking: Ranking) -> str:
-    """The first queries with their strongest proponents and opponents, for a notebook."""
-    rows = []
-    for query, *sides in ranking.sides(min(3, ranking.depth), slice(5)):
-        # An id and its score stay on one line.
+def snippet(paragraph: str, ranking: Ranking, album: Album | None) -> str:
+    """Some queries with their strongest proponents and opponents, for a notebook: the most telling ones of an album."""
+    album, ids = album or Album(), ranking.query_ids.tolist()
+    told = album.opinions("queries", ids)
+    telling = sorted(told, key=lambda i: (told[i].right is not False, -(told[i].loss or 0.0)))
+    rows, known = [], [key for key in _KNOWN if any(key in look for look in album.queries.values())]
+    for i in (telling + [i for i in ids if i not in told])[:5] if telling else ids[:5]:
+        row = ids.index(i)
+        ((query, *sides),) = ranking.sides(min(3, ranking.depth), slice(row, row + 1))
+        # An id, its class and its score stay on one line.
         cells = [
-            ", ".join(f"{ranking.train_name(i)} ({score:+.3g})".replace(" ", "\u00a0") for i, score in side)
+            ", ".join(
+                " ".join([ranking.train_name(i), album.train.get(i, {}).get("class", ""), f"({score:+.3g})"])
+                .replace("  ", " ")
+                .replace(" ", "\u00a0")
+                for i, score in side
+            )
             for side in sides
         ]
-        rows.append([ranking.query_name(query), *cells])
-    return report.snippet(paragraph, ["query", "strongest proponents", "strongest opponents"], rows)
+        look = album.queries.get(query, {})
+        rows.append([ranking.query_name(query), *(look.get(key, "") for key in known), *cells])
+    columns = ["query", *(_KNOWN[key] for key in known), "strongest proponents", "strongest opponents"]
+    return report.snippet(paragraph, columns, rows)
 
 
 def album_of(answer: Answer, orders: Orders, data: Data, how: Showing, megabytes: float) -> Album:

@@ -106,7 +106,7 @@ class Scores(Answer):
         return paragraph(self, strongest_per_query(self._ranking))
 
     def _repr_html_(self) -> str:
-        return page.snippet(repr(self), self._ranking)
+        return page.snippet(repr(self), self._ranking, self.album)
 
     def base_ids(self) -> BaseIds:
         """The ids as indices into the datasets under any `Subset`; the ids themselves where there is none."""

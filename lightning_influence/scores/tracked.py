@@ -19,7 +19,13 @@ from lightning_influence.wording import counted
 _TRAIN, _QUERIES = 200, 100  # examples that are described, in the order of the rows
 _ASKED = 2000  # queries that the model predicts to choose one
 _TEXT = 80  # characters of a text
-_COLUMNS = {"class": "class", "prediction": "predicted", "loss": "loss", "example": "example"}
+_COLUMNS = {
+    "class": "class",
+    "prediction": "predicted",
+    "probability": "probability",
+    "loss": "loss",
+    "example": "example",
+}
 
 
 def results(
@@ -64,9 +70,10 @@ def described(answer: Answer, table: Table, drawing: Mapping[str, Any]) -> Table
         except Exception:  # what the data raise is no reason to lose the table; the figure's warning tells of it
             continue
         showing.judged("train" if side == "train" else "queries", found)
+        numbers = any("prediction" in w for w in found.values()) and not any("probability" in w for w in found.values())
         for key, word in _COLUMNS.items():
             if any(key in words for words in found.values()):
-                names.append(f"{side}_{word}")
+                names.append(f"{side}_{'target' if key == 'class' and numbers else word}")
                 for row in rows:
                     row.append(found.get(row[place], {}).get(key))
     return names, rows
