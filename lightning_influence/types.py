@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import Subset
 
 Batch: TypeAlias = Any
 """Whatever the user's ``collate_fn`` returns and ``training_step`` accepts."""
@@ -53,6 +55,16 @@ def labels_in(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return next((batch[name] for name in LABELS if name in batch), None)
     return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+
+
+def base_indices(dataset: Any) -> Tensor | None:
+    """[example]: indices into the dataset underneath nested ``Subset``s; None if it is no ``Subset``."""
+    ids = None
+    while isinstance(dataset, Subset):
+        indices = torch.as_tensor(list(dataset.indices), dtype=torch.int64)
+        ids = indices if ids is None else indices[ids]
+        dataset = dataset.dataset
+    return ids
 
 
 def clean(name: str) -> str:

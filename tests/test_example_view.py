@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import Subset
 
-from lightning_influence.plotting.example_view import Look, class_name, look_at, plain
+from lightning_influence.plotting.example_view import Look, ViewOptions, class_name, look_at, plain
 from lightning_influence.plotting.normalization import normalization_of
 
 
@@ -21,6 +21,13 @@ from lightning_influence.plotting.normalization import normalization_of
         (({"age": 3}, np.int64(4)), Look("row", [("age", "3")], 4)),
         (([1.5, 2], "cat"), Look("row", [("", "1.5"), ("", "2")], "cat")),
         (None, Look("nothing", None)),
+        (("words", torch.tensor([2.5])), Look("text", "words", 2.5)),
+        (("words", np.array([0, 0, 1])), Look("text", "words", 2)),
+        (("words", [0.2, 0.8]), Look("text", "words")),
+        (("words", torch.tensor([0, 1, 0]), 7), Look("text", "words")),
+        (("a premise", "a hypothesis", 2), Look("text", "a premise\n\na hypothesis", 2)),
+        ({"premise": "a", "hypothesis": "b", "label": 2}, Look("row", [("premise", "a"), ("hypothesis", "b")], 2)),
+        ({"question": "a", "label": 2}, Look("text", "a", 2)),
     ],
 )
 def test_an_example_is_recognised(example, look):
@@ -78,6 +85,13 @@ class ReadsGlobals:
         return (index - MEAN) / STD
 
 
+class Writes:
+    def __getitem__(self, index):
+        mean = torch.tensor([0.5])
+        std = (0.25,)
+        return (index - mean) / torch.tensor(std)
+
+
 class Holds:
     def __init__(self, **attributes):
         self.__dict__ |= attributes
@@ -99,6 +113,7 @@ def closure(mean, std):
         Holds(transform=closure(0.5, 0.25)),
         Holds(transform=len, augment=Normalize()),
         ReadsGlobals(),
+        Writes(),
     ],
 )
 def test_the_normalisation_of_a_dataset_is_found(dataset):
@@ -107,10 +122,59 @@ def test_the_normalisation_of_a_dataset_is_found(dataset):
 
 @pytest.mark.parametrize(
     "dataset",
-    [[1], Holds(mean="average", std=2), Holds(mean=0.5, std=0.0), Holds(mean=np.zeros(7), std=np.ones(7)), None],
+    [
+        [1],
+        Holds(y_mean=22.4, y_std=9.1),
+        Holds(target_mean=0.5, target_std=0.2),
+        Holds(mean="average", std=2),
+        Holds(mean=0.5, std=0.0),
+        Holds(mean=np.zeros(7), std=np.ones(7)),
+        None,
+    ],
 )
 def test_what_is_no_normalisation_of_images_is_left_alone(dataset):
     assert normalization_of(dataset) is None
+
+
+class Images(list):
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+ORIGINAL = torch.rand(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+ORIGINAL[:, :, 0, :2] = torch.tensor([0.0, 1.0], dtype=torch.float64)
+ORIGINAL[1] *= 0.25  # a dark one must stay dark
+
+
+@pytest.mark.parametrize(
+    ("as_held", "kind"),
+    [
+        (lambda x: (x * 255).round().to(torch.uint8), list),
+        (lambda x: x * 255, list),
+        (lambda x: (x * 255).round().long(), list),
+        (lambda x: (x * 65535).round().int(), list),
+        (lambda x: (x * 4095).round().numpy().astype(np.uint16), list),
+        (lambda x: x * 2 - 1, list),
+        (lambda x: x, Images),  # mean and std are of a later step
+        (lambda x: x * 255, Images),
+        (lambda x: (x * 255).round().to(torch.uint8), Images),
+        (lambda x: (x - torch.tensor(Images.mean)[:, None, None]) / torch.tensor(Images.std)[:, None, None], Images),
+    ],
+)
+def test_a_dark_image_is_dark_however_the_dataset_scales_its_images(as_held, kind):
+    dataset = kind((as_held(image), 0) for image in ORIGINAL)
+    for given in ((dataset,), (None, dataset)):
+        options = ViewOptions().suited_to(*given)
+        for example, image in zip(dataset, ORIGINAL, strict=True):
+            torch.testing.assert_close(options.look(example).value, image.movedim(0, 2), atol=3e-3, rtol=0)
+
+
+def test_of_four_channels_the_first_three_are_shown_with_their_own_mean():
+    image = torch.rand(4, 5, 6, dtype=torch.float64)
+    mean, std = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.5, 0.6, 0.7, 0.8])
+    held = (image - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(
+        look_at(held, normalization=(mean, std)).value, image[:3].movedim(0, 2), atol=1e-6, rtol=0
+    )
 
 
 def test_a_normalisation_of_other_images_is_noticed():

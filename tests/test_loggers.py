@@ -254,6 +254,13 @@ def test_a_long_table_is_shortened_for_a_page():
     assert len(text.splitlines()) == 2 + 200 + 2
 
 
+def test_what_looks_like_markup_is_shown_as_it_is():
+    text = tensorboard.markdown((["train_id"], [["**b** <i>x</i> & `c` [a](b) # _d_ e_f ~g~"]]))
+    assert text.splitlines()[0] == "| train_id |"
+    shown = r"| \*\*b\*\* &lt;i&gt;x&lt;/i&gt; &amp; \`c\` \[a\](b) \# \_d\_ e_f \~g\~ |"
+    assert text.splitlines()[2] == shown
+
+
 def test_only_the_strongest_kept_is_logged_without_a_share():
     logger = Bare()
     Scores(None, (SCORES.proponents(1), SCORES.opponents(1)), SCORES.train_ids, SCORES.query_ids, method="TracIn").log(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_influence import Scores, SelfScores, read_decisions
+from lightning_influence.report import Opinion
 
 pytestmark = pytest.mark.slow
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -105,8 +106,11 @@ def test_rows_are_filtered_by_class_score_text_and_query(page):
 
 def test_queries_are_listed_and_explained(page):
     page.click("#view-queries")
-    strongest = VALUES.max(1).values
-    assert ids(page) == strongest.argsort(descending=True).tolist()
+    wrong, right = [i for i in range(N_QUERIES) if i % 3 != i % 2], [i for i in range(N_QUERIES) if i % 3 == i % 2]
+    assert ids(page) == wrong + right
+    assert "wrongly predicted ones first" in page.inner_text("#status")
+    page.get_by_role("button", name="Strongest proponent").click()
+    assert ids(page) == VALUES.max(1).values.argsort(descending=True).tolist()
     page.select_option("#class", label="1")
     assert set(ids(page)) == {i for i in range(N_QUERIES) if i % 3 == 1}
     query = ids(page)[0]
@@ -199,4 +203,36 @@ def test_targets_of_a_regression_have_a_range_and_no_list(browser, tmp_path):
     assert set(ids(page)) == {i for i, (_, y) in enumerate(data) if float(f"{y:.4g}") >= 0.5}
     page.get_by_role("button", name="Target").click()
     assert ids(page)[0] == 59
+    page.close()
+
+
+def test_the_page_tells_what_the_model_thinks_the_telling_queries_first(browser, tmp_path):
+    data = [(torch.rand(3, 4, 4), i % 40) for i in range(60)]  # forty classes without names
+    scores = Scores(VALUES[:5, :60], None, torch.arange(60), torch.arange(5), method="M")
+    losses = [0.1, 3.0, 0.5, 9.0, 2.0]
+    scores.opinions = lambda side, ids: {
+        i: Opinion(losses[i % 5], (i + (i in (1, 4))) % 40, 0.5, i not in (1, 4)) for i in ids
+    }
+    page = browser.new_page()
+    page.goto(scores.report(tmp_path / "page.html", train=data, queries=data).as_uri())
+    assert page.locator("#rows img").first.get_attribute("alt").startswith("training example ")
+    assert "Above 0, training on the example made the queries better in all" in page.inner_text("caption")
+    assert page.locator("#class").is_visible()
+    page.click("#view-queries")
+    assert ids(page) == [1, 4, 3, 2, 0]
+    assert page.locator("#rows img").first.get_attribute("alt") == "query 1, class 1, predicted 2"
+    assert page.locator("#rows .negative bdi").all_inner_texts() == ["2", "5"]
+    page.get_by_role("button", name="Explain query 1", exact=True).click()
+    assert "class 1\npredicted 2 (wrong), probability 0.5\nloss 3" in page.inner_text("#subject")
+    assert "Influence on query 1: above 0, training on the example made this query better" in page.inner_text("caption")
+    page.close()
+
+
+def test_whole_numbers_are_shown_whole(browser, tmp_path):
+    data = [(torch.zeros(2), 123_456 + i) for i in range(60)]
+    scores = Scores(VALUES[:5, :60], None, torch.arange(60), torch.arange(5), method="M")
+    page = browser.new_page()
+    page.goto(scores.report(tmp_path / "page.html", train=data).as_uri())
+    page.get_by_role("button", name="Target").click()
+    assert page.locator("#rows td[data-title=Target]").first.inner_text() == "123515"
     page.close()

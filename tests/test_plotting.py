@@ -291,6 +291,66 @@ def test_the_highest_examples_are_drawn_with_what_the_model_says():
         found.plot_top()
 
 
+def test_a_query_has_what_the_model_thinks_of_it():
+    data = [(torch.rand(4, 4), i % 2) for i in range(7)]
+    scores = Scores(SCORES.values, None, SCORES.train_ids, SCORES.query_ids, method="TracInCP")
+    scores.opinions = lambda side, ids: {i: Opinion(2.5, 1, 0.375, False) for i in ids}
+    figure, axes = scores.plot(4, k=1, train=data, queries=data, labels=["cat", "dog"])
+    drawn(figure)
+    assert titles(axes)[0] == "query 4\ncat\npredicted dog\nat 38%, loss 2.5"
+    assert titles(scores.plot(4, 1, data, data, predictions={4: 0})[1])[0] == "query 4\nlabel 0\npredicted 0\nloss 2.5"
+    figure, axes = scores.plot(4, labels=["cat", "dog"])
+    drawn(figure)
+    assert axes.get_title() == "TracInCP: influence on query 4\npredicted dog, at 38%, loss 2.5"
+
+
+def test_a_regression_has_targets():
+    data = [(torch.rand(3), torch.tensor([float(i)])) for i in range(7)]
+    scores = Scores(SCORES.values, None, SCORES.train_ids, SCORES.query_ids, method="TracInCP")
+    scores.opinions = lambda side, ids: {i: Opinion(0.25, 2.5) for i in ids}
+    assert titles(scores.plot(4, k=1, train=data, queries=data)[1]) == [
+        "query 4\ntarget 4\npredicted 2.5\nloss 0.25",
+        "6\n+4\ntarget 6",
+    ]
+
+
+def test_names_and_looks_travel_along_with_the_file(tmp_path):
+    images = [(torch.rand(3, 4, 5), i % 2) for i in range(7)]
+    scores = Scores(SCORES.values, None, SCORES.train_ids, SCORES.query_ids, method="TracInCP")
+    scores.opinions = lambda side, ids: {i: Opinion(2.5, 1, 0.375, False) for i in ids}
+    scores.save(tmp_path / "s.arrow", train=images, queries=images, labels=["cat", "dog"])
+    loaded = Scores.load(tmp_path / "s.arrow")
+    told = ["query 4\ncat\npredicted dog\nat 38%, loss 2.5", "6\n+4\ncat"]
+    for found in (scores, pickle.loads(pickle.dumps(scores)), loaded):
+        axes = found.plot(4, k=1)[1]
+        assert titles(axes) == told
+        torch.testing.assert_close(
+            torch.as_tensor(axes[1].images[0].get_array()), images[6][0].movedim(0, 2).double(), atol=0.003, rtol=0
+        )
+        assert titles(found.plot(4, k=1, train=images, queries=images)[1]) == told
+    rows = [(torch.tensor([1.5 * i, i]), "x") for i in range(7)]
+    found = SelfScores(torch.arange(7), torch.arange(7.0), "M")
+    found.save(tmp_path / "self.arrow", train=rows, columns=["a", "b"])
+    axes = SelfScores.load(tmp_path / "self.arrow").plot_top(2)[1]
+    assert [text.get_text() for text in axes[0].texts] == ["a", "9", "b", "6"]
+
+
+def test_names_are_those_of_whichever_dataset_has_them():
+    train = [(torch.rand(4, 4), i % 2) for i in range(7)]
+    queries = type("Named", (list,), {"class_names": ["cat", "dog"]})(train)
+    assert titles(SCORES.plot(4, 1, train, queries)[1]) == ["query 4\ncat", "6 (base 7)\n+4\ncat"]
+    few = Scores(SCORES.values[:, :2], None, torch.arange(2), SCORES.query_ids, method="M")
+    assert [t.get_text() for t in few.plot_classes(train, queries)[1].get_xticklabels()] == ["cat", "dog"]
+
+
+def test_zeros_of_one_hot_columns_give_way_to_what_tells():
+    row = torch.zeros(60)
+    row[[0, 30, 59]] = torch.tensor([2.5, 1.0, 1.0])
+    columns = [f"c{i}" for i in range(60)]
+    axes = SCORES.plot(3, 1, [(row, 1)] * 7, [(row, 1)] * 7, columns=columns)[1]
+    assert [t.get_text() for t in axes[1].texts] == ["c0", "2.5", "c30", "1", "c59", "1", "and 57 more", ""]
+
+
 def test_targets_of_a_regression_are_no_classes():
     data = [(torch.zeros(2), 0.5 + i) for i in range(20)]
     scores = Scores(torch.rand(20, 20), None, torch.arange(20), torch.arange(20), method="M")

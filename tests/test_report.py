@@ -67,6 +67,7 @@ def test_kept_scores_are_summed_and_explained(tmp_path):
     assert data["train"]["columns"][0] == {
         "title": "Influence on all queries (sum of the scores kept)",
         "scores": [0.5, -1.0, 5.0, 4.0],
+        "meaning": "Above 0, training on the example made the queries better in all, below 0 worse.",
     }
 
 
@@ -95,6 +96,13 @@ def test_names_of_classes_that_are_given_later_are_used_where_the_data_are_here(
     assert shown["class"] == "dog"
     kept = embedded(Scores.load(tmp_path / "s.arrow").report(tmp_path / "k.html"))["train"]["looks"]["2"]
     assert kept["class"] == "1"
+
+
+def test_many_queries_have_fewer_explaining_examples_each(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_influence.scores.page._EXPLAINING", 5)
+    path = scores().report(tmp_path / "p.html", k=2)
+    assert [len(pairs) for pairs in embedded(path)["queries"]["pairs"]] == [2, 1]
+    assert "For each query, the 1 strongest proponent and as many opponents" in path.read_text("utf-8")
 
 
 def test_no_line_ends_within_an_abbreviation(tmp_path):
@@ -255,6 +263,19 @@ def test_notebooks_get_the_paragraph_and_a_table_as_text():
     assert "<td>2</td><td>0.4</td>" in re.sub(r"<td [^>]*>", "<td>", itself()._repr_html_())
 
 
+def test_notebooks_get_the_most_telling_queries_and_classes_of_an_album(tmp_path):
+    from lightning_influence.report import Opinion
+
+    found = scores()
+    found.opinions = lambda side, ids: {i: Opinion(1.0, int(i == 4), 0.9, i != 4) for i in ids}
+    found.save(tmp_path / "s.arrow", train=TEXTS, queries=TEXTS, labels=["cat", "dog"])
+    html = Scores.load(tmp_path / "s.arrow")._repr_html_()
+    cells = re.findall(r"<td [^>]*>(.*?)</td>", html.replace("\u00a0", " "))
+    assert cells[:3] == ["4", "cat", "dog"]
+    assert cells[5:8] == ["3", "dog", "cat"]
+    assert cells[8].startswith("5 (base 15) dog (+2)")
+
+
 def test_without_jinja_the_error_names_the_extra(monkeypatch, tmp_path):
     real = builtins.__import__
 
@@ -305,8 +326,8 @@ def test_trackers_tell_what_the_first_examples_of_a_table_are():
     found.opinions = judging
     table = ["query_id", "train_id"], [[3, 1], [4, 6]]
     columns, rows = described(found, table, {"train": TEXTS, "queries": [None] * 3 + [5, 7], "labels": ["cat", "dog"]})
-    assert columns[2:5] == ["query_predicted", "query_loss", "train_class"]
-    assert rows[1][2:] == ["dog", 4.5, "cat", "dog", 6.5, "text 6"]
+    assert columns[2:6] == ["query_predicted", "query_probability", "query_loss", "train_class"]
+    assert rows[1][2:] == ["dog", 0.25, 4.5, "cat", "dog", 0.25, 6.5, "text 6"]
     assert described(scores(), table, {}) == table
     assert table[1] == [[3, 1], [4, 6]]
 
@@ -316,7 +337,7 @@ def test_the_query_that_tells_most_is_the_wrongly_predicted_one_of_highest_loss(
     from lightning_influence.scores.tracked import telling_query
 
     found = scores()
-    assert telling_query(found, [3, 4]) == (None, {}, "")
+    assert telling_query(found, [3, 4]) == (None, "")
     told = {
         3: Opinion(0.5, 1, 0.9, False),
         4: Opinion(0.4, 0, 0.9, False),
@@ -324,7 +345,40 @@ def test_the_query_that_tells_most_is_the_wrongly_predicted_one_of_highest_loss(
         6: Opinion(None),
     }
     found.opinions = lambda side, ids: {i: told[i] for i in ids}
-    query, predictions, why = telling_query(found, [3, 4, 5, 6])
-    assert (query, predictions) == (3, {3: 1})
+    query, why = telling_query(found, [3, 4, 5, 6])
+    assert query == 3
     assert "2 wrongly predicted among 3 queries" in why
     assert telling_query(found, [5, 6])[0] == 5
+
+
+def test_a_dataset_that_is_given_holds_the_examples_that_were_scored(tmp_path):
+    from torch.utils.data import DataLoader, Subset
+
+    under = [{"text": f"text {i}", "label": i % 2} for i in range(30)]
+    chosen = [9, 8, 7, 20, 4, 2, 29]
+
+    def shown(train, base=torch.tensor(chosen)[TRAIN_IDS]):
+        found = Scores(VALUES, None, TRAIN_IDS, QUERY_IDS, method="M", base=(base, None))
+        return embedded(found.report(tmp_path / "p.html", train=train))["train"]["looks"]["2"]["value"]
+
+    subset = Subset(under, chosen)
+    nested = Subset(Subset(under, list(range(29, -1, -1))), [29 - i for i in chosen])
+    for given in (subset, nested, DataLoader(subset), under, [subset[i] for i in range(7)], list(under)):
+        assert shown(given) == "text 2"
+    with pytest.raises(ValueError, match=r"the Subset that was scored, got another: its example 1 is 3 .* and 8 was"):
+        shown(Subset(under, list(range(2, 9))))
+    with pytest.raises(ValueError, match="of which the last has the id 6, got 5"):
+        shown(under[:5])
+    assert shown(under[:8], TRAIN_IDS) == "text 5"
+    with pytest.warns(UserWarning, match="is taken for the former. If it is the latter, pass the Subset"):
+        assert shown(under[:7], torch.tensor([6, 5, 1, 0])) == "text 5"
+
+
+def test_the_page_says_that_colours_may_be_wrong_also_for_a_file(tmp_path):
+    images = [(torch.rand(3, 4, 4) * 3 - 1, 0) for _ in range(7)]
+    with pytest.warns(UserWarning, match="stretched to its own range") as told:
+        path = scores().save(tmp_path / "s.arrow", train=images)
+    assert len(told) == 1
+    assert "stretched to its own range" in Scores.load(path).report(tmp_path / "p.html").read_text("utf-8")
+    fine = scores().report(tmp_path / "p.html", train=[(torch.rand(3, 4, 4), 0)] * 7).read_text("utf-8")
+    assert "stretched" not in fine

@@ -112,7 +112,7 @@ def expected_rows(scores):
 
 def check_table(columns, rows, scores):
     assert list(columns[:5]) == ["query_id", "train_id", "score", "rank", "side"]
-    assert {"query_class", "query_loss", "train_class", "train_loss"} <= set(columns[5:])
+    assert {"query_target", "query_loss", "train_target", "train_loss"} <= set(columns[5:])
     rows = [list(row)[:5] for row in rows]
     expected = expected_rows(scores)
     assert [[r[0], r[1], r[3], r[4]] for r in rows] == [[r[0], r[1], r[3], r[4]] for r in expected]

@@ -11,6 +11,7 @@ from lightning_influence.attribution.final_weights import FinalWeights
 from lightning_influence.attribution.finished import Finished, Kept, Part
 from lightning_influence.attribution.magnitude import FLAG
 from lightning_influence.attribution.opinions import opinions_of
+from lightning_influence.data.lists import Rows
 from lightning_influence.data.lookup import Stream
 from lightning_influence.data.source import Source
 from lightning_influence.methods.kinds import ForwardOnly
@@ -134,4 +135,6 @@ class Answers:
         return opinions_of(self.final.session_of(self.method), self.train, self.queries, self.stream)
 
     def _shown(self, source: Source) -> Any:
-        return source.dataset if self.stream is None or source is not self.train else self.stream.by_id
+        if self.stream is not None and source is self.train:
+            return self.stream.by_id
+        return source.dataset.dataset if isinstance(source.dataset, Rows) else source.dataset

@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch.utils.data import DataLoader
-
 from lightning_influence.attribution.attributor import Attributor
 from lightning_influence.callback.offline import cheaper, has_no_ids, offline_lines, slow_gradients
 from lightning_influence.callback.plan import ScoringPlan
@@ -185,9 +183,7 @@ class EndOfFit:
         scores = self._computed(name, method, partial(self.attributor.cost, method, queries), score)
         self._save(name, scores)
         if self.plan.log_scores:
-            train = getattr(self.trainer.train_dataloader, "dataset", None)
-            dataset = queries.dataset if isinstance(queries, DataLoader) else queries
-            self._log(scores, name, train=train, queries=train if isinstance(dataset, str) else dataset)
+            self._log(scores, name)
         return scores
 
     def _score_itself(self, name: str, method: Method) -> SelfScores:
@@ -256,13 +252,13 @@ class EndOfFit:
                 "`album={'render': function}`, where the function returns a text, an image or a vector for an example."
             )
 
-    def _log(self, scores: Scores | SelfScores, name: str, **data: Any) -> None:
+    def _log(self, scores: Scores | SelfScores, name: str) -> None:
         shown = {key: self.plan.album[key] for key in _SHOWN if key in self.plan.album}
         if not self.trainer.is_global_zero:
             return
         try:
             with self._doing("logging", f"logging {name}"), self._told_once():
-                scores.log(self.trainer.loggers, step=self.trainer.global_step, name=name, **data, **shown)
+                scores.log(self.trainer.loggers, step=self.trainer.global_step, name=name, **shown)
             self.summary.loggers = tuple(type(logger).__name__ for logger in listening(self.trainer.loggers))
         except Exception as error:
             rank_zero_warn(f"`{name}` was scored and saved, but not logged: {type(error).__name__}: {error}")

@@ -5,16 +5,15 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from lightning_influence.data.examples import Examples
 from lightning_influence.data.expected_draws import expected_draws
 from lightning_influence.data.lists import ReadRows, Rows
 from lightning_influence.data.lookalikes import check_no_lookalike
 from lightning_influence.trajectory.exposure import ExpectedDraws
-from lightning_influence.types import Batch, bytes_in
+from lightning_influence.types import Batch, base_indices, bytes_in
 
 # Examples per block, and bytes of input per block, beyond which larger blocks are no faster.
 _BLOCK = 256
@@ -67,13 +66,7 @@ class Source:
 
     def base_ids(self) -> Tensor | None:
         """[example]: indices into the dataset underneath nested ``Subset``s; None if it is no ``Subset``."""
-        dataset, ids = self.dataset, None
-        dataset = dataset.dataset if isinstance(dataset, Rows) else dataset
-        while isinstance(dataset, Subset):
-            indices = torch.as_tensor(list(dataset.indices), dtype=torch.int64)
-            ids = indices if ids is None else indices[ids]
-            dataset = dataset.dataset
-        return ids
+        return base_indices(self.dataset.dataset if isinstance(self.dataset, Rows) else self.dataset)
 
 
 def source_of(data: Any, name: str, like: Source | None = None) -> Source:

@@ -1,5 +1,7 @@
 """TensorBoard: scalars, histograms, images, and tables as text."""
 
+import html
+import re
 from typing import Any
 
 from lightning_influence.loggers.results import TrackerResults
@@ -14,7 +16,8 @@ def write(logger: Any, results: TrackerResults) -> None:
     write_scalars(logger, results)
     writer = logger.experiment
     for what, text in results.texts.items():
-        writer.add_text(f"{results.head}/{what}", text, results.step)
+        paragraphs = _cell(text.replace("\nNote: ", "\0Note: ")).replace("\0", "\n\n")
+        writer.add_text(f"{results.head}/{what}", paragraphs, results.step)
     for what, table in results.tables.items():
         writer.add_text(f"{results.head}/{what}_table", markdown(table), results.step)
     for what, bins in results.histograms.items():
@@ -46,4 +49,5 @@ def markdown(table: Table) -> str:
 
 def _cell(value: Any) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
-    return text.replace("|", r"\|").replace("\n", " ")
+    # An underline within a word, as in train_id, stands for itself in Markdown.
+    return re.sub(r"([\\`*{}\[\]#|~]|(?<!\w)_|_(?!\w))", r"\\\1", html.escape(" ".join(text.split()), quote=False))

@@ -1,12 +1,13 @@
 """One example drawn into its axes, under its name, score, class and prediction."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_influence.plotting.example_view import Look, ViewOptions, plain
+from lightning_influence.plotting.example_view import Look, ViewOptions, fitting, plain
 from lightning_influence.plotting.style import blank, fit, width_of, wrap
 
 Render: TypeAlias = Callable[..., Any]
@@ -17,16 +18,32 @@ _TEXT = {"va": "top", "ha": "left", "fontsize": 7}
 
 
 class Item(NamedTuple):
-    """One example to draw: its name, its score (None for a query), the example itself and its predicted class."""
+    """One example to draw: its name, its score (None for a query), the example itself and what the model thinks of it.
+
+    That is its prediction and, where they are known, the probability of the predicted class and the loss.
+    """
 
     name: str
     score: float | None = None
     example: Any = None
     prediction: Any = None
+    probability: float | None = None
+    loss: float | None = None
+
+    def opinion(self, view: ViewOptions) -> list[str]:
+        """What the model thinks, in at most two lines."""
+        predicted = plain(self.prediction)
+        numbers = [] if self.probability is None else [f"at {self.probability:.0%}"]
+        numbers += [] if self.loss is None else [f"loss {self.loss:.3g}"]
+        lines = [] if predicted is None else [f"predicted {view.class_of(predicted)}"]
+        return [*lines, ", ".join(numbers)] if numbers else lines
 
 
+@dataclass(frozen=True)
 class Drawing(ViewOptions):
-    """How examples are drawn."""
+    """How examples are drawn; ``targets``: their labels are numbers to predict, not classes."""
+
+    targets: bool = False
 
     def draw(self, axes: Any, item: Item, colour: str, size: tuple[int, int] = (24, 11), signed: bool = True) -> None:
         """Draw one example.
@@ -42,14 +59,15 @@ class Drawing(ViewOptions):
             ValueError: The example holds nothing that can be drawn, and there is no `render`.
         """
         look = self.look(item.example)
-        lines = [fit(item.name if item.score is not None else f"query {item.name}", _NAME)]
+        wide = max(_NAME, size[0] - 4)
+        lines = [fit(item.name if item.score is not None else f"query {item.name}", wide)]
         if item.score is not None:
             lines.append(f"{item.score:+.3g}" if signed else f"{item.score:.3g}")
         if look.label is not None:
-            lines.append(fit(self.name_of(look.label), _NAME))
-        predicted = plain(item.prediction)
-        if predicted is not None:
-            lines.append(fit(f"predicted {self.class_of(predicted)}", _NAME))
+            name = self.name_of(look.label)
+            number = self.targets or (isinstance(look.label, float) and not look.label.is_integer())
+            lines.append(fit(f"target {self.class_of(look.label)}" if number else name, wide))
+        lines += [fit(line, wide) for line in item.opinion(self)]
         axes.set_title("\n".join(lines), fontsize=8, color=colour)
         axes.set_xticks([])
         axes.set_yticks([])
@@ -97,7 +115,8 @@ def _show(axes: Any, look: Look, size: tuple[int, int]) -> None:
 def _table(axes: Any, cells: Sequence[tuple[str, str]], width: int, height: int) -> None:
     """Names at the left, values at the right, one pair per line."""
     if len(cells) > height:
-        cells = [*cells[: height - 1], (f"and {len(cells) - height + 1} more", "")]
+        shown, left = fitting(cells, height - 1)
+        cells = [*shown, (f"and {left} more", "")]
     for line, (name, value) in enumerate(cells):
         # The longer of the two gets the width that the shorter one leaves.
         for_value = min(width_of(value), max(width - width_of(name) - 1, width / 2 - 1))

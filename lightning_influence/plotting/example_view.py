@@ -2,15 +2,14 @@
 
 import contextlib
 import unicodedata
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from inspect import signature
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-import torch
 from torch import Tensor
 
+from lightning_influence.plotting.image import image_of, scale_of, tensor_of
 from lightning_influence.plotting.normalization import Normalization, inwards, normalization_of
 from lightning_influence.types import LABELS, labels_in
 from lightning_influence.wording import counted
@@ -19,19 +18,11 @@ Classes: TypeAlias = Sequence[str] | Mapping[int, str]
 """Names of the classes, by number."""
 
 _Options = TypeVar("_Options", bound="ViewOptions")
-_ROUNDING = 0.02  # resizing and compression leave [0, 1] by as much
-_PASS = "Pass `normalization=(mean, std)` here; for the logger, `Influence(album={'normalization': (mean, std)})`."
-_OTHER = (
-    "Expected `normalization` to bring images into [0, 1], got values from {:.2g} to {:.2g}. The colours shown may be"
-    " wrong."
-)
-_STRETCHED = (
-    "Expected images with values from 0 to 1, or the mean and standard deviation that they were normalised with, got"
-    f" neither. Each image is stretched to its own range, so that colours may be wrong. {_PASS}"
-)
+_SOME = 8  # images by which the range of all is judged
 _ROW = 40  # the most numbers that are shown one by one; more are a curve
 _NAME = 200  # characters of the name of a class
-_TEXTS = ("text", "sentence", "content", "document", "question", "premise", "review")
+_TEXTS = ("text", "sentence", "content", "document", "review", "question", "premise")
+_FIRST_OF_TWO = ("question", "premise")
 
 
 @dataclass(frozen=True)
@@ -57,13 +48,19 @@ class ViewOptions:
             if isinstance(given, str):
                 raise TypeError(f"Expected `{name}` to be a list of names, got {given!r}. Write `{name}=[{given!r}]`.")
 
-    def suited_to(self: _Options, dataset: Any) -> _Options:
-        """These options, with the normalisation and the class names of a dataset where none were given."""
-        found = normalization_of(dataset) if self.normalization is None else self.normalization
-        labels = self.labels
-        if labels is None and (names := classes_of(dataset)) is not None:
-            labels = dict(enumerate(names)) if not isinstance(names, Mapping) else names
-        return replace(self, normalization=found, labels=labels)
+    def suited_to(self: _Options, *datasets: Any) -> _Options:
+        """These options, with the normalisation and the class names that datasets have where none were given."""
+        known = [dataset for dataset in datasets if dataset is not None]
+        undone = self.normalization
+        if undone is None:
+            undone = next((found for one in known if (found := normalization_of(one)) is not None), None)
+            undone = scale_of([image for one in known for image in _some_images(one)], undone)
+        return replace(self.named_by(*known), normalization=undone)
+
+    def named_by(self: _Options, *datasets: Any) -> _Options:
+        """These options, with the class names of the first dataset that has any where none were given."""
+        names = next((found for one in datasets if (found := classes_of(one))), None)
+        return self if names is None or self.labels is not None else replace(self, labels=dict(enumerate(names)))
 
     @property
     def draws(self) -> bool:
@@ -84,6 +81,8 @@ class ViewOptions:
         Raises:
             ValueError: The example holds nothing that can be shown.
         """
+        if isinstance(example, Look):
+            return example
         if self.render is None:
             return look_at(example, self.columns, self.normalization)
         look = Look("nothing", None) if self.draws else look_at(self.render(example), self.columns, self.normalization)
@@ -92,6 +91,11 @@ class ViewOptions:
         with contextlib.suppress(ValueError):
             return look._replace(label=look_at(example, self.columns, self.normalization).label)
         return look
+
+    def filled(self: _Options, other: "ViewOptions | None") -> _Options:
+        """These options, with those of another where none were given."""
+        given = {} if other is None else {f.name: getattr(other, f.name) for f in fields(ViewOptions)}
+        return replace(self, **{name: value for name, value in given.items() if getattr(self, name) is None})
 
     def class_of(self, label: Any) -> str:
         """The name of a class, or its number."""
@@ -151,7 +155,7 @@ def look_at(example: Any, columns: Sequence[str] | None = None, normalization: N
         return Look("text", printable(content), label)
     if isinstance(content, _Cells):
         return Look("row", [(printable(name), printable(text)) for name, text in content], label)
-    tensor = _tensor(content)
+    tensor = tensor_of(content)
     if tensor is not None and tensor.ndim == 1 and tensor.numel():
         if columns is None and tensor.numel() > _ROW:
             return Look("curve", tensor.double(), label)
@@ -163,7 +167,7 @@ def look_at(example: Any, columns: Sequence[str] | None = None, normalization: N
         return Look(
             "row", [(printable(str(n)), _number(v)) for n, v in zip(names, tensor.tolist(), strict=True)], label
         )
-    image = None if tensor is None else _image(tensor, normalization)
+    image = None if tensor is None else image_of(tensor, normalization)
     if image is None:
         raise ValueError(
             "Expected an image of shape [C, H, W], [H, W, C] or [H, W] or a text, a vector or a dict of them to show, "
@@ -176,13 +180,24 @@ class _Cells(list):
     """Names and texts of a row, already formatted."""
 
 
-def classes_of(dataset: Any) -> Classes | None:
-    """Names of the classes of a dataset, or of one that it wraps: `classes` as in torchvision, or Hugging Face's."""
+def _some_images(dataset: Any) -> list[Tensor]:
+    """Images of examples from all over a dataset, as it returns them."""
+    found = []
+    with contextlib.suppress(Exception):  # what cannot be read or shown tells of itself when it is asked for
+        for i in range(0, len(dataset), -(-len(dataset) // _SOME)):
+            tensor = tensor_of(_parts(dataset[i])[0])
+            if tensor is not None and tensor.ndim > 1:
+                found.append(tensor)
+    return found
+
+
+def classes_of(dataset: Any) -> list[str] | None:
+    """Names of the classes of a dataset, or of one that it wraps: `classes`, `class_names`, or Hugging Face's."""
     for owner in inwards(dataset):
         features = getattr(owner, "features", None)
         features = features if isinstance(features, Mapping) else {}
         named = (getattr(features[name], "names", None) for name in LABELS if name in features)
-        for names in (getattr(owner, "classes", None), *named):
+        for names in (getattr(owner, "classes", None), getattr(owner, "class_names", None), *named):
             if isinstance(names, (list, tuple)) and names:
                 first = [one[0] if isinstance(one, (list, tuple)) and one else one for one in names]  # synonyms
                 if all(isinstance(one, str) for one in first):
@@ -222,13 +237,44 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str)) else None
 
 
+def label_of(example: Any) -> Any:
+    """The class of an example as a number or a text, also where it is one-hot, or its target; None without."""
+    found = example[-1] if _pair(example) else labels_in(example)
+    numbers = None if found is None else tensor_of(found)
+    if numbers is None or numbers.ndim == 0 or (len(example) > 2 and not isinstance(example, Mapping)):
+        return plain(found)  # of three parts, the second may be a mask
+    if numbers.numel() == 1:
+        return numbers.item()
+    one_hot = numbers.ndim == 1 and bool((((numbers == 0) | (numbers == 1)).all()) and numbers.sum() == 1)
+    return int(numbers.argmax()) if one_hot else None
+
+
+def _pair(example: Any) -> bool:
+    """Whether an example is texts, such as a premise and a hypothesis, and a class."""
+    return (
+        isinstance(example, (tuple, list))
+        and len(example) > 2
+        and all(isinstance(part, str) for part in example[:-1])
+        and not isinstance(example[-1], str)
+    )
+
+
+def fitting(cells: Sequence[tuple[str, str]], most: int) -> tuple[list[tuple[str, str]], int]:
+    """The cells of a row that fit, and how many are left out: first zeros, if most are, as of one-hot columns."""
+    if len(cells) <= most:
+        return list(cells), 0
+    telling = [cell for cell in cells if cell[1] not in ("0", "False")]
+    shown = (telling if 2 * len(telling) <= len(cells) else list(cells))[:most]
+    return shown, len(cells) - len(shown)
+
+
 def _parts(example: Any) -> tuple[Any, Any]:
     """The content of an example to show, and its label."""
-    label = plain(labels_in(example))
+    label = label_of(example)
     if isinstance(example, Mapping):
         return _of_mapping({key: value for key, value in example.items() if key not in LABELS}), label
     if isinstance(example, (tuple, list)):
-        content = example[0] if example else None
+        content = "\n\n".join(example[:-1]) if _pair(example) else example[0] if example else None
         return (_of_mapping(content) if isinstance(content, Mapping) else content), label
     return example, label
 
@@ -236,11 +282,13 @@ def _parts(example: Any) -> tuple[Any, Any]:
 def _of_mapping(entries: Mapping[Any, Any]) -> Any:
     """The entry that is an image or a text, otherwise all entries as a row."""
     for value in entries.values():
-        tensor = _tensor(value)
-        if tensor is not None and tensor.ndim > 1 and _image(tensor, None) is not None:
+        tensor = tensor_of(value)
+        if tensor is not None and tensor.ndim > 1 and image_of(tensor, None) is not None:
             return value
     texts = [key for key, value in entries.items() if isinstance(value, str)]
     named = next((key for key in _TEXTS if key in texts), texts[0] if len(texts) == 1 == len(entries) else None)
+    if named in _FIRST_OF_TWO and len(texts) > 1:
+        return _row({key: entries[key] for key in texts})
     if named is not None:
         return entries[named]
     if len(entries) == 1 and plain(only := next(iter(entries.values()))) is None:
@@ -251,61 +299,13 @@ def _of_mapping(entries: Mapping[Any, Any]) -> Any:
 def _row(entries: Mapping[Any, Any]) -> Any:
     cells = _Cells()
     for name, value in entries.items():
-        one, tensor = plain(value), _tensor(value)
+        one, tensor = plain(value), tensor_of(value)
         if one is not None:
             cells.append((str(name), one if isinstance(one, str) else _number(one)))
         elif tensor is not None and tensor.ndim == 1:
             shown = " ".join(_number(v) for v in tensor[:_ROW].tolist())
             cells.append((str(name), shown + " …" * (tensor.numel() > _ROW)))
     return cells or entries
-
-
-def _tensor(value: Any) -> Tensor | None:
-    if isinstance(value, Tensor):
-        tensor = value.detach().cpu()
-    elif hasattr(value, "__array__") or hasattr(value, "__array_interface__"):
-        import numpy as np
-
-        array = np.array(value)  # a copy: torch warns about arrays that must not be written to
-        if array.dtype.kind not in "biuf":
-            return None
-        tensor = torch.from_numpy(array)
-    elif isinstance(value, (list, tuple)) and value and all(isinstance(one, (int, float)) for one in value):
-        tensor = torch.tensor(value, dtype=torch.float64)
-    else:
-        return None
-    return None if tensor.is_complex() else tensor
-
-
-def _image(image: Tensor, normalization: Normalization | None) -> Tensor | None:
-    """[height, width] or [height, width, 3] float64 numbers from 0 to 1, or None."""
-    if not image.numel():
-        return None
-    whole = image.dtype == torch.uint8
-    image = image.double()
-    if image.ndim == 3 and image.shape[0] in (1, 3, 4) and image.shape[2] not in (3, 4):
-        image = image.movedim(0, 2)
-    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
-        return None
-    if image.ndim == 3:
-        # A fourth channel is not transparency any more once the data were normalised.
-        image = image[:, :, :1] if image.shape[2] == 1 else image[:, :, :3]
-    if whole:
-        image = image / 255
-    elif normalization is not None:
-        mean, std = (torch.as_tensor(part, dtype=torch.float64).flatten() for part in normalization)
-        image = image * std + mean
-    image = image.nan_to_num(0.0, posinf=1.0, neginf=0.0)
-    low, high = image.min(), image.max()
-    if normalization is not None and not whole:
-        if low < -_ROUNDING or high > 1 + _ROUNDING:
-            warnings.warn(f"{_OTHER.format(low, high)} {_PASS}", stacklevel=2)
-        image = image.clamp(0, 1)
-    elif low < 0 or high > 1:
-        if image.ndim == 3 and image.shape[2] == 3:
-            warnings.warn(_STRETCHED, stacklevel=2)
-        image = (image - low) / (high - low).clamp(min=1e-12)
-    return image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
 
 
 def _number(value: Any) -> str:

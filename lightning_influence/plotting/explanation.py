@@ -51,7 +51,7 @@ def explanation(case: Case, *, method: str = "", units: str = "", drawing: Drawi
     title = f"{method + ': ' if method else ''}influence on query {case.query.name}"
     if case.bare:
         figure, colours = blank(6.4, _bars_height(case))
-        return figure, _bars(figure.add_subplot(), case, title, units, colours)
+        return figure, _bars(figure.add_subplot(), case, title, units, colours, drawing)
     columns = max(len(case.proponents), len(case.opponents), 1)
     figure, colours = blank(_CELL * (columns + 1.5) + 0.4, 2 * _CELL + 1.9)
     figure.suptitle(textwrap.fill(fit(title, 120), 15 * (columns + 1), break_on_hyphens=False), fontsize=11)
@@ -83,7 +83,7 @@ def explanations(
         figure.suptitle(fit(title, 70), fontsize=11)
         grid = figure.add_gridspec(len(cases), 1, height_ratios=heights)
         return figure, [
-            _bars(figure.add_subplot(grid[row, 0]), case, f"query {case.query.name}", units, colours)
+            _bars(figure.add_subplot(grid[row, 0]), case, f"query {case.query.name}", units, colours, drawing)
             for row, case in enumerate(cases)
         ]
     widths = [max(1, *(len(side) for side in sides)) for sides in zip(*(case[1:] for case in cases), strict=True)]
@@ -148,10 +148,10 @@ def _cells(figure: Any, places: Sequence[Any], side: _Side, drawing: Drawing, fo
 
 
 def _bars_height(case: Case) -> float:
-    return 1.3 + 0.28 * max(len(case.proponents) + len(case.opponents), 2)
+    return 1.5 + 0.28 * max(len(case.proponents) + len(case.opponents), 2)
 
 
-def _bars(axes: Any, case: Case, title: str, units: str, colours: Palette) -> Any:
+def _bars(axes: Any, case: Case, title: str, units: str, colours: Palette, drawing: Drawing) -> Any:
     items = [*case.proponents, *reversed(case.opponents)]
     scores = [0.0 if item.score is None else item.score for item in items]
     axes.barh(range(len(items)), scores, color=[colours.proponent if s > 0 else colours.opponent for s in scores])
@@ -160,6 +160,7 @@ def _bars(axes: Any, case: Case, title: str, units: str, colours: Palette) -> An
     axes.axvline(0, color=colours.text, linewidth=0.8)
     axes.set_xlabel(fit(axis("score", units), 60))
     axes.set_ylabel("training example")
-    axes.set_title(fit(title, 70), fontsize=11)
+    told = ", ".join(case.query.opinion(drawing))
+    axes.set_title("\n".join([fit(title, 70), *([fit(told, 70)] if told else [])]), fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     return axes

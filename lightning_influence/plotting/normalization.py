@@ -1,6 +1,7 @@
 """The mean and standard deviation that a dataset normalises its images with, where they can be found."""
 
 from collections.abc import Iterator, Mapping
+from dis import get_instructions
 from inspect import getclosurevars
 from types import FunctionType, MethodType
 from typing import Any, TypeAlias
@@ -11,6 +12,7 @@ Normalization: TypeAlias = tuple[Any, Any]
 """Mean and standard deviation that an image was normalised with: numbers, or one per channel."""
 
 _DEEP = 5  # transforms within transforms, datasets within datasets
+_OF_LABELS = {"y", "target", "targets", "label", "labels", "output", "outputs"}  # words in the names of other numbers
 _PAIRS = tuple((mean, std) for mean in ("mean", "mu") for std in ("std", "stddev", "stdev", "sigma"))
 
 
@@ -83,12 +85,27 @@ def _read_by(function: Any) -> dict[str, Any]:
         read = getclosurevars(function)
     except (TypeError, ValueError):
         return {}
-    return {**read.globals, **read.nonlocals}
+    return {**read.globals, **read.nonlocals, **_constants(function)}
+
+
+def _constants(function: Any) -> dict[str, Any]:
+    """Local variables of a function that it makes of a constant, such as ``mean = torch.tensor([0.5, 0.4, 0.3])``."""
+    found: dict[str, Any] = {}
+    last = None
+    for step in get_instructions(function):
+        if step.opname == "LOAD_CONST" and isinstance(step.argval, (tuple, float)):
+            last = step.argval
+        elif step.opname.startswith("STORE_FAST"):  # from 3.13 on also together with a second name
+            if last is not None:
+                found[step.argval[0] if isinstance(step.argval, tuple) else step.argval] = last
+            last = None
+    return found
 
 
 def _named(values: Mapping[str, Any]) -> Normalization | None:
     """Numbers whose names differ in mean and std only, such as ``MEAN`` and ``STD``."""
     lower = {name.lower().strip("_"): value for name, value in values.items()}
+    lower = {name: value for name, value in lower.items() if not _OF_LABELS & set(name.split("_"))}
     for name, mean in lower.items():
         for word, other in _PAIRS:
             if word in name and (std := lower.get(name.replace(word, other))) is not None:

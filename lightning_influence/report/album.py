@@ -1,12 +1,15 @@
 """What examples look like, small enough for a file: texts, thumbnails, rows and curves by id, up to a size limit."""
 
 import base64
+import contextlib
 import json
+import re
 import struct
 import textwrap
+import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -14,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from lightning_influence.plotting.cell import picture
-from lightning_influence.plotting.example_view import Look, ViewOptions, look_at, plain
+from lightning_influence.plotting.example_view import Look, ViewOptions, fitting, look_at, plain
+from lightning_influence.plotting.image import ColourWarning
 
 _SIDE = 96  # pixels of a thumbnail's longer side
 _TEXT = 1500  # characters of a text
@@ -76,6 +80,8 @@ class Showing(ViewOptions):
             }
             if opinion.prediction is not None:
                 words["prediction"] = self.class_of(opinion.prediction)
+            if opinion.right is not None:
+                words["right"] = opinion.right
             if "prediction" in entries[i]:
                 words = {name: words[name] for name in ("loss",) if name in words}
             entries[i].update(words)
@@ -108,11 +114,17 @@ class Showing(ViewOptions):
 
 @dataclass
 class Album:
-    """What is shown of training examples and queries, by id; ``kept`` says that it is of a file of scores."""
+    """What is shown of training examples and queries, by id; ``kept`` says that it is of a file of scores.
+
+    `view` is how they were shown, of which a file keeps the names of classes and columns; `doubts` are what was said
+    meanwhile, as about colours.
+    """
 
     train: dict[int, dict[str, Any]] = field(default_factory=dict)
     queries: dict[int, dict[str, Any]] = field(default_factory=dict)
     kept: bool = False
+    view: ViewOptions = field(default_factory=ViewOptions, compare=False)
+    doubts: Sequence[str] = ()
 
     def with_train(self, other: "Album | None") -> "Album":
         """This one with the training examples of another, too."""
@@ -120,14 +132,58 @@ class Album:
 
     def to_json(self) -> str:
         """The album as JSON, which `from_json` reads."""
-        sides = (list(side.items()) for side in (self.train, self.queries))
-        return json.dumps(list(sides), ensure_ascii=False, separators=(",", ":"))
+        sides = [list(side.items()) for side in (self.train, self.queries)]
+        labels, columns = self.view.labels, self.view.columns
+        if labels is not None:
+            labels = dict(labels if isinstance(labels, Mapping) else enumerate(labels))
+        names = [labels and list(labels.items()), columns and list(columns), list(self.doubts)]
+        named = [names] if any(names) else []
+        return json.dumps([*sides, *named], ensure_ascii=False, separators=(",", ":"), default=str)
 
     @classmethod
     def from_json(cls, text: str) -> "Album":
         """The album that `to_json` wrote."""
-        train, queries = (dict(map(tuple, side)) for side in json.loads(text))
-        return cls(train, queries)
+        train, queries, *named = json.loads(text)  # files of earlier versions have no names
+        labels, columns, doubts = named[0] if named else (None, None, [])
+        view = ViewOptions(labels=None if labels is None else dict(labels), columns=columns)
+        return cls(dict(train), dict(queries), view=view, doubts=doubts)
+
+    def looks(self, side: str) -> "KeptLooks | None":
+        """What the examples of the ``"train"`` or ``"queries"`` side look like, for figures; None without any."""
+        entries = self.train if side == "train" else self.queries
+        return KeptLooks(entries) if entries else None
+
+    def opinions(self, side: str, ids: Sequence[int]) -> dict[int, Opinion]:
+        """What the model thought of examples."""
+        entries = self.train if side == "train" else self.queries
+        known = {i: entries[i] for i in ids if i in entries}
+        words = Opinion._fields
+        found = {i: {word: entry[word] for word in words if word in entry} for i, entry in known.items()}
+        return {i: Opinion(**{"loss": None, **told}) for i, told in found.items() if told}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A function need not survive pickling.
+        return self.__dict__ | {"view": replace(self.view, render=None)}
+
+
+class KeptLooks:
+    """The examples of an album by id, as figures draw them; None for others."""
+
+    def __init__(self, entries: Mapping[int, Mapping[str, Any]]) -> None:
+        self._entries = entries
+
+    def __getitem__(self, example: int) -> Look | None:
+        entry = self._entries.get(example)
+        if entry is None:
+            return None
+        kind, value = entry["kind"], entry["value"]
+        if kind == "image":
+            value = image_of_png(base64.b64decode(value))
+        elif kind == "row":
+            value = [(name, text) for name, text in value]
+        elif kind == "curve":
+            value = torch.tensor(value)
+        return Look(kind, value, entry.get("class"))
 
 
 def collect(
@@ -146,29 +202,43 @@ def collect(
     Raises:
         ValueError: An example cannot be shown, and there is no `render`.
     """
-    showing = showing.suited_to(queries if train is None else train)
-    album, budget = Album(), megabytes * 1e6
+    showing = showing.suited_to(train, queries)
+    album, budget = Album(view=ViewOptions(*(getattr(showing, f.name) for f in fields(ViewOptions)))), megabytes * 1e6
     sides = (queries, query_order, album.queries, 1 / 3), (train, train_order, album.train, 1.0)
-    for dataset, order, into, share in sides:
-        left = budget * share
-        for i in order:
-            if left <= 0:
-                break
-            if i in into:
-                continue
-            # Predictions are known even without the data.
-            made = {"kind": "nothing", "value": None} if dataset is None else showing.entry(dataset[i])
-            if into is album.queries:
-                made |= showing.prediction(i)
-            if dataset is None and len(made) == 2:
-                break
-            into[i] = made
-            # The id and the separators take about 12 characters more.
-            size = len(json.dumps(made)) + 12 + _OPINION * (showing.opinions is not None)
-            left, budget = left - size, budget - size
+    with _said_once() as album.doubts:
+        for dataset, order, into, share in sides:
+            left = budget * share
+            for i in order:
+                if left <= 0:
+                    break
+                if i in into:
+                    continue
+                # Predictions are known even without the data.
+                made = {"kind": "nothing", "value": None} if dataset is None else showing.entry(dataset[i])
+                if into is album.queries:
+                    made |= showing.prediction(i)
+                if dataset is None and len(made) == 2:
+                    break
+                into[i] = made
+                # The id and the separators take about 12 characters more.
+                size = len(json.dumps(made)) + 12 + _OPINION * (showing.opinions is not None)
+                left, budget = left - size, budget - size
     showing.judged("train", album.train if train is not None else {})
     showing.judged("queries", album.queries)
     return album
+
+
+@contextlib.contextmanager
+def _said_once() -> Iterator[list[str]]:
+    """The distinct warnings about colours in the block; all are given once at its end."""
+    told: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield told
+    for one in {re.sub(r"from -?\d\S* to -?\d\S*", "", str(one.message)): one for one in reversed(caught)}.values():
+        if issubclass(one.category, ColourWarning):
+            told.append(str(one.message))
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
 def png(image: Tensor) -> bytes:
@@ -186,15 +256,25 @@ def png(image: Tensor) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", body) + part(b"IEND", b"")
 
 
+def image_of_png(file: bytes) -> Tensor:
+    """The image in a file that `png` wrote, as it was given there."""
+    width, height, _, kind = struct.unpack(">IIBB", file[16:26])
+    start = file.index(b"IDAT")
+    size = struct.unpack(">I", file[start - 4 : start])[0]
+    lines = torch.frombuffer(bytearray(zlib.decompress(file[start + 4 : start + 4 + size])), dtype=torch.uint8)
+    pixels = lines.reshape(height, -1)[:, 1:].double() / 255
+    return pixels.reshape(height, width, 3) if kind == 2 else pixels
+
+
 def _small(look: Look) -> Any:
     if look.kind == "image":
         return base64.b64encode(png(_thumbnail(look.value))).decode()
     if look.kind == "text":
         return look.value if len(look.value) <= _TEXT else look.value[: _TEXT - 1] + "…"
     if look.kind == "row":
-        cells = [[name[:80], text[:200]] for name, text in look.value[:_CELLS]]
-        left = len(look.value) - _CELLS
-        return cells if left <= 0 else [*cells, ["", f"and {left} more"]]
+        shown, left = fitting(look.value, _CELLS)
+        cells = [[name[:80], text[:200]] for name, text in shown]
+        return [*cells, ["", f"and {left} more"]] if left else cells
     if look.kind == "curve":
         values = look.value.nan_to_num(0.0, 0.0, 0.0)
         if values.numel() > _CURVE:

@@ -21,7 +21,8 @@
   const lookOf = (of, i) => of.looks[i] || {};
   const number = (value) => (value === null || value === undefined ? "–"
     : (value > 0 ? "+" : "") + (Math.abs(value) >= 1e-3 && Math.abs(value) < 1e6 || value === 0
-      ? String(Number(value.toPrecision(4))) : value.toExponential(3)));
+      ? String(Number.isInteger(value) ? value : Number(value.toPrecision(4))) : value.toExponential(3)));
+  const isWrong = (of, i) => of.judged && lookOf(of, i).right === false;
   const plain = (value) => (value === null || value === undefined ? "–" : number(value).replace(/^\+/, ""));
 
   // ---- the columns of both views: title, value by row, and format
@@ -47,15 +48,27 @@
   const MANY = 30; // classes without names, from which on they are taken as numbers
   const numbers = (names) => names.every((name) => name !== "" && Number.isFinite(Number(name)))
     && (names.length > MANY || names.some((name) => !Number.isInteger(Number(name))));
+  const sides = [train, queries].filter((of) => of);
+  const classes = new Set(sides.flatMap((of) => valuesOf(of, "class")));
+  for (const of of sides) {
+    // A prediction that was given is wrong if it is another of the classes that examples have.
+    for (const look of Object.values(of.looks))
+      if (look.right === undefined && look.loss === undefined && look.class !== undefined && classes.has(look.prediction))
+        look.right = look.prediction === look.class;
+    of.judged = valuesOf(of, "right").length > 0;
+  }
   // Targets of a regression are numbers, which are sorted as such and have a range instead of a list.
-  for (const of of [train, queries].filter((of) => of)) {
-    of.targets = [train, queries].some((some) => some && numbers(valuesOf(some, "class")));
-    if (of.targets) for (const look of Object.values(of.looks))
+  const regression = !sides.some((of) => valuesOf(of, "probability").length)
+    && sides.some((of) => numbers(valuesOf(of, "class")) || numbers(valuesOf(of, "prediction")));
+  for (const of of sides) {
+    of.targets = regression;
+    if (regression) of.judged = false;
+    if (regression) for (const look of Object.values(of.looks))
       for (const key of ["class", "prediction"]) if (look[key] !== undefined && Number.isFinite(Number(look[key]))) look[key] = Number(look[key]);
   }
   const knownOf = (of) => KNOWN.filter(([key]) => valuesOf(of, key).length).map(([key, title, numeric]) => (
     of.targets && key === "class" ? [key, "Target", true] : of.targets && key === "prediction" ? [key, title, true] : [key, title, numeric]));
-  const extras = new Map([train, queries].filter((of) => of).map((of) => [of, knownOf(of)]));
+  const extras = new Map(sides.map((of) => [of, knownOf(of)]));
 
   const fields = () => {
     const of = side(), made = [{ key: "id", title: "Id", get: (i) => of.id[i] }];
@@ -91,13 +104,18 @@
       if (view === "train" && decided && (marks.get(of.id[i]) || "none") !== decided) return false;
       return !find || String(of.id[i]) === find || textOf(of, i).includes(find);
     });
-    const by = sort && known.find((field) => field.key === sort.key) || known.find((f) => f.key === "score0") || known[0];
+    // Queries that tell most come first: the wrongly predicted ones, then those of highest loss.
+    const telling = { key: "telling", get: (i) => lookOf(of, i).loss };
+    const first = view === "queries" && extras.get(of).length && (of.judged || valuesOf(of, "loss").length) ? telling : known.find((f) => f.key === "score0");
+    const by = sort && known.find((field) => field.key === sort.key) || first || known[0];
     // Suspicious examples come first: the highest self-influence, or the strongest opponent of all queries.
     const suspicious = view === "train" && query === null && by.key === "score0" && by.signed;
-    const down = sort && sort.key === by.key ? sort.down : by.key.startsWith("score") && !suspicious;
+    const down = sort && sort.key === by.key ? sort.down : by === telling || by.key.startsWith("score") && !suspicious;
     sort = { key: by.key, down };
     rows.sort((a, b) => {
       const [x, y] = [by.get(a), by.get(b)];
+      const wrong = by === telling ? isWrong(of, b) - isWrong(of, a) : 0;
+      if (wrong) return wrong;
       const none = (x === undefined || x === null) - (y === undefined || y === null);
       return none || (down ? compare(y, x) : compare(x, y)) || a - b; // unknown values come last in both directions
     });
@@ -107,6 +125,9 @@
   }
 
   // ---- drawing: one page of rows at a time
+
+  const about = (of, look) => [look.class === undefined ? "" : `, ${of.targets ? "target" : "class"} ${look.class}`,
+    look.prediction === undefined ? "" : `, predicted ${look.prediction}`].join("");
 
   function drawLook(look, name) {
     const box = make("div", undefined, "look");
@@ -157,10 +178,11 @@
       td.className = "number";
       td.append(make("span", plain(value)));
     } else {
-      const name = make("bdi", value === undefined ? "–" : value), look = lookOf(side(), i);
-      if (field.key === "prediction" && look.probability !== undefined && look.class !== undefined && value !== look.class)
-        td.className = "negative"; // another class than its own
-      td.append(name);
+      td.append(make("bdi", value === undefined ? "–" : value));
+      if (field.key === "prediction" && isWrong(side(), i)) {
+        td.className = "negative";
+        td.append(make("span", " (wrong)", "hidden-text")); // colour alone says nothing to a screen reader
+      }
     }
     row.append(td);
   }
@@ -185,7 +207,7 @@
     cell(known[0], i, row);
     if (looks) {
       const td = make("td");
-      td.append(drawLook(lookOf(of, i), `${view === "train" ? "training example" : "query"} ${of.id[i]}`));
+      td.append(drawLook(lookOf(of, i), `${view === "train" ? "training example" : "query"} ${of.id[i]}${about(of, lookOf(of, i))}`));
       row.append(td);
     }
     for (const field of known.slice(1)) cell(field, i, row);
@@ -200,6 +222,16 @@
       row.append(td);
     }
     return row;
+  }
+
+  // What the numbers in the table say, in a sentence or two.
+  function caption() {
+    const unit = data.units === "arbitrary" ? "The scores rank, they have no unit" : `Unit of the scores: ${data.units}`;
+    if (view === "queries") return `The highest and the lowest score that a training example has on each query. ${unit}.`;
+    const own = train.columns.filter((column) => column.meaning && !(query !== null && column.title.startsWith("Influence")));
+    const said = own.map((column) => `${column.title}: ${column.meaning}`);
+    if (query !== null) said.unshift(`Influence on query ${nameOf(queries, query)}: above 0, training on the example made this query better, below 0 worse. ${unit}.`);
+    return said.join(" ");
   }
 
   function draw(focus) {
@@ -225,13 +257,15 @@
     const shown = order.slice(page * SIZE, (page + 1) * SIZE), pages = Math.max(1, Math.ceil(order.length / SIZE));
     $("rows").classList.toggle("crowded", known.length > 6);
     $("rows").replaceChildren(...shown.map((i) => drawRow(i, known, looks)));
+    $("caption").textContent = caption();
     const first = $("rows").firstElementChild;
     if (first) first.tabIndex = 0;
-    const total = side().id.length, what = view === "train" ? "training examples" : "queries";
+    const total = side().id.length, one = (total === 1 ? ["training example", "query"] : ["training examples", "queries"]);
+    const what = one[view === "train" ? 0 : 1];
     $("status").textContent = order.length
       ? `${(page * SIZE + 1).toLocaleString("en")} to ${(page * SIZE + shown.length).toLocaleString("en")} of `
         + `${order.length.toLocaleString("en")} ${what}` + (order.length < total ? ` (${total.toLocaleString("en")} in all)` : "")
-        + (data.units === "arbitrary" ? " · scores without a unit" : ` · units of the scores: ${data.units}`)
+        + (sort.key === "telling" ? (side().judged ? ", wrongly predicted ones first, then by loss" : ", highest loss first") : "")
       : `No ${what} fit these filters.`;
     $("page").value = page + 1;
     $("page").max = pages;
@@ -327,9 +361,14 @@
       const look = lookOf(queries, query), words = make("div");
       words.append(make("strong", `Query ${nameOf(queries, query)}`));
       if (look.class !== undefined) words.append(make("div"), make("span", queries.targets ? "target " : "class "), make("bdi", String(look.class)));
-      if (look.prediction !== undefined) words.append(make("div"), make("span", "predicted "), make("bdi", String(look.prediction)));
+      if (look.prediction !== undefined) {
+        words.append(make("div"), make("span", "predicted "), make("bdi", String(look.prediction), isWrong(queries, query) ? "negative" : ""));
+        if (isWrong(queries, query)) words.append(" (wrong)");
+        if (look.probability !== undefined) words.append(make("span", `, probability ${plain(look.probability)}`));
+      }
+      if (look.loss !== undefined) words.append(make("div", `loss ${plain(look.loss)}`));
       words.append(make("div", "Positive: a proponent, which made this query better. Negative: an opponent.", "soft"));
-      box.replaceChildren(drawLook(look, `query ${queries.id[query]}`), words);
+      box.replaceChildren(drawLook(look, `query ${queries.id[query]}${about(queries, look)}`), words);
     }
     sort = null;
     page = 0;

@@ -4,8 +4,8 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Page:
         train_ids: [train] int64, ascending.
         train_base: [train] ids under a `Subset`, where they differ.
         columns: Title to [train] scores of the training examples, which are sorted by the first column.
+        meanings: What a column says, by its title.
         query_ids: [query] int64, or None where there are no queries.
         query_base: [query] ids under a `Subset`, where they differ.
         pairs: [query, pair] positions in `train_ids` and scores of the training examples that explain each query; a
@@ -52,11 +53,15 @@ class Page:
     query_base: Tensor | None = None
     pairs: tuple[Tensor, Tensor] | None = None
     album: Album | None = None
+    meanings: Mapping[str, str] = field(default_factory=dict)
 
     def data(self) -> dict[str, Any]:
         """The content in types that JSON can hold."""
         album = self.album or Album()
-        columns = [{"title": title, "scores": _short(scores)} for title, scores in self.columns.items()]
+        columns = [
+            {"title": title, "scores": _short(scores), "meaning": self.meanings.get(title, "")}
+            for title, scores in self.columns.items()
+        ]
         train = _side(self.train_ids, self.train_base, {"columns": columns}, album.train)
         queries = None
         if self.query_ids is not None and self.pairs is not None:
@@ -104,6 +109,7 @@ def _html(page: Page) -> str:
         more=_MORE_KEPT if page.album is not None and page.album.kept else _MORE,
         shown=len(data["train"]["looks"]),
         count=page.train_ids.numel(),
+        doubts=() if page.album is None else page.album.doubts,
         has_queries=data["queries"] is not None,
         style=Markup(style),
         script=Markup(script),

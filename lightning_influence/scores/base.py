@@ -3,7 +3,7 @@
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import pyarrow as pa
 from torch import Tensor
@@ -16,9 +16,6 @@ from lightning_influence.report import Album, Opinions
 from lightning_influence.scores import words
 from lightning_influence.scores.id_checks import ascending, base_of
 from lightning_influence.wording import counted
-
-Data: TypeAlias = tuple[Any, Any]
-"""The training dataset and the queries'; None where there is none."""
 
 MATRIX = "scores"
 """The column of `Scores` files that may be larger than the memory."""
@@ -66,7 +63,10 @@ class Answer(Hinted):
         self._train_base = base_of("train_ids", train_base, self.train_ids)
         self.diagnostics = numbers("diagnostics", diagnostics)
 
-        self.at_hand: Data = (None, None)
+        self._ids = {"train": (self.train_ids, self._train_base)}
+        """The ids of each side that has any, and those under a `Subset` where they differ."""
+
+        self.at_hand: tuple[Any, Any] = (None, None)
         """The training dataset and the queries', for pictures; only in the process that computed the scores."""
 
         self.opinions: Opinions | None = None
@@ -147,11 +147,6 @@ def facts(answer: Answer) -> list[str]:
         *_evidence(answer),
         *(f"{note.rstrip('.')}." for note in answer.notes),
     ]
-
-
-def given_or_at_hand(answer: Answer, train: Any, queries: Any) -> Data:
-    """The datasets to show: the given ones, otherwise those at hand."""
-    return answer.at_hand[0] if train is None else train, answer.at_hand[1] if queries is None else queries
 
 
 def file_head(answer: Answer) -> dict[str, Any]:

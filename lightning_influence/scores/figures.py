@@ -1,18 +1,20 @@
 """Scores as pictures: a query with its proponents and opponents, and the influence of classes on classes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_influence import plotting
-from lightning_influence.plotting.example_view import Classes, class_name, plain
-from lightning_influence.scores.base import Answer, Data
+from lightning_influence.plotting.example_view import Classes, ViewOptions, class_name, label_of, plain
+from lightning_influence.report import Opinion
+from lightning_influence.scores.base import Answer
+from lightning_influence.scores.data import Data
 from lightning_influence.scores.id_checks import places
 from lightning_influence.scores.ranking import Ranking, row_blocks
 from lightning_influence.scores.topk import TopK
-from lightning_influence.types import labels_in
 from lightning_influence.wording import counted
 
 _Query: TypeAlias = int | Sequence[int] | None
@@ -36,12 +38,23 @@ def explain(
         ValueError: `query` is empty or was not scored, `k` is below 1, or an example cannot be drawn without `render`.
     """
     train, queries = data
-    drawing = drawing.suited_to(queries if train is None else train)
-    wanted = ranking.query_ids[:1].tolist() if query is None else [query] if isinstance(query, int) else list(query)
+    if answer.album is not None:
+        train = answer.album.looks("train") if train is None else train
+        queries = answer.album.looks("queries") if queries is None else queries
+        drawing = drawing.filled(answer.album.view)
+    wanted = (
+        ranking.query_ids[:1].tolist()
+        if query is None
+        else [query]
+        if isinstance(query, int)
+        else [int(one) for one in query]
+    )
     if not wanted:
         raise ValueError("Expected `query` to be an id or several, got none. Leave it out for the first one.")
     k = min(k, ranking.depth)
-    cases = [_case(ranking, int(one), k, train, queries, predictions) for one in wanted]
+    items = _items_of(answer, ranking, wanted, queries, predictions)
+    drawing = replace(drawing.suited_to(train, queries), targets=any(_is_number(item) for item in items))
+    cases = [_case(ranking, query, item, k, train) for query, item in zip(wanted, items, strict=True)]
     if query is None or isinstance(query, int):
         return plotting.explanation(cases[0], method=answer.method, units=answer.units, drawing=drawing)
     return plotting.explanations(cases, method=answer.method, units=answer.units, drawing=drawing)
@@ -70,7 +83,9 @@ def by_class(answer: Answer, ranking: Ranking, train: Any, queries: Any, labels:
         sums.index_add_(1, train_at, block.double())
     total = torch.zeros(len(of_query), len(of_train), dtype=torch.float64).index_add_(0, query_at, within_query)
     pairs = query_at.bincount()[:, None] * train_at.bincount()
-    names = [[class_name(c, labels).removeprefix("label ") for c in of] for of in (of_train, of_query)]
+    view = ViewOptions(labels=labels).filled(None if answer.album is None else answer.album.view)
+    view = view.named_by(*(None if isinstance(data, Tensor) else data for data in (train, queries)))
+    names = [[class_name(c, view.labels).removeprefix("label ") for c in of] for of in (of_train, of_query)]
     return plotting.by_class(total / pairs, *names, method=answer.method, units=answer.units)
 
 
@@ -87,14 +102,20 @@ def highest(answer: Answer, title: str, top: TopK, train: Any, drawing: plotting
     Raises:
         ValueError: There are no data, or an example cannot be drawn without `render`.
     """
+    if answer.album is not None:
+        train = answer.album.looks("train") if train is None else train
+        drawing = drawing.filled(answer.album.view)
     if train is None:
         raise ValueError("Expected `train` to be the training Dataset, got None, and no data are at hand. Pass it.")
     ids = top.train_ids.tolist()
-    found = {} if answer.opinions is None else answer.opinions("train", ids)
+    found = opinions_on(answer, "train", ids)
     bases = ids if top.base_ids is None else top.base_ids.tolist()
     items = [
         plotting.Item(
-            str(i) if i == base else f"{i} (base {base})", score, train[i], found[i].prediction if i in found else None
+            str(i) if i == base else f"{i} (base {base})",
+            score,
+            train[i],
+            *((found[i].prediction, found[i].probability) if i in found else ()),
         )
         for i, base, score in zip(ids, bases, top.scores.tolist(), strict=True)
     ]
@@ -102,16 +123,44 @@ def highest(answer: Answer, title: str, top: TopK, train: Any, drawing: plotting
     return plotting.examples(items, title=text, drawing=drawing.suited_to(train))
 
 
-def _case(ranking: Ranking, query: int, k: int, train: Any, queries: Any, predictions: Any) -> plotting.Case:
+def opinions_on(answer: Answer, side: str, ids: Sequence[int]) -> Mapping[int, Opinion]:
+    """What the model thinks of examples, by id: the model's own word, or else what the album has kept of it."""
+    if answer.opinions is not None and (found := answer.opinions(side, ids)):
+        return found
+    return {} if answer.album is None else answer.album.opinions(side, ids)
+
+
+def _items_of(
+    answer: Answer, ranking: Ranking, ids: Sequence[int], queries: Any, predictions: Any
+) -> list[plotting.Item]:
+    """Queries to draw, with predictions that are given or those of the model."""
+    places(ranking.query_ids, torch.tensor(ids), "query")
+    found, items = opinions_on(answer, "queries", ids), []
+    for i in ids:
+        thinks = found.get(i, Opinion(None))
+        told = thinks.prediction, thinks.probability
+        if predictions is not None:
+            told = predictions[i], None
+        items.append(
+            plotting.Item(ranking.query_name(i), None, None if queries is None else queries[i], *told, thinks.loss)
+        )
+    return items
+
+
+def _is_number(item: plotting.Item) -> bool:
+    """Whether the prediction is a number, not a class."""
+    predicted = plain(item.prediction)
+    return isinstance(predicted, float) and item.probability is None and not predicted.is_integer()
+
+
+def _case(ranking: Ranking, query: int, item: plotting.Item, k: int, train: Any) -> plotting.Case:
     row = int(places(ranking.query_ids, torch.tensor([query]), "query"))
     ((_, *sides),) = ranking.sides(k, slice(row, row + 1))
-    example = None if queries is None else queries[query]
-    prediction = None if predictions is None else predictions[query]
     shown = [
         [plotting.Item(ranking.train_name(i), score, None if train is None else train[i]) for i, score in side]
         for side in sides
     ]
-    return plotting.Case(plotting.Item(ranking.query_name(query), None, example, prediction), *shown)
+    return plotting.Case(item, *shown)
 
 
 def _classes(name: str, data: Any, ids: Tensor) -> tuple[list[Any], Tensor]:
@@ -127,7 +176,7 @@ def _classes(name: str, data: Any, ids: Tensor) -> tuple[list[Any], Tensor]:
             raise ValueError(f"Expected `{name}` to hold {ids.numel()} classes, got shape {list(data.shape)}.")
         found = data.tolist()
     else:
-        found = [plain(labels_in(data[i])) for i in ids.tolist()]
+        found = [label_of(data[i]) for i in ids.tolist()]
     missing = [i for i, label in zip(ids.tolist(), found, strict=True) if label is None]
     if missing:
         raise ValueError(

@@ -9,50 +9,84 @@ from torch import Tensor
 
 from lightning_influence import report
 from lightning_influence.report import Album, Showing
-from lightning_influence.scores.base import Answer, Data, facts, given_or_at_hand
+from lightning_influence.scores.base import Answer, facts
+from lightning_influence.scores.data import Data, given_or_at_hand
 from lightning_influence.scores.ranking import Ranking, row_blocks
 from lightning_influence.wording import counted
 
 Orders: TypeAlias = tuple[Iterable[int], Iterable[int]]
 """Ids of training examples and of queries, the most important first."""
 
+_TOTAL = "Above 0, training on the example made the queries better in all, below 0 worse."
 _SHARES = (
     "Scores without a unit cannot be added up over queries: each counts as its share of the query's strongest score, "
-    "from -1 to 1, of which the mean over all queries is shown."
+    "from -1 to 1, of which this is the mean over all queries; above 0, it made them better."
 )
+_FEWER = "For each query, the {} and as many opponents are on this page, which would be too large otherwise."
+_EXPLAINING = 400_000  # scores of single queries on a page, about 6 MB
+_KNOWN = {"class": "class", "prediction": "predicted"}
 _FIRST = 2000  # training examples that go into an album before those that explain queries
 
 
-def page_of(answer: Answer, ranking: Ranking, k: int, own: dict[str, Tensor], album: Album) -> report.Page:
-    """The page of a score matrix, whose training examples are sorted by `own` numbers, [train] by title, if any."""
+def page_of(answer: Answer, ranking: Ranking, k: int, own: Mapping[str, Any], album: Album) -> report.Page:
+    """The page of a score matrix, whose training examples are sorted by their `own` scores, by title, if any."""
+    shares = answer.units == "arbitrary"
     kept = "" if ranking.top is None else " of the scores kept"
-    title = f"Influence on all queries ({'mean share' if answer.units == 'arbitrary' else 'sum'}{kept})"
+    title = f"Influence on all queries ({'mean share' if shares else 'sum'}{kept})"
     train = counted(len(ranking.train_ids), "training example")
+    few = max(1, min(k, _EXPLAINING // (2 * len(ranking.query_ids))))
     return report.Page(
         title=f"{answer.method}: {counted(len(ranking.query_ids), 'query')}, {train}",
-        facts=[*facts(answer), *([_SHARES] if answer.units == "arbitrary" else [])],
+        facts=[*facts(answer), *([_FEWER.format(counted(few, "strongest proponent"))] if few < k else [])],
         units=answer.units,
         train_ids=ranking.train_ids,
         train_base=ranking.train_base,
-        columns=own | {title: _total(ranking, answer.units)},
+        columns={name: one.values for name, one in own.items()} | {title: _total(ranking, answer.units)},
+        meanings={name: one.meaning for name, one in own.items()} | {title: _SHARES if shares else _TOTAL},
         query_ids=ranking.query_ids,
         query_base=ranking.query_base,
-        pairs=_pairs(ranking, k),
+        pairs=_pairs(ranking, few),
         album=album,
     )
 
 
-def snippet(paragraph: str, ranking: Ranking) -> str:
-    """The first queries with their strongest proponents and opponents, for a notebook."""
-    rows = []
-    for query, *sides in ranking.sides(min(3, ranking.depth), slice(5)):
-        # An id and its score stay on one line.
+def own_of(answer: Answer, own: Any) -> dict[str, Any]:
+    """The `SelfScores` by the title of their column; empty without any.
+
+    Raises:
+        ValueError: They are of other training examples than the scores.
+    """
+    if own is not None and not torch.equal(own.train_ids, answer.train_ids):
+        raise ValueError(
+            f"Expected `self_scores` of the same {answer.train_ids.numel()} training examples, got "
+            f"{own.train_ids.numel()} others. Compute both from one attributor."
+        )
+    return {} if own is None else {own.title.capitalize(): own}
+
+
+def snippet(paragraph: str, ranking: Ranking, album: Album | None) -> str:
+    """Some queries with their strongest proponents and opponents, for a notebook: the most telling ones of an album."""
+    album, ids = album or Album(), ranking.query_ids.tolist()
+    told = album.opinions("queries", ids)
+    telling = sorted(told, key=lambda i: (told[i].right is not False, -(told[i].loss or 0.0)))
+    rows, known = [], [key for key in _KNOWN if any(key in look for look in album.queries.values())]
+    for i in (telling + [i for i in ids if i not in told])[:5] if telling else ids[:5]:
+        row = ids.index(i)
+        ((query, *sides),) = ranking.sides(min(3, ranking.depth), slice(row, row + 1))
+        # An id, its class and its score stay on one line.
         cells = [
-            ", ".join(f"{ranking.train_name(i)} ({score:+.3g})".replace(" ", "\u00a0") for i, score in side)
+            ", ".join(
+                " ".join([ranking.train_name(i), album.train.get(i, {}).get("class", ""), f"({score:+.3g})"])
+                .replace("  ", " ")
+                .replace(" ", "\u00a0")
+                for i, score in side
+            )
             for side in sides
         ]
-        rows.append([ranking.query_name(query), *cells])
-    return report.snippet(paragraph, ["query", "strongest proponents", "strongest opponents"], rows)
+        look = album.queries.get(query, {})
+        rows.append([ranking.query_name(query), *(look.get(key, "") for key in known), *cells])
+    columns = ["query", *(_KNOWN[key] for key in known), "strongest proponents", "strongest opponents"]
+    return report.snippet(paragraph, columns, rows)
 
 
 def album_of(answer: Answer, orders: Orders, data: Data, how: Showing, megabytes: float) -> Album:
@@ -61,7 +95,7 @@ def album_of(answer: Answer, orders: Orders, data: Data, how: Showing, megabytes
     here = any(one is not None for one in answer.at_hand)
     if answer.album is not None and all(one is None for one in data) and not (another and here):
         return replace(answer.album, kept=True)
-    how = replace(how, opinions=answer.opinions)
+    how = replace(how, opinions=answer.opinions).filled(None if answer.album is None else answer.album.view)
     return report.collect(*given_or_at_hand(answer, *data), *orders, how, megabytes)
 
 

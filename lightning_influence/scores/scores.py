@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 from torch import Tensor
 
 from lightning_influence import loggers as trackers
@@ -16,7 +15,8 @@ from lightning_influence import plotting, report
 from lightning_influence.plotting.example_view import Classes
 from lightning_influence.plotting.normalization import Normalization
 from lightning_influence.scores import figures, page, tables, tracked
-from lightning_influence.scores.base import Answer, given_or_at_hand, numbers, paragraph
+from lightning_influence.scores.base import Answer, numbers, paragraph
+from lightning_influence.scores.data import given_or_at_hand
 from lightning_influence.scores.id_checks import BaseIds, ascending, base_of, whole_numbers
 from lightning_influence.scores.ranking import Ranking, checked_top, checked_values, strongest_per_query
 from lightning_influence.scores.self_scores import SelfScores
@@ -72,6 +72,7 @@ class Scores(Answer):
         super().__init__(train_ids, base[0], method, settings, units, notes, checkpoints, diagnostics)
         self.query_ids = ascending("query_ids", query_ids)
         query_base = base_of("query_ids", base[1], self.query_ids)
+        self._ids["queries"] = self.query_ids, query_base
         if (values is None) == (top is None):
             raise ValueError("Expected either `values` or `top`, got both or neither. Leave one of them None.")
         values = None if values is None else checked_values(values, self.train_ids, self.query_ids, allow_nan)
@@ -105,7 +106,7 @@ class Scores(Answer):
         return paragraph(self, strongest_per_query(self._ranking))
 
     def _repr_html_(self) -> str:
-        return page.snippet(repr(self), self._ranking)
+        return page.snippet(repr(self), self._ranking, self.album)
 
     def base_ids(self) -> BaseIds:
         """The ids as indices into the datasets under any `Subset`; the ids themselves where there is none."""
@@ -295,16 +296,10 @@ class Scores(Answer):
             ValueError: `k` is below 1, `self_scores` are of other examples, or an example needs `render`.
             ImportError: Jinja2 is not installed.
         """
-        if self_scores is not None and not torch.equal(self_scores.train_ids, self.train_ids):
-            raise ValueError(
-                f"Expected `self_scores` of the same {self.train_ids.numel()} training examples, got "
-                f"{self_scores.train_ids.numel()} others. Compute both from one attributor."
-            )
-        k = min(k, self._ranking.depth)
-        own = {} if self_scores is None else {self_scores.title.capitalize(): self_scores.values}
-        orders = (page.train_order(self._ranking, self.units, k, *own.values()), self.query_ids.tolist())
+        k, own = min(k, self._ranking.depth), page.own_of(self, self_scores)
+        order = page.train_order(self._ranking, self.units, k, *(one.values for one in own.values()))
         showing = report.Showing(render, labels, columns, normalization, predictions)
-        album = page.album_of(self, orders, (train, queries), showing, megabytes)
+        album = page.album_of(self, (order, self.query_ids.tolist()), (train, queries), showing, megabytes)
         album = album.with_train(None if self_scores is None else self_scores.album)
         return report.write_page(path, page.page_of(self, self._ranking, k, own, album))
 

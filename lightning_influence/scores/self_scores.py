@@ -17,7 +17,8 @@ from lightning_influence.numerics.topk import top_k
 from lightning_influence.plotting.example_view import Classes, printable
 from lightning_influence.plotting.normalization import Normalization
 from lightning_influence.scores import figures, page, tracked
-from lightning_influence.scores.base import Answer, facts, file_head, given_or_at_hand, paragraph, read_file
+from lightning_influence.scores.base import Answer, facts, file_head, paragraph, read_file
+from lightning_influence.scores.data import given_or_at_hand
 from lightning_influence.scores.id_checks import name_of
 from lightning_influence.scores.ranking import floating, refuse_non_finite
 from lightning_influence.scores.topk import TopK
@@ -227,6 +228,7 @@ class SelfScores(Answer):
             train_ids=self.train_ids,
             train_base=self._train_base,
             columns={self.title.capitalize(): self.values},
+            meanings={self.title.capitalize(): self.meaning},
             album=page.album_of(self, self._orders(), (train, None), showing, megabytes),
         )
         return report.write_page(path, content)

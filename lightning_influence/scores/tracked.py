@@ -7,8 +7,10 @@ from lightning_influence import loggers as trackers
 from lightning_influence.files import arrow
 from lightning_influence.loggers import TrackerResults
 from lightning_influence.loggers.summary import Table
-from lightning_influence.report import Opinion, Showing
-from lightning_influence.scores.base import Answer, given_or_at_hand
+from lightning_influence.report import Showing
+from lightning_influence.scores.base import Answer
+from lightning_influence.scores.data import given_or_at_hand
+from lightning_influence.scores.figures import opinions_on
 from lightning_influence.scores.ranking import Ranking
 from lightning_influence.scores.ranking import side as side_of
 from lightning_influence.scores.tables import long_table
@@ -17,7 +19,13 @@ from lightning_influence.wording import counted
 _TRAIN, _QUERIES = 200, 100  # examples that are described, in the order of the rows
 _ASKED = 2000  # queries that the model predicts to choose one
 _TEXT = 80  # characters of a text
-_COLUMNS = {"class": "class", "prediction": "predicted", "loss": "loss", "example": "example"}
+_COLUMNS = {
+    "class": "class",
+    "prediction": "predicted",
+    "probability": "probability",
+    "loss": "loss",
+    "example": "example",
+}
 
 
 def results(
@@ -50,7 +58,8 @@ def described(answer: Answer, table: Table, drawing: Mapping[str, Any]) -> Table
     names, rows = [*table[0]], [[*row] for row in table[1]]
     train, queries = given_or_at_hand(answer, drawing.get("train"), drawing.get("queries"))
     options = {name: drawing[name] for name in ("render", "labels", "columns", "normalization") if name in drawing}
-    showing = Showing(**options, opinions=answer.opinions).suited_to(queries if train is None else train)
+    showing = Showing(**options, opinions=answer.opinions)
+    showing = showing.filled(None if answer.album is None else answer.album.view).suited_to(train, queries)
     for side, dataset, most in (("query", queries, _QUERIES), ("train", train, _TRAIN)):
         if dataset is None or f"{side}_id" not in names:
             continue
@@ -61,29 +70,28 @@ def described(answer: Answer, table: Table, drawing: Mapping[str, Any]) -> Table
         except Exception:  # what the data raise is no reason to lose the table; the figure's warning tells of it
             continue
         showing.judged("train" if side == "train" else "queries", found)
+        numbers = any("prediction" in w for w in found.values()) and not any("probability" in w for w in found.values())
         for key, word in _COLUMNS.items():
             if any(key in words for words in found.values()):
-                names.append(f"{side}_{word}")
+                names.append(f"{side}_{'target' if key == 'class' and numbers else word}")
                 for row in rows:
                     row.append(found.get(row[place], {}).get(key))
     return names, rows
 
 
-def telling_query(answer: Answer, query_ids: Sequence[int]) -> tuple[int | None, dict[int, Any], str]:
-    """A wrongly predicted query of highest loss, or that of highest loss; its prediction, and why it was chosen."""
+def telling_query(answer: Answer, query_ids: Sequence[int]) -> tuple[int | None, str]:
+    """A wrongly predicted query of highest loss, or that of highest loss, and why it was chosen."""
     ids = list(query_ids[:_ASKED])
-    found: Mapping[int, Opinion] = {} if answer.opinions is None else answer.opinions("queries", ids)
-    known = {i: opinion for i, opinion in found.items() if opinion.loss is not None}
+    known = {i: opinion for i, opinion in opinions_on(answer, "queries", ids).items() if opinion.loss is not None}
     if not known:
-        return None, {}, ""
+        return None, ""
     chosen = max(known, key=lambda i: (known[i].right is False, known[i].loss))
     wrong = sum(opinion.right is False for opinion in known.values())
     asked, loss = counted(len(known), "query"), f"{known[chosen].loss:.3g}"
     why = f"the highest loss of {asked}: {loss}"
     if wrong:
         why = f"the highest loss ({loss}) of {wrong:,} wrongly predicted among {asked}"
-    prediction = known[chosen].prediction
-    return chosen, {} if prediction is None else {chosen: prediction}, f"Query {chosen} has {why}."
+    return chosen, f"Query {chosen} has {why}."
 
 
 def explanation(
@@ -92,8 +100,8 @@ def explanation(
     """The figure of a query; of the most telling one where none is named, and then with a line that says why."""
     if drawing.get("query") is not None:
         return plot(**drawing)[0]
-    query, predictions, why = telling_query(answer, query_ids)
-    figure = plot(**{"predictions": predictions or None, **drawing, "query": query})[0]
+    query, why = telling_query(answer, query_ids)
+    figure = plot(**{**drawing, "query": query})[0]
     if why:
         figure.supxlabel(why, fontsize=8)
     return figure
