@@ -10,9 +10,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_influence.data.reading import collated, read_item
-from lightning_influence.data.reading_state import random_state, same_state
 from lightning_influence.module.copies import Copies
-from lightning_influence.module.random_state import seed_for
+from lightning_influence.module.random_state import seed_for, states_on_host
 from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.types import Batch, bytes_in, foreign
 
@@ -158,10 +157,10 @@ class Examples:
             ids: which examples are read.
             only: position of the single example to return as a batch of one; all are read all the same.
         """
-        before = None if self.draws else random_state()
+        before = None if self.draws else states_on_host()
         many = getattr(self.dataset, "__getitems__", None)
         items = many(list(ids)) if many else [self._item(i) for i in ids]
-        self._reader.draws = before is None or not same_state(before, random_state())
+        self._reader.draws = before is None or before != states_on_host()
         if only is not None and self.share_of_copies is not None:
             return Copies(self._collated([items[only]] * 2, [ids[only]]), self.share_of_copies)
         return self._collated(*((items, ids) if only is None else ([items[only]], [ids[only]])))
@@ -273,9 +272,9 @@ class _Reader:
     def __getitems__(self, ids: list[int]) -> Batch:
         if not self.draws:
             seed_for(_SEED, ids[0])
-            before = random_state()
+            before = states_on_host()
             items = [read_item(self.dataset, i, self.name) for i in ids]
-            self.draws = not same_state(before, random_state())
+            self.draws = before != states_on_host()
         if self.draws:
             items = [self.seeded(i) for i in ids]
         seed_for(_SEED, ids[0])

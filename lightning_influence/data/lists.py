@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_influence.data.reading_state import random_state, same_state
+from lightning_influence.module.random_state import states_on_host
 from lightning_influence.types import Batch
 
 
@@ -46,9 +46,9 @@ class ReadRows:
         Raises:
             ValueError: reading several examples draws random numbers.
         """
-        before = random_state() if len(rows) > 1 else None
+        before = states_on_host() if len(rows) > 1 else None
         batch = self.convert(self.dataset[[row.example for row in rows]])
-        if before is not None and not same_state(before, random_state()):
+        if before is not None and before != states_on_host():
             raise ValueError(
                 f"Expected {type(self.dataset).__name__} to read a list of examples without random numbers, got a"
                 " random one: an example would depend on its neighbours. Pass `Attributor(train=)` a loader of the"

@@ -166,15 +166,11 @@ class Elementwise(Derivation):
     @cached_property
     def tiles(self) -> Tiles | None:
         """The constant by its distinct rows and columns; None unless they are few."""
-        return _tiles(self.factor.flatten(1))
-
-
-def _tiles(factor: Tensor) -> Tiles | None:
-    rows, row_of = factor.unique(dim=0, return_inverse=True)
-    table, column_of = rows.unique(dim=1, return_inverse=True)
-    found = Tiles(_equal(row_of), _equal(column_of), table)
-    operations = found.rows.numel() + found.columns.numel() + table.numel() + TRAFFIC * sum(table.shape)
-    return found if operations < factor.numel() / 2 else None
+        rows, row_of = self.factor.flatten(1).unique(dim=0, return_inverse=True)
+        table, column_of = rows.unique(dim=1, return_inverse=True)
+        found = Tiles(_equal(row_of), _equal(column_of), table)
+        operations = found.rows.numel() + found.columns.numel() + table.numel() + TRAFFIC * sum(table.shape)
+        return found if operations < self.factor.numel() / 2 else None
 
 
 def _equal(which: Tensor) -> Tensor:

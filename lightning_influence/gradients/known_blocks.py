@@ -1,7 +1,6 @@
 """What checks of blocks found at the same weights, also for earlier questions."""
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -61,7 +60,8 @@ class KnownBlocks:
             self._added.add(self._key(engine, block, total))
 
     def _key(self, engine: "Engine", block: Block, total: Tensor) -> tuple[int, int, float]:
-        return self._at(engine), _digest(block.ids), float(total)
+        ids = block.ids if isinstance(block.ids, range) else tuple(block.ids)
+        return self._at(engine), hash(ids), float(total)
 
     def _at(self, engine: "Engine") -> int:
         """A digest of the weights in place and of buffers, which every question puts there anew."""
@@ -71,7 +71,3 @@ class KnownBlocks:
             self._version = engine.task.version
             self._weights = hash(tuple(chain.from_iterable(read_numbers([widest(t).sum() for t in held]))))
         return self._weights
-
-
-def _digest(ids: Sequence[int]) -> int:
-    return hash(ids if isinstance(ids, range) else tuple(ids))

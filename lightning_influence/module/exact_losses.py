@@ -14,7 +14,7 @@ class _ExactLosses(FunctionWatch):
     """While active, calls the functions of ``log_probabilities`` for those of torch that they stand for."""
 
     def called(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
-        """Run and follow a call."""
+        """Run ``func``, or what keeps more digits."""
         return EXACT.get(func, func)(*args, **kwargs)
 
 

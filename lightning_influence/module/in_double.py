@@ -19,7 +19,7 @@ class InDouble(FunctionWatch):
     """While active, functions get float64 in place of lower precisions, among them those that are named in a cast."""
 
     def called(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
-        """Run and follow a call."""
+        """See ``in_double``."""
         return in_double(func, args, kwargs)
 
 

@@ -28,16 +28,20 @@ def isolated_random_state() -> Iterator[None]:
             set_rng_state(device, state)
 
 
-def random_states() -> tuple[Any, ...]:
-    """The states of all random generators, to be compared."""
+def states_on_host() -> tuple[Any, ...]:
+    """The states of the generators that reading an example may use, to be compared: torch's, Python's and NumPy's."""
     numpy = sys.modules.get("numpy")
     state = None if numpy is None else numpy.random.get_state()
     return (
         torch.get_rng_state().numpy().tobytes(),
         random.getstate(),
         (state[1].tobytes(), *state[2:]) if isinstance(state, tuple) else repr(state),
-        {device: s.numpy().tobytes() for device, s in rng_states().items()},
     )
+
+
+def random_states() -> tuple[Any, ...]:
+    """The states of all random generators, to be compared."""
+    return *states_on_host(), {device: s.numpy().tobytes() for device, s in rng_states().items()}
 
 
 def seed_for(seed: int, example: int) -> None:
