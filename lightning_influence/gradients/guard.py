@@ -105,15 +105,22 @@ class Guard:
 
     def again(self) -> "Guard":
         """For a later question about the same examples: what was checked is not, unless it has changed."""
-        known = {"_before": max(self._before, self._new), "_routine": self._routine, "_uneven": self._uneven}
-        known |= {"_branches": set(self._branches), "_branched": list(self._branched), "_known": self._known.again()}
-        return Guard(unlike=self.unlike.again(), dataset=self.dataset, **known)  # type: ignore[arg-type]
+        return Guard(
+            unlike=self.unlike.again(),
+            dataset=self.dataset,
+            _before=max(self._before, self._new),
+            _routine=self._routine,
+            _uneven=self._uneven,
+            _branches=set(self._branches),
+            _branched=list(self._branched),
+            _known=self._known.again(),
+        )
 
     def choose(self, block: Block) -> tuple[dict[int, int | None], bool]:
         """The rows of a block to check, each with the id of an example unlike it, and whether the block is new.
 
-        They are those most unlike the examples before, and one each of blocks 1, 4, 9, 16 ... of the first pass, at most
-        one in 128 examples, and of blocks 4, 16, 64 ... of later ones.
+        They are those most unlike the examples before, and one each of blocks 1, 4, 9, 16 ... of the first pass, at
+        most one in 128 examples, and of blocks 4, 16, 64 ... of later ones.
         """
         unlike = self.unlike.new(block)
         rows: dict[int, int | None] = dict(unlike or {})

@@ -149,6 +149,8 @@ def agreements(
             where a truth is zero up to rounding (as for a bias before a normalisation layer).
         tolerance: relative to the parameter's and to the largest entry; None: that of the dtype.
     """
+    if not truths:
+        return sizes.new_ones(0, dtype=torch.bool)
     limits: list[Any] = [
         (*((0.0, 0.0) if row is None else tolerance or tolerance_of(truth)), torch.finfo(truth.dtype).tiny)
         for row, truth in zip(rows, truths, strict=True)
@@ -161,12 +163,7 @@ def agreements(
 
 def same(row: Mapping[str, Tensor], truth: Mapping[str, Tensor], tolerance: Tolerance = None) -> Tensor:
     """Whether an example's gradient is finite and the same in its block, as by ``differing``; not read."""
-    compared = {name: true for name, true in truth.items() if true.numel()}
-    if not compared:
-        return torch.ones((), dtype=torch.bool)
-    sizes = peaks(compared.values())
-    largest = sizes.max()
-    right = agreements([row.get(n) for n in compared], list(compared.values()), sizes, largest, tolerance)
+    _, largest, right = _compared(row, truth, tolerance)
     return (right & (largest < torch.inf)).all()
 
 
@@ -217,7 +214,7 @@ def smallest_scale(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
 
 
 def differing(
-    row: Mapping[str, Tensor], truth: Mapping[str, Tensor], tolerance: Tolerance = None, scale: Tensor | float = 0.0
+    row: Mapping[str, Tensor], truth: Mapping[str, Tensor], tolerance: Tolerance = None, scale: Tensor | None = None
 ) -> str | None:
     """The first parameter for which an example's gradient in its block is not that of the example alone.
 
@@ -225,15 +222,21 @@ def differing(
         row: the gradient in its block, by parameter; those that are missing are zero.
         truth: the gradient alone.
         tolerance: relative to the parameter's and to the largest entry; None: that of the dtype.
-        scale: what the largest entry counts as at least.
+        scale: what the largest entry counts as at least; None: itself.
     """
-    compared = {name: true for name, true in truth.items() if true.numel()}
-    if not compared:
-        return None
-    sizes = peaks(compared.values())
-    largest = torch.maximum(sizes.max(), torch.as_tensor(scale).to(sizes))
-    right = agreements([row.get(n) for n in compared], list(compared.values()), sizes, largest, tolerance)
+    names, largest, right = _compared(row, truth, tolerance, scale)
     (finite,), agree = read_numbers([largest.isfinite(), right])
     if not finite:  # the attributor reports it, unless it is finite in the block
         return next((n for n, g in row.items() if n in truth and bool(g.any())), None) if is_finite(row) else None
-    return next((n for n, same in zip(compared, agree, strict=True) if not same), None)
+    return next((n for n, same in zip(names, agree, strict=True) if not same), None)
+
+
+def _compared(
+    row: Mapping[str, Tensor], truth: Mapping[str, Tensor], tolerance: Tolerance, scale: Tensor | None = None
+) -> tuple[list[str], Tensor, Tensor]:
+    """The parameters with entries, the largest entry, and by parameter whether the gradient is right."""
+    true = {name: gradient for name, gradient in truth.items() if gradient.numel()}
+    sizes = peaks(true.values())
+    largest = sizes.max() if scale is None else torch.maximum(sizes.max(), scale.to(sizes))
+    right = agreements([row.get(name) for name in true], list(true.values()), sizes, largest, tolerance)
+    return list(true), largest, right

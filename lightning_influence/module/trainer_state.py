@@ -110,7 +110,5 @@ def _without_messages(package: str) -> Iterator[None]:
     """No messages of the package's loggers, whose levels stay: to set one takes a millisecond."""
     named = logging.root.manager.loggerDict.items()
     loggers = [x for name, x in named if name.startswith(package) and isinstance(x, logging.Logger)]
-    with restoring(loggers, "disabled"):
-        for logger in loggers:
-            logger.disabled = True
+    with holding(loggers, "disabled", True):
         yield

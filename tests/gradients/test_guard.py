@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset, default_collate
 
 from lightning_influence import Attributor, GradientDot
 from lightning_influence.data.examples import Block, Examples
+from lightning_influence.gradients import Engine
 from lightning_influence.gradients.guard import Guard, checks_of
 from lightning_influence.gradients.token_probe import GradientProbe
 
@@ -270,3 +271,19 @@ def test_spot_checks_of_a_first_pass_are_few(n, block):
         found += len(rows)
     assert abs(found - checks_of(n, block)) <= 8
     assert n < 40_000 or found <= 0.005 * n
+
+
+@pytest.mark.parametrize("since", [0, 1000, 1920])
+def test_rows_that_are_wrong_from_some_block_on_are_met(since, monkeypatch):
+    in_block = Engine.in_block
+
+    def wrong(self, block, *options):
+        found = in_block(self, block, *options)
+        if block.start >= since:
+            found.parts = {names: part.scaled(torch.full((block.size,), 1.01)) for names, part in found.parts.items()}
+        return found
+
+    monkeypatch.setattr(Engine, "in_block", wrong)
+    asked = Attributor(Step(nn.Linear(5, 3)), at_kink([], 2048), batch_size=128)
+    with pytest.raises(ValueError, match="to weigh in its batch as it does alone"):
+        asked.self_influence(GradientDot())
