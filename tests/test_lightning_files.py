@@ -437,7 +437,7 @@ pieces = [["c" + name.replace(" ", "\n") + "\n" for name in names],
           ["S'x'\n", "S'latin1'\n", "I5\n", "N", "]", "}", ")", "(", "(I1\nI2\nt"],
           list("RbotaesudlQ20") + ["\x81", "\x85", "\x86", "\x90", "\x92", "\x93", "ios\nsystem\n", "\x82\x01"]]
 draw, finished = random.Random(0), 0
-for _ in range(20000):
+for _ in range(8000):
     program = "".join(draw.choice(draw.choice((pieces[0], pieces[1], pieces[1], pieces[2], pieces[2])))
                       for _ in range(draw.randint(3, 20)))
     watching = True
@@ -455,7 +455,7 @@ def test_random_pickles_execute_nothing():
     """Programs of a pickle's instructions, under an audit hook that sees imports, processes, files and attributes."""
     done = subprocess.run([sys.executable, "-c", FUZZ], capture_output=True, text=True, timeout=120, check=True)
     finished, seen = done.stdout.split(maxsplit=1)
-    assert int(finished) > 500
+    assert int(finished) > 200
     assert seen.strip() == "[]"
 
 

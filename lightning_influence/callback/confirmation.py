@@ -89,7 +89,7 @@ def _losses(task: Task, source: Source, ids: list[int], trajectory: Trajectory) 
     for checkpoint in _chosen(trajectory):
         put_in_place(task, checkpoint)
         values.append((checkpoint.step, checkpoint.crc32, float(loss_of(task, found.batch, ids))))
-    seed_for(0, ids[0])
+    seed_for(ids[0])
     before = random_states()
     again = float(loss_of(task, found.batch, ids))
     drew = before != random_states()

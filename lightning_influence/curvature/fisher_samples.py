@@ -81,7 +81,7 @@ class FisherSamples:
             return
         task = engine.task.measuring(loss)
         task.exact = False  # the loss is linear in the logits
-        other = Engine(task, Reduction.NONE, engine.groups, engine.seed, engine.plan)
+        other = Engine(task, Reduction.NONE, engine.groups, engine.plan)
         for block in blocks:
             # For the expectation each class in turn; None: one sampled label per example.
             for label in [None] if self.labels == "sampled" else range(loss.classes):

@@ -174,6 +174,6 @@ def _some_losses(setting: Setting) -> list[str]:
         for k in range(min(_COMPARED, setting.n_train)):
             example = k * (setting.n_train - 1) // max(1, min(_COMPARED, setting.n_train) - 1)
             batch = task.to_device(setting.examples.one(example))
-            seed_for(setting.engine.seed, example)
+            seed_for(example)
             losses.append(task(batch).sum())
     return [f"{loss:.4e}" for (loss,) in read_numbers(losses)]

@@ -16,8 +16,6 @@ from lightning_influence.numerics.subsets import evenly_spread
 from lightning_influence.types import Batch, bytes_in, foreign
 
 _READ_TWICE = 4  # examples
-# Together with an example's id, seeds the random state under which it is read.
-_SEED = 0
 # Blocks are kept for the next pass (the next checkpoint) up to this total size.
 _CACHE_BYTES = 2**28
 
@@ -124,7 +122,7 @@ class Examples:
 
     def one(self, example: int) -> Batch:
         """The batch of one for an example; the random state is left seeded for that example."""
-        seed_for(_SEED, example)
+        seed_for(example)
         item = self._item(example)
         if self.share_of_copies is None:
             return self._collated([item], [example])
@@ -141,7 +139,7 @@ class Examples:
         if self.share_of_copies is not None and len(ids) == 1:
             return self.one(ids[0])
         if self._sliced:
-            seed_for(_SEED, ids[0])
+            seed_for(ids[0])
             rows = torch.as_tensor(ids)
             return [tensor[rows] for tensor in self.dataset.tensors]
         return self._reader.__getitems__(list(ids))
@@ -186,7 +184,7 @@ class Examples:
         batches = []
         for seed in (0, 1):
             items = [self._reader.seeded(i) for i in ids]
-            seed_for(seed, ids[0])
+            seed_for(ids[0], seed=seed)
             batches.append(self._collated(items, ids))
         return not alike(*batches)
 
@@ -271,18 +269,18 @@ class _Reader:
 
     def __getitems__(self, ids: list[int]) -> Batch:
         if not self.draws:
-            seed_for(_SEED, ids[0])
+            seed_for(ids[0])
             before = states_on_host()
             items = [read_item(self.dataset, i, self.name) for i in ids]
             self.draws = before != states_on_host()
         if self.draws:
             items = [self.seeded(i) for i in ids]
-        seed_for(_SEED, ids[0])
+        seed_for(ids[0])
         return collated(self.collate, items, ids, self.dataset, self.name)
 
     def seeded(self, example: int) -> Any:
         """The example under its own random state."""
-        seed_for(_SEED, example)
+        seed_for(example)
         return read_item(self.dataset, example, self.name)
 
 

@@ -62,7 +62,6 @@ class Engine:
         task: the module, silenced and in eval mode, with its loss.
         reduction: how a batch's loss relates to the losses of its examples.
         groups: the optimizer's parameter group of each parameter; 0 where it is missing.
-        seed: of the random state in which an example's loss is computed.
         plan: how each parameter's gradients are computed; made by ``make_plan``.
         examples: the training dataset, whose batches must have the sum of their examples' gradients, also where no
             block is run as a batch; None: the examples are not trained on, as queries are not.
@@ -76,7 +75,6 @@ class Engine:
     task: Task
     reduction: Reduction
     groups: Mapping[str, int] = field(default_factory=dict)
-    seed: int = 0
     plan: Plan = field(default_factory=lambda: Plan({}))
     examples: Examples | None = None
     guard: Guard = field(default_factory=Guard)
@@ -128,7 +126,7 @@ class Engine:
                 "callable (module, batch) -> [batch] of per-sample losses."
             )
         if slow:
-            found, computed.alone = rows_one_by_one(self.task, block, slow, self.seed)
+            found, computed.alone = rows_one_by_one(self.task, block, slow)
             computed.parts.update(found)
         if watch is not None:
             self.guard.check(self, block, computed, rows, new, watch, again)
@@ -205,13 +203,13 @@ class Engine:
     def has_loss(self, block: Block, example: int) -> bool:
         """Whether the loss of one example alone is a finite number."""
         batch = self.task.to_device(block.one(example))
-        seed_for(self.seed, example)
+        seed_for(example)
         return bool(self.task(batch).isfinite().all())
 
     def total(self, block: Block) -> Tensor:
         """The sum of the losses of a block's examples, times their weights, with its autograd graph."""
         batch = self.task.to_device(block.batch)
-        seed_for(self.seed, block.start)
+        seed_for(block.start)
         return self.reduction.total(self.task(batch), block.size, self.weights_of(block.ids))
 
     def record(
@@ -240,7 +238,7 @@ class Engine:
             move, step = (self.task.to_device, self.task) if mixing is None else mixing.around(self.task)
             batch = move(block.batch)
             if set_random_state is None:
-                seed_for(self.seed, block.start)
+                seed_for(block.start)
             else:
                 set_random_state()
             with tape:

@@ -133,7 +133,7 @@ class Head:
         probed = []
         for noise in (0.0, 1.0):
             batch = examples.some(ids)
-            seed_for(0, ids[0])
+            seed_for(ids[0])
             probed.append(self._unweighted(self.read(batch, len(ids), noise=noise), ids))
         own, moved = rows_on_host(probed)
         refuse_non_finite(own, ids)

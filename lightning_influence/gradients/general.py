@@ -89,27 +89,26 @@ def _over_examples(
         raise NotVectorisable(f"`training_step` does not run under `torch.func.vmap`: {error}") from error
 
 
-def rows_one_by_one(task: Task, block: Block, names: Sequence[str], seed: int) -> tuple[dict[Names, Part], Tensor]:
+def rows_one_by_one(task: Task, block: Block, names: Sequence[str]) -> tuple[dict[Names, Part], Tensor]:
     """Dense gradients by one backward pass per example: slow, and the definition of what all other paths must equal.
 
     Returns:
         The gradients, and the losses [example].
     """
-    found = [loss_and_gradient(task, block.one(i), names, seed, i) for i in block.ids]
+    found = [loss_and_gradient(task, block.one(i), names, i) for i in block.ids]
     rows: dict[Names, Part] = {(n,): DenseRows((torch.stack([g[n] for _, g in found]),)) for n in names}
     return rows, torch.stack([loss for loss, _ in found])
 
 
-def one_gradient(task: Task, batch: Any, names: Sequence[str], seed: int, example: int) -> dict[str, Tensor]:
+def one_gradient(task: Task, batch: Any, names: Sequence[str], example: int) -> dict[str, Tensor]:
     """The gradient of one example's loss with respect to the named parameters, by plain autograd on a batch of one."""
-    return loss_and_gradient(task, batch, names, seed, example)[1]
+    return loss_and_gradient(task, batch, names, example)[1]
 
 
 def loss_and_gradient(
     task: Task,
     batch: Any,
     names: Sequence[str],
-    seed: int,
     example: int,
     watch: contextlib.AbstractContextManager[Any] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -119,14 +118,13 @@ def loss_and_gradient(
         task: the module with its loss.
         batch: of one example, or of several whose summed losses are differentiated.
         names: of the parameters.
-        seed: of the random state.
         example: its id, or that of the first.
         watch: entered around the forward pass.
     """
     parameters = task.named_parameters()
     with requiring_gradients(task.module, names):
         batch = task.to_device(batch)
-        seed_for(seed, example)
+        seed_for(example)
         with watch or contextlib.nullcontext():  # neither how the batch is made nor the sum below is the step's
             found = task(batch)
         loss = found.sum()

@@ -347,4 +347,4 @@ def _alone(engine: "Engine", block: Block, row: int, names: Sequence[str]) -> di
 def _pass_alone(engine: "Engine", block: Block, row: int, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one example alone, and its gradient."""
     example = block.ids[row]
-    return loss_and_gradient(engine.task, block.one(example), names, engine.seed, example)
+    return loss_and_gradient(engine.task, block.one(example), names, example)

@@ -40,7 +40,7 @@ def gradient_at(
         parameters = task.named_parameters(names)
         with put(number), requiring_gradients(task.module, names):
             batch = task.to_device(examples.some(ids))
-            seed_for(0, ids[0])
+            seed_for(ids[0])
             try:
                 loss = task(batch).sum()
             except NoLoss:

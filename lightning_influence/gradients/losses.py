@@ -41,7 +41,7 @@ class Losses:
             return _jointly(engine, block)
         if self._vectorised is not False:
             try:
-                seed_for(engine.seed, block.start)
+                seed_for(block.start)
                 found = wide(vectorised_losses(engine.task, block))
                 if self._vectorised is None:
                     self._vectorised = _agree(found, engine, block, block.ids[:_COMPARED])
@@ -89,7 +89,7 @@ def _agree(found: Tensor, engine: Engine, block: Block, ids: Sequence[int]) -> b
 
 
 def _jointly(engine: Engine, block: Block) -> Tensor:
-    seed_for(engine.seed, block.start)
+    seed_for(block.start)
     with torch.no_grad():
         values = engine.task(engine.task.to_device(block.batch))
     if values.numel() != block.size:
@@ -105,6 +105,6 @@ def _one_by_one(engine: Engine, block: Block, ids: Sequence[int]) -> Tensor:
     with torch.no_grad():
         for example in ids:
             batch = engine.task.to_device(block.one(example))
-            seed_for(engine.seed, example)
+            seed_for(example)
             losses.append(engine.task(batch).sum())
     return wide(torch.stack(losses))

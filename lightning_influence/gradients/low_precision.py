@@ -72,7 +72,7 @@ def checked_in(engine: Engine, sample: Sample) -> Plan:
     good = set(names) - set(computed.slow)
     checks: list[Compared] = []
     for row, example in enumerate(block.ids):
-        alone = one_gradient(engine.task, block.one(example), names, engine.seed, example)
+        alone = one_gradient(engine.task, block.one(example), names, example)
         truth = sample.digester.of(alone)
         if truth.is_finite:
             checks.append((rows, row, truth))

@@ -37,7 +37,7 @@ def predictions_of(task: Task, block: Block) -> Predicted | None:
     numbers. Two calls with different inputs leave open which is meant.
     """
     watch = _LossWatch()
-    seed_for(0, block.start)
+    seed_for(block.start)
     with torch.no_grad(), watch:
         task(task.to_device(block.batch))
     labels = labels_in(block.batch)

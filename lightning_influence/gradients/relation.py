@@ -188,7 +188,7 @@ def _share(joint: Mapping[str, Tensor], one: Mapping[str, Tensor], other: Mappin
 def _single(engine: "Engine", example: int, names: Sequence[str]) -> dict[str, Tensor]:
     """The gradient of one example's loss, times its weight."""
     assert engine.examples is not None
-    found = one_gradient(engine.task, engine.examples.one(example), names, engine.seed, example)
+    found = one_gradient(engine.task, engine.examples.one(example), names, example)
     if (weights := engine.weights_of([example])) is None:
         return found
     weight = float(weights)
@@ -212,5 +212,5 @@ def _joint(engine: "Engine", ids: Sequence[int], names: Sequence[str]) -> tuple[
 
 def _loss(engine: "Engine", block: Block, example: int) -> Tensor:
     batch = engine.task.to_device(block.one(example))
-    seed_for(engine.seed, example)
+    seed_for(example)
     return engine.task(batch).detach().sum()

@@ -85,7 +85,6 @@ class Sample:
         task: the module with its loss.
         examples: the dataset.
         names: the parameters whose gradients will be taken; none: only losses will be.
-        seed: of the random state.
         trained: whether they are training examples, whose batches have an index, and a step that may count.
         few: of how many to make a single batch; None: by the size of the model.
     """
@@ -95,11 +94,10 @@ class Sample:
         task: Task,
         examples: Examples,
         names: Sequence[str] = (),
-        seed: int = 0,
         trained: bool = True,
         few: int | None = None,
     ) -> None:
-        self.task, self.examples, self.seed = task, examples, seed
+        self.task, self.examples = task, examples
         self.trained, self._follows_step = trained, trained and task.loss is None
         self.with_gradients = bool(names)
         self._large = not examples.thorough and is_large(task)
@@ -259,7 +257,7 @@ class Sample:
     def _record(self, block: ChosenBlock) -> Tape:
         reduction = Reduction.SUM if self.task.loss is None else Reduction.NONE
         mixing = MixingWatch(block.size, self.mixing)
-        engine = Engine(self.task, reduction, seed=self.seed)
+        engine = Engine(self.task, reduction)
         tape = engine.record(block, self.names, self.copy_leaves, mixing=mixing)
         self.mixing = mixing
         return tape
@@ -279,11 +277,11 @@ class Sample:
         """The loss of a batch and its gradient."""
         try:
             if names:
-                return loss_and_gradient(self.task, batch, names, self.seed, example, watch)
+                return loss_and_gradient(self.task, batch, names, example, watch)
             # gradients are enabled, and wanted of the same parameters: a step may use them, or ask which are wanted
             with requiring_gradients(self.task.module, self.names) if self.with_gradients else contextlib.nullcontext():
                 batch = self.task.to_device(batch)
-                seed_for(self.seed, example)
+                seed_for(example)
                 with watch or contextlib.nullcontext():
                     loss = self.task(batch)
             return widest(loss.detach()).sum(), {}

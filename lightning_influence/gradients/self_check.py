@@ -43,7 +43,7 @@ def make_plan(engine: Engine, sample: Sample, names: Sequence[str]) -> Plan:
     if all(p.dtype is torch.float64 for p in engine.task.named_parameters(names).values()):
         return plan
     with contextlib.suppress(*CANNOT), precise(engine.task, torch.float64) as task:
-        again = Sample(task, sample.examples, names, sample.seed)
+        again = Sample(task, sample.examples, names)
         return _merged(plan, _made(replace(engine, task=task), again, names))
     return plan
 

@@ -189,13 +189,13 @@ def _collate_mixes(examples: Examples, ids: Sequence[int]) -> bool:
 def _moved(task: Task, examples: Examples, ids: Sequence[int], seed: int) -> Any:
     """The batch as the step gets it, under a random state of its own."""
     batch = examples.some(ids)
-    seed_for(seed, ids[0])
+    seed_for(ids[0], seed=seed)
     return task.to_device(batch)
 
 
 def _loss(task: Task, examples: Examples, ids: Sequence[int], seed: int) -> float:
     batch = _moved(task, examples, ids, 0)
-    seed_for(seed, ids[0])
+    seed_for(ids[0], seed=seed)
     return float(wide(task(batch).detach()).sum())
 
 

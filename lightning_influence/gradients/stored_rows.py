@@ -41,7 +41,7 @@ def head_rows(head: Head, examples: Examples, path: Path, done: Callable[[int], 
     def rows() -> Iterator[dict[str, Tensor]]:
         read: dict[Sequence[int], HeadRows] = {}
         for block in examples.blocks():
-            seed_for(0, block.start)
+            seed_for(block.start)
             read[block.ids] = head.read(block.batch, block.size)
             done(block.size)
             last = block.start + block.size == len(examples)
@@ -86,7 +86,7 @@ def _same(head: Head, examples: Examples, stored: list[HeadRows]) -> bool:
         return False
     ids = evenly_spread(len(examples), _COMPARED)
     batch = examples.some(ids)
-    seed_for(0, ids[0])
+    seed_for(ids[0])
     (now,) = rows_on_host([head.read(batch, len(ids))])
     for name, found in now.columns().items():
         column = ConcatDataset[Tensor]([getattr(s, name) for s in stored])

@@ -166,24 +166,24 @@ class TokenCounter:
     key: Key
     layout: int | None
 
-    def weights(self, task: Task, examples: Examples, seed: int) -> Tensor:
+    def weights(self, task: Task, examples: Examples) -> Tensor:
         """[example] float64: the counts relative to their mean, by one forward pass over the dataset.
 
         Zero where an example has none, so that it does not count in its batch.
         """
         found = []
         for block in examples.blocks():
-            counted = None if self.layout is None else self._of(task, block.batch, seed, block.start, block.size)
+            counted = None if self.layout is None else self._of(task, block.batch, block.start, block.size)
             if counted is None:
-                each = [self._of(task, block.one(i), seed, i, 1) for i in block.ids]
+                each = [self._of(task, block.one(i), i, 1) for i in block.ids]
                 counted = torch.cat([torch.zeros(1, dtype=torch.float64) if one is None else one for one in each])
             found.append(counted)
         counts = torch.cat(found)
         return counts / counts.mean() if bool(counts.any()) else torch.ones_like(counts)
 
-    def _of(self, task: Task, batch: Any, seed: int, example: int, size: int) -> Tensor | None:
+    def _of(self, task: Task, batch: Any, example: int, size: int) -> Tensor | None:
         batch = task.to_device(batch)
-        seed_for(seed, example)
+        seed_for(example)
         with CountWatch(self.key) as watch:
             task(batch)
         if self.key not in watch.found:

@@ -78,7 +78,7 @@ class GradientProbe:
         for size in self._sizes:
             ids = self.chosen[:size]
             batch = self.sample.task.to_device(self.sample.examples.some(ids))
-            seed_for(self.sample.seed, ids[0])
+            seed_for(ids[0])
             with CountWatch(key) as watch:
                 self.sample.task(batch)
             found = per_example(watch.found[key], len(ids), layout) if key in watch.found else None

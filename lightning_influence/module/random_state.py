@@ -44,8 +44,13 @@ def random_states() -> tuple[Any, ...]:
     return *states_on_host(), {device: s.numpy().tobytes() for device, s in rng_states().items()}
 
 
-def seed_for(seed: int, example: int) -> None:
-    """Seed torch, NumPy and Python for one example, so that two calls agree even with random transforms."""
+def seed_for(example: int, *, seed: int = 0) -> None:
+    """Seed torch, NumPy and Python for one example, so that two calls agree even with random transforms.
+
+    Args:
+        example: its id.
+        seed: another one shows what depends on random numbers.
+    """
     mixed = (seed * 0x9E3779B97F4A7C15 + (example + 1) * 0xD1B54A32D192ED03) % 2**63
     # Not `torch.manual_seed`: it queues a call with a stack trace for every kind of device that is absent (1 ms).
     torch.default_generator.manual_seed(mixed)

@@ -181,7 +181,6 @@ def _key(task: Task, sample: Sample, trajectory: Trajectory, index: int) -> str:
             task.has_coarse_products,
             str(torch.get_default_dtype()),
             torch.are_deterministic_algorithms_enabled(),
-            sample.seed,
         ],
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

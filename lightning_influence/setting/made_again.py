@@ -81,7 +81,7 @@ class Mismatch:
 
 def remade(task: Task, source: Source, ids: Sequence[int], positions: Sequence[int]) -> Remade:
     """Make a batch as the fit did: dataset, collate function, and the hooks on the way to the device."""
-    seed_for(0, ids[0])
+    seed_for(ids[0])
     before = random_states()
     batch = Examples(source.dataset, source.collate, 1).as_read(ids)
     loaded = fingerprint(batch, len(ids), positions)
@@ -157,5 +157,5 @@ def _copied(batch: Batch) -> Batch:
 def loss_of(task: Task, batch: Batch, ids: Sequence[int]) -> Tensor:
     """The loss of ``training_step`` on a small batch, under a random state that follows from its first example."""
     batch = _copied(batch)  # the step may write into it
-    seed_for(0, ids[0])
+    seed_for(ids[0])
     return widest(task(batch).detach()).sum()

@@ -137,7 +137,7 @@ def _states(task: Task, examples: Examples, calls: int, start: Mapping[str, Any]
         with holding([task], "on_forward", lambda: found.append(small_values(task.module))):
             for _ in range(calls):
                 batch = task.to_device(examples.some(ids))
-                seed_for(0, ids[0])
+                seed_for(ids[0])
                 with _at(task, values), torch.no_grad(), contextlib.suppress(NoLoss):
                     task(batch)
                 values = found[-1] if found else {}

@@ -35,7 +35,7 @@ class TokenWeights:
             return None
         key = id(examples.dataset)
         if key not in self._weights:  # as long as the dataset is kept, no other object has its id
-            self._weights[key] = examples.dataset, self.probed.counter.weights(task, examples, 0)
+            self._weights[key] = examples.dataset, self.probed.counter.weights(task, examples)
         return self._weights[key][1]
 
     def find_again(self, task: Task, examples: Examples, names: Sequence[str], block: Sequence[int]) -> bool:

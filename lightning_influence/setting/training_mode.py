@@ -62,7 +62,7 @@ def _same(engine: Engine, sample: Sample, frozen: Collection[str]) -> bool:
     names = [name for name in engine.plan.names if name not in engine.plan.unreached]
     with contextlib.suppress(Exception), precise(task, None, seed=None) as other, _in_training(other.module, frozen):
         batch = sample.examples.some(ids)
-        trained = sample.digester.of(loss_and_gradient(other, batch, names, sample.seed, ids[0])[1])
+        trained = sample.digester.of(loss_and_gradient(other, batch, names, ids[0])[1])
         scored = [one.flat(names) for one in singles if one is not None and one.is_finite]
         factor = engine.reduction.factor(len(ids), engine.weights_of(ids))
         shares = engine.weights_of(ids)
@@ -84,7 +84,7 @@ def _gradient(engine: Engine, examples: Examples) -> Tensor | None:
     block = examples.chosen(evenly_spread(len(examples), _SAMPLED))
     names = [name for name in engine.plan.names if name not in engine.plan.unreached]
     parameters = list(engine.task.named_parameters(names).values())
-    seed_for(engine.seed, block.start)
+    seed_for(block.start)
     before = random_states()
     with requiring_gradients(engine.task.module, names):
         loss = engine.task(engine.task.to_device(block.batch))

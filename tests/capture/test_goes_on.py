@@ -351,7 +351,7 @@ class Copies(pl.Callback):
 
     def on_train_batch_end(self, trainer, *_):
         if self.when == "during":
-            self.copies.append(copy.deepcopy(trainer.callbacks))
+            self.copies.append(copy.deepcopy([c for c in trainer.callbacks if c is not self]))  # no copies of copies
 
 
 def test_copies_of_the_callbacks_hold_no_model_and_change_nothing(tmp_path):
