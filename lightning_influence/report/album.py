@@ -261,7 +261,9 @@ def image_of_png(file: bytes) -> Tensor:
     width, height, _, kind = struct.unpack(">IIBB", file[16:26])
     start = file.index(b"IDAT")
     size = struct.unpack(">I", file[start - 4 : start])[0]
-    lines = torch.frombuffer(bytearray(zlib.decompress(file[start + 4 : start + 4 + size])), dtype=torch.uint8)
+    most = height * (1 + width * 3)  # a file of somebody else must not fill the memory
+    content = zlib.decompressobj().decompress(file[start + 4 : start + 4 + size], most)
+    lines = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     pixels = lines.reshape(height, -1)[:, 1:].double() / 255
     return pixels.reshape(height, width, 3) if kind == 2 else pixels
 
