@@ -157,6 +157,8 @@ def test_a_second_save_shows_examples_as_it_was_asked_to(tmp_path):
         fresh.at_hand = (TEXTS, None)
         fresh.save(tmp_path / "s.arrow", True, labels=["good", "bad"])
         assert type(fresh).load(tmp_path / "s.arrow").album.train[5]["class"] == "bad"
+        fresh.save(tmp_path / "s.arrow", True, megabytes=1)
+        assert type(fresh).load(tmp_path / "s.arrow").album.train[5]["class"] == "bad"
 
 
 def test_nothing_to_show_is_refused(tmp_path):

@@ -100,7 +100,7 @@ def album_of(answer: Answer, orders: Orders, data: Data, how: Showing, megabytes
     here = any(one is not None for one in answer.at_hand)
     if answer.album is not None and all(one is None for one in data) and not (another and here):
         return replace(answer.album, kept=True)
-    how = replace(how, opinions=answer.opinions).filled(None if answer.album is None else answer.album.view)
+    how = answer.viewed(replace(how, opinions=answer.opinions))
     return report.collect(*given_or_at_hand(answer, *data), *orders, how, megabytes)
 
 
@@ -118,7 +118,7 @@ def album_to_keep(answer: Answer, orders: Orders, shown: Mapping[str, Any]) -> A
             "process that computed the scores. Pass `train=` and `queries=` too."
         )
     megabytes = how.pop("megabytes", 15.0)
-    return report.collect(*data, *orders, Showing(**how, opinions=answer.opinions), megabytes)
+    return report.collect(*data, *orders, answer.viewed(Showing(**how, opinions=answer.opinions)), megabytes)
 
 
 def train_order(ranking: Ranking, units: str, k: int, self_influence: Tensor | None = None) -> Iterator[int]:
