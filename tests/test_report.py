@@ -157,6 +157,8 @@ def test_a_second_save_shows_examples_as_it_was_asked_to(tmp_path):
         fresh.at_hand = (TEXTS, None)
         fresh.save(tmp_path / "s.arrow", True, labels=["good", "bad"])
         assert type(fresh).load(tmp_path / "s.arrow").album.train[5]["class"] == "bad"
+        fresh.save(tmp_path / "s.arrow", True, megabytes=1)
+        assert type(fresh).load(tmp_path / "s.arrow").album.train[5]["class"] == "bad"
 
 
 def test_nothing_to_show_is_refused(tmp_path):
@@ -274,6 +276,18 @@ def test_notebooks_get_the_most_telling_queries_and_classes_of_an_album(tmp_path
     assert cells[:3] == ["4", "cat", "dog"]
     assert cells[5:8] == ["3", "dog", "cat"]
     assert cells[8].startswith("5 (base 15) dog (+2)")
+    lone = itself()
+    lone.save(tmp_path / "self.arrow", train=TEXTS, labels={torch.tensor(1).numpy()[()]: "dog"})
+    cells = re.findall(r"<td [^>]*>(.*?)</td>", SelfScores.load(tmp_path / "self.arrow")._repr_html_())
+    assert cells[:6] == ["2", "0", "0.4", "5", "dog", "0.3"]
+
+
+def test_predictions_that_are_kept_alone_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = scores()
+    found.save(tmp_path / "s.arrow", train=TEXTS, predictions={3: 1, 4: 0}, columns=("a", "b"))
+    axes = Scores.load(tmp_path / "s.arrow").plot(4, k=1, labels=["cat", "dog"])[1]
+    assert axes[0].get_title() == "query 4\npredicted 0"
 
 
 def test_without_jinja_the_error_names_the_extra(monkeypatch, tmp_path):

@@ -92,10 +92,10 @@ class ViewOptions:
             return look._replace(label=look_at(example, self.columns, self.normalization).label)
         return look
 
-    def filled(self: _Options, other: "ViewOptions | None") -> _Options:
+    def filled(self: _Options, other: "ViewOptions") -> _Options:
         """These options, with those of another where none were given."""
-        given = {} if other is None else {f.name: getattr(other, f.name) for f in fields(ViewOptions)}
-        return replace(self, **{name: value for name, value in given.items() if getattr(self, name) is None})
+        names = [f.name for f in fields(ViewOptions) if getattr(self, f.name) is None]
+        return replace(self, **{name: getattr(other, name) for name in names})
 
     def class_of(self, label: Any) -> str:
         """The name of a class, or its number."""

@@ -133,12 +133,13 @@ class Album:
     def to_json(self) -> str:
         """The album as JSON, which `from_json` reads."""
         sides = [list(side.items()) for side in (self.train, self.queries)]
-        labels, columns = self.view.labels, self.view.columns
+        labels, columns, named_classes = self.view.labels, self.view.columns, None
         if labels is not None:
-            labels = dict(labels if isinstance(labels, Mapping) else enumerate(labels))
-        names = [labels and list(labels.items()), columns and list(columns), list(self.doubts)]
-        named = [names] if any(names) else []
-        return json.dumps([*sides, *named], ensure_ascii=False, separators=(",", ":"), default=str)
+            pairs = labels.items() if isinstance(labels, Mapping) else enumerate(labels)
+            named_classes = [(int(number), str(name)) for number, name in pairs]
+        names = [named_classes, None if columns is None else [str(name) for name in columns]]
+        named = [[*names, list(self.doubts)]] if any((*names, self.doubts)) else []
+        return json.dumps([*sides, *named], ensure_ascii=False, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "Album":
@@ -174,7 +175,7 @@ class KeptLooks:
 
     def __getitem__(self, example: int) -> Look | None:
         entry = self._entries.get(example)
-        if entry is None:
+        if entry is None or entry["kind"] == "nothing":
             return None
         kind, value = entry["kind"], entry["value"]
         if kind == "image":
@@ -261,7 +262,9 @@ def image_of_png(file: bytes) -> Tensor:
     width, height, _, kind = struct.unpack(">IIBB", file[16:26])
     start = file.index(b"IDAT")
     size = struct.unpack(">I", file[start - 4 : start])[0]
-    lines = torch.frombuffer(bytearray(zlib.decompress(file[start + 4 : start + 4 + size])), dtype=torch.uint8)
+    most = height * (1 + width * 3)  # a file of somebody else must not fill the memory
+    content = zlib.decompressobj().decompress(file[start + 4 : start + 4 + size], most)
+    lines = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     pixels = lines.reshape(height, -1)[:, 1:].double() / 255
     return pixels.reshape(height, width, 3) if kind == 2 else pixels
 

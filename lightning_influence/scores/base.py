@@ -3,7 +3,7 @@
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from torch import Tensor
@@ -11,11 +11,13 @@ from torch import Tensor
 from lightning_influence.checks import optional
 from lightning_influence.files import arrow
 from lightning_influence.hints import Hinted
-from lightning_influence.plotting.example_view import printable
+from lightning_influence.plotting.example_view import ViewOptions, printable
 from lightning_influence.report import Album, Opinions
 from lightning_influence.scores import words
 from lightning_influence.scores.id_checks import ascending, base_of
 from lightning_influence.wording import counted
+
+_Options = TypeVar("_Options", bound=ViewOptions)
 
 MATRIX = "scores"
 """The column of `Scores` files that may be larger than the memory."""
@@ -74,6 +76,10 @@ class Answer(Hinted):
 
         self.album: Album | None = None
         """What the examples look like, where `save` kept it."""
+
+    def viewed(self, options: _Options) -> _Options:
+        """Options of how examples are shown; those that are None are as for the album, if there is one."""
+        return options if self.album is None else options.filled(self.album.view)
 
     @property
     def meaning(self) -> str:

@@ -38,10 +38,7 @@ def explain(
         ValueError: `query` is empty or was not scored, `k` is below 1, or an example cannot be drawn without `render`.
     """
     train, queries = data
-    if answer.album is not None:
-        train = answer.album.looks("train") if train is None else train
-        queries = answer.album.looks("queries") if queries is None else queries
-        drawing = drawing.filled(answer.album.view)
+    train, queries = _shown(answer, "train", train), _shown(answer, "queries", queries)
     wanted = (
         ranking.query_ids[:1].tolist()
         if query is None
@@ -53,7 +50,7 @@ def explain(
         raise ValueError("Expected `query` to be an id or several, got none. Leave it out for the first one.")
     k = min(k, ranking.depth)
     items = _items_of(answer, ranking, wanted, queries, predictions)
-    drawing = replace(drawing.suited_to(train, queries), targets=any(_is_number(item) for item in items))
+    drawing = replace(answer.viewed(drawing).suited_to(train, queries), targets=any(_is_number(item) for item in items))
     cases = [_case(ranking, query, item, k, train) for query, item in zip(wanted, items, strict=True)]
     if query is None or isinstance(query, int):
         return plotting.explanation(cases[0], method=answer.method, units=answer.units, drawing=drawing)
@@ -83,8 +80,9 @@ def by_class(answer: Answer, ranking: Ranking, train: Any, queries: Any, labels:
         sums.index_add_(1, train_at, block.double())
     total = torch.zeros(len(of_query), len(of_train), dtype=torch.float64).index_add_(0, query_at, within_query)
     pairs = query_at.bincount()[:, None] * train_at.bincount()
-    view = ViewOptions(labels=labels).filled(None if answer.album is None else answer.album.view)
-    view = view.named_by(*(None if isinstance(data, Tensor) else data for data in (train, queries)))
+    view = answer.viewed(ViewOptions(labels=labels)).named_by(
+        *(None if isinstance(data, Tensor) else data for data in (train, queries))
+    )
     names = [[class_name(c, view.labels).removeprefix("label ") for c in of] for of in (of_train, of_query)]
     return plotting.by_class(total / pairs, *names, method=answer.method, units=answer.units)
 
@@ -102,9 +100,7 @@ def highest(answer: Answer, title: str, top: TopK, train: Any, drawing: plotting
     Raises:
         ValueError: There are no data, or an example cannot be drawn without `render`.
     """
-    if answer.album is not None:
-        train = answer.album.looks("train") if train is None else train
-        drawing = drawing.filled(answer.album.view)
+    train, drawing = _shown(answer, "train", train), answer.viewed(drawing)
     if train is None:
         raise ValueError("Expected `train` to be the training Dataset, got None, and no data are at hand. Pass it.")
     ids = top.train_ids.tolist()
@@ -121,6 +117,11 @@ def highest(answer: Answer, title: str, top: TopK, train: Any, drawing: plotting
     ]
     text = f"{answer.method}: the {counted(len(items), 'training example')} of highest {title}"
     return plotting.examples(items, title=text, drawing=drawing.suited_to(train))
+
+
+def _shown(answer: Answer, side: str, data: Any) -> Any:
+    """The data of a side, or what the album keeps of it; None without either."""
+    return answer.album.looks(side) if data is None and answer.album is not None else data
 
 
 def opinions_on(answer: Answer, side: str, ids: Sequence[int]) -> Mapping[int, Opinion]:

@@ -19,12 +19,11 @@ Orders: TypeAlias = tuple[Iterable[int], Iterable[int]]
 
 _TOTAL = "Above 0, training on the example made the queries better in all, below 0 worse."
 _SHARES = (
-    "Scores without a unit cannot be added up over queries: each counts as its share of the query's strongest score, "
-    "from -1 to 1, of which this is the mean over all queries; above 0, it made them better."
+    "Scores without a unit cannot be added up: this is the mean of their shares of each query's strongest score, from "
+    "-1 to 1."
 )
 _FEWER = "For each query, the {} and as many opponents are on this page, which would be too large otherwise."
 _EXPLAINING = 400_000  # scores of single queries on a page, about 6 MB
-_KNOWN = {"class": "class", "prediction": "predicted"}
 _FIRST = 2000  # training examples that go into an album before those that explain queries
 
 
@@ -69,7 +68,7 @@ def snippet(paragraph: str, ranking: Ranking, album: Album | None) -> str:
     album, ids = album or Album(), ranking.query_ids.tolist()
     told = album.opinions("queries", ids)
     telling = sorted(told, key=lambda i: (told[i].right is not False, -(told[i].loss or 0.0)))
-    rows, known = [], [key for key in _KNOWN if any(key in look for look in album.queries.values())]
+    rows, known = [], known_of(album.queries)
     for i in (telling + [i for i in ids if i not in told])[:5] if telling else ids[:5]:
         row = ids.index(i)
         ((query, *sides),) = ranking.sides(min(3, ranking.depth), slice(row, row + 1))
@@ -84,9 +83,15 @@ def snippet(paragraph: str, ranking: Ranking, album: Album | None) -> str:
             for side in sides
         ]
         look = album.queries.get(query, {})
-        rows.append([ranking.query_name(query), *(look.get(key, "") for key in known), *cells])
-    columns = ["query", *(_KNOWN[key] for key in known), "strongest proponents", "strongest opponents"]
+        rows.append([ranking.query_name(query), *(look.get(key, "") for key in known.values()), *cells])
+    columns = ["query", *known, "strongest proponents", "strongest opponents"]
     return report.snippet(paragraph, columns, rows)
+
+
+def known_of(looks: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
+    """Which of class and prediction an album has of examples: the key in it, by the title of a column."""
+    titles = {"class": "class", "predicted": "prediction"}
+    return {title: key for title, key in titles.items() if any(key in look for look in looks.values())}
 
 
 def album_of(answer: Answer, orders: Orders, data: Data, how: Showing, megabytes: float) -> Album:
@@ -95,7 +100,7 @@ def album_of(answer: Answer, orders: Orders, data: Data, how: Showing, megabytes
     here = any(one is not None for one in answer.at_hand)
     if answer.album is not None and all(one is None for one in data) and not (another and here):
         return replace(answer.album, kept=True)
-    how = replace(how, opinions=answer.opinions).filled(None if answer.album is None else answer.album.view)
+    how = answer.viewed(replace(how, opinions=answer.opinions))
     return report.collect(*given_or_at_hand(answer, *data), *orders, how, megabytes)
 
 
@@ -113,7 +118,7 @@ def album_to_keep(answer: Answer, orders: Orders, shown: Mapping[str, Any]) -> A
             "process that computed the scores. Pass `train=` and `queries=` too."
         )
     megabytes = how.pop("megabytes", 15.0)
-    return report.collect(*data, *orders, Showing(**how, opinions=answer.opinions), megabytes)
+    return report.collect(*data, *orders, answer.viewed(Showing(**how, opinions=answer.opinions)), megabytes)
 
 
 def train_order(ranking: Ranking, units: str, k: int, self_influence: Tensor | None = None) -> Iterator[int]:

@@ -163,8 +163,15 @@ class SelfScores(Answer):
         return paragraph(self, [f"Mean {float(self.values.mean()):.3g}, highest: {highest}."])
 
     def _repr_html_(self) -> str:
-        rows = [[name, f"{score:.4g}"] for name, score in self._highest(10)]
-        return report.snippet(repr(self), ["training example", self.title], rows)
+        highest = self._highest(10)
+        looks = {} if self.album is None else self.album.train
+        known = page.known_of(looks)
+        about = [looks.get(i, {}) for i in self.top(len(highest)).train_ids.tolist()]
+        rows = [
+            [name, *(look.get(key, "") for key in known.values()), f"{score:.4g}"]
+            for (name, score), look in zip(highest, about, strict=True)
+        ]
+        return report.snippet(repr(self), ["training example", *known, self.title], rows)
 
     def plot(self, flagged_fraction: float = 0.1) -> tuple[Any, Any]:
         """Draw the distribution, with the highest fraction marked.

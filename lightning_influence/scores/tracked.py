@@ -58,8 +58,7 @@ def described(answer: Answer, table: Table, drawing: Mapping[str, Any]) -> Table
     names, rows = [*table[0]], [[*row] for row in table[1]]
     train, queries = given_or_at_hand(answer, drawing.get("train"), drawing.get("queries"))
     options = {name: drawing[name] for name in ("render", "labels", "columns", "normalization") if name in drawing}
-    showing = Showing(**options, opinions=answer.opinions)
-    showing = showing.filled(None if answer.album is None else answer.album.view).suited_to(train, queries)
+    showing = answer.viewed(Showing(**options, opinions=answer.opinions)).suited_to(train, queries)
     for side, dataset, most in (("query", queries, _QUERIES), ("train", train, _TRAIN)):
         if dataset is None or f"{side}_id" not in names:
             continue
