@@ -219,8 +219,16 @@ def kinds_in_use() -> Iterator[str]:
             yield kind
 
 
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make a device the current one of its kind inside, as Lightning does in a fit."""
+    of_kind = (
+        None if device.index is None or device.type in ("cpu", "mps") else getattr(_module(device), "device", None)
+    )
+    return contextlib.nullcontext() if of_kind is None else of_kind(device)
+
+
 def synchronize() -> None:
-    """Wait until the accelerators have done what they were given."""
+    """Wait until the current accelerators have done what they were given."""
     for kind in kinds_in_use():
         getattr(torch, kind).synchronize()
 

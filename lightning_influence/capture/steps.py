@@ -13,6 +13,7 @@ from lightning_influence.capture.gradient_changes import has_own_step
 from lightning_influence.capture.places import CannotRecord, shards_weights
 from lightning_influence.capture.randomness import moved_since, read_generators
 from lightning_influence.capture.windows import AccumulationWindows, RecordedBatch, Window
+from lightning_influence.devices import read_numbers
 from lightning_influence.module.data_hooks import overrides
 from lightning_influence.trajectory.files import GENERATORS
 from lightning_influence.types import clean
@@ -64,8 +65,11 @@ class StepRecorder:
     def drain(self) -> list[dict[str, Any]]:
         """Return the completed rows and forget them."""
         rows, self.rows = self.rows, []
+        # What is on a device is read here, all at once, not within a step.
+        rates = iter(read_numbers([rate for row in rows for rate in row["lr"] if isinstance(rate, Tensor)]))
         for row in rows:
-            if row["clip"] is not None:  # read here, all at once, not within a step
+            row["lr"] = [next(rates)[0] if isinstance(rate, Tensor) else float(rate) for rate in row["lr"]]
+            if row["clip"] is not None:
                 clip = float(row["clip"])
                 row["clip"] = None if self._sharded and math.isnan(clip) else clip
         return rows
@@ -85,7 +89,7 @@ class StepRecorder:
             "epoch": self._trainer.current_epoch,
             "divisor": self._trainer.accumulate_grad_batches if self._module.automatic_optimization else 1,
             # the learning rate applied: schedulers step later, and a warm-up in `optimizer_step` has run already
-            "lr": [float(group["lr"]) for group in window.optimizer.param_groups],
+            "lr": [_as_now(group["lr"]) for group in window.optimizer.param_groups],
             "settings": self._settings_entry(window.index, window.optimizer),
             "clip": self._clipped_by(window),
             "skipped": skipped,
@@ -173,6 +177,11 @@ def _norm_here(optimizer: Optimizer) -> Tensor | None:
     with torch.no_grad():
         here = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(here)))
+
+
+def _as_now(rate: Any) -> Any:
+    """A learning rate as it is now; one on a device is not waited for."""
+    return rate.detach().clone() if isinstance(rate, Tensor) else rate
 
 
 def _plain(value: Any) -> Any:

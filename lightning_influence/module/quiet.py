@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_influence.devices import has_float64, on_device
+from lightning_influence.devices import current, has_float64, on_device
 from lightning_influence.module.data_hooks import attached
 from lightning_influence.module.eager import plain_checkpointing, plain_operations
 from lightning_influence.module.precision import Precision, full_products, outside_autocast
@@ -55,7 +55,9 @@ def quiet(
         stack.enter_context(torch.enable_grad())
         _restore_afterwards(module, stack)
         lowers = precision.name is not None and any(t.dtype is torch.float64 for t in module.parameters())
-        device = _enter_device(module, trainer, precision)
+        device = _device_of(module, trainer)
+        stack.enter_context(current(device))
+        _move(module, device, precision)
         if trainer is not None:
             stack.enter_context(silent_loggers(trainer))
             if hasattr(module, "_trainer") and module._trainer is None:
@@ -92,14 +94,19 @@ def _restore_afterwards(module: nn.Module, stack: contextlib.ExitStack) -> None:
             m.weight.data = m.weight.data.clone()
 
 
-def _enter_device(module: nn.Module, trainer: Any, precision: Precision) -> torch.device:
-    """Move the module to the device of scoring, in the type in which its weights are held.
-
-    Only ``tensor.data``, attributes and states of metrics are replaced, which ``_restore_afterwards`` puts back.
-    """
+def _device_of(module: nn.Module, trainer: Any) -> torch.device:
+    """The device of scoring: the Trainer's, or the module's own."""
     first = next(iter((*module.parameters(), *module.buffers())), None)
     here = torch.device("cpu") if first is None else first.device
     device: torch.device = here if trainer is None else trainer.strategy.root_device
+    return device
+
+
+def _move(module: nn.Module, device: torch.device, precision: Precision) -> None:
+    """Move the module to a device, in the type in which its weights are held.
+
+    Only ``tensor.data``, attributes and states of metrics are replaced, which ``_restore_afterwards`` puts back.
+    """
     if precision.name == "64-true" and not has_float64(device):
         raise ValueError(
             f"Expected a `precision` that the device has, got '64-true' on {device.type}, which has no float64. Use "
@@ -118,7 +125,6 @@ def _enter_device(module: nn.Module, trainer: Any, precision: Precision) -> torc
             own["_device"] = device
             if isinstance(kind := own.get("_dtype"), torch.dtype):
                 own["_dtype"] = precision.held(torch.empty(0, dtype=kind))
-    return device
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:

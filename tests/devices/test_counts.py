@@ -112,6 +112,20 @@ def test_blocks_are_copied_to_the_device_once_and_from_pinned_memory(folder):
     assert copies == more.pinned - some.pinned
 
 
+@pytest.mark.parametrize("place", ["cpu", devices.HERE])
+def test_a_step_is_waited_for_once_wherever_its_learning_rate_is(place, tmp_path):
+    found = []
+    for epochs in (2, 6):
+        rate = torch.tensor(0.01, device=place) if place == devices.HERE else 0.01
+        module, train = Net(optimizer=torch.optim.AdamW, lr=rate, capturable=True), data(8, 1, torch.float32)
+        influence = Influence([], dirpath=tmp_path, log_scores=False, every_n_epochs=100)
+        with devices.counted() as counts:
+            trainer(devices.HERE, callbacks=[influence], max_epochs=epochs).fit(module, DataLoader(train, 8))
+        found.append(counts.waits)
+        assert influence.trajectory.learning_rates(-1) == pytest.approx([0.01])
+    assert found[1] - found[0] <= 4
+
+
 class Looks(Net):
     """Looks up words in a table."""
 

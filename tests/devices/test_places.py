@@ -70,6 +70,23 @@ def test_a_module_says_where_and_in_which_type_it_is_scored(precision):
     assert (str(module.device), module.dtype) == ("cpu", torch.float64)
 
 
+class NamesNoIndex(Net):
+    """Makes tensors on the current device of a kind."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return super().training_step((x + torch.zeros_like(x, device=x.device.type), y), batch_idx)
+
+
+@two_devices
+@pytest.mark.parametrize("place", [HERE, OTHER])
+def test_the_device_of_scoring_is_the_current_one_meanwhile(place):
+    module, before = NamesNoIndex(), torch.accelerator.current_device_index()
+    ask = Attributor(module, data(6, 1, torch.float32), trainer=trainer(place))
+    assert ask.score(GradientDot(), data(2, 2, torch.float32)).values.any()
+    assert torch.accelerator.current_device_index() == before
+
+
 def on_device(dataset):
     return TensorDataset(*[tensor.to(HERE) for tensor in dataset.tensors])
 
