@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_influence import timing
 from lightning_influence.data.examples import Examples
 from lightning_influence.data.source import Source
+from lightning_influence.devices import kinds_in_use
 from lightning_influence.gradients import Engine, Plan, Reduction
 from lightning_influence.gradients.spot_checks import UnequalWeight
 from lightning_influence.module.precision import Precision
@@ -206,6 +207,12 @@ class Session:
     def _notes(self, task: Task, examples: Examples, engine: Engine) -> Iterator[str]:
         """Sentences on what was found out about the module."""
         found = self._planner.found
+        kind = next(kinds_in_use(), None)
+        if kind is not None and self.trainer is None and task.device.type == "cpu":
+            yield (
+                f"Computed on the CPU, where the module is, though there is {kind!r}: pass `trainer=`, or the module "
+                f"after `module.to({kind!r})`."
+            )
         if found.unreached.note is not None:
             yield found.unreached.note
         yield from self._planner.notes_on_values(task, examples)

@@ -130,6 +130,15 @@ def test_a_trainers_device_comes_first_and_the_module_goes_back():
     assert {str(p.device) for p in module.parameters()} == {OTHER}
 
 
+def test_what_is_computed_on_the_cpu_beside_a_device_is_noted():
+    noted = []
+    for options in ({}, {"trainer": trainer(HERE)}, {"trainer": trainer("cpu")}):
+        ask = Attributor(Net(), data(6, 1, torch.float32), **options)
+        notes = ask.score(GradientDot(), data(2, 2, torch.float32)).notes
+        noted.append(any("Computed on the CPU" in note and "`trainer=`" in note for note in notes))
+    assert noted == [True, False, False]
+
+
 def test_files_of_a_fit_on_a_device_name_none(tmp_path):
     options = {"methods": [HyDRA.during_fit(), TracInCP()], "queries": data(2, 2, torch.float32)}
     fitted(tmp_path, torch.float32, HERE, **options)
