@@ -1,6 +1,7 @@
 """The driver: what a user asks, how it is cut into blocks and tiles, and every bad input with its way out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -431,11 +432,12 @@ def test_another_dataset_length_is_refused(fitted):
 
 def test_checkpoints_of_another_model_are_refused(fitted):
     _, influence = fitted
-    attributor = Attributor(Net(width=5), TRAIN, influence.trajectory)
-    with pytest.raises(
-        ValueError, match=r"Expected checkpoints of this Net, .*`net\.0\.weight` \(6, 4\) \(module: \(5, 4\)\)"
-    ):
-        attributor.score(GradientDot(), QUERIES)
+    other = r"Expected checkpoints of this Net, .*`net\.0\.weight` \(6, 4\) \(module: \(5, 4\)\)"
+    with pytest.raises(ValueError, match=other):  # before anything is read but the head of a file
+        Attributor(Net(width=5), TRAIN, influence.trajectory)
+    last = influence.trajectory.checkpoints[-1]
+    assert last.shapes() == {name: tuple(value.shape) for name, value in last.load().parameters.items()}
+    assert replace(last, path=Path("nowhere")).shapes() == {}
 
 
 def test_a_frozen_module_is_refused():

@@ -80,8 +80,8 @@ class SelfScores(Answer):
     def meaning(self) -> str:
         """What a high score says."""
         if self.quantity == "loss":
-            return "The highest are the labels to check first."
-        return "The highest are examples that the model had to memorise: wrong labels, odd or rare ones."
+            return "The highest are the labels (in regression: the targets) to check first."
+        return "The highest are examples that the model had to memorise: wrong labels or targets, odd or rare ones."
 
     @property
     def title(self) -> str:
