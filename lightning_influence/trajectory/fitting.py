@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from lightning_influence.trajectory.averages import chosen
 from lightning_influence.trajectory.checkpoint import Checkpoint
@@ -91,7 +91,7 @@ def _all_names(module: nn.Module) -> set[str]:
 
 def other_shapes(mine: Mapping[str, Tensor], saved: Mapping[str, Sequence[int]]) -> list[str]:
     """What differs between a module's parameters and the shapes of those of a checkpoint that have the same names."""
-    made = {clean(name): p for name, p in mine.items() if not isinstance(p, UninitializedTensorMixin)}
+    made = {clean(name): p for name, p in mine.items() if not is_lazy(p)}
     return [
         f"`{name}` {tuple(saved[name])} (module: {tuple(made[name].shape)})"
         for name in sorted(made.keys() & saved.keys())
