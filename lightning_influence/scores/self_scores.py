@@ -134,6 +134,7 @@ class SelfScores(Answer):
             shown: Arguments of `report`. With any of these the file also keeps what the highest examples look like.
 
         Raises:
+            TypeError: Another argument in `shown`.
             ValueError: Arguments in `shown`, but no data to show.
         """
         columns = {"train_id": self.train_ids, "score": self.values}
