@@ -201,8 +201,11 @@ def test_targets_of_a_regression_have_a_range_and_no_list(browser, tmp_path):
     page.select_option("#ranged", label="Target")
     page.fill("#low", "0.5")
     assert set(ids(page)) == {i for i, (_, y) in enumerate(data) if float(f"{y:.4g}") >= 0.5}
-    page.get_by_role("button", name="Target").click()
+    page.get_by_role("button", name="Target", exact=True).click()
     assert ids(page)[0] == 59
+    assert page.inner_text("#first-decision") == "wrong target"
+    page.get_by_role("button", name="wrong target: training example 59").click()
+    assert page.inner_text("#marked") == "Decisions: 1 wrong target, 0 fine, 0 unsure."
     page.close()
 
 
