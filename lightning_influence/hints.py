@@ -207,6 +207,7 @@ class Hinted(HintedArguments):
             close = difflib.get_close_matches(name, [other for other in dir(self) if other[:1] != "_"], n=1)
             hint = f" Did you mean `{close[0]}`?" if close else ""
             hint = f" Use {known[name].format(name)}." if name in known else hint
+            hint = f" Use `[{name!r}]`." if isinstance(self, Mapping) and name in self else hint
             # Without `name`, to which Python would add a guess of its own.
             raise AttributeError(
                 f"{type(self).__name__!r} object has no attribute {name!r}.{hint}", name=None, obj=None

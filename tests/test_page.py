@@ -236,6 +236,6 @@ def test_whole_numbers_are_shown_whole(browser, tmp_path):
     scores = Scores(VALUES[:5, :60], None, torch.arange(60), torch.arange(5), method="M")
     page = browser.new_page()
     page.goto(scores.report(tmp_path / "page.html", train=data).as_uri())
-    page.get_by_role("button", name="Target").click()
+    page.get_by_role("button", name="Target", exact=True).click()
     assert page.locator("#rows td[data-title=Target]").first.inner_text() == "123515"
     page.close()
