@@ -22,7 +22,8 @@ def explained(examples: Examples, queries: Examples) -> Iterator[None]:
         example, query = _shown(examples.one(0)), _first(queries)
         raise ValueError(
             f"Expected queries that the module's loss accepts (a training example as a batch of one: {example}), got "
-            f"{query}: {type(error).__name__}: {str(error).rstrip('.')}. {_way_out(examples, queries, example == query)}"
+            f"{query}: {type(error).__name__}: {str(error).rstrip('.')}. "
+            f"{_way_out(examples, queries, example == query)}"
         ) from error
 
 
