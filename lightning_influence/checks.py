@@ -74,7 +74,14 @@ def check_path_like(name: str, value: Any, hint: str) -> None:
 
 
 def check_not_empty(name: str, value: Any) -> None:
-    """Raises ValueError where ``value`` is a collection without any item; None stands for a default."""
+    """Raises where ``value`` is a single number or a collection without any item; None stands for a default.
+
+    Raises:
+        TypeError: a number.
+        ValueError: no item.
+    """
+    if isinstance(value, (int, float)):
+        raise TypeError(f"Expected `{name}` to be a list or None, got {value!r}. Write `{name}=[{value!r}]`.")
     if hasattr(value, "__len__") and len(value) == 0:
         raise ValueError(f"Expected `{name}` to have an item at least, or to be None, got {value!r}. Leave it out.")
 

@@ -122,7 +122,7 @@ OTHER_WORDS: dict[str, tuple[str, ...]] = {
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _meant(name: str, known: Iterable[str]) -> str:
+def meant(name: str, known: Iterable[str]) -> str:
     """Which of the known arguments was probably meant, or all of them, in a sentence."""
     known = list(known)
     other = [word for word in OTHER_WORDS.get(name.lower(), ()) if word in known]
@@ -152,7 +152,7 @@ def _wrong(function: Callable[..., Any], called: str, arguments: tuple[Any, ...]
                 f"order, {', '.join(f'`{word}`' for word in public)}."
             )
         if name not in names and all(one.kind is not one.VAR_KEYWORD for one in parameters.values()):
-            return TypeError(f"Expected an argument of `{called}`, got `{name}`. {_meant(name, public)}")
+            return TypeError(f"Expected an argument of `{called}`, got `{name}`. {meant(name, public)}")
     return None
 
 
@@ -207,6 +207,7 @@ class Hinted(HintedArguments):
             close = difflib.get_close_matches(name, [other for other in dir(self) if other[:1] != "_"], n=1)
             hint = f" Did you mean `{close[0]}`?" if close else ""
             hint = f" Use {known[name].format(name)}." if name in known else hint
+            hint = f" Use `[{name!r}]`." if isinstance(self, Mapping) and name in self else hint
             # Without `name`, to which Python would add a guess of its own.
             raise AttributeError(
                 f"{type(self).__name__!r} object has no attribute {name!r}.{hint}", name=None, obj=None

@@ -1,6 +1,7 @@
 """The driver: what a user asks, how it is cut into blocks and tiles, and every bad input with its way out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -15,6 +16,7 @@ from lightning_influence import (
     Evidence,
     GradientDot,
     Influence,
+    InfluenceFunction,
     Method,
     MissingEvidence,
     SelfScores,
@@ -355,7 +357,15 @@ def test_bad_arguments_are_refused(arguments, error, text):
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ({"method": "TracInCP"}, TypeError, r"Expected `method` to be a Method such as `TracInCP\(\)`, got 'TracInCP'"),
+        (
+            {"method": "TracInCP"},
+            TypeError,
+            r"a Method such as `TracInCP\(\)`, got 'TracInCP'. Write `TracInCP\(\)`, wi",
+        ),
+        ({"method": GradientDot}, TypeError, r"got <class .*GradientDot'>\. Make one: `GradientDot\(\)`\."),
+        ({"method": InfluenceFunction}, TypeError, r"Make one: `InfluenceFunction\(EKFAC\(\)\)`\."),
+        ({"measurement": lambda module, batch: module(batch[0]).sum()}, ValueError, "Both are built alike: look at"),
+        ({"method": QUERIES}, TypeError, r"The method comes first, then the queries: `score\(TracInCP\(\), queries\)`"),
         ({"top_k": 0}, ValueError, r"Expected `top_k` to be a positive integer or None, got 0"),
         ({"aggregate": "sum"}, ValueError, r"Expected `aggregate` to be None or 'mean', got 'sum'"),
         ({"higher_is_better": True}, ValueError, r"Expected `measurement=` with `higher_is_better=True`"),
@@ -414,12 +424,12 @@ def test_ids_of_a_group_must_exist():
         Attributor(Net(), TRAIN).group(GradientDot(), [1, 23], QUERIES)
 
 
-@pytest.mark.parametrize("ids", [torch.arange(23) < 3, [1.5]])
+@pytest.mark.parametrize("ids", [torch.arange(23) < 3, [1.5], "3", ["a"]])
 def test_ids_of_a_group_must_be_whole_numbers(ids):
     attributor = Attributor(Net(), TRAIN)
     scores = attributor.score(GradientDot(), QUERIES)
     for ask in (lambda: attributor.group(GradientDot(), ids, QUERIES), lambda: scores.group(ids)):
-        with pytest.raises(TypeError, match=r"Expected `ids` to be whole numbers, got torch\.(bool|float32)"):
+        with pytest.raises(TypeError, match=r"`ids` to be whole numbers, got (torch\.(bool|float32)|'3'|\['a'\])"):
             ask()
 
 
@@ -431,11 +441,12 @@ def test_another_dataset_length_is_refused(fitted):
 
 def test_checkpoints_of_another_model_are_refused(fitted):
     _, influence = fitted
-    attributor = Attributor(Net(width=5), TRAIN, influence.trajectory)
-    with pytest.raises(
-        ValueError, match=r"Expected checkpoints of this Net, .*`net\.0\.weight` \(6, 4\) \(module: \(5, 4\)\)"
-    ):
-        attributor.score(GradientDot(), QUERIES)
+    other = r"Expected checkpoints of this Net, .*`net\.0\.weight` \(6, 4\) \(module: \(5, 4\)\)"
+    with pytest.raises(ValueError, match=other):  # before anything is read but the head of a file
+        Attributor(Net(width=5), TRAIN, influence.trajectory)
+    last = influence.trajectory.checkpoints[-1]
+    assert last.shapes() == {name: tuple(value.shape) for name, value in last.load().parameters.items()}
+    assert replace(last, path=Path("nowhere")).shapes() == {}
 
 
 def test_a_frozen_module_is_refused():

@@ -117,7 +117,7 @@ def test_wrong_labels_are_ranked_by_each_methods_own_scores_or_by_what_is_given(
 def test_one_table_of_all_methods_and_baselines():
     lines = repr(compared()).splitlines()
     best = compared().best
-    assert lines[0].split() == ["lds", "behind", best, "distinguishable", "pearson", "undefined"]
+    assert lines[0].split() == ["lds", "behind", best, "distinguishable", "pearson", "queries", "left", "out"]
     assert [line.split()[0] for line in lines[1:5]] == [*compared().evaluations, "random"]
     assert lines[1].split()[0] == best
     assert " yes " in lines[3]
@@ -155,6 +155,9 @@ def test_undefined_methods_come_last_and_are_unknown():
         assert not found.differences[name].distinguishable
         row = next(line for line in repr(found).splitlines() if line.startswith(name))
         assert " unknown " in row
+        assert row.split()[-1] == str(QUERIES)
+    assert "queries left out: those whose" in repr(found)
+    assert "queries left out: those" not in repr(compared())
     alone = compared({"constant": torch.ones(QUERIES, TRAIN).double(), "nan": nothing})
     assert alone.best is None
     assert alone.differences == {}

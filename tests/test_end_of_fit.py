@@ -282,6 +282,17 @@ def test_a_loader_that_was_passed_is_found_where_no_validation_runs(tmp_path):
     assert len(influence.scores["GradientDot"]) == 6
 
 
+def test_results_are_found_by_key():
+    found = Results()
+    found["TracInCP"] = 1
+    with pytest.raises(AttributeError, match=r"no attribute 'TracInCP'\. Use `\['TracInCP'\]`\."):
+        _ = found.TracInCP
+    with pytest.raises(TypeError, match=r"`checkpoints` to be a list or None, got 1\. Write `checkpoints=\[1\]`"):
+        TracInCP(checkpoints=1)
+    with pytest.raises(TypeError, match=r"as 'TracInCP'. Make one: `TracInCP\(\)`"):
+        Influence([TracInCP])
+
+
 def test_results_print_as_a_table(tmp_path):
     influence = Influence([GradientDot(), TracInCP()], queries="val", max_cost=1e6, labels=True)
     assert repr(influence.scores) == "No scores yet."
@@ -314,7 +325,8 @@ def test_only_news_among_the_notes_are_told_and_a_single_one_in_full(tmp_path, p
     assert "influence.scores['again'], with 2 notes: print(influence.scores['again'].notes)" in str(summary)
 
 
-def test_one_block_says_what_was_scored_and_what_to_look_at_first(tmp_path, printed):
+def test_one_block_says_what_was_scored_and_what_to_look_at_first(tmp_path, printed, monkeypatch):
+    monkeypatch.setattr("lightning_influence.callback.summary._WORTH_TELLING", 1e9)
     influence = Influence({"a": GradientDot(), "bad": Fails()}, queries="val", self_influence=True)
     with pytest.warns(UserWarning, match="`bad` failed"):
         fit(influence, tmp_path, loggers=True)

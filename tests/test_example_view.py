@@ -1,9 +1,11 @@
 """What is shown of examples, whatever form they have."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import Subset, TensorDataset
 
 from lightning_influence.plotting.example_view import Look, ViewOptions, class_name, look_at, plain
 from lightning_influence.plotting.normalization import normalization_of
@@ -194,3 +196,18 @@ def test_what_cannot_be_shown_is_refused():
     with pytest.raises(ValueError, match=r"got Tensor of shape \[2, 3, 4, 5\]. Pass `render=`"):
         look_at(torch.zeros(2, 3, 4, 5))
     assert plain(torch.zeros(2)) is None
+
+
+def test_a_normalisation_that_changes_nothing_is_told():
+    rows, images = [(torch.zeros(3), 1)] * 2, [(torch.zeros(3, 4, 4), 1)] * 2
+    given = ViewOptions(normalization=(0.5, 0.5))
+    for data in (rows, ["a text"], [{"a": 1, "b": 2}]):
+        with pytest.warns(UserWarning, match=r"`normalization` changes images only, .* `render=`"):
+            given.suited_to(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        given.suited_to(images)
+        ViewOptions(normalization=(0.5, 0.5), render=lambda example: example[0]).suited_to(rows)
+        table = TensorDataset(torch.zeros(2, 3))
+        table.mean, table.std = 0.0, 1.0  # of a table, which are not undone
+        assert ViewOptions().suited_to(table).suited_to(table).normalization is None

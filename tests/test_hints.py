@@ -64,6 +64,8 @@ OWN = SelfScores(torch.arange(2), torch.ones(2), method="m")
         (lambda: SCORES.plot(index=0), "Did you mean `query`?"),
         (lambda: SCORES.plot(class_names=[]), "Did you mean `labels`?"),
         (lambda: SCORES.base_ids(k=1), "It takes none."),
+        (lambda: SCORES.save("x", colums=[]), "an argument of `Scores.save`, got `colums`. Did you mean `columns`?"),
+        (lambda: OWN.save("x", show=print), "an argument of `SelfScores.save`, got `show`. Did you mean `render`?"),
         (lambda: Scores.load(file="x"), "an argument of `Scores.load`, got `file`. Did you mean `path`?"),
         (lambda: OWN.top(n=3), "an argument of `SelfScores.top`, got `n`. Did you mean `k`?"),
         (lambda: Trajectory.load(folder="x"), "Did you mean `dirpath`?"),

@@ -201,8 +201,11 @@ def test_targets_of_a_regression_have_a_range_and_no_list(browser, tmp_path):
     page.select_option("#ranged", label="Target")
     page.fill("#low", "0.5")
     assert set(ids(page)) == {i for i, (_, y) in enumerate(data) if float(f"{y:.4g}") >= 0.5}
-    page.get_by_role("button", name="Target").click()
+    page.get_by_role("button", name="Target", exact=True).click()
     assert ids(page)[0] == 59
+    assert page.inner_text("#first-decision") == "wrong target"
+    page.get_by_role("button", name="wrong target: training example 59").click()
+    assert page.inner_text("#marked") == "Decisions: 1 wrong target, 0 fine, 0 unsure."
     page.close()
 
 
@@ -233,6 +236,6 @@ def test_whole_numbers_are_shown_whole(browser, tmp_path):
     scores = Scores(VALUES[:5, :60], None, torch.arange(60), torch.arange(5), method="M")
     page = browser.new_page()
     page.goto(scores.report(tmp_path / "page.html", train=data).as_uri())
-    page.get_by_role("button", name="Target").click()
+    page.get_by_role("button", name="Target", exact=True).click()
     assert page.locator("#rows td[data-title=Target]").first.inner_text() == "123515"
     page.close()

@@ -463,6 +463,18 @@ def test_foreign_later_and_missing_files_are_refused(tmp_path):
         Scores.load(tmp_path / "missing")
 
 
+def test_a_folder_is_refused_with_the_files_of_scores_in_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"got the folder '.*', without any\. `save`"):
+        Scores.load(tmp_path)
+    (tmp_path / "run-0" / "scores").mkdir(parents=True)
+    path = full().save(tmp_path / "run-0" / "scores" / "TracInCP.arrow")
+    for folder in (tmp_path, tmp_path / "run-0", tmp_path / "run-0" / "scores"):
+        for kind in (Scores, SelfScores):
+            with pytest.raises(FileNotFoundError, match="in which there are") as error:
+                kind.load(folder)
+            assert repr(str(path)) in str(error.value)
+
+
 def test_the_other_kind_is_refused_by_its_name(tmp_path):
     with pytest.raises(ValueError, match=r"to hold scores, got self_scores. Use `SelfScores.load`"):
         Scores.load(itself().save(tmp_path / "self"))

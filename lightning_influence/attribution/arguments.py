@@ -20,7 +20,7 @@ from lightning_influence.checks import (
 )
 from lightning_influence.data.lookup import Stream
 from lightning_influence.files.arrow import check_absent
-from lightning_influence.methods.method import Evidence, Method
+from lightning_influence.methods.method import Evidence, Method, how_to_write
 from lightning_influence.module.layers import sharded_parts
 from lightning_influence.module.precision import check_precision
 from lightning_influence.refit import Refit
@@ -121,7 +121,8 @@ def check_method(
         MissingEvidence: it needs a trajectory, a record of the fit or retrained models that are not there.
     """
     if not isinstance(method, Method):
-        raise TypeError(f"Expected `method` to be a Method such as `TracInCP()`, got {method!r}.")
+        hint = how_to_write(method) or "The method comes first, then the queries: `score(TracInCP(), queries)`."
+        raise TypeError(f"Expected `method` to be a Method such as `TracInCP()`, got {method!r}. {hint}")
     check_not_empty("checkpoints", getattr(method, "checkpoints", None))
     check_path(path)
     name = method.name

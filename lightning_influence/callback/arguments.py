@@ -8,7 +8,7 @@ from lightning_influence.attribution.data_arguments import loader_named
 from lightning_influence.capture.schedule import Schedule
 from lightning_influence.checks import check_flag, check_integer, check_path_like, one_of
 from lightning_influence.data.lookalikes import check_no_lookalike
-from lightning_influence.methods.method import Evidence, Method
+from lightning_influence.methods.method import Evidence, Method, how_to_write
 from lightning_influence.methods.plain_loss import LABELS
 from lightning_influence.wording import brief
 
@@ -28,7 +28,7 @@ def named_methods(methods: Any) -> dict[str, Any]:
     elif isinstance(methods, Sequence) and not isinstance(methods, str):
         named = {}
         for method in methods:
-            name = method.name if isinstance(method, Method) else type(method).__name__
+            name = method.name if isinstance(method, Method) else getattr(method, "__name__", type(method).__name__)
             if name in named:
                 raise ValueError(
                     f"Expected one method of each class in a list, got two of {name!r}."
@@ -44,8 +44,7 @@ def named_methods(methods: Any) -> dict[str, Any]:
         raise TypeError(f"Expected `methods` to be a list or a dict of methods, got {brief(methods)}. Write `{shown}`.")
     for name, method in named.items():
         if not isinstance(method, Method):
-            hint = f"Make one: `{method.__name__}()`." if isinstance(method, type) else "Subclass `Method`."
-            hint = f"Write `{method.removesuffix('()')}()`, without quotes." if isinstance(method, str) else hint
+            hint = how_to_write(method) or "Subclass `Method`."
             raise TypeError(
                 f"Expected `methods` to hold methods such as `TracInCP()`, got {method!r} as {name!r}. {hint}"
             )

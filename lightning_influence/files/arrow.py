@@ -157,6 +157,11 @@ def read_batches(path: FilePath, kinds: Sequence[str]) -> ArrowFile:
     return found
 
 
+# Where a folder has files of scores: its own, those of a run, and those of all runs.
+_PLACES = ("*.arrow", "scores/*.arrow", "run-*/scores/*.arrow")
+_LISTED = 12
+
+
 def map_batches(path: FilePath, kinds: Sequence[str]) -> ArrowFile:
     """Like `read_batches`, but the caller calls `ArrowFile.check` before it uses values.
 
@@ -165,6 +170,13 @@ def map_batches(path: FilePath, kinds: Sequence[str]) -> ArrowFile:
         ValueError: The file is damaged, not written by this package, of another kind or of a later format.
     """
     path = Path(path)
+    if path.is_dir():
+        files = sorted(str(file) for below in _PLACES for file in path.glob(below))
+        listed = ", ".join(map(repr, files[:_LISTED])) + f" and {len(files) - _LISTED} more" * (len(files) > _LISTED)
+        raise FileNotFoundError(
+            f"Expected a file of scores, got the folder {str(path)!r}, "
+            + (f"in which there are {listed}. Load one of them." if files else "without any. `save` writes one.")
+        )
     if not path.is_file():
         raise FileNotFoundError(f"Expected a file of scores at {str(path)!r}, found none. `save` writes one.")
     try:

@@ -73,7 +73,11 @@ class InfluenceFunction(GradientProduct):
 
     def __post_init__(self) -> None:
         if not isinstance(self.curvature, Curvature):
-            raise TypeError(f"Expected `curvature` to be a Curvature such as `EKFAC()`, got {self.curvature!r}.")
+            kind = getattr(self.curvature, "__name__", "EKFAC")
+            raise TypeError(
+                f"Expected `curvature` to be a Curvature such as `EKFAC()`, got {self.curvature!r}. Write "
+                f"`InfluenceFunction({kind}())`."
+            )
         one_of("removal", self.removal, ("downweight", "renormalize"))
         one_of("correction", self.correction, (None, "newton"))
         check_not_empty("checkpoints", self.checkpoints)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Flag, auto
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,6 +17,8 @@ from lightning_influence.tracking.record import record_name
 from lightning_influence.tracking.tracker import Tracker
 from lightning_influence.trajectory import Trajectory
 from lightning_influence.wording import counted
+
+_EXAMPLES = {"curvature": "EKFAC()"}  # of arguments without a default
 
 # Scores in memory at once while they are summed over checkpoints.
 TILE = 2**25
@@ -229,6 +231,20 @@ class Method(HintedArguments, ABC):
     def _visited(self, setting: Setting) -> int:
         """How many checkpoints are visited for each block of queries; 1 without a trajectory."""
         return max(1, len(self.positions(setting.trajectory)))
+
+
+def how_to_write(given: Any) -> str:
+    """What to write in the place of a method's class or name; empty for anything else."""
+    if isinstance(given, str):
+        return f"Write `{given.removesuffix('()')}()`, without quotes."
+    if not isinstance(given, type):
+        return ""
+    required = [one.name for one in fields(given) if _required(one)] if is_dataclass(given) else []
+    return f"Make one: `{given.__name__}({', '.join(_EXAMPLES.get(name, name) for name in required)})`."
+
+
+def _required(field: Field[Any]) -> bool:
+    return field.init and field.default is MISSING and field.default_factory is MISSING
 
 
 def _vectors(setting: Setting, queries: Queries | None) -> int:

@@ -13,6 +13,8 @@ _MEANINGS = {
     "lds": "lds: the rank correlation between predicted losses and those of models retrained on subsets (0: random).",
     "spearman": "spearman: the rank correlation of scores with changes of the loss without each example (0: random).",
 }
+_TITLES = {"undefined": "queries left out"}
+_LEFT_OUT = "queries left out: those whose predicted or real losses are all alike have no correlation."
 # Resamples of the differences: twice those of the metrics, since an interval for several differences is wider.
 _RESAMPLES = 1000
 
@@ -47,7 +49,10 @@ class Evaluation:
     def __repr__(self) -> str:
         columns = {"scores": self.metrics, **self.baselines}
         rows = [["", *columns]]
-        rows += [[name, *(_cell(name, column) for column in columns.values())] for name in _shown(self.metrics)]
+        rows += [
+            [_TITLES.get(name, name), *(_cell(name, column) for column in columns.values())]
+            for name in _shown(self.metrics)
+        ]
         return "\n".join([*_aligned(rows, [20] + [22] * len(columns)), *_closing(self)])
 
 
@@ -109,12 +114,13 @@ class Comparison:
         others = [name for name in _shown(first.metrics) if name != first.main]
         paired = self.best is not None and bool(self.differences)
         rows = [["", first.main, *([f"behind {self.best}", "distinguishable"] if paired else []), *others]]
+        rows[0] = [_TITLES.get(name, name) for name in rows[0]]
         for name, column in (self.metrics | first.baselines).items():
             beside = _behind_cells(self.differences.get(name)) if paired else []
             rows.append([name, _cell(first.main, column), *beside, *(_cell(other, column) for other in others)])
         rows = [[" ".join(cell.split()) for cell in row] for row in rows]
         widths = [max(map(len, column)) + 3 for column in zip(*rows, strict=True)]
-        return "\n".join([*_aligned(rows, widths), *self._legend(first.main), *_closing(first)])
+        return "\n".join([*_aligned(rows, widths), *self._legend(first.main), *_closing(*self.evaluations.values())])
 
     def _legend(self, main: str) -> list[str]:
         if self.best is None or not self.differences:
@@ -172,7 +178,7 @@ def _shown(metrics: dict[str, float]) -> list[str]:
 def _cell(name: str, column: dict[str, float]) -> str:
     if name not in column:
         return ""
-    value = f"{column[name]:.3f}"
+    value = f"{column[name]:.0f}" if name == "undefined" else f"{column[name]:.3f}"
     if f"{name}_low" not in column:
         return value
     return f"{value} [{column[f'{name}_low']:.2f}, {column[f'{name}_high']:.2f}]"
@@ -195,5 +201,7 @@ def _aligned(rows: list[list[Any]], widths: list[int]) -> list[str]:
     ]
 
 
-def _closing(found: Evaluation) -> list[str]:
-    return [_MEANINGS[found.main], f"noise ceiling of rank correlations: {found.ceiling:.2f}", *found.notes]
+def _closing(found: Evaluation, *others: Evaluation) -> list[str]:
+    left_out = any(one.metrics.get("undefined") for one in (found, *others))
+    ceiling = f"noise ceiling of rank correlations: {found.ceiling:.2f}"
+    return [_MEANINGS[found.main], *([_LEFT_OUT] if left_out else []), ceiling, *found.notes]

@@ -2,6 +2,7 @@
 
 import contextlib
 import unicodedata
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from inspect import signature
@@ -19,6 +20,10 @@ Classes: TypeAlias = Sequence[str] | Mapping[int, str]
 
 _Options = TypeVar("_Options", bound="ViewOptions")
 _SOME = 8  # images by which the range of all is judged
+_ONLY_IMAGES = (
+    "`normalization` changes images only, got texts or rows of numbers, which are shown as they are. Leave it out, or "
+    "pass `render=`, which may return the row in its own units: `lambda example: example[0] * std + mean`."
+)
 _ROW = 40  # the most numbers that are shown one by one; more are a curve
 _NAME = 200  # characters of the name of a class
 _TEXTS = ("text", "sentence", "content", "document", "review", "question", "premise")
@@ -54,7 +59,10 @@ class ViewOptions:
         undone = self.normalization
         if undone is None:
             undone = next((found for one in known if (found := normalization_of(one)) is not None), None)
-            undone = scale_of([image for one in known for image in _some_images(one)], undone)
+            images = [image for one in known for image in _some_images(one)]
+            undone = scale_of(images, undone) if images or self.render is not None else None
+        elif self.render is None and any(_some_rows(one) for one in known):
+            warnings.warn(_ONLY_IMAGES, stacklevel=2)
         return replace(self.named_by(*known), normalization=undone)
 
     def named_by(self: _Options, *datasets: Any) -> _Options:
@@ -178,6 +186,13 @@ def look_at(example: Any, columns: Sequence[str] | None = None, normalization: N
 
 class _Cells(list):
     """Names and texts of a row, already formatted."""
+
+
+def _some_rows(dataset: Any) -> bool:
+    """Whether the first example of a dataset is a text or a row, in which no mean and standard deviation are undone."""
+    with contextlib.suppress(Exception):
+        return look_at(dataset[0]).kind in ("text", "row", "curve")
+    return False
 
 
 def _some_images(dataset: Any) -> list[Tensor]:

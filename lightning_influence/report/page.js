@@ -66,6 +66,7 @@
     if (regression) for (const look of Object.values(of.looks))
       for (const key of ["class", "prediction"]) if (look[key] !== undefined && Number.isFinite(Number(look[key]))) look[key] = Number(look[key]);
   }
+  const said = (decision) => (train.targets ? decision.replace("label", "target") : decision); // in the file it is one word
   const knownOf = (of) => KNOWN.filter(([key]) => valuesOf(of, key).length).map(([key, title, numeric]) => (
     of.targets && key === "class" ? [key, "Target", true] : of.targets && key === "prediction" ? [key, title, true] : [key, title, numeric]));
   const extras = new Map(sides.map((of) => [of, knownOf(of)]));
@@ -190,10 +191,10 @@
   function marksOf(i) {
     const td = make("td", undefined, "marks"), id = train.id[i];
     for (const word of data.decisions) {
-      const button = make("button", word, word.replace(" ", "-"));
+      const button = make("button", said(word), word.replace(" ", "-"));
       button.type = "button";
       button.setAttribute("aria-pressed", String(marks.get(id) === word));
-      button.setAttribute("aria-label", `${word}: training example ${id}`);
+      button.setAttribute("aria-label", `${said(word)}: training example ${id}`);
       button.addEventListener("click", () => mark(i, marks.get(id) === word ? null : word));
       td.append(button);
     }
@@ -307,7 +308,7 @@
 
   function count() {
     const found = data.decisions.map((word) => [word, [...marks.values()].filter((other) => other === word).length]);
-    $("marked").textContent = marks.size ? "Decisions: " + found.map(([word, n]) => `${n} ${word}`).join(", ") + "." : "No decisions yet.";
+    $("marked").textContent = marks.size ? "Decisions: " + found.map(([word, n]) => `${n} ${said(word)}`).join(", ") + "." : "No decisions yet.";
     $("download").disabled = !marks.size;
   }
 
@@ -400,7 +401,8 @@
     }), "");
     $("query").addEventListener("change", (event) => choose(event.target.value === "" ? null : Number(event.target.value)));
   }
-  options($("decided"), data.decisions.map((word) => [word, word]), "");
+  options($("decided"), data.decisions.map((word) => [word, said(word)]), "");
+  $("first-decision").textContent = said(data.decisions[0]);
   $("decided").append(Object.assign(make("option", "none yet"), { value: "none" }));
   for (const id of ["class", "decided", "ranged", "low", "high", "find"])
     $(id).addEventListener("input", () => { page = 0; arrange(); });

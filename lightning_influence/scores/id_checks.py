@@ -58,7 +58,10 @@ def whole_numbers(ids: Any, name: str = "ids") -> Tensor:
     Raises:
         TypeError: They are not whole numbers.
     """
-    found = torch.as_tensor(ids).flatten().cpu()
+    try:
+        found = torch.as_tensor(ids).flatten().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"Expected `{name}` to be whole numbers, got {ids!r}. Pass a list such as `[3, 17]`.") from None
     if found.numel() and (found.dtype is torch.bool or found.is_floating_point() or found.is_complex()):
         raise TypeError(f"Expected `{name}` to be whole numbers, got {found.dtype}. For a mask, pass `mask.nonzero()`.")
     return found.to(torch.int64)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence import report
+from lightning_influence.hints import meant
 from lightning_influence.report import Album, Showing
 from lightning_influence.scores.base import Answer, facts
 from lightning_influence.scores.data import Data, given_or_at_hand
@@ -24,6 +25,7 @@ _SHARES = (
 )
 _FEWER = "For each query, the {} and as many opponents are on this page, which would be too large otherwise."
 _EXPLAINING = 400_000  # scores of single queries on a page, about 6 MB
+_KEPT = ("train", "queries", "render", "labels", "predictions", "columns", "normalization", "megabytes", "k")
 _FIRST = 2000  # training examples that go into an album before those that explain queries
 
 
@@ -108,8 +110,11 @@ def album_to_keep(answer: Answer, orders: Orders, shown: Mapping[str, Any]) -> A
     """Collect the album for a file, by the keyword arguments of `save`.
 
     Raises:
+        TypeError: Another argument.
         ValueError: There are no data to show.
     """
+    for name in shown.keys() - _KEPT:
+        raise TypeError(f"Expected an argument of `{type(answer).__name__}.save`, got `{name}`. {meant(name, _KEPT)}")
     how = {name: value for name, value in shown.items() if name != "k"}
     data = given_or_at_hand(answer, how.pop("train", None), how.pop("queries", None))
     if all(one is None for one in data):

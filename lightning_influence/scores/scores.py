@@ -179,6 +179,7 @@ class Scores(Answer):
                 look like.
 
         Raises:
+            TypeError: Another argument in `shown`.
             ValueError: Arguments in `shown`, but no data to show.
         """
         if shown:

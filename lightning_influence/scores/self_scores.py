@@ -80,8 +80,8 @@ class SelfScores(Answer):
     def meaning(self) -> str:
         """What a high score says."""
         if self.quantity == "loss":
-            return "The highest are the labels to check first."
-        return "The highest are examples that the model had to memorise: wrong labels, odd or rare ones."
+            return "The highest are the labels (in regression: the targets) to check first."
+        return "The highest are examples that the model had to memorise: wrong labels or targets, odd or rare ones."
 
     @property
     def title(self) -> str:
@@ -134,6 +134,7 @@ class SelfScores(Answer):
             shown: Arguments of `report`. With any of these the file also keeps what the highest examples look like.
 
         Raises:
+            TypeError: Another argument in `shown`.
             ValueError: Arguments in `shown`, but no data to show.
         """
         columns = {"train_id": self.train_ids, "score": self.values}

@@ -7,7 +7,7 @@ from typing import Any
 _DIAGNOSTICS = {
     "agreement": "rank correlation with refits without a tenth of the examples {:.2f}",
     "attention_drift": "gradients of one step differ by {:.1e} between kernels of attention",
-    "drift": "training steps that were repeated end within {:.1e} of the way between checkpoints",
+    "drift": "repeating the training steps misses the checkpoints by at most {:.1e} of the way between them",
     "eigenvectors": "{:.0f} eigenvectors",
     "head_gradient_norm": "gradient norm of the last layer {:.1e}",
     "leverage": "examples decide their own predictions by {:.0%} (leverage; 100%: memorised)",

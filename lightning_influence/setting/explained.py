@@ -19,16 +19,21 @@ def explained(examples: Examples, queries: Examples) -> Iterator[None]:
     except CannotRead:
         raise
     except (RuntimeError, TypeError, IndexError, KeyError, ValueError, AttributeError) as error:
+        example, query = _shown(examples.one(0)), _first(queries)
         raise ValueError(
-            "Expected queries that the module's loss accepts (a training example as a batch of one: "
-            f"{_shown(examples.one(0))}), got {_first(queries)}: {type(error).__name__}: {error}. "
-            f"{_way_out(examples, queries)}"
+            f"Expected queries that the module's loss accepts (a training example as a batch of one: {example}), got "
+            f"{query}: {type(error).__name__}: {str(error).rstrip('.')}. "
+            f"{_way_out(examples, queries, example == query)}"
         ) from error
 
 
-def _way_out(examples: Examples, queries: Examples) -> str:
+def _way_out(examples: Examples, queries: Examples, alike: bool) -> str:
     names = [name_of(one.collate) for one in (queries, examples)]
     if names[0] == names[1]:
+        if alike:
+            return (
+                "Both are built alike: look at the queries' values, and at `measurement=` or `loss=`, if there is one."
+            )
         return "Pass `queries` that are built like the training data."
     return (
         f"The loader of `queries` collates with `{names[0]}`, that of the training data with `{names[1]}`. Pass the "

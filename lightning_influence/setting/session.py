@@ -34,7 +34,7 @@ from lightning_influence.setting.same_data import check_data
 from lightning_influence.setting.setting import Queries, Setting
 from lightning_influence.setting.token_weights import describe
 from lightning_influence.setting.unreached import refuse_all_unreached
-from lightning_influence.trajectory import Checkpoint, LightningCheckpoint, Trajectory
+from lightning_influence.trajectory import Checkpoint, LightningCheckpoint, Trajectory, other_model, other_shapes
 
 # Blocks of training examples are enlarged up to this many examples while their gradients' factors fit in these bytes.
 _BLOCK = 2048
@@ -283,20 +283,14 @@ def _block_size(plan: Plan, at_least: int, device: torch.device) -> int:
 
 def _check_same_model(task: Task, saved: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
     """Raises ValueError unless a checkpoint has the module's parameters, in their shapes, and no others."""
-    mine = {name: tuple(p.shape) for name, p in task.named_parameters().items()}
-    theirs = {name: tuple(p.shape) for name, p in saved.items()}
-    missing = sorted(mine.keys() - theirs.keys())
+    mine = task.named_parameters()
+    missing = sorted(mine.keys() - saved.keys())
     strict = getattr(task.module, "strict_loading", True) is not False
     # Lightning's own files, whose buffers are among the parameters, were compared before.
-    more = sorted(theirs.keys() - mine.keys()) if strict and not isinstance(checkpoint, LightningCheckpoint) else []
-    other = [
-        f"`{n}` {theirs[n]} (module: {mine[n]})" for n in sorted(mine.keys() & theirs.keys()) if mine[n] != theirs[n]
-    ]
+    more = sorted(saved.keys() - mine.keys()) if strict and not isinstance(checkpoint, LightningCheckpoint) else []
+    other = other_shapes(mine, {name: value.shape for name, value in saved.items()})
     if missing or other or more:
         found = [f"no {', '.join(f'`{n}`' for n in missing[:5])}"] * bool(missing) + other[:5]
         found += [f"also {', '.join(f'`{n}`' for n in more[:5])}"] * bool(more)
         loose = "; or set `module.strict_loading = False`, if it needs less" if more and not (missing or other) else ""
-        raise ValueError(
-            f"Expected checkpoints of this {type(task.module).__name__}, got a checkpoint in {str(checkpoint.path)!r} "
-            f"with {'; '.join(found)}. Pass the module that was trained, built with the same arguments{loose}."
-        )
+        raise other_model(checkpoint, task.module, found, loose)

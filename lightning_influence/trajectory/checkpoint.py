@@ -1,5 +1,6 @@
 """A checkpoint: the weights and states of a fit after one optimizer step."""
 
+import contextlib
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -45,6 +46,13 @@ class Checkpoint:
         """Parameters and buffers together, by name."""
         state = self.load()
         return {**state.parameters, **state.buffers}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters by name, without reading their values; empty where the file cannot be read so."""
+        with contextlib.suppress(Exception):  # what is wrong with the file, `load` says
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            return {name: tuple(tensor.shape) for name, tensor in content["parameters"].items()}
+        return {}
 
     def load(self) -> SavedState:
         """Read and verify the file.

@@ -1,12 +1,14 @@
 """Lightning's ``.ckpt`` files compared with the module that they are scored with."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_influence.trajectory.averages import chosen
+from lightning_influence.trajectory.checkpoint import Checkpoint
 from lightning_influence.trajectory.lightning_files import LightningCheckpoint, read_file
 from lightning_influence.trajectory.trajectory import Trajectory
 from lightning_influence.types import clean
@@ -23,8 +25,11 @@ def fitted_trajectory(trajectory: Trajectory, module: nn.Module) -> Trajectory:
         module: the LightningModule.
 
     Raises:
-        ValueError: a parameter that trains is not in the files, or they have more than the module.
+        ValueError: a parameter that trains is not in the files, or has another shape in the last checkpoint; files have
+            more than the module.
     """
+    if other := other_shapes(dict(module.named_parameters()), trajectory.checkpoints[-1].shapes()):
+        raise other_model(trajectory.checkpoints[-1], module, other)
     files = [checkpoint for checkpoint in trajectory.checkpoints if isinstance(checkpoint, LightningCheckpoint)]
     if not files or len(files) < len(trajectory.checkpoints):
         return trajectory
@@ -50,7 +55,15 @@ def fitted_checkpoint(checkpoint: LightningCheckpoint, module: nn.Module) -> tup
     more = sorted(saved - state - _all_names(module))
     strict = getattr(module, "strict_loading", True) is not False
     if trained or (more and strict):
-        raise ValueError(_mismatch(checkpoint, module, trained, more))
+        differs = [f"no {_listed(trained)}"] * bool(trained) + [f"also {_listed(more)}"] * bool(more)
+        way = "; if it needs less than is in the file, set `module.strict_loading = False`"
+        if trained:
+            way = "; what did not train and was left out of the file, freeze with `requires_grad_(False)`"
+        raise other_model(checkpoint, module, differs, way)
+    if other := other_shapes(
+        mine, {clean(name).removeprefix(prefix): value.shape for part in found for name, value in part.items()}
+    ):
+        raise other_model(checkpoint, module, other)
     own: dict[str, Tensor] = {name: mine[name] for name in missing}
     buffers = {clean(name): value for name, value in module.named_buffers()}
     own |= {name: value for name, value in buffers.items() if name in state and name not in saved}
@@ -76,17 +89,22 @@ def _all_names(module: nn.Module) -> set[str]:
     return {clean(name) for name, _ in named}
 
 
-def _mismatch(checkpoint: LightningCheckpoint, module: nn.Module, trained: list[str], more: list[str]) -> str:
-    found = [f"no {_listed(trained)}"] * bool(trained) + [f"also {_listed(more)}"] * bool(more)
-    text = (
+def other_shapes(mine: Mapping[str, Tensor], saved: Mapping[str, Sequence[int]]) -> list[str]:
+    """What differs between a module's parameters and the shapes of those of a checkpoint that have the same names."""
+    made = {clean(name): p for name, p in mine.items() if not is_lazy(p)}
+    return [
+        f"`{name}` {tuple(saved[name])} (module: {tuple(made[name].shape)})"
+        for name in sorted(made.keys() & saved.keys())
+        if tuple(made[name].shape) != tuple(saved[name])
+    ]
+
+
+def other_model(checkpoint: Checkpoint, module: nn.Module, found: Sequence[str], way_out: str = "") -> ValueError:
+    """The error about a checkpoint of another module, in which something else was found."""
+    return ValueError(
         f"Expected checkpoints of this {type(module).__name__}, got a checkpoint in {str(checkpoint.path)!r} with "
-        f"{'; '.join(found)}. Pass the module that was trained, built with the same arguments"
+        f"{'; '.join(found[:5])}. Pass the module that was trained, built with the same arguments{way_out}."
     )
-    if trained:
-        text += "; what did not train and was left out of the file, freeze with `requires_grad_(False)`"
-    elif more:
-        text += "; if it needs less than is in the file, set `module.strict_loading = False`"
-    return text + "."
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -381,6 +381,7 @@ def test_influence_on_any_measurement_of_the_query(tmp_path, measure, better):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
+        (lambda: InfluenceFunction(ExactGGN), TypeError, r"Write `InfluenceFunction\(ExactGGN\(\)\)`"),
         (lambda: InfluenceFunction("EKFAC"), TypeError, "`curvature` to be a Curvature such as `EKFAC"),
         (lambda: InfluenceFunction(ExactGGN(), removal="drop"), ValueError, "`removal` to be one of 'downweight'"),
         (lambda: InfluenceFunction(ExactGGN(), correction="leverage"), ValueError, "`correction` to be one of"),
