@@ -1,6 +1,7 @@
 """Names and small helpers shared by the whole package, and its one exception type."""
 
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -40,7 +41,22 @@ class MissingEvidence(RuntimeError):
 
 def bytes_in(batch: Any) -> int:
     """Total size in bytes of the tensors in a batch, or in any nested container."""
-    return sum(x.numel() * x.element_size() for x in tree_leaves(batch) if isinstance(x, Tensor))
+    return sum(x.numel() * x.element_size() for x in tensors_in(batch))
+
+
+def leaves_in(batch: Any, depth: int = 8) -> list[Any]:
+    """The parts of a batch, with those of the mappings, dataclasses and other objects in it."""
+    found = []
+    for leaf in tree_leaves(batch):
+        open_to = depth and not isinstance(leaf, (Tensor, type))
+        held = (dict(leaf) if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", None)) if open_to else None
+        found += leaves_in(held, depth - 1) if held else [leaf]
+    return found
+
+
+def tensors_in(batch: Any) -> list[Tensor]:
+    """The tensors among them."""
+    return [leaf for leaf in leaves_in(batch) if isinstance(leaf, Tensor)]
 
 
 def labels_in(batch: Any) -> Any:
@@ -75,3 +91,12 @@ def clean(name: str) -> str:
 def foreign(leaf: object) -> bool:
     """Whether part of a batch is a third-party class that moves itself between devices, such as a graph."""
     return hasattr(leaf, "to") and not isinstance(leaf, Tensor)
+
+
+def writable(leaf: object) -> bool:
+    """Whether a step may write into part of a batch and leave no trace: what is no tensor, such as an array."""
+    if isinstance(leaf, (Tensor, type)):
+        return False
+    if is_dataclass(leaf):  # Lightning makes another one of it
+        return any(map(writable, tree_leaves(vars(leaf))))
+    return foreign(leaf) or hasattr(leaf, "__setitem__") or bool(getattr(leaf, "__dict__", None))

@@ -1,6 +1,7 @@
 """Odd but ordinary: batches that are objects, weights of several types, losses of unusual forms, and their refusals."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,14 @@ class ByAttribute(Step):
         return self.loss(self(batch.x), batch.y)
 
 
+class WritesByAttribute(ByAttribute):
+    """Scales its input in place: the next pass must not see it."""
+
+    def training_step(self, batch, batch_idx):
+        batch.x *= 0.5
+        return self.loss(self(torch.as_tensor(batch.x)), batch.y)
+
+
 class OneByOne(Step):
     """The batch is the list of its examples."""
 
@@ -85,8 +94,12 @@ def collated(kind):
     return lambda items: kind(*default_collate(items))
 
 
-def object_batches(name, kind):
-    return Case(f"batches as {name}", lambda: ByAttribute(mlp()), **both(5), collate=collated(kind), fit=True)
+def object_batches(name, kind, step=ByAttribute):
+    return Case(f"batches as {name}", lambda: step(mlp()), **both(5), collate=collated(kind), fit=True)
+
+
+def masked(x, y):
+    return Encoding(x=x * (torch.rand(x.shape) > 0.3), y=y)
 
 
 def encoded(items):
@@ -294,6 +307,19 @@ ODD = [
     object_batches("dataclasses", Record),
     object_batches("objects with .to", Moved),
     object_batches("a subclass of tuple", lambda *parts: Row(parts)),
+    object_batches("dataclasses that the step writes into", Record, WritesByAttribute),
+    object_batches("objects that the step writes into", lambda x, y: SimpleNamespace(x=x, y=y), WritesByAttribute),
+    object_batches(
+        "arrays that the step writes into", lambda x, y: SimpleNamespace(x=x.numpy(), y=y), WritesByAttribute
+    ),
+    Case(
+        "encodings that are masked at random",
+        lambda: ByAttribute(mlp()),
+        **both(5),
+        collate=collated(masked),
+        expected="refused",
+        says=("one that draws random numbers", "whose `collate_fn` only stacks"),
+    ),
     Case("batches as encodings with .to", lambda: ByAttribute(mlp()), **both(5), collate=encoded, fit=True),
     Case("batches as lists of examples", lambda: OneByOne(mlp()), **both(5), collate=list, fit=True),
     batches("labels that are words", lambda: Names(mlp()), lambda x, y, i: {"x": x, "label": "abc"[int(y)]}, fit=True),

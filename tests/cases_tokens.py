@@ -205,6 +205,17 @@ def at_least_one(net, batch):
     return (losses * mask).sum() / mask.sum().clamp(min=1)
 
 
+def divisor_at_least_one(net, batch):
+    """As a detector divides by its boxes: a plain number, of which an example without any shows nothing."""
+    losses, mask = each_token(net, batch)
+    return (losses * mask).sum() / max(int(mask.numpy().sum()), 1)
+
+
+def if_any(net, batch):
+    losses, mask = each_token(net, batch)
+    return losses[mask.bool()].mean() if mask.any() else 0 * losses.sum()
+
+
 def of_means(net, batch):
     losses, mask = each_token(net, batch)
     return (losses * mask).mean() / mask.mean()
@@ -364,6 +375,8 @@ TOKENS = [
         collate=end_to_end,
     ),
     right("token mean with examples without tokens", at_least_one, tokens, with_queries(with_empty), kept),
+    right("total over at least one token", divisor_at_least_one, tokens, with_queries(with_empty), kept),
+    right("token mean if there are any", if_any, tokens, with_queries(with_empty), kept),
     right("token mean in float32", by_hand, tokens, OF_SEQUENCES, kept, dtype=torch.float32),
     Case(
         "mean over padding, too",

@@ -44,7 +44,7 @@ def gradient_changes(trainer: Any, module: Any) -> list[str]:
         trainer: of the fit.
         module: the LightningModule.
     """
-    owners = [(module, (*_OF_MODULE, *(() if module.automatic_optimization else ("manual_backward",))))]
+    owners = [(module, (*_OF_MODULE, *(() if module.automatic_optimization else ("training_step", "manual_backward"))))]
     owners += [(callback, _OF_CALLBACK) for callback in trainer.callbacks]
     owners += [(part, _OF_PLUGIN) for part in (trainer.strategy, trainer.precision_plugin)]
     found = [f"`{type(owner).__name__}.{hook}`" for owner, hooks in owners for hook in hooks if overrides(owner, hook)]
@@ -81,8 +81,8 @@ class GradientChanges:
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         text = (
             f"Between the loss and the optimizer's step, the fit ran {', '.join(found[:_SHOWN])}{more}. If that "
-            "changes gradients or the step, this is not in the scores, which are of the loss's own gradients and the "
-            "recorded learning rates."
+            "scales the loss, or changes gradients or the step, this is not in the scores, which are of the loss's own "
+            "gradients and the recorded learning rates."
         )
         if found and text != self._text:
             notes[:] = [note for note in notes if note != self._text] + [text]

@@ -24,10 +24,9 @@ def check_optimizers(trajectory: Trajectory) -> None:
         MissingEvidence: Adam's state is missing, since the trajectory was made from Lightning's own checkpoint files.
         ValueError: an optimizer other than SGD, Adam and AdamW, or one with ``maximize=True``.
     """
+    refuse_maximising(trajectory)
     for entry in trajectory.settings:
         for group in entry["groups"]:
-            if group.get("maximize"):
-                raise ValueError(f"Expected a fit that minimises, got an optimizer with `maximize=True`. {_INSTEAD}")
             if is_plain_sgd(group) or entry.get("kind") in ADAM:
                 continue
             if "betas" in group and not trajectory.captured:
@@ -36,6 +35,16 @@ def check_optimizers(trajectory: Trajectory) -> None:
                 f"Expected a fit by SGD, Adam or AdamW, got `{entry.get('kind')}`, whose preconditioner is not known. "
                 f"{_INSTEAD}"
             )
+
+
+def refuse_maximising(trajectory: Trajectory | None) -> None:
+    """Raise where an optimizer maximised what the step returns: formulas of a minimum would have the wrong sign."""
+    settings = () if trajectory is None else trajectory.settings
+    if any(group.get("maximize") for entry in settings for group in entry["groups"]):
+        raise ValueError(
+            "Expected a fit that minimises, got an optimizer with `maximize=True`. Return minus that value from "
+            "`training_step` and fit without `maximize=True`, or use `HyDRA()`."
+        )
 
 
 def descent_at(setting: Setting, stage: Stage, damping: float, reach: Tensor, decoupled_decay: Tensor) -> Descent:

@@ -13,7 +13,7 @@ from lightning_influence.data.reading import collated, read_item
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.random_state import seed_for, states_on_host
 from lightning_influence.numerics.subsets import evenly_spread
-from lightning_influence.types import Batch, bytes_in, foreign
+from lightning_influence.types import Batch, bytes_in, leaves_in, tensors_in, writable
 
 _READ_TWICE = 4  # examples
 # Blocks are kept for the next pass (the next checkpoint) up to this total size.
@@ -108,7 +108,7 @@ class Examples:
 
     def keeps(self, block: "Block") -> bool:
         """Whether all examples stay in memory once they were read, if they are like those of a block."""
-        return self._keepable(block.batch) and bytes_in(block.batch) * len(self) <= _CACHE_BYTES * block.size
+        return keepable(block.batch) and bytes_in(block.batch) * len(self) <= _CACHE_BYTES * block.size
 
     @property
     def has_own_collate(self) -> bool:
@@ -221,15 +221,10 @@ class Examples:
 
     def _add_to_cache(self, ids: range, batch: Batch) -> Batch:
         size = bytes_in(batch)
-        if size <= self._cache_left and self._keepable(batch):
+        if size <= self._cache_left and keepable(batch):
             self._cache_left -= size
             self._cache[ids] = batch, versions_of(batch)
         return batch
-
-    @staticmethod
-    def _keepable(batch: Batch) -> bool:
-        # Of a third-party class, neither the size nor in-place writes are known.
-        return not any(foreign(leaf) for leaf in tree_leaves(batch))
 
     def close(self) -> None:
         """Empties the cache."""
@@ -238,12 +233,13 @@ class Examples:
 
 def alike(one: Batch, other: Batch) -> bool:
     """Whether the tensors, numbers and strings of two batches agree; other objects are not compared."""
-    leaves = tree_leaves(one), tree_leaves(other)
+    leaves = leaves_in(one), leaves_in(other)
     if len(leaves[0]) != len(leaves[1]):
         return False
     for a, b in zip(*leaves, strict=True):
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-            same = a.shape == b.shape and _equal(a.to_dense(), b.to_dense())  # what is dense stays as it is
+            nested = a.is_nested and b.is_nested
+            same = alike(a.unbind(), b.unbind()) if nested else a.shape == b.shape and _equal(a, b)
         else:
             same = a == b or a != a if isinstance(a, (int, float, str)) else True  # noqa: PLR0124
         if not same:
@@ -252,12 +248,18 @@ def alike(one: Batch, other: Batch) -> bool:
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    a, b = a.to_dense(), b.to_dense()  # what is dense stays as it is
     return bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124 - NaN
 
 
 def versions_of(batch: Batch) -> list[int]:
     """The number of in-place writes to each tensor of a batch so far."""
-    return [leaf._version for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+    return [tensor._version for tensor in tensors_in(batch)]
+
+
+def keepable(batch: Batch) -> bool:
+    """Whether ``versions_of`` tells all that a step may have written into a batch."""
+    return not any(map(writable, tree_leaves(batch)))
 
 
 class _Reader:

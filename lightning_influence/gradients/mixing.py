@@ -1,17 +1,16 @@
 """Finds where a step may mix the examples of its batch: what it computes of several of them, beside sums."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_influence.module.task import Task
 from lightning_influence.module.torch_functions import Args, Function, FunctionWatch, Kwargs, operands_of, words
-from lightning_influence.types import Batch
+from lightning_influence.types import Batch, tensors_in
 
 
 class _Kind(IntEnum):
@@ -92,12 +91,12 @@ class MixingWatch(FunctionWatch):
         self._begin(batch)
         with self:
             moved = hooks(batch)
-        self.in_hooks = any(self._found.get(id(leaf), _NONE)[0] is _Kind.MIXED for leaf in _tensors(moved))
+        self.in_hooks = any(self._found.get(id(leaf), _NONE)[0] is _Kind.MIXED for leaf in tensors_in(moved))
         self._begin(moved)
         return moved
 
     def _begin(self, batch: Batch) -> None:
-        leaves = list(_tensors(batch))
+        leaves = tensors_in(batch)
         self._align("", leaves)
         for leaf in leaves:
             if id(leaf) not in self._found:
@@ -236,13 +235,3 @@ def _dimensions(name: str, tensor: Tensor, args: Args, kwargs: Kwargs) -> set[in
     if given is None or not tensor.ndim:
         return set(range(tensor.ndim))
     return {d % tensor.ndim for d in (given if isinstance(given, (tuple, list)) else (given,)) if type(d) is int}
-
-
-def _tensors(batch: Batch) -> Iterator[Tensor]:
-    """The tensors of a batch, also those of objects and mappings in it."""
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif isinstance(leaf, Mapping) or (hasattr(leaf, "__dict__") and not isinstance(leaf, type)):
-            held = dict(leaf) if isinstance(leaf, Mapping) else vars(leaf)
-            yield from (t for t in tree_leaves(held) if isinstance(t, Tensor))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lightning_influence.gradients.reduction import WAY_OUT, NoRelation, Reduction
 from lightning_influence.gradients.sample import Sample
-from lightning_influence.gradients.token_counts import Key, TokenCounter
+from lightning_influence.gradients.token_counts import Key, TokenCounter, has_none
 from lightning_influence.gradients.token_probe import GradientProbe
 
 # Of losses, in a module that runs in 16 bits only.
@@ -107,7 +107,10 @@ def _singles(sample: Sample, probed: Sequence[int]) -> tuple[dict[int, float], _
         losses[i] = one.loss
         declared |= dict.fromkeys(one.class_weights)
         for key, total in one.counts.items():  # of two copies of an example twice as many: only ratios count
-            totals.setdefault(key, {})[i] = total
+            none = has_none(key, total, one.loss, sample.task, sample.examples, i)
+            totals.setdefault(key, {})[i] = 0.0 if none else total
+    for of in totals.values():  # without a loss, an example may pass by what counts
+        of |= {i: 0.0 for i, loss in losses.items() if loss == 0 and i not in of}
     finite = [i for i, loss in losses.items() if math.isfinite(loss)]
     return losses, {key: of for key, of in totals.items() if of.keys() >= set(finite)}, list(declared)
 

@@ -8,9 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from lightning_influence.data.examples import Block, ChosenBlock, Examples, versions_of
+from lightning_influence.data.examples import Block, ChosenBlock, Examples, keepable, versions_of
 from lightning_influence.devices import widest
 from lightning_influence.gradients.digests import Digest, Digester
 from lightning_influence.gradients.engine import Engine
@@ -28,7 +27,7 @@ from lightning_influence.module.task import Task
 from lightning_influence.module.watched_index import Key as OfIndex
 from lightning_influence.module.watched_index import WatchedIndex
 from lightning_influence.numerics.subsets import evenly_spread
-from lightning_influence.types import Batch, foreign
+from lightning_influence.types import Batch
 
 # Two batches of unequal size: the dimension whose size equals the batch size in both holds the examples.
 _SIZES = (3, 5)
@@ -296,7 +295,7 @@ class Sample:
     def _batch(self, ids: Sequence[int]) -> Batch:
         """A batch, read once unless a pass may have written into it."""
         batch, versions = self._batches.get(tuple(ids), (None, []))
-        if batch is None or versions != versions_of(batch) or any(foreign(leaf) for leaf in tree_leaves(batch)):
+        if batch is None or versions != versions_of(batch) or not keepable(batch):
             batch = self.examples.some(ids)
             self._batches[tuple(ids)] = batch, versions_of(batch)
         return batch

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_influence.data.examples import Examples, alike
 from lightning_influence.devices import wide
@@ -21,6 +20,7 @@ from lightning_influence.module.snapshot import restoring
 from lightning_influence.module.task import Task
 from lightning_influence.module.torch_functions import Args, Function, FunctionWatch, Kwargs
 from lightning_influence.numerics.subsets import evenly_spread
+from lightning_influence.types import tensors_in
 
 # Examples of the batches in which the cause of a refusal is sought.
 _TRIED = 5
@@ -174,9 +174,9 @@ def _form_of(task: Task, examples: Examples, ids: Sequence[int]) -> str | None:
 
 def _collate_mixes(examples: Examples, ids: Sequence[int]) -> bool:
     """Whether an example's rows in a collated batch differ from those that it has alone; padding aside."""
-    together = [leaf for leaf in tree_leaves(examples.some(ids)) if isinstance(leaf, Tensor)]
+    together = tensors_in(examples.some(ids))
     for row, example in enumerate(ids):
-        alone = [leaf for leaf in tree_leaves(examples.one(example)) if isinstance(leaf, Tensor)]
+        alone = tensors_in(examples.one(example))
         for joint, single in zip(together, alone, strict=False):
             if joint.ndim != single.ndim or joint.ndim == 0 or len(joint) != len(ids) or len(single) != 1:
                 continue

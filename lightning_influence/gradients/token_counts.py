@@ -154,6 +154,24 @@ def per_example(values: Tensor, examples: int, layout: int) -> Tensor | None:
     return values.reshape(examples, -1).sum(1) if layout == 0 else values.reshape(-1, examples).sum(0)
 
 
+def has_none(key: Key, counted: float, loss: float, task: Task, examples: Examples, example: int) -> bool:
+    """Whether an example has none of what its loss is divided by, as in ``total / max(boxes, 1)``: two have no more.
+
+    Args:
+        key: the operation that counts.
+        counted: by it, in the example alone.
+        loss: of the example alone.
+        task: the module with its loss.
+        examples: the dataset.
+        example: its id.
+    """
+    if key[0] != "divisor" or loss != 0 or not 0 < counted <= 1:
+        return False
+    with CountWatch(key) as watch:
+        task(task.to_device(examples.some([example, example])))
+    return key in watch.found and float(watch.found[key].sum()) == counted
+
+
 @dataclass(frozen=True)
 class TokenCounter:
     """Counts what the examples have of that over which a batch's loss is a mean; made by ``probe``.
@@ -173,21 +191,26 @@ class TokenCounter:
         """
         found = []
         for block in examples.blocks():
-            counted = None if self.layout is None else self._of(task, block.batch, block.start, block.size)
+            whole = block.batch, examples, block.start, block.size
+            counted = None if self.layout is None else self._of(task, *whole)
             if counted is None:
-                each = [self._of(task, block.one(i), i, 1) for i in block.ids]
+                each = [self._of(task, block.one(i), examples, i, 1) for i in block.ids]
                 counted = torch.cat([torch.zeros(1, dtype=torch.float64) if one is None else one for one in each])
             found.append(counted)
         counts = torch.cat(found)
         return counts / counts.mean() if bool(counts.any()) else torch.ones_like(counts)
 
-    def _of(self, task: Task, batch: Any, example: int, size: int) -> Tensor | None:
+    def _of(self, task: Task, batch: Any, examples: Examples, example: int, size: int) -> Tensor | None:
         batch = task.to_device(batch)
         seed_for(example)
         with CountWatch(self.key) as watch:
-            task(batch)
+            loss = task(batch)
         if self.key not in watch.found:
             return None
+        if size == 1 and has_none(
+            self.key, float(watch.found[self.key].sum()), float(loss.detach()), task, examples, example
+        ):
+            return torch.zeros(1, dtype=torch.float64)
         counted = per_example(watch.found[self.key], size, self.layout or 0)
         if counted is not None and isinstance(batch, Copies) and self.layout is not None:
             counted = counted / 2

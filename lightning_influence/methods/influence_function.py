@@ -15,6 +15,7 @@ from lightning_influence.curvature.exact import Exact
 from lightning_influence.curvature.iterative import Iterative
 from lightning_influence.curvature.leverage import seconds_of_leverage
 from lightning_influence.curvature.newton_correction import NewtonCorrection
+from lightning_influence.curvature.preconditioner import refuse_maximising
 from lightning_influence.curvature.stand_in import StandIn
 from lightning_influence.curvature.store import prepared_at, preparing
 from lightning_influence.curvature.unit import why_arbitrary
@@ -61,7 +62,7 @@ class InfluenceFunction(GradientProduct):
 
     Raises:
         TypeError: ``curvature`` is not a ``Curvature``.
-        ValueError: other values; ``correction="newton"`` for a model that is not linear.
+        ValueError: other values; ``correction="newton"`` for a model that is not linear; ``maximize=True``.
         MissingEvidence: ``checkpoints`` without a trajectory.
     """
 
@@ -198,6 +199,7 @@ class _Inverse:
     def __init__(self, method: InfluenceFunction, stage: Stage) -> None:
         self.method, self.setting, self.stage = method, stage.setting, stage
         self.curvature = method.curvature
+        refuse_maximising(self.setting.trajectory)
         self.prepared = prepared_at(self.curvature, self.setting, stage)
         self.kept = self.setting.state(method, _Solved)
         self.diagonal = cached(self.kept.diagonals, stage.position, self._diagonal)
@@ -270,11 +272,8 @@ class _Inverse:
     def norms(self, block: TrainBlock) -> Tensor:
         """What RelatIF divides by, [example]; computed once for all queries."""
         power = 2 if self.method.normalize == "relatif" else 1
-        return cached(
-            self.kept.norms,
-            (self.stage.position, block.ids),
-            lambda: _length(self._own_products(block.gradients, (power,))[0]),
-        )
+        key = self.stage.position, block.ids
+        return cached(self.kept.norms, key, lambda: _length(self._own_products(block.gradients, (power,))[0]))
 
     def on_itself(self, block: TrainBlock) -> Tensor:
         """Self-influence of a block's examples, [example]."""

@@ -25,7 +25,7 @@ from lightning_influence.module.random_state import isolated_random_state
 from lightning_influence.module.snapshot import ModuleSnapshot, holding
 from lightning_influence.module.step import loss_in, reads_index, step_of, takes_index
 from lightning_influence.module.trainer_state import batch_counter_at, set_clock, training_stage
-from lightning_influence.types import Batch, clean, foreign
+from lightning_influence.types import Batch, clean, writable
 
 Loss = Callable[[Any, Batch], Tensor]
 """``loss(module, batch) -> [batch]``: per-sample losses."""
@@ -203,7 +203,7 @@ class Task:
         """The batch as Lightning would pass it to ``training_step``, in containers of its own."""
         if isinstance(batch, Copies):
             return batch.with_batch(self.to_device)
-        batch = tree_map(lambda leaf: copy.copy(leaf) if foreign(leaf) else leaf, batch)
+        batch = tree_map(lambda leaf: copy.copy(leaf) if writable(leaf) else leaf, batch)
         batch = self.precision.of_batch(batch, self.trainer)
         batch = tree_map(lambda leaf: pinned(leaf, self.device), batch)
         module: Any = self.module

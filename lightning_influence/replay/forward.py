@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from lightning_influence.data.examples import ChosenBlock, Examples, versions_of
+from lightning_influence.data.examples import ChosenBlock, Examples, keepable, versions_of
 from lightning_influence.devices import onto, read_numbers
 from lightning_influence.gradients import Engine, Gradients, Reduction
 from lightning_influence.gradients.general import math_attention, requiring_gradients
@@ -18,7 +17,7 @@ from lightning_influence.gradients.reduction import match_loss, refuse_batch_sta
 from lightning_influence.replay.attention import attention_gap
 from lightning_influence.replay.random_states import put_back
 from lightning_influence.replay.steps import MicroBatch, Step
-from lightning_influence.types import bytes_in, foreign
+from lightning_influence.types import bytes_in
 
 _KEPT_BYTES = 2**28
 _CPU = torch.device("cpu")
@@ -242,7 +241,7 @@ class Forward:
         else:
             found = self.examples.some(batch.ids)
         size = bytes_in(found)
-        if versions is None and size <= self._kept_left and not any(foreign(leaf) for leaf in tree_leaves(found)):
+        if versions is None and size <= self._kept_left and keepable(found):
             self._kept_left -= size
             self._kept[key] = found, versions_of(found)
         return found

@@ -140,8 +140,11 @@ def scaled_products(
         rows = forward.rows(batch)
         return queries.dot(rows if change is None else change(rows), scale)
     groups = forward.engine.groups
-    vectors = {name: v for name, v in queries.dense().items() if name in step.moves.options}
-    directions = {name: v * factor[groups.get(name, 0)].to(v) for name, v in vectors.items()}
+    vectors = queries.dense()
+    moved = {name: v for name, v in vectors.items() if name in step.moves.options}
+    if not moved:  # a step of an optimizer whose parameters the loss does not depend on
+        return torch.zeros(len(next(iter(vectors.values()))), len(batch.ids), device=forward.task.device)
+    directions = {name: v * factor[groups.get(name, 0)].to(v) for name, v in moved.items()}
     return _weighted(forward, batch, step, directions, ())[0]
 
 

@@ -218,7 +218,7 @@ def _elements(value: Any, size: int, positions: Sequence[int]) -> list[Tensor]:
         return []
     dense = _dense(value.detach())
     found = [_few(dense.reshape(1, -1))]
-    if dense.ndim and dense.shape == value.shape and len(dense) == size:
+    if dense.ndim and not value.is_nested and dense.shape == value.shape and len(dense) == size:
         chosen = dense[torch.as_tensor(positions, dtype=torch.int64, device=dense.device)]
         found.append(_few(chosen.reshape(len(positions), -1)))
     return found
@@ -240,7 +240,12 @@ def _leaf(
         return LeafSummary(path, "text", [], _checksum(value), None)
     (whole,), *rows = summaries
     dtype = str(value.dtype).removeprefix("torch.")
-    return LeafSummary(path, dtype, list(value.shape), whole, rows[0] if rows else None)
+    return LeafSummary(path, dtype, list(_shape(value)), whole, rows[0] if rows else None)
+
+
+def _shape(value: Tensor) -> tuple[int, ...]:
+    """The sizes of a tensor, of a nested one all but those that differ among its parts."""
+    return (value.size(0), *value[0].shape[1:]) if value.is_nested and value.size(0) else tuple(value.shape)
 
 
 def _dense(value: Tensor) -> Tensor:

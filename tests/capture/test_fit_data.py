@@ -11,6 +11,7 @@ from fits import Indexed, Net, Stream, fit, loader, seeded
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from lightning_influence import EKFAC, Attributor, GradientDot, Influence, InfluenceFunction, TracInCP, Trajectory
+from lightning_influence.data.examples import alike
 from lightning_influence.setting import same_data
 from lightning_influence.trajectory.fingerprints import difference, fingerprint, splits
 
@@ -341,6 +342,10 @@ class Slots:
     __slots__ = ("x",)
 
 
+def jagged(value):
+    return torch.nested.nested_tensor([torch.full((n, 2), value) for n in (3, 1, 2, 4)], layout=torch.jagged)
+
+
 @pytest.mark.parametrize(
     ("batch", "change"),
     [
@@ -355,6 +360,7 @@ class Slots:
         ([torch.ones(4), torch.ones(9)], lambda b: b[1].mul_(2)),
         ([torch.ones(4), [1.5, 2.5, 3.5, 4.5]], lambda b: b[1].__setitem__(0, 1.0)),
         ([torch.zeros(0, 4)], lambda b: b.append(1)),
+        ([jagged(1.0)], lambda b: b.__setitem__(0, jagged(2.0))),
     ],
 )
 def test_a_change_of_a_batch_is_found(batch, change):
@@ -363,6 +369,11 @@ def test_a_change_of_a_batch_is_found(batch, change):
     assert difference(before, fingerprint(batch, 4, [0, 2]), rows=False) is None
     change(batch)
     assert difference(before, fingerprint(batch, 4, [0, 2]), rows=False) is not None
+
+
+def test_jagged_tensors_of_the_same_numbers_are_alike():
+    assert alike([jagged(1.0)], [jagged(1.0)])
+    assert not alike([jagged(1.0)], [jagged(2.0)])
 
 
 def test_rounding_is_no_change_and_odd_objects_are_passed_over():

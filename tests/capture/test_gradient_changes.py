@@ -14,6 +14,20 @@ class Backward(Net):
         (loss * 3).backward()
 
 
+class ByHand(Net):
+    """Manual optimization: only the step itself knows that it divides its loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch) / 2)
+        optimizer.step()
+
+
 class AfterBackward(Net):
     def on_after_backward(self):
         for p in self.parameters():
@@ -101,6 +115,7 @@ def notes_of(module, folder, *callbacks):
         (OwnStep, (), "`Tripled.step`"),
         (HookBeforeStep, (), "a hook before `SGD.step`"),
         (Net, (Dropping,), "`Dropping.on_after_backward`"),
+        (ByHand, (), "`ByHand.training_step`"),
     ],
 )
 def test_what_may_change_gradients_is_noted_by_name(kind, callbacks, name, tmp_path):

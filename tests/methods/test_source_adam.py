@@ -10,7 +10,17 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from traced import still
 
-from lightning_influence import EKFAC, SOURCE, Attributor, ExactGGN, Influence, MissingEvidence, Trajectory
+from lightning_influence import (
+    EKFAC,
+    SOURCE,
+    Attributor,
+    ExactGGN,
+    ExactHessian,
+    Influence,
+    InfluenceFunction,
+    MissingEvidence,
+    Trajectory,
+)
 from lightning_influence.conformance import check_method
 from lightning_influence.curvature.descent import Descent
 from lightning_influence.curvature.kronecker_descent import descend_layer
@@ -227,6 +237,16 @@ def test_fits_that_it_cannot_follow_are_refused(tmp_path, group, error, text):
     attributor = Attributor(module, data["train"](), still(module, tmp_path, group))
     with pytest.raises(error, match=text):
         attributor.score(SOURCE(1, ExactGGN()), data["queries"]())
+
+
+def test_influence_functions_refuse_a_fit_that_maximises(tmp_path):
+    data, module = both(5, target="number"), Step(nn.Linear(5, 1), squared).double()
+    attributor = Attributor(module, data["train"](), still(module, tmp_path, {"dampening": 0, "maximize": True}))
+    for method in (InfluenceFunction(EKFAC()), InfluenceFunction(ExactHessian(), "renormalize")):
+        with pytest.raises(ValueError, match=r"`maximize=True`\. Return minus that value from `training_step`"):
+            attributor.score(method, data["queries"]())
+        with pytest.raises(ValueError, match="`maximize=True`"):
+            attributor.self_influence(method)
 
 
 def test_a_checkpoint_whose_optimizer_state_is_gone(tmp_path, monkeypatch):

@@ -1,12 +1,19 @@
 """TracIn at every step against its double loop over the steps written out, in float64."""
 
+import copy
+
 import oracles
 import pytest
+import torch
+from case import Step, both
+from fits import fit as fit_quietly
 from oracles import assert_scores
 from oracles_dynamic import call, tracin
+from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-from lightning_influence import RandomProjection, TracIn
+from lightning_influence import Influence, RandomProjection, TracIn
 from lightning_influence.numerics.projections import Projector
 from replay.runs import N, fitted, joint
 
@@ -115,3 +122,36 @@ def test_losses_of_a_joint_batch_have_no_gradients_apart(settings, tmp_path):
     fit = fitted(tmp_path, net="batchnorm")
     with pytest.raises(ValueError, match=r"`projection=None` with `loss=`, got .*or use `TracInCP`"):
         fit.attributor(joint).score(TracIn(**settings), fit.queries)
+
+
+class TwoOptimizers(Step):
+    """Manual optimization; what the second optimizer moves (by nothing) is not in ``loss=``."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(5, 3))
+        self.automatic_optimization, self.other = False, nn.Linear(5, 3)
+
+    def training_step(self, batch, batch_idx):
+        for optimizer, net in zip(self.optimizers(), (self.net, self.other), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(net(batch[0]), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=0.1), torch.optim.SGD(self.other.parameters(), lr=0.0)
+
+
+def test_a_step_of_an_optimizer_that_the_loss_does_not_reach_adds_nothing(tmp_path):
+    train, queries = both(5).values()
+    module = TwoOptimizers().double()
+    before = copy.deepcopy(module)
+    influence = Influence(
+        dirpath=tmp_path, loss=lambda m, batch: F.cross_entropy(m.net(batch[0]), batch[1], reduction="none")
+    )
+    fit_quietly(module, DataLoader(train(), 8), influence, max_epochs=1)
+    found = influence.attributor.score(TracIn(), queries()).values
+    gradients = [
+        oracles.rows(before, [(x[None], y[None]) for x, y in data()], ["net.weight", "net.bias"], influence.loss)
+        for data in (queries, train)
+    ]
+    assert_scores(found, oracles.inner(*gradients) * 0.1 / 8, 1e-10)
