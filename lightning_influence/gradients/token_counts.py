@@ -207,10 +207,10 @@ class TokenCounter:
             loss = task(batch)
         if self.key not in watch.found:
             return None
-        if size == 1 and has_none(
-            self.key, float(watch.found[self.key].sum()), float(loss.detach()), task, examples, example
-        ):
-            return torch.zeros(1, dtype=torch.float64)
+        if size == 1 and self.key[0] == "divisor":  # a plain number, which is on the CPU
+            total = float(watch.found[self.key].sum())
+            if has_none(self.key, total, float(loss.detach()), task, examples, example):
+                return torch.zeros(1, dtype=torch.float64)
         counted = per_example(watch.found[self.key], size, self.layout or 0)
         if counted is not None and isinstance(batch, Copies) and self.layout is not None:
             counted = counted / 2
