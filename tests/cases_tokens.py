@@ -208,7 +208,7 @@ def at_least_one(net, batch):
 def divisor_at_least_one(net, batch):
     """As a detector divides by its boxes: a plain number, of which an example without any shows nothing."""
     losses, mask = each_token(net, batch)
-    return (losses * mask).sum() / max(int(mask.numpy().sum()), 1)
+    return (losses * mask).sum() / max(int(mask.cpu().numpy().sum()), 1)
 
 
 def if_any(net, batch):

@@ -118,6 +118,8 @@ def agreeing(checks: Sequence[Compared], names: set[str], tolerance: Tolerance =
         tolerance: relative to the parameter's and to the largest entry; None: that of the dtype.
     """
     with_entries = [name for name in names if all(truth.values[name].numel() for *_, truth in checks)]
+    if not with_entries:
+        return names
     right = read_numbers([_agree(*each, with_entries, tolerance) for each in checks])
     return names - {name for each in right for name, holds in zip(with_entries, each, strict=True) if not holds}
 

@@ -11,7 +11,7 @@ from devices.fits_on import trainer
 from lightning_influence import Attributor
 
 pytestmark = [pytest.mark.device, pytest.mark.filterwarnings("ignore")]
-# Their modules keep tensors of the CPU that `Module.to` does not move: they do not train on a device either.
+# Their modules or batches keep tensors of the CPU that nothing moves: they do not train on a device either.
 OWN_TENSORS = (
     "EmbeddingBag with offsets",
     "TransformerEncoder with padding",
@@ -25,6 +25,8 @@ OWN_TENSORS = (
     "a mean teacher in a list",
     "an average of the weights that is no module",
     "a running centre in a plain tensor",
+    "batches as objects that the step writes into",
+    "batches as arrays that the step writes into",
     "one of 80 unlike the others, a rare class of another weight",
 )
 # What the stand-in device lacks: fused recurrent cells, sparse tensors, other orders in memory.
