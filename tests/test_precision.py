@@ -439,3 +439,26 @@ def test_scores_of_a_fit_keep_their_precision(tmp_path):
     assert influence.self_scores["TracInCP"].settings["precision"] == "bf16-mixed"
     assert influence.attributor.precision == "bf16-mixed"
     assert not any("was not used" in note for note in scores.notes)
+
+
+class OwnWords(nn.Module):
+    """A part that calls something else ``_device`` and ``_dtype`` than Lightning does."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self._device, self._dtype = nn.Linear(3, 2), "left", "integer"
+
+    def forward(self, x):
+        return self.linear(x) * (2 if self._device == "left" else 1) * (1 if self._dtype == "integer" else 3)
+
+
+@pytest.mark.parametrize("precision", [None, "bf16-true"])
+def test_attributes_that_are_called_as_lightnings_are_left_alone(precision):
+    torch.manual_seed(0)
+    data = Items([(torch.randn(3), torch.tensor(i % 2)) for i in range(6)])
+    module = Step(OwnWords())
+    found = Attributor(module, DataLoader(data, 3), precision=precision).score(GradientDot(), data).values
+    ones = [next(iter(DataLoader([pair]))) for pair in data.items]
+    rows = oracles.rows(module, ones, [name for name, _ in module.named_parameters()])
+    true = oracles.inner(rows, rows)
+    assert (found - true).abs().max() <= (1e-5 if precision is None else 0.05) * true.abs().max()

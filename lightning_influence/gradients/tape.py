@@ -145,7 +145,7 @@ class Tape(FunctionWatch):
         output = func(*args, **kwargs) if rule is None else self._record(rule, func, args, kwargs, sources)
         self._taken.follow(func, args, kwargs, output)
         if writes(func):
-            self._forget(args[0])
+            self._forget(next(operands_of(args, kwargs)))  # `nn.init` passes it by name
         elif isinstance(output, Tensor) and id(output) not in self._known:
             if output.is_floating_point():
                 self._follow(func, args, kwargs, sources, output)
@@ -192,8 +192,9 @@ class Tape(FunctionWatch):
         elif name == "__set__":
             self._no_constant(args[0])
         elif self._data and writes(func):
-            for written in (args[0], getattr(args[0], "_base", None)):
-                self._no_constant(self._data.get(id(written), (None, None))[1])
+            written = next(operands_of(args, kwargs), None)
+            for tensor in (written, getattr(written, "_base", None)):
+                self._no_constant(self._data.get(id(tensor), (None, None))[1])
         tensors = [a for a in operands_of(args, kwargs) if isinstance(a, Tensor)]
         if tensors and isinstance(output, Tensor) and all(id(a) in self._constants for a in tensors):
             self._constants[id(output)] = output

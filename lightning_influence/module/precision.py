@@ -193,7 +193,8 @@ def default_type(dtype: torch.dtype) -> Iterator[None]:
 def _cast(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Copies of another type in the place of parameters and buffers, whose gradients flow to them."""
     floating = lambda tensors: {clean(n): t.to(dtype) for n, t in tensors if t.dtype.is_floating_point}  # noqa: E731
-    before = [(own, own["_dtype"]) for own in map(vars, module.modules()) if "_dtype" in own]
+    named = [own for own in map(vars, module.modules()) if isinstance(own.get("_device"), torch.device)]
+    before = [(own, own["_dtype"]) for own in named if isinstance(own.get("_dtype"), torch.dtype)]
     with replacing(module, floating(module.named_parameters()), floating(module.named_buffers())):
         try:
             for own, _ in before:

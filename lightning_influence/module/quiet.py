@@ -121,10 +121,9 @@ def _move(module: nn.Module, device: torch.device, precision: Precision) -> None
         if isinstance(part, torchmetrics.Metric) and part.device != device:
             part.to(device)  # their states are no buffers
     for own in map(vars, module.modules()):
-        if "_device" in own:  # what a LightningModule's `self.device` and `self.dtype` say
-            own["_device"] = device
-            if isinstance(kind := own.get("_dtype"), torch.dtype):
-                own["_dtype"] = precision.held(torch.empty(0, dtype=kind))
+        # What a LightningModule's `self.device` and `self.dtype` say; others may call something else so.
+        if isinstance(own.get("_device"), torch.device) and isinstance(kind := own.get("_dtype"), torch.dtype):
+            own["_device"], own["_dtype"] = device, precision.held(torch.empty(0, dtype=kind))
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:

@@ -89,6 +89,14 @@ GENERAL = {
     "a slice added in place": lambda: Model(
         lambda m, h, ids: (h * 2).add_(m.pos[: ids.shape[1]]), pos=parameter(8, WIDTH)
     ),
+    # `nn.init` and `relu_(input=...)` pass what they write into by name
+    "a tensor like a parameter, filled by name": lambda: Model(
+        lambda m, h, ids: h + (m.pos + nn.init.constant_(torch.empty_like(m.pos), 0.3))[: ids.shape[1]],
+        pos=parameter(8, WIDTH),
+    ),
+    "computed from a parameter, then written by name": lambda: Model(
+        lambda m, h, ids: h + torch.relu_(input=m.pos * 2)[: ids.shape[1]], pos=parameter(8, WIDTH)
+    ),
 }
 
 
