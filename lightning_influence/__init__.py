@@ -24,8 +24,9 @@ A walk through the code, with training example 7 under ``TracInCP``. Each stop i
 6. ``methods``: multiplies by the coefficients and sums over the checkpoints, for one tile of the score matrix after
    another, as ``attribution`` asks for them. What a method sees of the question is its ``setting``.
 7. ``scores``: the sum is entry 7 in the row of each query, [query, train], ready to read, save, plot and log.
-8. ``callback``: asks ``attribution`` for the scores when the fit ends, and hands them to ``loggers``, which write them
-   into the experiment tracker.
+
+When the fit ends, ``callback`` asks ``attribution`` for the scores, and hands them to ``loggers``, which write them
+into the experiment tracker.
 
 Names are imported when they are first used, so that ``import lightning_influence`` costs next to nothing.
 """

@@ -155,11 +155,14 @@ def read_ends(tensors: Sequence[Tensor]) -> list[list[float]]:
 
 def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Tensors on the CPU, as they are; small ones come from their device in one copy, with a single wait."""
-    return on_device(tensors, torch.device("cpu"))
+    return list(on_device(tensors, torch.device("cpu")))
 
 
-def on_device(tensors: Sequence[Tensor], target: torch.device) -> list[Tensor]:
-    """Tensors on a device, as they are; small ones arrive in one copy, for which the host waits only on the CPU."""
+def on_device(tensors: Sequence[Tensor], target: torch.device) -> Iterator[Tensor]:
+    """Tensors on a device, as they are; small ones arrive in one copy, for which the host waits only on the CPU.
+
+    Large ones are copied when it is their turn, so that those before may already have taken the places of others.
+    """
     found = [tensor.detach() for tensor in tensors]
     for device in {tensor.device for tensor in found if tensor.device != target}:
         small = [i for i, tensor in enumerate(found) if tensor.device == device and _is_small(tensor)]
@@ -173,7 +176,7 @@ def on_device(tensors: Sequence[Tensor], target: torch.device) -> list[Tensor]:
             for i, bits in zip(places, joined.split(sizes), strict=True):
                 own = bits.view(found[i].dtype).reshape(found[i].shape)
                 found[i] = torch.empty_like(found[i], device=target).copy_(own)  # in the same order of memory
-    return [tensor.to(target) for tensor in found]
+    yield from (tensor.to(target) for tensor in found)
 
 
 def _is_small(tensor: Tensor) -> bool:

@@ -41,16 +41,23 @@ class MissingEvidence(RuntimeError):
 
 def bytes_in(batch: Any) -> int:
     """Total size in bytes of the tensors in a batch, or in any nested container."""
-    return sum(x.numel() * x.element_size() for x in tensors_in(batch))
+    return sum(x.numel() * x.element_size() for x in {id(x): x for x in tensors_in(batch)}.values())
 
 
 def leaves_in(batch: Any, depth: int = 8) -> list[Any]:
-    """The parts of a batch, with those of the mappings, dataclasses and other objects in it."""
-    found = []
-    for leaf in tree_leaves(batch):
-        open_to = depth and not isinstance(leaf, (Tensor, type))
-        held = (dict(leaf) if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", None)) if open_to else None
-        found += leaves_in(held, depth - 1) if held else [leaf]
+    """The parts of a batch, with those of the mappings, dataclasses and other objects in it, each opened once."""
+    found, level, opened = [], [batch], set()
+    for deeper in (*[True] * depth, False):
+        below = []
+        for leaf in tree_leaves(level):
+            open_to = deeper and not isinstance(leaf, (Tensor, type))
+            held = (dict(leaf) if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", None)) if open_to else None
+            if not held:
+                found.append(leaf)
+            elif id(leaf) not in opened:
+                opened.add(id(leaf))
+                below.append(held)
+        level = below
     return found
 
 

@@ -429,6 +429,20 @@ def test_ctrl_c_stops_the_scoring_only(tmp_path):
             influence.scores[name]
 
 
+class InterruptsItself(GradientDot):
+    def self_influence(self, setting):
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the signal did not arrive")
+
+
+@pytest.mark.usefixtures("listening")
+def test_ctrl_c_in_self_influence_is_continued_by_self_influence(tmp_path, capsys):
+    influence = Influence([InterruptsItself()], queries="val", self_influence=True, max_cost=1e6)
+    with pytest.warns(UserWarning, match=r"Scoring was interrupted(.|\n)*attributor\.self_influence\("):
+        fit(influence, tmp_path)
+    assert list(influence.scores) == ["InterruptsItself"]
+
+
 @pytest.mark.usefixtures("listening")
 @pytest.mark.parametrize("itself", [False, True])
 def test_ctrl_c_before_the_first_method_is_the_reason_too(tmp_path, monkeypatch, itself):

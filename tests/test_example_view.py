@@ -1,5 +1,6 @@
 """What is shown of examples, whatever form they have."""
 
+import struct
 import warnings
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from lightning_influence.plotting.example_view import Look, ViewOptions, class_name, look_at, plain
 from lightning_influence.plotting.normalization import normalization_of
+from lightning_influence.report.album import image_of_png
 
 
 @pytest.mark.parametrize(
@@ -211,3 +213,9 @@ def test_a_normalisation_that_changes_nothing_is_told():
         table = TensorDataset(torch.zeros(2, 3))
         table.mean, table.std = 0.0, 1.0  # of a table, which are not undone
         assert ViewOptions().suited_to(table).suited_to(table).normalization is None
+
+
+def test_a_picture_of_somebody_else_does_not_fill_the_memory():
+    large = struct.pack(">8sI4sIIBB", b"\x89PNG\r\n\x1a\n", 13, b"IHDR", 9000, 9000, 8, 2)
+    with pytest.raises(ValueError, match="Expected an image of at most 96 pixels a side, got 9000 x 9000"):
+        image_of_png(large)

@@ -1,6 +1,7 @@
 """The few passes before scoring: how many there are, and that they find what is wrong with a gradient."""
 
 import operator
+from types import SimpleNamespace
 
 import oracles
 import pytest
@@ -13,7 +14,9 @@ from torch.utils.data import TensorDataset, default_collate
 from lightning_influence import Attributor, GradientDot, devices
 from lightning_influence.gradients import Engine, digests, engine, sample
 from lightning_influence.gradients.dense_rows import DenseRows
+from lightning_influence.gradients.spot_checks import differing
 from lightning_influence.module.task import Task
+from lightning_influence.types import bytes_in, leaves_in
 
 
 class Attention(nn.Module):
@@ -338,3 +341,17 @@ def test_what_an_interrupted_question_named_is_looked_at_in_the_next():
     train.interrupts = False
     with pytest.raises(ValueError, match="Expected"):
         asked.self_influence(GradientDot())
+
+
+def test_parts_that_refer_to_one_another_are_opened_once():
+    atoms = [SimpleNamespace(x=torch.full((2,), float(i)), bonds=[]) for i in range(60)]
+    for atom in atoms:
+        atom.bonds = atoms
+    assert sorted(float(leaf[0]) for leaf in leaves_in({"atoms": atoms})) == list(range(60))
+    shared = torch.zeros(100)
+    assert bytes_in([SimpleNamespace(dataset=shared), SimpleNamespace(dataset=shared)]) == 400
+
+
+def test_a_small_gradient_that_is_missing_is_seen_in_float16():
+    truth = {"a": torch.full((3,), 1e-5, dtype=torch.float16), "b": torch.full((3,), 1e-5, dtype=torch.float16)}
+    assert differing({"a": truth["a"]}, truth) == "b"

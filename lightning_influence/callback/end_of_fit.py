@@ -65,7 +65,8 @@ def score_at_end(
             summary.fit_seconds = getattr(attributor.trajectory, "fit_seconds", None) or 0.0
             EndOfFit(plan, trainer, attributor, run_dir, summary, scores, self_scores).run()
     except KeyboardInterrupt:
-        _interrupted(plan, scores, self_scores, offline_lines(run_dir, plan, trainer))
+        lines = offline_lines(run_dir, plan, trainer, *_next_question(plan, scores, self_scores))
+        _interrupted(plan, scores, self_scores, lines)
     except Exception as error:
         how = f"To continue:\n{offline_lines(run_dir, plan, trainer)}"
         if has_no_ids(plan, trainer):
@@ -86,6 +87,16 @@ def _interrupted(plan: ScoringPlan, scores: Results, self_scores: Results, lines
         for name in set(names) - results.keys():
             results.reasons.setdefault(name, why)
     rank_zero_warn(why)
+
+
+def _next_question(plan: ScoringPlan, scores: Results, self_scores: Results) -> tuple[Method | None, bool]:
+    """The first method without an answer, and whether self-influence is what is missing; None: all have theirs."""
+    for name, method in plan.methods.items():
+        if plan.queries is not None and name not in scores:
+            return method, False
+        if plan.self_influence and name not in self_scores:
+            return method, True
+    return None, False
 
 
 @dataclass(frozen=True)
@@ -149,6 +160,7 @@ class EndOfFit:
         except KeyboardInterrupt as error:
             lines = self._lines(method, results is self.self_scores)
             results.reasons[name] = f"it was interrupted. The fit is complete. To continue:\n{lines}"
+            self.summary.lacks(meant(name, results is self.self_scores))
             if kept := self._keep(name, results, error):
                 rank_zero_warn(f"`{name}` was interrupted.{kept}")
             raise

@@ -152,7 +152,7 @@ def agreements(
     if not truths:
         return sizes.new_ones(0, dtype=torch.bool)
     limits: list[Any] = [
-        (*((0.0, 0.0) if row is None else tolerance or tolerance_of(truth)), torch.finfo(truth.dtype).tiny)
+        (0.0, 0.0, 0.0) if row is None else (*(tolerance or tolerance_of(truth)), torch.finfo(truth.dtype).tiny)
         for row, truth in zip(rows, truths, strict=True)
     ]
     # of one kind as numbers, for which nothing goes to a device

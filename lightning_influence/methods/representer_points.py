@@ -195,8 +195,8 @@ class RepresenterPoints(ForwardOnly):
         how = f"solved in {counted(fit.iterations, 'Newton step')}" if self.refit else "as it was trained"
         setting.note(
             f"Head `{points.head.name}` {how}: gradient norm {fit.gradient_norm:.1e} with weight decay "
-            f"{self.weight_decay:g}; the sum over training examples gives its outputs for each of them to within "
-            f"{error:.1e}."
+            f"{self.weight_decay:g}. With `of='label'` or a class, the sum over training examples gives its outputs "
+            f"for each of them to within {error:.1e}."
         )
         setting.diagnostic("head_gradient_norm", fit.gradient_norm)
         setting.diagnostic("reconstruction_error", error)

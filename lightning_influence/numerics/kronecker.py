@@ -100,7 +100,7 @@ def bases(moments: Sequence[SecondMoment]) -> Iterator[tuple[Tensor, Tensor, Ten
     matrices = [moment._matrix() for moment in small]
     leading = [moment._leading(*pair) for moment, pair in zip(small, all_eigenpairs(matrices), strict=True)]
     if small:  # which come from the CPU together
-        arrived = on_device([each for pair in leading for each in pair], matrices[0].device)
+        arrived = list(on_device([each for pair in leading for each in pair], matrices[0].device))
         leading = list(zip(arrived[::2], arrived[1::2], strict=True))
     found = dict(zip(map(id, small), leading, strict=True))
     for moment in moments:

@@ -258,11 +258,17 @@ def png(image: Tensor) -> bytes:
 
 
 def image_of_png(file: bytes) -> Tensor:
-    """The image in a file that `png` wrote, as it was given there."""
+    """The image in a file that `png` wrote, as it was given there.
+
+    Raises:
+        ValueError: It is larger than an album's, and somebody else's: it must not fill the memory.
+    """
     width, height, _, kind = struct.unpack(">IIBB", file[16:26])
+    if max(width, height) > _SIDE:
+        raise ValueError(f"Expected an image of at most {_SIDE} pixels a side, got {width} x {height}.")
     start = file.index(b"IDAT")
     size = struct.unpack(">I", file[start - 4 : start])[0]
-    most = height * (1 + width * 3)  # a file of somebody else must not fill the memory
+    most = height * (1 + width * 3)
     content = zlib.decompressobj().decompress(file[start + 4 : start + 4 + size], most)
     lines = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     pixels = lines.reshape(height, -1)[:, 1:].double() / 255

@@ -46,6 +46,7 @@ class Scores(Answer):
         ValueError: Shapes that do not fit, ids not ascending, NaN or infinite values, both or none of `values`, `top`.
 
     Example:
+        >>> import torch
         >>> scores = Scores(torch.tensor([[0.5, -1.0, 2.0]]), None, torch.arange(3), torch.tensor([7]), method="CP")
         >>> scores.proponents(k=2).train_ids.tolist(), scores.opponents(k=1).scores.tolist()
         ([[2, 0]], [[-1.0]])

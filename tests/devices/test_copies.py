@@ -30,13 +30,22 @@ def test_tensors_of_all_types_reach_a_device_in_one_copy_as_they_are():
     kinds = [torch.bool, torch.int16, torch.bfloat16, torch.float32, torch.int64]
     tensors = [torch.tensor([[1, 0, 3], [0, 5, 6]]).to(kind).T for kind in kinds] + [torch.tensor(2.5)]
     with devices.counted() as counts:
-        found = on_device(tensors, torch.device(HERE))
+        found = list(on_device(tensors, torch.device(HERE)))
     assert not devices.IS_STANDIN or (counts.to_device, counts.pageable) == (1, 0)
     for one, other in zip(found, tensors, strict=True):
         assert one.stride() == other.stride()
         assert one.untyped_storage().nbytes() == other.nbytes  # none keeps the others in memory
         assert str(one.device) == HERE
         assert torch.equal(one.cpu(), other)
+
+
+@devices.standin_only
+def test_large_tensors_are_copied_when_it_is_their_turn():
+    arriving = on_device([torch.ones(2**20), torch.ones(2), torch.zeros(2**20)], torch.device(HERE))
+    with devices.counted() as counts:
+        next(arriving)
+    assert counts.to_device == 2  # the small one with the first large one
+    assert [float(each[0]) for each in arriving] == [1, 0]
 
 
 def test_large_tensors_are_copied_alone_and_those_of_the_cpu_not_at_all():
