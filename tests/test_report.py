@@ -220,7 +220,8 @@ def test_decisions_are_read_back(tmp_path):
     assert read_decisions(path, "unsure").train_ids.dtype == torch.int64
     path.write_text("\ufefftrain_id;train_base_id;decision\n3;103;fine\n\n", encoding="utf-8")
     assert read_decisions(path, "fine").train_ids.tolist() == [3]
-    path.write_text("decision,train_id,why\nwrong label,4,blurred\nfine,2,\n")
+    path.write_text("decision,train_id,why\nwrong target,4,blurred\nfine,2,\n")  # as a regression's page calls it
+    assert read_decisions(path, "wrong target").train_ids.tolist() == [4]
     assert read_decisions(path).train_ids.tolist() == [4]
     assert read_decisions(path).base_ids is None
     path.write_text("train_id,decision\n4\n")

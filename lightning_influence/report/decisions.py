@@ -12,6 +12,7 @@ from lightning_influence.checks import one_of
 from lightning_influence.hints import hinted
 
 DECISIONS = ("wrong label", "fine", "unsure")
+_SAME = {"wrong target": "wrong label"}
 _LINE = 200  # characters of a row that are shown
 _ID, _BASE, _DECISION = "train_id", "train_base_id", "decision"
 
@@ -33,7 +34,8 @@ def read_decisions(path: str | os.PathLike[str], decision: str = "wrong label") 
     Args:
         path: The CSV file that the page of `report` downloaded, or one of your own with the columns `train_id` and
             `decision`. A spreadsheet program may have saved it again.
-        decision: "wrong label", "fine" or "unsure".
+        decision: "wrong label", "fine" or "unsure"; "wrong target", as the page of a regression calls the first, is the
+            same.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -46,6 +48,7 @@ def read_decisions(path: str | os.PathLike[str], decision: str = "wrong label") 
         >>> read_decisions(path).train_ids.tolist(), read_decisions(path).base_ids.tolist()
         ([7], [107])
     """
+    decision = _SAME.get(decision, decision)
     one_of("decision", decision, DECISIONS)
     path = Path(path)
     if not path.is_file():
@@ -73,7 +76,7 @@ def read_decisions(path: str | os.PathLike[str], decision: str = "wrong label") 
     for line, row in enumerate(rows[1:], start=2):
         try:
             cells = dict(zip(names, row[: len(names)], strict=True))
-            train_id, word = int(cells[_ID]), cells[_DECISION].strip()
+            train_id, word = int(cells[_ID]), _SAME.get(cells[_DECISION].strip(), cells[_DECISION].strip())
             base_id = int(cells[_BASE]) if based else train_id
         except ValueError:
             expected = f"{'two ids' if based else 'an id'} and a decision in row {line} of {str(path)!r}"
