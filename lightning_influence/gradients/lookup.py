@@ -91,10 +91,9 @@ class Lookup(Part):
         for a, n_a, b, n_b in runs[frequent].tolist() if n_frequent else ():
             tile = mine[a : a + n_a] @ theirs[b : b + n_b].T
             out.index_put_((my_examples[a : a + n_a, None], their_examples[None, b : b + n_b]), tile, accumulate=True)
-        left, right = _pairs(runs, pairs, n_pairs)
         step = max(1, workspace(mine.device) // max(1, mine.shape[1]))
-        for start in range(0, len(left), step):
-            i, j = left[start : start + step], right[start : start + step]
+        for start in range(0, n_pairs, step):
+            i, j = _pairs(runs, pairs, start, min(start + step, n_pairs))
             values = torch.linalg.vecdot(mine[i], theirs[j])
             out.index_put_((my_examples[i], their_examples[j]), values, accumulate=True)
 
@@ -212,9 +211,10 @@ def _common_runs(mine: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> Tensor
     return torch.stack([my_start, my_counts, their_start[at], their_counts[at] * (their_ids[at] == ids)], 1)
 
 
-def _pairs(runs: Tensor, sizes: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """All pairs of positions within the two runs of each id, of which there are as many as ``sizes`` says."""
-    run = torch.repeat_interleave(sizes, output_size=total)
-    within = torch.arange(total, device=sizes.device) - (sizes.cumsum(0) - sizes)[run]
+def _pairs(runs: Tensor, sizes: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Some of the pairs of positions within the two runs of each id, of which there are as many as ``sizes`` says."""
+    ends, pair = sizes.cumsum(0), torch.arange(start, stop, device=sizes.device)
+    run = torch.searchsorted(ends, pair, right=True)
+    within = pair - (ends - sizes)[run]
     my_start, _, their_start, their_count = runs[run].unbind(1)
     return my_start + within // their_count, their_start + within % their_count
