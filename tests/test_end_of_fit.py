@@ -1,5 +1,6 @@
 """What happens when a fit with `Influence(methods=...)` ends: scores, files, logs, and reasons where there are none."""
 
+import contextlib
 import re
 import signal
 import warnings
@@ -35,7 +36,7 @@ from lightning_influence import (
 from lightning_influence.callback.end_of_fit import EndOfFit, meant, score_at_end
 from lightning_influence.callback.offline import cheaper, slow_gradients
 from lightning_influence.callback.queries import resolve_queries
-from lightning_influence.callback.results import Results
+from lightning_influence.callback.results import NoScores, Results
 from lightning_influence.callback.summary import Summary
 from lightning_influence.methods.plain_loss import PlainLoss
 
@@ -436,11 +437,38 @@ class InterruptsItself(GradientDot):
 
 
 @pytest.mark.usefixtures("listening")
-def test_ctrl_c_in_self_influence_is_continued_by_self_influence(tmp_path, capsys):
+def test_ctrl_c_in_self_influence_is_continued_by_self_influence(tmp_path):
     influence = Influence([InterruptsItself()], queries="val", self_influence=True, max_cost=1e6)
     with pytest.warns(UserWarning, match=r"Scoring was interrupted(.|\n)*attributor\.self_influence\("):
         fit(influence, tmp_path)
     assert list(influence.scores) == ["InterruptsItself"]
+
+
+def test_self_influence_that_is_the_same_for_all_is_not_continued(tmp_path):
+    influence = Influence([GradientDot(normalize="cosine")], self_influence=True, max_cost=1e6)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(influence, tmp_path)
+    (told,) = [str(w.message) for w in caught if "GradientDot" in str(w.message)]
+    assert told.startswith("`GradientDot` has no self-influence. Expected `normalize=None`")
+    assert "To continue" not in told
+
+
+class InterruptsTheFit(pl.Callback):
+    def on_train_batch_end(self, *_):
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_in_the_fit_says_where_its_record_is(tmp_path):
+    influence = Influence([GradientDot()], queries="val")
+    with (
+        mock.patch("lightning_influence.callback.influence.rank_zero_info") as info,
+        contextlib.suppress(SystemExit, KeyboardInterrupt),
+    ):
+        fit(influence, tmp_path, callbacks=[influence, InterruptsTheFit()])
+    assert f"Recorded in {str(influence.run_dir)!r}" in info.call_args.args[0]
+    with pytest.raises(NoScores, match=r"Pass `Influence\(labels=True\)`"):
+        influence.self_scores["labels"]
 
 
 @pytest.mark.usefixtures("listening")

@@ -6,6 +6,7 @@ import json
 import re
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -397,3 +398,11 @@ def test_the_page_says_that_colours_may_be_wrong_also_for_a_file(tmp_path):
     assert "stretched to its own range" in Scores.load(path).report(tmp_path / "p.html").read_text("utf-8")
     fine = scores().report(tmp_path / "p.html", train=[(torch.rand(3, 4, 4), 0)] * 7).read_text("utf-8")
     assert "stretched" not in fine
+
+
+def test_a_table_and_a_name_are_told_apart_from_data_and_self_scores():
+    scores = Scores(torch.ones(1, 2), None, torch.arange(2), torch.arange(1), method="CP")
+    with pytest.raises(TypeError, match=r"Expected `train` to be a Dataset, got a DataFrame.*to_dict\('records'\)"):
+        scores.report("x.html", train=pandas.DataFrame({"a": [1, 2]}), queries=["q"])
+    with pytest.raises(TypeError, match="Expected `self_scores` to be `SelfScores`, got 'labels'"):
+        scores.report("x.html", self_scores="labels")

@@ -18,6 +18,7 @@ from lightning_influence.callback.queries import missing_loader, resolve_queries
 from lightning_influence.callback.results import Results, scores_file
 from lightning_influence.callback.summary import Summary
 from lightning_influence.compat import rank_zero_info, rank_zero_warn
+from lightning_influence.gradients.transforms import ConstantSelfInfluenceError
 from lightning_influence.loggers import listening
 from lightning_influence.methods.method import Method
 from lightning_influence.methods.plain_loss import LABELS, PlainLoss
@@ -167,6 +168,9 @@ class EndOfFit:
         except Exception as error:
             self.summary.lacks(meant(name, results is self.self_scores))
             results.reasons[name] = f"{type(error).__name__}: {error}"
+            if isinstance(error, ConstantSelfInfluenceError):  # asked again, it says the same
+                rank_zero_warn(f"`{name}` has no self-influence. {error}")
+                return
             where = traceback.extract_tb(error.__traceback__)[-1]
             rank_zero_warn(
                 f"`{name}` failed with {type(error).__name__} ({Path(where.filename).name}:{where.lineno}): {error}"

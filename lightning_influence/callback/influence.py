@@ -26,6 +26,7 @@ from lightning_influence.capture.places import (
 from lightning_influence.capture.recorder import Recorder
 from lightning_influence.capture.store import RunWriter, claim_run, resume_point
 from lightning_influence.checks import check_callable, check_integer, check_positive
+from lightning_influence.compat import rank_zero_info
 from lightning_influence.methods.method import Method
 from lightning_influence.module.precision import check_precision
 from lightning_influence.processes import processes_of
@@ -305,8 +306,11 @@ class Influence(Guest):
         if self._recorder is not None and self.run_dir is not None:
             self._recorder.interrupted()
             self._link = self.state_dict()
+            why = did_not_finish(exception, self.run_dir, self._plan, trainer)
             for results in (self.scores, self.self_scores):
-                results.why = did_not_finish(exception, self.run_dir, self._plan, trainer)
+                results.why = why
+            if isinstance(exception, KeyboardInterrupt) and self._plan.verbose:
+                rank_zero_info(f"Influence: {why}\nRecorded in {str(self.run_dir)!r}.")
         self._unwire()
 
     @guarded

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_influence.capture.places import local_path
 from lightning_influence.hints import Hinted
+from lightning_influence.methods.plain_loss import LABELS
 from lightning_influence.scores import Scores, SelfScores, words
 from lightning_influence.trajectory.files import read_manifest, runs_in
 from lightning_influence.types import MissingEvidence
@@ -53,7 +54,10 @@ class Results(dict[str, Any], Hinted):
             return " No fit has run yet. Call `trainer.fit` with this callback."
         if self._itself is not None and key in self._itself:
             return f" It is in `influence.self_scores[{key!r}]`."
-        close = difflib.get_close_matches(str(key), [*self, *self.reasons], n=1)
+        if key == LABELS:
+            return " Pass `Influence(labels=True)`, or ask `influence.attributor.losses(checkpoints='all')`."
+        known = {name.lower(): name for name in (*self, *self.reasons)}
+        close = [known[name] for name in difflib.get_close_matches(str(key).lower(), known, n=1)]
         return f" Did you mean {close[0]!r}?" if close else ""
 
     def clear(self) -> None:

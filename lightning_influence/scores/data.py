@@ -18,6 +18,7 @@ def given_or_at_hand(answer: Answer, train: Any, queries: Any) -> Data:
     """The datasets to show: the given ones, otherwise those at hand.
 
     Raises:
+        TypeError: A table is given.
         ValueError: A dataset that is given cannot be the one that was scored, nor the one under its `Subset`.
     """
     shown = [
@@ -31,9 +32,15 @@ def _scored(name: str, data: Any, ids: Tensor, base: Tensor | None) -> Any:
     """A given dataset as one that is indexed by ids.
 
     Raises:
+        TypeError: It is a table, which is indexed by columns.
         ValueError: It has too few examples, or is another `Subset`.
     """
     data = data.dataset if isinstance(data, DataLoader) else data
+    if hasattr(data, "iloc") and hasattr(data, "columns"):
+        raise TypeError(
+            f"Expected `{name}` to be a Dataset, got a {type(data).__name__}, which is indexed by columns. Pass the "
+            "Dataset that was scored, or its rows: `frame.to_dict('records')`."
+        )
     if isinstance(data, Tensor) or not hasattr(data, "__len__") or isinstance(data, dict):
         return data
     count, last = len(data), int(ids[-1])

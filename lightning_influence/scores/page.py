@@ -55,8 +55,14 @@ def own_of(answer: Answer, own: Any) -> dict[str, Any]:
     """The `SelfScores` by the title of their column; empty without any.
 
     Raises:
+        TypeError: They are something else, such as a name.
         ValueError: They are of other training examples than the scores.
     """
+    if own is not None and not hasattr(own, "train_ids"):
+        raise TypeError(
+            f"Expected `self_scores` to be `SelfScores`, got {own!r}. Pass `influence.self_scores[...]` or "
+            "`attributor.losses(checkpoints='all')`."
+        )
     if own is not None and not torch.equal(own.train_ids, answer.train_ids):
         raise ValueError(
             f"Expected `self_scores` of the same {answer.train_ids.numel()} training examples, got "
