@@ -452,6 +452,8 @@ def test_self_influence_that_is_the_same_for_all_is_not_continued(tmp_path):
     (told,) = [str(w.message) for w in caught if "GradientDot" in str(w.message)]
     assert told.startswith("`GradientDot` has no self-influence. Expected `normalize=None`")
     assert "To continue" not in told
+    with pytest.raises(NoScores, match=r"Pass `Influence\(labels=True\)`"):
+        influence.self_scores["labels"]
 
 
 class InterruptsTheFit(pl.Callback):
@@ -467,8 +469,6 @@ def test_ctrl_c_in_the_fit_says_where_its_record_is(tmp_path):
     ):
         fit(influence, tmp_path, callbacks=[influence, InterruptsTheFit()])
     assert f"Recorded in {str(influence.run_dir)!r}" in info.call_args.args[0]
-    with pytest.raises(NoScores, match=r"Pass `Influence\(labels=True\)`"):
-        influence.self_scores["labels"]
 
 
 @pytest.mark.usefixtures("listening")

@@ -41,7 +41,8 @@ def meant(name: str, itself: bool, one: str = "", several: str = "") -> str:
 def did_not_finish(error: BaseException, run_dir: Path, plan: ScoringPlan, trainer: Any) -> str:
     """Why there are no scores of a fit that an exception ended, and how to score what it recorded."""
     how = f" To score what was recorded until then:\n{offline_lines(run_dir, plan, trainer)}" if plan.names else ""
-    return f"the fit was ended by {type(error).__name__}: {str(error)[:200] or 'no message'}.{how}"
+    told = f": {str(error)[:200]}" if str(error) else ""
+    return f"the fit was ended by {type(error).__name__}{told}.{how}"
 
 
 def score_at_end(
