@@ -1,5 +1,6 @@
 """Factorisations and eigenvectors of dense symmetric matrices."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,21 +66,30 @@ def all_eigenpairs(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 
 def _eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        found = _tried(matrix)
+    except RuntimeError:  # a device lacks memory, or its solver fails for large matrices
+        if matrix.is_cpu:
+            raise
+        found = None
+    if found is not None:
+        return found
+    if matrix.is_cpu:
+        raise ArithmeticError(f"Expected eigenvalues of a symmetric matrix of width {len(matrix)}, got no convergence.")
+    values, vectors = _eigenpairs(matrix.cpu())
+    return values.to(matrix), vectors.to(matrix)
+
+
+def _tried(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The eigenpairs where the matrix is, by a few ways; None if none of them converges."""
     if not bool(matrix.isfinite().all()):
         return torch.full_like(matrix[0], torch.nan), torch.full_like(matrix, torch.nan)
     for scale in (0.0, 1.0, 3.0):
-        try:
+        with contextlib.suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
             values, vectors = torch.linalg.eigh(wide(matrix) / scale if scale else matrix)
-        except RuntimeError as error:  # a device's solver also fails where it lacks memory, or for large matrices
-            if matrix.is_cpu and not isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
-                raise
-            continue
-        if bool(values.isfinite().all() & vectors.isfinite().all()):
-            return (values * scale).to(matrix) if scale else values, vectors.to(matrix)
-    if not matrix.is_cpu:
-        values, vectors = _eigenpairs(matrix.cpu())
-        return values.to(matrix), vectors.to(matrix)
-    raise ArithmeticError(f"Expected eigenvalues of a symmetric matrix of width {len(matrix)}, got no convergence.")
+            if bool(values.isfinite().all() & vectors.isfinite().all()):
+                return (values * scale).to(matrix) if scale else values, vectors.to(matrix)
+    return None
 
 
 def factorise(matrix: Tensor, precision: float) -> Factorisation:
