@@ -50,14 +50,28 @@ def leaves_in(batch: Any, depth: int = 8) -> list[Any]:
     for deeper in (*[True] * depth, False):
         below = []
         for leaf in tree_leaves(level):
-            open_to = deeper and not isinstance(leaf, (Tensor, type))
-            held = (dict(leaf) if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", None)) if open_to else None
+            held = _held(leaf) if deeper else None
             if not held:
                 found.append(leaf)
             elif id(leaf) not in opened:
                 opened.add(id(leaf))
                 below.append(held)
         level = below
+    return found
+
+
+def _held(leaf: Any) -> dict[str, Any]:
+    """What is in a mapping or in an object, in slots too; empty for tensors, classes and others without anything."""
+    if isinstance(leaf, (Tensor, type)):
+        return {}
+    if isinstance(leaf, Mapping):
+        return dict(leaf)
+    found = dict(getattr(leaf, "__dict__", {}))
+    for kind in type(leaf).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in [slots] if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(leaf, name):
+                found[name] = getattr(leaf, name)
     return found
 
 
@@ -105,5 +119,5 @@ def writable(leaf: object) -> bool:
     if isinstance(leaf, (Tensor, type)):
         return False
     if is_dataclass(leaf):  # Lightning makes another one of it
-        return any(map(writable, tree_leaves(vars(leaf))))
+        return any(map(writable, tree_leaves(_held(leaf))))
     return foreign(leaf) or hasattr(leaf, "__setitem__") or bool(getattr(leaf, "__dict__", None))

@@ -1,8 +1,10 @@
 """The few passes before scoring: how many there are, and that they find what is wrong with a gradient."""
 
 import operator
+from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -16,7 +18,7 @@ from lightning_influence.gradients import Engine, digests, engine, sample
 from lightning_influence.gradients.dense_rows import DenseRows
 from lightning_influence.gradients.spot_checks import differing
 from lightning_influence.module.task import Task
-from lightning_influence.types import bytes_in, leaves_in
+from lightning_influence.types import bytes_in, leaves_in, writable
 
 
 class Attention(nn.Module):
@@ -348,6 +350,9 @@ def test_parts_that_refer_to_one_another_are_opened_once():
     for atom in atoms:
         atom.bonds = atoms
     assert sorted(float(leaf[0]) for leaf in leaves_in({"atoms": atoms})) == list(range(60))
+    slotted = dataclass(slots=True)(type("Slotted", (), {"__annotations__": {"x": object}}))(np.ones(3))
+    assert [leaf.tolist() for leaf in leaves_in([slotted])] == [[1, 1, 1]]
+    assert writable(slotted)
     shared = torch.zeros(100)
     assert bytes_in([SimpleNamespace(dataset=shared), SimpleNamespace(dataset=shared)]) == 400
 
