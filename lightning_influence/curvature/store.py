@@ -12,6 +12,7 @@ import torch
 
 from lightning_influence.curvature.curvature import Curvature, PreparedCurvature
 from lightning_influence.devices import has_float64, on_device, on_host, read_numbers
+from lightning_influence.files.regular import check_regular
 from lightning_influence.module.random_state import seed_for
 from lightning_influence.setting.setting import Setting, Stage, cached
 from lightning_influence.timing import Work, seconds_of
@@ -125,8 +126,10 @@ def read_any(path: Path, device: torch.device | None = None) -> tuple[dict[str, 
     """The description and the tensors in a file of ``write``, of whatever curvature.
 
     Raises:
+        OSError: it is missing, or no file.
         ValueError: the file is damaged.
     """
+    check_regular(path)
     with path.open("rb") as file:
         content = file.read(len(_MAGIC))
         content += file.read() if content == _MAGIC else b""  # it may be anything

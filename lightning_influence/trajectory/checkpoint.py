@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_influence.files.regular import check_regular
 from lightning_influence.trajectory.files import read_verified
 
 
@@ -50,6 +51,7 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters by name, without reading their values; empty where the file cannot be read so."""
         with contextlib.suppress(Exception):  # what is wrong with the file, `load` says
+            check_regular(self.path)
             content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
             return {name: tuple(tensor.shape) for name, tensor in content["parameters"].items()}
         return {}
