@@ -92,18 +92,6 @@ def workspace(device: torch.device) -> int:
     return 2**21 if device.type == "cpu" else 2**25
 
 
-@contextlib.contextmanager
-def without_cudnn() -> Iterator[None]:
-    """Compute without cuDNN inside, whose recurrent layers have no derivative in eval mode, and never a second one."""
-    cudnn: Any = torch.backends.cudnn
-    before = cudnn.enabled
-    cudnn.enabled = False
-    try:
-        yield
-    finally:
-        cudnn.enabled = before
-
-
 # ---- reading numbers ------------------------------------------------------------------------------------------------
 
 # Bytes of tensors that are copied together with others, and of such a copy.

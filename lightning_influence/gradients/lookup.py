@@ -86,14 +86,14 @@ class Lookup(Part):
         # An id that many examples share takes one small matrix product; all rare ids are gathered pair by pair.
         pairs = runs[:, 1] * runs[:, 3]
         frequent = pairs >= _pairs_for_a_product(mine.device)
-        pairs.masked_fill_(frequent, 0)
-        n_frequent, n_pairs = torch.stack([frequent.sum(), pairs.sum()]).tolist()
+        ends = pairs.masked_fill_(frequent, 0).cumsum(0)
+        n_frequent, n_pairs = torch.stack([frequent.sum(), ends[-1]]).tolist()
         for a, n_a, b, n_b in runs[frequent].tolist() if n_frequent else ():
             tile = mine[a : a + n_a] @ theirs[b : b + n_b].T
             out.index_put_((my_examples[a : a + n_a, None], their_examples[None, b : b + n_b]), tile, accumulate=True)
         step = max(1, workspace(mine.device) // max(1, mine.shape[1]))
         for start in range(0, n_pairs, step):
-            i, j = _pairs(runs, pairs, start, min(start + step, n_pairs))
+            i, j = _pairs(runs, ends, start, min(start + step, n_pairs))
             values = torch.linalg.vecdot(mine[i], theirs[j])
             out.index_put_((my_examples[i], their_examples[j]), values, accumulate=True)
 
@@ -211,10 +211,10 @@ def _common_runs(mine: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> Tensor
     return torch.stack([my_start, my_counts, their_start[at], their_counts[at] * (their_ids[at] == ids)], 1)
 
 
-def _pairs(runs: Tensor, sizes: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Some of the pairs of positions within the two runs of each id, of which there are as many as ``sizes`` says."""
-    ends, pair = sizes.cumsum(0), torch.arange(start, stop, device=sizes.device)
+def _pairs(runs: Tensor, ends: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Some of the pairs of positions within the two runs of each id; ``ends`` says where those of an id end."""
+    pair = torch.arange(start, stop, device=ends.device)
     run = torch.searchsorted(ends, pair, right=True)
-    within = pair - (ends - sizes)[run]
-    my_start, _, their_start, their_count = runs[run].unbind(1)
+    my_start, my_count, their_start, their_count = runs[run].unbind(1)
+    within = pair - ends[run] + my_count * their_count
     return my_start + within // their_count, their_start + within % their_count

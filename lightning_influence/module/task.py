@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_influence.devices import has_coarse_products, on_device, pinned, without_cudnn
+from lightning_influence.devices import has_coarse_products, on_device, pinned
 from lightning_influence.module.copies import Copies
 from lightning_influence.module.data_hooks import transferred
 from lightning_influence.module.exact_losses import exact_losses
@@ -253,7 +253,8 @@ class Task:
                 stack.enter_context(self.precision.computing(self.module, self.device, self.trainer))
                 stack.enter_context(training_stage(self.module))
                 if self.device.type == "cuda" and self.kernels.recurrent:
-                    stack.enter_context(without_cudnn())
+                    # cuDNN's recurrent layers have no derivative in eval mode, and never a second one.
+                    stack.enter_context(holding([torch.backends.cudnn], "enabled", False))
                 output = self._loss_of(batch, self.batch_idx) if self.takes_index else self._loss_of(batch)
             if self.on_forward is not None:
                 self.on_forward()

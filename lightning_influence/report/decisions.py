@@ -76,8 +76,8 @@ def read_decisions(path: str | os.PathLike[str], decision: str = "wrong label") 
     for line, row in enumerate(rows[1:], start=2):
         try:
             cells = dict(zip(names, row[: len(names)], strict=True))
-            train_id, word = int(cells[_ID]), _SAME.get(cells[_DECISION].strip(), cells[_DECISION].strip())
-            base_id = int(cells[_BASE]) if based else train_id
+            train_id, word = int(cells[_ID]), cells[_DECISION].strip()
+            base_id, word = int(cells[_BASE]) if based else train_id, _SAME.get(word, word)
         except ValueError:
             expected = f"{'two ids' if based else 'an id'} and a decision in row {line} of {str(path)!r}"
             raise ValueError(f"Expected {expected}, got {_shown(row)}.") from None
