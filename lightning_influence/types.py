@@ -94,6 +94,11 @@ def labels_in(batch: Any) -> Any:
     return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
 
 
+def is_table(data: Any) -> bool:
+    """Whether data are a DataFrame or the like, which is indexed by columns and not by examples."""
+    return hasattr(data, "iloc") and hasattr(data, "columns")
+
+
 def base_indices(dataset: Any) -> Tensor | None:
     """[example]: indices into the dataset underneath nested ``Subset``s; None if it is no ``Subset``."""
     ids = None

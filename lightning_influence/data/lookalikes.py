@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_influence.types import is_table
+
 
 def check_no_lookalike(data: Any, name: str) -> None:
     """Raises TypeError for one example, a batch, a table or, of queries, ids in the place of a Dataset."""
@@ -14,7 +16,7 @@ def check_no_lookalike(data: Any, name: str) -> None:
         found = _parts(data)
     elif found is None and isinstance(data, Mapping):
         found = _mapping(data)
-    elif found is None and hasattr(data, "iloc") and hasattr(data, "columns"):
+    elif found is None and is_table(data):
         found = (
             f"a {type(data).__name__}, which is indexed by columns: its rows are `.iloc[i]`. Wrap it in a Dataset "
             "whose `__getitem__` returns one of them."

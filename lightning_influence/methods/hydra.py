@@ -118,9 +118,8 @@ class HyDRA(WholeRun):
         """``HyDRA(mode="during_fit", ...)`` returns ``HyDRA.during_fit(...)``."""
         if mode != "during_fit":
             return super().__new__(cls)
-        cls(
-            "replay", hessian, check_examples(examples), memory, removal, max_drift, runs, checks
-        )  # raises for bad values
+        # It raises for bad values.
+        cls("replay", hessian, check_examples(examples), memory, removal, max_drift, runs, checks)
         _check_only_replay(mode, removal, runs)
         made = cls.during_fit(hessian, examples, memory)
         object.__setattr__(made, "_of_replay", {"max_drift": max_drift, "checks": checks})

@@ -61,9 +61,7 @@ class Forward:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(self.task.in_full())
                 stack.enter_context(math_attention())
-                if (
-                    self.task.kernels.recurrent
-                ):  # no second derivatives of its recurrent layers; a task does without cuDNN
+                if self.task.kernels.recurrent:  # without second derivatives there; a task does without cuDNN's
                     stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
                 yield
         finally:

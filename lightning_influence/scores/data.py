@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from lightning_influence.scores.base import Answer
-from lightning_influence.types import base_indices
+from lightning_influence.types import base_indices, is_table
 
 Data: TypeAlias = tuple[Any, Any]
 """The training dataset and the queries'; None where there is none."""
@@ -36,7 +36,7 @@ def _scored(name: str, data: Any, ids: Tensor, base: Tensor | None) -> Any:
         ValueError: It has too few examples, or is another `Subset`.
     """
     data = data.dataset if isinstance(data, DataLoader) else data
-    if hasattr(data, "iloc") and hasattr(data, "columns"):
+    if is_table(data):
         raise TypeError(
             f"Expected `{name}` to be a Dataset, got a {type(data).__name__}, which is indexed by columns. Pass the "
             "Dataset that was scored, or its rows: `frame.to_dict('records')`."
